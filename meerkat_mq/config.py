@@ -1,0 +1,233 @@
+"""Configuration files: TOML in, checked objects out; every error names the file, the key and the remedy."""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+from meerkat_mq.errors import ConfigError
+
+Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+Dtype = Literal["float32", "bfloat16"]
+Device = Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
+Seconds = Annotated[float, Field(gt=0, le=86_400 * 7)]
+Share = Annotated[float, Field(gt=0, le=1)]
+LocalPath = Path  # relative paths are taken from the folder of the TOML file
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys refused, paths relative to the TOML file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _anchor_paths(cls, value: object, info: ValidationInfo) -> object:
+        folder = (info.context or {}).get("folder")
+        return folder / value if isinstance(value, Path) and folder is not None else value
+
+
+class BrokerConfig(Section):
+    """The way to the broker.
+
+    Attributes:
+        url: mqtt://host[:port] or mqtts://host[:port], or "embedded" (server and demo only).
+        ca_file: trust only this CA; default: the system's.
+        cert_file: client certificate, with key_file.
+        max_packet_bytes: largest MQTT packet that this broker takes.
+    """
+
+    url: str = "mqtt://127.0.0.1:1883"
+    username: str | None = None
+    password: str | None = None
+    ca_file: LocalPath | None = None
+    cert_file: LocalPath | None = None
+    key_file: LocalPath | None = None
+    keep_alive_s: Annotated[int, Field(ge=2, le=3600)] = 30
+    max_packet_bytes: Annotated[int, Field(ge=1024, le=268_435_455)] = 131_072
+
+    @field_validator("url")
+    @classmethod
+    def _known_url(cls, url: str) -> str:
+        if url == "embedded":
+            return url
+        parts = urlsplit(url)
+        if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or parts.path not in ("", "/"):
+            raise ValueError("must be mqtt://host[:port], mqtts://host[:port] or embedded")
+        _ = parts.port  # raises ValueError on a port that is no number
+        return url
+
+    @property
+    def tls(self) -> bool:
+        """Whether the connection is encrypted."""
+        return self.url.startswith("mqtts://")
+
+    @property
+    def host(self) -> str:
+        """Host name or address."""
+        return urlsplit(self.url).hostname or "127.0.0.1"
+
+    @property
+    def port(self) -> int:
+        """TCP port; 1883 and 8883 by default."""
+        return urlsplit(self.url).port or (8883 if self.tls else 1883)
+
+
+class ModelConfig(Section):
+    """The base model, where a server has one for evaluation and masks.
+
+    Attributes:
+        source: local folder or hub id.
+    """
+
+    source: str
+    dtype: Dtype = "float32"
+    device: Device = "cpu"
+
+
+class RoundsConfig(Section):
+    """The rounds.
+
+    Attributes:
+        count: rounds of the run.
+        local_steps: T.
+        directions: P, the direction lanes; 1 ≤ P ≤ nodes asked.
+        lr: learning rate.
+        eps: perturbation scale.
+        batch_size: rows a local step.
+        stream: direction stream.
+        min_nodes: nodes that must be there before the first round opens.
+        fraction: share of the nodes at hand that a round asks.
+        quorum: share of the nodes asked that a round needs.
+        deadline_s: a round closes at the latest then, if the quorum is met.
+        grace_s: a node counts as dead this long after its death was announced.
+        digest_every: theta's digest is computed every so many versions.
+        weigh_by_rows: weigh nodes by their number of rows instead of equally.
+    """
+
+    count: Annotated[int, Field(ge=1, lt=2**32)] = 100
+    local_steps: Annotated[int, Field(ge=1, le=1000)] = 1
+    directions: Annotated[int, Field(ge=1, le=4096)] = 1
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    eps: Annotated[float, Field(gt=0)] = 1e-3
+    batch_size: Annotated[int, Field(ge=1, le=65536)] = 16
+    stream: Literal["mk1", "rademacher"] = "mk1"
+    min_nodes: Annotated[int, Field(ge=1, le=65535)] = 1
+    fraction: Share = 1.0
+    quorum: Share = 1.0
+    deadline_s: Seconds = 60.0
+    grace_s: Annotated[float, Field(ge=0, le=86_400)] = 2.0
+    digest_every: Annotated[int, Field(ge=1)] = 1
+    weigh_by_rows: bool = False
+
+
+class EvaluationConfig(Section):
+    """Evaluation on held-out data, on the server.
+
+    Attributes:
+        data: JSONL file.
+        every: rounds between evaluations.
+    """
+
+    data: LocalPath
+    every: Annotated[int, Field(ge=1)] = 10
+    batch_size: Annotated[int, Field(ge=1)] = 64
+
+
+class ServerConfig(Section):
+    """federation.toml.
+
+    Attributes:
+        mask: mask file (`meerkat mask` writes one); not needed with engine "toy".
+        task: built-in task, or a task's TOML file.
+        model: only for evaluation; without it the server never imports torch.
+        wait_for_nodes_s: with `once`, how long to wait for min_nodes.
+        once: end with the run instead of staying online.
+    """
+
+    federation: Identifier
+    state_dir: LocalPath
+    broker: BrokerConfig = BrokerConfig()
+    rounds: RoundsConfig = RoundsConfig()
+    engine: Literal["transformers", "toy"] = "transformers"
+    toy_weights: Annotated[int, Field(ge=1, le=10_000_000)] = 1000
+    mask: LocalPath | None = None
+    task: str | None = None
+    dtype: Dtype = "float32"
+    model: ModelConfig | None = None
+    evaluation: EvaluationConfig | None = None
+    once: bool = False
+    wait_for_nodes_s: Seconds = 120.0
+
+
+class NodeConfig(Section):
+    """node.toml: a node needs only its id, a broker, its data, where the base model is, and a state folder.
+
+    Attributes:
+        id: 1 to 64 letters, digits, "_" and "-"; unique in the federation.
+        model: local folder or hub id of the base model; not needed for engine "toy".
+        dtype: default: the run's.
+        threads: CPU threads for the model; default: torch's own choice.
+    """
+
+    id: Identifier
+    federation: Identifier
+    data: LocalPath
+    state_dir: LocalPath
+    model: str | None = None
+    broker: BrokerConfig = BrokerConfig()
+    device: Device = "cpu"
+    dtype: Dtype | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    exit_when_finished: bool = False
+
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+def load_config(path: Path, kind: type[ConfigT]) -> ConfigT:
+    """Read a TOML file.
+
+    Raises:
+        ConfigError: the file is missing, is not TOML, or a key is wrong; names the file and the key.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(str(path), f"cannot be read ({error.strerror})", "give the path of a TOML file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), f"is not TOML ({error})", "see docs/configuration.md") from error
+    return check_config(table, kind, where=str(path), folder=path.resolve().parent)
+
+
+def check_config(table: object, kind: type[ConfigT], *, where: str, folder: Path | None = None) -> ConfigT:
+    """Check a table against a configuration class.
+
+    Raises:
+        ConfigError: names the first key that is wrong, the value found and what it must be.
+    """
+    try:
+        return kind.model_validate(table, context={"folder": folder})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"]) or "file"
+        found = "" if first["type"] in ("missing", "extra_forbidden") else f", not {first['input']!r}"
+        raise ConfigError(
+            f"{where}: {key}", f"{_plain(first['msg'])}{found}", _REMEDY.get(first["type"], "")
+        ) from error
+
+
+_REMEDY = {
+    "missing": "add the key",
+    "extra_forbidden": "remove the key or mend its spelling",
+    "string_pattern_mismatch": "ids are 1 to 64 letters, digits, '_' and '-'; hashes are hex",
+}
+
+
+def _plain(message: str) -> str:
+    text = message.removeprefix("Value error, ")
+    return {"Field required": "is missing", "Extra inputs are not permitted": "is unknown"}.get(
+        text, text[:1].lower() + text[1:]
+    )

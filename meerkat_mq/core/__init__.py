@@ -1,0 +1,1 @@
+"""The method's arithmetic: directions, masks, steps, paths. NumPy only; no I/O except the mask file."""

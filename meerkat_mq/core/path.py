@@ -1,0 +1,118 @@
+"""The path of theta: seeds, coefficients, the update itself, ledger entries and digests (specification, section 2).
+
+Everything here enters the ledger, so it uses no reduction, no BLAS and no torch: the bits must be the same everywhere.
+"""
+
+import hashlib
+import math
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from meerkat_mq.core.directions import Float32Array, direction
+from meerkat_mq.errors import BadValue
+
+HASH_BYTES = 16
+NO_DIGEST = bytes(HASH_BYTES)
+MAX_WEIGHT = 2**24
+
+
+def short_hash(data: bytes | memoryview) -> bytes:
+    """First 16 bytes of SHA-256."""
+    return hashlib.sha256(data).digest()[:HASH_BYTES]
+
+
+def seed_for(run_id: bytes, version: int, lane: int, step: int) -> int:
+    """Seed of a local step: first 8 bytes, little-endian, of SHA-256(run id ‖ u32 version ‖ u32 lane ‖ u32 step)."""
+    message = run_id + struct.pack("<III", version, lane, step)
+    return int.from_bytes(hashlib.sha256(message).digest()[:8], "little")
+
+
+def coefficient(lr: float, scalars: Iterable[tuple[int, float]], total_weight: int) -> float:
+    """The factor of one direction: float32(lr · (fsum(n_k · g_k) / Σ n_k)), computed in float64.
+
+    Every product of a float32 and an integer weight is exact and `math.fsum` rounds once, so the order of
+    arrival does not matter.
+
+    Args:
+        lr: learning rate, finite.
+        scalars: (n_k, g_k) of the nodes that made this step; 1 ≤ n_k ≤ 2**24, g_k a float32.
+        total_weight: Σ n_k over all nodes of the round, those of other lanes and with fewer steps included.
+
+    Returns:
+        A float that is exactly a float32.
+
+    Raises:
+        BadValue: a weight out of range, or a result that is not finite.
+    """
+    products = []
+    for weight, scalar in scalars:
+        if not 1 <= weight <= MAX_WEIGHT:
+            raise BadValue("weight", f"{weight} is outside 1…2**24")
+        products.append(weight * scalar)
+    if total_weight < 1:
+        raise BadValue("total weight", f"{total_weight} is below 1")
+    with np.errstate(over="ignore"):
+        value = float(np.float32(lr * (math.fsum(products) / total_weight)))
+    if not math.isfinite(value):
+        raise BadValue("coefficient", f"{value} is not finite", "lower the learning rate")
+    return value
+
+
+def apply(theta: Float32Array, z: Float32Array, c: float, scratch: Float32Array) -> None:
+    """theta -= c·z in place: the one update that node, server and verification share; float32 (n,) each."""
+    np.multiply(z, np.float32(c), out=scratch)
+    np.subtract(theta, scratch, out=theta)
+
+
+def digest(theta: Float32Array) -> bytes:
+    """First 16 bytes of SHA-256 over theta's little-endian float32 bytes."""
+    return short_hash(np.ascontiguousarray(theta, dtype="<f4").data.cast("B"))
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One direction of an entry: theta -= coefficient · direction(seed of (version, lane, step))."""
+
+    lane: int
+    step: int
+    coefficient: float
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What turns theta_v into theta_(v+1), v = `version`.
+
+    `previous` is the hash of the entry before it (of entry 0: the mask hash); `digest` is that of theta_(v+1),
+    or 16 zero bytes where the run's `digest_every` skips it.
+    """
+
+    version: int
+    terms: tuple[Term, ...]
+    previous: bytes
+    digest: bytes
+
+    def hash(self, run_id: bytes) -> bytes:
+        """SHA-256(run id ‖ u32 version ‖ u32 number of terms ‖ terms ‖ previous ‖ digest), first 16 bytes."""
+        parts = [run_id, struct.pack("<II", self.version, len(self.terms))]
+        parts += [struct.pack("<HHf", term.lane, term.step, term.coefficient) for term in self.terms]
+        return short_hash(b"".join([*parts, self.previous, self.digest]))
+
+
+def digest_due(version: int, digest_every: int) -> bool:
+    """Whether theta_version's digest is computed; theta_0's always is."""
+    return version % digest_every == 0
+
+
+def apply_terms(
+    theta: Float32Array,
+    terms: Iterable[Term],
+    seed: Callable[[int, int], int],
+    stream: str,
+) -> None:
+    """Apply terms in order to theta in place; `seed(lane, step)` names each direction."""
+    scratch = np.empty_like(theta)
+    for term in terms:
+        apply(theta, direction(stream, seed(term.lane, term.step), 0, theta.size), term.coefficient, scratch)

@@ -1,0 +1,96 @@
+"""A local step: two forward passes give one projected gradient."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from meerkat_mq.core.directions import Float32Array, direction
+from meerkat_mq.core.path import apply, coefficient
+from meerkat_mq.errors import BadValue
+
+Row = Mapping[str, Any]
+Batch = TypeVar("Batch")
+
+
+class Engine(Protocol[Batch]):
+    """All that a step needs of a model. theta is the truth; the model is a view of it."""
+
+    def write(self, theta: Float32Array) -> None:
+        """Put theta, float32 (n,) in mask order, into the model, cast to the model's dtype."""
+
+    def prepare(self, rows: Sequence[Row]) -> Batch:
+        """Turn data rows into a batch, once for both passes."""
+
+    def losses(self, batch: Batch) -> Float32Array:
+        """Per-example losses, float32 (rows,)."""
+
+
+def projected_gradient(
+    engine: Engine[Batch], theta: Float32Array, z: Float32Array, eps: float, batch: Batch
+) -> tuple[float, float]:
+    """g = (loss(theta + eps·z) − loss(theta − eps·z)) / (2·eps), MEERKAT (arXiv 2506.03337), after MeZO.
+
+    Leaves the engine at theta − eps·z: whoever looks at the model next writes theta first.
+
+    Args:
+        engine: the model.
+        theta: float32 (n,), unchanged.
+        z: float32 (n,).
+        eps: perturbation scale, > 0.
+        batch: from `engine.prepare`.
+
+    Returns:
+        (g, loss): g a float that is exactly a float32; loss the mean over both passes.
+
+    Raises:
+        BadValue: a loss is not finite.
+    """
+    shift = z * np.float32(eps)
+    engine.write(theta + shift)
+    plus = float(np.mean(engine.losses(batch), dtype=np.float64))
+    engine.write(theta - shift)
+    minus = float(np.mean(engine.losses(batch), dtype=np.float64))
+    g = float(np.float32((plus - minus) / (2 * eps)))
+    if not np.isfinite(g):
+        raise BadValue("projected gradient", f"losses {plus} and {minus} give {g}", "lower the learning rate")
+    return g, (plus + minus) / 2
+
+
+def local_steps(
+    engine: Engine[Batch],
+    theta: Float32Array,
+    seeds: Sequence[int],
+    batches: Sequence[Sequence[Row]],
+    *,
+    stream: str,
+    eps: float,
+    lr: float,
+) -> tuple[tuple[float, ...], float]:
+    """A node's part of a round: one projected gradient a seed, each step from where the one before it ended.
+
+    Args:
+        engine: the model.
+        theta: float32 (n,), theta of the round; unchanged.
+        seeds: T seeds of the node's lane.
+        batches: T lists of rows.
+        stream: direction stream.
+        eps: perturbation scale.
+        lr: learning rate of the node's own walk.
+
+    Returns:
+        (projected gradients, mean loss).
+
+    Raises:
+        BadValue: a loss is not finite.
+    """
+    walker, scratch = theta.copy(), np.empty_like(theta)
+    scalars, losses = [], []
+    for seed, rows in zip(seeds, batches, strict=True):
+        z = direction(stream, seed, 0, theta.size)
+        g, loss = projected_gradient(engine, walker, z, eps, engine.prepare(rows))
+        scalars.append(g)
+        losses.append(loss)
+        if len(scalars) < len(seeds):
+            apply(walker, z, coefficient(lr, [(1, g)], 1), scratch)
+    return tuple(scalars), sum(losses) / len(losses)

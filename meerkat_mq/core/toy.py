@@ -1,0 +1,37 @@
+"""The toy engine: a quadratic bowl for tests and fault drills, without torch."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from meerkat_mq.core.directions import Float32Array, direction
+from meerkat_mq.core.mask import Mask, MaskedMatrix
+from meerkat_mq.core.step import Row
+
+
+class QuadraticEngine:
+    """loss(theta; row) = ½·mean((theta − target(row))²), target(row) = direction(mk1, row["seed"])."""
+
+    def __init__(self, size: int) -> None:
+        self._theta = np.zeros(size, dtype=np.float32)
+
+    def write(self, theta: Float32Array) -> None:
+        """Keep a copy of theta."""
+        self._theta = theta.astype(np.float32, copy=True)
+
+    def prepare(self, rows: Sequence[Row]) -> Float32Array:
+        """Targets, float32 (rows, n)."""
+        return np.stack([direction("mk1", int(row["seed"]), 0, self._theta.size) for row in rows])
+
+    def losses(self, batch: Float32Array) -> Float32Array:
+        """Float32 (rows,)."""
+        squares: npt.NDArray[np.float64] = np.square(self._theta[None, :] - batch, dtype=np.float64)
+        return np.asarray(0.5 * squares.mean(axis=1), dtype=np.float32)
+
+
+def toy_mask(size: int) -> Mask:
+    """A mask of `size` weights, all of one matrix "toy", that start at zero."""
+    zeros = np.zeros(size, dtype=np.float32)
+    matrix = MaskedMatrix("toy", (size,), np.arange(size, dtype=np.uint32), zeros, zeros)
+    return Mask((matrix,), bytes(32), bytes(32))

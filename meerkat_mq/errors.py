@@ -1,0 +1,178 @@
+"""The one error tree. Every error names where, what is wrong, and the remedy; each branch has its own exit code.
+
+MeerkatError                     1
+├── ConfigError                  2   a TOML file, a key in it, a command-line value
+├── DataError                    3   a data file, a line of it, a label
+├── TaskError                    3   a task name or task file
+├── ModelError                   4   a model folder, its tokenizer, its weights
+│   ├── ModelNotFound
+│   ├── ModelMismatch                another checkpoint, tokenizer or mask than the run's
+│   └── UnsupportedModel
+├── MaskError                    4   a mask file or a mask request
+├── BrokerError                  5   the broker and the way to it
+│   ├── BrokerUnreachable
+│   ├── BadCredentials
+│   ├── PayloadTooLarge
+│   └── NotConnected
+├── RunError                     6   the run that server and nodes share
+│   ├── AnotherServer                another server is online, or fenced this one
+│   ├── NodeReplaced                 another process connected with this node's id
+│   ├── TooFewNodes
+│   └── RunMismatch                  ledger, digest or settings do not fit the run
+└── WireError                    7   bytes from the broker that do not decode
+    ├── Truncated
+    ├── BadMagic
+    ├── UnknownVersion
+    ├── UnknownType
+    ├── UnknownFlags
+    ├── BadChecksum
+    ├── BadValue
+    └── TooLarge
+"""
+
+from typing import ClassVar
+
+
+class MeerkatError(Exception):
+    """Base of all errors that users meet.
+
+    Args:
+        where: the file, key, topic or field concerned.
+        problem: what is wrong, with the value found.
+        remedy: what to do about it.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, where: str, problem: str, remedy: str = "") -> None:
+        self.where = where
+        self.problem = problem
+        self.remedy = remedy
+        super().__init__(f"{where}: {problem}" + (f"; {remedy}" if remedy else ""))
+
+    def __reduce__(self) -> tuple[type["MeerkatError"], tuple[str, str, str]]:
+        return type(self), (self.where, self.problem, self.remedy)
+
+
+class ConfigError(MeerkatError):
+    """A configuration file, key or command-line value is wrong."""
+
+    exit_code = 2
+
+
+class DataError(MeerkatError):
+    """A data file cannot be used."""
+
+    exit_code = 3
+
+
+class TaskError(MeerkatError):
+    """A task is unknown or its description is wrong."""
+
+    exit_code = 3
+
+
+class ModelError(MeerkatError):
+    """A model cannot be used."""
+
+    exit_code = 4
+
+
+class ModelNotFound(ModelError):
+    """There is no model at the given folder or hub id."""
+
+
+class ModelMismatch(ModelError):
+    """The model, tokenizer or masked weights differ from the run's."""
+
+
+class UnsupportedModel(ModelError):
+    """The architecture has parts that the method does not cover."""
+
+
+class MaskError(MeerkatError):
+    """A mask cannot be made, read or used."""
+
+    exit_code = 4
+
+
+class BrokerError(MeerkatError):
+    """The broker, or the way to it, fails."""
+
+    exit_code = 5
+
+
+class BrokerUnreachable(BrokerError):
+    """No connection to the broker; sessions keep trying."""
+
+
+class BadCredentials(BrokerError):
+    """The broker refuses the user name, password or certificate; trying again will not help."""
+
+
+class PayloadTooLarge(BrokerError):
+    """A message is larger than the configured packet limit; raised before sending."""
+
+
+class NotConnected(BrokerError):
+    """A message could not be sent before its deadline."""
+
+
+class RunError(MeerkatError):
+    """The run shared by server and nodes cannot go on here."""
+
+    exit_code = 6
+
+
+class AnotherServer(RunError):
+    """Another server is online in this federation, or has fenced this one."""
+
+
+class NodeReplaced(RunError):
+    """Another process took this node's id."""
+
+
+class TooFewNodes(RunError):
+    """Not enough nodes came in time."""
+
+
+class RunMismatch(RunError):
+    """The ledger, the digests or the settings do not fit the run."""
+
+
+class WireError(MeerkatError):
+    """Bytes that do not decode; the receiver counts and drops them."""
+
+    exit_code = 7
+
+
+class Truncated(WireError):
+    """Fewer or more bytes than the frame says."""
+
+
+class BadMagic(WireError):
+    """Not a frame of this protocol."""
+
+
+class UnknownVersion(WireError):
+    """A frame of another protocol version."""
+
+
+class UnknownType(WireError):
+    """A frame type, codec or kind that this version does not know."""
+
+
+class UnknownFlags(WireError):
+    """Flag bits that this version does not know."""
+
+
+class BadChecksum(WireError):
+    """The checksum does not match the bytes."""
+
+
+class BadValue(WireError):
+    """A field is outside its range, not finite, or not canonical."""
+
+
+class TooLarge(WireError):
+    """A declared or actual size is over its limit."""

@@ -1,0 +1,167 @@
+"""The control plane: JSON that people debug with `mosquitto_sub`."""
+
+import json
+from typing import Annotated, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from meerkat_mq.errors import BadValue, TooLarge
+
+MAX_CONTROL_BYTES = 64 * 1024
+
+Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+U32 = Annotated[int, Field(ge=0, lt=2**32)]
+RunId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+Fingerprint = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class ControlMessage(BaseModel):
+    """Base of all JSON messages: frozen, closed, bounded."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def encode(self) -> bytes:
+        """Compact JSON, UTF-8."""
+        return self.model_dump_json(exclude_none=True).encode()
+
+
+class Task(ControlMessage):
+    """How a data row becomes text, and what its classes are called.
+
+    Attributes:
+        fields: row keys that the templates use.
+        template: prompt for a causal LM, e.g. "{sentence} It was".
+        label_words: one continuation a class, with its leading space, e.g. (" terrible", " great").
+        text: template for an encoder.
+        descriptions: one label description a class, for an encoder.
+        label_field: row key of the class, an integer.
+        scale: logits of an encoder are cosine × scale.
+        max_tokens: longer inputs are cut from the left (causal LM) or the right (encoder).
+    """
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    fields: Annotated[tuple[str, ...], Field(min_length=1, max_length=16)]
+    template: Annotated[str, Field(min_length=1, max_length=4096)]
+    label_words: Annotated[tuple[str, ...], Field(min_length=2, max_length=256)]
+    text: Annotated[str, Field(min_length=1, max_length=4096)]
+    descriptions: Annotated[tuple[str, ...], Field(min_length=2, max_length=256)]
+    label_field: str = "label"
+    scale: Annotated[float, Field(gt=0)] = 20.0
+    max_tokens: Annotated[int, Field(ge=8, le=8192)] = 256
+
+    @model_validator(mode="after")
+    def _same_classes(self) -> Self:
+        if len(self.label_words) != len(self.descriptions):
+            raise ValueError(f"{len(self.label_words)} label_words but {len(self.descriptions)} descriptions")
+        return self
+
+
+class RunDescriptor(ControlMessage):
+    """All that a node must know of a run besides its own data and base model; retained on `…/run`.
+
+    Attributes:
+        run: 16 random bytes, hex.
+        engine: "transformers", or "toy" for tests and drills.
+        model: name of the base model, for people.
+        weights: n, the number of masked weights.
+        mask_bytes: size of the encoded mask blob, in `mask_chunks` chunks.
+        local_steps: T.
+        directions: P, the lanes of a round.
+    """
+
+    protocol: Literal[1] = 1
+    federation: Identifier
+    run: RunId
+    engine: Literal["transformers", "toy"]
+    model: str
+    task: Task | None
+    dtype: Literal["float32", "bfloat16"]
+    fingerprint: Fingerprint
+    tokenizer: Fingerprint
+    mask: Hash
+    mask_bytes: U32
+    mask_chunks: Annotated[int, Field(ge=1, le=65536)]
+    weights: Annotated[int, Field(ge=1, le=2**31)]
+    stream: Literal["mk1", "rademacher"]
+    rounds: Annotated[int, Field(ge=1, lt=2**32)]
+    local_steps: Annotated[int, Field(ge=1, le=1000)]
+    directions: Annotated[int, Field(ge=1, le=4096)]
+    lr: Annotated[float, Field(gt=0)]
+    eps: Annotated[float, Field(gt=0)]
+    batch_size: Annotated[int, Field(ge=1, le=65536)]
+    digest_every: Annotated[int, Field(ge=1)]
+
+    @property
+    def run_id(self) -> bytes:
+        """The 16 bytes that enter seeds and entry hashes."""
+        return bytes.fromhex(self.run)
+
+    @property
+    def mask_hash(self) -> bytes:
+        """The 16 bytes of the mask hash."""
+        return bytes.fromhex(self.mask)
+
+
+class ServerState(ControlMessage):
+    """Who serves; retained on `…/server`, with a will that says "lost".
+
+    Attributes:
+        link: random, one a connection; a will counts only with the last birth's link.
+        server_id: random u64, hex, one a process; the pair (term, server_id) orders servers.
+    """
+
+    status: Literal["online", "finished", "stopped", "lost"]
+    run: RunId
+    term: U32
+    server_id: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+    link: U32
+    host: Annotated[str, Field(max_length=255)]
+    round: U32
+    nodes: U32 = 0
+
+    @property
+    def rank(self) -> tuple[int, str]:
+        """Nodes follow the highest."""
+        return (self.term, self.server_id)
+
+
+class NodeStatus(ControlMessage):
+    """Birth and death of a node; retained on `…/up/<id>/status`.
+
+    Attributes:
+        boot: random u32, one a process.
+        link: random u32, one a connection.
+        rows: size of its data.
+        weight: n_k, 1 unless the run weighs nodes by their data.
+    """
+
+    status: Literal["online", "stopped", "lost"]
+    boot: U32
+    link: U32
+    host: Annotated[str, Field(max_length=255)]
+    run: RunId | None = None
+    rows: U32 = 0
+    weight: Annotated[int, Field(ge=1, le=2**24)] = 1
+
+
+ControlT = TypeVar("ControlT", bound=ControlMessage)
+
+
+def decode_control(payload: bytes, kind: type[ControlT]) -> ControlT:
+    """Decode a JSON control message.
+
+    Raises:
+        TooLarge: more than 64 KiB.
+        BadValue: not JSON, or not this message; names the first field that is wrong.
+    """
+    if len(payload) > MAX_CONTROL_BYTES:
+        raise TooLarge(kind.__name__, f"{len(payload)} bytes are more than {MAX_CONTROL_BYTES}")
+    try:
+        return kind.model_validate_json(payload)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "JSON"
+        raise BadValue(f"{kind.__name__}.{place}", first["msg"]) from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadValue(kind.__name__, f"is not JSON ({error})") from error

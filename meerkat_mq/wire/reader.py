@@ -1,0 +1,48 @@
+"""A bounded cursor over untrusted bytes."""
+
+import struct
+from typing import Any
+
+from meerkat_mq.errors import Truncated
+
+
+class Reader:
+    """Reads forward; every read is checked against what is left."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = memoryview(data)
+        self._offset = 0
+
+    @property
+    def left(self) -> int:
+        """Bytes not read yet."""
+        return len(self._data) - self._offset
+
+    def take(self, count: int) -> memoryview:
+        """The next `count` bytes, as a view.
+
+        Raises:
+            Truncated: fewer are left.
+        """
+        if count > self.left:
+            raise Truncated("frame", f"ends {count - self.left} bytes early")
+        part = self._data[self._offset : self._offset + count]
+        self._offset += count
+        return part
+
+    def unpack(self, layout: struct.Struct) -> tuple[Any, ...]:
+        """The next fields, by a struct layout."""
+        return layout.unpack(self.take(layout.size))
+
+    def numbers(self, code: str, count: int) -> tuple[Any, ...]:
+        """The next `count` little-endian numbers of one struct code."""
+        return struct.unpack(f"<{count}{code}", self.take(count * struct.calcsize(f"<{code}")))
+
+    def trim(self, count: int) -> None:
+        """Drop the last `count` bytes."""
+        self._data = self._data[:-count]
+
+    def end(self) -> None:
+        """Raises Truncated where bytes are left over: the frame's lengths do not add up."""
+        if self.left:
+            raise Truncated("frame", f"has {self.left} bytes too many")
