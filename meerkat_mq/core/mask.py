@@ -27,6 +27,8 @@ MAX_WEIGHTS = 2**31
 
 UInt32Array = npt.NDArray[np.uint32]
 
+_DTYPES = (np.dtype("<u4"), np.dtype("<f4"), np.dtype("<f4"))
+
 
 @dataclass(frozen=True, eq=False)
 class MaskedMatrix:
@@ -51,9 +53,11 @@ class MaskedMatrix:
         size = int(np.prod(self.shape, dtype=object)) if self.shape else 0
         if not self.name or len(self.name.encode()) > MAX_NAME_BYTES or not 1 <= len(self.shape) <= MAX_DIMENSIONS:
             raise MaskError(self.name or "matrix", f"name or shape {self.shape} is out of bounds")
-        if not 0 < size <= 2**32:
-            raise MaskError(self.name, f"{size} weights are outside 1…2**32")
-        if not self.indices.size == self.theta_0.size == self.g_p.size > 0:
+        if not 0 < size < 2**32:
+            raise MaskError(self.name, f"{size} weights are outside 1…2**32 − 1")
+        if (self.indices.dtype, self.theta_0.dtype, self.g_p.dtype) != _DTYPES or self.indices.ndim != 1:
+            raise MaskError(self.name, "indices, theta_0 and g_p are not 1-D uint32, float32 and float32")
+        if not self.indices.shape == self.theta_0.shape == self.g_p.shape != (0,):
             raise MaskError(self.name, "indices, theta_0 and g_p differ in length or are empty")
         ascending = self.indices.size == 1 or bool(np.all(self.indices[1:] > self.indices[:-1]))
         if not ascending or int(self.indices[-1]) >= size:

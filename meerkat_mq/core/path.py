@@ -42,15 +42,17 @@ def coefficient(lr: float, scalars: Iterable[tuple[int, float]], total_weight: i
         total_weight: Σ n_k over all nodes of the round, those of other lanes and with fewer steps included.
 
     Returns:
-        A float that is exactly a float32.
+        A float that is exactly a float32; a zero is +0.
 
     Raises:
-        BadValue: a weight out of range, or a result that is not finite.
+        BadValue: a weight out of range, a g_k or a result that is not finite.
     """
     products = []
     for weight, scalar in scalars:
         if not 1 <= weight <= MAX_WEIGHT:
             raise BadValue("weight", f"{weight} is outside 1…2**24")
+        if not math.isfinite(scalar):
+            raise BadValue("projected gradient", f"{scalar} is not finite")
         products.append(weight * scalar)
     if total_weight < 1:
         raise BadValue("total weight", f"{total_weight} is below 1")
@@ -58,7 +60,7 @@ def coefficient(lr: float, scalars: Iterable[tuple[int, float]], total_weight: i
         value = float(np.float32(lr * (math.fsum(products) / total_weight)))
     if not math.isfinite(value):
         raise BadValue("coefficient", f"{value} is not finite", "lower the learning rate")
-    return value
+    return value + 0.0  # −0 would be another entry hash for the same theta
 
 
 def apply(theta: Float32Array, z: Float32Array, c: float, scratch: Float32Array) -> None:
@@ -112,7 +114,7 @@ def apply_terms(
     seed: Callable[[int, int], int],
     stream: str,
 ) -> None:
-    """Apply terms in order to theta in place; `seed(lane, step)` names each direction."""
+    """Apply terms in order to theta in place, zeros skipped; `seed(lane, step)` names each direction."""
     scratch = np.empty_like(theta)
     for term in terms:
         apply(theta, direction(stream, seed(term.lane, term.step), 0, theta.size), term.coefficient, scratch)

@@ -51,7 +51,8 @@ def projected_gradient(
     plus = float(np.mean(engine.losses(batch), dtype=np.float64))
     engine.write(theta - shift)
     minus = float(np.mean(engine.losses(batch), dtype=np.float64))
-    g = float(np.float32((plus - minus) / (2 * eps)))
+    with np.errstate(over="ignore"):
+        g = float(np.float32((plus - minus) / (2 * eps)))
     if not np.isfinite(g):
         raise BadValue("projected gradient", f"losses {plus} and {minus} give {g}", "lower the learning rate")
     return g, (plus + minus) / 2

@@ -6,12 +6,13 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from meerkat_mq.core.mask import MAX_WEIGHTS, Mask, matrix_records
+from meerkat_mq.core.mask import Mask, matrix_records
 from meerkat_mq.errors import BadValue, MaskError, TooLarge, Truncated, UnknownType
 from meerkat_mq.wire.frames import MAX_CHUNK_BYTES, Chunk, Header
 from meerkat_mq.wire.reader import Reader
 
 MAX_BLOB_BYTES = 256 * 1024 * 1024
+MAX_BLOB_WEIGHTS = 2**26  # 256 MiB an array, once decompressed
 LEVEL = 6
 
 _DTYPES: dict[int, np.dtype[np.generic]] = {1: np.dtype("<f4"), 2: np.dtype("<u4"), 3: np.dtype("<u2")}
@@ -57,6 +58,8 @@ def _decompress(packed: memoryview, size: int) -> bytes:
         raw: bytes = zstandard.ZstdDecompressor().decompress(packed, max_output_size=size, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise BadValue("array", f"does not decompress ({error})") from error
+    if len(raw) != size:  # a skippable frame declares a size and yields nothing
+        raise BadValue("array", f"decompresses to {len(raw)} bytes, expected {size}")
     return raw
 
 
@@ -64,7 +67,12 @@ def encode_mask(mask: Mask) -> bytes:
     """The mask as a blob: u32 header bytes, the mask file's header, then gaps between indices, theta_0 and g_p.
 
     A gap is counted from the index before it in the same matrix; a matrix's first is the index itself.
+
+    Raises:
+        TooLarge: more than 2**26 weights.
     """
+    if mask.size > MAX_BLOB_WEIGHTS:
+        raise TooLarge("mask", f"{mask.size} weights are more than {MAX_BLOB_WEIGHTS}", "lower the density")
     file = mask.to_bytes()
     head = file[: len(file) - 12 * mask.size]
     gaps = np.concatenate([np.diff(matrix.indices, prepend=np.uint32(0)) for matrix in mask.matrices])
@@ -85,8 +93,10 @@ def decode_mask(blob: bytes, expected: bytes, weights: int) -> Mask:
     """
     reader = Reader(blob)
     head_bytes, size = reader.unpack(struct.Struct("<II"))
-    if size != weights or size > MAX_WEIGHTS:
+    if size != weights:
         raise BadValue("mask", f"has {size} weights, expected {weights}")
+    if size > MAX_BLOB_WEIGHTS:
+        raise TooLarge("mask", f"{size} weights are more than {MAX_BLOB_WEIGHTS}")
     head = bytes(reader.take(head_bytes))
     gaps = read_array(reader, "<u4", size)
     theta_0, g_p = read_array(reader, "<f4", size), read_array(reader, "<f4", size)
@@ -128,7 +138,7 @@ class Assembly:
     """Puts a blob of known size together from chunks that come in any order, more than once, or not at all."""
 
     def __init__(self, name: bytes, size: int, count: int) -> None:
-        if size > MAX_BLOB_BYTES or count != -(-size // MAX_CHUNK_BYTES):
+        if not 0 < size <= MAX_BLOB_BYTES or count != -(-size // MAX_CHUNK_BYTES):
             raise TooLarge("blob", f"{size} bytes in {count} chunks are out of range")
         self.name = name
         self._size = size

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from meerkat_mq.errors import BadValue, TooLarge
+from meerkat_mq.wire.frames import MAX_LANES, MAX_STEPS, MAX_TERMS
 
 MAX_CONTROL_BYTES = 64 * 1024
 
@@ -75,7 +76,7 @@ class RunDescriptor(ControlMessage):
     run: RunId
     engine: Literal["transformers", "toy"]
     model: str
-    task: Task | None
+    task: Task | None = None
     dtype: Literal["float32", "bfloat16"]
     fingerprint: Fingerprint
     tokenizer: Fingerprint
@@ -85,12 +86,18 @@ class RunDescriptor(ControlMessage):
     weights: Annotated[int, Field(ge=1, le=2**31)]
     stream: Literal["mk1", "rademacher"]
     rounds: Annotated[int, Field(ge=1, lt=2**32)]
-    local_steps: Annotated[int, Field(ge=1, le=1000)]
-    directions: Annotated[int, Field(ge=1, le=4096)]
+    local_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)]
+    directions: Annotated[int, Field(ge=1, le=MAX_LANES)]
     lr: Annotated[float, Field(gt=0)]
     eps: Annotated[float, Field(gt=0)]
     batch_size: Annotated[int, Field(ge=1, le=65536)]
     digest_every: Annotated[int, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def _entry_fits_a_frame(self) -> Self:
+        if self.directions * self.local_steps > MAX_TERMS:
+            raise ValueError(f"directions × local_steps = {self.directions * self.local_steps} exceeds {MAX_TERMS}")
+        return self
 
     @property
     def run_id(self) -> bytes:
@@ -158,10 +165,10 @@ def decode_control(payload: bytes, kind: type[ControlT]) -> ControlT:
     if len(payload) > MAX_CONTROL_BYTES:
         raise TooLarge(kind.__name__, f"{len(payload)} bytes are more than {MAX_CONTROL_BYTES}")
     try:
-        return kind.model_validate_json(payload)
+        return kind.model_validate_json(payload, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "JSON"
-        raise BadValue(f"{kind.__name__}.{place}", first["msg"]) from error
+        place = ".".join(str(part) for part in first["loc"])[:100] or "JSON"
+        raise BadValue(f"{kind.__name__}.{ascii(place)[1:-1]}", first["msg"]) from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadValue(kind.__name__, f"is not JSON ({error})") from error

@@ -1,0 +1,302 @@
+"""What the machines are told, and what they ask for.
+
+Events carry `now`, seconds on whatever clock drives the machine. Effects are carried out in order by a driver:
+the asyncio services, or the in-memory federation.
+"""
+
+from dataclasses import dataclass
+
+from meerkat_mq.core.path import Entry, Term
+from meerkat_mq.errors import MeerkatError
+from meerkat_mq.wire.descriptor import NodeStatus, ServerState
+from meerkat_mq.wire.frames import Entries, Refusal, Round, Update, Want, Welcome
+
+# --- events of the server -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StatusCame:
+    """A node's birth or death arrived."""
+
+    now: float
+    node: str
+    status: NodeStatus
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateCame:
+    """An update arrived."""
+
+    now: float
+    node: str
+    update: Update
+
+
+@dataclass(frozen=True, slots=True)
+class WantCame:
+    """A want arrived."""
+
+    now: float
+    node: str
+    want: Want
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSeen:
+    """The retained server topic holds a state: this server's own, a late will, or a rival's."""
+
+    now: float
+    state: ServerState
+
+
+@dataclass(frozen=True, slots=True)
+class SlotCommitted:
+    """The ledger holds a node's slot."""
+
+    now: float
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class UpdatesCommitted:
+    """The ledger holds these updates."""
+
+    now: float
+    records: "tuple[UpdateRecord, ...]"
+
+
+@dataclass(frozen=True, slots=True)
+class TermsApplied:
+    """The server's theta took the terms of entry `version`; `digest` is that after it (zeros where none is due)."""
+
+    now: float
+    version: int
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class EntryCommitted:
+    """The ledger holds entry `version`."""
+
+    now: float
+    version: int
+
+
+# --- events of a node -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """A (new) connection to the broker stands."""
+
+    now: float
+
+
+@dataclass(frozen=True, slots=True)
+class ServerCame:
+    """The server's state arrived."""
+
+    now: float
+    state: ServerState
+
+
+@dataclass(frozen=True, slots=True)
+class FrameCame:
+    """A round, or a reply of the server to this node, arrived."""
+
+    now: float
+    frame: Round | Welcome | Entries | Refusal
+
+
+@dataclass(frozen=True, slots=True)
+class EntriesApplied:
+    """The node's theta took these entries; the digests are its own (zeros where none is due)."""
+
+    now: float
+    entries: tuple[Entry, ...]
+    digests: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepsDone:
+    """The local steps of a round are done."""
+
+    now: float
+    version: int
+    scalars: tuple[float, ...]
+    loss: float
+
+
+# --- for both -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """The time that the machine named in `wake_at` has come."""
+
+    now: float
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """Count something noteworthy, by reason."""
+
+    reason: str
+    node: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The service ends with this error."""
+
+    error: MeerkatError
+
+
+# --- effects of the server ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateRecord:
+    """An accepted update as the ledger keeps it."""
+
+    version: int
+    node: str
+    slot: int
+    boot: int
+    weight: int
+    scalars: tuple[float, ...]
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class CommitSlot:
+    """Keep a node's slot; answered by SlotCommitted."""
+
+    node: str
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class CommitUpdate:
+    """Keep an update, grouped with others; answered by UpdatesCommitted."""
+
+    record: UpdateRecord
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyTerms:
+    """Apply the terms of entry `version` to the server's theta; answered by TermsApplied."""
+
+    version: int
+    terms: tuple[Term, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CommitEntry:
+    """Keep an entry and who contributed (records ordered by slot); answered by EntryCommitted."""
+
+    entry: Entry
+    records: tuple[UpdateRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PublishRound:
+    """Publish the round frame, retained."""
+
+    frame: Round
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Answer one node."""
+
+    node: str
+    frame: Welcome | Refusal
+
+
+@dataclass(frozen=True, slots=True)
+class SendEntries:
+    """Answer one node with the ledger's entries from `first` on."""
+
+    node: str
+    first: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendChunks:
+    """Answer one node with chunks of a blob."""
+
+    node: str
+    want: Want
+
+
+@dataclass(frozen=True, slots=True)
+class PublishState:
+    """Publish the server's state, retained."""
+
+    finished: bool
+
+
+# --- effects of a node ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PublishStatus:
+    """Publish the node's birth, retained."""
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send an update or a want to the server."""
+
+    frame: Update | Want
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyEntries:
+    """Apply entries to the node's theta; answered by EntriesApplied."""
+
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ResetTheta:
+    """Put theta back to theta_0."""
+
+
+@dataclass(frozen=True, slots=True)
+class StartSteps:
+    """Do the local steps of a round from the present theta; answered by StepsDone."""
+
+    version: int
+    lane: int
+    steps: int
+    eps: float
+
+
+ServerEvent = (
+    StatusCame
+    | UpdateCame
+    | WantCame
+    | ServerSeen
+    | SlotCommitted
+    | UpdatesCommitted
+    | TermsApplied
+    | EntryCommitted
+    | Tick
+)
+ServerEffect = (
+    CommitSlot
+    | CommitUpdate
+    | ApplyTerms
+    | CommitEntry
+    | PublishRound
+    | PublishState
+    | Reply
+    | SendEntries
+    | SendChunks
+    | Count
+    | End
+)
+NodeEvent = Connected | ServerCame | FrameCame | EntriesApplied | StepsDone | Tick
+NodeEffect = PublishStatus | Send | ApplyEntries | ResetTheta | StartSteps | Count | End

@@ -1,0 +1,96 @@
+"""The rules of a round that need no state: who is asked, who walks which lane, what an entry says."""
+
+import hashlib
+import math
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from meerkat_mq.core.path import Entry, Term, coefficient
+from meerkat_mq.errors import ConfigError
+from meerkat_mq.rounds.events import UpdateRecord
+from meerkat_mq.wire.frames import encode_entry
+
+DEADLINE_CAP = 10
+ANNOUNCE_AT = (0.25, 0.5, 0.75)
+ROUND_ENTRY_BYTES = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class RoundSettings:
+    """What rules a run's rounds; see `config.RoundsConfig` for each."""
+
+    run_id: bytes
+    mask_hash: bytes
+    count: int
+    steps: int
+    lanes: int
+    lr: float
+    eps: float
+    min_nodes: int
+    fraction: float
+    quorum: float
+    deadline_s: float
+    grace_s: float
+    weigh_by_rows: bool
+
+    def __post_init__(self) -> None:
+        """Refuse, as ConfigError, more lanes than a round can have nodes."""
+        fewest = math.ceil(self.fraction * self.min_nodes)
+        if self.lanes > fewest:
+            raise ConfigError(
+                "rounds.directions",
+                f"{self.lanes} lanes are more than the {fewest} nodes that a round may have",
+                "lower directions, or raise min_nodes or fraction",
+            )
+
+
+def lane_of(slot: int, lanes: int) -> int:
+    """The direction lane that the node in a slot walks."""
+    return slot % lanes
+
+
+def sample(run_id: bytes, version: int, slots: Iterable[int], fraction: float) -> frozenset[int]:
+    """The slots that a round asks: those with the lowest SHA-256(run id ‖ "sample" ‖ u32 version ‖ u32 slot)."""
+
+    def rank(slot: int) -> bytes:
+        return hashlib.sha256(run_id + b"sample" + struct.pack("<II", version, slot)).digest()
+
+    ranked = sorted(slots, key=rank)
+    return frozenset(ranked[: math.ceil(fraction * len(ranked))])
+
+
+def needed(asked: int, quorum: float) -> int:
+    """How many of the nodes asked a round needs; at least one."""
+    return max(1, math.ceil(quorum * asked))
+
+
+def deadline_length(deadline_s: float, attempt: int) -> float:
+    """Seconds from the opening of an attempt to its end: doubles, up to ten times the first."""
+    return deadline_s * min(2.0**attempt, DEADLINE_CAP)
+
+
+def terms_of(records: Sequence[UpdateRecord], settings: RoundSettings) -> tuple[Term, ...]:
+    """FedAvg of the nodes' end points as directions: one term a lane and step, zero coefficients left out.
+
+    Σ_k p_k·theta_k^T = theta_v − lr·Σ_t (Σ_k p_k g_k^t)·z_t (DESIGN section 2): p_k = n_k ÷ Σ n over the nodes of all
+    lanes, and a node that did fewer steps counts in Σ n and adds nothing to the later ones.
+    """
+    total = sum(record.weight for record in records)
+    terms = []
+    for lane in range(settings.lanes):
+        members = [record for record in records if lane_of(record.slot, settings.lanes) == lane]
+        for step in range(max((len(record.scalars) for record in members), default=0)):
+            scalars = [(record.weight, record.scalars[step]) for record in members if step < len(record.scalars)]
+            c = coefficient(settings.lr, scalars, total)
+            if c != 0.0:
+                terms.append(Term(lane, step, c))
+    return tuple(terms)
+
+
+def newest_that_fit(entries: Sequence[Entry], limit: int = ROUND_ENTRY_BYTES) -> tuple[Entry, ...]:
+    """The longest run of newest entries that encodes to at most `limit` bytes."""
+    size, first = 0, len(entries)
+    while first > 0 and (size := size + len(encode_entry(entries[first - 1]))) <= limit:
+        first -= 1
+    return tuple(entries[first:])
