@@ -4,7 +4,6 @@ The mask file is also where every replay starts: it holds theta_0 and the base's
 checkpoint is needed to rebuild a model. Layout: protocol/SPECIFICATION.md, section 3.
 """
 
-import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from meerkat_mq.core.directions import Float32Array
+from meerkat_mq.core.files import write_atomically
 from meerkat_mq.core.path import short_hash
 from meerkat_mq.errors import MaskError
 
@@ -146,12 +146,7 @@ class Mask:
 
     def save(self, path: Path) -> None:
         """Write the mask file atomically: a crash leaves the old file or the new one."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        with temporary.open("wb") as file:
-            file.write(self.to_bytes())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_atomically(path, self.to_bytes())
 
     @classmethod
     def load(cls, path: Path) -> "Mask":

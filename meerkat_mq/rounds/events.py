@@ -76,10 +76,11 @@ class TermsApplied:
 
 @dataclass(frozen=True, slots=True)
 class EntryCommitted:
-    """The ledger holds entry `version`."""
+    """The ledger holds entry `version`, made of these updates."""
 
     now: float
     version: int
+    records: "tuple[UpdateRecord, ...]"
 
 
 # --- events of a node -----------------------------------------------------------------------------------------------

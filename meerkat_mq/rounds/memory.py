@@ -187,7 +187,7 @@ class MemoryFederation:
             case e.CommitEntry(entry, records):
                 self.entries.append(entry)
                 self.records.append(records)
-                self.at(self.now, lambda: self._to_server(e.EntryCommitted(self.now, entry.version)))
+                self.at(self.now, lambda: self._to_server(e.EntryCommitted(self.now, entry.version, records)))
             case e.PublishRound(frame):
                 self._retained = frame
                 for name in self.nodes:

@@ -141,9 +141,12 @@ class ServerMachine:
         return min([self._open.deadline_at, *self._open.announce_at[:1], *future])
 
     def start(self, now: float) -> list[ServerEffect]:
-        """First effects of this term: publish where the run stands."""
-        self._publish()
-        self._proceed(now)
+        """A connection stands: publish where the run stands, and open a round if none is open."""
+        if self._open is None:
+            self._proceed(now)
+        if self._open is None or not self._open.closing:
+            self._effects = [effect for effect in self._effects if not isinstance(effect, PublishRound)]
+            self._publish()
         return self._flush()
 
     def handle(self, event: ServerEvent) -> list[ServerEffect]:
@@ -165,8 +168,9 @@ class ServerMachine:
     def _(self, event: StatusCame) -> None:
         status, node = event.status, self._nodes.get(event.node)
         if status.status == "online":
-            self._born(event.now, event.node, status)
-        elif node is not None and node.online and status.link == node.link:
+            if node is None or not node.online or (status.boot, status.link) != (node.boot, node.link):
+                self._born(event.now, event.node, status)
+        elif node is not None and node.online and (status.link == node.link or status.status == "starting"):
             node.online = False
             left = status.status == "stopped"
             node.died_at = event.now - (self._settings.grace_s if left else 0.0)

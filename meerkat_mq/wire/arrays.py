@@ -14,6 +14,7 @@ from meerkat_mq.wire.reader import Reader
 MAX_BLOB_BYTES = 256 * 1024 * 1024
 MAX_BLOB_WEIGHTS = 2**26  # 256 MiB an array, once decompressed
 LEVEL = 6
+MAX_RATIO = 2**15  # a zstd block makes at most 128 KiB of at least 4 bytes
 
 _DTYPES: dict[int, np.dtype[np.generic]] = {1: np.dtype("<f4"), 2: np.dtype("<u4"), 3: np.dtype("<u2")}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
@@ -51,6 +52,8 @@ def read_array(reader: Reader, dtype: str, count: int) -> npt.NDArray[np.generic
 
 
 def _decompress(packed: memoryview, size: int) -> bytes:
+    if size > MAX_RATIO * len(packed):
+        raise TooLarge("array", f"{size} bytes cannot come of {len(packed)}")
     try:
         declared = zstandard.get_frame_parameters(bytes(packed[:18])).content_size
         if declared != size:

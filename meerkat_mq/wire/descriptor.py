@@ -137,19 +137,22 @@ class NodeStatus(ControlMessage):
     """Birth and death of a node; retained on `…/up/<id>/status`.
 
     Attributes:
+        status: "starting" is connected but not ready to step; "lost" is the will.
         boot: random u32, one a process.
         link: random u32, one a connection.
         rows: size of its data.
-        weight: n_k, 1 unless the run weighs nodes by their data.
+        version: theta's version on this node when it said this.
+        digest: of that theta, where one is due.
     """
 
-    status: Literal["online", "stopped", "lost"]
+    status: Literal["starting", "online", "stopped", "lost"]
     boot: U32
     link: U32
     host: Annotated[str, Field(max_length=255)]
     run: RunId | None = None
     rows: U32 = 0
-    weight: Annotated[int, Field(ge=1, le=2**24)] = 1
+    version: U32 = 0
+    digest: Hash | None = None
 
 
 ControlT = TypeVar("ControlT", bound=ControlMessage)

@@ -1,0 +1,142 @@
+"""`broker.url = "embedded"`: a broker on a loopback port for as long as we live."""
+
+import importlib.util
+import os
+import shutil
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Literal, NoReturn
+
+import structlog
+
+from meerkat_mq.broker.child import Child
+from meerkat_mq.config import BrokerConfig
+from meerkat_mq.errors import BrokerError
+
+Program = Literal["mosquitto", "amqtt"]
+
+_HOST = "127.0.0.1"
+_ATTEMPTS = 5
+_START_S: dict[Program, float] = {"mosquitto": 5.0, "amqtt": 30.0}
+_SBIN = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin")  # Debian's place for it, not on everybody's PATH
+_CONFIG = BrokerConfig(url="embedded")
+_REMEDY = "stop what uses the port, or choose another"
+
+
+@dataclass(frozen=True)
+class EmbeddedBroker:
+    """A running broker.
+
+    Attributes:
+        config: the way to it.
+        program: "mosquitto", or "amqtt": pure Python, no keep-alive enforcement, no redelivery, retained messages also
+            sent to those who did not ask.
+        pid: its process.
+    """
+
+    config: BrokerConfig
+    program: Program
+    pid: int
+    _child: Child = field(repr=False)
+
+    async def watch(self) -> NoReturn:
+        """Wait for its end: a task for the owner's task group.
+
+        Raises:
+            BrokerError: it ended.
+        """
+        await self._child.watch()
+
+
+@asynccontextmanager
+async def embedded_broker(
+    config: BrokerConfig = _CONFIG, *, port: int = 0, program: Program | None = None
+) -> AsyncIterator[EmbeddedBroker]:
+    """Run a broker as a child process; it dies with us, also when we are killed (Linux).
+
+    Args:
+        config: its `url` is replaced.
+        port: on 127.0.0.1; 0 chooses a free one.
+        program: default: Mosquitto where installed, else amqtt.
+
+    Raises:
+        BrokerError: neither program is installed, or it did not start.
+    """
+    log = structlog.get_logger()
+    chosen = program or _installed()
+    child, port = await _start(chosen, port)
+    log.info("broker started", program=chosen, port=port, pid=child.pid)
+    if chosen == "amqtt":
+        log.warning("amqtt is for trying things out: no keep-alive enforcement, no redelivery; install mosquitto")
+    try:
+        yield EmbeddedBroker(config.model_copy(update={"url": f"mqtt://{_HOST}:{port}"}), chosen, child.pid, child)
+    finally:
+        await child.stop()
+        log.info("broker stopped", program=chosen, port=port)
+
+
+async def _start(program: Program, port: int) -> tuple[Child, int]:
+    """Start it; where we chose the port and somebody else took it meanwhile, choose again."""
+    for attempt in range(1, _ATTEMPTS + 1):
+        chosen = port or _free_port()
+        command, stdin = _command(program, chosen)
+        child = await Child.start(program, f"{_HOST}:{chosen}", command, stdin)
+        try:
+            await child.ready(_START_S[program])
+        except BrokerError as error:
+            await child.stop()
+            if port or attempt == _ATTEMPTS:
+                raise BrokerError(error.where, error.problem, _REMEDY) from None
+        except BaseException:
+            await child.stop()
+            raise
+        else:
+            return child, chosen
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _command(program: Program, port: int) -> tuple[list[str], bytes]:
+    if program == "amqtt":
+        return [sys.executable, "-m", "meerkat_mq.broker.fallback", str(port)], b""
+    path = _mosquitto()
+    if path is None:
+        raise BrokerError("embedded broker", "mosquitto is not installed", "install your system's package mosquitto")
+    return [path, "-c", "/dev/stdin"], _mosquitto_config(port).encode()
+
+
+def _mosquitto_config(port: int) -> str:
+    lines = [
+        f"listener {port} {_HOST}",
+        "allow_anonymous true",
+        "set_tcp_nodelay true",
+        "max_queued_messages 0",
+        "persistence false",
+        "log_dest stderr",
+        "connection_messages false",
+    ]
+    if os.geteuid() == 0:
+        lines.append("user root")  # else it becomes another user, and the kernel forgets that it shall die with us
+    return "\n".join(lines) + "\n"
+
+
+def _installed() -> Program:
+    if _mosquitto() is not None:
+        return "mosquitto"
+    if importlib.util.find_spec("amqtt") is not None:
+        return "amqtt"
+    remedy = "install your system's package mosquitto, or pip install 'meerkat-mq[embedded]'"
+    raise BrokerError("embedded broker", "neither mosquitto nor amqtt is installed", remedy)
+
+
+def _mosquitto() -> str | None:
+    return shutil.which("mosquitto", path=os.pathsep.join((os.environ.get("PATH", os.defpath), *_SBIN)))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((_HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,294 @@
+"""One connection to the broker, used once. The only module that knows aiomqtt and paho."""
+
+import asyncio
+import contextlib
+import functools
+import logging
+import socket
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import aiomqtt
+
+from meerkat_mq.config import BrokerConfig
+from meerkat_mq.errors import BadCredentials, BrokerError
+from meerkat_mq.mqtt.message import Message, Will
+from meerkat_mq.mqtt.timeouts import Timeouts
+from meerkat_mq.mqtt.tls import Context, client_context
+
+_NODELAY = (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+_UNSUPPORTED_PROTOCOL, _BAD_CLIENT_ID, _BAD_USER, _NOT_AUTHORISED = 132, 133, 134, 135
+_REFUSED_SUBSCRIPTION = 0x80
+_CLOCK = ("expired", "not yet valid")  # a node without a clock battery gets over that
+
+
+class Lost(Exception):
+    """The connection failed or ended; the next one may work."""
+
+    sending: tuple[str, ...] = ()
+
+
+class _Client(aiomqtt.Client):
+    """aiomqtt's client, and what its public surface lacks: a bounded connect, and an end without DISCONNECT."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.connector_done = asyncio.Event()
+        self.pending_calls_threshold = 2**16
+
+    @property
+    def refused(self) -> bool:
+        """The broker answered CONNECT with a refusal, which `__aenter__` raises."""
+        answer = self._connected
+        return answer.done() and not answer.cancelled() and answer.exception() is not None
+
+    def drop(self) -> None:
+        """Close the socket, and end what waits for the connection's end."""
+        self._client._sock_close()
+        if self._disconnected.done():
+            self._disconnected.exception()  # nobody else may ask, and asyncio would log it as never retrieved
+        else:
+            self._disconnected.set_result(None)
+
+    def tell_end(self, tell: Callable[[str], None]) -> None:
+        """Hook into paho's end of a connection: aiomqtt is deaf to it before CONNACK."""
+        told = cast("Callable[..., None]", self._client.on_disconnect)
+
+        def on_disconnect(*args: Any) -> None:
+            told(*args)
+            if not self.refused:
+                reason = str(args[3])
+                tell("the broker closed the connection" if reason == "Unspecified error" else reason)
+
+        self._client.on_disconnect = on_disconnect
+
+    def _client_connect(self) -> None:  # runs in a thread that nothing can interrupt
+        self._client.connect_timeout = self.timeout
+        try:
+            super()._client_connect()
+        finally:
+            self._loop.call_soon_threadsafe(self.connector_done.set)
+
+
+class _Handover(asyncio.Queue[aiomqtt.Message]):
+    """aiomqtt's inbox, without the inbox: messages go on as they come."""
+
+    def __init__(self, take: Callable[[aiomqtt.Message], None], maxsize: int = 0) -> None:
+        super().__init__(maxsize)
+        self._take = take
+
+    def put_nowait(self, item: aiomqtt.Message) -> None:
+        self._take(item)
+
+
+class _LastWords(logging.Handler):
+    """Keeps paho's last complaint, which its exceptions lack."""
+
+    text = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.text = record.getMessage()
+
+
+class Connection:
+    """A fresh client object, from CONNECT to the end.
+
+    Every method may hang when the connection dies: race it against `ended`.
+
+    Attributes:
+        ended: resolved with the cause as soon as the connection has ended: Lost, or what `on_message` raised.
+    """
+
+    def __init__(
+        self,
+        broker: BrokerConfig,
+        client_id: str,
+        *,
+        will: Will | None,
+        on_message: Callable[[Message], None],
+        timeouts: Timeouts,
+    ) -> None:
+        self.ended: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
+        self._broker = broker
+        self._client_id = client_id
+        self._will = will
+        self._on_message: Callable[[Message], None] | None = on_message
+        self._timeouts = timeouts
+        self._client: _Client | None = None
+        self._context: Context | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._last_words = _LastWords()
+
+    async def open(self) -> None:
+        """Connect.
+
+        Raises:
+            Lost: no connection, or no answer.
+            BadCredentials: the broker refuses user, password or certificate.
+            BrokerError: it refuses the client id or the protocol, or its certificate does not verify.
+        """
+        if self._broker.tls:
+            self._context = await asyncio.to_thread(client_context, self._broker)
+        client = self._client = self._make_client()
+        entering = asyncio.create_task(client.__aenter__())
+        try:
+            await asyncio.shield(entering)
+        except aiomqtt.MqttCodeError as error:
+            raise self._refusal(error) from None
+        except (aiomqtt.MqttError, ValueError) as error:
+            raise self._failure(str(error)) from None
+        finally:
+            if not entering.done():
+                await client.connector_done.wait()
+                entering.cancel()
+                await asyncio.gather(entering, return_exceptions=True)
+        self._watcher = asyncio.create_task(self._watch(client))
+
+    async def subscribe(self, filters: Mapping[str, int]) -> None:
+        """Subscribe and wait for the answer.
+
+        Raises:
+            Lost: no answer.
+            BrokerError: refused.
+        """
+        try:
+            codes = await self._ready().subscribe(list(filters.items()))
+        except aiomqtt.MqttError as error:
+            raise Lost(f"no answer to SUBSCRIBE ({error})") from None
+        for topic, code in zip(filters, codes, strict=True):
+            if _number(code) >= _REFUSED_SUBSCRIPTION:
+                raise BrokerError(
+                    topic, f"{self._where} refuses the subscription", f"allow it to {self._user} in the broker's ACL"
+                )
+
+    async def unsubscribe(self, topic: str) -> None:
+        """Unsubscribe and wait for the answer, which the broker sends after all that it sent before.
+
+        Raises:
+            Lost: no answer.
+        """
+        try:
+            await self._ready().unsubscribe(topic)
+        except aiomqtt.MqttError as error:
+            raise Lost(f"no answer to UNSUBSCRIBE ({error})") from None
+
+    async def publish(self, topic: str, payload: bytes, qos: int, *, retain: bool) -> None:
+        """Publish and wait until the broker acknowledged it (QoS 0: until it is written).
+
+        Raises:
+            Lost: not sent, or no acknowledgement.
+        """
+        try:
+            await self._ready().publish(topic, payload, qos, retain)
+        except aiomqtt.MqttError as error:
+            raise Lost(f"no acknowledgement for {topic} ({error})") from None
+
+    def mute(self) -> None:
+        """Hand over no more messages."""
+        self._on_message = None
+
+    async def end(self, *, orderly: bool) -> None:
+        """End at once. Orderly: with DISCONNECT, so the broker forgets the will; otherwise it publishes it."""
+        self.mute()
+        if orderly and self._watcher is not None and self._client is not None:
+            self._client.timeout = self._timeouts.flush_s
+            with contextlib.suppress(aiomqtt.MqttError):  # a dead link
+                await self._client.__aexit__(None, None, None)
+        if self._client is not None:
+            self._client.drop()
+        if self._context is not None:
+            self._context.drop_socket()
+        if self._watcher is not None:
+            await asyncio.wait({self._watcher})
+
+    def _make_client(self) -> _Client:
+        will = self._will and aiomqtt.Will(self._will.topic, self._will.payload, qos=1, retain=True)
+        logger = logging.Logger("paho", logging.WARNING)
+        logger.addHandler(self._last_words)
+        client = _Client(
+            self._broker.host,
+            self._broker.port,
+            username=self._broker.username,
+            password=self._broker.password,
+            identifier=self._client_id,
+            protocol=aiomqtt.ProtocolVersion.V311,
+            clean_session=True,
+            keepalive=self._broker.keep_alive_s,
+            timeout=self._timeouts.connect_s,
+            will=will,
+            tls_context=self._context,
+            logger=logger,
+            queue_type=cast("type[asyncio.Queue[aiomqtt.Message]]", functools.partial(_Handover, self._take)),
+            max_inflight_messages=2**16 - 1,
+            socket_options=[_NODELAY],
+        )
+        client.tell_end(lambda reason: self._end(self._failure(self._last_words.text or reason)))
+        return client
+
+    def _take(self, raw: aiomqtt.Message) -> None:
+        """Runs inside paho's read: must not raise, nor call into paho."""
+        if self._on_message is None:
+            return
+        try:
+            self._on_message(Message(raw.topic.value, bytes(raw.payload), bool(raw.retain), raw.qos))
+        except Exception as error:
+            self.mute()
+            self._end(error)
+
+    async def _watch(self, client: _Client) -> None:
+        """The one reader; it gets no message, for they went past it, only the end."""
+        try:
+            await anext(client.messages)
+        except aiomqtt.MqttError as error:
+            self._end(Lost(str(error.__cause__ or error)))
+
+    def _end(self, cause: Exception) -> None:
+        if not self.ended.done():
+            self.ended.set_result(cause)
+
+    def _ready(self) -> _Client:
+        if self._client is None:
+            raise Lost("not open")
+        self._client.timeout = self._timeouts.answer_s
+        return self._client
+
+    def _refusal(self, error: aiomqtt.MqttCodeError) -> Exception:
+        """What a negative CONNACK means."""
+        code = _number(error.rc)
+        if code in (_BAD_USER, _NOT_AUTHORISED):
+            return BadCredentials(
+                self._where, f"refuses {self._user} ({error})", "check broker.username and broker.password"
+            )
+        if code == _BAD_CLIENT_ID:
+            return BrokerError(self._where, f"refuses the client id {self._client_id!r}", "choose another id")
+        if code == _UNSUPPORTED_PROTOCOL:
+            return BrokerError(self._where, "does not speak MQTT 3.1.1", "switch it on in the broker's configuration")
+        return Lost(f"refuses the connection ({error})")
+
+    def _failure(self, text: str) -> Exception:
+        """What the end of a connection means, told by the words of paho, ssl and the system."""
+        if "ALERT" in text and ("CERTIFICATE" in text or "UNKNOWN_CA" in text):
+            remedy = "set broker.cert_file and broker.key_file to a certificate that the broker's CA signed"
+            return BadCredentials(self._where, f"refuses the client certificate ({text})", remedy)
+        if "CERTIFICATE_VERIFY_FAILED" in text and not any(words in text for words in _CLOCK):
+            trusted = self._broker.ca_file or "the system's CAs"
+            remedy = "set broker.ca_file to the CA that signed it, broker.url to a name that it holds"
+            return BrokerError(self._where, f"its certificate does not verify against {trusted} ({text})", remedy)
+        return Lost(text)
+
+    @property
+    def _where(self) -> str:
+        return f"{self._broker.host}:{self._broker.port}"
+
+    @property
+    def _user(self) -> str:
+        return (
+            f"user {self._broker.username!r}"
+            if self._broker.username
+            else f"client {self._client_id!r} without a user name"
+        )
+
+
+def _number(code: object) -> int:
+    """paho gives reason codes now as numbers, now as objects."""
+    return code if isinstance(code, int) else int(getattr(code, "value", 0))

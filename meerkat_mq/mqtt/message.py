@@ -1,0 +1,47 @@
+"""What goes over a session: messages, wills, and the count of both."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Message:
+    """A message from the broker.
+
+    Attributes:
+        retained: the broker kept it and sends it because of our subscription; False on live messages.
+        qos: as delivered.
+    """
+
+    topic: str
+    payload: bytes
+    retained: bool = False
+    qos: int = 0
+
+
+@dataclass(frozen=True)
+class Will:
+    """The state that stands on a topic of ours when we are gone: retained, QoS 1."""
+
+    topic: str
+    payload: bytes
+
+
+@dataclass
+class Count:
+    """Messages in one direction: their payloads, and the whole PUBLISH packets (no TCP/IP, TLS, acknowledgements)."""
+
+    messages: int = 0
+    payload_bytes: int = 0
+    packet_bytes: int = 0
+
+    def add(self, topic: str, payload: bytes, qos: int) -> None:
+        """Count one message."""
+        self.messages += 1
+        self.payload_bytes += len(payload)
+        self.packet_bytes += packet_bytes(topic, payload, qos)
+
+
+def packet_bytes(topic: str, payload: bytes, qos: int) -> int:
+    """Size of an MQTT 3.1.1 PUBLISH packet: fixed header, topic, packet id (QoS 1), payload."""
+    rest = 2 + len(topic.encode()) + (2 if qos else 0) + len(payload)
+    return 1 + (1 if rest < 128 else 2 if rest < 16_384 else 3 if rest < 2_097_152 else 4) + rest

@@ -1,0 +1,167 @@
+"""What is on its way to the broker: bounded, in order, kept until the broker acknowledged it."""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from meerkat_mq.errors import MeerkatError, NotConnected
+
+_OVERHEAD_BYTES = 512  # what one waiting message costs besides its payload
+
+
+@dataclass(eq=False, slots=True)
+class Outgoing:
+    """A message that the broker has not acknowledged yet."""
+
+    topic: str
+    payload: bytes
+    qos: int
+    retain: bool
+    done: asyncio.Future[None]
+
+    @property
+    def cost(self) -> int:
+        """Bytes that it holds."""
+        return len(self.payload) + _OVERHEAD_BYTES
+
+    def settle(self, error: MeerkatError | None = None) -> None:
+        """Tell whoever waits; an error that nobody waits for stays silent."""
+        if self.done.done():
+            return
+        if error is None:
+            self.done.set_result(None)
+        else:
+            self.done.set_exception(error)
+            self.done.exception()
+
+
+class Outbox:
+    """Waiting messages and the ones in flight.
+
+    Args:
+        limit_bytes: how much it holds.
+        window_messages: how many may be in flight.
+        window_bytes: how much may be in flight (always at least one message).
+    """
+
+    def __init__(self, limit_bytes: int, *, window_messages: int = 32, window_bytes: int = 256 * 1024) -> None:
+        self._limit_bytes = limit_bytes
+        self._window_messages = window_messages
+        self._window_bytes = window_bytes
+        self._waiting: OrderedDict[Outgoing, None] = OrderedDict()
+        self._retained: dict[str, Outgoing] = {}
+        self._in_flight: OrderedDict[Outgoing, None] = OrderedDict()
+        self._bytes = 0
+        self._flying_bytes = 0
+        self._closed: MeerkatError | None = None
+        self._changed = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._waiting) + len(self._in_flight)
+
+    @property
+    def in_flight(self) -> tuple[str, ...]:
+        """Topics of the messages in flight, oldest first."""
+        return tuple(out.topic for out in self._in_flight)
+
+    def put(self, out: Outgoing) -> None:
+        """Add a message; a retained one takes the place of an older one on its topic.
+
+        Raises:
+            NotConnected: the outbox is full.
+        """
+        if self._closed is not None:
+            out.settle(self._closed)
+            return
+        if self._bytes + out.cost > self._limit_bytes:
+            raise NotConnected(
+                out.topic,
+                f"{len(self)} messages ({self._bytes} bytes) already wait for the broker",
+                "publish less at once",
+            )
+        self._bytes += out.cost
+        self._append(out)
+        self._changed.set()
+
+    async def take(self) -> Outgoing:
+        """Move the next message into flight, once there is one and the window has room."""
+        while not self._waiting or self._window_full():
+            await self._change()
+        out, _ = self._waiting.popitem(last=False)
+        if self._retained.get(out.topic) is out:
+            del self._retained[out.topic]
+        self._in_flight[out] = None
+        self._flying_bytes += out.cost
+        return out
+
+    def acknowledge(self, out: Outgoing) -> None:
+        """The broker has it."""
+        if self._closed is None:
+            del self._in_flight[out]
+            self._flying_bytes -= out.cost
+            self._drop(out)
+
+    def rewind(self) -> None:
+        """The connection ended: what was in flight waits again, before all else."""
+        pending = [*self._in_flight, *self._waiting]
+        self._in_flight.clear()
+        self._flying_bytes = 0
+        self._waiting.clear()
+        self._retained.clear()
+        for out in pending:
+            self._append(out)
+
+    @contextmanager
+    def ahead(self) -> Iterator[None]:
+        """What is put inside goes before what waits already."""
+        earlier, self._waiting, self._retained = self._waiting, OrderedDict(), {}
+        try:
+            yield
+        finally:
+            for out in earlier:
+                if out.retain and out.topic in self._retained:
+                    self._drop(out)
+                else:
+                    self._append(out)
+
+    async def drained(self) -> None:
+        """Wait until nothing is left."""
+        while len(self):
+            await self._change()
+
+    def close(self, error: MeerkatError) -> None:
+        """Drop everything, now and later; futures raise `error`."""
+        self._closed = error
+        for out in (*self._in_flight, *self._waiting):
+            out.settle(error)
+        self._in_flight.clear()
+        self._waiting.clear()
+        self._retained.clear()
+        self._bytes = self._flying_bytes = 0
+        self._changed.set()
+
+    def _append(self, out: Outgoing) -> None:
+        if out.retain:
+            older = self._retained.get(out.topic)
+            if older is not None:
+                del self._waiting[older]
+                self._drop(older)
+            self._retained[out.topic] = out
+        self._waiting[out] = None
+
+    def _drop(self, out: Outgoing) -> None:
+        self._bytes -= out.cost
+        out.settle()
+        self._changed.set()
+
+    def _window_full(self) -> bool:
+        head = next(iter(self._waiting))
+        return bool(self._in_flight) and (
+            len(self._in_flight) >= self._window_messages or self._flying_bytes + head.cost > self._window_bytes
+        )
+
+    async def _change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()

@@ -1,0 +1,56 @@
+"""Who owns a topic that carries a will: the rule that keeps late wills and cloned cards apart."""
+
+from collections.abc import Hashable
+from enum import Enum
+
+
+class Verdict(Enum):
+    """What a state found on our own topic means."""
+
+    OURS = "ours"
+    OVERWRITTEN = "overwritten"
+    REPLACED = "replaced"
+
+
+class Presence:
+    """Judges what stands on the topic that this process owns.
+
+    `owner` tells processes apart (a node's boot, a server's id), `link` connections. OVERWRITTEN: publish the current
+    state again. REPLACED: a newer process took our id; `Session.disown()`, then end in words.
+
+    Newest wins without comparing clocks: whoever was on the topic during our *first* connection came before us, and all
+    that it leaves there later is a late will; any other stranger came after us.
+    """
+
+    def __init__(self, owner: Hashable) -> None:
+        self.owner = owner
+        self._link: int | None = None
+        self._first = True
+        self._predecessors: set[Hashable] = set()
+
+    def connected(self, link: int) -> None:
+        """Call from `on_connected`."""
+        self._link = link
+
+    def disconnected(self) -> None:
+        """Call from `on_disconnected`."""
+        self._first = self._first and self._link is None
+        self._link = None
+
+    def judge(self, owner: Hashable | None, link: int, *, online: bool, retained: bool) -> Verdict:
+        """Judge a state found on our own topic.
+
+        Args:
+            owner: its owner; None where the topic was cleared or does not decode.
+            link: its link.
+            online: it says that its owner is there (a birth or an update of it, not a death).
+            retained: the message's retained flag, so the state is older than our subscription.
+        """
+        if owner == self.owner:
+            return Verdict.OURS if online and link == self._link else Verdict.OVERWRITTEN
+        if self._first and retained:
+            self._predecessors.add(owner)
+        if owner is None or owner in self._predecessors:
+            return Verdict.OVERWRITTEN
+        # A stranger's death that arrives live was overtaken by our birth (clusters deliver wills late).
+        return Verdict.REPLACED if online or retained else Verdict.OVERWRITTEN

@@ -1,0 +1,275 @@
+"""One session with the broker: connects, reconnects, keeps what was not acknowledged, announces its owner."""
+
+import asyncio
+import contextlib
+import secrets
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import structlog
+
+from meerkat_mq.config import BrokerConfig
+from meerkat_mq.errors import BrokerError, NotConnected, PayloadTooLarge
+from meerkat_mq.mqtt.back_off import BackOff
+from meerkat_mq.mqtt.connection import Connection, Lost
+from meerkat_mq.mqtt.message import Count, Message, Will, packet_bytes
+from meerkat_mq.mqtt.outbox import Outbox, Outgoing
+from meerkat_mq.mqtt.timeouts import Timeouts
+
+_TIMEOUTS = Timeouts()
+_SUSPICIOUS = 3  # connections in a row that did not last
+_HINT = (
+    "another process may use this client id, or the broker denies what was being sent (see its ACL and packet limit)"
+)
+
+
+class Session:
+    """A broker session that outlives connections.
+
+    All calls and callbacks happen on the thread of the event loop; callbacks must not block. An exception from a
+    callback ends `run()` with that exception, without DISCONNECT, so that the broker publishes the will.
+
+    Each connection goes: draw `link`, ask `will(link)`, connect, subscribe to the will's topic, subscribe to the rest,
+    wait until the broker has answered all that. By then what was retained on the will's topic has gone through
+    `on_message`. Then `on_connected(link)`; what it publishes goes out first; then, in order, what earlier connections
+    left unacknowledged; then the rest. Delivery is at least once: receivers tell duplicates by what is in the frames.
+
+    Args:
+        broker: address, credentials, TLS, keep-alive and packet limit.
+        client_id: fixed; the broker closes an older connection with the same one.
+        subscriptions: (filter, qos) that hold on every connection; the will's topic is added, first.
+        on_message: takes each message, in order.
+        on_connected: takes the link; re-publish state here.
+        on_disconnected: takes the reason, for people; called once after each `on_connected`, unless `run()` ends.
+        will: the state that the broker publishes when this link breaks.
+        farewell: the state to publish at an orderly end, when `run()` is cancelled.
+        kind_of: what to count a topic's traffic under in `sent` and `received`.
+        outbox_bytes: how much may wait for the broker.
+
+    Attributes:
+        link: of the current connection, None while there is none.
+        connects: connections that got as far as `on_connected`.
+        sent: per kind; a message that is sent again counts again.
+        received: per kind.
+    """
+
+    def __init__(
+        self,
+        broker: BrokerConfig,
+        client_id: str,
+        *,
+        subscriptions: Sequence[tuple[str, int]] = (),
+        on_message: Callable[[Message], None],
+        on_connected: Callable[[int], None] = lambda link: None,
+        on_disconnected: Callable[[str], None] = lambda reason: None,
+        will: Callable[[int], Will] | None = None,
+        farewell: Callable[[int], Will] | None = None,
+        timeouts: Timeouts = _TIMEOUTS,
+        kind_of: Callable[[str], str] = lambda topic: "all",
+        outbox_bytes: int = 64 * 2**20,
+    ) -> None:
+        self.link: int | None = None
+        self.connects = 0
+        self.sent: defaultdict[str, Count] = defaultdict(Count)
+        self.received: defaultdict[str, Count] = defaultdict(Count)
+        self._broker = broker
+        self._client_id = client_id
+        self._filters = dict(subscriptions)
+        self._filters_changed = asyncio.Event()
+        self._on_message = on_message
+        self._on_connected = on_connected
+        self._on_disconnected = on_disconnected
+        self._will = will
+        self._farewell = farewell
+        self._timeouts = timeouts
+        self._kind_of = kind_of
+        self._outbox = Outbox(outbox_bytes)
+        self._back_off = BackOff(timeouts.back_off_first_s, timeouts.back_off_cap_s)
+        self._short_lived = 0
+        self._disowned = False
+        self._log = structlog.get_logger().bind(broker=self._where, client=client_id)
+
+    async def run(self) -> None:
+        """Keep a connection until cancelled.
+
+        Cancelled: sends what waits and the farewell (at most `flush_s`), then DISCONNECT, so no will.
+
+        Raises:
+            BadCredentials: the broker refuses us; trying again would not help.
+            BrokerError: it refuses a subscription, the client id or the protocol, or its certificate does not verify.
+            Exception: whatever a callback raised.
+        """
+        clock = asyncio.get_running_loop().time
+        try:
+            while True:
+                began, connects = clock(), self.connects
+                lost = await self._connect_once()
+                pause_s = self._note(lost, announced=self.connects > connects, lived_s=clock() - began)
+                await asyncio.sleep(pause_s)
+        finally:
+            self._outbox.close(NotConnected(self._where, "the session has ended"))
+
+    def publish(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> asyncio.Future[None]:
+        """Put a message into the outbox; may be called before `run()` and while disconnected.
+
+        A retained message takes the place of one that still waits on the same topic.
+
+        Returns:
+            A future, done when the broker acknowledged the message (QoS 0: when it was written) or a newer retained
+            message took its place. It raises NotConnected where the session ended first; nobody has to await it.
+
+        Raises:
+            PayloadTooLarge: the packet would be larger than `max_packet_bytes`.
+            NotConnected: the outbox is full.
+        """
+        size = packet_bytes(topic, payload, qos)
+        if size > self._broker.max_packet_bytes:
+            problem = f"a packet of {size} bytes is over the limit of {self._broker.max_packet_bytes}"
+            raise PayloadTooLarge(topic, problem, "raise broker.max_packet_bytes, where the broker takes it")
+        if not topic or any(sign in topic for sign in "+#\0"):
+            raise ValueError(f"cannot publish to topic {topic!r}")
+        out = Outgoing(topic, payload, qos, retain, asyncio.get_running_loop().create_future())
+        self._outbox.put(out)
+        return out.done
+
+    def subscribe(self, topic: str, qos: int = 1) -> None:
+        """Add a filter, from now on and on every later connection."""
+        self._filters[topic] = qos
+        self._filters_changed.set()
+
+    def unsubscribe(self, topic: str) -> None:
+        """Remove a filter."""
+        self._filters.pop(topic, None)
+        self._filters_changed.set()
+
+    async def drain(self, deadline_s: float) -> None:
+        """Wait until all that was published is acknowledged.
+
+        Raises:
+            NotConnected: something still waits after `deadline_s`.
+        """
+        try:
+            await asyncio.wait_for(self._outbox.drained(), deadline_s)
+        except TimeoutError:
+            problem = f"{len(self._outbox)} messages were not acknowledged within {deadline_s:g} s"
+            raise NotConnected(self._where, problem) from None
+
+    def disown(self) -> None:
+        """Another process owns our topics now: drop what waits, publish no more, leave without will and farewell."""
+        self._disowned = True
+        self._outbox.close(NotConnected(self._where, "another process owns the topics of this session"))
+
+    async def _connect_once(self) -> Lost:
+        """Go through one connection, from CONNECT to its end."""
+        link = secrets.randbits(32)
+        will = self._will(link) if self._will else None
+        connection = Connection(
+            self._broker, self._client_id, will=will, on_message=self._take, timeouts=self._timeouts
+        )
+        talk = asyncio.create_task(self._talk(connection, link, will.topic if will else None))
+        orderly = False
+        try:
+            await asyncio.wait(_futures(talk, connection.ended), return_when=asyncio.FIRST_COMPLETED)
+            cause = connection.ended.result() if connection.ended.done() else talk.exception()
+        except asyncio.CancelledError:
+            orderly = True
+            await self._flush(connection, talk)
+            raise
+        finally:
+            sending = self._outbox.in_flight
+            talk.cancel()
+            await asyncio.gather(talk, return_exceptions=True)
+            await connection.end(orderly=orderly or self._disowned)
+            self.link = None
+            self._outbox.rewind()
+        if not isinstance(cause, Lost):
+            raise cause or AssertionError("a connection never ends by itself")
+        cause.sending = sending
+        return cause
+
+    async def _talk(self, connection: Connection, link: int, own: str | None) -> None:
+        """Everything that we say on a connection; raced as a whole against the connection's end."""
+        await connection.open()
+        filters: dict[str, int] = {}
+        if own is not None:
+            filters = {own: 1}
+            await connection.subscribe(filters)  # first and apart: its retained message must not wait behind others
+        filters = await self._match_filters(connection, filters, own)
+        if own is not None:
+            await connection.unsubscribe(f"{own}/fence")  # answered behind all that was retained; no ACL forbids it
+        self.link = link
+        self.connects += 1
+        self._log.info("connected", link=link)
+        with self._outbox.ahead():
+            self._on_connected(link)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._follow_filters(connection, filters, own))
+                while True:
+                    tasks.create_task(self._send(connection, await self._outbox.take()))
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
+
+    async def _send(self, connection: Connection, out: Outgoing) -> None:
+        self.sent[self._kind_of(out.topic)].add(out.topic, out.payload, out.qos)
+        await connection.publish(out.topic, out.payload, out.qos, retain=out.retain)
+        self._outbox.acknowledge(out)
+
+    async def _follow_filters(self, connection: Connection, filters: dict[str, int], own: str | None) -> None:
+        while True:
+            await self._filters_changed.wait()
+            filters = await self._match_filters(connection, filters, own)
+
+    async def _match_filters(self, connection: Connection, have: dict[str, int], own: str | None) -> dict[str, int]:
+        """Make the broker's subscriptions equal to ours; the will's topic stays."""
+        self._filters_changed.clear()
+        want = {**self._filters, own: 1} if own is not None else dict(self._filters)
+        if new := {topic: qos for topic, qos in want.items() if have.get(topic) != qos}:
+            await connection.subscribe(new)
+        for topic in have.keys() - want.keys():
+            await connection.unsubscribe(topic)
+        return want
+
+    async def _flush(self, connection: Connection, talk: asyncio.Task[None]) -> None:
+        """Send what waits and the farewell, while `talk` goes on."""
+        connection.mute()
+        if self.link is None or self._disowned:
+            return
+        if self._farewell is not None:
+            last = self._farewell(self.link)
+            with contextlib.suppress(BrokerError):  # a full outbox: the state will stand as it is
+                self.publish(last.topic, last.payload, retain=True)
+        drained = asyncio.create_task(self._outbox.drained())
+        ends = _futures(drained, talk, connection.ended)
+        await asyncio.wait(ends, timeout=self._timeouts.flush_s, return_when=asyncio.FIRST_COMPLETED)
+        drained.cancel()
+
+    def _take(self, message: Message) -> None:
+        self.received[self._kind_of(message.topic)].add(message.topic, message.payload, message.qos)
+        self._on_message(message)
+
+    def _note(self, lost: Lost, *, announced: bool, lived_s: float) -> float:
+        """Tell the log and the owner how a connection ended; the pause before the next."""
+        if announced and lived_s >= self._timeouts.stable_s:
+            self._back_off.reset()
+            self._short_lived = 0
+        pause_s = self._back_off.pause_s()
+        log = self._log.bind(problem=str(lost), retry_in_s=round(pause_s, 2))
+        if not announced:
+            log.warning("broker unreachable")
+            return pause_s
+        self._short_lived += 1
+        if self._short_lived >= _SUSPICIOUS:
+            log = log.bind(short_lived=self._short_lived, sending=lost.sending, hint=_HINT)
+        log.warning("connection lost")
+        self._on_disconnected(str(lost))
+        return pause_s
+
+    @property
+    def _where(self) -> str:
+        return f"{self._broker.host}:{self._broker.port}"
+
+
+def _futures(*futures: asyncio.Future[Any]) -> set[asyncio.Future[Any]]:
+    return set(futures)

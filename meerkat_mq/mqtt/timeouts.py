@@ -1,0 +1,24 @@
+"""All waiting times of a session, in one object."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """Waiting times, in seconds.
+
+    Attributes:
+        connect_s: for TCP and TLS together, and again for the broker's answer to CONNECT.
+        answer_s: for the broker's answer to SUBSCRIBE and to each QoS 1 message; then the connection counts as dead.
+        flush_s: at an orderly end, for what still waits to be sent.
+        back_off_first_s: the pause after a first failure is drawn from 0.1 to 1 times this; doubled after each more.
+        back_off_cap_s: the longest pause.
+        stable_s: a connection that lived this long starts the back-off afresh.
+    """
+
+    connect_s: float = 5.0
+    answer_s: float = 30.0
+    flush_s: float = 2.0
+    back_off_first_s: float = 1.0
+    back_off_cap_s: float = 4.0
+    stable_s: float = 5.0

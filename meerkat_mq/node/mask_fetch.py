@@ -1,0 +1,92 @@
+"""Getting the run's mask: kept from an earlier start, retained by the broker, or asked of the server."""
+
+import asyncio
+
+import structlog
+
+from meerkat_mq.core.mask import Mask
+from meerkat_mq.errors import BadValue, WireError
+from meerkat_mq.mqtt import Session
+from meerkat_mq.node.state import NodeState
+from meerkat_mq.wire.arrays import Assembly, decode_mask
+from meerkat_mq.wire.descriptor import RunDescriptor
+from meerkat_mq.wire.frames import encode
+from meerkat_mq.wire.messages import Chunk, Header, Want
+from meerkat_mq.wire.topics import Topics
+
+PATIENCE_S = 3.0
+CHUNKS_A_WANT = 16
+
+
+class MaskFetch:
+    """Collects the chunks of one run's mask; `add` is called for every chunk that arrives."""
+
+    def __init__(self, descriptor: RunDescriptor, session: Session, topics: Topics, node: str, boot: int) -> None:
+        self._descriptor = descriptor
+        self._session = session
+        self._topics = topics
+        self._node = node
+        self._boot = boot
+        self._arrived = asyncio.Event()
+        self._assembly = self._fresh()
+
+    def _fresh(self) -> Assembly:
+        run = self._descriptor
+        return Assembly(run.mask_hash, run.mask_bytes, run.mask_chunks)
+
+    def add(self, chunk: Chunk) -> None:
+        """Take a chunk.
+
+        Raises:
+            BadValue: it is of another blob.
+        """
+        self._assembly.add(chunk)
+        self._arrived.set()
+
+    async def fetch(self, state: NodeState) -> Mask:
+        """The mask, however long it takes; asks the server for what the broker does not give."""
+        kept = await asyncio.to_thread(state.load_mask, self._descriptor.mask_hash)
+        if kept is not None:
+            return kept
+        filters = self._topics.blobs(self._descriptor.mask_hash)
+        self._session.subscribe(filters)
+        try:
+            mask = await self._collect()
+        finally:
+            self._session.unsubscribe(filters)
+        await asyncio.to_thread(state.keep_mask, mask)
+        return mask
+
+    async def _collect(self) -> Mask:
+        run = self._descriptor
+        while True:
+            while self._assembly.missing:
+                self._arrived.clear()
+                try:
+                    async with asyncio.timeout(PATIENCE_S):
+                        await self._arrived.wait()
+                except TimeoutError:
+                    self._ask()
+            try:
+                return await asyncio.to_thread(decode_mask, self._assembly.join(), run.mask_hash, run.weights)
+            except WireError as error:
+                structlog.get_logger().warning("mask refused, fetching it again", problem=str(error))
+                self._assembly = self._fresh()
+                self._ask()
+
+    def _ask(self) -> None:
+        run = self._descriptor
+        want = Want(
+            Header.of(run.run_id, 0, 0, run.mask_hash),
+            self._boot,
+            blob=run.mask_hash,
+            chunks=self._assembly.missing[:CHUNKS_A_WANT],
+        )
+        structlog.get_logger().info("asking for the mask", missing=len(self._assembly.missing))
+        self._session.publish(self._topics.up(self._node, "want"), encode(want))
+
+
+def check_size(descriptor: RunDescriptor) -> None:
+    """Refuse, as BadValue, a descriptor whose mask sizes cannot be true."""
+    if descriptor.mask_bytes > 16 * descriptor.weights + 2**20:
+        raise BadValue("RunDescriptor.mask_bytes", f"{descriptor.mask_bytes} bytes for {descriptor.weights} weights")

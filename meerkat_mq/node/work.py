@@ -1,0 +1,124 @@
+"""A node's model work in one run: blocking, and called from one worker thread only."""
+
+import json
+import time
+from typing import Any
+
+import structlog
+
+from meerkat_mq.config import NodeConfig
+from meerkat_mq.core.batches import batch_rows
+from meerkat_mq.core.directions import direction
+from meerkat_mq.core.mask import Mask
+from meerkat_mq.core.path import Entry, digest, seed_for
+from meerkat_mq.core.replica import Replica
+from meerkat_mq.core.step import Engine, Row, local_steps
+from meerkat_mq.core.toy import QuadraticEngine
+from meerkat_mq.errors import ConfigError, DataError
+from meerkat_mq.node.state import NodeState
+from meerkat_mq.rounds.events import StartSteps
+from meerkat_mq.wire.descriptor import RunDescriptor
+
+_TOY_REMEDY = 'give JSON lines such as {"seed": 7}'
+
+
+class Work:
+    """Model, data and theta of one node in one run.
+
+    Attributes:
+        rows: the node's data.
+        digest: of theta as it stands, as far as one was due.
+    """
+
+    def __init__(self, config: NodeConfig, descriptor: RunDescriptor, mask: Mask, state: NodeState) -> None:
+        """Load all of it; slow.
+
+        Raises:
+            MeerkatError: model, tokenizer, data or task do not fit the run.
+        """
+        self._descriptor = descriptor
+        self._node = config.id
+        self._state = state
+        self._replica = Replica(
+            mask, run_id=descriptor.run_id, stream=descriptor.stream, digest_every=descriptor.digest_every
+        )
+        self.engine: Engine[Any]
+        if descriptor.engine == "toy":
+            self.rows, self.engine = _toy_rows(config), QuadraticEngine(mask.size)
+        else:
+            self.rows, self.engine = _load(config, descriptor, mask)
+        self.digest = digest(self._replica.theta)
+
+    def apply(self, entries: tuple[Entry, ...]) -> tuple[bytes, ...]:
+        """Apply entries to theta; returns the digests, zeros where none is due."""
+        digests = tuple(self._replica.apply(entry.terms) for entry in entries)
+        self.digest = next((found for found in reversed(digests) if any(found)), self.digest)
+        return digests
+
+    def reset(self) -> None:
+        """Back to theta_0."""
+        self._replica.reset()
+        self.digest = digest(self._replica.theta)
+
+    def step(self, order: StartSteps) -> tuple[tuple[float, ...], float]:
+        """The local steps of a round from the present theta: (projected gradients, mean loss)."""
+        run = self._descriptor
+        began, first = time.thread_time(), self._state.take_steps(run.run, order.steps)
+        numbers = [
+            batch_rows(run.run_id, self._node, len(self.rows), run.batch_size, step)
+            for step in range(first, first + order.steps)
+        ]
+        scalars, loss = local_steps(
+            self.engine,
+            self._replica.theta,
+            [seed_for(run.run_id, order.version, order.lane, step) for step in range(order.steps)],
+            [[self.rows[number] for number in batch] for batch in numbers],
+            stream=run.stream,
+            eps=order.eps,
+            lr=run.lr,
+        )
+        structlog.get_logger().debug(
+            "stepped", round=order.version, loss=round(loss, 5), cpu_s=round(time.thread_time() - began, 4)
+        )
+        return scalars, loss
+
+    def finish(self) -> None:
+        """Leave the model at theta itself."""
+        self.engine.write(self._replica.theta)
+
+
+def _toy_rows(config: NodeConfig) -> list[Row]:
+    try:
+        rows = [json.loads(line) for line in config.data.read_text(encoding="utf-8").splitlines() if line.strip()]
+        assert all(isinstance(row["seed"], int) for row in rows)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise DataError(
+            str(config.data), f"is not toy data ({error})", 'give JSON lines such as {"seed": 7}'
+        ) from error
+    if not rows:
+        raise DataError(str(config.data), "is empty", 'give JSON lines such as {"seed": 7}')
+    return rows
+
+
+def _load(config: NodeConfig, descriptor: RunDescriptor, mask: Mask) -> tuple[list[Row], Engine[Any]]:
+    import torch  # noqa: PLC0415 - a toy node never imports torch
+
+    from meerkat_mq.model.data import read_rows  # noqa: PLC0415
+    from meerkat_mq.model.engine import TransformersEngine  # noqa: PLC0415
+    from meerkat_mq.model.load import load_model  # noqa: PLC0415
+
+    if config.model is None:
+        raise ConfigError("model", "is missing", "name the folder or hub id of the run's base model")
+    assert descriptor.task is not None
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    rows = read_rows(config.data, descriptor.task)
+    dtype = config.dtype or descriptor.dtype
+    engine = TransformersEngine(load_model(config.model, dtype=dtype, device=config.device), mask, descriptor.task)
+    engine.check(mask)
+    if dtype != "float32":
+        survival = engine.surviving_share(mask.theta_0, direction(descriptor.stream, 0, 0, mask.size), descriptor.eps)
+        structlog.get_logger().info(
+            "perturbation after the cast", dtype=dtype, kept=round(survival.kept, 4), moved=round(survival.moved, 4)
+        )
+    return rows, engine

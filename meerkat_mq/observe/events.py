@@ -1,0 +1,77 @@
+"""What a server tells whoever watches a run."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from meerkat_mq.mqtt.message import Count
+from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor
+
+
+@dataclass(frozen=True)
+class RunStarted:
+    """The first round can be asked as soon as nodes are there."""
+
+    descriptor: RunDescriptor
+    term: int
+
+
+@dataclass(frozen=True)
+class RoundClosed:
+    """A round was committed.
+
+    Attributes:
+        version: theta's version now, so the number of rounds closed.
+        seconds: since the run's first round opened.
+        loss: mean over the nodes that contributed, of the loss on their own batches.
+        heard: nodes that contributed.
+        online: nodes at hand.
+        bytes_up: payload bytes of all updates so far.
+    """
+
+    version: int
+    seconds: float
+    loss: float
+    heard: int
+    online: int
+    bytes_up: int
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """theta was evaluated on held-out data.
+
+    Attributes:
+        version: theta's version.
+        seconds: since the run's first round opened; 0 before.
+        majority: accuracy of always answering the most frequent class.
+    """
+
+    version: int
+    seconds: float
+    rows: int
+    accuracy: float
+    loss: float
+    majority: float
+
+
+@dataclass(frozen=True)
+class RunFinished:
+    """All rounds are closed, and the nodes at hand had time to say where they stand.
+
+    Attributes:
+        digest: of the server's theta, hex.
+        statuses: the last status of each node.
+        updates: of each node, the updates that came: number, payload and packet bytes.
+        counts: everything counted, by reason.
+    """
+
+    version: int
+    seconds: float
+    digest: str
+    statuses: Mapping[str, NodeStatus]
+    updates: Mapping[str, Count]
+    counts: Mapping[str, int]
+
+
+RunEvent = RunStarted | RoundClosed | Evaluated | RunFinished
+Observer = Callable[[RunEvent], None]

@@ -1,0 +1,38 @@
+"""`python -m meerkat_mq.server --config federation.toml`, the same as `meerkat server`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from meerkat_mq.broker import embedded_broker
+from meerkat_mq.config import ServerConfig, load_config
+from meerkat_mq.observe.logs import LogLevel, configure_logs
+from meerkat_mq.observe.process import run_service
+from meerkat_mq.server.service import serve
+
+
+def command(
+    config: Annotated[Path, typer.Option(help="The federation's TOML file.")],
+    replace: Annotated[bool, typer.Option("--replace", help="Take over from a server that is online.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="End with the run; exit code 6 if too few nodes come.")] = False,
+    json_logs: Annotated[bool | None, typer.Option(help="Log JSON lines; default: unless on a terminal.")] = None,
+    log_level: Annotated[LogLevel, typer.Option(help="Least level to log.")] = LogLevel.INFO,
+) -> None:
+    """Run the server until SIGTERM, or, with --once, until its run is finished."""
+    configure_logs(as_json=json_logs, level=log_level)
+    sys.exit(run_service(lambda: _serve(config, replace=replace, once=once)))
+
+
+async def _serve(path: Path, *, replace: bool, once: bool) -> None:
+    config = load_config(path, ServerConfig)
+    config = config.model_copy(update={"once": config.once or once})
+    if config.broker.url != "embedded":
+        return await serve(config, replace=replace)
+    async with embedded_broker() as broker:
+        return await serve(config.model_copy(update={"broker": broker.config}), replace=replace)
+
+
+if __name__ == "__main__":
+    typer.run(command)

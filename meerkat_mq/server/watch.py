@@ -1,0 +1,101 @@
+"""What people get to see of a run: rounds as they close, evaluations, and how it ended."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import structlog
+
+from meerkat_mq.core.directions import Float32Array
+from meerkat_mq.core.path import digest
+from meerkat_mq.mqtt import Count
+from meerkat_mq.observe.events import Evaluated, Observer, RoundClosed, RunFinished
+from meerkat_mq.rounds.events import EntryCommitted
+from meerkat_mq.wire.descriptor import NodeStatus
+
+if TYPE_CHECKING:
+    from meerkat_mq.server.evaluation import Evaluator
+
+LAST_WORDS_S = 10.0
+
+
+class Watch:
+    """Tells the observer and the log; evaluates theta beside the rounds.
+
+    Attributes:
+        statuses: the last status of each node.
+        counts: everything counted, by reason.
+    """
+
+    def __init__(self, observer: Observer, evaluator: "Evaluator | None", every: int, rounds: int) -> None:
+        self.statuses: dict[str, NodeStatus] = {}
+        self.counts: Counter[str] = Counter()
+        self._observe = observer
+        self._evaluator = evaluator
+        self._every = every
+        self._rounds = rounds
+        self._log = structlog.get_logger()
+        self._began: float | None = None
+        self._snapshots: asyncio.Queue[tuple[int, float, Float32Array]] = asyncio.Queue()
+        self._spoken = asyncio.Event()
+
+    def _seconds(self) -> float:
+        now = asyncio.get_running_loop().time()
+        self._began = now if self._began is None else self._began
+        return now - self._began
+
+    def opened(self) -> None:
+        """The first round opens: the run's clock starts."""
+        self._seconds()
+
+    def stood(self, version: int, theta: Float32Array) -> None:
+        """theta stands at a version; evaluate it if that is due."""
+        if self._evaluator is not None and (version % self._every == 0 or version == self._rounds):
+            self._snapshots.put_nowait((version, self._seconds() if version else 0.0, theta))
+
+    def closed(self, commit: EntryCommitted, online: int, bytes_up: int) -> None:
+        """A round was committed."""
+        loss = sum(record.loss for record in commit.records) / max(1, len(commit.records))
+        event = RoundClosed(
+            commit.version + 1, self._seconds(), loss, len(commit.records), online, bytes_up
+        )  # fmt: skip
+        self._log.info("round closed", round=event.version, loss=round(loss, 5), heard=event.heard, online=online)
+        self._observe(event)
+
+    def heard_from(self, node: str, status: NodeStatus) -> None:
+        """A node said where it stands."""
+        self.statuses[node] = status
+        if all(self._has_spoken(status) for status in self.statuses.values()):
+            self._spoken.set()
+
+    def _has_spoken(self, status: NodeStatus) -> bool:
+        return status.status in ("lost", "stopped") or status.version == self._rounds
+
+    async def run(self) -> None:
+        """Evaluate until cancelled."""
+        while True:
+            version, seconds, theta = await self._snapshots.get()
+            assert self._evaluator is not None
+            found = await self._evaluator.evaluate(theta)
+            event = Evaluated(version, seconds, found.rows, found.accuracy, found.loss, found.majority)
+            self._log.info("evaluated", round=version, accuracy=round(event.accuracy, 4), loss=round(event.loss, 4))
+            self._observe(event)
+            self._snapshots.task_done()
+
+    async def finish(self, theta: Float32Array, updates: Mapping[str, Count]) -> None:
+        """Wait for the last evaluation and for the nodes at hand to say where they stand; then tell how it ended."""
+        seconds = self._seconds()
+        if not all(self._has_spoken(status) for status in self.statuses.values()):
+            self._spoken.clear()
+            try:
+                async with asyncio.timeout(LAST_WORDS_S):
+                    await self._spoken.wait()
+            except TimeoutError:
+                self._log.warning("some nodes did not say where they stand")
+        await self._snapshots.join()
+        final = digest(theta).hex()
+        self._log.info("run finished", rounds=self._rounds, seconds=round(seconds, 2), digest=final, **self.counts)
+        self._observe(
+            RunFinished(self._rounds, seconds, final, dict(self.statuses), dict(updates), dict(self.counts))
+        )  # fmt: skip
