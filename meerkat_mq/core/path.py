@@ -114,7 +114,7 @@ def apply_terms(
     seed: Callable[[int, int], int],
     stream: str,
 ) -> None:
-    """Apply terms in order to theta in place, zeros skipped; `seed(lane, step)` names each direction."""
+    """Apply terms in order to theta in place; `seed(lane, step)` names each direction."""
     scratch = np.empty_like(theta)
     for term in terms:
         apply(theta, direction(stream, seed(term.lane, term.step), 0, theta.size), term.coefficient, scratch)

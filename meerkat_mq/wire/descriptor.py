@@ -83,7 +83,7 @@ class RunDescriptor(ControlMessage):
     mask: Hash
     mask_bytes: U32
     mask_chunks: Annotated[int, Field(ge=1, le=65536)]
-    weights: Annotated[int, Field(ge=1, le=2**31)]
+    weights: Annotated[int, Field(ge=1, le=2**26)]
     stream: Literal["mk1", "rademacher"]
     rounds: Annotated[int, Field(ge=1, lt=2**32)]
     local_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)]

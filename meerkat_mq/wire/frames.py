@@ -12,7 +12,16 @@ from enum import IntFlag
 from itertools import pairwise
 
 from meerkat_mq.core.path import HASH_BYTES, Entry, Term
-from meerkat_mq.errors import BadChecksum, BadMagic, BadValue, TooLarge, UnknownFlags, UnknownType, UnknownVersion
+from meerkat_mq.errors import (
+    BadChecksum,
+    BadMagic,
+    BadValue,
+    TooLarge,
+    Truncated,
+    UnknownFlags,
+    UnknownType,
+    UnknownVersion,
+)
 from meerkat_mq.wire.messages import Chunk, Entries, Frame, Header, Reason, Refusal, Round, Update, Want, Welcome
 from meerkat_mq.wire.reader import Reader
 
@@ -40,6 +49,7 @@ __all__ = [
 
 MAGIC = b"MK"
 VERSION = 1
+MIN_FRAME_BYTES = 28
 MAX_FRAME_BYTES = 96 * 1024
 MAX_STEPS = 1000
 MAX_LANES = 4096
@@ -102,6 +112,8 @@ def decode(payload: bytes) -> Frame:
     """
     if len(payload) > MAX_FRAME_BYTES:
         raise TooLarge("frame", f"{len(payload)} bytes are more than {MAX_FRAME_BYTES}")
+    if len(payload) < MIN_FRAME_BYTES:
+        raise Truncated("frame", f"{len(payload)} bytes are fewer than {MIN_FRAME_BYTES}")
     reader = Reader(payload)
     magic, version, kind, run, term, theta, mask = reader.unpack(_HEADER)
     if magic != MAGIC:
@@ -110,8 +122,6 @@ def decode(payload: bytes) -> Frame:
         raise UnknownVersion("frame", f"has version {version}, this is {VERSION}", "update this side or the other")
     if kind not in _DECODERS:
         raise UnknownType("frame", f"type {kind} is unknown")
-    if reader.left < 4:
-        reader.take(4)
     if zlib.crc32(memoryview(payload)[:-4]) != int.from_bytes(payload[-4:], "little"):
         raise BadChecksum("frame", "CRC-32 does not match")
     reader.trim(4)

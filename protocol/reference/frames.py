@@ -1,0 +1,214 @@
+"""Frames and arrays (SPECIFICATION.md, section 4). A frame is a pair (type, meaning), as in golden/frames.json."""
+
+import math
+import struct
+import zlib
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from typing import Any
+
+from protocol.reference.core import Refused
+
+Meaning = dict[str, Any]
+
+HEADER = "<2sBBIII8s"
+
+
+class Bytes:
+    """Reads forward."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def take(self, count: int) -> bytes:
+        """The next bytes."""
+        if count > len(self.data):
+            raise Refused("Truncated")
+        part, self.data = self.data[:count], self.data[count:]
+        return part
+
+    def read(self, layout: str) -> tuple[Any, ...]:
+        """The next numbers."""
+        return struct.unpack(layout, self.take(struct.calcsize(layout)))
+
+
+def need(holds: bool, name: str = "BadValue") -> None:
+    """Refuse where it does not hold."""
+    if not holds:
+        raise Refused(name)
+
+
+def decode(data: bytes) -> tuple[str, Meaning]:
+    """Type and meaning of a frame."""
+    need(len(data) <= 96 * 1024, "TooLarge")
+    need(len(data) >= 28, "Truncated")
+    body = Bytes(data)
+    magic, version, number, run, term, theta, mask = body.read(HEADER)
+    need(magic == b"MK", "BadMagic")
+    need(version == 1, "UnknownVersion")
+    need(1 <= number <= 7, "UnknownType")
+    body.data, crc = body.data[:-4], body.data[-4:]
+    need(zlib.crc32(data[:-4]) == int.from_bytes(crc, "little"), "BadChecksum")
+    kind, (decode_body, _) = list(CODECS.items())[number - 1]
+    header = {"run": run, "term": term, "version": theta, "mask": mask.hex()}
+    meaning = {"header": header, **decode_body(body)}
+    need(not body.data, "Truncated")
+    return kind, meaning
+
+
+def encode(kind: str, meaning: Meaning) -> bytes:
+    """A frame's bytes."""
+    h = meaning["header"]
+    head = (b"MK", 1, list(CODECS).index(kind) + 1, h["run"], h["term"], h["version"], bytes.fromhex(h["mask"]))
+    data = struct.pack(HEADER, *head) + CODECS[kind][1](meaning)
+    return data + struct.pack("<I", zlib.crc32(data))
+
+
+def decode_update(body: Bytes) -> Meaning:
+    """boot, base digest, steps, flags, loss, seeds if flag 1, projected gradients."""
+    boot, base, steps, flags, loss = body.read("<I8sHHf")
+    need(flags < 2, "UnknownFlags")
+    need(1 <= steps <= 1000 and math.isfinite(loss))
+    seeds = [f"0x{seed:016x}" for seed in body.read(f"<{steps}Q")] if flags & 1 else None
+    scalars = list(body.read(f"<{steps}f"))
+    need(all(map(math.isfinite, scalars)))
+    return {"boot": boot, "base": base.hex(), "loss": loss, "scalars": scalars, "seeds": seeds}
+
+
+def encode_update(m: Meaning) -> bytes:
+    """The inverse."""
+    seeds, steps = m["seeds"], len(m["scalars"])
+    out = struct.pack("<I8sHHf", m["boot"], bytes.fromhex(m["base"]), steps, seeds is not None, m["loss"])
+    out += b"".join(struct.pack("<Q", int(seed, 16)) for seed in seeds or ())
+    return out + struct.pack(f"<{steps}f", *m["scalars"])
+
+
+def decode_round(body: Bytes) -> Meaning:
+    """T, lanes, eps, deadline, attempt, flags, three lengths; bitmaps asked and heard, short list, entries."""
+    steps, lanes, eps, deadline, attempt, flags, length, shorts, entries = body.read("<HHfIHHHHH")
+    need(flags < 2, "UnknownFlags")
+    need(1 <= steps <= 1000 and 1 <= lanes <= 4096 and math.isfinite(eps) and eps > 0 and length <= 8192)
+    asked, heard = body.take(length), body.take(length)
+    need(length == 0 or asked[-1] + heard[-1] > 0)
+    short = [list(body.read("<HH")) for _ in range(shorts)]
+    need(all(a[0] < b[0] for a, b in pairwise(short)) and all(1 <= s < steps for _, s in short))
+    return {
+        "is_open": bool(flags), "steps": steps, "lanes": lanes, "eps": eps, "deadline_ms": deadline,
+        "attempt": attempt, "asked": slots(asked), "heard": slots(heard), "short": short,
+        "entries": [decode_entry(body) for _ in range(entries)],
+    }  # fmt: skip
+
+
+def encode_round(m: Meaning) -> bytes:
+    """The inverse; both bitmaps end with the byte of the highest slot in either."""
+    length = max(m["asked"] + m["heard"], default=-1) // 8 + 1
+    numbers = (m["steps"], m["lanes"], m["eps"], m["deadline_ms"], m["attempt"], m["is_open"])
+    out: bytes = struct.pack("<HHfIHHHHH", *numbers, length, len(m["short"]), len(m["entries"]))
+    for bitmap in (m["asked"], m["heard"]):
+        out += int(sum(1 << slot for slot in bitmap)).to_bytes(length, "little")
+    return out + b"".join(struct.pack("<HH", *pair) for pair in m["short"]) + encode_all(m["entries"])
+
+
+def slots(bitmap: bytes) -> list[int]:
+    """Slot s is bit s mod 8 of byte s div 8."""
+    return [s for s in range(8 * len(bitmap)) if bitmap[s // 8] >> s % 8 & 1]
+
+
+def decode_entry(body: Bytes) -> Meaning:
+    """version, number of terms, (lane, step, coefficient) each, hash before, digest after."""
+    version, count = body.read("<IH")
+    need(count <= 12_000)
+    terms = [dict(zip(("lane", "step", "coefficient"), body.read("<HHf"), strict=True)) for _ in range(count)]
+    need(all(math.isfinite(term["coefficient"]) for term in terms))
+    return {"version": version, "terms": terms, "previous": body.take(16).hex(), "digest": body.take(16).hex()}
+
+
+def encode_all(entries: Iterable[Meaning]) -> bytes:
+    """Entries, one after the other."""
+    out = b""
+    for e in entries:
+        terms = [struct.pack("<HHf", t["lane"], t["step"], t["coefficient"]) for t in e["terms"]]
+        out += struct.pack("<IH", e["version"], len(terms)) + b"".join(terms)
+        out += bytes.fromhex(e["previous"] + e["digest"])
+    return out
+
+
+def decode_want(body: Bytes) -> Meaning:
+    """boot, flags; first entry if flag 2; hash, number and indices of chunks if flag 4."""
+    boot, flags = body.read("<IB")
+    need(flags < 8, "UnknownFlags")
+    first = body.read("<I")[0] if flags & 2 else None
+    blob, count = body.read("<16sH") if flags & 4 else (None, None)
+    need(count != 0)
+    chunks = list(body.read(f"<{count or 0}H"))
+    return {
+        "boot": boot,
+        "welcome": bool(flags & 1),
+        "entries_from": first,
+        "blob": blob and blob.hex(),
+        "chunks": chunks,
+    }
+
+
+def encode_want(m: Meaning) -> bytes:
+    """The inverse."""
+    first, blob, chunks = m["entries_from"], m["blob"], m["chunks"]
+    flags = m["welcome"] + 2 * (first is not None) + 4 * (blob is not None)
+    out = struct.pack("<IB", m["boot"], flags) + (struct.pack("<I", first) if first is not None else b"")
+    return out + (struct.pack(f"<16sH{len(chunks)}H", bytes.fromhex(blob), len(chunks), *chunks) if blob else b"")
+
+
+def decode_welcome(body: Bytes) -> Meaning:
+    """boot, slot."""
+    return dict(zip(("boot", "slot"), body.read("<IH"), strict=True))
+
+
+def encode_welcome(m: Meaning) -> bytes:
+    """The inverse."""
+    return struct.pack("<IH", m["boot"], m["slot"])
+
+
+def decode_entries(body: Bytes) -> Meaning:
+    """Number of entries, then each."""
+    return {"entries": [decode_entry(body) for _ in range(*body.read("<H"))]}
+
+
+def encode_entries(m: Meaning) -> bytes:
+    """The inverse."""
+    return struct.pack("<H", len(m["entries"])) + encode_all(m["entries"])
+
+
+def decode_chunk(body: Bytes) -> Meaning:
+    """hash, index, count, size of the blob, bytes of the chunk, data."""
+    blob, index, count, size, length = body.read("<16sHHII")
+    need(index < count and 0 < length <= min(65536, size))
+    return {"blob": blob.hex(), "index": index, "count": count, "size": size, "data": body.take(length).hex()}
+
+
+def encode_chunk(m: Meaning) -> bytes:
+    """The inverse."""
+    data = bytes.fromhex(m["data"])
+    return struct.pack("<16sHHII", bytes.fromhex(m["blob"]), m["index"], m["count"], m["size"], len(data)) + data
+
+
+def decode_refusal(body: Bytes) -> Meaning:
+    """boot, reason."""
+    boot, reason = body.read("<IB")
+    need(1 <= reason <= 3, "UnknownType")
+    return {"boot": boot, "reason": reason}
+
+
+def encode_refusal(m: Meaning) -> bytes:
+    """The inverse."""
+    return struct.pack("<IB", m["boot"], m["reason"])
+
+
+CODECS: dict[str, tuple[Callable[[Bytes], Meaning], Callable[[Meaning], bytes]]] = {
+    "update": (decode_update, encode_update),
+    "round": (decode_round, encode_round),
+    "want": (decode_want, encode_want),
+    "welcome": (decode_welcome, encode_welcome),
+    "entries": (decode_entries, encode_entries),
+    "chunk": (decode_chunk, encode_chunk),
+    "refusal": (decode_refusal, encode_refusal),
+}

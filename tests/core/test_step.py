@@ -1,0 +1,69 @@
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from meerkat_mq.core.directions import Float32Array, direction
+from meerkat_mq.core.step import Row, projected_gradient
+from meerkat_mq.core.toy import QuadraticEngine
+from meerkat_mq.errors import BadValue
+
+N = 200
+ROWS = [{"seed": 1}, {"seed": 2}, {"seed": 3}]
+
+
+class Fixed:
+    """Gives these losses, one list a pass."""
+
+    def __init__(self, *losses: list[float]) -> None:
+        self._losses = iter(losses)
+        self.written: list[Float32Array] = []
+
+    def write(self, theta: Float32Array) -> None:
+        self.written.append(theta.copy())
+
+    def prepare(self, rows: Sequence[Row]) -> int:
+        return len(rows)
+
+    def losses(self, batch: int) -> Float32Array:
+        return np.array(next(self._losses), np.float32)
+
+
+def test_g_is_the_slope_along_z() -> None:
+    engine = QuadraticEngine(N)
+    batch = engine.prepare(ROWS)
+    theta, z = direction("mk1", 9, 0, N), direction("mk1", 10, 0, N)
+    g, loss = projected_gradient(engine, theta, z, 1e-3, batch)
+    slope = float((theta - batch.mean(axis=0)) @ z) / N
+    assert g == pytest.approx(slope, rel=1e-2, abs=1e-3)
+    assert g == float(np.float32(g))
+    engine.write(theta)
+    assert loss == pytest.approx(float(engine.losses(batch).mean()), rel=1e-5)
+
+
+def test_theta_is_unchanged_and_written_on_both_sides() -> None:
+    engine = Fixed([1.0, 2.0], [1.0, 1.0])
+    theta = np.array([1.0, -2.0], np.float32)
+    before = theta.copy()
+    g, loss = projected_gradient(engine, theta, np.array([1.0, -1.0], np.float32), 0.25, 2)
+    assert np.array_equal(theta, before)
+    assert [w.tolist() for w in engine.written] == [[1.25, -2.25], [0.75, -1.75]]
+    assert (g, loss) == (1.0, 1.25)
+
+
+@pytest.mark.parametrize("plus", [[np.nan], [np.inf], [3e38]])
+def test_a_loss_without_a_finite_slope_is_refused(plus: list[float]) -> None:
+    with pytest.raises(BadValue, match="projected gradient"):
+        projected_gradient(Fixed(plus, [0.0]), np.zeros(1, np.float32), np.ones(1, np.float32), 1e-3, 1)
+
+
+def test_the_toy_learns() -> None:
+    engine = QuadraticEngine(N)
+    batch, theta = engine.prepare(ROWS), np.zeros(N, np.float32)
+    losses = []
+    for seed in range(300):
+        z = direction("mk1", 100 + seed, 0, N)
+        g, loss = projected_gradient(engine, theta, z, 1e-3, batch)
+        theta -= np.float32(0.5 * g) * z
+        losses.append(loss)
+    assert losses[-1] < 0.85 * losses[0]

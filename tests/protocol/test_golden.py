@@ -1,0 +1,155 @@
+"""The committed golden vectors are what the package makes, decodes and encodes again."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from meerkat_mq.core.mask import Mask
+from meerkat_mq.errors import MaskError, WireError
+from meerkat_mq.wire import descriptor
+from meerkat_mq.wire.arrays import decode_mask, encode_array, read_array
+from meerkat_mq.wire.descriptor import ControlMessage, NodeStatus, decode_control
+from meerkat_mq.wire.frames import decode, encode
+from meerkat_mq.wire.reader import Reader
+from protocol import check_core
+from protocol.make_golden import GOLDEN, build
+from protocol.reference import __main__ as reference_main
+from protocol.reference.check import check
+from protocol.vectors_wire import golden_frames, meaning
+
+HOLDS_ZSTD = {"arrays.json", "mask.blob", "manifest.json"}
+
+
+def read(name: str) -> Any:
+    return json.loads((GOLDEN / name).read_text("utf-8"))
+
+
+def data_of(text: str) -> bytes:
+    return bytes(int(text.removeprefix("00*"))) if text.startswith("00*") else bytes.fromhex(text)
+
+
+@pytest.mark.parametrize("name", sorted(set(build()) - HOLDS_ZSTD))
+def test_the_package_makes_the_committed_file(name: str) -> None:
+    assert build()[name] == (GOLDEN / name).read_bytes()
+
+
+def test_the_manifest_lists_every_file_and_no_other() -> None:
+    listed = {item["file"]: item for item in read("manifest.json")["files"]}
+    assert {path.name for path in GOLDEN.iterdir()} == {*listed, "manifest.json"}
+    for name, item in listed.items():
+        data = (GOLDEN / name).read_bytes()
+        assert (item["bytes"], item["sha256"]) == (len(data), hashlib.sha256(data).hexdigest()), name
+    assert sum(path.stat().st_size for path in GOLDEN.iterdir()) < 200_000
+
+
+@pytest.mark.parametrize("vector", read("frames.json")["frames"], ids=lambda v: v["name"])
+def test_frames_decode_to_their_meaning_and_encode_to_their_bytes(vector: dict[str, Any]) -> None:
+    data = bytes.fromhex(vector["hex"])
+    frame = decode(data)
+    assert frame == golden_frames()[vector["name"]]
+    assert (type(frame).__name__.lower(), meaning(frame)) == (vector["type"], vector["meaning"])
+    assert encode(frame) == data
+
+
+@pytest.mark.parametrize("vector", read("frames.json")["refused"], ids=lambda v: v["name"])
+def test_hostile_frames_are_refused_by_name(vector: dict[str, Any]) -> None:
+    with pytest.raises(WireError) as caught:
+        decode(data_of(vector["hex"]))
+    assert type(caught.value).__name__ == vector["error"]
+
+
+def test_every_frame_type_has_several_vectors() -> None:
+    types = [vector["type"] for vector in read("frames.json")["frames"]]
+    assert set(types) == {"update", "round", "want", "welcome", "entries", "chunk", "refusal"}
+    assert min(types.count(kind) for kind in types) >= 2
+
+
+@pytest.mark.parametrize("vector", read("arrays.json")["arrays"], ids=lambda v: v["name"])
+def test_arrays_decode_to_their_values_however_they_are_packed(vector: dict[str, Any]) -> None:
+    for encoded in (bytes.fromhex(vector["encoded"]), None):
+        expected = np.frombuffer(bytes.fromhex(vector["values"]), vector["dtype"])
+        reader = Reader(encode_array(expected) if encoded is None else encoded)
+        assert read_array(reader, vector["dtype"], vector["count"]).tobytes().hex() == vector["values"]
+        reader.end()
+
+
+@pytest.mark.parametrize("vector", read("arrays.json")["refused"], ids=lambda v: v["name"])
+def test_hostile_arrays_are_refused_by_name(vector: dict[str, Any]) -> None:
+    with pytest.raises(WireError) as caught:
+        read_array(Reader(bytes.fromhex(vector["hex"])), "<u4", 6)
+    assert type(caught.value).__name__ == vector["error"]
+
+
+def test_the_mask_file_and_its_blob_are_the_same_mask() -> None:
+    data, said = (GOLDEN / "mask.bin").read_bytes(), read("mask.json")
+    mask = Mask.from_bytes(data)
+    assert mask.to_bytes() == data
+    assert mask.hash.hex() == said["hash"]
+    assert [matrix.name for matrix in mask.matrices] == [matrix["name"] for matrix in said["matrices"]]
+    assert decode_mask((GOLDEN / "mask.blob").read_bytes(), mask.hash, mask.size).to_bytes() == data
+
+
+@pytest.mark.parametrize("vector", read("mask.json")["refused"], ids=lambda v: v["name"])
+def test_hostile_mask_files_are_refused(vector: dict[str, Any]) -> None:
+    with pytest.raises(MaskError):
+        Mask.from_bytes(bytes.fromhex(vector["hex"]))
+
+
+@pytest.mark.parametrize("vector", read("control.json")["messages"], ids=lambda v: v["kind"])
+def test_control_messages_decode_and_encode_to_the_same_text(vector: dict[str, Any]) -> None:
+    kind: type[ControlMessage] = getattr(descriptor, vector["kind"])
+    assert decode_control(vector["json"].encode(), kind).encode().decode() == vector["json"]
+
+
+@pytest.mark.parametrize("text", read("control.json")["refused_as_node_status"])
+def test_control_junk_is_refused(text: str) -> None:
+    with pytest.raises(WireError):
+        decode_control(text.encode(), NodeStatus)
+
+
+def test_the_reference_agrees_with_every_vector() -> None:
+    found = dict(check(GOLDEN))
+    assert [name for name, holds in found.items() if not holds] == []
+    assert len(found) > 100
+    assert reference_main.main(GOLDEN) == 0
+
+
+def test_the_core_check_agrees() -> None:
+    assert set(check_core.check(GOLDEN).values()) == {True}
+    assert check_core.main(GOLDEN) == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after"),
+    [
+        ("directions.json", '"float32": "', '"float32": "00'),
+        ("path.json", '"seed": "0x5e', '"seed": "0x5f'),
+        ("path.json", '"coefficient": 0.0002192999963881448', '"coefficient": 0.00021929998183622956'),
+        ("mask.json", '"hash": "c', '"hash": "d'),
+        ("frames.json", '"loss": 1.38', '"loss": 1.39'),
+        ("frames.json", '"error": "UnknownFlags"', '"error": "BadValue"'),
+        ("arrays.json", '"values": "', '"values": "00'),
+    ],
+)
+def test_the_checks_notice_a_changed_vector(tmp_path: Path, file: str, before: str, after: str) -> None:
+    golden = tmp_path / "golden"
+    shutil.copytree(GOLDEN, golden)
+    text = (golden / file).read_text("utf-8")
+    assert before in text
+    (golden / file).write_text(text.replace(before, after, 1), "utf-8")
+    assert reference_main.main(golden) == 1
+    if file in {"directions.json", "path.json", "mask.json"}:
+        assert check_core.main(golden) == 1
+
+
+def test_the_reference_does_not_import_the_package() -> None:
+    for path in (Path(reference_main.__file__).parent).glob("*.py"):
+        text = path.read_text("utf-8")
+        assert "import meerkat_mq" not in text
+        assert "from meerkat_mq" not in text
+        assert "numpy" not in text.lower()

@@ -1,0 +1,289 @@
+"""Frames: round trips, and "a mutated frame is decoded to the same meaning or refused with a named error"."""
+
+import struct
+import tracemalloc
+import zlib
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meerkat_mq.core.path import Entry, Term
+from meerkat_mq.errors import BadChecksum, BadValue, TooLarge, WireError
+from meerkat_mq.wire.frames import (
+    MAX_CHUNK_BYTES,
+    MAX_FRAME_BYTES,
+    MAX_TERMS,
+    Chunk,
+    Entries,
+    Frame,
+    Header,
+    Reason,
+    Refusal,
+    Round,
+    Update,
+    Want,
+    Welcome,
+    decode,
+    encode,
+)
+from meerkat_mq.wire.topics import Topics
+from protocol.vectors_wire import meaning
+
+U16 = st.integers(0, 2**16 - 1)
+U32 = st.integers(0, 2**32 - 1)
+U64 = st.integers(0, 2**64 - 1)
+F32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
+HASH = st.binary(min_size=16, max_size=16)
+EIGHT = st.binary(min_size=8, max_size=8)
+HEADERS = st.builds(Header, U32, U32, U32, EIGHT)
+SLOTS = st.frozensets(st.one_of(st.integers(0, 40), U16), max_size=12)
+ENTRY = st.builds(Entry, U32, st.lists(st.builds(Term, U16, U16, F32), max_size=4).map(tuple), HASH, HASH)
+SOME_ENTRIES = st.lists(ENTRY, max_size=3).map(tuple)
+
+NAMED = tuple(WireError.__subclasses__())
+
+
+@st.composite
+def updates(draw: st.DrawFn) -> Update:
+    steps = draw(st.integers(1, 12))
+    seeds = draw(st.none() | st.lists(U64, min_size=steps, max_size=steps).map(tuple))
+    scalars = tuple(draw(st.lists(F32, min_size=steps, max_size=steps)))
+    return Update(draw(HEADERS), draw(U32), draw(EIGHT), draw(F32), scalars, seeds)
+
+
+@st.composite
+def rounds(draw: st.DrawFn) -> Round:
+    steps = draw(st.integers(1, 1000))
+    short = sorted(draw(st.dictionaries(U16, st.integers(1, steps - 1), max_size=4)).items()) if steps > 1 else ()
+    eps = draw(st.floats(min_value=2.0**-149, width=32, allow_infinity=False))
+    numbers = (steps, draw(st.integers(1, 4096)), eps, draw(U32), draw(U16))
+    return Round(
+        draw(HEADERS), draw(st.booleans()), *numbers, draw(SLOTS), draw(SLOTS), tuple(short), draw(SOME_ENTRIES)
+    )
+
+
+@st.composite
+def wants(draw: st.DrawFn) -> Want:
+    blob = draw(st.none() | HASH)
+    chunks = tuple(draw(st.lists(U16, min_size=1, max_size=9))) if blob is not None else ()
+    return Want(draw(HEADERS), draw(U32), draw(st.booleans()), draw(st.none() | U32), blob, chunks)
+
+
+@st.composite
+def chunks(draw: st.DrawFn) -> Chunk:
+    count = draw(st.integers(1, 65535))
+    data = draw(st.binary(min_size=1, max_size=300))
+    return Chunk(
+        draw(HEADERS), draw(HASH), draw(st.integers(0, count - 1)), count, draw(st.integers(300, 2**32 - 1)), data
+    )
+
+
+FRAMES: st.SearchStrategy[Frame] = st.one_of(
+    updates(),
+    rounds(),
+    wants(),
+    st.builds(Welcome, HEADERS, U32, U16),
+    st.builds(Entries, HEADERS, SOME_ENTRIES),
+    chunks(),
+    st.builds(Refusal, HEADERS, U32, st.sampled_from(Reason)),
+)
+
+
+def same(a: Frame, b: Frame) -> bool:
+    """Equal, and −0 is not 0: repr tells them apart."""
+    return a == b and repr(meaning(a)) == repr(meaning(b))
+
+
+@st.composite
+def mutated(draw: st.DrawFn, data: bytes) -> bytes:
+    """Another byte string: bits flipped, bytes overwritten, a piece cut out, doubled or put in, an end cut off."""
+    kind = draw(st.sampled_from(["flip", "write", "cut", "insert", "double", "extend", "truncate"]))
+    place = draw(st.integers(0, max(0, len(data) - 1)))
+    width = draw(st.integers(1, 9))
+    extra = draw(st.binary(min_size=1, max_size=9) | st.sampled_from([b"\xff" * 4, bytes(4), b"\0\0\xc0\x7f"]))
+    results = {
+        "flip": data[:place]
+        + bytes(b ^ 1 << draw(st.integers(0, 7)) for b in data[place : place + 1])
+        + data[place + 1 :],
+        "write": data[:place] + extra + data[place + len(extra) :],
+        "cut": data[:place] + data[place + width :],
+        "insert": data[:place] + extra + data[place:],
+        "double": data[: place + width] + data[place:],
+        "extend": data + extra,
+        "truncate": data[:place],
+    }
+    return results[kind]
+
+
+def seal(data: bytes) -> bytes:
+    return data + struct.pack("<I", zlib.crc32(data))
+
+
+@settings(max_examples=400, deadline=None)
+@given(FRAMES)
+def test_every_frame_round_trips(frame: Frame) -> None:
+    data = encode(frame)
+    assert len(data) <= MAX_FRAME_BYTES
+    assert same(decode(data), frame)
+    assert encode(decode(data)) == data
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.data())
+def test_a_mutated_frame_means_the_same_or_is_refused(data: st.DataObject) -> None:
+    frame = data.draw(FRAMES)
+    hostile = data.draw(mutated(encode(frame)))
+    try:
+        found = decode(hostile)
+    except NAMED:
+        return
+    assert same(found, frame)
+    assert hostile == encode(frame)
+
+
+@settings(max_examples=2000, deadline=None)
+@given(st.data())
+def test_behind_the_checksum_a_frame_is_canonical_or_refused(data: st.DataObject) -> None:
+    body = encode(data.draw(FRAMES))[:-4]
+    hostile = seal(data.draw(mutated(body)))
+    try:
+        found = decode(hostile)
+    except NAMED:
+        return
+    assert encode(found) == hostile
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.integers(0, 8), st.binary(max_size=200))
+def test_any_body_is_canonical_or_refused(kind: int, body: bytes) -> None:
+    hostile = seal(b"MK\x01" + bytes([kind]) + bytes(20) + body)
+    try:
+        found = decode(hostile)
+    except NAMED:
+        return
+    assert encode(found) == hostile
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=300))
+def test_junk_is_refused(junk: bytes) -> None:
+    with pytest.raises(WireError):
+        decode(junk)
+
+
+def test_every_single_bit_is_covered_by_the_checksum() -> None:
+    data = encode(update())
+    for bit in range(8 * len(data)):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(WireError):
+            decode(bytes(flipped))
+
+
+HEADER = Header(1, 2, 3, b"maskhash")
+
+
+def update(**other: Any) -> Update:
+    return replace(Update(HEADER, 1, bytes(8), 0.5, (0.25,)), **other)
+
+
+def test_a_one_step_update_is_small() -> None:
+    payload = encode(update())
+    assert len(payload) == 52
+    topic = Topics("home").up("pump", "update")
+    assert len(topic) == 30
+    fixed_header, topic_length, packet_id = 2, 2, 2
+    assert fixed_header + topic_length + len(topic) + packet_id + len(payload) == 88
+    assert len(encode(update(scalars=(0.25,) * 100))) == 52 + 4 * 99
+
+
+ENTRY_OF_ONE = Entry(0, (Term(0, 0, 0.5),), bytes(16), bytes(16))
+IDLE = Round(HEADER, False, 10, 1, 0.5, 0)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        update(header=replace(HEADER, run=2**32)),
+        update(header=replace(HEADER, mask=b"short")),
+        update(boot=-1),
+        update(base=bytes(7)),
+        update(loss=float("nan")),
+        update(loss=1e39),
+        update(scalars=()),
+        update(scalars=(0.0,) * 1001),
+        update(scalars=(float("inf"),)),
+        update(seeds=(1, 2)),
+        update(seeds=(2**64,)),
+        replace(IDLE, steps=0),
+        replace(IDLE, steps=1001),
+        replace(IDLE, lanes=0),
+        replace(IDLE, lanes=4097),
+        replace(IDLE, eps=0.0),
+        replace(IDLE, eps=-1.0),
+        replace(IDLE, eps=float("nan")),
+        replace(IDLE, deadline_ms=-1),
+        replace(IDLE, asked=frozenset({65536})),
+        replace(IDLE, heard=frozenset({-1})),
+        replace(IDLE, short=((2, 1), (1, 1))),
+        replace(IDLE, short=((1, 1), (1, 2))),
+        replace(IDLE, short=((1, 10),)),
+        replace(IDLE, short=((1, 0),)),
+        Want(HEADER, 1, blob=bytes(16)),
+        Want(HEADER, 1, blob=bytes(15), chunks=(1,)),
+        Want(HEADER, 1, chunks=(1,)),
+        Want(HEADER, 1, entries_from=-1),
+        Welcome(HEADER, 1, 65536),
+        Entries(HEADER, (replace(ENTRY_OF_ONE, digest=bytes(15)),)),
+        Entries(HEADER, (replace(ENTRY_OF_ONE, previous=b""),)),
+        Entries(HEADER, (replace(ENTRY_OF_ONE, terms=(Term(0, 0, float("nan")),)),)),
+        Entries(HEADER, (replace(ENTRY_OF_ONE, terms=(Term(65536, 0, 0.5),)),)),
+        Entries(HEADER, (replace(ENTRY_OF_ONE, terms=ENTRY_OF_ONE.terms * (MAX_TERMS + 1)),)),
+        Chunk(HEADER, bytes(16), 1, 1, 5, b"x"),
+        Chunk(HEADER, bytes(16), 0, 1, 5, b""),
+        Chunk(HEADER, bytes(16), 0, 1, 5, b"longer"),
+        Chunk(HEADER, bytes(16), 0, 1, 10**6, bytes(MAX_CHUNK_BYTES + 1)),
+        Chunk(HEADER, bytes(15), 0, 1, 5, b"x"),
+    ],
+    ids=lambda frame: repr(frame)[:80],
+)
+def test_what_cannot_be_said_is_not_encoded(frame: Frame) -> None:
+    with pytest.raises(BadValue):
+        encode(frame)
+
+
+def test_the_largest_entry_fits_a_frame_and_more_does_not() -> None:
+    largest = replace(ENTRY_OF_ONE, terms=ENTRY_OF_ONE.terms * MAX_TERMS)
+    assert decode(encode(Entries(HEADER, (largest,)))) == Entries(HEADER, (largest,))
+    with pytest.raises(TooLarge):
+        encode(Entries(HEADER, (largest, largest)))
+
+
+def test_the_longest_payload_is_bounded() -> None:
+    with pytest.raises(TooLarge):
+        decode(bytes(MAX_FRAME_BYTES + 1))
+    with pytest.raises(BadChecksum):
+        decode(b"MK\x01\x01" + bytes(MAX_FRAME_BYTES - 4))
+
+
+@pytest.mark.parametrize("count", [b"\xff\xff"])
+@pytest.mark.parametrize(("kind", "fixed"), [(1, 12), (2, 18), (2, 20), (3, 21), (5, 0), (5, 6)])
+def test_declared_counts_allocate_nothing(kind: int, fixed: int, count: bytes) -> None:
+    body = bytearray(60)
+    if kind == 2:
+        body[:8] = struct.pack("<HHf", 10, 1, 0.5)
+    if kind == 3:
+        body[4] = 4
+    if kind == 5:
+        body[0] = 1
+    body[fixed : fixed + 2] = count
+    hostile = seal(b"MK\x01" + bytes([kind]) + bytes(20) + bytes(body))
+    tracemalloc.start()
+    with pytest.raises(WireError):
+        decode(hostile)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 60_000
