@@ -8,13 +8,13 @@ import heapq
 import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from meerkat_mq.core.batches import batch_rows
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.core.path import Entry, digest, seed_for
+from meerkat_mq.core.path import NO_DIGEST, Entry, digest, seed_for
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.step import Engine, Row, local_steps
 from meerkat_mq.errors import MeerkatError
@@ -23,7 +23,7 @@ from meerkat_mq.rounds.node import NodeMachine
 from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState
-from meerkat_mq.wire.frames import Entries, Frame, Update, Want, decode, encode
+from meerkat_mq.wire.frames import Entries, Frame, Round, Update, Want, decode, encode
 
 SERVER = "server"
 Deliver = Callable[[str, str, Frame], Sequence[float]]
@@ -41,6 +41,7 @@ class MemoryNode:
     Attributes:
         step_s: virtual seconds that a round's local steps take.
         alive: False from `crash` until it is started again.
+        held: what came while it is frozen; None while it is not.
     """
 
     name: str
@@ -50,7 +51,9 @@ class MemoryNode:
     step_s: float = 0.01
     alive: bool = False
     boot: int = 0
+    link: int = 0
     steps_done: int = 0
+    held: list[e.NodeEvent] | None = None
     machine: NodeMachine = field(init=False)
     replica: Replica = field(init=False)
 
@@ -60,8 +63,11 @@ class MemoryFederation:
 
     Attributes:
         now: virtual seconds.
+        term: that of the server, one more with each start.
         entries: the ledger.
         records: update records of each entry.
+        updates: committed updates of the open round.
+        slots: (version of theta when it was given, node, slot).
         counts: (who, reason) of everything counted.
         errors: what ended a node or the server.
     """
@@ -75,28 +81,34 @@ class MemoryFederation:
         stream: str = "mk1",
         digest_every: int = 1,
         deliver: Deliver = instantly,
+        commit_s: float = 0.0,
     ) -> None:
         self.settings = settings
         self.now = 0.0
+        self.term = 0
         self.entries: list[Entry] = []
         self.records: list[tuple[e.UpdateRecord, ...]] = []
+        self.updates: list[e.UpdateRecord] = []
+        self.slots: list[tuple[int, str, int]] = []
         self.counts: Counter[tuple[str, str]] = Counter()
         self.errors: list[tuple[str, MeerkatError]] = []
         self.deliver = deliver
         self.nodes: Mapping[str, MemoryNode] = {node.name: node for node in nodes}
         self._mask = mask
-        self._stream = stream
-        self._digest_every = digest_every
+        self.stream = stream
+        self.digest_every = digest_every
+        self._commit_s = commit_s
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
-        self._retained: Frame | None = None
+        self._retained: Round | None = None
         self._wake: dict[str, float] = {}
         self.replica = self._fresh_replica()
-        self.server = ServerMachine(settings, term=1, server_id="0" * 16, base=digest(mask.theta_0))
+        self.server = self._resumed_server()
+        self.server_up = False
 
     def _fresh_replica(self) -> Replica:
         return Replica(
-            self._mask, run_id=self.settings.run_id, stream=self._stream, digest_every=self._digest_every
+            self._mask, run_id=self.settings.run_id, stream=self.stream, digest_every=self.digest_every
         )  # fmt: skip
 
     # --- the clock ---
@@ -106,35 +118,67 @@ class MemoryFederation:
         heapq.heappush(self._agenda, (time, next(self._order), action))
 
     def run(self, until: float) -> None:
-        """Let virtual time pass, until the run is finished, nothing is left to happen, or `until`."""
-        while self._agenda and not self.server.finished:
-            time = self._agenda[0][0]
-            if time > until:
-                break
-            time, _, action = heapq.heappop(self._agenda)
-            self.now = max(self.now, time)
-            action()
+        """Let virtual time pass, until the run is finished or it is `until`."""
+        while not self.server.finished and self._agenda and self._agenda[0][0] <= until:
+            self._next()
+        if not self.server.finished:
+            self.now = max(self.now, until)
 
     def settle(self, seconds: float) -> None:
         """Let virtual time pass, also after the run is finished."""
         until = self.now + seconds
         while self._agenda and self._agenda[0][0] <= until:
-            time, _, action = heapq.heappop(self._agenda)
-            self.now = max(self.now, time)
-            action()
+            self._next()
+        self.now = until
+
+    def _next(self) -> None:
+        time, _, action = heapq.heappop(self._agenda)
+        self.now = max(self.now, time)
+        action()
 
     # --- people's hands ---
 
     def start(self) -> None:
         """Start the server, then every node."""
-        self._server_effects(self.server.start(self.now))
+        self.start_server()
         for name in self.nodes:
             self.start_node(name)
+
+    def start_server(self, keep: int | None = None) -> None:
+        """Start a server from the ledger under the next term; `keep`: from a backup of that many entries."""
+        if keep is not None and keep < len(self.entries):
+            del self.entries[keep:], self.records[keep:], self.updates[:]
+            self.slots = [given for given in self.slots if given[0] <= keep]
+        self.term += 1
+        self._wake.pop(SERVER, None)
+        self.server, self.server_up = self._resumed_server(), True
+        self._server_effects(self.server.start(self.now))
+        for node in self.nodes.values():
+            self._to_node(node, lambda now: e.ServerCame(now, self._state()))
+
+    def _resumed_server(self) -> ServerMachine:
+        self.replica = self._fresh_replica()
+        due = [found for entry in self.entries if (found := self.replica.apply(entry.terms)) != NO_DIGEST]
+        return ServerMachine(
+            self.settings,
+            term=self.term,
+            server_id="0" * 16,
+            base=due[-1] if due else digest(self._mask.theta_0),
+            version=len(self.entries),
+            head=self.entries[-1].hash(self.settings.run_id) if self.entries else None,
+            slots={name: slot for _, name, slot in self.slots},
+            entries=self.entries,
+            updates=self.updates,
+        )
+
+    def crash_server(self) -> None:
+        """Kill the server: what it has not committed, and what is sent to it, is lost."""
+        self.server_up = False
 
     def start_node(self, name: str) -> None:
         """Start a node, anew if it crashed: it begins at theta_0 with another boot."""
         node = self.nodes[name]
-        node.alive, node.boot, node.replica = True, node.boot + 1, self._fresh_replica()
+        node.alive, node.held, node.boot, node.replica = True, None, node.boot + 1, self._fresh_replica()
         node.machine = NodeMachine(
             run_id=self.settings.run_id,
             mask_hash=self.settings.mask_hash,
@@ -142,23 +186,48 @@ class MemoryFederation:
             boot=node.boot,
             now=self.now,
         )
-        state = ServerState(
-            status="online",
+        self._wake.pop(name, None)
+        self._connect(node)
+
+    def reconnect(self, name: str) -> None:
+        """Cut a node's connection; it stands again at once, under another link."""
+        self._status(self.nodes[name], "lost")
+        self._connect(self.nodes[name])
+
+    def _connect(self, node: MemoryNode) -> None:
+        node.link += 1
+        self._to(node, node.boot, e.Connected(self.now))
+        self._to_node(node, lambda now: e.ServerCame(now, self._state()))
+        if self._retained is not None:
+            self._to_node(node, partial(e.FrameCame, frame=self._retained))
+
+    def _state(self) -> ServerState:
+        return ServerState(
+            status="online" if self.server_up else "lost",
             run=self.settings.run_id.hex(),
-            term=1,
+            term=self.term,
             server_id="0" * 16,
-            link=1,
+            link=self.term,
             host="memory",
             round=len(self.entries),
         )
-        self._node_effects(node, node.machine.handle(e.ServerCame(self.now, state)))
-        if self._retained is not None:
-            self._to_node(node, self._retained, 0.001)
 
-    def crash(self, name: str) -> None:
-        """Kill a node; the broker announces its death."""
+    def freeze(self, name: str) -> None:
+        """Stop a node as SIGSTOP does: what comes waits until `thaw`."""
+        if self.nodes[name].alive:
+            self.nodes[name].held = self.nodes[name].held or []
+
+    def thaw(self, name: str) -> None:
+        """Let a frozen node go on."""
+        node = self.nodes[name]
+        held, node.held = node.held or [], None
+        for event in held:
+            self._to(node, node.boot, replace(event, now=self.now))
+
+    def crash(self, name: str, *, will_s: float = 0.001) -> None:
+        """Kill a node; the broker announces its death after `will_s`."""
         self.nodes[name].alive = False
-        self._status(self.nodes[name], "lost")
+        self._status(self.nodes[name], "lost", will_s)
 
     def leave(self, name: str) -> None:
         """Let a node end in order."""
@@ -168,36 +237,53 @@ class MemoryFederation:
     # --- the server's effects ---
 
     def _to_server(self, event: e.ServerEvent) -> None:
-        self._server_effects(self.server.handle(event))
+        if self.server_up:
+            self._server_effects(self.server.handle(event))
 
     def _server_effects(self, effects: Sequence[e.ServerEffect]) -> None:
         for effect in effects:
             self._server_effect(effect)
-        self._schedule_wake(SERVER, self.server.wake_at, lambda: self._to_server(e.Tick(self.now)))
+        self._schedule_wake(SERVER, self.server.wake_at, self._in_term(lambda: e.Tick(self.now)))
+
+    def _in_term(self, event: Callable[[], e.ServerEvent]) -> Callable[[], None]:
+        """An action that hands an event to the server, unless that is by then dead."""
+        term = self.term
+        return lambda: self._to_server(event()) if self.server_up and self.term == term else None
+
+    def _commit(self, keep: Callable[[], None], event: Callable[[], e.ServerEvent]) -> None:
+        def commit() -> e.ServerEvent:
+            keep()
+            return event()
+
+        self.at(self.now + self._commit_s, self._in_term(commit))
+
+    def _keep_entry(self, entry: Entry, records: tuple[e.UpdateRecord, ...]) -> None:
+        self.entries.append(entry)
+        self.records.append(records)
+        self.updates.clear()
 
     def _server_effect(self, effect: e.ServerEffect) -> None:
         match effect:
-            case e.CommitSlot(node):
-                self.at(self.now, lambda: self._to_server(e.SlotCommitted(self.now, node)))
+            case e.CommitSlot(node, slot):
+                given = (len(self.entries), node, slot)
+                self._commit(partial(self.slots.append, given), lambda: e.SlotCommitted(self.now, node))
             case e.CommitUpdate(record):
-                self.at(self.now, lambda: self._to_server(e.UpdatesCommitted(self.now, (record,))))
+                self._commit(partial(self.updates.append, record), lambda: e.UpdatesCommitted(self.now, (record,)))
             case e.ApplyTerms(version, terms):
                 after = self.replica.apply(terms)
-                self.at(self.now, lambda: self._to_server(e.TermsApplied(self.now, version, after)))
+                self.at(self.now, self._in_term(lambda: e.TermsApplied(self.now, version, after)))
             case e.CommitEntry(entry, records):
-                self.entries.append(entry)
-                self.records.append(records)
-                self.at(self.now, lambda: self._to_server(e.EntryCommitted(self.now, entry.version, records)))
+                keep = partial(self._keep_entry, entry, records)
+                self._commit(keep, lambda: e.EntryCommitted(self.now, entry.version, records))
             case e.PublishRound(frame):
                 self._retained = frame
-                for name in self.nodes:
-                    self._send(SERVER, name, frame)
+                self._send(SERVER, frame, *self.nodes)
             case e.Reply(name, reply):
-                self._send(SERVER, name, reply)
+                self._send(SERVER, reply, name)
             case e.SendEntries(name, first):
                 header = self._retained.header if self._retained else None
                 if header is not None and self.entries[first:]:
-                    self._send(SERVER, name, Entries(header, tuple(self.entries[first : first + 1000])))
+                    self._send(SERVER, Entries(header, tuple(self.entries[first : first + 1000])), name)
             case e.Count(reason, name):
                 self.counts[name or SERVER, reason] += 1
             case e.End(error):
@@ -208,7 +294,11 @@ class MemoryFederation:
     # --- a node's effects ---
 
     def _to(self, node: MemoryNode, boot: int, event: e.NodeEvent) -> None:
-        if node.alive and node.boot == boot:
+        if not node.alive or node.boot != boot:
+            return
+        if node.held is not None:
+            node.held.append(event)
+        else:
             self._node_effects(node, node.machine.handle(event))
 
     def _node_effects(self, node: MemoryNode, effects: Sequence[e.NodeEffect]) -> None:
@@ -223,7 +313,7 @@ class MemoryFederation:
             case e.PublishStatus():
                 self._status(node, "online")
             case e.Send(frame):
-                self._send(node.name, SERVER, frame)
+                self._send(node.name, frame, SERVER)
             case e.ApplyEntries(entries):
                 digests = tuple(node.replica.apply(entry.terms) for entry in entries)
                 self.at(self.now, lambda: self._to(node, boot, e.EntriesApplied(self.now, entries, digests)))
@@ -252,36 +342,38 @@ class MemoryFederation:
             node.replica.theta,
             [seed_for(run_id, version, lane, step) for step in range(steps)],
             [[node.rows[number] for number in batch] for batch in numbers],
-            stream=self._stream,
+            stream=self.stream,
             eps=eps,
             lr=self.settings.lr,
         )
 
     # --- the transport ---
 
-    def _status(self, node: MemoryNode, status: str) -> None:
+    def _status(self, node: MemoryNode, status: str, delay: float = 0.001) -> None:
         message = NodeStatus.model_validate(
-            {"status": status, "boot": node.boot, "link": node.boot, "host": "memory", "rows": len(node.rows)}
+            {"status": status, "boot": node.boot, "link": node.link, "host": "memory", "rows": len(node.rows)}
         )
-        self.at(self.now + 0.001, lambda: self._to_server(e.StatusCame(self.now, node.name, message)))
+        self.at(self.now + delay, lambda: self._to_server(e.StatusCame(self.now, node.name, message)))
 
-    def _send(self, sender: str, receiver: str, frame: Frame) -> None:
-        for delay in self.deliver(sender, receiver, frame):
-            if receiver == SERVER:
-                self.at(self.now + delay, partial(self._receive, sender, encode(frame)))
-            elif self.nodes[receiver].alive:
-                self._to_node(self.nodes[receiver], decode(encode(frame)), delay)
+    def _send(self, sender: str, frame: Frame, *receivers: str) -> None:
+        arrived: Any = decode(encode(frame))
+        for receiver in receivers:
+            for delay in self.deliver(sender, receiver, frame):
+                if receiver == SERVER:
+                    self.at(self.now + delay, partial(self._receive, sender, arrived))
+                else:
+                    self._to_node(self.nodes[receiver], partial(e.FrameCame, frame=arrived), delay)
 
-    def _receive(self, sender: str, payload: bytes) -> None:
-        match decode(payload):
-            case Update() as update:
-                self._to_server(e.UpdateCame(self.now, sender, update))
-            case Want() as want:
-                self._to_server(e.WantCame(self.now, sender, want))
+    def _receive(self, sender: str, frame: Update | Want) -> None:
+        match frame:
+            case Update():
+                self._to_server(e.UpdateCame(self.now, sender, frame))
+            case Want():
+                self._to_server(e.WantCame(self.now, sender, frame))
 
-    def _to_node(self, node: MemoryNode, frame: Any, delay: float) -> None:
+    def _to_node(self, node: MemoryNode, event: Callable[[float], e.NodeEvent], delay: float = 0.001) -> None:
         boot = node.boot
-        self.at(self.now + delay, lambda: self._to(node, boot, e.FrameCame(self.now, frame)))
+        self.at(self.now + delay, lambda: self._to(node, boot, event(self.now)))
 
     def _schedule_wake(self, name: str, wake_at: float | None, tick: Callable[[], None]) -> None:
         if wake_at is not None and self._wake.get(name) != wake_at:

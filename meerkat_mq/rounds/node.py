@@ -1,6 +1,6 @@
 """A node's machine: follows the head of the ledger, and steps when it is asked."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import singledispatchmethod
 
 from meerkat_mq.core.path import NO_DIGEST, Entry
@@ -31,7 +31,7 @@ RESYNCHRONISATIONS = 3
 
 @dataclass(frozen=True, slots=True)
 class _Done:
-    version: int
+    task: StartSteps
     scalars: tuple[float, ...]
     loss: float
 
@@ -41,7 +41,7 @@ class NodeMachine:
 
     Attributes:
         version: theta's version on this node.
-        slot: given by the server's welcome.
+        slot: given by the welcome of the present server.
     """
 
     def __init__(self, *, run_id: bytes, mask_hash: bytes, base: bytes, boot: int, now: float) -> None:
@@ -59,13 +59,16 @@ class NodeMachine:
         self._boot = boot
         self._theta_0 = base
         self._rank = (0, "")
+        self._link: int | None = None
         self._trusted_term = 0
         self._frame: Round | None = None
+        self._uninformed = True
+        self._answered = False
         self._done: _Done | None = None
-        self._busy = False
-        self._ask_at = now + RETRY_S
-        self._lacking = True
-        self._resynchronisations = 0
+        self._busy: ApplyEntries | StartSteps | None = None
+        self._greet_at = now + RETRY_S
+        self._ask_at = now
+        self._digests_refused = 0
         self._effects: list[NodeEffect] = []
         self.slot: int | None = None
         self._stand_at_theta_0()
@@ -78,7 +81,19 @@ class NodeMachine:
     @property
     def wake_at(self) -> float | None:
         """When the machine wants its next Tick; None: not before another event."""
-        return self._ask_at if self._lacking else None
+        times = [self._greet_at] if self._unknown else []
+        if self._behind and self._busy is None:
+            times.append(self._ask_at)
+        return min(times, default=None)
+
+    @property
+    def _unknown(self) -> bool:
+        """Whether, on this connection, server and node may not know of each other."""
+        return self.slot is None or self._uninformed
+
+    @property
+    def _behind(self) -> bool:
+        return self._frame is not None and self._frame.header.version > self.version
 
     def handle(self, event: NodeEvent) -> list[NodeEffect]:
         """Take one event; returns the effects to carry out, in order."""
@@ -87,29 +102,48 @@ class NodeMachine:
         effects, self._effects = self._effects, []
         return effects
 
+    def _count(self, reason: str) -> None:
+        self._effects.append(Count(reason))
+
     @singledispatchmethod
     def _on(self, event: NodeEvent) -> None:
         raise TypeError(f"unknown event {event!r}")
 
     @_on.register
-    def _(self, event: Connected) -> None:
-        self._ask_at = event.now + RETRY_S
-        self._effects.append(PublishStatus())
-
-    @_on.register
     def _(self, event: Tick) -> None:
         pass
 
+    # --- servers and connections ---
+
+    @_on.register
+    def _(self, event: Connected) -> None:
+        self._uninformed = True
+        self._introduce(event.now)
+
+    def _introduce(self, now: float) -> None:
+        self._greet_at = now + RETRY_S
+        self._effects.append(PublishStatus())
+
     @_on.register
     def _(self, event: ServerCame) -> None:
-        rank = event.state.rank
-        if rank < self._rank:
-            self._effects.append(Count("stale server"))
-        elif rank > self._rank:
-            if rank[0] > self._rank[0]:
-                self._frame = None
-            self._rank = rank
-            self._effects.append(PublishStatus())
+        state = event.state
+        if state.run != self._run_id.hex():
+            self._count("of another run")
+        elif state.rank < self._rank:
+            self._count("stale server")
+        else:
+            if state.term > self._rank[0] or self._rank[1] not in ("", state.server_id):
+                self._follow_server(event.now)
+            elif state.status == "online" and self._link not in (None, state.link):
+                self._introduce(event.now)  # the server connected anew: it may have missed this node's birth
+            self._rank = state.rank
+            self._link = state.link if state.status == "online" else self._link
+
+    def _follow_server(self, now: float) -> None:
+        """Forget what another server said: its slots and its round."""
+        self._frame = self.slot = self._link = None
+        self._uninformed = True
+        self._introduce(now)
 
     # --- frames ---
 
@@ -117,11 +151,12 @@ class NodeMachine:
     def _(self, event: FrameCame) -> None:
         frame = event.frame
         if (frame.header.run, frame.header.mask) != (self._header().run, self._header().mask):
-            self._effects.append(Count("of another run"))
+            self._count("of another run")
         elif frame.header.term < self._rank[0]:
-            self._effects.append(Count("stale term"))
+            self._count("stale term")
         else:
             if frame.header.term > self._rank[0]:
+                self._follow_server(event.now)
                 self._rank = (frame.header.term, "")
             self._take(frame)
 
@@ -131,17 +166,15 @@ class NodeMachine:
 
     @_take.register
     def _(self, frame: Round) -> None:
-        newest = self._frame.header if self._frame is not None else frame.header
-        if (frame.header.term, frame.header.version) < (newest.term, newest.version):
-            self._effects.append(Count("old round"))
+        known = self._frame.header.version if self._frame is not None else -1
+        if frame.header.version < known:
+            self._count("old round")
             return
-        if self._frame is None or frame.header.version > self._frame.header.version:
+        if frame.header.version > known:
             self._ask_at = float("-inf")
-        self._frame = frame
+        self._frame, self._uninformed, self._answered = frame, False, False
         if self.slot in frame.heard and frame.header.version == self.version:
-            self._resynchronisations = 0
-        if self._wanted() and self._done is not None and self._done.version == self.version:
-            self._send()
+            self._digests_refused = 0
 
     @_take.register
     def _(self, frame: Welcome) -> None:
@@ -150,16 +183,17 @@ class NodeMachine:
 
     @_take.register
     def _(self, frame: Entries) -> None:
-        if not self._busy:
+        if self._busy is None:
             self._follow(frame.entries, frame.header.term)
 
     @_take.register
     def _(self, frame: Refusal) -> None:
-        if frame.boot != self._boot or frame.header.version != self.version:
+        done = self._done is not None and self._done.task.version == frame.header.version == self.version
+        if frame.boot != self._boot or not done or self._busy is not None:
             return
-        self._effects.append(Count(f"refused: {frame.reason.name.lower().replace('_', ' ')}"))
-        if frame.reason is Reason.RESYNCHRONISE and not self._busy:
-            self._resynchronise("the server refused this node's digest")
+        self._count(f"refused: {frame.reason.name.lower().replace('_', ' ')}")
+        if frame.reason is Reason.RESYNCHRONISE:
+            self._digest_refused("the server refused this node's digest")
 
     # --- following the ledger ---
 
@@ -169,117 +203,120 @@ class NodeMachine:
         if not news or news[0].version != self.version:
             return
         head = self._head
-        for number, entry in enumerate(news):
-            if entry.version != self.version + number or entry.previous != head:
+        for number, entry in enumerate(news, self.version):
+            if entry.version != number or entry.previous != head:
                 self._contradicted(term)
                 return
             head = entry.hash(self._run_id)
         self._trusted_term = term
-        self._busy = True
-        self._effects.append(ApplyEntries(news))
+        self._busy = ApplyEntries(news)
+        self._effects.append(self._busy)
 
     def _contradicted(self, term: int) -> None:
         if term > self._trusted_term:
             self._trusted_term = term
-            self._resynchronise(f"the ledger of term {term} has another past")
-        else:
-            self._effects.append(Count("entry refused"))
+            self._start_over()
+            return
+        self._count("entry refused")
+        if self._frame is not None:
+            self._frame = replace(self._frame, entries=())  # refused once, not at every event
 
-    def _resynchronise(self, why: str) -> None:
-        self._resynchronisations += 1
-        if self._resynchronisations > RESYNCHRONISATIONS:
+    def _start_over(self) -> None:
+        self._effects += [Count("resynchronised"), ResetTheta()]
+        self._done = None
+        self._ask_at = float("-inf")
+        self._stand_at_theta_0()
+
+    def _digest_refused(self, why: str) -> None:
+        self._digests_refused += 1
+        if self._digests_refused > RESYNCHRONISATIONS:
             error = RunMismatch(
                 f"version {self.version}",
                 f"this node does not arrive at the server's theta ({why})",
                 "check NumPy (≥ 2.0) and memory on both machines",
             )
             self._effects.append(End(error))
-            return
-        self._effects += [Count("resynchronised"), ResetTheta()]
-        self._done = None
-        self._ask_at = float("-inf")
-        self._stand_at_theta_0()
+        self._start_over()
 
     @_on.register
     def _(self, event: EntriesApplied) -> None:
-        self._busy = False
+        if self._busy != ApplyEntries(event.entries) or len(event.digests) != len(event.entries):
+            self._count("unexpected answer")
+            return
+        self._busy = None
         for entry, digest in zip(event.entries, event.digests, strict=True):
             if entry.digest != digest:
-                self._effects.append(Count("digest differs"))
-                self._resynchronise(f"the digest after entry {entry.version} differs")
+                self._count("digest differs")
+                self._digest_refused(f"the digest after entry {entry.version} differs")
                 return
         last = event.entries[-1]
         self.version, self._head = last.version + 1, last.hash(self._run_id)
         self._ask_at = float("-inf")
-        due = [digest for digest in event.digests if digest != NO_DIGEST]
-        self._base = due[-1] if due else self._base
+        self._base = next((digest for digest in reversed(event.digests) if digest != NO_DIGEST), self._base)
 
     @_on.register
     def _(self, event: StepsDone) -> None:
-        self._busy = False
-        self._done = _Done(event.version, event.scalars, event.loss)
-        if event.version != self.version:
-            self._effects.append(Count("late step"))
-        elif self._wanted():
-            self._send()
+        task = self._busy
+        if not isinstance(task, StartSteps) or task.version != event.version:
+            self._count("unexpected answer")
+            return
+        self._busy, self._answered = None, False
+        self._done = _Done(task, event.scalars, event.loss)
+        if self._behind:
+            self._count("late step")
 
     # --- what next ---
 
     def _advance(self, now: float) -> None:
-        """Catch up, ask for what lacks, or step."""
-        self._lacking = self.slot is None
-        frame = self._frame
-        if self._busy or frame is None:
+        """Greet, catch up, ask for what lacks, or step."""
+        if self._unknown and now >= self._greet_at:
+            self._introduce(now)
+            self._effects.append(Send(Want(self._header(), self._boot, welcome=True)))
+        if self._busy is None and self._frame is not None:
+            self._catch_up(self._frame)
+        if self._busy is not None:
             return
-        behind = frame.header.version - self.version
-        if behind > 0:
-            self._follow(frame.entries, frame.header.term)
-        elif self._contradicts(frame):
-            self._contradicted(frame.header.term)
-            behind = frame.header.version - self.version
-        if self._busy:
-            return
-        self._lacking = self.slot is None or behind > 0
-        if self._lacking and now >= self._ask_at:
+        if not self._behind:
+            self._answer()
+        elif now >= self._ask_at:
             self._ask_at = now + RETRY_S
-            entries_from = self.version if behind > 0 else None
-            self._effects.append(
-                Send(Want(self._header(), self._boot, welcome=self.slot is None, entries_from=entries_from))
-            )
-        elif not self._lacking:
-            self._step()
+            self._effects.append(Send(Want(self._header(), self._boot, entries_from=self.version)))
 
-    def _contradicts(self, frame: Round) -> bool:
-        if frame.header.version < self.version:
-            return True
-        newest = frame.entries[-1] if frame.entries else None
-        return newest is not None and newest.version + 1 == self.version and newest.hash(self._run_id) != self._head
+    def _catch_up(self, frame: Round) -> None:
+        """Follow what the round says of the ledger; see whether a server of another term tells another past."""
+        version, term = frame.header.version, frame.header.term
+        if version > self.version:
+            self._follow(frame.entries, term)
+        elif version < self.version:
+            if term > self._trusted_term:
+                self._contradicted(term)
+        elif frame.entries and frame.entries[-1].version + 1 == version:
+            if frame.entries[-1].hash(self._run_id) != self._head:
+                self._contradicted(term)
+            else:
+                self._trusted_term = term
 
-    def _wanted(self) -> bool:
-        frame = self._frame
-        return (
-            frame is not None
-            and frame.is_open
-            and frame.header.version == self.version
-            and self.slot in frame.asked
-            and self.slot not in frame.heard
-        )
-
-    def _step(self) -> None:
-        if not self._wanted() or (self._done is not None and self._done.version == self.version):
+    def _answer(self) -> None:
+        """Do the steps that the round asks of this node; once done, send them at each announcement until heard."""
+        task = self._task()
+        if task is None:
             return
-        assert self._frame is not None
-        assert self.slot is not None
-        steps = dict(self._frame.short).get(self.slot, self._frame.steps)
-        self._busy = True
-        lane = lane_of(self.slot, self._frame.lanes)
-        self._effects.append(StartSteps(self.version, lane, steps, self._frame.eps))
+        if self._done is None or self._done.task != task:
+            self._busy = task
+            self._effects.append(task)
+        elif not self._answered:
+            self._answered = True
+            done = self._done
+            self._effects.append(Send(Update(self._header(), self._boot, self._base[:8], done.loss, done.scalars)))
 
-    def _send(self) -> None:
-        assert self._done is not None
-        self._effects.append(
-            Send(Update(self._header(), self._boot, self._base[:8], self._done.loss, self._done.scalars))
-        )
+    def _task(self) -> StartSteps | None:
+        frame = self._frame
+        if frame is None or not frame.is_open or frame.header.version != self.version:
+            return None
+        if self.slot is None or self.slot not in frame.asked - frame.heard:
+            return None
+        steps = dict(frame.short).get(self.slot, frame.steps)
+        return StartSteps(self.version, lane_of(self.slot, frame.lanes), steps, frame.eps)
 
     def _header(self) -> Header:
         return Header.of(self._run_id, self._rank[0], self.version, self._mask_hash)

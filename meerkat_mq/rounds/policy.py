@@ -14,6 +14,7 @@ from meerkat_mq.wire.frames import encode_entry
 DEADLINE_CAP = 10
 ANNOUNCE_AT = (0.25, 0.5, 0.75)
 ROUND_ENTRY_BYTES = 1024
+MAX_STEP = 2.0**127
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class RoundSettings:
 
     def __post_init__(self) -> None:
         """Refuse, as ConfigError, more lanes than a round can have nodes."""
-        fewest = math.ceil(self.fraction * self.min_nodes)
+        fewest = share(self.fraction, self.min_nodes)
         if self.lanes > fewest:
             raise ConfigError(
                 "rounds.directions",
@@ -57,17 +58,32 @@ def sample(run_id: bytes, version: int, slots: Iterable[int], fraction: float) -
         return hashlib.sha256(run_id + b"sample" + struct.pack("<II", version, slot)).digest()
 
     ranked = sorted(slots, key=rank)
-    return frozenset(ranked[: math.ceil(fraction * len(ranked))])
+    return frozenset(ranked[: share(fraction, len(ranked))])
+
+
+def share(part: float, count: int) -> int:
+    """`part` of `count`, rounded up, at least one; 0.55 of 100 is 55, although 0.55 · 100 > 55 in floating point."""
+    return max(1, math.ceil(round(part * count, 9)))
 
 
 def needed(asked: int, quorum: float) -> int:
-    """How many of the nodes asked a round needs; at least one."""
-    return max(1, math.ceil(quorum * asked))
+    """How many of the nodes asked a round needs."""
+    return share(quorum, asked)
+
+
+def fewest_needed(settings: RoundSettings) -> int:
+    """What a round of `min_nodes` nodes would need: leaves do not take a quorum below it."""
+    return needed(share(settings.fraction, settings.min_nodes), settings.quorum)
+
+
+def applicable(scalars: Iterable[float], lr: float) -> bool:
+    """Whether every lr·g, and so any weighted mean of such, stays a finite float32."""
+    return all(abs(lr * g) <= MAX_STEP for g in scalars)
 
 
 def deadline_length(deadline_s: float, attempt: int) -> float:
     """Seconds from the opening of an attempt to its end: doubles, up to ten times the first."""
-    return deadline_s * min(2.0**attempt, DEADLINE_CAP)
+    return deadline_s * min(1 << attempt, DEADLINE_CAP)
 
 
 def terms_of(records: Sequence[UpdateRecord], settings: RoundSettings) -> tuple[Term, ...]:

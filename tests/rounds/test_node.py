@@ -1,0 +1,310 @@
+"""A node: greets, follows the ledger, steps when asked, and sends until it is heard."""
+
+from dataclasses import replace
+
+import pytest
+
+from meerkat_mq.core.path import NO_DIGEST
+from meerkat_mq.rounds import events as e
+from meerkat_mq.rounds.node import RETRY_S
+from meerkat_mq.wire.frames import Entries, Reason, Update, Want
+from tests.rounds.support import (
+    RUN,
+    THETA_0,
+    Hand,
+    announced,
+    base_after,
+    chain,
+    hand,
+    header,
+    node_machine,
+    only,
+    reasons,
+    refusal,
+    sent,
+    state,
+    welcome,
+)
+
+# --- greeting -------------------------------------------------------------------------------------------------------
+
+
+def test_a_node_greets_until_it_has_a_slot_and_a_round() -> None:
+    node = Hand()
+    assert node.give(e.Connected(0.0)) == [e.PublishStatus()]
+    for number in range(1, 4):
+        assert node.machine.wake_at == number * RETRY_S
+        effects = node.give(e.Tick(number * RETRY_S))
+        assert only(e.PublishStatus, effects)
+        assert sent(effects, Want) == [Want(header(term=0), 1, welcome=True)]
+    node.frames(7.0, welcome())
+    assert node.machine.wake_at is not None
+    node.frames(7.0, announced())
+    assert node.machine.wake_at is None
+
+
+def test_on_a_new_connection_a_node_works_on_and_asks_when_no_round_comes() -> None:
+    node = hand(announced())
+    assert node.give(e.Connected(10.0)) == [e.PublishStatus()]
+    assert sent(node.step(11.0), Update)
+    assert node.machine.wake_at == 12.0
+    assert sent(node.give(e.Tick(12.0)), Want)
+    node.frames(12.1, announced())
+    assert node.machine.wake_at is None
+
+
+def test_a_welcome_for_another_process_is_not_taken() -> None:
+    node = hand()
+    node.frames(1.0, welcome(slot=5, boot=2))
+    assert node.machine.slot == 0
+
+
+def test_a_new_server_is_told_that_the_node_is_there_and_gives_slots_anew() -> None:
+    node = hand(announced())
+    assert only(e.PublishStatus, node.give(e.ServerCame(1.0, state(term=2))))
+    assert node.machine.slot is None
+    node.frames(1.0, welcome(3, term=2))
+    assert node.machine.slot == 3
+
+
+def test_the_first_frame_of_a_new_term_counts_as_its_server() -> None:
+    node = hand(announced())
+    assert only(e.PublishStatus, node.frames(1.0, welcome(3, term=2)))
+    assert node.machine.slot == 3
+    assert not only(e.PublishStatus, node.give(e.ServerCame(2.0, state(term=2))))
+    assert node.machine.slot == 3
+
+
+def test_a_server_that_connects_anew_is_told_again() -> None:
+    node = hand(announced())
+    assert node.give(e.ServerCame(1.0, state(round=4))) == []
+    assert node.give(e.ServerCame(1.0, state(status="lost"))) == []
+    assert node.give(e.ServerCame(2.0, state(link=2))) == [e.PublishStatus()]
+    assert node.machine.slot == 0
+
+
+def test_stale_and_foreign_servers_and_frames_are_counted_only() -> None:
+    node = hand(announced(3, term=2, entries=tuple(chain(3))))
+    assert reasons(node.give(e.ServerCame(1.0, state(term=1)))) == ["stale server"]
+    assert reasons(node.give(e.ServerCame(1.0, state(term=9, run="f" * 32)))) == ["of another run"]
+    assert reasons(node.frames(1.0, announced(4, term=1))) == ["stale term"]
+    assert reasons(node.frames(1.0, announced(2, term=2))) == ["old round"]
+    assert reasons(node.frames(1.0, replace(announced(4, term=2), header=replace(header(4, 2), run=1)))) == [
+        "of another run"
+    ]
+    assert node.machine.version == 3
+
+
+# --- following the ledger -------------------------------------------------------------------------------------------
+
+
+def test_a_short_absence_needs_no_request() -> None:
+    node = hand()
+    effects = node.frames(1.0, announced(3, entries=tuple(chain(3))))
+    assert node.machine.version == 3
+    assert not sent(effects, Want)
+    assert node.task == e.StartSteps(3, 0, 1, 2.0**-10)
+
+
+def test_a_long_absence_is_made_up_for_by_asking() -> None:
+    node, ledger = hand(), tuple(chain(9))
+    (want,) = sent(node.frames(1.0, announced(9, entries=ledger[6:])), Want)
+    assert want.entries_from == 0
+    node.frames(1.1, Entries(header(9), ledger[:4]))
+    assert node.machine.version == 4
+    assert [w.entries_from for w in sent(node.seen, Want)] == [0, 4]
+    node.frames(1.2, Entries(header(9), ledger[4:6]))
+    assert node.machine.version == 9  # the rest came with the round
+    assert node.task is not None
+
+
+def test_a_node_asks_again_when_no_answer_comes() -> None:
+    node = hand(announced(3))
+    assert node.machine.wake_at == RETRY_S
+    assert sent(node.give(e.Tick(RETRY_S)), Want)
+    assert node.machine.wake_at == 2 * RETRY_S
+
+
+def test_entries_are_applied_from_the_head_on_only() -> None:
+    ledger = tuple(chain(5))
+    node = hand(announced(2, entries=ledger[:2]))
+    node.step(1.0)
+    assert only(e.ApplyEntries, node.frames(2.0, Entries(header(5), ledger[3:]))) == []
+    assert only(e.ApplyEntries, node.frames(2.0, Entries(header(5), ledger))) == [e.ApplyEntries(ledger[2:])]
+
+
+def test_entries_that_come_while_the_node_is_busy_wait_for_the_next_answer() -> None:
+    node, ledger = hand(announced()), tuple(chain(2))
+    assert node.frames(1.0, Entries(header(2), ledger), announced(2)) == []
+    assert reasons(node.step(2.0)) == ["late step"]
+    (want,) = sent(node.seen, Want)
+    assert want.entries_from == 0
+
+
+def test_the_base_is_the_newest_due_digest() -> None:
+    ledger = chain(3)
+    ledger[1] = replace(ledger[1], digest=NO_DIGEST)
+    ledger[2] = replace(ledger[2], digest=NO_DIGEST, previous=ledger[1].hash(RUN))
+    node = hand(announced(3, entries=tuple(ledger)))
+    (update,) = sent(node.step(1.0), Update)
+    assert update.base == base_after(0)[:8]
+
+
+def test_another_past_is_refused_under_a_term_that_was_followed() -> None:
+    node = hand(announced(3, is_open=False, entries=tuple(chain(3))))
+    other = chain(5, seed=1)
+    effects = node.frames(1.0, announced(5, entries=tuple(other[3:])))
+    assert reasons(effects) == ["entry refused"]
+    assert node.machine.version == 3
+    assert reasons(node.give(e.Tick(1.5))) == []  # counted once
+
+
+def test_another_past_under_a_higher_term_starts_the_node_over() -> None:
+    node = hand(announced(3, is_open=False, entries=tuple(chain(3))))
+    effects = node.frames(1.0, announced(5, term=2, entries=tuple(chain(5, seed=1)[3:])))
+    assert reasons(effects) == ["resynchronised"]
+    assert only(e.ResetTheta, effects)
+    assert [want.entries_from for want in sent(effects, Want)] == [0]
+    node.frames(1.0, Entries(header(5, 2), tuple(chain(5, seed=1))))
+    assert node.machine.version == 5
+    assert reasons(node.frames(2.0, announced(6, term=2, entries=(chain(1, start=5)[0],)))) == ["entry refused"]
+
+
+@pytest.mark.parametrize("version", [0, 2])
+def test_a_node_ahead_of_a_restored_ledger_starts_over(version: int) -> None:
+    node, ledger = hand(announced(3, entries=tuple(chain(3)))), tuple(chain(version))
+    node.step(0.5)
+    effects = node.frames(1.0, welcome(0, term=2), announced(version, term=2, entries=ledger))
+    assert reasons(effects) == ["resynchronised"]
+    node.frames(1.0, Entries(header(version, 2), ledger))
+    assert node.machine.version == version
+    assert node.task is not None
+    assert node.task.version == version
+
+
+def test_a_ledger_of_a_higher_term_that_extends_the_head_is_followed_quietly() -> None:
+    node = hand(announced(3, entries=tuple(chain(3))))
+    node.step(0.5)
+    assert reasons(node.frames(1.0, announced(3, term=2, entries=tuple(chain(3))))) == []
+    effects = node.frames(1.0, announced(4, term=2, entries=tuple(chain(4))))
+    assert reasons(effects) == []
+    assert node.machine.version == 4
+
+
+def test_entries_that_overtake_the_round_do_no_harm() -> None:
+    node = hand(announced(2))
+    effects = node.frames(1.0, Entries(header(3), tuple(chain(3))), announced(2, entries=tuple(chain(2))))
+    assert reasons(effects) == []
+    assert node.machine.version == 3
+
+
+# --- digests --------------------------------------------------------------------------------------------------------
+
+
+def test_a_refused_digest_starts_the_node_over() -> None:
+    node = hand(announced(2, entries=tuple(chain(2))))
+    node.step(1.0)
+    effects = node.frames(2.0, refusal(Reason.RESYNCHRONISE, 2))
+    assert reasons(effects) == ["refused: resynchronise", "resynchronised"]
+    node.frames(2.1, Entries(header(2), tuple(chain(2))))
+    assert node.machine.version == 2
+    assert node.task is not None
+
+
+def test_a_refusal_told_twice_or_to_another_process_does_nothing() -> None:
+    node = hand(announced(2, entries=tuple(chain(2))))
+    node.step(1.0)
+    assert node.frames(2.0, refusal(Reason.RESYNCHRONISE, 2, boot=2), refusal(Reason.RESYNCHRONISE, 1)) == []
+    node.frames(2.0, refusal(Reason.RESYNCHRONISE, 2), Entries(header(2), tuple(chain(2))))
+    assert node.frames(2.1, refusal(Reason.RESYNCHRONISE, 2)) == []  # about the update before
+    assert node.machine.version == 2
+
+
+def test_a_node_that_never_arrives_at_the_digest_ends_in_words() -> None:
+    machine, entry = node_machine(), chain(1)[0]
+    effects = machine.handle(e.FrameCame(0.0, announced(1, entries=(entry,))))
+    for attempt in range(4):
+        assert effects[-1] == e.ApplyEntries((entry,))
+        effects = machine.handle(e.EntriesApplied(float(attempt), (entry,), (THETA_0,)))
+        assert reasons(effects) == ["digest differs", "resynchronised"]
+        assert bool(only(e.End, effects)) == (attempt == 3)
+
+
+def test_being_heard_clears_the_count_of_refused_digests() -> None:
+    node = hand(announced(1, entries=tuple(chain(1))))
+    for number in range(8):
+        node.step(1.0)
+        effects = node.frames(2.0, refusal(Reason.RESYNCHRONISE, 1))
+        assert only(e.End, effects) == []
+        node.frames(3.0, announced(1, entries=tuple(chain(1))))
+        if number % 2:
+            node.frames(3.0, announced(1, heard=frozenset({0}), entries=tuple(chain(1))), announced(1))
+
+
+# --- stepping -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        announced(is_open=False),
+        announced(asked=(1,)),
+        announced(heard=frozenset({0})),
+        announced(1),
+    ],
+)
+def test_a_node_steps_only_in_an_open_round_at_its_version_that_asks_it_and_has_not_heard_it(frame: object) -> None:
+    assert hand(frame).task is None
+    assert hand(announced()).task is not None
+
+
+def test_without_a_slot_there_is_no_step() -> None:
+    node = Hand()
+    node.frames(1.0, announced())
+    assert node.task is None
+    node.frames(2.0, welcome())
+    assert node.task is not None
+
+
+def test_an_update_is_sent_at_each_announcement_until_it_is_heard() -> None:
+    node = hand(announced())
+    (update,) = sent(node.step(1.0, 0.25), Update)
+    assert update == Update(header(), 1, THETA_0[:8], 1.0, (0.25,))
+    assert sent(node.give(e.Tick(2.0)), Update) == []
+    assert sent(node.frames(3.0, announced(attempt=1)), Update) == [update]
+    assert sent(node.frames(4.0, announced(heard=frozenset({0}))), Update) == []
+
+
+def test_an_update_is_sent_again_under_a_new_term_without_stepping_again() -> None:
+    node = hand(announced())
+    (update,) = sent(node.step(1.0, 0.25), Update)
+    effects = node.frames(2.0, announced(term=2), welcome(term=2))
+    assert sent(effects, Update) == [replace(update, header=header(term=2))]
+    assert node.task is None
+
+
+def test_in_another_slot_the_steps_are_done_again_on_its_lane() -> None:
+    node = hand(announced(lanes=2))
+    node.step(1.0)
+    effects = node.frames(2.0, announced(term=2, lanes=2, asked=(3,)), welcome(3, term=2))
+    assert sent(effects, Update) == []
+    assert node.task == e.StartSteps(0, 1, 1, 2.0**-10)
+
+
+def test_a_node_on_the_short_list_does_fewer_steps() -> None:
+    node = hand(announced(steps=10, short=((0, 3), (1, 4))))
+    assert node.task == e.StartSteps(0, 0, 3, 2.0**-10)
+
+
+def test_a_slow_node_goes_on_with_the_round_that_is_open_when_it_is_done() -> None:
+    node = hand(announced())
+    node.frames(1.0, announced(1, entries=tuple(chain(1))))
+    effects = node.step(2.0)
+    assert reasons(effects) == ["late step"]
+    assert sent(effects, Update) == []
+    assert node.task == e.StartSteps(1, 0, 1, 2.0**-10)
+
+
+def test_the_head_of_an_empty_ledger_is_the_mask() -> None:
+    node = hand(announced(1, entries=tuple(chain(1, previous=RUN))))
+    assert node.machine.version == 0
