@@ -12,7 +12,8 @@ import structlog
 
 from meerkat_mq.errors import BrokerError
 
-_STOP_S = 2.0
+_PATIENCE = 10
+_PATIENCE_S = 0.2
 
 # PR_SET_PDEATHSIG must be set between fork and exec; a hook of ours there is not safe in a process with threads.
 _DIE_WITH_PARENT = """
@@ -33,7 +34,8 @@ class Child:
         self._process = process
         self._lines: deque[str] = deque(maxlen=3)
         self._settled = asyncio.Event()
-        self._stopping = False
+        self._ended = False
+        self._serving = False
         self._log = structlog.get_logger().bind(program=name, pid=process.pid, broker=where)
         self._reader = asyncio.create_task(self._read())
 
@@ -65,8 +67,9 @@ class Child:
         """
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._settled.wait(), deadline_s)
-        if self._reader.done():
+        if self._ended:
             await self.watch()
+        self._serving = True
 
     async def watch(self) -> NoReturn:
         """Wait for its end.
@@ -79,13 +82,16 @@ class Child:
         raise BrokerError(self._where, f"{self.name} ended with code {code}: {' | '.join(self._lines) or 'no output'}")
 
     async def stop(self) -> None:
-        """Terminate it, or kill it where that takes too long."""
-        self._stopping = True
-        for end in (self._process.terminate, self._process.kill):
+        """Terminate it, or kill it where that takes too long.
+
+        It is told more than once: Mosquitto forgets a SIGTERM that comes just before its main loop.
+        """
+        self._serving = False
+        for end in (*[self._process.terminate] * _PATIENCE, self._process.kill):
             with contextlib.suppress(ProcessLookupError):
                 end()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._process.wait(), _STOP_S)
+                await asyncio.wait_for(self._process.wait(), _PATIENCE_S)
                 break
         await asyncio.wait({self._reader})
 
@@ -97,7 +103,8 @@ class Child:
             self._log.debug("broker says", line=line)
             if "running" in line:
                 self._settled.set()
+        self._ended = True
         self._settled.set()
         code = await self._process.wait()
-        if not self._stopping:
+        if self._serving:
             self._log.error("broker ended", code=code, last_words=list(self._lines))

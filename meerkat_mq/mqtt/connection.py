@@ -17,7 +17,7 @@ from meerkat_mq.mqtt.timeouts import Timeouts
 from meerkat_mq.mqtt.tls import Context, client_context
 
 _NODELAY = (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-_UNSUPPORTED_PROTOCOL, _BAD_CLIENT_ID, _BAD_USER, _NOT_AUTHORISED = 132, 133, 134, 135
+_BAD_CLIENT_ID, _BAD_USER, _NOT_AUTHORISED = 133, 134, 135
 _REFUSED_SUBSCRIPTION = 0x80
 _CLOCK = ("expired", "not yet valid")  # a node without a clock battery gets over that
 
@@ -45,10 +45,10 @@ class _Client(aiomqtt.Client):
     def drop(self) -> None:
         """Close the socket, and end what waits for the connection's end."""
         self._client._sock_close()
-        if self._disconnected.done():
-            self._disconnected.exception()  # nobody else may ask, and asyncio would log it as never retrieved
-        else:
+        if not self._disconnected.done():
             self._disconnected.set_result(None)
+        elif not self._disconnected.cancelled():
+            self._disconnected.exception()  # nobody else may ask, and asyncio would log it as never retrieved
 
     def tell_end(self, tell: Callable[[str], None]) -> None:
         """Hook into paho's end of a connection: aiomqtt is deaf to it before CONNACK."""
@@ -125,7 +125,7 @@ class Connection:
         Raises:
             Lost: no connection, or no answer.
             BadCredentials: the broker refuses user, password or certificate.
-            BrokerError: it refuses the client id or the protocol, or its certificate does not verify.
+            BrokerError: it refuses the client id, or its certificate does not verify.
         """
         if self._broker.tls:
             self._context = await asyncio.to_thread(client_context, self._broker)
@@ -261,8 +261,6 @@ class Connection:
             )
         if code == _BAD_CLIENT_ID:
             return BrokerError(self._where, f"refuses the client id {self._client_id!r}", "choose another id")
-        if code == _UNSUPPORTED_PROTOCOL:
-            return BrokerError(self._where, "does not speak MQTT 3.1.1", "switch it on in the broker's configuration")
         return Lost(f"refuses the connection ({error})")
 
     def _failure(self, text: str) -> Exception:

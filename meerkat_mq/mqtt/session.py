@@ -97,7 +97,8 @@ class Session:
 
         Raises:
             BadCredentials: the broker refuses us; trying again would not help.
-            BrokerError: it refuses a subscription, the client id or the protocol, or its certificate does not verify.
+            BrokerError: it refuses a subscription or the client id, or its certificate does not verify.
+            ConfigError: a TLS file cannot be used.
             Exception: whatever a callback raised.
         """
         clock = asyncio.get_running_loop().time

@@ -1,0 +1,36 @@
+"""Fixtures that several folders of tests share."""
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.mosquitto import Mosquitto
+from tests.support.proxy import Proxy
+
+
+@pytest.fixture
+def make_mosquitto(tmp_path: Path) -> Iterator[Callable[..., Mosquitto]]:
+    """Start a Mosquitto with more configuration lines; killed at the end."""
+    made: list[Mosquitto] = []
+
+    def make(*lines: str, anonymous: bool = True) -> Mosquitto:
+        made.append(Mosquitto(tmp_path, *lines, anonymous=anonymous))
+        return made[-1].start()
+
+    yield make
+    for broker in made:
+        broker.kill()
+
+
+@pytest.fixture
+def mosquitto(make_mosquitto: Callable[..., Mosquitto]) -> Mosquitto:
+    """A running Mosquitto of this test's own, on a free loopback port."""
+    return make_mosquitto()
+
+
+@pytest.fixture
+async def proxy(mosquitto: Mosquitto) -> AsyncIterator[Proxy]:
+    """A fault-injecting proxy in front of `mosquitto`."""
+    async with Proxy(mosquitto.port) as running:
+        yield running
