@@ -1,0 +1,153 @@
+"""Calibration: batches of pre-training-like text, and gradients and activations over them."""
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from meerkat_mq.errors import MaskError
+from meerkat_mq.model.load import LoadedModel, linear_layers
+from meerkat_mq.model.scoring import embed, tokenise
+
+CONTRAST_SCALE = 20.0
+
+Halves = tuple[dict[str, Tensor], dict[str, Tensor]]
+CalibrationBatch = Tensor | Halves
+
+
+def calibration_batches(
+    loaded: LoadedModel, texts: Sequence[str], *, seed: int, sequences: int, length: int, batch_size: int
+) -> list[CalibrationBatch]:
+    """Batches in an order that the seed fixes.
+
+    Causal LM: the texts, one after the other, cut into sequences of `length` tokens: int64 (batch, length). Encoder:
+    `sequences` documents, each as its two halves of up to length ÷ 2 tokens.
+
+    Raises:
+        MaskError: the texts are too short for a single batch.
+    """
+    order = random.Random(seed).sample(list(texts), len(texts))  # noqa: S311
+    if loaded.kind == "causal":
+        return [*torch.split(_packed(loaded, order, sequences, min(length, loaded.max_tokens)), batch_size)]
+    return [*_halves(loaded, order, sequences, length // 2, batch_size)]
+
+
+def _packed(loaded: LoadedModel, texts: Iterable[str], sequences: int, length: int) -> Tensor:
+    end = loaded.tokenizer.eos_token_id
+    tokens: list[int] = []
+    for text in texts:
+        tokens += loaded.tokenizer(text)["input_ids"]
+        if end is not None and tokens and tokens[-1] != end:
+            tokens.append(end)
+        if len(tokens) >= sequences * length:
+            break
+    count = min(sequences, len(tokens) // length)
+    if not count:
+        raise MaskError("text", f"{len(tokens)} tokens make no sequence of {length}", "give more calibration text")
+    return torch.tensor(tokens[: count * length], device=loaded.model.device).view(count, length)
+
+
+def _halves(loaded: LoadedModel, texts: Iterable[str], count: int, length: int, batch_size: int) -> Iterator[Halves]:
+    pairs = [half for half in map(_split, texts) if half is not None][:count]
+    if min(len(pairs), batch_size) < 2:
+        raise MaskError(
+            "text", f"{len(pairs)} documents in batches of {batch_size}", "contrast needs two or more of both"
+        )
+    for start in range(0, len(pairs) - 1, batch_size):
+        first, second = zip(*pairs[start : start + batch_size], strict=True)
+        yield tokenise(loaded, list(first), length), tokenise(loaded, list(second), length)
+
+
+def _split(text: str) -> tuple[str, str] | None:
+    """A document's two halves, cut at the first space after its middle."""
+    middle = text.find(" ", len(text) // 2)
+    first, second = (text[:middle].strip(), text[middle:].strip()) if middle > 0 else ("", "")
+    return (first, second) if first and second else None
+
+
+def calibration_loss(loaded: LoadedModel, batch: CalibrationBatch) -> Tensor:
+    """Mean next-token cross-entropy; of an encoder, in-batch contrast between the halves (cosine × 20)."""
+    if isinstance(batch, Tensor):
+        logits = loaded.model(input_ids=batch, use_cache=False).logits[:, :-1].float()
+        return functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+    first, second = (embed(loaded.model, half) for half in batch)
+    scores = CONTRAST_SCALE * first @ second.T
+    return functional.cross_entropy(scores, torch.arange(len(first), device=scores.device))
+
+
+def each_gradient(
+    loaded: LoadedModel,
+    batches: Iterable[CalibrationBatch],
+    visit: Callable[[str, Tensor], None],
+    tick: Callable[[], None],
+) -> None:
+    """Show `visit` the gradient of each linear matrix, float32, batch by batch; `tick` after each batch.
+
+    A gradient lives only until its visit is over: no more than one is held at a time.
+    """
+
+    def hook_for(name: str) -> Callable[[Tensor], None]:
+        def hook(weight: Tensor) -> None:
+            if weight.grad is not None:
+                visit(name, weight.grad.float())
+            weight.grad = None
+
+        return hook
+
+    with trainable(loaded) as weights:
+        handles = [
+            weight.register_post_accumulate_grad_hook(hook_for(name))  # type: ignore[no-untyped-call]
+            for name, weight in weights.items()
+        ]
+        try:
+            for batch in batches:
+                torch.autograd.backward(calibration_loss(loaded, batch))
+                tick()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@contextmanager
+def trainable(loaded: LoadedModel) -> Iterator[dict[str, Tensor]]:
+    """The linear matrices, with gradients switched on for a while."""
+    weights = {name: layer.weight for name, layer in linear_layers(loaded.model).items()}
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    try:
+        yield weights
+    finally:
+        for weight in weights.values():
+            weight.requires_grad_(False)
+            weight.grad = None
+
+
+def input_norms(
+    loaded: LoadedModel, batches: Iterable[CalibrationBatch], tick: Callable[[], None]
+) -> dict[str, Tensor]:
+    """Per linear matrix ‖x‖₂ of each input feature over all calibration tokens: float32 (in,)."""
+    squares: dict[str, Tensor] = {}
+    real: Tensor | None = None
+
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            tokens = inputs[0].flatten(0, -2) if real is None else inputs[0][real]
+            squares[name] = squares.get(name, torch.zeros(())) + tokens.float().square().sum(dim=0)
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(hook_for(name)) for name, layer in linear_layers(loaded.model).items()]
+    try:
+        for batch in batches:
+            for inputs in ({"input_ids": batch},) if isinstance(batch, Tensor) else batch:
+                real = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
+                with torch.inference_mode():
+                    loaded.model.base_model(**inputs)
+            tick()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: total.sqrt() for name, total in squares.items()}

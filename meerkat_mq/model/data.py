@@ -1,0 +1,178 @@
+"""Data rows: JSONL files in and out, and their division among nodes. No torch."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from meerkat_mq.core.step import Row
+from meerkat_mq.errors import DataError
+from meerkat_mq.wire.descriptor import Task
+
+Division = Literal["iid", "dirichlet", "one-label"]
+
+
+def read_rows(path: Path, task: Task) -> list[Row]:
+    """Read a JSONL file: one object a line, the task's fields as text, its label an integer. Blank lines are skipped.
+
+    Raises:
+        DataError: names the file, the line and what is wrong with it.
+    """
+    rows = [_row(line, task, f"{path}:{number}") for number, line in _lines(path) if line.strip()]
+    if not rows:
+        raise DataError(str(path), "holds no rows", "give a JSONL file with one object a line")
+    return rows
+
+
+def read_texts(path: Path, field: str = "text") -> list[str]:
+    """Calibration texts: the `field` of each line of a JSONL file, or the paragraphs of any other file.
+
+    Raises:
+        DataError: names the file, the line and what is wrong with it.
+    """
+    if path.suffix == ".jsonl":
+        objects = [(_object(line, f"{path}:{n}"), n) for n, line in _lines(path) if line.strip()]
+        texts = [_text(row, field, f"{path}:{number}") for row, number in objects]
+    else:
+        whole = "\n".join(line.rstrip() for _, line in _lines(path))
+        texts = [paragraph.strip() for paragraph in whole.split("\n\n") if paragraph.strip()]
+    if not any(text.strip() for text in texts):
+        raise DataError(str(path), "holds no text", 'give a text file, or JSONL with {"text": …} on each line')
+    return texts
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    try:
+        # Not splitlines(): JSON strings may hold U+2028 and its like as they are.
+        return list(enumerate(path.read_text(encoding="utf-8").split("\n"), start=1))
+    except OSError as error:
+        raise DataError(str(path), f"cannot be read ({error.strerror})", "give the path of a data file") from error
+    except UnicodeDecodeError as error:
+        raise DataError(str(path), f"is not UTF-8 ({error.reason} at byte {error.start})", "convert it") from error
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(where, f"is not JSON ({error})", "mend or remove the line") from error
+    if not isinstance(row, dict):
+        raise DataError(where, f"is {type(row).__name__}, not a JSON object", "mend or remove the line")
+    return row
+
+
+def _text(row: dict[str, Any], field: str, where: str) -> str:
+    value = row.get(field)
+    if not isinstance(value, str):
+        found = "is missing" if field not in row else f"is {value!r}, not text"
+        raise DataError(where, f"field {field!r} {found}", f"the line has {', '.join(map(str, row)) or 'no fields'}")
+    return value
+
+
+def _row(line: str, task: Task, where: str) -> Row:
+    row = _object(line, where)
+    for field in task.fields:
+        _text(row, field, where)
+    label, classes = row.get(task.label_field), len(task.label_words)
+    if type(label) is not int or not 0 <= label < classes:
+        found = "is missing" if task.label_field not in row else f"is {label!r}"
+        raise DataError(where, f"{task.label_field!r} {found}", f"task {task.name} has labels 0 to {classes - 1}")
+    return row
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write a JSONL file atomically: a crash leaves the old file or the new one.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise DataError(str(path), f"cannot be written ({error.strerror})", "choose another folder") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def partition(
+    rows: Sequence[Row], nodes: int, how: Division, *, seed: int, alpha: float = 0.5, label_field: str = "label"
+) -> list[list[Row]]:
+    """Divide rows among nodes; every node gets at least one, and the same seed gives the same division.
+
+    Args:
+        rows: at least `nodes` of them.
+        nodes: ≥ 1.
+        how: "iid" (shuffled, equal shares); "dirichlet" (each label's rows by shares drawn from Dirichlet(alpha), the
+            smaller alpha the more skewed); "one-label" (node i gets rows of the i-th label found, modulo their number;
+            with fewer nodes than labels the rows of the other labels stay out).
+        seed: ≥ 0.
+        alpha: of the Dirichlet distribution, > 0.
+        label_field: key of the label.
+
+    Raises:
+        DataError: too few rows for so many nodes, or an argument out of range.
+    """
+    if not 1 <= nodes <= len(rows):
+        raise DataError("nodes", f"{nodes} nodes for {len(rows)} rows", "every node needs at least one row")
+    if not 0 < alpha < float("inf"):
+        raise DataError("alpha", f"{alpha} is not above 0", "0.5 is common")
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(rows))
+    if how == "iid":
+        parts = np.array_split(order, nodes)
+    elif how == "dirichlet":
+        parts = _fill_empty(_dirichlet(_by_label(rows, order, label_field), nodes, alpha, rng))
+    elif how == "one-label":
+        parts = _one_label(_by_label(rows, order, label_field), nodes)
+    else:
+        raise DataError("partition", f"{how!r} is unknown", "use one of iid, dirichlet, one-label")
+    return [[rows[index] for index in rng.permutation(part)] for part in parts]
+
+
+Indices = npt.NDArray[np.int64]
+
+
+def _by_label(rows: Sequence[Row], order: Indices, label_field: str) -> list[Indices]:
+    labels = np.array([rows[index][label_field] for index in order])
+    return [order[labels == label] for label in np.unique(labels)]
+
+
+def _dirichlet(groups: list[Indices], nodes: int, alpha: float, rng: np.random.Generator) -> list[Indices]:
+    shares = [rng.dirichlet(np.full(nodes, alpha)) for _ in groups]
+    cuts = [
+        np.rint(np.cumsum(share)[:-1] * len(group)).astype(int) for share, group in zip(shares, groups, strict=True)
+    ]
+    pieces = [np.split(group, cut) for group, cut in zip(groups, cuts, strict=True)]
+    return [np.concatenate(node_pieces) for node_pieces in zip(*pieces, strict=True)]
+
+
+def _fill_empty(parts: list[Indices]) -> list[Indices]:
+    """Move one row from the largest part to each empty one."""
+    for node, part in enumerate(parts):
+        if not part.size:
+            largest = max(range(len(parts)), key=lambda other: parts[other].size)
+            parts[node], parts[largest] = parts[largest][-1:], parts[largest][:-1]
+    return parts
+
+
+def _one_label(groups: list[Indices], nodes: int) -> list[Indices]:
+    sharers = Counter(node % len(groups) for node in range(nodes))
+    short = [label for label, count in sharers.items() if count > groups[label].size]
+    if short:
+        raise DataError(
+            "partition",
+            f"label number {short[0]} has {groups[short[0]].size} rows for {sharers[short[0]]} nodes",
+            "use fewer nodes or more rows",
+        )
+    pieces = {label: iter(np.array_split(groups[label], count)) for label, count in sharers.items()}
+    return [next(pieces[node % len(groups)]) for node in range(nodes)]

@@ -1,0 +1,133 @@
+"""Evaluation on held-out rows, and the first-order bound on the same mask."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from meerkat_mq.core.directions import Float32Array
+from meerkat_mq.core.step import Row
+from meerkat_mq.model.engine import Target, TransformersEngine
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What a model makes of some rows.
+
+    Attributes:
+        rows: how many.
+        loss: mean cross-entropy over the classes.
+        accuracy: share of rows whose class scored highest.
+        majority: share of the most frequent class: the accuracy of a constant answer.
+    """
+
+    rows: int
+    loss: float
+    accuracy: float
+    majority: float
+
+
+def evaluate(engine: TransformersEngine, rows: Sequence[Row], batch_size: int = 64) -> Evaluation:
+    """Evaluate the engine at the theta last written. Rows of like length share a batch, which spares padding.
+
+    Args:
+        engine: after `write`.
+        rows: at least one.
+        batch_size: rows a pass.
+    """
+    ordered = sorted(rows, key=lambda row: sum(len(value) for value in row.values() if isinstance(value, str)))
+    losses: list[float] = []
+    correct = 0
+    labels: Counter[int] = Counter()
+    for start in range(0, len(ordered), batch_size):
+        batch = engine.prepare(ordered[start : start + batch_size])
+        scores = engine.scores(batch)
+        truth = batch.labels.cpu().numpy()
+        losses += _cross_entropy(scores, truth)
+        correct += int(np.count_nonzero(scores.argmax(axis=1) == truth))
+        labels.update(truth.tolist())
+    count = len(ordered)
+    return Evaluation(count, math.fsum(losses) / count, correct / count, max(labels.values()) / count)
+
+
+def _cross_entropy(scores: Float32Array, labels: npt.NDArray[np.int64]) -> list[float]:
+    wide = scores.astype(np.float64)
+    top = wide.max(axis=1)
+    log_sum = top + np.log(np.exp(wide - top[:, None]).sum(axis=1))
+    return [float(loss) for loss in log_sum - wide[np.arange(len(labels)), labels]]
+
+
+def first_order(
+    engine: TransformersEngine,
+    theta: Float32Array,
+    rows: Sequence[Row],
+    *,
+    steps: int,
+    lr: float = 1e-4,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Float32Array:
+    """AdamW with back-propagation on the masked weights alone: what the mask could give at best.
+
+    Args:
+        engine: its model is left at the theta that is returned.
+        theta: float32 (n,), where to start; unchanged.
+        rows: training rows, drawn in a shuffled order, again and again.
+        steps: optimiser steps.
+        lr: learning rate.
+        batch_size: rows a step.
+        seed: of the order.
+        progress: called with (steps done, steps).
+
+    Returns:
+        float32 (n,).
+    """
+    leaf = torch.tensor(theta, requires_grad=True)
+    optimiser = torch.optim.AdamW([leaf], lr=lr, weight_decay=0.0)
+    order = _endless(rows, batch_size, seed)
+    for step in range(steps):
+        engine.write(leaf.detach().numpy())
+        leaf.grad = _gradient(engine, next(order))
+        optimiser.step()
+        if progress is not None:
+            progress(step + 1, steps)
+    engine.write(leaf.detach().numpy())
+    return leaf.detach().numpy().copy()
+
+
+def _endless(rows: Sequence[Row], batch_size: int, seed: int) -> Iterator[list[Row]]:
+    rng = np.random.default_rng(seed)
+    queue: list[int] = []
+    while True:
+        while len(queue) < batch_size:
+            queue += rng.permutation(len(rows)).tolist()
+        yield [rows[index] for index in queue[:batch_size]]
+        queue = queue[batch_size:]
+
+
+def _gradient(engine: TransformersEngine, rows: Sequence[Row]) -> Tensor:
+    """d loss / d theta, float32 (n,)."""
+    for target in engine.targets:
+        target.parameter.requires_grad_(True)
+    try:
+        batch = engine.prepare(rows)
+        torch.autograd.backward(functional.cross_entropy(engine.scorer.scores(batch.inputs), batch.labels))
+        return torch.cat([_masked(target) for target in engine.targets])
+    finally:
+        for target in engine.targets:
+            target.parameter.requires_grad_(False)
+            target.parameter.grad = None
+
+
+def _masked(target: Target) -> Tensor:
+    gradient = target.parameter.grad
+    if gradient is None:
+        return torch.zeros(len(target.indices))
+    return gradient.flatten()[target.indices].float().cpu()

@@ -1,0 +1,148 @@
+"""Export: the fine-tuned model as a Hugging Face folder, and the bare difference as one small file."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from meerkat_mq.core.directions import Float32Array
+from meerkat_mq.core.mask import Mask, MaskedMatrix
+from meerkat_mq.errors import MaskError, ModelError, ModelMismatch
+from meerkat_mq.model.checkpoint import StoredTensor, fingerprint, stored_tensors
+from meerkat_mq.model.load import find_folder
+
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".tflite"}
+
+
+def export_model(source: str | Path, mask: Mask, theta: Float32Array, out: Path) -> None:
+    """Write a copy of the base whose masked weights are theta, cast to the checkpoint's dtype; all else stays as it is.
+
+    Copies config, tokenizer and safetensors files; weights in other formats, which would be stale, are left out. The
+    folder appears whole or not at all.
+
+    Args:
+        source: the base: local folder or hub id.
+        mask: of the run.
+        theta: float32 (n,).
+        out: a folder that does not exist yet, or is empty.
+
+    Raises:
+        ModelError: out is not empty, cannot be written, or theta does not fit the mask.
+        ModelNotFound: there is no such base.
+        ModelMismatch: the base is not the one that the mask was made on.
+    """
+    folder = find_folder(source)
+    if theta.shape != (mask.size,):
+        raise ModelError(
+            "theta", f"has shape {theta.shape}, the mask {mask.size} weights", "export with the run's mask"
+        )
+    if fingerprint(folder) != mask.fingerprint:
+        raise ModelMismatch(str(folder), "is not the checkpoint that the mask was made on", "give the run's base model")
+    stored = stored_tensors(folder)
+    with _new_folder(out) as new:
+        shutil.copytree(folder, new, ignore=_stale, dirs_exist_ok=True)
+        for matrix, part in mask.slices():
+            tensor = _find(stored, matrix)
+            _patch(new / tensor.file.relative_to(folder), tensor, matrix, theta[part])
+
+
+def _stale(_: str, names: list[str]) -> list[str]:
+    return [name for name in names if Path(name).suffix in _OTHER_WEIGHTS or name.startswith(".")]
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its place when all went well."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ModelError(str(out), "exists and is not an empty folder", "name a new folder")
+    temporary = None
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
+        yield temporary
+        temporary.chmod(0o755)
+        temporary.replace(out)
+    except OSError as error:
+        raise ModelError(str(out), f"cannot be written ({error.strerror})", "choose another folder") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _find(stored: dict[str, StoredTensor], matrix: MaskedMatrix) -> StoredTensor:
+    """The stored tensor of a parameter; checkpoints of bare models and of models with a head differ by a prefix."""
+    name = matrix.name
+    found = [
+        tensor
+        for key, tensor in stored.items()
+        if key == name or key.endswith(f".{name}") or name.endswith(f".{key}")
+        if tensor.shape == matrix.shape and tensor.dtype in _FLOATS
+    ]
+    if len(found) != 1:
+        raise ModelMismatch(
+            name, f"{len(found)} tensors of the checkpoint match", "export a checkpoint saved by save_pretrained()"
+        )
+    return found[0]
+
+
+def _patch(file: Path, tensor: StoredTensor, matrix: MaskedMatrix, values: Float32Array) -> None:
+    dtype = _FLOATS[tensor.dtype]
+    width: npt.DTypeLike = np.uint32 if tensor.dtype == "F32" else np.uint16
+    file.chmod(0o644)
+    weights = np.memmap(file, width, "r+", tensor.start, (int(np.prod(tensor.shape)),))
+    if not np.array_equal(weights[matrix.indices], _bits(matrix.theta_0, dtype)):
+        raise ModelMismatch(str(tensor.file), f"{matrix.name} differs from the mask's theta_0", "export the run's base")
+    weights[matrix.indices] = _bits(values, dtype)
+    weights.flush()
+
+
+def _bits(values: Float32Array, dtype: torch.dtype) -> npt.NDArray[np.uint32] | npt.NDArray[np.uint16]:
+    """The values in another dtype, as unsigned integers of its width: NumPy has no bfloat16."""
+    cast = torch.tensor(values).to(dtype)
+    if dtype == torch.float32:
+        return np.asarray(cast.view(torch.int32).numpy().view(np.uint32))
+    return np.asarray(cast.view(torch.int16).numpy().view(np.uint16))
+
+
+def save_difference(mask: Mask, theta: Float32Array, out: Path) -> None:
+    """Write mask and theta as one safetensors file: `mask` (uint8, the mask file) and `theta` (float32, (n,)).
+
+    Raises:
+        ModelError: the file cannot be written.
+    """
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    tensors: dict[str, npt.NDArray[Any]] = {
+        "mask": np.frombuffer(mask.to_bytes(), np.uint8),
+        "theta": np.ascontiguousarray(theta),
+    }
+    try:
+        save_file(tensors, temporary, metadata={"format": "meerkat-mq difference 1"})
+        temporary.replace(out)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(str(out), f"cannot be written ({error})", "choose another folder") from error
+
+
+def load_difference(path: Path) -> tuple[Mask, Float32Array]:
+    """Read what `save_difference` wrote: the mask, and theta as float32 (n,).
+
+    Raises:
+        MaskError: it is missing, damaged, or not such a file.
+    """
+    try:
+        tensors = load_file(path)
+        mask, theta = Mask.from_bytes(tensors["mask"].tobytes()), tensors["theta"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise MaskError(str(path), f"is no difference file ({error})", "write one with `meerkat export`") from error
+    if theta.shape != (mask.size,) or theta.dtype != np.float32:
+        raise MaskError(str(path), f"theta is {theta.dtype} {theta.shape} for {mask.size} weights", "export it again")
+    return mask, theta
