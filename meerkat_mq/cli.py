@@ -1,0 +1,164 @@
+"""`meerkat`: the command line."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from meerkat_mq import __version__
+from meerkat_mq.broker.__main__ import command as broker
+from meerkat_mq.errors import ConfigError, MeerkatError
+from meerkat_mq.node.__main__ import command as node
+from meerkat_mq.observe.logs import configure_logs
+from meerkat_mq.observe.process import run_service
+from meerkat_mq.server.__main__ import command as server
+
+app = typer.Typer(
+    name="meerkat",
+    help="Fine-tune language models across unreliable devices over plain MQTT.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("server")(server)
+app.command("node")(node)
+app.command("broker")(broker)
+
+Method = Literal["sensitivity", "magnitude-activation", "magnitude", "random"]
+Split = Literal["iid", "dirichlet", "one-label"]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        Console().print(f"meerkat-mq {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    model: Annotated[str | None, typer.Option(help="Base model instead of the demo's: folder or hub id.")] = None,
+    task: Annotated[str | None, typer.Option(help="Its task: a built-in one, or a TOML file.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Its rows: JSON lines; a fifth is held out.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text to score the mask on; default: the rows'.")] = None,
+    nodes: Annotated[int, typer.Option(help="Node processes; the first holds one label only.")] = 4,
+    rounds: Annotated[int | None, typer.Option(help="Rounds of the run.")] = None,
+    directions: Annotated[int | None, typer.Option(help="Direction lanes of a round.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    density: Annotated[float | None, typer.Option(help="Share of each linear matrix that is trained.")] = None,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the model on nodes.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Of data and mask.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for everything that the run leaves.")] = Path("runs/demo"),
+) -> None:
+    """Run a whole federation on this machine: broker, server and nodes, live progress, a report at the end."""
+    from meerkat_mq.demo.plan import Choices  # noqa: PLC0415
+    from meerkat_mq.demo.run import run_demo  # noqa: PLC0415
+
+    configure_logs(level="WARNING")
+    choices = Choices(model, task, data, text, nodes, rounds, directions, lr, density, dtype, seed)
+    sys.exit(run_service(lambda: run_demo(choices, out, Console())))
+
+
+@app.command()
+def mask(
+    model: Annotated[str, typer.Option(help="Base model: local folder or hub id.")],
+    text: Annotated[Path, typer.Option(help="Calibration text: plain text, or JSON lines with a key text.")],
+    out: Annotated[Path, typer.Option(help="Mask file to write.")],
+    method: Annotated[Method, typer.Option(help="How weights are scored.")] = "sensitivity",
+    density: Annotated[float, typer.Option(help="Share u of each linear matrix that is trained, 0 < u ≤ 1.")] = 1e-3,
+    sequences: Annotated[int, typer.Option(help="Sequences of calibration text.")] = 100,
+    length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 512,
+    seed: Annotated[int, typer.Option(help="Order of the text, and the random mask.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:<i>.")] = "cpu",
+) -> None:
+    """Score the weights of a model and write a mask."""
+    from meerkat_mq.model.data import read_texts  # noqa: PLC0415 - torch only where a model is used
+    from meerkat_mq.model.load import load_model  # noqa: PLC0415
+    from meerkat_mq.model.masks import make_mask  # noqa: PLC0415
+
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out {out}", "its folder does not exist", "make it first")
+    texts, loaded = read_texts(text), load_model(model, device=device)
+    with Progress(
+        TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)
+    ) as bar:
+        task = bar.add_task("scoring")
+        made = make_mask(
+            loaded,
+            texts,
+            method,
+            density=density,
+            seed=seed,
+            sequences=sequences,
+            length=length,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    made.save(out)
+    Console().print(
+        f"{out}: {made.size:,} of {made.covered:,} weights in {len(made.matrices)} matrices, hash {made.hash.hex()}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def partition(
+    data: Annotated[Path, typer.Argument(help="JSON lines to divide.")],
+    out: Annotated[Path, typer.Option(help="Folder for node-0.jsonl, node-1.jsonl, …")],
+    nodes: Annotated[int, typer.Option(help="How many shards.")],
+    task: Annotated[str, typer.Option(help="Built-in task or a task's TOML file.")],
+    split: Annotated[Split, typer.Option(help="How labels are spread.")] = "dirichlet",
+    alpha: Annotated[float, typer.Option(help="Of the Dirichlet distribution; smaller is more skewed.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same shards.")] = 0,
+) -> None:
+    """Divide a data file into shards for nodes."""
+    from meerkat_mq.model import data as files  # noqa: PLC0415
+    from meerkat_mq.model.tasks import load_task  # noqa: PLC0415
+
+    found = load_task(task)
+    shards = files.partition(
+        files.read_rows(data, found), nodes, split, seed=seed, alpha=alpha, label_field=found.label_field
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    for number, rows in enumerate(shards):
+        path = out / f"node-{number}.jsonl"
+        files.write_rows(path, rows)
+        labels = [sum(row[found.label_field] == label for row in rows) for label in range(len(found.label_words))]
+        Console().print(f"{path}: {len(rows)} rows, by label {labels}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Option(help="Base model of the run: local folder or hub id.")],
+    difference: Annotated[Path, typer.Option(help="difference.mkd from the server's state_dir.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; must not exist yet, or be empty.")],
+) -> None:
+    """Write the fine-tuned model as a Hugging Face folder."""
+    from meerkat_mq.model.export import export_model  # noqa: PLC0415
+    from meerkat_mq.wire.difference import Difference  # noqa: PLC0415
+
+    found = Difference.load(difference)
+    export_model(model, found.mask, found.theta, out)
+    Console().print(
+        f"{out}: version {found.version} of run {found.run_id.hex()[:8]}, {found.mask.size:,} weights changed",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def main() -> None:
+    """Entry point: errors become one line on stderr and their exit code."""
+    try:
+        app()
+    except MeerkatError as error:
+        Console(stderr=True).print(f"meerkat: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)

@@ -1,0 +1,151 @@
+"""What `meerkat demo` runs: its own model and lines, or the model and data that it is given."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from meerkat_mq.core.step import Row
+from meerkat_mq.demo.corpus import TASK, pretraining_text, triage_rows
+from meerkat_mq.demo.settings import DEMO, WEIGHTS
+from meerkat_mq.errors import ConfigError, DataError
+from meerkat_mq.model.data import partition, read_rows, read_texts
+from meerkat_mq.model.tasks import fill, load_task
+from meerkat_mq.wire.descriptor import Task
+
+PRETRAINING_LINES = 12_000
+HELD_OUT_SHARE = 5
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The command line's choices; None where the demo's own default stands."""
+
+    model: str | None = None
+    task: str | None = None
+    data: Path | None = None
+    text: Path | None = None
+    nodes: int = DEMO.nodes
+    rounds: int | None = None
+    directions: int | None = None
+    lr: float | None = None
+    density: float | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A demo, ready to run.
+
+    Attributes:
+        name: of the model, for people.
+        calibration: text that scores the mask, made when it is needed.
+        shards: the rows of each node; the first node's have one label only.
+        sequences: of calibration text, of `length` tokens.
+        first_order_steps: of AdamW with `first_order_lr`, for the bound.
+    """
+
+    source: str
+    name: str
+    task: Task
+    calibration: Callable[[], Sequence[str]]
+    shards: Sequence[Sequence[Row]]
+    held_out: Sequence[Row]
+    rounds: int
+    directions: int
+    lr: float
+    eps: float
+    batch_size: int
+    density: float
+    sequences: int
+    length: int
+    first_order_steps: int
+    first_order_lr: float
+
+
+def make_plan(choices: Choices) -> Plan:
+    """Fill in what was not chosen.
+
+    Raises:
+        MeerkatError: a choice lacks another, or a file cannot be used.
+    """
+    if choices.nodes < 2:
+        raise ConfigError("--nodes", f"{choices.nodes} is below 2", "a federation needs two nodes")
+    if choices.directions is not None and choices.directions > choices.nodes:
+        raise ConfigError("--directions", f"{choices.directions} lanes for {choices.nodes} nodes", "lower it")
+    if choices.density is not None and not 0 < choices.density <= 1:
+        raise ConfigError("--density", f"{choices.density} is outside (0, 1]", "0.001 is common")
+    given = [choices.model, choices.task, choices.data]
+    if given == [None, None, None]:
+        return _own(choices)
+    if choices.model is None or choices.task is None or choices.data is None:
+        raise ConfigError("--model, --task, --data", "go together", "give all three, or none for the demo's own model")
+    return _given(choices, choices.model, load_task(choices.task), choices.data)
+
+
+def _own(choices: Choices) -> Plan:
+    rows = triage_rows(choices.seed, DEMO.training_rows, "train")
+    return Plan(
+        source=str(WEIGHTS),
+        name="meerkat-demo (Llama architecture)",
+        task=TASK,
+        calibration=lambda: list(pretraining_text(1000, PRETRAINING_LINES)),
+        shards=shards(rows, choices.nodes, TASK.label_field, choices.seed),
+        held_out=triage_rows(choices.seed, DEMO.held_out_rows, "held-out"),
+        rounds=choices.rounds or DEMO.rounds,
+        directions=choices.directions or min(DEMO.directions, choices.nodes),
+        lr=choices.lr or DEMO.lr,
+        eps=DEMO.eps,
+        batch_size=DEMO.batch,
+        density=choices.density or DEMO.density,
+        sequences=DEMO.calibration_sequences,
+        length=DEMO.calibration_tokens,
+        first_order_steps=150,
+        first_order_lr=1e-2,
+    )
+
+
+def _given(choices: Choices, model: str, task: Task, data: Path) -> Plan:
+    rows = read_rows(data, task)
+    held_out = rows[::HELD_OUT_SHARE]
+    train = [row for number, row in enumerate(rows) if number % HELD_OUT_SHARE]
+    text = choices.text
+
+    def calibration() -> Sequence[str]:
+        return read_texts(text) if text is not None else [fill(task.text, row) for row in train]
+
+    return Plan(
+        source=model,
+        name=model,
+        task=task,
+        calibration=calibration,
+        shards=shards(train, choices.nodes, task.label_field, choices.seed),
+        held_out=held_out,
+        rounds=choices.rounds or 100,
+        directions=choices.directions or choices.nodes,
+        lr=choices.lr or 1e-3,
+        eps=1e-3,
+        batch_size=16,
+        density=choices.density or 1e-3,
+        sequences=100,
+        length=512 if text is not None else 128,
+        first_order_steps=100,
+        first_order_lr=1e-3,
+    )
+
+
+def shards(rows: Sequence[Row], nodes: int, label_field: str, seed: int) -> list[list[Row]]:
+    """One shard a node, of about equal size: the first holds one label only, the others are IID.
+
+    Raises:
+        DataError: too few rows, or one label only.
+    """
+    labels = sorted({int(row[label_field]) for row in rows})
+    if len(rows) < 2 * nodes or len(labels) < 2:
+        raise DataError("data", f"{len(rows)} rows of {len(labels)} labels are too few for {nodes} nodes", "give more")
+    only = labels[(1 + seed) % len(labels)]
+    same = [row for row in rows if row[label_field] == only]
+    size = min(len(same), len(rows) // nodes)
+    rest = same[size:] + [row for row in rows if row[label_field] != only]
+    return [same[:size], *partition(rest, nodes - 1, "iid", seed=seed, label_field=label_field)]

@@ -1,0 +1,86 @@
+"""Figures as people read them, and curves as people see them."""
+
+import math
+from collections.abc import Iterable
+
+DASH = "–"
+UNITS = ("kB", "MB", "GB", "TB", "PB")
+
+
+def human_bytes(count: float) -> str:
+    """A size in three digits, decimal units: "780 B", "27.3 kB", "1.28 GB"."""
+    if count < 999.5:
+        return f"{count:.0f} B"
+    thousands = next(power for power in range(1, len(UNITS) + 1) if count < 999.5 * 1000**power or power == len(UNITS))
+    count /= 1000**thousands
+    return f"{count:.{_decimals(count)}f} {UNITS[thousands - 1]}"
+
+
+def human_factor(factor: float) -> str:
+    """A ratio in two digits: "1.3", "33", "47,000"."""
+    if factor < 9.95:
+        return f"{factor:.1f}"
+    digits = max(0, math.floor(math.log10(factor)) - 1)
+    return f"{round(factor, -digits):,.0f}"
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """A share as "58.1 %"."""
+    return f"{100 * share:.{digits}f} %"
+
+
+def small_percent(share: float) -> str:
+    """A small share in two digits at least: "0.070 %", "1.2 %"."""
+    if not 0 < share < 0.1:
+        return percent(share)
+    return percent(share, 1 - math.floor(math.log10(100 * share)))
+
+
+def points(gain: float) -> str:
+    """A difference of two shares as "+30.3 points"."""
+    return f"{100 * gain:+.1f} points".replace("-", "−")
+
+
+def duration(seconds: float) -> str:
+    """A time span in at most two units: "4.2 s", "1 min 52 s", "2 h 03 min"."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, whole = divmod(whole, 60)
+    return f"{minutes} min {whole:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def printable(text: str) -> str:
+    """Text without anything that could steer a terminal or break a page."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
+class Smoother:
+    """Exponential moving average, free of the start's bias.
+
+    Args:
+        window: values that it averages over, about; 1 smooths nothing.
+    """
+
+    def __init__(self, window: float) -> None:
+        self._keep = 1 - 2 / (max(1.0, window) + 1)
+        self._sum = 0.0
+        self._weight = 0.0
+
+    def add(self, value: float) -> float:
+        """Take a value; returns the average now."""
+        self._sum = self._keep * self._sum + (1 - self._keep) * value
+        self._weight = self._keep * self._weight + (1 - self._keep)
+        return self._sum / self._weight
+
+
+def smoothed(values: Iterable[float], window: float) -> list[float]:
+    """The moving average after each value."""
+    average = Smoother(window)
+    return [average.add(value) for value in values]
+
+
+def _decimals(value: float) -> int:
+    return 2 if value < 9.995 else 1 if value < 99.95 else 0

@@ -1,0 +1,121 @@
+"""Progress of a run while it goes on: a live display on a terminal, plain lines elsewhere."""
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live as Display
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.spinner import Spinner
+from rich.text import Text
+
+from meerkat_mq.observe.events import Evaluated, RoundClosed, RunEvent, RunFinished, RunStarted
+from meerkat_mq.observe.figures import DASH, Smoother, duration, human_bytes, percent, printable
+
+REPORTS = 20
+SMOOTHED_ROUNDS = 20
+
+
+class Live:
+    """Shows a run; used as a context manager, and as the run's observer within it.
+
+    Args:
+        console: where to; without a terminal it gets lines, an evaluation or 5 % of the rounds each.
+        rounds: of the whole run.
+        nodes: expected.
+    """
+
+    def __init__(self, console: Console, *, rounds: int, nodes: int) -> None:
+        self._console = console
+        self._rounds = rounds
+        self._nodes = nodes
+        self._last: RoundClosed | None = None
+        self._first_evaluation: Evaluated | None = None
+        self._last_evaluation: Evaluated | None = None
+        self._average = Smoother(SMOOTHED_ROUNDS)
+        self._loss = 0.0
+        self._spinner = Spinner("dots", text="starting …")
+        self._progress = Progress(
+            TextColumn("rounds"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+            console=console,
+        )
+        self._task = self._progress.add_task("rounds", total=rounds)
+        self._display: Display | None = None
+        if console.is_terminal and not console.is_dumb_terminal:
+            self._display = Display(console=console, get_renderable=self._render, refresh_per_second=5)
+
+    def __enter__(self) -> Self:
+        if self._display is not None:
+            self._display.start(refresh=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._display is not None:
+            self._display.stop()
+
+    def note(self, text: str) -> None:
+        """Say which stage begins, e.g. "scoring the mask …"."""
+        self._spinner.update(text=Text(printable(text)))
+        self._say(text)
+
+    def __call__(self, event: RunEvent) -> None:
+        """Take an event of the server."""
+        match event:
+            case RunStarted():
+                self.note(f"waiting for {self._nodes} {'node' if self._nodes == 1 else 'nodes'} …")
+            case RoundClosed():
+                self._closed(event)
+            case Evaluated():
+                self._evaluated(event)
+            case RunFinished():
+                self._say(f"{event.version} rounds in {duration(event.seconds)}, theta's digest {event.digest}")
+
+    def _closed(self, event: RoundClosed) -> None:
+        before = self._last.version if self._last else 0
+        self._last, self._loss = event, self._average.add(event.loss)
+        self._progress.update(self._task, completed=event.version)
+        if self._display is None and event.version * REPORTS // self._rounds > before * REPORTS // self._rounds:
+            self._say(
+                f"{self._place(event.version)} ({event.version / self._rounds:.0%}): {', '.join(self._figures())}"
+            )
+
+    def _evaluated(self, event: Evaluated) -> None:
+        self._first_evaluation = self._first_evaluation or event
+        self._last_evaluation = event
+        if self._display is None:
+            self._say(f"{self._place(event.version)}: {self._accuracy()} on {event.rows:,} held-out rows")
+
+    def _place(self, version: int) -> str:
+        return f"round {version} of {self._rounds}"
+
+    def _accuracy(self) -> str:
+        first, last = self._first_evaluation, self._last_evaluation
+        if first is None or last is None:
+            return f"accuracy {DASH}"
+        start = f"majority {percent(last.majority)}" if first is last else f"from {percent(first.accuracy)}"
+        return f"accuracy {percent(last.accuracy)} ({start})"
+
+    def _figures(self) -> list[str]:
+        assert self._last is not None
+        last = self._last
+        return [
+            f"loss {self._loss:.4f}",
+            f"{last.online} of {self._nodes} nodes online",
+            f"{human_bytes(last.bytes_up)} up",
+            duration(last.seconds),
+        ]
+
+    def _render(self) -> RenderableType:
+        if self._last is None:
+            return self._spinner
+        return Group(self._progress, Text(" · ".join([self._accuracy(), *self._figures()])))
+
+    def _say(self, text: str) -> None:
+        self._console.print(printable(text), markup=False, highlight=False, emoji=False, soft_wrap=True)

@@ -1,0 +1,130 @@
+"""The end of a run on a terminal."""
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from meerkat_mq.observe.figures import (
+    DASH,
+    duration,
+    human_bytes,
+    human_factor,
+    percent,
+    points,
+    printable,
+    small_percent,
+)
+
+if TYPE_CHECKING:
+    from meerkat_mq.observe.report import NodeReport, Report
+
+MOST_NODES = 40
+MOST_NAMED = 5
+OTHER_COLUMNS_WIDTH = 62
+
+
+def show(console: Console, report: "Report") -> None:
+    """Print the figures of a run, and its nodes as a table."""
+    figures = Table.grid(padding=(0, 2))
+    figures.add_column(style="bold", no_wrap=True)
+    figures.add_column()
+    for label, lines in (
+        ("accuracy", accuracy_lines(report)),
+        ("weights", weight_lines(report)),
+        ("time", [time_line(report)]),
+        ("sent", cost_lines(report)),
+        ("digests", [digest_line(report)]),
+        ("counted", [", ".join(f"{reason}: {count:,}" for reason, count in sorted(report.counts.items()))]),
+    ):
+        if any(lines):
+            figures.add_row(label, Text("\n".join(map(printable, lines))))
+    console.print()
+    console.print(figures)
+    if report.nodes:
+        console.print()
+        console.print(_node_table(report, console.width))
+
+
+def accuracy_lines(report: "Report") -> list[str]:
+    """Accuracy before and after, the majority class, and the bound."""
+    if not report.evaluations or report.gained is None:
+        return ["not measured"]
+    before, after = report.evaluations[0], report.evaluations[-1]
+    lines = [
+        f"{percent(before.accuracy)} → {percent(after.accuracy)}: {points(report.gained)}",
+        f"{percent(after.majority)} by always naming the most frequent class ({after.rows:,} held-out rows)",
+    ]
+    if report.bound is not None:
+        lines.append(f"{percent(report.bound)} by first-order training on the same mask (the bound)")
+    if report.gap_closed is not None:
+        lines.append(f"{percent(report.gap_closed, 0)} of the gap between before and the bound closed")
+    return lines
+
+
+def weight_lines(report: "Report") -> list[str]:
+    """How many weights were tuned, and their share."""
+    tuned = report.descriptor.weights
+    lines = [f"{tuned:,} of {report.parameters:,} tuned: {small_percent(tuned / max(1, report.parameters))} of all"]
+    if report.covered:
+        lines.append(f"{small_percent(tuned / report.covered)} of the {report.covered:,} in the masked matrices")
+    return lines
+
+
+def time_line(report: "Report") -> str:
+    """Rounds and seconds."""
+    pace = f", {len(report.rounds) / report.seconds:.2g} a second" if report.seconds > 0 else ""
+    return f"{len(report.rounds):,} rounds in {duration(report.seconds)}{pace}"
+
+
+def cost_lines(report: "Report") -> list[str]:
+    """Bytes of updates against bytes of weights."""
+    cost = report.cost
+    return [
+        f"{human_bytes(cost.packets)} by a node at most, as MQTT packets ({human_bytes(cost.payload)} payload)",
+        f"instead of {human_bytes(cost.weights)} for all weights each round: "
+        f"{human_factor(cost.times_less_than(cost.weights))} × less",
+        f"instead of {human_bytes(cost.masked)} for the masked values each round: "
+        f"{human_factor(cost.times_less_than(cost.masked))} × less",
+    ]
+
+
+def digest_line(report: "Report") -> str:
+    """Whether every node ended with the server's theta."""
+    equal, short = len(report.nodes) - len(report.astray), report.digest[:8]
+    if not report.astray:
+        return f"all {equal} nodes hold the server's weights, bit for bit ({short}…)"
+    named = ", ".join(report.astray[:MOST_NAMED]) + (", …" if len(report.astray) > MOST_NAMED else "")
+    return f"{equal} of {len(report.nodes)} nodes hold the server's weights ({short}…); not {named}"
+
+
+def _node_table(report: "Report", width: int) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("node", no_wrap=True)
+    names = [printable(name) for name in report.classes]
+    if sum(max(4, len(name)) + 2 for name in names) > width - OTHER_COLUMNS_WIDTH:
+        names = []
+    for name in (*(Text(name) for name in names or ["rows"]), "updates", "payload", "packets", "peak RSS"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("digest", no_wrap=True)
+    for name, node in list(report.nodes.items())[:MOST_NODES]:
+        rows = [f"{count:,}" for count in node.labels] if names else [f"{sum(node.labels):,}"]
+        table.add_row(Text(printable(name)), *rows, *_node_figures(node), verdict(node.digest, report.digest))
+    if len(report.nodes) > MOST_NODES:
+        table.add_row(f"… and {len(report.nodes) - MOST_NODES:,} more")
+    return table
+
+
+def _node_figures(node: "NodeReport") -> list[str]:
+    return [
+        f"{node.updates:,}",
+        human_bytes(node.payload_bytes),
+        human_bytes(node.packet_bytes),
+        f"{node.peak_rss_mib:,.0f} MiB",
+    ]
+
+
+def verdict(digest: str, servers: str) -> str:
+    """A node's digest against the server's."""
+    return f"{DASH} not known" if not digest else "✓ equal" if digest == servers else "✗ differs"
