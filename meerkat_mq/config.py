@@ -183,6 +183,13 @@ class NodeConfig(Section):
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     exit_when_finished: bool = False
 
+    @field_validator("broker")
+    @classmethod
+    def _of_another_process(cls, broker: BrokerConfig) -> BrokerConfig:
+        if broker.url == "embedded":
+            raise ValueError('url = "embedded" is for servers; give the address of the federation\'s broker')
+        return broker
+
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
@@ -213,7 +220,10 @@ def check_config(table: object, kind: type[ConfigT], *, where: str, folder: Path
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"]) or "file"
-        found = "" if first["type"] in ("missing", "extra_forbidden") else f", not {first['input']!r}"
+        hidden = (
+            first["type"] in ("missing", "extra_forbidden") or isinstance(first["input"], dict) or "password" in key
+        )
+        found = "" if hidden else f", not {first['input']!r}"
         raise ConfigError(
             f"{where}: {key}", f"{_plain(first['msg'])}{found}", _REMEDY.get(first["type"], "")
         ) from error

@@ -30,6 +30,8 @@ MeerkatError                     1
     └── TooLarge
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 
@@ -52,6 +54,15 @@ class MeerkatError(Exception):
 
     def __reduce__(self) -> tuple[type["MeerkatError"], tuple[str, str, str]]:
         return type(self), (self.where, self.problem, self.remedy)
+
+
+@contextmanager
+def within(place: str) -> Iterator[None]:
+    """Put a wider place before where an error is: a file before its key, a key before its value."""
+    try:
+        yield
+    except MeerkatError as error:
+        raise type(error)(f"{place}: {error.where}", error.problem, error.remedy) from error
 
 
 class ConfigError(MeerkatError):

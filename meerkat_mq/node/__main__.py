@@ -19,7 +19,7 @@ def command(
 ) -> None:
     """Run a node until SIGTERM, or until its run is finished where exit_when_finished is set."""
     configure_logs(as_json=json_logs, level=log_level)
-    sys.exit(run_service(lambda: run_node(load_config(config, NodeConfig))))
+    sys.exit(run_service(lambda: run_node(load_config(config, NodeConfig)), config=config))
 
 
 if __name__ == "__main__":

@@ -58,35 +58,39 @@ class MaskFetch:
         return mask
 
     async def _collect(self) -> Mask:
-        run = self._descriptor
+        run, asked = self._descriptor, frozenset[int]()
         while True:
-            while self._assembly.missing:
+            while missing := self._assembly.missing:
+                if asked and asked.isdisjoint(missing):
+                    asked = self._ask(missing)  # all that was asked for has come: go on at once
                 self._arrived.clear()
                 try:
                     async with asyncio.timeout(PATIENCE_S):
                         await self._arrived.wait()
                 except TimeoutError:
-                    self._ask()
+                    asked = self._ask(self._assembly.missing)
             try:
                 return await asyncio.to_thread(decode_mask, self._assembly.join(), run.mask_hash, run.weights)
             except WireError as error:
                 structlog.get_logger().warning("mask refused, fetching it again", problem=str(error))
                 self._assembly = self._fresh()
-                self._ask()
+                asked = self._ask(self._assembly.missing)
 
-    def _ask(self) -> None:
-        run = self._descriptor
-        want = Want(
-            Header.of(run.run_id, 0, 0, run.mask_hash),
-            self._boot,
-            blob=run.mask_hash,
-            chunks=self._assembly.missing[:CHUNKS_A_WANT],
-        )
-        structlog.get_logger().info("asking for the mask", missing=len(self._assembly.missing))
+    def _ask(self, missing: tuple[int, ...]) -> frozenset[int]:
+        """Ask the server for the first chunks that lack; returns which."""
+        run, chunks = self._descriptor, missing[:CHUNKS_A_WANT]
+        want = Want(Header.of(run.run_id, 0, 0, run.mask_hash), self._boot, blob=run.mask_hash, chunks=chunks)
+        structlog.get_logger().info("asking for the mask", node=self._node, missing=len(missing))
         self._session.publish(self._topics.up(self._node, "want"), encode(want))
+        return frozenset(chunks)
 
 
-def check_size(descriptor: RunDescriptor) -> None:
-    """Refuse, as BadValue, a descriptor whose mask sizes cannot be true."""
+def check_descriptor(descriptor: RunDescriptor, federation: str) -> None:
+    """Refuse, as WireError, a descriptor that no server can mean."""
+    if descriptor.federation != federation:
+        raise BadValue("RunDescriptor.federation", f"{descriptor.federation} is not {federation}")
+    if descriptor.engine == "transformers" and descriptor.task is None:
+        raise BadValue("RunDescriptor.task", "is missing")
     if descriptor.mask_bytes > 16 * descriptor.weights + 2**20:
         raise BadValue("RunDescriptor.mask_bytes", f"{descriptor.mask_bytes} bytes for {descriptor.weights} weights")
+    Assembly(descriptor.mask_hash, descriptor.mask_bytes, descriptor.mask_chunks)

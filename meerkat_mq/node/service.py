@@ -1,9 +1,9 @@
 """A node: carries its machine's effects out on MQTT and in a worker thread."""
 
 import asyncio
-import resource
 import secrets
 import socket
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar, TypeVarTuple
@@ -11,11 +11,12 @@ from typing import TypeVar, TypeVarTuple
 import structlog
 
 from meerkat_mq.config import NodeConfig
-from meerkat_mq.errors import DataError, NodeReplaced, WireError
+from meerkat_mq.errors import DataError, NodeReplaced, WireError, within
 from meerkat_mq.mqtt import Message, Presence, Session, Verdict, Will
-from meerkat_mq.node.mask_fetch import MaskFetch, check_size
+from meerkat_mq.node.mask_fetch import MaskFetch, check_descriptor
 from meerkat_mq.node.state import NodeState
 from meerkat_mq.node.work import Work
+from meerkat_mq.observe.process import peak_rss_mib
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.alarm import Alarm
 from meerkat_mq.rounds.node import NodeMachine
@@ -35,8 +36,9 @@ async def run_node(config: NodeConfig) -> None:
     Raises:
         MeerkatError: with what to do about it.
     """
-    if not config.data.is_file():
-        raise DataError(str(config.data), "there is no such file", "give the node its data: a JSONL file")
+    with within("data"):
+        if not config.data.is_file():
+            raise DataError(str(config.data), "there is no such file", "give the node its data: a JSONL file")
     with NodeState(config.state_dir) as state, ThreadPoolExecutor(1, "model") as worker:
         await _Node(config, state, worker).run()
 
@@ -59,6 +61,7 @@ class _Node:
         self._server: ServerState | None = None
         self._round: Round | None = None
         self._jobs: asyncio.Queue[Job] = asyncio.Queue()
+        self._counts: Counter[str] = Counter()
         self._told_finished = False
         self._finished = asyncio.Event()
         self._alarm = Alarm(
@@ -109,6 +112,7 @@ class _Node:
         self._log = self._log.bind(run=descriptor.run[:8])
         self._fetch = MaskFetch(descriptor, self._session, self._topics, self._config.id, self._boot)
         mask = await self._fetch.fetch(self._state)
+        self._fetch = None
         self._work = await self._in_worker(Work, self._config, descriptor, mask, self._state)
         self._log.info("ready", weights=mask.size, rows=len(self._work.rows), peak_rss_mib=peak_rss_mib())
         self._machine = NodeMachine(
@@ -147,6 +151,8 @@ class _Node:
         self._presence.connected(link)
         if self._machine is None:
             self._publish_status("starting")
+            if self._descriptor is None:
+                self._log.info("waiting for a server")
         else:
             self._handle(e.Connected(self._now()))
 
@@ -183,6 +189,7 @@ class _Node:
             elif message.payload:
                 self._on_frame(message)
         except WireError as error:
+            self._counts[f"undecodable: {type(error).__name__}"] += 1
             self._log.warning("message dropped", topic=message.topic, problem=str(error))
 
     def _on_own_status(self, message: Message) -> None:
@@ -212,7 +219,7 @@ class _Node:
     def _on_descriptor(self, descriptor: RunDescriptor) -> None:
         if self._descriptor is not None and descriptor.run == self._descriptor.run:
             return
-        check_size(descriptor)
+        check_descriptor(descriptor, self._config.federation)
         self._descriptor = descriptor
         self._round = None
         self._news.set()
@@ -228,6 +235,7 @@ class _Node:
                 if self._fetch is not None:
                     self._fetch.add(chunk)
             case frame:
+                self._counts[f"misplaced: {type(frame).__name__}"] += 1
                 self._log.warning("frame out of place", topic=message.topic, frame=type(frame).__name__)
 
     # --- events and effects ---
@@ -253,6 +261,7 @@ class _Node:
             case e.ApplyEntries() | e.ResetTheta() | e.StartSteps():
                 self._jobs.put_nowait(effect)
             case e.Count(reason):
+                self._counts[reason] += 1
                 self._log.info(reason, round=self._machine.version if self._machine else None)
             case e.End(error):
                 raise error
@@ -267,12 +276,8 @@ class _Node:
             round=machine.version,
             digest=self._work.digest.hex() if self._work else None,
             peak_rss_mib=peak_rss_mib(),
+            counts=dict(self._counts),
             sent={kind: vars(count) for kind, count in self._session.sent.items()},
             received={kind: vars(count) for kind, count in self._session.received.items()},
         )
         self._finished.set()
-
-
-def peak_rss_mib() -> float:
-    """The largest resident memory of this process so far, in MiB."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)

@@ -1,6 +1,8 @@
 """What a node keeps between starts: a lock, the step counter, masks. Losing it costs a `want`, never correctness."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -23,18 +25,13 @@ class NodeState:
         Raises:
             ConfigError: it cannot be made or written, or another process holds it.
         """
-        try:
+        with self._writing():
             self._folder.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self._folder / "lock")
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise ConfigError(
-                f"state_dir {self._folder}", "is in use by another node process", "give each node a folder of its own"
-            ) from None
-        except OSError as error:
-            raise ConfigError(
-                f"state_dir {self._folder}", f"cannot be used ({error.strerror})", "name a folder that can be written"
-            ) from error
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                raise ConfigError(self._where, "is in use by another node process", "give each its own") from None
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -50,7 +47,8 @@ class NodeState:
             first = int(table["steps"]) if table["run"] == run else 0
         except (OSError, ValueError, KeyError, TypeError):
             first = 0
-        write_atomically(file, json.dumps({"run": run, "steps": first + count}).encode(), durable=False)
+        with self._writing():
+            write_atomically(file, json.dumps({"run": run, "steps": first + count}).encode(), durable=False)
         return first
 
     def load_mask(self, mask_hash: bytes) -> Mask | None:
@@ -63,9 +61,22 @@ class NodeState:
 
     def keep_mask(self, mask: Mask) -> None:
         """Keep a mask for the next start, and no other."""
-        for old in self._folder.glob("mask-*.mkm"):
-            old.unlink()
-        mask.save(self._mask_file(mask.hash))
+        with self._writing():
+            for old in self._folder.glob("mask-*.mkm"):
+                old.unlink()
+            mask.save(self._mask_file(mask.hash))
+
+    @property
+    def _where(self) -> str:
+        return f"state_dir {self._folder}"
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            problem = f"cannot be used ({error.strerror})"
+            raise ConfigError(self._where, problem, "name a folder that can be written") from error
 
     def _mask_file(self, mask_hash: bytes) -> Path:
         return self._folder / f"mask-{mask_hash.hex()}.mkm"

@@ -14,10 +14,11 @@ from meerkat_mq.core.path import Entry, digest, seed_for
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.step import Engine, Row, local_steps
 from meerkat_mq.core.toy import QuadraticEngine
-from meerkat_mq.errors import ConfigError, DataError
+from meerkat_mq.errors import ConfigError, DataError, within
+from meerkat_mq.model.data import read_rows
 from meerkat_mq.node.state import NodeState
 from meerkat_mq.rounds.events import StartSteps
-from meerkat_mq.wire.descriptor import RunDescriptor
+from meerkat_mq.wire.descriptor import RunDescriptor, Task
 
 _TOY_REMEDY = 'give JSON lines such as {"seed": 7}'
 
@@ -82,43 +83,53 @@ class Work:
         )
         return scalars, loss
 
-    def finish(self) -> None:
-        """Leave the model at theta itself."""
-        self.engine.write(self._replica.theta)
-
 
 def _toy_rows(config: NodeConfig) -> list[Row]:
     try:
-        rows = [json.loads(line) for line in config.data.read_text(encoding="utf-8").splitlines() if line.strip()]
-        assert all(isinstance(row["seed"], int) for row in rows)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise DataError(
-            str(config.data), f"is not toy data ({error})", 'give JSON lines such as {"seed": 7}'
-        ) from error
+        lines = enumerate(config.data.read_text(encoding="utf-8").splitlines(), start=1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"data: {config.data}", f"cannot be read ({error})", _TOY_REMEDY) from error
+    rows = [_toy_row(line, f"data: {config.data}:{number}") for number, line in lines if line.strip()]
     if not rows:
-        raise DataError(str(config.data), "is empty", 'give JSON lines such as {"seed": 7}')
+        raise DataError(f"data: {config.data}", "holds no rows", _TOY_REMEDY)
     return rows
 
 
+def _toy_row(line: str, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(where, f"is not JSON ({error})", _TOY_REMEDY) from error
+    if not isinstance(row, dict) or type(row.get("seed")) is not int or not 0 <= row["seed"] < 2**64:
+        raise DataError(where, "has no integer seed from 0 to 2**64 - 1", _TOY_REMEDY)
+    return row
+
+
 def _load(config: NodeConfig, descriptor: RunDescriptor, mask: Mask) -> tuple[list[Row], Engine[Any]]:
+    task = descriptor.task
+    assert task is not None
+    if config.model is None:
+        raise ConfigError("model", "is missing", "name the folder or hub id of the run's base model")
+    with within("data"):
+        rows = read_rows(config.data, task)
+    with within("model"):
+        return rows, _load_engine(config, config.model, task, descriptor, mask)
+
+
+def _load_engine(config: NodeConfig, source: str, task: Task, descriptor: RunDescriptor, mask: Mask) -> Engine[Any]:
     import torch  # noqa: PLC0415 - a toy node never imports torch
 
-    from meerkat_mq.model.data import read_rows  # noqa: PLC0415
     from meerkat_mq.model.engine import TransformersEngine  # noqa: PLC0415
     from meerkat_mq.model.load import load_model  # noqa: PLC0415
 
-    if config.model is None:
-        raise ConfigError("model", "is missing", "name the folder or hub id of the run's base model")
-    assert descriptor.task is not None
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    rows = read_rows(config.data, descriptor.task)
     dtype = config.dtype or descriptor.dtype
-    engine = TransformersEngine(load_model(config.model, dtype=dtype, device=config.device), mask, descriptor.task)
+    engine = TransformersEngine(load_model(source, dtype=dtype, device=config.device), mask, task)
     engine.check(mask)
     if dtype != "float32":
         survival = engine.surviving_share(mask.theta_0, direction(descriptor.stream, 0, 0, mask.size), descriptor.eps)
         structlog.get_logger().info(
             "perturbation after the cast", dtype=dtype, kept=round(survival.kept, 4), moved=round(survival.moved, 4)
         )
-    return rows, engine
+    return engine

@@ -22,7 +22,7 @@ def command(
 ) -> None:
     """Run the server until SIGTERM, or, with --once, until its run is finished."""
     configure_logs(as_json=json_logs, level=log_level)
-    sys.exit(run_service(lambda: _serve(config, replace=replace, once=once)))
+    sys.exit(run_service(lambda: _serve(config, replace=replace, once=once), config=config))
 
 
 async def _serve(path: Path, *, replace: bool, once: bool) -> None:

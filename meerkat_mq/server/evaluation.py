@@ -5,7 +5,7 @@ import asyncio
 from meerkat_mq.config import ServerConfig
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.errors import ConfigError
+from meerkat_mq.errors import ConfigError, within
 from meerkat_mq.model.data import read_rows
 from meerkat_mq.model.engine import TransformersEngine
 from meerkat_mq.model.evaluate import Evaluation, evaluate
@@ -24,10 +24,12 @@ class Evaluator:
         """
         if config.model is None or config.evaluation is None:
             raise ConfigError("evaluation", "needs a [model] section", "add model.source, or drop [evaluation]")
-        self._rows = read_rows(config.evaluation.data, task)
-        loaded = load_model(config.model.source, dtype=config.model.dtype, device=config.model.device)
-        self._engine = TransformersEngine(loaded, mask, task)
-        self._engine.check(mask)
+        with within("evaluation.data"):
+            self._rows = read_rows(config.evaluation.data, task)
+        with within("model.source"):
+            loaded = load_model(config.model.source, dtype=config.model.dtype, device=config.model.device)
+            self._engine = TransformersEngine(loaded, mask, task)
+            self._engine.check(mask)
         self._batch_size = config.evaluation.batch_size
 
     async def evaluate(self, theta: Float32Array) -> Evaluation:

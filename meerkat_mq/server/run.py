@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from meerkat_mq.config import ServerConfig
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.toy import toy_mask
-from meerkat_mq.errors import ConfigError
+from meerkat_mq.errors import ConfigError, within
 from meerkat_mq.model.tasks import load_task
 from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.wire.arrays import encode_mask, split
@@ -87,7 +87,8 @@ def _mask(config: ServerConfig) -> Mask:
         return toy_mask(config.toy_weights)
     if config.mask is None:
         raise ConfigError("mask", "is missing", "name a mask file; `meerkat mask` writes one")
-    return Mask.load(config.mask)
+    with within("mask"):
+        return Mask.load(config.mask)
 
 
 def _task(config: ServerConfig) -> Task | None:
@@ -95,4 +96,5 @@ def _task(config: ServerConfig) -> Task | None:
         return None
     if config.task is None:
         raise ConfigError("task", "is missing", "name a built-in task or a task's TOML file; see docs/tasks.md")
-    return load_task(config.task)
+    with within("task"):
+        return load_task(config.task)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import structlog
 
 from meerkat_mq.config import ServerConfig
+from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.path import Entry, digest
 from meerkat_mq.core.replica import Replica
-from meerkat_mq.errors import AnotherServer, TooFewNodes, WireError
+from meerkat_mq.errors import AnotherServer, ConfigError, NotConnected, RunMismatch, TooFewNodes, WireError
 from meerkat_mq.mqtt import Count, Message, Session, Will
 from meerkat_mq.observe.events import Observer, RunStarted
 from meerkat_mq.rounds import events as e
@@ -23,7 +24,7 @@ from meerkat_mq.server.watch import Watch
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState, decode_control
 from meerkat_mq.wire.difference import Difference
 from meerkat_mq.wire.frames import MAX_FRAME_BYTES, decode, encode, encode_entry
-from meerkat_mq.wire.messages import Entries, Header, Update, Want
+from meerkat_mq.wire.messages import Chunk, Entries, Header, Refusal, Update, Want, Welcome
 from meerkat_mq.wire.topics import Topics
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 DIFFERENCE_FILE = "difference.mkd"
 REPLY_BYTES = MAX_FRAME_BYTES // 2
+OUTBOX_BYTES = 64 * 2**20
+LAST_TERM = 2**32 - 1
 
 
 async def serve(config: ServerConfig, *, replace: bool = False, observer: Observer = lambda event: None) -> None:
@@ -46,12 +49,21 @@ async def serve(config: ServerConfig, *, replace: bool = False, observer: Observ
     Raises:
         MeerkatError: with what to do about it.
     """
-    config.state_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        config.state_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unusable(config, error) from error
     run = await asyncio.to_thread(prepare_run, config)
     evaluator = await asyncio.to_thread(_load_evaluator, config, run)
     every = config.evaluation.every if config.evaluation else 1
     watch = Watch(observer, evaluator, every, config.rounds.count)
     await _Server(config, run, MemoryLedger(), watch, observer, replace=replace).run()
+
+
+def _unusable(config: ServerConfig, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"state_dir {config.state_dir}", f"cannot be used ({error.strerror})", "name a folder that can be written"
+    )
 
 
 def _load_evaluator(config: ServerConfig, run: Run) -> "Evaluator | None":
@@ -84,6 +96,7 @@ class _Server:
         self._replica = Replica(
             run.mask, run_id=descriptor.run_id, stream=descriptor.stream, digest_every=descriptor.digest_every
         )
+        self._committed: tuple[int, Float32Array] = (0, self._replica.theta)
         self._scribe = Scribe(ledger, self._replica, self._handle)
         self._alarm = Alarm(
             lambda: self._machine.wake_at if self._machine else None, lambda: self._handle(e.Tick(self._now()))
@@ -99,6 +112,7 @@ class _Server:
             will=lambda link: Will(self._topics.server, self._state("lost", link).encode()),
             farewell=lambda link: Will(self._topics.server, self._state(self._parting_word(), link).encode()),
             kind_of=self._kind_of,
+            outbox_bytes=OUTBOX_BYTES + 2 * len(run.blob),
         )  # fmt: skip
 
     async def run(self) -> None:
@@ -111,8 +125,8 @@ class _Server:
                 if self._config.once:
                     await self._wait_for_nodes()
                 await self._finished.wait()
-                await self._watch.finish(self._replica.theta, self._updates())
-                self._save()
+                await self._watch.finish(self._committed[1], self._updates())
+                await asyncio.to_thread(self._save)
                 if not self._config.once:
                     await asyncio.Event().wait()
                 for task in work:
@@ -134,12 +148,16 @@ class _Server:
             ) from None
 
     def _save(self) -> None:
-        """Leave the model as it stands, unless no round closed."""
-        if self._replica.version > 0:
-            difference = Difference(
-                self._run.mask, self._replica.theta, self._run.descriptor.run_id, self._replica.version
+        """Leave the model as the ledger says, unless no round closed."""
+        version, theta = self._committed
+        if version == 0:
+            return
+        try:
+            Difference(self._run.mask, theta, self._run.descriptor.run_id, version).save(
+                self._config.state_dir / DIFFERENCE_FILE
             )
-            difference.save(self._config.state_dir / DIFFERENCE_FILE)
+        except OSError as error:
+            raise _unusable(self._config, error) from error
 
     # --- connection and state ---
 
@@ -147,7 +165,7 @@ class _Server:
         if self._machine is None:
             self._machine = self._take_charge()
         self._publish_state()
-        self._session.publish(self._topics.run, self._run.descriptor.encode(), retain=True)
+        self._publish_run()
         for chunk in self._run.chunks(self._term):
             self._session.publish(self._topics.blob(chunk.blob, chunk.index), encode(chunk), retain=True)
         self._perform(self._machine.start(self._now()))
@@ -164,6 +182,10 @@ class _Server:
                 "stop it, or start this one with --replace",
             )
         self._term = 1 + max(self._ledger.term, rival.term if rival else 0)
+        if self._term > LAST_TERM:
+            raise RunMismatch(
+                self._topics.server, "the last possible term stands there", "clear this retained message on the broker"
+            )
         self._log.info("in charge", term=self._term, weights=self._run.mask.size, rounds=self._config.rounds.count)
         self._observe(RunStarted(self._run.descriptor, self._term))
         self._watch.stood(0, self._replica.theta)
@@ -194,24 +216,34 @@ class _Server:
             status = "finished" if self._machine.finished else "online"
             self._session.publish(self._topics.server, self._state(status, self._session.link).encode(), retain=True)
 
+    def _publish_run(self) -> None:
+        if self._session.link is not None and self._machine is not None:
+            self._session.publish(self._topics.run, self._run.descriptor.encode(), retain=True)
+
     # --- messages ---
 
     def _on_message(self, message: Message) -> None:
-        if not message.payload:
-            return
         try:
             if message.topic == self._topics.server:
-                self._on_server_state(decode_control(message.payload, ServerState))
-            elif (parsed := self._topics.parse_up(message.topic)) is not None:
+                self._on_server_state(message.payload)
+            elif message.payload and (parsed := self._topics.parse_up(message.topic)) is not None:
                 self._on_node_message(*parsed, message.payload)
         except WireError as error:
             self._watch.counts[f"undecodable: {type(error).__name__}"] += 1
             self._log.warning("message dropped", topic=message.topic, problem=str(error))
 
-    def _on_server_state(self, state: ServerState) -> None:
+    def _on_server_state(self, payload: bytes) -> None:
+        try:
+            state = decode_control(payload, ServerState)
+        except WireError:
+            self._publish_state()
+            raise
         if self._machine is None:
             self._rival = state
-        elif state.server_id != self._server_id or state.status == "lost":
+        elif state.server_id != self._server_id:
+            self._handle(e.ServerSeen(self._now(), state))
+            self._publish_run()
+        elif state.status == "lost":
             self._handle(e.ServerSeen(self._now(), state))
 
     def _on_node_message(self, node: str, kind: str, payload: bytes) -> None:
@@ -219,10 +251,15 @@ class _Server:
             status = decode_control(payload, NodeStatus)
             self._watch.heard_from(node, status)
             self._handle(e.StatusCame(self._now(), node, status))
+            if status.status in ("starting", "online") and status.run != self._run.descriptor.run:
+                self._publish_run()
             return
         match decode(payload):
             case Update() as update if kind == "update":
                 self._handle(e.UpdateCame(self._now(), node, update))
+            case Want() as want if kind == "want" and want.header.run != self._header().run:
+                self._watch.counts["of another run"] += 1
+                self._publish_run()
             case Want() as want if kind == "want":
                 self._handle(e.WantCame(self._now(), node, want))
             case frame:
@@ -250,6 +287,7 @@ class _Server:
         if self._machine is not None:
             self._perform(self._machine.handle(event))
         if isinstance(event, e.EntryCommitted) and self._machine is not None:
+            self._committed = (event.version + 1, self._replica.theta)
             bytes_up = sum(count.payload_bytes for count in self._updates().values())
             self._watch.closed(event, self._machine.online, bytes_up)
             self._watch.stood(event.version + 1, self._replica.theta)
@@ -268,13 +306,17 @@ class _Server:
             case e.PublishRound(frame):
                 if frame.is_open:
                     self._watch.opened()
+                elif self._machine is not None and not self._machine.finished:
+                    self._log.info(
+                        "waiting for nodes", online=self._machine.online, min_nodes=self._config.rounds.min_nodes
+                    )
                 self._session.publish(self._topics.round, encode(frame), retain=True)
             case e.PublishState(finished):
                 self._publish_state()
                 if finished:
                     self._finished.set()
             case e.Reply(node, reply):
-                self._session.publish(self._topics.reply(node), encode(reply))
+                self._reply(node, reply)
             case e.SendEntries(node, first):
                 self._send_entries(node, first)
             case e.SendChunks(node, want):
@@ -293,13 +335,22 @@ class _Server:
             if room < 0 and chosen:
                 break
             chosen.append(entry)
-        if chosen and self._machine is not None:
-            mask_hash = self._run.mask.hash
-            header = Header.of(self._run.descriptor.run_id, self._term, self._machine.version, mask_hash)
-            self._session.publish(self._topics.reply(node), encode(Entries(header, tuple(chosen))))
+        if chosen:
+            self._reply(node, Entries(self._header(), tuple(chosen)))
 
     def _send_chunks(self, node: str, want: Want) -> None:
         if want.blob == self._run.mask.hash:
             chunks = self._run.chunks(self._term)
             for index in sorted(set(want.chunks) & set(range(len(chunks)))):
-                self._session.publish(self._topics.reply(node), encode(chunks[index]))
+                self._reply(node, chunks[index])
+
+    def _reply(self, node: str, frame: Welcome | Refusal | Entries | Chunk) -> None:
+        """Answer a node; where too much waits for the broker already, it has to ask again."""
+        try:
+            self._session.publish(self._topics.reply(node), encode(frame))
+        except NotConnected:
+            self._watch.counts["reply dropped: the outbox is full"] += 1
+
+    def _header(self) -> Header:
+        version = self._machine.version if self._machine else 0
+        return Header.of(self._run.descriptor.run_id, self._term, version, self._run.mask.hash)

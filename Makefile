@@ -1,0 +1,59 @@
+# Each of `make demo` and `make test` does all of its own set-up on a fresh Debian with Python 3.11.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo test check test-arm test-numpy mosquitto clean
+
+help: ## show this
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: $(VENV)/.demo ## a federation on this machine, from nothing to a report; ARGS='--rounds 50' adds options
+	$(BIN)/meerkat demo $(ARGS)
+
+test: $(VENV)/.test mosquitto check ## all checks and tests; ARGS='-k mask' adds options of pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+check: $(VENV)/.test ## format, lint, types, floors
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test-arm: $(VENV)/.test ## golden vectors on aarch64, under qemu-user elsewhere
+	scripts/test-arm
+
+test-numpy: $(VENV)/.test ## golden vectors on NumPy 2.0 and the newest
+	scripts/test-numpy
+
+clean: ## remove everything that the targets above made, but not runs/
+	rm -rf $(VENV) .arm build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is newer than what it was installed from, and is written last: an interrupted installation starts again.
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'Installing into $(VENV) (the first time this takes minutes: PyTorch is large) …'
+	@$(INSTALL) -e '.[model,embedded]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'Installing into $(VENV), with the tools for tests (the first time this takes minutes: PyTorch is large) …'
+	@$(INSTALL) -e '.[model,embedded,dev]'
+	@touch $(VENV)/.demo $@
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null \
+		|| { echo "make: $(PYTHON) is not installed; install Python 3.11 or newer, or name one: make PYTHON=…" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "make: $$($(PYTHON) --version) is too old; name Python 3.11 or newer: make PYTHON=…" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || scripts/apt-install python3-venv
+	@$(PYTHON) -m venv --clear $(VENV)
+
+mosquitto:
+	@PATH="$$PATH:/usr/sbin:/usr/local/sbin" command -v mosquitto >/dev/null || scripts/apt-install mosquitto

@@ -1,0 +1,70 @@
+"""A federation of real processes, from its start to its end."""
+
+from meerkat_mq.core.path import digest
+from tests.server.federation import Federation, all_end
+
+
+async def test_a_federation_runs_to_its_end_and_all_hold_the_same_weights(federation: Federation) -> None:
+    nodes = [federation.node(f"node-{i}", exit_when_finished=True) for i in range(3)]
+    server = federation.server("--once", rounds={"count": 25, "directions": 3, "local_steps": 2, "min_nodes": 3})
+    assert await all_end(server, *nodes) == [0, 0, 0, 0]
+
+    difference = federation.difference()
+    assert difference.version == 25
+    (last,) = server.said("run finished")
+    digests = [node.said("finished")[0]["digest"] for node in nodes]
+    assert set(digests) == {last["digest"]} == {federation.eye.digest(25).hex()}
+    assert (await federation.eye.state("finished")).round == 25
+    statuses = [await federation.eye.status(f"node-{i}", "stopped") for i in range(3)]
+    assert {status.digest for status in statuses} == {last["digest"]}
+
+    closed = server.said("round closed")
+    assert [line["heard"] for line in closed] == [3] * 25
+    assert closed[-1]["loss"] < 0.9 * closed[0]["loss"]
+
+
+async def test_processes_end_in_order_on_sigterm(federation: Federation) -> None:
+    eye = federation.eye
+    first = federation.node("node-0")
+    server = federation.server(rounds={"count": 1_000_000, "min_nodes": 2})
+    await server.says("waiting for nodes", online=1, min_nodes=2)
+    assert eye.version == 0
+    second = federation.node("node-1")
+    await eye.reaches(20)
+
+    assert await first.stop() == 0
+    assert (await eye.status("node-0", "stopped")).boot == eye.statuses["node-0"][0].boot
+    before = eye.version
+    await eye.reaches(before + 20)  # the round goes on without the node that left
+
+    assert await server.stop() == 0
+    difference = federation.difference()
+    state = await eye.state("stopped")
+    assert state.round == difference.version
+    assert eye.digest(difference.version) == server_digest(federation)
+
+    assert await second.stop() == 0
+    last = await eye.status("node-1", "stopped")
+    assert (last.version, last.digest) == (difference.version, server_digest(federation).hex())
+    assert [service.plain for service in (first, second, server)] == [[], [], []]
+
+
+def server_digest(federation: Federation) -> bytes:
+    return digest(federation.difference().theta)
+
+
+async def test_once_ends_in_words_when_too_few_nodes_come(federation: Federation) -> None:
+    server = federation.server("--once", rounds={"min_nodes": 2}, wait_for_nodes_s=0.5)
+    await server.failed(6, "federation f", "0 of 2 nodes came within 0.5 s", "rounds.min_nodes")
+    await federation.eye.state("stopped")
+    assert not (federation.folder / "server" / "difference.mkd").exists()
+
+
+async def test_a_server_stays_for_later_nodes_after_its_run(federation: Federation) -> None:
+    server = federation.server(rounds={"count": 60})
+    await federation.node("node-0", exit_when_finished=True).says("finished")
+    await server.says("run finished")
+    late = federation.node("node-1", exit_when_finished=True)
+    assert await late.ended() == 0
+    assert late.said("finished")[0]["digest"] == server_digest(federation).hex()
+    assert not server.over

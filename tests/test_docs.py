@@ -1,0 +1,164 @@
+"""The documentation says what the code does: keys and defaults, links, commands and options, exit codes."""
+
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from meerkat_mq import errors
+from meerkat_mq.cli import app
+from meerkat_mq.config import NodeConfig, ServerConfig, check_config, load_config
+from meerkat_mq.model.tasks import load_task
+
+ROOT = Path(__file__).parents[1]
+NOT_OURS = ("runs", "build", "dist")
+PAGES = sorted(page for page in ROOT.rglob("*.md") if not page.relative_to(ROOT).parts[0].startswith((".", *NOT_OURS)))
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+COMMANDS: dict[str, Any] = vars(typer.main.get_command(app))["commands"]
+
+
+def test_there_are_pages() -> None:
+    names = {str(page.relative_to(ROOT)) for page in PAGES}
+    assert {"README.md", "docs/configuration.md", "docs/tasks.md", "docs/errors.md", "nodes/README.md"} <= names
+
+
+# --- keys ---
+
+
+def keys_of(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in kind.model_fields.items():
+        inner = next((arg for arg in (field.annotation, *get_args(field.annotation)) if is_section(arg)), None)
+        if inner is None:
+            yield prefix + name, field
+        else:
+            yield from keys_of(inner, f"{prefix}{name}.")
+
+
+def is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def documented(section: str) -> dict[str, str]:
+    text = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
+    part = text.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    return dict(re.findall(r"^\| `([^`]+)` \| ([^|]+?) \|", part, re.MULTILINE))
+
+
+@pytest.mark.parametrize(("section", "kind"), [("federation.toml", ServerConfig), ("node.toml", NodeConfig)])
+def test_every_key_is_documented_with_its_default(section: str, kind: type[BaseModel]) -> None:
+    table = documented(section) | documented("broker")
+    keys = dict(keys_of(kind))
+    assert table.keys() == keys.keys()
+    for key, field in keys.items():
+        if field.is_required() or field.default is None:
+            assert table[key] == ("required" if field.is_required() else "none"), key
+        else:
+            assert tomllib.loads(f"x = {table[key].strip('`')}")["x"] == field.default, key
+
+
+def test_example_node_is_valid() -> None:
+    load_config(ROOT / "nodes/node.toml", NodeConfig)
+
+
+@each_page
+def test_toml_examples_are_valid(page: Path, tmp_path: Path) -> None:
+    for block in re.findall(r"^```toml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        table = tomllib.loads(block)
+        if "template" in table:
+            (tmp_path / "task.toml").write_text(block, encoding="utf-8")
+            load_task(tmp_path / "task.toml")
+        elif "federation" in table:
+            check_config(table, NodeConfig if "id" in table else ServerConfig, where=page.name)
+
+
+# --- links ---
+
+
+def links(text: str) -> Iterator[str]:
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^ {4}.*$|`[^`\n]*`", "", prose, flags=re.MULTILINE)
+    yield from re.findall(r"\]\(([^)\s]+)\)", prose)
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_page
+def test_links_resolve(page: Path) -> None:
+    for link in links(page.read_text(encoding="utf-8")):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert target.is_relative_to(ROOT), link
+        assert not anchor or anchor in anchors(target), link
+
+
+# --- commands ---
+
+
+def code(page: Path) -> str:
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return "\n".join(
+        [*re.findall(r"^(?: {4}|\t)(.*)$", text, re.MULTILINE), *blocks, *re.findall(r"`([^`\n]+)`", text)]
+    )
+
+
+@each_page
+def test_commands_and_options_exist(page: Path) -> None:
+    for name, rest in re.findall(r"^(?:\S*/)?meerkat ([a-z]+)\b([^\n|;&]*)", code(page), re.MULTILINE):
+        assert name in COMMANDS, f"meerkat {name}"
+        known = {opt for param in COMMANDS[name].params for opt in (*param.opts, *param.secondary_opts)} | {"--help"}
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", rest)) <= known, f"meerkat {name}{rest}"
+
+
+@each_page
+def test_make_targets_exist(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z][a-z-]+)", code(page))) <= targets
+
+
+@each_page
+def test_modules_and_scripts_exist(page: Path) -> None:
+    for module in re.findall(r"python3? -m ((?:meerkat_mq|protocol)[\w.]*)", code(page)):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+    for script in re.findall(r"\bpython3? ((?:benchmarks|scripts)/[\w/.]+)", code(page)):
+        assert (ROOT / script).is_file(), script
+
+
+def test_demo_options_in_make_args_exist() -> None:
+    known = {opt for param in COMMANDS["demo"].params for opt in param.opts}
+    used = [args for page in PAGES for args in re.findall(r"make demo ARGS='([^']*)'", code(page))]
+    assert used
+    assert {opt for args in used for opt in re.findall(r"--[a-z-]+", args)} <= known
+
+
+# --- exit codes ---
+
+
+def exit_codes(kind: type[errors.MeerkatError]) -> set[int]:
+    return {kind.exit_code}.union(*(exit_codes(inner) for inner in kind.__subclasses__()))
+
+
+def test_exit_codes_are_documented() -> None:
+    text = (ROOT / "docs/errors.md").read_text(encoding="utf-8")
+    codes = {int(code) for code in re.findall(r"^\| (\d+) \|", text, re.MULTILINE)}
+    assert codes == exit_codes(errors.MeerkatError) | {0}
+
+
+def test_a_service_is_not_restarted_after_an_error_of_ours() -> None:
+    unit = (ROOT / "nodes/meerkat-node.service").read_text(encoding="utf-8")
+    match = re.search(r"^RestartPreventExitStatus=(.*)$", unit, re.MULTILINE)
+    assert match is not None
+    assert {int(code) for code in match[1].split()} == exit_codes(errors.MeerkatError) - {1}
