@@ -1,22 +1,18 @@
-"""Export: the fine-tuned model as a Hugging Face folder, and the bare difference as one small file."""
+"""Export: the fine-tuned model as a Hugging Face folder. The bare difference is `wire.difference`."""
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask, MaskedMatrix
-from meerkat_mq.errors import MaskError, ModelError, ModelMismatch
+from meerkat_mq.errors import ModelError, ModelMismatch
 from meerkat_mq.model.checkpoint import StoredTensor, fingerprint, stored_tensors
 from meerkat_mq.model.load import find_folder
 
@@ -112,37 +108,3 @@ def _bits(values: Float32Array, dtype: torch.dtype) -> npt.NDArray[np.uint32] | 
     if dtype == torch.float32:
         return np.asarray(cast.view(torch.int32).numpy().view(np.uint32))
     return np.asarray(cast.view(torch.int16).numpy().view(np.uint16))
-
-
-def save_difference(mask: Mask, theta: Float32Array, out: Path) -> None:
-    """Write mask and theta as one safetensors file: `mask` (uint8, the mask file) and `theta` (float32, (n,)).
-
-    Raises:
-        ModelError: the file cannot be written.
-    """
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    tensors: dict[str, npt.NDArray[Any]] = {
-        "mask": np.frombuffer(mask.to_bytes(), np.uint8),
-        "theta": np.ascontiguousarray(theta),
-    }
-    try:
-        save_file(tensors, temporary, metadata={"format": "meerkat-mq difference 1"})
-        temporary.replace(out)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(str(out), f"cannot be written ({error})", "choose another folder") from error
-
-
-def load_difference(path: Path) -> tuple[Mask, Float32Array]:
-    """Read what `save_difference` wrote: the mask, and theta as float32 (n,).
-
-    Raises:
-        MaskError: it is missing, damaged, or not such a file.
-    """
-    try:
-        tensors = load_file(path)
-        mask, theta = Mask.from_bytes(tensors["mask"].tobytes()), tensors["theta"]
-    except (OSError, SafetensorError, KeyError) as error:
-        raise MaskError(str(path), f"is no difference file ({error})", "write one with `meerkat export`") from error
-    if theta.shape != (mask.size,) or theta.dtype != np.float32:
-        raise MaskError(str(path), f"theta is {theta.dtype} {theta.shape} for {mask.size} weights", "export it again")
-    return mask, theta

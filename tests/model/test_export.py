@@ -6,14 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Model
 
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.errors import MaskError, ModelError, ModelMismatch, ModelNotFound
+from meerkat_mq.errors import ModelError, ModelMismatch, ModelNotFound
 from meerkat_mq.model import export
 from meerkat_mq.model.engine import TransformersEngine
-from meerkat_mq.model.export import export_model, load_difference, save_difference
+from meerkat_mq.model.export import export_model
 from meerkat_mq.model.load import load_model
 from meerkat_mq.model.masks import make_mask
 from tests.model import tiny
@@ -147,33 +146,6 @@ def test_theta_0_that_is_not_the_base(folders: dict[str, Path], masks: dict[str,
     with pytest.raises(ModelMismatch, match=r"down_proj\.weight differs from the mask's theta_0"):
         export_model(folders["llama"], other, other.theta_0, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_difference(folders: dict[str, Path], masks: dict[str, Mask], tmp_path: Path) -> None:
-    mask, path = masks["llama"], tmp_path / "difference.safetensors"
-    save_difference(mask, moved(mask), path)
-    loaded, theta = load_difference(path)
-    assert loaded.hash == mask.hash
-    assert theta.tobytes() == moved(mask).tobytes()
-    assert path.stat().st_size < 17 * mask.size + 2000
-    export_model(folders["llama"], loaded, theta, tmp_path / "out")
-    assert [entry.name for entry in sorted(tmp_path.iterdir())] == ["difference.safetensors", "out"]
-
-
-def test_difference_that_is_none(masks: dict[str, Mask], tmp_path: Path) -> None:
-    path = tmp_path / "d.safetensors"
-    with pytest.raises(MaskError, match=r"d\.safetensors: is no difference file"):
-        load_difference(path)
-    path.write_bytes(b"1234")
-    with pytest.raises(MaskError, match=r"d\.safetensors: is no difference file"):
-        load_difference(path)
-    mask = np.frombuffer(masks["bert"].to_bytes(), np.uint8)
-    save_file({"mask": mask, "theta": np.zeros(2, np.float32)}, path)
-    with pytest.raises(MaskError, match=r"theta is float32 \(2,\) for \d+ weights"):
-        load_difference(path)
-    save_file({"mask": mask[:-1], "theta": np.zeros(2, np.float32)}, path)
-    with pytest.raises(MaskError, match="bytes instead of"):
-        load_difference(path)
 
 
 @pytest.mark.real
