@@ -184,13 +184,13 @@ def measure_time(case: Case, folder: Path, mask_file: Path, dtype: str, pairs: i
     torch.set_num_threads(1)
     engine, mask = make_engine(case, folder, mask_file, dtype)
     model, batch = engine.loaded.model, engine.prepare(make_rows(case))
-    inputs = batch.inputs if isinstance(batch.inputs, dict) else {"input_ids": batch.inputs.ids, "use_cache": False}
+    ids = torch.tensor(engine.scorer.tokens(make_rows(case)))
     theta, z = mask.theta_0, direction("mk1", 0, 0, mask.size)
 
     def plain() -> None:
         with torch.inference_mode():
-            model(**inputs)
-            model(**inputs)
+            model(input_ids=ids)
+            model(input_ids=ids)
 
     def losses() -> None:
         engine.losses(batch)

@@ -1,6 +1,8 @@
 """`meerkat`: the command line."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from meerkat_mq import __version__
 from meerkat_mq.broker.__main__ import command as broker
+from meerkat_mq.config import ModelConfig, check_config
 from meerkat_mq.errors import ConfigError, MeerkatError
 from meerkat_mq.node.__main__ import command as node
 from meerkat_mq.observe.logs import configure_logs
@@ -68,6 +71,14 @@ def demo(
     sys.exit(run_service(lambda: run_demo(choices, out, Console())))
 
 
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"--out {out}", f"cannot be written ({error.strerror})", "choose another place") from error
+
+
 @app.command()
 def mask(
     model: Annotated[str, typer.Option(help="Base model: local folder or hub id.")],
@@ -77,7 +88,7 @@ def mask(
     density: Annotated[float, typer.Option(help="Share u of each linear matrix that is trained, 0 < u ≤ 1.")] = 1e-3,
     sequences: Annotated[int, typer.Option(help="Sequences of calibration text.")] = 100,
     length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 512,
-    seed: Annotated[int, typer.Option(help="Order of the text, and the random mask.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Order of the text, and the random mask.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:<i>.")] = "cpu",
 ) -> None:
     """Score the weights of a model and write a mask."""
@@ -85,8 +96,9 @@ def mask(
     from meerkat_mq.model.load import load_model  # noqa: PLC0415
     from meerkat_mq.model.masks import make_mask  # noqa: PLC0415
 
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out {out}", "its folder does not exist", "make it first")
+    if out.is_dir() or not out.parent.is_dir():
+        raise ConfigError(f"--out {out}", "is not a file in a folder that exists", "make the folder, name the file")
+    check_config({"source": model, "device": device}, ModelConfig, where="command line")
     texts, loaded = read_texts(text), load_model(model, device=device)
     with Progress(
         TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)
@@ -102,7 +114,8 @@ def mask(
             length=length,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    made.save(out)
+    with _writing(out):
+        made.save(out)
     Console().print(
         f"{out}: {made.size:,} of {made.covered:,} weights in {len(made.matrices)} matrices, hash {made.hash.hex()}",
         highlight=False,
@@ -118,7 +131,7 @@ def partition(
     task: Annotated[str, typer.Option(help="Built-in task or a task's TOML file.")],
     split: Annotated[Split, typer.Option(help="How labels are spread.")] = "dirichlet",
     alpha: Annotated[float, typer.Option(help="Of the Dirichlet distribution; smaller is more skewed.")] = 0.5,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same shards.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same shards.")] = 0,
 ) -> None:
     """Divide a data file into shards for nodes."""
     from meerkat_mq.model import data as files  # noqa: PLC0415
@@ -128,7 +141,8 @@ def partition(
     shards = files.partition(
         files.read_rows(data, found), nodes, split, seed=seed, alpha=alpha, label_field=found.label_field
     )
-    out.mkdir(parents=True, exist_ok=True)
+    with _writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     for number, rows in enumerate(shards):
         path = out / f"node-{number}.jsonl"
         files.write_rows(path, rows)

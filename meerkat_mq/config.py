@@ -2,10 +2,10 @@
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from meerkat_mq.errors import ConfigError
 
@@ -17,6 +17,9 @@ Share = Annotated[float, Field(gt=0, le=1)]
 LocalPath = Path  # relative paths are taken from the folder of the TOML file
 
 
+_NAMES_OR_PATHS = ("model", "source", "task")  # a hub id or built-in name, unless there is such a file or folder
+
+
 class Section(BaseModel):
     """Base of all sections: frozen, unknown keys refused, paths relative to the TOML file."""
 
@@ -26,7 +29,11 @@ class Section(BaseModel):
     @classmethod
     def _anchor_paths(cls, value: object, info: ValidationInfo) -> object:
         folder = (info.context or {}).get("folder")
-        return folder / value if isinstance(value, Path) and folder is not None else value
+        if folder is None:
+            return value
+        if isinstance(value, str) and info.field_name in _NAMES_OR_PATHS and (folder / value).exists():
+            return str(folder / value)
+        return folder / value if isinstance(value, Path) else value
 
 
 class BrokerConfig(Section):
@@ -103,7 +110,7 @@ class RoundsConfig(Section):
         quorum: share of the nodes asked that a round needs.
         deadline_s: a round closes at the latest then, if the quorum is met.
         grace_s: a node counts as dead this long after its death was announced.
-        digest_every: theta's digest is computed every so many versions.
+        digest_every: theta's digest is computed every so many versions; divides count, so that the last has one.
         weigh_by_rows: weigh nodes by their number of rows instead of equally.
     """
 
@@ -116,11 +123,17 @@ class RoundsConfig(Section):
     stream: Literal["mk1", "rademacher"] = "mk1"
     min_nodes: Annotated[int, Field(ge=1, le=65535)] = 1
     fraction: Share = 1.0
-    quorum: Share = 1.0
+    quorum: Share = 0.5
     deadline_s: Seconds = 60.0
     grace_s: Annotated[float, Field(ge=0, le=86_400)] = 2.0
     digest_every: Annotated[int, Field(ge=1)] = 1
     weigh_by_rows: bool = False
+
+    @model_validator(mode="after")
+    def _last_version_has_a_digest(self) -> Self:
+        if self.count % self.digest_every:
+            raise ValueError(f"digest_every = {self.digest_every} must divide count = {self.count}")
+        return self
 
 
 class EvaluationConfig(Section):

@@ -1,10 +1,13 @@
 """Fixtures that several folders of tests share."""
 
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 
+from tests.support.command import Meerkat, command
 from tests.support.mosquitto import Mosquitto
 from tests.support.proxy import Proxy
 
@@ -34,3 +37,20 @@ async def proxy(mosquitto: Mosquitto) -> AsyncIterator[Proxy]:
     """A fault-injecting proxy in front of `mosquitto`."""
     async with Proxy(mosquitto.port) as running:
         yield running
+
+
+@pytest.fixture
+def meerkat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Meerkat]:
+    """The command line, in this process."""
+    yield command(monkeypatch, capsys)
+    structlog.reset_defaults()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random Llama with two layers."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    from tests.model import tiny
+
+    return tiny.save(tiny.llama(), tmp_path_factory.mktemp("model") / "llama")

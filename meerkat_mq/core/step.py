@@ -7,7 +7,7 @@ import numpy as np
 
 from meerkat_mq.core.directions import Float32Array, direction
 from meerkat_mq.core.path import apply, coefficient
-from meerkat_mq.errors import BadValue
+from meerkat_mq.errors import RunError
 
 Row = Mapping[str, Any]
 Batch = TypeVar("Batch")
@@ -44,7 +44,7 @@ def projected_gradient(
         (g, loss): g a float that is exactly a float32; loss the mean over both passes.
 
     Raises:
-        BadValue: a loss is not finite.
+        RunError: a loss is not finite.
     """
     shift = z * np.float32(eps)
     engine.write(theta + shift)
@@ -54,7 +54,7 @@ def projected_gradient(
     with np.errstate(over="ignore"):
         g = float(np.float32((plus - minus) / (2 * eps)))
     if not np.isfinite(g):
-        raise BadValue("projected gradient", f"losses {plus} and {minus} give {g}", "lower the learning rate")
+        raise RunError("projected gradient", f"losses {plus} and {minus} give {g}", "lower the learning rate")
     return g, (plus + minus) / 2
 
 
@@ -83,7 +83,7 @@ def local_steps(
         (projected gradients, mean loss).
 
     Raises:
-        BadValue: a loss is not finite.
+        RunError: a loss is not finite.
     """
     walker, scratch = theta.copy(), np.empty_like(theta)
     scalars, losses = [], []

@@ -13,7 +13,6 @@ from meerkat_mq.model.data import partition, read_rows, read_texts
 from meerkat_mq.model.tasks import fill, load_task
 from meerkat_mq.wire.descriptor import Task
 
-PRETRAINING_LINES = 12_000
 HELD_OUT_SHARE = 5
 
 
@@ -90,7 +89,7 @@ def _own(choices: Choices) -> Plan:
         source=str(WEIGHTS),
         name="meerkat-demo (Llama architecture)",
         task=TASK,
-        calibration=lambda: list(pretraining_text(1000, PRETRAINING_LINES)),
+        calibration=lambda: list(pretraining_text(1000, DEMO.calibration_lines)),
         shards=shards(rows, choices.nodes, TASK.label_field, choices.seed),
         held_out=triage_rows(choices.seed, DEMO.held_out_rows, "held-out"),
         rounds=choices.rounds or DEMO.rounds,

@@ -10,11 +10,11 @@ from torch.nn import functional
 
 from meerkat_mq.errors import MaskError
 from meerkat_mq.model.load import LoadedModel, linear_layers
-from meerkat_mq.model.scoring import embed, tokenise
+from meerkat_mq.model.scoring import Inputs, embed, tokenise
 
 CONTRAST_SCALE = 20.0
 
-Halves = tuple[dict[str, Tensor], dict[str, Tensor]]
+Halves = tuple[Inputs, Inputs]
 CalibrationBatch = Tensor | Halves
 
 

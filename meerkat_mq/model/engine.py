@@ -1,7 +1,8 @@
 """The engine of torch and transformers: theta in, losses out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +15,25 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import Row
 from meerkat_mq.errors import ModelMismatch
 from meerkat_mq.model.load import LoadedModel
-from meerkat_mq.model.scoring import Prepared, Scorer, scorer_for
+from meerkat_mq.model.scoring import Scorer, scorer_for
 from meerkat_mq.wire.descriptor import Task
+
+_PASS_TOKENS = {"cpu": 768, "cuda": 16384}  # larger passes only cost memory
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A batch, ready for passes.
+
+    Attributes:
+        passes: what the scorer made of the rows, those of like length together, which spares padding.
+        place: int64 (rows,), where each row's scores are found among those of the passes.
+        labels: int64 (rows,).
+    """
+
+    passes: list[Any]
+    place: Tensor
+    labels: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,18 +105,29 @@ class TransformersEngine:
 
     def prepare(self, rows: Sequence[Row]) -> Prepared:
         """Tokenise and collate, once for all passes over these rows."""
-        labels = torch.tensor([row[self._task.label_field] for row in rows], device=self.loaded.model.device)
-        return Prepared(self.scorer.prepare(rows), labels)
+        tokens = self.scorer.tokens(rows)
+        order = sorted(range(len(rows)), key=lambda row: len(tokens[row]))
+        device = self.loaded.model.device
+        limit = _PASS_TOKENS[device.type] // self.scorer.sequences
+        return Prepared(
+            passes=[self.scorer.collate(part) for part in _parts([tokens[row] for row in order], limit)],
+            place=torch.tensor(order, device=device).argsort(),
+            labels=torch.tensor([row[self._task.label_field] for row in rows], device=device),
+        )
+
+    def class_scores(self, batch: Prepared) -> Tensor:
+        """Float32 (rows, classes); gradients flow where the caller allows them."""
+        return self.scorer.scores(batch.passes)[batch.place]
 
     def scores(self, batch: Prepared) -> Float32Array:
         """Float32 (rows, classes)."""
         with torch.inference_mode():
-            return _to_numpy(self.scorer.scores(batch.inputs))
+            return _to_numpy(self.class_scores(batch))
 
     def losses(self, batch: Prepared) -> Float32Array:
         """Cross-entropy over the classes, float32 (rows,)."""
         with torch.inference_mode():
-            return _to_numpy(functional.cross_entropy(self.scorer.scores(batch.inputs), batch.labels, reduction="none"))
+            return _to_numpy(functional.cross_entropy(self.class_scores(batch), batch.labels, reduction="none"))
 
     def predict(self, batch: Prepared) -> npt.NDArray[np.int64]:
         """The class with the highest score, int64 (rows,)."""
@@ -155,6 +184,17 @@ def _targets(loaded: LoadedModel, mask: Mask) -> list[Target]:
         indices = torch.from_numpy(matrix.indices.astype(np.int64)).to(parameter.device)
         targets.append(Target(matrix.name, parameter, parameter.data.view(-1), indices, part))
     return targets
+
+
+def _parts(tokens: list[list[int]], limit: int) -> Iterator[list[list[int]]]:
+    """Cut sequences, shortest first, into parts that padded hold no more than `limit` tokens, or one sequence."""
+    part: list[list[int]] = []
+    for sequence in tokens:
+        if part and (len(part) + 1) * len(sequence) > limit:
+            yield part
+            part = []
+        part.append(sequence)
+    yield part
 
 
 def _same(where: str, what: str, found: bytes, wanted: bytes, remedy: str) -> None:

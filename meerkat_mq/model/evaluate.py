@@ -34,25 +34,24 @@ class Evaluation:
 
 
 def evaluate(engine: TransformersEngine, rows: Sequence[Row], batch_size: int = 64) -> Evaluation:
-    """Evaluate the engine at the theta last written. Rows of like length share a batch, which spares padding.
+    """Evaluate the engine at the theta last written.
 
     Args:
         engine: after `write`.
         rows: at least one.
         batch_size: rows a pass.
     """
-    ordered = sorted(rows, key=lambda row: sum(len(value) for value in row.values() if isinstance(value, str)))
     losses: list[float] = []
     correct = 0
     labels: Counter[int] = Counter()
-    for start in range(0, len(ordered), batch_size):
-        batch = engine.prepare(ordered[start : start + batch_size])
+    for start in range(0, len(rows), batch_size):
+        batch = engine.prepare(rows[start : start + batch_size])
         scores = engine.scores(batch)
         truth = batch.labels.cpu().numpy()
         losses += _cross_entropy(scores, truth)
         correct += int(np.count_nonzero(scores.argmax(axis=1) == truth))
         labels.update(truth.tolist())
-    count = len(ordered)
+    count = len(rows)
     return Evaluation(count, math.fsum(losses) / count, correct / count, max(labels.values()) / count)
 
 
@@ -118,7 +117,7 @@ def _gradient(engine: TransformersEngine, rows: Sequence[Row]) -> Tensor:
         target.parameter.requires_grad_(True)
     try:
         batch = engine.prepare(rows)
-        torch.autograd.backward(functional.cross_entropy(engine.scorer.scores(batch.inputs), batch.labels))
+        torch.autograd.backward(functional.cross_entropy(engine.class_scores(batch), batch.labels))
         return torch.cat([_masked(target) for target in engine.targets])
     finally:
         for target in engine.targets:

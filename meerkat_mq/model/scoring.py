@@ -16,25 +16,28 @@ from meerkat_mq.model.load import LoadedModel
 from meerkat_mq.model.tasks import fill
 from meerkat_mq.wire.descriptor import Task
 
+Inputs = dict[str, Tensor]
+
 _HEAD_ROWS = 16384  # vocabulary rows cast to float32 at a time
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A batch: what the scorer made of the rows, and their labels, int64 (rows,)."""
-
-    inputs: Any
-    labels: Tensor
-
-
 class Scorer(Protocol):
-    """Rows to scores; gradients flow where the caller allows them."""
+    """Rows to scores; gradients flow where the caller allows them.
 
-    def prepare(self, rows: Sequence[Row]) -> Any:
-        """Tokenise and collate."""
+    Attributes:
+        sequences: how many token sequences each row needs.
+    """
 
-    def scores(self, inputs: Any) -> Tensor:
-        """Float32 (rows, classes): their softmax is the model's belief."""
+    sequences: int
+
+    def tokens(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Token ids of each row, cut to the limit."""
+
+    def collate(self, tokens: Sequence[list[int]]) -> Any:
+        """The inputs of one pass."""
+
+    def scores(self, passes: Sequence[Any]) -> Tensor:
+        """Float32 (rows of all passes, classes): their softmax is the model's belief."""
 
 
 def scorer_for(loaded: LoadedModel, task: Task) -> Scorer:
@@ -73,6 +76,7 @@ class CausalScorer:
         candidates = candidate_ids(loaded.tokenizer, task)
         read = sorted({ids[:-1] for ids in candidates}, key=len, reverse=True)
         self._stems = [stem for i, stem in enumerate(read) if not any(o[: len(stem)] == stem for o in read[:i])]
+        self.sequences = len(self._stems)
         self._slots = max(map(len, candidates))
         self._limit = min(task.max_tokens, loaded.max_tokens) - self._slots + 1
         stem_of = [next(i for i, s in enumerate(self._stems) if s[: len(c) - 1] == c[:-1]) for c in candidates]
@@ -83,23 +87,29 @@ class CausalScorer:
         self._token = pad_sequence([torch.tensor(ids) for ids in candidates], batch_first=True).to(self._device)
         self._weight = ((slot < lengths) / lengths).to(self._device, torch.float32)
 
-    def prepare(self, rows: Sequence[Row]) -> CausalInputs:
-        """Prompts cut from the left to the task's limit, one sequence for each stem."""
+    def tokens(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Prompts, cut from the left to the task's limit."""
         prompts = self._tokenizer([fill(self._task.template, row) for row in rows])["input_ids"]
-        prompts = [_cut(prompt, self._limit, self._tokenizer.bos_token_id) for prompt in prompts]
-        sequences = [torch.tensor([*prompt, *stem]) for prompt in prompts for stem in self._stems]
-        last = torch.tensor([len(prompt) - 1 for prompt in prompts for _ in self._stems])
+        return [_cut(prompt, self._limit, self._tokenizer.bos_token_id) for prompt in prompts]
+
+    def collate(self, tokens: Sequence[list[int]]) -> CausalInputs:
+        """One sequence for each prompt and stem."""
+        sequences = [torch.tensor([*prompt, *stem]) for prompt in tokens for stem in self._stems]
+        last = torch.tensor([len(prompt) - 1 for prompt in tokens for _ in self._stems])
         ends = torch.tensor([[len(sequence) - 1] for sequence in sequences])
         positions = torch.minimum(last[:, None] + torch.arange(self._slots), ends)
-        first = torch.arange(len(rows))[:, None, None] * len(self._stems)
+        first = torch.arange(len(tokens))[:, None, None] * len(self._stems)
         return CausalInputs(
             ids=pad_sequence(sequences, batch_first=True).to(self._device),
             positions=positions.to(self._device),
             sequence=(first + self._stem_of[:, None]).to(self._device),
         )
 
-    def scores(self, inputs: CausalInputs) -> Tensor:
-        """Float32 (rows, classes)."""
+    def scores(self, passes: Sequence[CausalInputs]) -> Tensor:
+        """Float32 (rows of all passes, classes)."""
+        return torch.cat([self._scores(inputs) for inputs in passes])
+
+    def _scores(self, inputs: CausalInputs) -> Tensor:
         with self._head.at(inputs.positions):
             logits = self._model(input_ids=inputs.ids, use_cache=False).logits
         log_probabilities = logits.float().log_softmax(dim=-1)
@@ -172,33 +182,50 @@ def _float32_linear(hidden: Tensor, layer: nn.Linear) -> Tensor:
 
 
 class EncoderScorer:
-    """Score of a class: cosine between the text's and the label description's embedding, times the task's scale."""
+    """Score of a class: cosine between the text's and the label description's embedding, times the task's scale.
+
+    The descriptions pass through the same weights as the texts, once for all of them.
+    """
+
+    sequences = 1
 
     def __init__(self, loaded: LoadedModel, task: Task) -> None:
         self._loaded = loaded
         self._task = task
+        self._limit = min(task.max_tokens, loaded.max_tokens)
         self._descriptions = tokenise(loaded, list(task.descriptions), task.max_tokens)
 
-    def prepare(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Texts cut from the right to the task's limit."""
-        return tokenise(self._loaded, [fill(self._task.text, row) for row in rows], self._task.max_tokens)
+    def tokens(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Texts, cut from the right to the task's limit."""
+        texts = [fill(self._task.text, row) for row in rows]
+        ids: list[list[int]] = self._loaded.tokenizer(texts, truncation=True, max_length=self._limit)["input_ids"]
+        return ids
 
-    def scores(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Float32 (rows, classes)."""
-        texts = embed(self._loaded.model, inputs)
+    def collate(self, tokens: Sequence[list[int]]) -> Inputs:
+        """Padded ids and their mask."""
+        ids = [torch.tensor(text) for text in tokens]
+        padded = pad_sequence(ids, batch_first=True, padding_value=self._loaded.tokenizer.pad_token_id)
+        mask = pad_sequence([torch.ones_like(text) for text in ids], batch_first=True)
+        device = self._loaded.model.device
+        return {"input_ids": padded.to(device), "attention_mask": mask.to(device)}
+
+    def scores(self, passes: Sequence[Inputs]) -> Tensor:
+        """Float32 (rows of all passes, classes)."""
+        texts = torch.cat([embed(self._loaded.model, inputs) for inputs in passes])
         classes = embed(self._loaded.model, self._descriptions)
         return self._task.scale * texts @ classes.T
 
 
-def tokenise(loaded: LoadedModel, texts: list[str], max_tokens: int) -> dict[str, Tensor]:
+def tokenise(loaded: LoadedModel, texts: list[str], max_tokens: int) -> Inputs:
     """Padded inputs of an encoder, int64 (texts, length) each, on the model's device."""
     limit = min(max_tokens, loaded.max_tokens)
     encoded = loaded.tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
     return {name: tensor.to(loaded.model.device) for name, tensor in encoded.items()}
 
 
-def embed(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+def embed(model: Any, inputs: Inputs) -> Tensor:
     """Mean over the tokens, scaled to length 1: float32 (texts, hidden)."""
     hidden = model(**inputs).last_hidden_state.float()
-    weights = inputs["attention_mask"].unsqueeze(-1).float()
-    return functional.normalize((hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1), dim=-1)
+    mask = inputs["attention_mask"].float()
+    total = (mask[:, None, :] @ hidden).squeeze(1)  # the mean's denominator falls out of the scaling
+    return functional.normalize(total, dim=-1)

@@ -58,23 +58,31 @@ class MaskFetch:
         return mask
 
     async def _collect(self) -> Mask:
-        run, asked = self._descriptor, frozenset[int]()
+        run, unasked = self._descriptor, True
         while True:
-            while missing := self._assembly.missing:
-                if asked and asked.isdisjoint(missing):
-                    asked = self._ask(missing)  # all that was asked for has come: go on at once
-                self._arrived.clear()
-                try:
-                    async with asyncio.timeout(PATIENCE_S):
-                        await self._arrived.wait()
-                except TimeoutError:
-                    asked = self._ask(self._assembly.missing)
+            await self._complete(unasked=unasked)
             try:
                 return await asyncio.to_thread(decode_mask, self._assembly.join(), run.mask_hash, run.weights)
             except WireError as error:
                 structlog.get_logger().warning("mask refused, fetching it again", problem=str(error))
-                self._assembly = self._fresh()
-                asked = self._ask(self._assembly.missing)
+                self._assembly, unasked = self._fresh(), False
+
+    async def _complete(self, *, unasked: bool) -> None:
+        """Wait for all chunks; where they do not come unasked, from the broker, ask the server, part by part."""
+        asked: frozenset[int] | None = None if unasked else frozenset()
+        while missing := self._assembly.missing:
+            if asked is not None and asked.isdisjoint(missing):
+                asked = self._ask(missing)
+            elif not await self._one_arrives():
+                asked = frozenset()
+
+    async def _one_arrives(self) -> bool:
+        self._arrived.clear()
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                return await self._arrived.wait()
+        except TimeoutError:
+            return False
 
     def _ask(self, missing: tuple[int, ...]) -> frozenset[int]:
         """Ask the server for the first chunks that lack; returns which."""

@@ -135,9 +135,10 @@ class _Node:
         match job:
             case e.ApplyEntries(entries):
                 digests = await self._in_worker(work.apply, entries)
+                work.digest = next((found for found in reversed(digests) if any(found)), work.digest)
                 self._handle(e.EntriesApplied(self._now(), entries, digests))
             case e.ResetTheta():
-                await self._in_worker(work.reset)
+                work.digest = await self._in_worker(work.reset)
             case e.StartSteps(version):
                 scalars, loss = await self._in_worker(work.step, job)
                 self._handle(e.StepsDone(self._now(), version, scalars, loss))

@@ -28,7 +28,7 @@ class Work:
 
     Attributes:
         rows: the node's data.
-        digest: of theta as it stands, as far as one was due.
+        digest: of the newest theta at or before the machine's version whose digest is due; belongs to the event loop.
     """
 
     def __init__(self, config: NodeConfig, descriptor: RunDescriptor, mask: Mask, state: NodeState) -> None:
@@ -52,14 +52,12 @@ class Work:
 
     def apply(self, entries: tuple[Entry, ...]) -> tuple[bytes, ...]:
         """Apply entries to theta; returns the digests, zeros where none is due."""
-        digests = tuple(self._replica.apply(entry.terms) for entry in entries)
-        self.digest = next((found for found in reversed(digests) if any(found)), self.digest)
-        return digests
+        return tuple(self._replica.apply(entry.terms) for entry in entries)
 
-    def reset(self) -> None:
-        """Back to theta_0."""
+    def reset(self) -> bytes:
+        """Back to theta_0; returns its digest."""
         self._replica.reset()
-        self.digest = digest(self._replica.theta)
+        return digest(self._replica.theta)
 
     def step(self, order: StartSteps) -> tuple[tuple[float, ...], float]:
         """The local steps of a round from the present theta: (projected gradients, mean loss)."""

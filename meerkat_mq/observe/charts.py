@@ -192,9 +192,8 @@ def _height(y: Scale, value: float) -> float:
 
 def _y_tick(y: Scale, value: float, shown: str) -> Markup:
     at = _height(y, value)
-    return tag("line", x1=0, x2="100%", y1=at, y2=at, class_="grid") + tag(
-        "text", shown, x=-8, y=at + 4, text_anchor="end", class_="tick"
-    )
+    line = tag("line", x1=0, x2="100%", y1=at, y2=at, class_="grid")
+    return join([line, tag("text", shown, x=-8, y=at + 4, text_anchor="end", class_="tick")])
 
 
 def _x_tick(x: Scale, value: float) -> Markup:

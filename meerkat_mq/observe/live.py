@@ -34,7 +34,8 @@ class Live:
         self._last_evaluation: Evaluated | None = None
         self._average = Smoother(SMOOTHED_ROUNDS)
         self._loss = 0.0
-        self._spinner = Spinner("dots", text="starting …")
+        self._spinner = Spinner("dots")
+        self._staged = False
         self._progress = Progress(
             TextColumn("rounds"),
             BarColumn(),
@@ -57,13 +58,18 @@ class Live:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._staged = False
         if self._display is not None:
             self._display.stop()
 
     def note(self, text: str) -> None:
         """Say which stage begins, e.g. "scoring the mask …"."""
         self._spinner.update(text=Text(printable(text)))
-        self._say(text)
+        self._staged = True
+        if self._display is None:
+            self._say(text)
+        else:
+            self._display.refresh()
 
     def __call__(self, event: RunEvent) -> None:
         """Take an event of the server."""
@@ -79,12 +85,11 @@ class Live:
 
     def _closed(self, event: RoundClosed) -> None:
         before = self._last.version if self._last else 0
-        self._last, self._loss = event, self._average.add(event.loss)
+        self._last, self._loss, self._staged = event, self._average.add(event.loss), False
         self._progress.update(self._task, completed=event.version)
         if self._display is None and event.version * REPORTS // self._rounds > before * REPORTS // self._rounds:
-            self._say(
-                f"{self._place(event.version)} ({event.version / self._rounds:.0%}): {', '.join(self._figures())}"
-            )
+            done = f"{event.version / self._rounds:.0%}"
+            self._say(f"{self._place(event.version)} ({done}): {', '.join(self._figures())}")
 
     def _evaluated(self, event: Evaluated) -> None:
         self._first_evaluation = self._first_evaluation or event
@@ -113,9 +118,12 @@ class Live:
         ]
 
     def _render(self) -> RenderableType:
-        if self._last is None:
-            return self._spinner
-        return Group(self._progress, Text(" · ".join([self._accuracy(), *self._figures()])))
+        parts: list[RenderableType] = []
+        if self._last is not None:
+            parts += [self._progress, Text(" · ".join([self._accuracy(), *self._figures()]))]
+        if self._staged:
+            parts.append(self._spinner)
+        return Group(*parts)
 
     def _say(self, text: str) -> None:
         self._console.print(printable(text), markup=False, highlight=False, emoji=False, soft_wrap=True)

@@ -24,4 +24,5 @@ def join(parts: Iterable[str]) -> Markup:
 
 
 def _text(value: str | float) -> str:
-    return escape(printable(value if isinstance(value, str) else f"{value:.6g}"))
+    lines = value.split("\n") if isinstance(value, str) else [f"{value:.6g}"]
+    return escape("\n".join(map(printable, lines)))

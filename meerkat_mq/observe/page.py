@@ -33,7 +33,7 @@ MEANINGS: Final = {
     "of another term": "a message to an earlier server of this run; dropped",
     "refused": "an update that does not fit the server's theta or the round; the node was told",
     "died": "a node's connection broke while it was online",
-    "left": "a node said goodbye",
+    "left": "a node said goodbye in order",
     "late death": "the end of a connection that had been replaced already; without effect",
     "round extended": "a round's deadline doubled, since too few nodes were heard",
     "no slot left": "a node too many for the round's bitmap; turned away",
@@ -102,8 +102,7 @@ def _headlines(report: "Report") -> Iterable[Sequence[str]]:
     cost = report.cost
     yield (
         "Sent by a node", human_bytes(cost.packets),
-        f"{human_factor(cost.times_less_than(cost.weights))} × less than the {human_bytes(cost.weights)} of sending "
-        "all weights",
+        f"instead of {human_bytes(cost.weights)} for all weights:", f"{human_factor(cost.saving(cost.weights))} × less",
     )  # fmt: skip
     tuned = report.descriptor.weights
     yield (
@@ -111,24 +110,18 @@ def _headlines(report: "Report") -> Iterable[Sequence[str]]:
         f"{small_percent(tuned / max(1, report.parameters))} of all {report.parameters:,}",
         *([f"{small_percent(tuned / report.covered)} of the masked matrices"] if report.covered else []),
     )  # fmt: skip
-    yield ("Time", duration(report.seconds), f"{len(report.rounds):,} rounds")
+    yield ("Training time", duration(report.seconds), f"{len(report.rounds):,} rounds", *summary.pace(report))
     equal = len(report.nodes) - len(report.astray)
-    sign = "✓" if not report.astray else "✗"
-    yield (
-        "Equal to the server",
-        f"{sign} {equal} of {len(report.nodes)}",
-        "nodes end with the same weights, by digest",
-    )
+    sign = "✗" if report.astray else "✓"
+    yield ("Same as the server", f"{sign} {equal} of {len(report.nodes)}", "nodes end with its weights,", "bit for bit")
 
 
 # --- curves ---
 
 
 def _curves(report: "Report") -> Markup:
-    last = max([0, *(event.version for event in (*report.rounds, *report.evaluations))])
-    return tag(
-        "div", _accuracy(report, charts.count_scale(last)), _loss(report, charts.count_scale(last)), class_="two"
-    )
+    rounds = charts.count_scale(max([len(report.rounds), *(event.version for event in report.evaluations)]))
+    return tag("div", _accuracy(report, rounds), _loss(report, rounds), class_="two")
 
 
 def _accuracy(report: "Report", rounds: charts.Scale) -> Markup:
@@ -180,6 +173,11 @@ def _percent_tick(share: float) -> str:
     return f"{100 * share:.6g} %"
 
 
+def _bytes_tick(size: float) -> str:
+    number, unit = human_bytes(size).split(" ")
+    return f"{float(number):g} {unit}"
+
+
 # --- bytes, labels, nodes ---
 
 
@@ -196,7 +194,7 @@ def _bytes(report: "Report") -> Markup:
     bars = [charts.Bar(label, style, size, human_bytes(size)) for label, style, size in sizes]
     return _section(
         "Bytes of one node",
-        charts.log_bars(bars, human_bytes),
+        charts.log_bars(bars, _bytes_tick),
         note=f"The node with the most, over {cost.updates:,} rounds; log scale. The first two are what sending weights "
         f"({report.descriptor.dtype}) or masked values (float32) as often would take.",
     )
@@ -238,7 +236,7 @@ def _nodes(report: "Report") -> Markup:
         ]
         for name, node in report.nodes.items()
     )
-    return _section("Nodes", _table(heads, rows), note=summary.digest_line(report).capitalize() + ".")
+    return _section("Nodes", _table(heads, rows), note=f"At the end, {summary.digest_line(report)}.")
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Markup:
@@ -255,7 +253,7 @@ def _counts(report: "Report") -> Markup:
 
 
 def _meaning(reason: str) -> str:
-    return MEANINGS.get(reason) or MEANINGS.get(reason.split(":")[0], "")
+    return MEANINGS.get(reason.partition(":")[0], "")
 
 
 # --- the run itself ---
@@ -273,7 +271,7 @@ def _descriptor(report: "Report") -> Markup:
         ("dtype", run.dtype),
         ("stream of directions", run.stream),
         ("digest every", f"{run.digest_every} rounds"),
-        ("mask", f"{human_bytes(run.mask_bytes)} in {run.mask_chunks} chunks"),
+        ("mask", f"{run.weights:,} weights, {human_bytes(run.mask_bytes)}"),
         ("engine", run.engine),
     ]
     hashes = [

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import resource
 import signal
 import sys
@@ -16,7 +17,7 @@ _FROM_CONFIG = (ConfigError, DataError, MaskError, ModelError, TaskError)
 
 
 def run_service(main: Callable[[], Coroutine[Any, Any, None]], *, config: Path | None = None) -> int:
-    """Run a service until it ends, SIGTERM or SIGINT.
+    """Run a service until it ends, SIGTERM or SIGINT; a second signal ends it at once.
 
     Args:
         main: makes the service.
@@ -44,8 +45,14 @@ def _one_line(error: MeerkatError, config: Path | None) -> str:
 async def _until_signal(main: Coroutine[Any, Any, None]) -> None:
     loop = asyncio.get_running_loop()
     task = asyncio.ensure_future(main)
+
+    def end(number: signal.Signals) -> None:
+        if task.cancelling():  # asked twice: a worker thread may be deep in a model
+            os._exit(128 + number)
+        task.cancel()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, task.cancel)
+        loop.add_signal_handler(number, end, number)
     with contextlib.suppress(asyncio.CancelledError):
         await task
 

@@ -58,7 +58,7 @@ class Cost:
     masked: int
     weights: int
 
-    def times_less_than(self, other: int) -> float:
+    def saving(self, other: int) -> float:
         """How many times the packets go into another size."""
         return other / max(1, self.packets)
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 MOST_NODES = 40
 MOST_NAMED = 5
-OTHER_COLUMNS_WIDTH = 62
+MOST_CLASSES = 5
+OTHER_COLUMNS_WIDTH = 48  # of the node table, its node column apart
 
 
 def show(console: Console, report: "Report") -> None:
@@ -36,7 +37,7 @@ def show(console: Console, report: "Report") -> None:
         ("time", [time_line(report)]),
         ("sent", cost_lines(report)),
         ("digests", [digest_line(report)]),
-        ("counted", [", ".join(f"{reason}: {count:,}" for reason, count in sorted(report.counts.items()))]),
+        ("counted", [", ".join(f"{why}: {count:,}" for why, count in sorted(report.counts.items()) if why != "left")]),
     ):
         if any(lines):
             figures.add_row(label, Text("\n".join(map(printable, lines))))
@@ -74,20 +75,22 @@ def weight_lines(report: "Report") -> list[str]:
 
 def time_line(report: "Report") -> str:
     """Rounds and seconds."""
-    pace = f", {len(report.rounds) / report.seconds:.2g} a second" if report.seconds > 0 else ""
-    return f"{len(report.rounds):,} rounds in {duration(report.seconds)}{pace}"
+    return ", ".join([f"{len(report.rounds):,} rounds in {duration(report.seconds)}", *pace(report)])
+
+
+def pace(report: "Report") -> list[str]:
+    """Rounds a second, where any time passed."""
+    return [f"{len(report.rounds) / report.seconds:.2g} a second"] if report.seconds > 0 else []
 
 
 def cost_lines(report: "Report") -> list[str]:
     """Bytes of updates against bytes of weights."""
     cost = report.cost
-    return [
-        f"{human_bytes(cost.packets)} by a node at most, as MQTT packets ({human_bytes(cost.payload)} payload)",
-        f"instead of {human_bytes(cost.weights)} for all weights each round: "
-        f"{human_factor(cost.times_less_than(cost.weights))} × less",
-        f"instead of {human_bytes(cost.masked)} for the masked values each round: "
-        f"{human_factor(cost.times_less_than(cost.masked))} × less",
-    ]
+    lines = [f"{human_bytes(cost.packets)} by a node at most, as MQTT packets ({human_bytes(cost.payload)} payload)"]
+    for size, what in ((cost.weights, "all weights"), (cost.masked, "the masked values")):
+        factor = human_factor(cost.saving(size))
+        lines.append(f"instead of {human_bytes(size)} for {what} each round: {factor} × less")
+    return lines
 
 
 def digest_line(report: "Report") -> str:
@@ -100,20 +103,28 @@ def digest_line(report: "Report") -> str:
 
 
 def _node_table(report: "Report", width: int) -> Table:
+    classes = _class_columns(report, width)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("node", no_wrap=True)
-    names = [printable(name) for name in report.classes]
-    if sum(max(4, len(name)) + 2 for name in names) > width - OTHER_COLUMNS_WIDTH:
-        names = []
-    for name in (*(Text(name) for name in names or ["rows"]), "updates", "payload", "packets", "peak RSS"):
-        table.add_column(name, justify="right", no_wrap=True)
+    for head in (*(classes or ["rows by class"]), "updates", "payload", "packets", "peak RSS"):
+        table.add_column(Text(head), justify="right", no_wrap=True)
     table.add_column("digest", no_wrap=True)
     for name, node in list(report.nodes.items())[:MOST_NODES]:
-        rows = [f"{count:,}" for count in node.labels] if names else [f"{sum(node.labels):,}"]
+        rows = [f"{count:,}" for count in node.labels] if classes else [_rows(node)]
         table.add_row(Text(printable(name)), *rows, *_node_figures(node), verdict(node.digest, report.digest))
     if len(report.nodes) > MOST_NODES:
         table.add_row(f"… and {len(report.nodes) - MOST_NODES:,} more")
     return table
+
+
+def _class_columns(report: "Report", width: int) -> list[str]:
+    names = [printable(name) for name in report.classes]
+    needed = OTHER_COLUMNS_WIDTH + max(map(len, report.nodes)) + sum(max(4, len(name)) + 2 for name in names)
+    return names if needed <= width else []
+
+
+def _rows(node: "NodeReport") -> str:
+    return "/".join(map(str, node.labels)) if len(node.labels) <= MOST_CLASSES else f"{sum(node.labels):,} in all"
 
 
 def _node_figures(node: "NodeReport") -> list[str]:

@@ -127,6 +127,7 @@ class NodeMachine:
     @_on.register
     def _(self, event: ServerCame) -> None:
         state = event.state
+        there = state.status in ("online", "finished")
         if state.run != self._run_id.hex():
             self._count("of another run")
         elif state.rank < self._rank:
@@ -134,10 +135,10 @@ class NodeMachine:
         else:
             if state.term > self._rank[0] or self._rank[1] not in ("", state.server_id):
                 self._follow_server(event.now)
-            elif state.status == "online" and self._link not in (None, state.link):
+            elif there and self._link not in (None, state.link):
                 self._introduce(event.now)  # the server connected anew: it may have missed this node's birth
             self._rank = state.rank
-            self._link = state.link if state.status == "online" else self._link
+            self._link = state.link if there else self._link
 
     def _follow_server(self, now: float) -> None:
         """Forget what another server said: its slots and its round."""

@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 import socket
+import threading
 from typing import TYPE_CHECKING
 
 import structlog
@@ -56,7 +57,7 @@ async def serve(config: ServerConfig, *, replace: bool = False, observer: Observ
     run = await asyncio.to_thread(prepare_run, config)
     evaluator = await asyncio.to_thread(_load_evaluator, config, run)
     every = config.evaluation.every if config.evaluation else 1
-    watch = Watch(observer, evaluator, every, config.rounds.count)
+    watch = Watch(observer, evaluator, every, run.descriptor)
     await _Server(config, run, MemoryLedger(), watch, observer, replace=replace).run()
 
 
@@ -90,6 +91,7 @@ class _Server:
         self._machine: ServerMachine | None = None
         self._rival: ServerState | None = None
         self._term = 0
+        self._saving = threading.Lock()
         self._finished = asyncio.Event()
         self._enough_nodes = asyncio.Event()
         descriptor = run.descriptor
@@ -152,10 +154,10 @@ class _Server:
         version, theta = self._committed
         if version == 0:
             return
+        difference = Difference(self._run.mask, theta, self._run.descriptor.run_id, version)
         try:
-            Difference(self._run.mask, theta, self._run.descriptor.run_id, version).save(
-                self._config.state_dir / DIFFERENCE_FILE
-            )
+            with self._saving:
+                difference.save(self._config.state_dir / DIFFERENCE_FILE)
         except OSError as error:
             raise _unusable(self._config, error) from error
 

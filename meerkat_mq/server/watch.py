@@ -12,7 +12,7 @@ from meerkat_mq.core.path import digest
 from meerkat_mq.mqtt import Count
 from meerkat_mq.observe.events import Evaluated, Observer, RoundClosed, RunFinished
 from meerkat_mq.rounds.events import EntryCommitted
-from meerkat_mq.wire.descriptor import NodeStatus
+from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor
 
 if TYPE_CHECKING:
     from meerkat_mq.server.evaluation import Evaluator
@@ -28,14 +28,14 @@ class Watch:
         counts: everything counted, by reason.
     """
 
-    def __init__(self, observer: Observer, evaluator: "Evaluator | None", every: int, rounds: int) -> None:
+    def __init__(self, observer: Observer, evaluator: "Evaluator | None", every: int, run: RunDescriptor) -> None:
         self.statuses: dict[str, NodeStatus] = {}
         self.counts: Counter[str] = Counter()
         self._observe = observer
         self._evaluator = evaluator
         self._every = every
-        self._rounds = rounds
-        self._log = structlog.get_logger()
+        self._rounds = run.rounds
+        self._log = structlog.get_logger().bind(federation=run.federation, run=run.run[:8])
         self._began: float | None = None
         self._snapshots: asyncio.Queue[tuple[int, float, Float32Array]] = asyncio.Queue()
         self._spoken = asyncio.Event()

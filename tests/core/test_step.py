@@ -6,7 +6,7 @@ import pytest
 from meerkat_mq.core.directions import Float32Array, direction
 from meerkat_mq.core.step import Row, projected_gradient
 from meerkat_mq.core.toy import QuadraticEngine
-from meerkat_mq.errors import BadValue
+from meerkat_mq.errors import RunError
 
 N = 200
 ROWS = [{"seed": 1}, {"seed": 2}, {"seed": 3}]
@@ -53,7 +53,7 @@ def test_theta_is_unchanged_and_written_on_both_sides() -> None:
 
 @pytest.mark.parametrize("plus", [[np.nan], [np.inf], [3e38]])
 def test_a_loss_without_a_finite_slope_is_refused(plus: list[float]) -> None:
-    with pytest.raises(BadValue, match="projected gradient"):
+    with pytest.raises(RunError, match="projected gradient"):
         projected_gradient(Fixed(plus, [0.0]), np.zeros(1, np.float32), np.ones(1, np.float32), 1e-3, 1)
 
 

@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from meerkat_mq.core.directions import direction
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import projected_gradient
 from meerkat_mq.errors import ModelMismatch
-from meerkat_mq.model.engine import TransformersEngine
+from meerkat_mq.model.engine import TransformersEngine, _parts
 from meerkat_mq.model.load import LoadedModel, load_model
 from meerkat_mq.model.masks import make_mask
 from meerkat_mq.model.tasks import TASKS
@@ -117,7 +119,7 @@ def test_projected_gradient_is_the_slope_along_z(engine: MakeEngine, masks: dict
     made.write(mask.theta_0)
     for target in made.targets:
         target.parameter.requires_grad_(True)
-    loss = torch.nn.functional.cross_entropy(made.scorer.scores(batch.inputs), batch.labels)
+    loss = torch.nn.functional.cross_entropy(made.class_scores(batch), batch.labels)
     gradients = torch.autograd.grad(loss, [target.parameter for target in made.targets])
     slope = 0.0
     for target, gradient in zip(made.targets, gradients, strict=True):
@@ -193,3 +195,28 @@ def test_bfloat16_swallows_what_is_below_its_steps(engine: MakeEngine, masks: di
     half = made.surviving_share(theta, np.where(np.arange(mask.size) % 2, ones, ones / 8), 2**-7)
     assert half.moved == pytest.approx(0.5, abs=1e-3)
     assert half.kept == pytest.approx(64 / 65, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_passes_are_bounded_and_keep_the_order_of_rows(
+    engine: MakeEngine, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = engine(name)
+    rows = [{"line": " ".join(["pump"] * count), "label": 0} for count in (9, 1, 30, 4, 4, 17)]
+    alone = [made.scores(made.prepare([row]))[0] for row in rows]
+    monkeypatch.setattr("meerkat_mq.model.engine._PASS_TOKENS", {"cpu": 40})
+    batch = made.prepare(rows)
+    shapes = [(part["input_ids"] if name == "bert" else part.ids).shape for part in batch.passes]
+    assert len(shapes) >= 3
+    assert sum(count for count, _ in shapes) == len(rows)
+    assert all(count == 1 or count * length <= 40 for count, length in shapes)
+    assert max(count for count, _ in shapes) > 1
+    np.testing.assert_allclose(made.scores(batch), alone, rtol=0, atol=2e-5)
+
+
+@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=30), limit=st.integers(1, 60))
+def test_parts_lose_nothing_and_stay_within_the_limit(lengths: list[int], limit: int) -> None:
+    sequences = [[index] * length for index, length in enumerate(sorted(lengths))]
+    parts = list(_parts(sequences, limit))
+    assert [sequence for part in parts for sequence in part] == sequences
+    assert all(len(part) == 1 or len(part) * len(part[-1]) <= limit for part in parts)

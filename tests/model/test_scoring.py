@@ -39,7 +39,11 @@ def plain_score(loaded: LoadedModel, task: Task, row: dict[str, Any], word: str)
 def scores(loaded: LoadedModel, task: Task, rows: list[Any]) -> Any:
     scorer = scorer_for(loaded, task)
     with torch.inference_mode():
-        return scorer.scores(scorer.prepare(rows)).numpy()
+        return scorer.scores([scorer.collate(scorer.tokens(rows))]).numpy()
+
+
+def prepare(scorer: Any, rows: list[Any]) -> Any:
+    return scorer.collate(scorer.tokens(rows))
 
 
 SINGLE = words(" broken", " running")
@@ -58,7 +62,7 @@ def test_causal_scores(load: Load, name: str, task: Task) -> None:
 def test_single_tokens_need_one_sequence_a_row(load: Load) -> None:
     loaded = load("llama")
     assert all(len(ids) == 1 for ids in candidate_ids(loaded.tokenizer, SINGLE))
-    inputs = CausalScorer(loaded, SINGLE).prepare(ROWS)
+    inputs = prepare(CausalScorer(loaded, SINGLE), ROWS)
     assert len(inputs.ids) == len(ROWS)
     assert inputs.positions.shape == (len(ROWS), 1)
 
@@ -66,7 +70,8 @@ def test_single_tokens_need_one_sequence_a_row(load: Load) -> None:
 def test_candidates_share_what_they_share(load: Load) -> None:
     loaded = load("llama")
     lengths = [len(ids) for ids in candidate_ids(loaded.tokenizer, NESTED)]
-    assert len(CausalScorer(loaded, NESTED).prepare(ROWS).ids) < len(lengths) * len(ROWS)
+    scorer = CausalScorer(loaded, NESTED)
+    assert len(prepare(scorer, ROWS).ids) == scorer.sequences * len(ROWS) < len(lengths) * len(ROWS)
 
 
 def test_the_head_sees_only_what_is_needed(load: Load) -> None:
@@ -99,7 +104,7 @@ def test_what_follows_the_head_stays(tmp_path: Path) -> None:
 def test_long_prompts_are_cut_from_the_left_and_keep_their_start_token(load: Load) -> None:
     loaded = load("llama")
     scorer = CausalScorer(loaded, SINGLE.model_copy(update={"max_tokens": 12}))
-    inputs = scorer.prepare([{"line": tiny.TEXTS[0] * 5, "label": 0}])
+    inputs = prepare(scorer, [{"line": tiny.TEXTS[0] * 5, "label": 0}])
     assert inputs.ids.shape == (1, 12)
     assert inputs.ids[0, 0] == loaded.tokenizer.bos_token_id
     tail = loaded.tokenizer(" The thing is", add_special_tokens=False)["input_ids"]
@@ -107,9 +112,8 @@ def test_long_prompts_are_cut_from_the_left_and_keep_their_start_token(load: Loa
 
 
 def test_candidates_fit_into_the_limit(load: Load) -> None:
-    inputs = CausalScorer(load("gpt2"), MIXED.model_copy(update={"max_tokens": 64})).prepare(
-        [{"line": tiny.TEXTS[0] * 9, "label": 0}]
-    )
+    scorer = CausalScorer(load("gpt2"), MIXED.model_copy(update={"max_tokens": 64}))
+    inputs = prepare(scorer, [{"line": tiny.TEXTS[0] * 9, "label": 0}])
     assert inputs.ids.shape[1] <= 64
 
 
@@ -160,13 +164,13 @@ def test_encoder_cuts_from_the_right(load: Load) -> None:
     loaded = load("bert")
     task = tiny.TASK.model_copy(update={"max_tokens": 12})
     row = {"line": tiny.TEXTS[0] * 9, "label": 0}
-    inputs = EncoderScorer(loaded, task).prepare([row])
+    inputs = prepare(EncoderScorer(loaded, task), [row])
     assert inputs["input_ids"][0].tolist() == loaded.tokenizer(row["line"])["input_ids"][:12]
 
 
 def test_model_limit_comes_before_the_task_s(load: Load) -> None:
     loaded = replace(load("bert"), max_tokens=10)
-    inputs = EncoderScorer(loaded, tiny.TASK).prepare([{"line": tiny.TEXTS[0] * 9, "label": 0}])
+    inputs = prepare(EncoderScorer(loaded, tiny.TASK), [{"line": tiny.TEXTS[0] * 9, "label": 0}])
     assert inputs["input_ids"].shape == (1, 10)
 
 

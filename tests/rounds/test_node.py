@@ -191,6 +191,14 @@ def test_a_ledger_of_a_higher_term_that_extends_the_head_is_followed_quietly() -
     assert node.machine.version == 4
 
 
+def test_a_term_is_followed_once_its_round_shows_the_same_past() -> None:
+    node = hand(announced(3, is_open=False, entries=tuple(chain(3))))
+    node.frames(1.0, announced(3, term=2, entries=tuple(chain(3))))
+    other = chain(4, seed=1)
+    assert reasons(node.frames(2.0, announced(4, term=2, entries=(other[3],)))) == ["entry refused"]
+    assert node.machine.version == 3
+
+
 def test_entries_that_overtake_the_round_do_no_harm() -> None:
     node = hand(announced(2))
     effects = node.frames(1.0, Entries(header(3), tuple(chain(3))), announced(2, entries=tuple(chain(2))))

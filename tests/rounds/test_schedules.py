@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from meerkat_mq.rounds.memory import MemoryFederation
+from meerkat_mq.rounds.memory import MemoryFederation, MemoryNode
 from tests.rounds.fleet import Network, check, check_ledger, fleet
 
 SCHEDULES = os.environ.get("MEERKAT_SCHEDULES")  # how many; by default 100, the same ones each time
@@ -40,8 +41,17 @@ class Fault:
             federation.thaw(name)
         elif self.what == "leave":
             federation.leave(name)
+        elif self.what == "flip":
+            self._flip(federation, node)
         else:
             federation.reconnect(name)
+
+    def _flip(self, federation: MemoryFederation, node: MemoryNode) -> None:
+        """Once a node, and where a digest will tell: another theta."""
+        told = federation.digest_every == 1 and node.machine.version < federation.settings.count
+        if told and not federation.counts[node.name, "flipped"]:
+            federation.counts[node.name, "flipped"] += 1
+            node.replica.theta = node.replica.theta + np.float32(1)
 
     def _strike_server(self, federation: MemoryFederation) -> None:
         if federation.server_up:
@@ -54,7 +64,7 @@ class Fault:
 faults = st.builds(
     Fault,
     st.floats(0, PEACE_AT),
-    st.sampled_from(["crash", "crash", "freeze", "leave", "reconnect", "server", "server"]),
+    st.sampled_from(["crash", "crash", "freeze", "leave", "reconnect", "flip", "server", "server"]),
     st.integers(0, 5),
     st.floats(0, 1),
 )

@@ -177,6 +177,27 @@ def test_a_fraction_of_the_nodes_is_asked_another_one_each_round(fraction: float
     assert len(set(asked)) > 1
 
 
+def test_answers_that_nobody_waits_for_change_nothing() -> None:
+    server = open_desk(e.ApplyTerms, e.CommitEntry)
+    for junk in (
+        e.SlotCommitted(1, "a"),
+        e.SlotCommitted(1, "z"),
+        e.TermsApplied(1, 0, MASK),
+        e.EntryCommitted(1, 0, ()),
+    ):
+        assert reasons(server.give(junk)) == ["unexpected answer"]
+    server.give(e.UpdatesCommitted(1, (record("b", 1, g=9.0), record("z", 7))))
+    server.update(2, "a", 3.0)
+    server.give(e.UpdatesCommitted(3, (record("a", 0, g=9.0),)))
+    server.update(4, "b", 1.0)
+    server.answer(5)
+    assert reasons(server.give(e.TermsApplied(6, 0, MASK))) == ["unexpected answer"]
+    assert reasons(server.give(e.EntryCommitted(6, 1, ()))) == ["unexpected answer"]
+    server.answer(7)
+    assert [r.scalars for r in server.entries[0].records] == [(3.0,), (1.0,)]
+    assert server.machine.version == 1
+
+
 # --- a new term -----------------------------------------------------------------------------------------------------
 
 

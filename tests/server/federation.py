@@ -106,10 +106,9 @@ class Service:
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
-    async def stop(self) -> int:
-        """SIGTERM; the exit code."""
+    def stop(self) -> None:
+        """SIGTERM."""
         self.signal(signal.SIGTERM)
-        return await self.ended()
 
     def kill(self) -> None:
         self._process.kill()
@@ -119,12 +118,12 @@ class Service:
 class Federation:
     """Configures and starts processes; none outlives the test."""
 
-    def __init__(self, folder: Path, broker: BrokerConfig) -> None:
+    def __init__(self, folder: Path, broker: BrokerConfig, *, models: bool = False) -> None:
         self.folder = folder
         self.broker = broker
-        self.eye = Eye(broker)
+        self.eye = Eye(broker.model_copy(update={"max_packet_bytes": 2**20}))
         self._services: list[Service] = []
-        self._environment = {"PYTHONPATH": os.pathsep.join([str(self._without_torch()), os.getcwd()])}
+        self._environment = {} if models else {"PYTHONPATH": str(self._without_torch())}
 
     async def __aenter__(self) -> Self:
         await self.eye.connected()
@@ -151,7 +150,7 @@ class Federation:
     def node(self, node: str, *, name: str = "", **settings: Any) -> Service:
         """Start a node; `name` is that of its files, where two have one id."""
         name = name or node
-        (self.folder / f"{name}.jsonl").write_text("".join(f'{{"seed": {sum(node.encode()) + i}}}\n' for i in range(8)))
+        (self.folder / f"{name}.jsonl").write_text("".join(['{"seed": 7}\n'] * 8))
         table = {"id": node, "federation": NAME, "state_dir": name, "data": f"{name}.jsonl", **settings}
         return self._start("node", name, (), table)
 
@@ -165,10 +164,18 @@ class Federation:
     def difference(self, name: str = "server") -> Difference:
         return Difference.load(self.folder / name / "difference.mkd")
 
-    async def ghost(self, node: str = "ghost") -> None:
-        """A node that is online and never answers: with a quorum, rounds then close at their deadline only."""
-        status = NodeStatus(status="online", boot=1, link=1, host="nowhere", version=2**32 - 1)
-        await self.eye.session.publish(TOPICS.up(node, "status"), status.encode(), retain=True)
+    async def retain(self, topic: str, payload: bytes) -> None:
+        """Put a message onto one of the federation's topics, as anybody might; the eye overlooks it."""
+        self.eye.noise.add(payload)
+        await self.eye.session.publish(f"{TOPICS.root}/{topic}", payload, retain=True)
+
+    async def ghost(self, version: int) -> None:
+        """A node that is online and never answers: with a quorum, rounds then close at their deadline only.
+
+        It says that it stands at `version` already; with the last one, the server does not wait for its last words.
+        """
+        status = NodeStatus(status="online", boot=1, link=1, host="nowhere", version=version)
+        await self.eye.session.publish(TOPICS.up("ghost", "status"), status.encode(), retain=True)
 
 
 class Eye(Peer):
@@ -179,6 +186,7 @@ class Eye(Peer):
         self.runs: list[RunDescriptor] = []
         self.rounds: list[Round] = []
         self.statuses: dict[str, list[NodeStatus]] = {}
+        self.noise: set[bytes] = set()
         self.wants: dict[str, list[Want]] = {}
         filters = [TOPICS.server, TOPICS.run, TOPICS.round, TOPICS.up("+", "status"), TOPICS.up("+", "want")]
         super().__init__(broker, "eye", [(topic, 1) for topic in filters], react=self._see)
@@ -202,8 +210,6 @@ class Eye(Peer):
                 frame = decode(message.payload)
                 assert isinstance(frame, Want)
                 self.wants.setdefault(node, []).append(frame)
-
-    noise: frozenset[bytes] = frozenset()
 
     @property
     def version(self) -> int:

@@ -6,7 +6,8 @@ from tests.server.federation import Federation, all_end
 
 async def test_a_federation_runs_to_its_end_and_all_hold_the_same_weights(federation: Federation) -> None:
     nodes = [federation.node(f"node-{i}", exit_when_finished=True) for i in range(3)]
-    server = federation.server("--once", rounds={"count": 25, "directions": 3, "local_steps": 2, "min_nodes": 3})
+    rounds = {"count": 25, "directions": 3, "local_steps": 2, "lr": 0.5, "min_nodes": 3}
+    server = federation.server("--once", rounds=rounds, toy_weights=50)
     assert await all_end(server, *nodes) == [0, 0, 0, 0]
 
     difference = federation.difference()
@@ -29,24 +30,30 @@ async def test_processes_end_in_order_on_sigterm(federation: Federation) -> None
     server = federation.server(rounds={"count": 1_000_000, "min_nodes": 2})
     await server.says("waiting for nodes", online=1, min_nodes=2)
     assert eye.version == 0
-    second = federation.node("node-1")
-    await eye.reaches(20)
+    second, third = federation.node("node-1"), federation.node("node-2")
+    await server.says("round closed", heard=3)
 
-    assert await first.stop() == 0
+    first.stop()
+    assert await first.ended() == 0
     assert (await eye.status("node-0", "stopped")).boot == eye.statuses["node-0"][0].boot
     before = eye.version
     await eye.reaches(before + 20)  # the round goes on without the node that left
 
-    assert await server.stop() == 0
+    server.stop()
+    assert await server.ended() == 0
     difference = federation.difference()
     state = await eye.state("stopped")
     assert state.round == difference.version
     assert eye.digest(difference.version) == server_digest(federation)
 
-    assert await second.stop() == 0
-    last = await eye.status("node-1", "stopped")
-    assert (last.version, last.digest) == (difference.version, server_digest(federation).hex())
-    assert [service.plain for service in (first, second, server)] == [[], [], []]
+    second.stop()
+    third.stop()
+    assert await all_end(second, third) == [0, 0]
+    for node in ("node-1", "node-2"):
+        last = await eye.status(node, "stopped")
+        assert last.version > before + 10
+        assert last.digest == eye.digest(last.version).hex()
+    assert [service.plain for service in (first, second, third, server)] == [[], [], [], []]
 
 
 def server_digest(federation: Federation) -> bytes:

@@ -1,0 +1,143 @@
+"""Getting the mask by `want`, chunk by chunk, from a server in miniature."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from meerkat_mq.core.mask import Mask, MaskedMatrix
+from meerkat_mq.errors import BadValue, TooLarge
+from meerkat_mq.node import mask_fetch
+from meerkat_mq.node.mask_fetch import CHUNKS_A_WANT, MaskFetch, check_descriptor
+from meerkat_mq.node.state import NodeState
+from meerkat_mq.wire.arrays import encode_mask, split
+from meerkat_mq.wire.descriptor import RunDescriptor
+from meerkat_mq.wire.frames import decode
+from meerkat_mq.wire.messages import Chunk, Header, Want
+from meerkat_mq.wire.topics import Topics
+
+TOPICS = Topics("f")
+
+
+def big_mask() -> Mask:
+    """Of noise, so that it fills more chunks than one `want` asks for."""
+    rng = np.random.default_rng(0)
+    size = 260_000
+    noise = [rng.standard_normal(size).astype(np.float32) for _ in range(2)]
+    indices = np.sort(rng.choice(2**24, size, replace=False)).astype(np.uint32)
+    return Mask((MaskedMatrix("m", (2**12, 2**12), indices, *noise),), bytes(32), bytes(32))
+
+
+def descriptor(mask: Mask, **changes: object) -> RunDescriptor:
+    blob = encode_mask(mask)
+    settings = {
+        "federation": "f", "run": "1" * 32, "engine": "toy", "model": "", "dtype": "float32",
+        "fingerprint": "0" * 64, "tokenizer": "0" * 64, "mask": mask.hash.hex(), "mask_bytes": len(blob),
+        "mask_chunks": -(-len(blob) // 65536), "weights": mask.size, "stream": "mk1", "rounds": 1, "local_steps": 1,
+        "directions": 1, "lr": 0.1, "eps": 0.1, "batch_size": 1, "digest_every": 1,
+    }  # fmt: skip
+    return RunDescriptor.model_validate(settings | changes)
+
+
+class Server:
+    """Answers wants at once; stands where the fetch expects a session."""
+
+    def __init__(self, mask: Mask, spoil: Callable[[Chunk], Chunk | None] = lambda chunk: chunk) -> None:
+        self.wants: list[tuple[int, ...]] = []
+        self.filters: list[str] = []
+        self.descriptor = descriptor(mask)
+        self._spoil = spoil
+        self._chunks = split(Header(0, 0, 0, bytes(8)), mask.hash, encode_mask(mask))
+        self.fetch = MaskFetch(self.descriptor, self, TOPICS, "node", boot=1)  # type: ignore[arg-type]
+
+    def publish(self, topic: str, payload: bytes) -> None:
+        want = decode(payload)
+        assert isinstance(want, Want)
+        assert topic == TOPICS.up("node", "want")
+        self.wants.append(want.chunks)
+        for index in want.chunks:
+            if (chunk := self._spoil(self._chunks[index])) is not None:
+                self.fetch.add(chunk)
+
+    def subscribe(self, topic: str) -> None:
+        self.filters.append(topic)
+
+    def unsubscribe(self, topic: str) -> None:
+        self.filters.remove(topic)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mask_fetch, "PATIENCE_S", 0.05)
+
+
+async def test_all_chunks_come_by_want_without_a_pause_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = big_mask()
+    server = Server(mask)
+    with NodeState(tmp_path) as state:
+        found = await server.fetch.fetch(state)
+        assert found.hash == mask.hash
+        assert len(server.wants) == -(-server.descriptor.mask_chunks // CHUNKS_A_WANT) >= 2
+        assert server.wants[1][0] == CHUNKS_A_WANT
+        assert server.filters == []
+        again = Server(mask)
+        assert (await again.fetch.fetch(state)).hash == mask.hash
+        assert again.wants == []
+
+
+async def test_chunks_that_get_lost_are_asked_for_again(tmp_path: Path) -> None:
+    lost = {0, 3, 20}
+
+    def lose(chunk: Chunk) -> Chunk | None:
+        if chunk.index not in lost:
+            return chunk
+        lost.remove(chunk.index)
+        return None
+
+    server = Server(big_mask(), lose)
+    with NodeState(tmp_path) as state:
+        assert (await server.fetch.fetch(state)).hash == server.descriptor.mask_hash
+    assert not lost
+
+
+async def test_a_mask_that_does_not_fit_its_hash_is_fetched_again(tmp_path: Path) -> None:
+    spoiled: list[int] = []
+
+    def spoil(chunk: Chunk) -> Chunk:
+        if chunk.index != 5 or spoiled:
+            return chunk
+        spoiled.append(chunk.index)
+        return Chunk(chunk.header, chunk.blob, chunk.index, chunk.count, chunk.size, bytes(len(chunk.data)))
+
+    server = Server(big_mask(), spoil)
+    with NodeState(tmp_path) as state:
+        assert (await server.fetch.fetch(state)).hash == server.descriptor.mask_hash
+    assert spoiled
+
+
+async def test_a_damaged_kept_mask_is_fetched_again(tmp_path: Path) -> None:
+    server = Server(big_mask())
+    (tmp_path / f"mask-{server.descriptor.mask}.mkm").write_bytes(b"MKMASK")
+    with NodeState(tmp_path) as state:
+        assert (await server.fetch.fetch(state)).hash == server.descriptor.mask_hash
+    assert server.wants
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"federation": "g"}, BadValue),
+        ({"engine": "transformers"}, BadValue),
+        ({"mask_bytes": 2**31, "mask_chunks": 2**15}, BadValue),
+        ({"mask_chunks": 7}, TooLarge),
+        ({"mask_bytes": 0}, TooLarge),
+    ],
+)
+def test_descriptors_that_no_server_means_are_refused(
+    changes: dict[str, object], error: type[Exception]
+) -> None:
+    mask = big_mask()
+    check_descriptor(descriptor(mask), "f")
+    with pytest.raises(error):
+        check_descriptor(descriptor(mask, **changes), "f")

@@ -1,0 +1,155 @@
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meerkat_mq.observe.page import MEANINGS
+from meerkat_mq.observe.report import write_report
+from tests.observe.made_up import TASK, a_descriptor, a_node, a_report, a_round, an_evaluation
+
+VOID = {"meta"}
+
+
+class Checker(HTMLParser):
+    """Every element is closed in order; collects tags, attributes and text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Any:
+    def write(**changes: Any) -> tuple[str, Checker]:
+        path = tmp_path / "report.html"
+        write_report(path, a_report(**changes))
+        assert list(tmp_path.iterdir()) == [path]
+        html = path.read_text(encoding="utf-8")
+        checker = Checker()
+        checker.feed(html)
+        checker.close()
+        assert checker.open == []
+        assert not re.search(r"\b(nan|inf)\b", html)
+        return html, checker
+
+    return write
+
+
+def test_it_has_the_figures(page: Any) -> None:
+    text = page()[1].text
+    for figure in ("88.4 %", "+30.3 points, from 58.1 %", "majority class 31.0 %", "first-order bound 91.2 %", "92 %",
+                   "27.3 kB", "instead of 1.28 GB for all weights:", "47,000 × less", "742", "0.070 % of all 1,063,040",
+                   "✓ 4 of 4", "1 min 52 s", "12" * 16, "312 MiB", "180", "✓ equal", "0.01"):  # fmt: skip
+        assert figure in text, figure
+
+
+def test_it_is_self_contained(page: Any) -> None:
+    html, checker = page()
+    assert checker.tags.isdisjoint({"script", "link", "img", "iframe", "object", "base"})
+    assert {name for name, _ in checker.attributes}.isdisjoint({"href", "src", "style", "onload", "onclick"})
+    assert "://" not in html
+    assert "url(" not in html
+    assert "@import" not in html
+
+
+HOSTILE = "</title><script>alert(1)</script>\"'&<b onload=x>\x00\x1b\ud800"
+
+
+def test_hostile_names_are_text(page: Any) -> None:
+    task = TASK.model_copy(update={"name": HOSTILE, "template": HOSTILE, "descriptions": (HOSTILE,) * 4})
+    html, checker = page(
+        model=HOSTILE,
+        classes=[HOSTILE] * 4,
+        nodes={HOSTILE: a_node()},
+        counts={HOSTILE: 1},
+        descriptor=a_descriptor().model_copy(update={"task": task}),
+    )
+    assert checker.tags.isdisjoint({"script"})
+    assert "<script" not in html
+    assert "<b onload" not in html
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\ud800-\udfff]", html)
+    assert any("</title><script>alert(1)</script>\"'&<b onload=x>���" in text for text in checker.text)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"evaluations": [an_evaluation(0, 0.581)]},
+        {"evaluations": []},
+        {"evaluations": [], "rounds": [], "nodes": {}, "seconds": 0.0, "bound": None},
+        {"bound": None},
+        {"nodes": {"node-0": a_node()}},
+        {"nodes": {"node-0": a_node(labels=[0] * 4, updates=0, payload_bytes=0, packet_bytes=0)}},
+        {"rounds": [a_round(1)]},
+        {"rounds": [a_round(version + 1, loss=0.5) for version in range(9)]},
+        {"rounds": [a_round(version + 1, loss=0.0) for version in range(9)]},
+        {"rounds": [a_round(1), a_round(2, loss=float("nan")), a_round(3, loss=float("inf"))]},
+        {"evaluations": [an_evaluation(version, 1.0, majority=1.0) for version in range(5)], "bound": 1.0},
+        {"evaluations": [an_evaluation(version, 0.0, majority=0.0) for version in range(5)], "bound": 0.0},
+        {"descriptor": a_descriptor(task=None, engine="toy")},
+        {"classes": [f"class {index}" for index in range(100)], "nodes": {"node-0": a_node(labels=range(100))}},
+        {"counts": {}, "covered": None},
+    ],
+    ids="+".join,
+)
+def test_every_kind_of_run_has_a_page(page: Any, changes: dict[str, Any]) -> None:
+    html, checker = page(**changes)
+    assert "field-logs-1m" in checker.text
+    assert not re.search(r'(?:width|height)="-', html)
+
+
+def test_one_evaluation_is_one_dot(page: Any) -> None:
+    html = page(evaluations=[an_evaluation(0, 0.581)])[0]
+    assert html.count("round 0: accuracy 58.1 %") == 1
+
+
+def test_without_a_bound_nothing_speaks_of_it(page: Any) -> None:
+    text = " ".join(page(bound=None)[1].text)
+    assert "first-order bound" not in text
+    assert "gap closed" not in text
+
+
+def test_labels_of_near_reference_lines_stand_apart(page: Any) -> None:
+    html = page(evaluations=[an_evaluation(0, 0.30, majority=0.31), an_evaluation(10, 0.8, majority=0.31)])[0]
+    heights = {
+        style: float(height) for height, style in re.findall(r'<text y="([\d.]+)" class="mark (before|majority)"', html)
+    }
+    assert heights["before"] - heights["majority"] > 12
+
+
+def test_a_node_that_differs_is_marked(page: Any) -> None:
+    text = page(nodes={"a": a_node(), "b": a_node(digest="aa" * 16)})[1].text
+    assert "✗ 1 of 2" in text
+    assert "✗ differs" in text
+
+
+def test_counts_are_explained(page: Any) -> None:
+    text = page(counts={"late": 2, "refused: wrong seeds": 1, "misplaced: Want": 3})[1].text
+    for reason in ("late", "refused", "misplaced"):
+        assert MEANINGS[reason] in text
+
+
+def test_lines_of_a_template_are_kept(page: Any) -> None:
+    assert "{line}\nTriage:" in page()[1].text
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="missing"):
+        write_report(tmp_path / "missing" / "report.html", a_report())

@@ -1,0 +1,108 @@
+import io
+from typing import Any
+
+from rich.console import Console
+
+from meerkat_mq.observe.report import print_summary
+from tests.observe.made_up import a_descriptor, a_node, a_report, a_round, an_evaluation
+
+
+def summary(*, width: int = 80, terminal: bool = False, **changes: Any) -> str:
+    console = Console(file=io.StringIO(), width=width, force_terminal=terminal, _environ={"TERM": "xterm"})
+    print_summary(console, a_report(**changes))
+    assert isinstance(console.file, io.StringIO)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
+
+
+def test_without_a_terminal_it_is_plain_and_has_every_figure() -> None:
+    assert (
+        summary()
+        == """
+accuracy  58.1 % → 88.4 %: +30.3 points
+          31.0 % by always naming the most frequent class (1,000 held-out rows)
+          91.2 % by first-order training on the same mask (the bound)
+          92 % of the gap between before and the bound closed
+weights   742 of 1,063,040 tuned: 0.070 % of all
+          0.10 % of the 740,000 in the masked matrices
+time      300 rounds in 1 min 52 s, 2.7 a second
+sent      27.3 kB by a node at most, as MQTT packets (15.6 kB payload)
+          instead of 1.28 GB for all weights each round: 47,000 × less
+          instead of 890 kB for the masked values each round: 33 × less
+digests   all 4 nodes hold the server's weights, bit for bit (0f0f0f0f…)
+counted   late: 2, refused: resynchronise: 1
+
+node    rows by class  updates  payload  packets  peak RSS  digest
+node-0   140/96/90/74      300  15.6 kB  27.3 kB   312 MiB  ✓ equal
+node-1  61/180/103/56      300  15.6 kB  27.3 kB   312 MiB  ✓ equal
+node-2  210/34/120/36      300  15.6 kB  27.3 kB   312 MiB  ✓ equal
+node-3      0/0/0/400      300  15.6 kB  27.3 kB   312 MiB  ✓ equal
+"""
+    )
+
+
+def test_a_wide_terminal_gets_a_column_a_class() -> None:
+    assert "routine  degraded  failure  security  updates" in summary(width=100)
+
+
+def test_many_classes_are_summed_up() -> None:
+    classes = [f"class {index}" for index in range(100)]
+    assert "100 in all" in summary(classes=classes, nodes={"node-0": a_node(labels=[1] * 100)})
+
+
+def test_on_a_terminal_it_has_the_same_figures() -> None:
+    assert "58.1 % → 88.4 %: +30.3 points" in summary(terminal=True)
+
+
+def test_bfloat16_weights_would_cost_half() -> None:
+    assert "instead of 638 MB for all weights" in summary(descriptor=a_descriptor(dtype="bfloat16"))
+
+
+def test_weights_are_compared_over_the_rounds_that_the_node_took_part_in() -> None:
+    # 100 × 1,063,040 × 4 bytes
+    assert "instead of 425 MB for all weights" in summary(nodes={"node-0": a_node(updates=100)})
+    assert "instead of 425 MB for all weights" in summary(rounds=[a_round(version + 1) for version in range(100)])
+
+
+def test_a_node_that_differs_or_said_nothing_is_named() -> None:
+    text = summary(nodes={"a": a_node(), "b": a_node(digest="aa" * 16), "c": a_node(digest="")})
+    assert "1 of 3 nodes hold the server's weights (0f0f0f0f…); not b, c\n" in text
+    assert "✗ differs\n" in text
+    assert "– not known\n" in text
+
+
+def test_without_a_bound_there_is_no_gap() -> None:
+    text = summary(bound=None)
+    assert "bound" not in text
+    assert "gap" not in text
+
+
+def test_a_bound_below_the_start_has_no_gap_to_close() -> None:
+    text = summary(bound=0.5)
+    assert "50.0 % by first-order training" in text
+    assert "gap" not in text
+
+
+def test_one_evaluation_gains_nothing() -> None:
+    assert "58.1 % → 58.1 %: +0.0 points" in summary(evaluations=[an_evaluation(0, 0.581)])
+
+
+def test_an_empty_run() -> None:
+    text = summary(evaluations=[], rounds=[], nodes={}, counts={"left": 4}, seconds=0.0, covered=None)
+    assert "accuracy  not measured\n" in text
+    assert "time      0 rounds in 0.0 s\n" in text
+    assert "masked matrices" not in text
+    assert "counted" not in text
+
+
+def test_only_the_first_of_many_nodes_are_shown() -> None:
+    text = summary(nodes={f"node-{index}": a_node() for index in range(1000)})
+    assert "node-39 " in text
+    assert "node-40 " not in text
+    assert "… and 960 more\n" in text
+
+
+def test_hostile_names_are_shown_as_they_are() -> None:
+    text = summary(width=200, classes=["[red]a", "\x1b[2J", "c[/]", "d"], nodes={"[b]x\x1b": a_node()})
+    assert "[red]a" in text
+    assert "[b]x�" in text
+    assert "\x1b" not in text

@@ -1,0 +1,72 @@
+"""The broker dies, forgets, or is not there."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.server.federation import Federation, all_end
+from tests.support.mosquitto import Mosquitto
+from tests.support.waiting import until
+
+PACE = {"quorum": 0.5, "deadline_s": 0.2}  # with a ghost among the nodes, five rounds a second
+
+
+async def test_a_run_outlives_its_broker(federation: Federation, mosquitto: Mosquitto) -> None:
+    eye = federation.eye
+    await federation.ghost(20)
+    nodes = [federation.node(f"node-{i}", exit_when_finished=True) for i in range(2)]
+    server = federation.server("--once", rounds={"count": 20, "min_nodes": 3, **PACE})
+    await server.says("round closed", heard=2, times=5)
+    mosquitto.kill()
+    await server.says("connection lost")
+    mosquitto.start()
+    await until(lambda: eye.states[-1].status == "online" and eye.states[-1].link != eye.states[0].link)
+    await server.says("round closed", heard=2, times=len(server.said("round closed", heard=2)) + 3)
+    assert await all_end(server, *nodes) == [0, 0, 0]
+    assert len({node.said("finished")[0]["digest"] for node in nodes} | {server.said("run finished")[0]["digest"]}) == 1
+    assert len(server.said("round closed")) == 20
+
+
+async def test_services_keep_trying_a_broker_that_is_away_and_say_so(
+    make_mosquitto: Callable[..., Mosquitto], tmp_path: Path
+) -> None:
+    broker = make_mosquitto()
+    async with Federation(tmp_path, broker.config) as federation:
+        broker.kill()
+        node, server = federation.node("node-0"), federation.server(rounds={"count": 5})
+        for service in (node, server):
+            line = await service.says("broker unreachable", times=2)
+            assert line["broker"] == f"127.0.0.1:{broker.port}"
+            assert "refused" in line["problem"]
+            assert 0 < line["retry_in_s"] <= 4
+        broker.start()
+        await node.says("finished")
+        broker.kill()
+        server.stop()
+        node.stop()
+        assert await all_end(node, server) == [0, 0]
+
+
+async def test_a_node_joins_in_mid_run_on_a_broker_that_lost_what_was_retained(federation: Federation) -> None:
+    eye = federation.eye
+    rounds = {"count": 1_000_000, "local_steps": 100, "batch_size": 1}
+    federation.node("node-0")
+    server = federation.server(rounds=rounds, toy_weights=10)
+    await eye.reaches(70)  # entries of 838 bytes: one fits into the round frame, 58 into a reply
+    run = eye.runs[-1]
+    for index in range(run.mask_chunks):
+        await federation.retain(f"blob/{run.mask}/{index}", b"")
+
+    late = federation.node("node-1")
+    await late.says("asking for the mask", missing=run.mask_chunks)
+    await server.says("round closed", heard=2, times=3)
+    assert [want.blob for want in eye.wants["node-1"] if want.blob] == [run.mask_hash]
+    asked = [want.entries_from for want in eye.wants["node-1"] if want.entries_from is not None]
+    assert asked[0] == 0 < asked[1]
+
+    server.stop()
+    assert await server.ended() == 0
+    late.stop()
+    status = await eye.status("node-1", "stopped")
+    assert status.digest == eye.digest(status.version).hex()
+    assert status.version > 70
+    assert not late.said("resynchronised")

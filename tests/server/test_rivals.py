@@ -1,0 +1,65 @@
+"""Two servers on one federation: fenced, in words."""
+
+import signal
+import socket
+
+from tests.server.federation import PATIENCE_S, Federation
+from tests.support.waiting import until
+
+ROUNDS = {"count": 1_000_000, "min_nodes": 2}
+
+
+async def test_a_second_server_ends_in_words_and_a_replacing_one_fences_the_first(federation: Federation) -> None:
+    eye = federation.eye
+    nodes = [federation.node(f"node-{i}") for i in range(2)]
+    first = federation.server(name="first", rounds=ROUNDS)
+    await eye.reaches(3)
+    old = eye.runs[-1].run
+
+    second = federation.server(name="second", rounds=ROUNDS)
+    await second.failed(6, f"a server on host {socket.gethostname()} says that it is online", "--replace")
+    before = eye.version
+    await eye.reaches(before + 3)
+    assert {run.run for run in eye.runs} == {old}
+
+    third = federation.server("--replace", name="third", rounds=ROUNDS)
+    await first.failed(6, f"a server of term 2 on host {socket.gethostname()} has taken over")
+    await third.says("round closed", heard=2, times=3)
+    assert eye.runs[-1].run != old
+    assert eye.states[-1].term == 2
+    for node in ("node-0", "node-1"):
+        assert eye.statuses[node][-1].run == eye.runs[-1].run
+    assert federation.difference("first").version > 3
+    assert not any(node.over for node in nodes)
+
+
+async def test_a_server_that_slept_through_its_replacement_ends_when_it_wakes(federation: Federation) -> None:
+    eye = federation.eye
+    federation.node("node-0")
+    first = federation.server(name="first", rounds=ROUNDS | {"min_nodes": 1})
+    await eye.reaches(3)
+    first.signal(signal.SIGSTOP)
+    second = federation.server("--replace", name="second", rounds=ROUNDS | {"min_nodes": 1})
+    await second.says("round closed", times=3)
+    first.signal(signal.SIGCONT)
+    await first.failed(6, "has taken over")
+    await second.says("round closed", times=len(second.said("round closed")) + 3)
+    assert (eye.states[-1].status, eye.states[-1].term) == ("online", 2)
+
+
+async def test_a_server_puts_right_what_stands_on_its_topics(federation: Federation) -> None:
+    eye = federation.eye
+    server = federation.server(rounds=ROUNDS)
+    state, run = await eye.state("online"), eye.runs[-1]
+    for payload in (b"", b"nonsense", state.model_copy(update={"status": "lost"}).encode()):
+        seen = len(eye.states)
+        await federation.retain("server", payload)
+        await until(lambda seen=seen: len(eye.states) > seen and eye.states[-1] == state)
+    await federation.retain("run", b"")
+    await federation.node("node-0").says("ready")  # told by the server, for it said that it knows no run
+
+    stranger = run.model_copy(update={"run": "0" * 32})
+    await federation.retain("run", stranger.encode())
+    await until(lambda: stranger.run in {status.run for status in eye.statuses["node-0"]}, within_s=PATIENCE_S)
+    federation.node("node-1")
+    await server.says("round closed", heard=2)

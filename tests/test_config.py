@@ -1,0 +1,101 @@
+"""Configuration files: what is wrong is named, in one line, with file, key and remedy."""
+
+from pathlib import Path
+
+import pytest
+
+from meerkat_mq.config import NodeConfig, ServerConfig, load_config
+from meerkat_mq.errors import ConfigError
+
+NODE = 'id = "a"\nfederation = "f"\ndata = "rows.jsonl"\nstate_dir = "state"\n'
+SERVER = 'federation = "f"\nstate_dir = "state"\n'
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "the.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_paths_are_taken_from_the_folder_of_the_file(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, NODE + '[broker]\nca_file = "/etc/ca.pem"\n'), NodeConfig)
+    assert (config.data, config.state_dir) == (tmp_path / "rows.jsonl", tmp_path / "state")
+    assert config.broker.ca_file == Path("/etc/ca.pem")
+
+
+def test_a_whole_server_file(tmp_path: Path) -> None:
+    text = SERVER + '[rounds]\ncount = 7\nquorum = 1\n[model]\nsource = "m"\n[evaluation]\ndata = "v.jsonl"\n'
+    config = load_config(write(tmp_path, text), ServerConfig)
+    assert (config.rounds.count, config.rounds.quorum, config.rounds.directions) == (7, 1.0, 1)
+    assert config.evaluation is not None
+    assert config.evaluation.data == tmp_path / "v.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "port", "tls"),
+    [
+        ("mqtt://broker", "broker", 1883, False),
+        ("mqtts://broker", "broker", 8883, True),
+        ("mqtt://10.0.0.1:7/", "10.0.0.1", 7, False),
+        ("mqtt://[::1]:9", "::1", 9, False),
+    ],
+)
+def test_broker_addresses(tmp_path: Path, url: str, host: str, port: int, tls: bool) -> None:
+    broker = load_config(write(tmp_path, NODE + f'[broker]\nurl = "{url}"\n'), NodeConfig).broker
+    assert (broker.host, broker.port, broker.tls) == (host, port, tls)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "words"),
+    [
+        (NodeConfig, NODE.replace('"a"', '"a b"'), ["id: ", "not 'a b'", "letters, digits, '_' and '-'"]),
+        (NodeConfig, NODE.replace('"a"', '"a/b"'), ["id: ", "not 'a/b'"]),
+        (NodeConfig, NODE.replace('"a"', '""'), ["id: "]),
+        (NodeConfig, NODE.replace('"a"', f'"{"a" * 65}"'), ["id: "]),
+        (NodeConfig, NODE.replace('"a"', '"a\\n"'), ["id: "]),
+        (NodeConfig, NODE.replace('"f"', '"f#"'), ["federation: ", "not 'f#'"]),
+        (NodeConfig, NODE.replace('id = "a"\n', ""), ["id: is missing; add the key"]),
+        (NodeConfig, NODE + "colour = 3\n", ["colour: is unknown; remove the key or mend its spelling"]),
+        (NodeConfig, NODE + "threads = 0\n", ["threads: ", "greater than or equal to 1", "not 0"]),
+        (NodeConfig, NODE + 'threads = "many"\n', ["threads: ", "valid integer", "not 'many'"]),
+        (NodeConfig, NODE + 'device = "gpu"\n', ["device: ", "not 'gpu'"]),
+        (NodeConfig, NODE + 'broker = "here"\n', ["broker: ", "not 'here'"]),
+        (NodeConfig, NODE + '[broker]\nurl = "http://x"\n', ["broker.url: must be mqtt://host[:port]", "'http://x'"]),
+        (NodeConfig, NODE + '[broker]\nurl = "mqtt://x:port"\n', ["broker.url: "]),
+        (NodeConfig, NODE + '[broker]\nurl = "mqtt://x:70000"\n', ["broker.url: "]),
+        (NodeConfig, NODE + '[broker]\nurl = "embedded"\n', ["broker: ", "is for servers; give the address"]),
+        (ServerConfig, SERVER + "[rounds]\nquorum = 0\n", ["rounds.quorum: ", "greater than 0", "not 0"]),
+        (ServerConfig, SERVER + "[rounds]\nlr = nan\n", ["rounds.lr: ", "finite", "not nan"]),
+        (ServerConfig, SERVER + "[rounds]\nround = 3\n", ["rounds.round: is unknown"]),
+        (ServerConfig, SERVER + "[evaluation]\nevery = 3\n", ["evaluation.data: is missing"]),
+        (ServerConfig, "federation = \n", ["is not TOML", "line 1", "docs/configuration.md"]),
+    ],
+)
+def test_a_wrong_file_is_refused_in_one_line(
+    tmp_path: Path, kind: type[NodeConfig] | type[ServerConfig], text: str, words: list[str]
+) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, kind)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.toml: cannot be read \(No such file or directory\); give the path"):
+        load_config(tmp_path / "none.toml", NodeConfig)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path, NodeConfig)
+    (tmp_path / "latin.toml").write_bytes(b'id = "\xe9"')
+    with pytest.raises(ConfigError, match=r"latin\.toml: is not TOML"):
+        load_config(tmp_path / "latin.toml", NodeConfig)
+
+
+def test_no_error_shows_a_password(tmp_path: Path) -> None:
+    for text in ("password = 4711\n", 'password = "4711"\nkeep_alive_s = 0\n', 'password = "4711"\nurl = "embedded"\n'):
+        with pytest.raises(ConfigError) as caught:
+            load_config(write(tmp_path, NODE + "[broker]\n" + text), NodeConfig)
+        assert "4711" not in str(caught.value)
