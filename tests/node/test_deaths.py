@@ -2,6 +2,7 @@
 
 import signal
 from datetime import datetime
+from itertools import pairwise
 from typing import Any
 
 from tests.server.federation import Federation, Service
@@ -18,7 +19,7 @@ def moment(line: dict[str, Any]) -> float:
 def durations(server: Service) -> list[float]:
     """Seconds of each round by the server's own clock, from the end of the one before it."""
     ends = [moment(line) for line in server.said("round closed")]
-    return [end - start for start, end in zip(ends, ends[1:], strict=False)]
+    return [end - start for start, end in pairwise(ends)]
 
 
 async def rounds_of(heard: int, server: Service, times: int = 3) -> None:

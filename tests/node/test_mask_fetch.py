@@ -134,9 +134,7 @@ async def test_a_damaged_kept_mask_is_fetched_again(tmp_path: Path) -> None:
         ({"mask_bytes": 0}, TooLarge),
     ],
 )
-def test_descriptors_that_no_server_means_are_refused(
-    changes: dict[str, object], error: type[Exception]
-) -> None:
+def test_descriptors_that_no_server_means_are_refused(changes: dict[str, object], error: type[Exception]) -> None:
     mask = big_mask()
     check_descriptor(descriptor(mask), "f")
     with pytest.raises(error):

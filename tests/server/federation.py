@@ -150,7 +150,7 @@ class Federation:
     def node(self, node: str, *, name: str = "", **settings: Any) -> Service:
         """Start a node; `name` is that of its files, where two have one id."""
         name = name or node
-        (self.folder / f"{name}.jsonl").write_text("".join(['{"seed": 7}\n'] * 8))
+        (self.folder / f"{name}.jsonl").write_text('{"seed": 7}\n' * 8)
         table = {"id": node, "federation": NAME, "state_dir": name, "data": f"{name}.jsonl", **settings}
         return self._start("node", name, (), table)
 
@@ -224,6 +224,10 @@ class Eye(Peer):
 
     async def reaches(self, version: int) -> None:
         await until(lambda: self.version >= version, within_s=PATIENCE_S)
+
+    async def sees_states(self, count: int) -> None:
+        """Wait until the server has said its state so many times."""
+        await until(lambda: len(self.states) >= count, within_s=PATIENCE_S)
 
     async def state(self, status: str) -> ServerState:
         """Wait until the server's state says this."""

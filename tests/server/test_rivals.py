@@ -52,9 +52,10 @@ async def test_a_server_puts_right_what_stands_on_its_topics(federation: Federat
     server = federation.server(rounds=ROUNDS)
     state, run = await eye.state("online"), eye.runs[-1]
     for payload in (b"", b"nonsense", state.model_copy(update={"status": "lost"}).encode()):
-        seen = len(eye.states)
+        before = len(eye.states)
         await federation.retain("server", payload)
-        await until(lambda seen=seen: len(eye.states) > seen and eye.states[-1] == state)
+        await eye.sees_states(before + 1)
+        assert eye.states[-1] == state
     await federation.retain("run", b"")
     await federation.node("node-0").says("ready")  # told by the server, for it said that it knows no run
 
