@@ -100,12 +100,12 @@ class RoundsConfig(Section):
     Attributes:
         count: rounds of the run.
         local_steps: T.
-        directions: P, the direction lanes; 1 ≤ P ≤ nodes asked.
+        directions: P, the direction lanes; 1 ≤ P ≤ nodes asked. Default: a lane for every three nodes.
         lr: learning rate.
         eps: perturbation scale.
         batch_size: rows a local step.
         stream: direction stream.
-        min_nodes: nodes that must be there before the first round opens.
+        min_nodes: nodes that must be at hand before a round opens.
         fraction: share of the nodes at hand that a round asks.
         quorum: share of the nodes asked that a round needs.
         deadline_s: a round closes at the latest then, if the quorum is met.
@@ -116,7 +116,7 @@ class RoundsConfig(Section):
 
     count: Annotated[int, Field(ge=1, lt=2**32)] = 100
     local_steps: Annotated[int, Field(ge=1, le=1000)] = 1
-    directions: Annotated[int, Field(ge=1, le=4096)] = 1
+    directions: Annotated[int, Field(ge=1, le=4096)] | None = None
     lr: Annotated[float, Field(gt=0)] = 1e-3
     eps: Annotated[float, Field(gt=0)] = 1e-3
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 16

@@ -26,7 +26,7 @@ def test_paths_are_taken_from_the_folder_of_the_file(tmp_path: Path) -> None:
 def test_a_whole_server_file(tmp_path: Path) -> None:
     text = SERVER + '[rounds]\ncount = 7\nquorum = 1\n[model]\nsource = "m"\n[evaluation]\ndata = "v.jsonl"\n'
     config = load_config(write(tmp_path, text), ServerConfig)
-    assert (config.rounds.count, config.rounds.quorum, config.rounds.directions) == (7, 1.0, 1)
+    assert (config.rounds.count, config.rounds.quorum, config.rounds.directions) == (7, 1.0, None)
     assert config.evaluation is not None
     assert config.evaluation.data == tmp_path / "v.jsonl"
 

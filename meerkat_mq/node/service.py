@@ -106,19 +106,18 @@ class _Node:
                 current = tasks.create_task(self._take_part(self._descriptor))
 
     async def _take_part(self, descriptor: RunDescriptor) -> None:
-        self._machine = self._work = None
         self._told_finished = False
         self._jobs = asyncio.Queue()
         self._log = self._log.bind(run=descriptor.run[:8])
         self._fetch = MaskFetch(descriptor, self._session, self._topics, self._config.id, self._boot)
         mask = await self._fetch.fetch(self._state)
         self._fetch = None
-        self._work = await self._in_worker(Work, self._config, descriptor, mask, self._state)
-        self._log.info("ready", weights=mask.size, rows=len(self._work.rows), peak_rss_mib=peak_rss_mib())
+        work = self._work = await self._in_worker(Work, self._config, descriptor, mask, self._state)
+        self._log.info("ready", weights=mask.size, rows=len(work.rows), peak_rss_mib=peak_rss_mib())
         self._machine = NodeMachine(
             run_id=descriptor.run_id,
             mask_hash=descriptor.mask_hash,
-            base=self._work.digest,
+            base=work.digest,
             boot=self._boot,
             now=self._now(),
         )
@@ -129,7 +128,7 @@ class _Node:
         if self._round is not None:
             self._handle(e.FrameCame(self._now(), self._round))
         while True:
-            await self._do(await self._jobs.get(), self._work)
+            await self._do(await self._jobs.get(), work)
 
     async def _do(self, job: Job, work: Work) -> None:
         match job:
@@ -222,7 +221,7 @@ class _Node:
             return
         check_descriptor(descriptor, self._config.federation)
         self._descriptor = descriptor
-        self._round = None
+        self._machine = self._work = self._round = None  # at once: what comes next is of the new run
         self._news.set()
 
     def _on_frame(self, message: Message) -> None:

@@ -46,6 +46,11 @@ class RoundSettings:
             )
 
 
+def default_lanes(min_nodes: int, fraction: float) -> int:
+    """As many lanes as leave each three nodes, which robust statistics inside a lane want; at least one."""
+    return max(1, share(fraction, min_nodes) // 3)
+
+
 def lane_of(slot: int, lanes: int) -> int:
     """The direction lane that the node in a slot walks."""
     return slot % lanes

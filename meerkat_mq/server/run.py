@@ -8,7 +8,7 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.toy import toy_mask
 from meerkat_mq.errors import ConfigError, within
 from meerkat_mq.model.tasks import load_task
-from meerkat_mq.rounds.policy import RoundSettings
+from meerkat_mq.rounds.policy import RoundSettings, default_lanes
 from meerkat_mq.wire.arrays import encode_mask, split
 from meerkat_mq.wire.descriptor import RunDescriptor, Task
 from meerkat_mq.wire.frames import Chunk, Header
@@ -40,12 +40,13 @@ def prepare_run(config: ServerConfig) -> Run:
     mask = _mask(config)
     run_id = secrets.token_bytes(16)
     rounds = config.rounds
+    lanes = rounds.directions or default_lanes(rounds.min_nodes, rounds.fraction)
     settings = RoundSettings(
         run_id=run_id,
         mask_hash=mask.hash,
         count=rounds.count,
         steps=rounds.local_steps,
-        lanes=rounds.directions,
+        lanes=lanes,
         lr=rounds.lr,
         eps=rounds.eps,
         min_nodes=rounds.min_nodes,
@@ -73,7 +74,7 @@ def prepare_run(config: ServerConfig) -> Run:
         stream=rounds.stream,
         rounds=rounds.count,
         local_steps=rounds.local_steps,
-        directions=rounds.directions,
+        directions=lanes,
         lr=rounds.lr,
         eps=rounds.eps,
         batch_size=rounds.batch_size,

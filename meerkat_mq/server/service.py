@@ -183,11 +183,13 @@ class _Server:
                 f"a server on host {rival.host} says that it is online (term {rival.term}, run {rival.run[:8]})",
                 "stop it, or start this one with --replace",
             )
-        self._term = 1 + max(self._ledger.term, rival.term if rival else 0)
-        if self._term > LAST_TERM:
+        term = 1 + max(self._ledger.term, rival.term if rival else 0)
+        if term > LAST_TERM:
+            self._session.disown()
             raise RunMismatch(
                 self._topics.server, "the last possible term stands there", "clear this retained message on the broker"
             )
+        self._term = term
         self._log.info("in charge", term=self._term, weights=self._run.mask.size, rounds=self._config.rounds.count)
         self._observe(RunStarted(self._run.descriptor, self._term))
         self._watch.stood(0, self._replica.theta)

@@ -204,12 +204,12 @@ def test_passes_are_bounded_and_keep_the_order_of_rows(
     made = engine(name)
     rows = [{"line": " ".join(["pump"] * count), "label": 0} for count in (9, 1, 30, 4, 4, 17)]
     alone = [made.scores(made.prepare([row]))[0] for row in rows]
-    monkeypatch.setattr("meerkat_mq.model.engine._PASS_TOKENS", {"cpu": 40})
+    monkeypatch.setattr("meerkat_mq.model.engine._PASS_TOKENS", {"cpu": 64})
     batch = made.prepare(rows)
     shapes = [(part["input_ids"] if name == "bert" else part.ids).shape for part in batch.passes]
     assert len(shapes) >= 3
     assert sum(count for count, _ in shapes) == len(rows)
-    assert all(count == 1 or count * length <= 40 for count, length in shapes)
+    assert all(count == 1 or count * length <= 64 for count, length in shapes)
     assert max(count for count, _ in shapes) > 1
     np.testing.assert_allclose(made.scores(batch), alone, rtol=0, atol=2e-5)
 

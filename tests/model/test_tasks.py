@@ -1,5 +1,6 @@
 """Tasks: the built-in ones fit their data; files say which key is wrong."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,17 @@ def test_built_in_templates_use_all_their_fields(task: object) -> None:
         assert "{" not in filled
     assert all(word.startswith(" ") for word in task.label_words)
     assert not task.template.endswith(" ")
+
+
+def test_built_in_tasks_are_documented() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `")]
+    documented = {row[0].strip("`"): row for row in rows if len(row) == 4}
+    assert documented.keys() == TASKS.keys()
+    for name, (_, fields, labels, words) in documented.items():
+        assert set(re.findall(r"`(\w+)`", fields)) == set(TASKS[name].fields)
+        assert len(labels.split(",")) == len(TASKS[name].label_words)
+        assert [f" {word.strip()}" for word in words.split(",")] == list(TASKS[name].label_words)
 
 
 @pytest.mark.real

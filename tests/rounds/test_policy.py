@@ -10,6 +10,7 @@ from meerkat_mq.rounds.events import UpdateRecord
 from meerkat_mq.rounds.policy import (
     applicable,
     deadline_length,
+    default_lanes,
     fewest_needed,
     newest_that_fit,
     sample,
@@ -84,3 +85,8 @@ def test_the_newest_entries_that_fit() -> None:
 def test_more_lanes_than_nodes_are_refused_in_words() -> None:
     with pytest.raises(ConfigError, match=r"rounds\.directions: 3 lanes are more than the 2 nodes"):
         settings(lanes=3, min_nodes=4, fraction=0.5)
+
+
+@pytest.mark.parametrize(("nodes", "fraction", "lanes"), [(1, 1.0, 1), (4, 1.0, 1), (6, 1.0, 2), (8, 1.0, 2), (12, 0.5, 2)])
+def test_each_lane_has_three_nodes_by_default(nodes: int, fraction: float, lanes: int) -> None:
+    assert default_lanes(nodes, fraction) == lanes

@@ -216,11 +216,15 @@ class Eye(Peer):
         """Of the newest round."""
         return max((frame.header.version for frame in self.rounds), default=0)
 
-    def digest(self, version: int) -> bytes:
+    async def digest(self, version: int) -> bytes:
         """theta's, as an entry in a round frame says."""
-        found = {e.digest for frame in self.rounds for e in frame.entries if e.version + 1 == version}
-        assert len(found) == 1
-        return found.pop()
+
+        def found() -> set[bytes]:
+            return {e.digest for frame in self.rounds for e in frame.entries if e.version + 1 == version}
+
+        await until(found, within_s=PATIENCE_S)
+        (digest,) = found()
+        return digest
 
     async def reaches(self, version: int) -> None:
         await until(lambda: self.version >= version, within_s=PATIENCE_S)
@@ -228,6 +232,16 @@ class Eye(Peer):
     async def sees_states(self, count: int) -> None:
         """Wait until the server has said its state so many times."""
         await until(lambda: len(self.states) >= count, within_s=PATIENCE_S)
+
+    async def follows(self, term: int) -> ServerState:
+        """Wait until a server of this term is online, and its run described."""
+
+        def followed() -> bool:
+            standing = [(state.term, state.run) for state in self.states[-1:]]
+            return standing == [(term, run.run) for run in self.runs[-1:]]
+
+        await until(followed, within_s=PATIENCE_S)
+        return await self.state("online")
 
     async def state(self, status: str) -> ServerState:
         """Wait until the server's state says this."""

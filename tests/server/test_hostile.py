@@ -5,7 +5,7 @@ import random
 from meerkat_mq.wire.descriptor import NodeStatus
 from meerkat_mq.wire.frames import encode
 from meerkat_mq.wire.messages import Chunk, Entries, Frame, Header, Reason, Refusal, Round, Update, Want, Welcome
-from tests.server.federation import TOPICS, Federation
+from tests.server.federation import TOPICS, Federation, all_end
 from tests.support.waiting import until
 
 OTHER = Header.of(bytes(16), 3, 7, bytes(16))
@@ -50,7 +50,7 @@ async def test_hostile_bytes_on_every_topic_are_counted_and_dropped(federation: 
     nodes = [federation.node(f"node-{i}", exit_when_finished=True) for i in range(2)]
     await federation.ghost(25)
     pace = {"quorum": 0.5, "deadline_s": 0.2}
-    server = federation.server("--once", rounds={"count": 25, "min_nodes": 3, **pace})
+    server = federation.server(rounds={"count": 25, "min_nodes": 3, **pace})
     await server.says("round closed", heard=2, times=3)
 
     payloads = noise()
@@ -67,9 +67,8 @@ async def test_hostile_bytes_on_every_topic_are_counted_and_dropped(federation: 
     await eye.session.drain(30)
 
     late = federation.node("node-2", exit_when_finished=True)
-    codes = [await service.ended() for service in (server, *nodes, late)]
-    assert codes == [0, 0, 0, 0], [service.plain for service in (server, *nodes, late)]
-    finished = server.said("run finished")[0]
+    assert await all_end(*nodes, late) == [0, 0, 0], [service.plain for service in (*nodes, late)]
+    finished = await server.says("run finished")
     assert {node.said("finished")[0]["digest"] for node in (*nodes, late)} == {finished["digest"]}
     for kind in ("BadMagic", "BadChecksum", "Truncated", "BadValue", "UnknownType", "UnknownVersion", "TooLarge"):
         assert finished[f"undecodable: {kind}"] > 0

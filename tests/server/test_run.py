@@ -14,7 +14,7 @@ async def test_a_federation_runs_to_its_end_and_all_hold_the_same_weights(federa
     assert difference.version == 25
     (last,) = server.said("run finished")
     digests = [node.said("finished")[0]["digest"] for node in nodes]
-    assert set(digests) == {last["digest"]} == {federation.eye.digest(25).hex()}
+    assert set(digests) == {last["digest"]} == {(await federation.eye.digest(25)).hex()}
     assert (await federation.eye.state("finished")).round == 25
     statuses = [await federation.eye.status(f"node-{i}", "stopped") for i in range(3)]
     assert {status.digest for status in statuses} == {last["digest"]}
@@ -44,7 +44,7 @@ async def test_processes_end_in_order_on_sigterm(federation: Federation) -> None
     difference = federation.difference()
     state = await eye.state("stopped")
     assert state.round == difference.version
-    assert eye.digest(difference.version) == server_digest(federation)
+    assert await eye.digest(difference.version) == server_digest(federation)
 
     second.stop()
     third.stop()
@@ -52,7 +52,7 @@ async def test_processes_end_in_order_on_sigterm(federation: Federation) -> None
     for node in ("node-1", "node-2"):
         last = await eye.status(node, "stopped")
         assert last.version > before + 10
-        assert last.digest == eye.digest(last.version).hex()
+        assert last.digest == (await eye.digest(last.version)).hex()
     assert [service.plain for service in (first, second, third, server)] == [[], [], [], []]
 
 
