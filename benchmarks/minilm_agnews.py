@@ -19,6 +19,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from meerkat_mq.config import RoundsConfig
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.demo.local import LocalFederation, LocalResult, run_local
@@ -132,6 +134,7 @@ def main() -> None:
     if not (SHARED / "data/agnews").is_dir():
         sys.exit(f"skipped: {SHARED}/data/agnews is not there; set MEERKAT_SHARED")
     configure_logs(as_json=True, level="WARNING")
+    torch.set_num_threads(1)  # the nodes need the cores; more threads would wait for each other
     source = minilm()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -87,6 +87,8 @@ def test_more_lanes_than_nodes_are_refused_in_words() -> None:
         settings(lanes=3, min_nodes=4, fraction=0.5)
 
 
-@pytest.mark.parametrize(("nodes", "fraction", "lanes"), [(1, 1.0, 1), (4, 1.0, 1), (6, 1.0, 2), (8, 1.0, 2), (12, 0.5, 2)])
+@pytest.mark.parametrize(
+    ("nodes", "fraction", "lanes"), [(1, 1.0, 1), (4, 1.0, 1), (6, 1.0, 2), (8, 1.0, 2), (12, 0.5, 2)]
+)
 def test_each_lane_has_three_nodes_by_default(nodes: int, fraction: float, lanes: int) -> None:
     assert default_lanes(nodes, fraction) == lanes
