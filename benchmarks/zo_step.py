@@ -127,6 +127,7 @@ def make_engine(case: Case, folder: Path, mask_file: Path, dtype: str) -> tuple[
 
 
 def zo_process(case: Case, folder: Path, mask_file: Path, dtype: str) -> None:
+    import meerkat_mq.node.__main__  # noqa: F401 - all that a node process holds besides
     from meerkat_mq.core.directions import direction
     from meerkat_mq.core.path import apply
     from meerkat_mq.core.step import projected_gradient

@@ -6,10 +6,15 @@ from pathlib import Path
 
 import pytest
 import structlog
+from hypothesis import HealthCheck, settings
 
 from tests.support.command import Meerkat, command
 from tests.support.mosquitto import Mosquitto
 from tests.support.proxy import Proxy
+
+# A busy machine is no failure; pytest's own time-out ends what hangs.
+settings.register_profile("meerkat", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("meerkat")
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from meerkat_mq.core.files import write_atomically
 from meerkat_mq.errors import ModelError, ModelNotFound
 
 _CHUNK = 1 << 20
@@ -156,8 +157,6 @@ def _read_cache(path: Path) -> dict[str, object]:
 
 def _write_cache(path: Path, table: dict[str, object]) -> None:
     """Best effort: a cache that cannot be written costs time, not correctness."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(table, indent=1), encoding="utf-8")
-        temporary.replace(path)
+        write_atomically(path, json.dumps(table, indent=1).encode(), durable=False)

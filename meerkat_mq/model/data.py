@@ -1,7 +1,6 @@
 """Data rows: JSONL files in and out, and their division among nodes. No torch."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from meerkat_mq.core.files import write_atomically
 from meerkat_mq.core.step import Row
 from meerkat_mq.errors import DataError
 from meerkat_mq.wire.descriptor import Task
@@ -91,17 +91,11 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     Raises:
         DataError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    lines = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
     try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_atomically(path, lines.encode())
     except OSError as error:
         raise DataError(str(path), f"cannot be written ({error.strerror})", "choose another folder") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def partition(

@@ -17,6 +17,8 @@ from tests.support.command import Meerkat
 from tests.support.mosquitto import Mosquitto
 from tests.support.peer import peer
 
+pytestmark = pytest.mark.timeout(150)
+
 GOOD = json.dumps({"sentence": "good", "label": 1})
 
 

@@ -10,9 +10,11 @@ import pytest
 from meerkat_mq.config import RoundsConfig, ServerConfig
 from meerkat_mq.server import serve
 from meerkat_mq.server.ledger import MemoryLedger
-from tests.server.federation import PATIENCE_S, Federation
+from tests.server.federation import PACE, PATIENCE_S, Federation
 from tests.support.mosquitto import Mosquitto
 from tests.support.waiting import until
+
+pytestmark = pytest.mark.timeout(150)
 
 BOUND_S = 10.0
 CLIENT = "as meerkat-f-node-0 "
@@ -23,7 +25,8 @@ async def test_of_two_nodes_with_one_id_the_older_ends_in_words(
 ) -> None:
     ledger = MemoryLedger()
     monkeypatch.setattr("meerkat_mq.server.service.MemoryLedger", lambda: ledger)
-    rounds = RoundsConfig(count=1_000_000, quorum=0.5, deadline_s=2)
+    await federation.ghost()
+    rounds = RoundsConfig.model_validate(PACE | {"min_nodes": 2})
     config = ServerConfig(
         federation="f", state_dir=tmp_path / "s", engine="toy", broker=mosquitto.config, rounds=rounds
     )

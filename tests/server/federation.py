@@ -20,9 +20,10 @@ from meerkat_mq.wire.topics import Topics
 from tests.support.peer import Peer
 from tests.support.waiting import until
 
-PATIENCE_S = 40.0
+PATIENCE_S = 60.0
 NAME = "f"
 TOPICS = Topics(NAME)
+PACE = {"count": 1_000_000, "quorum": 0.5, "deadline_s": 0.2}
 _FORBIDDEN = 'raise AssertionError("imported by a process that has no model")\n'
 
 
@@ -169,8 +170,8 @@ class Federation:
         self.eye.noise.add(payload)
         await self.eye.session.publish(f"{TOPICS.root}/{topic}", payload, retain=True)
 
-    async def ghost(self, version: int) -> None:
-        """A node that is online and never answers: with a quorum, rounds then close at their deadline only.
+    async def ghost(self, version: int = 0) -> None:
+        """A node that is online and never answers: rounds at PACE then close at their deadline only.
 
         It says that it stands at `version` already; with the last one, the server does not wait for its last words.
         """

@@ -2,11 +2,15 @@
 
 import random
 
+import pytest
+
 from meerkat_mq.wire.descriptor import NodeStatus
 from meerkat_mq.wire.frames import encode
 from meerkat_mq.wire.messages import Chunk, Entries, Frame, Header, Reason, Refusal, Round, Update, Want, Welcome
-from tests.server.federation import TOPICS, Federation, all_end
+from tests.server.federation import PACE, TOPICS, Federation, all_end
 from tests.support.waiting import until
+
+pytestmark = pytest.mark.timeout(150)
 
 OTHER = Header.of(bytes(16), 3, 7, bytes(16))
 FRAMES: list[Frame] = [
@@ -49,8 +53,7 @@ async def test_hostile_bytes_on_every_topic_are_counted_and_dropped(federation: 
     eye = federation.eye
     nodes = [federation.node(f"node-{i}", exit_when_finished=True) for i in range(2)]
     await federation.ghost(25)
-    pace = {"quorum": 0.5, "deadline_s": 0.2}
-    server = federation.server(rounds={"count": 25, "min_nodes": 3, **pace})
+    server = federation.server(rounds=PACE | {"count": 25, "min_nodes": 3})
     await server.says("round closed", heard=2, times=3)
 
     payloads = noise()

@@ -3,15 +3,20 @@
 import signal
 import socket
 
+import pytest
+
 from meerkat_mq.wire.descriptor import ServerState
-from tests.server.federation import PATIENCE_S, Federation
+from tests.server.federation import PACE, PATIENCE_S, Federation
 from tests.support.waiting import until
 
-ROUNDS = {"count": 1_000_000, "min_nodes": 2}
+pytestmark = pytest.mark.timeout(150)
+
+ROUNDS = PACE | {"min_nodes": 3}  # two nodes and a ghost
 
 
 async def test_a_second_server_ends_in_words_and_a_replacing_one_fences_the_first(federation: Federation) -> None:
     eye = federation.eye
+    await federation.ghost()
     nodes = [federation.node(f"node-{i}") for i in range(2)]
     first = federation.server(name="first", rounds=ROUNDS)
     await eye.reaches(3)
@@ -34,11 +39,12 @@ async def test_a_second_server_ends_in_words_and_a_replacing_one_fences_the_firs
 
 async def test_a_server_that_slept_through_its_replacement_ends_when_it_wakes(federation: Federation) -> None:
     eye = federation.eye
+    await federation.ghost()
     federation.node("node-0")
-    first = federation.server(name="first", rounds=ROUNDS | {"min_nodes": 1})
+    first = federation.server(name="first", rounds=ROUNDS | {"min_nodes": 2})
     await eye.reaches(3)
     first.signal(signal.SIGSTOP)
-    second = federation.server("--replace", name="second", rounds=ROUNDS | {"min_nodes": 1})
+    second = federation.server("--replace", name="second", rounds=ROUNDS | {"min_nodes": 2})
     await second.says("round closed", times=3)
     first.signal(signal.SIGCONT)
     await first.failed(6, "has taken over")
@@ -48,6 +54,7 @@ async def test_a_server_that_slept_through_its_replacement_ends_when_it_wakes(fe
 
 async def test_a_server_puts_right_what_stands_on_its_topics(federation: Federation) -> None:
     eye = federation.eye
+    await federation.ghost()
     server = federation.server(rounds=ROUNDS)
     state = await eye.follows(1)
     run = eye.runs[-1]
