@@ -118,10 +118,10 @@ def report(args: argparse.Namespace, result: LocalResult) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--directions", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--rounds", type=int, default=150)
-    parser.add_argument("--every", type=int, default=25)
+    parser.add_argument("--directions", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--rounds", type=int, default=120)
+    parser.add_argument("--every", type=int, default=20)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--eps", type=float, default=1e-3)
     parser.add_argument("--mask", choices=METHODS, default="sensitivity")
