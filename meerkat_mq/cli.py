@@ -62,11 +62,12 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything that the run leaves.")] = Path("runs/demo"),
 ) -> None:
     """Run a whole federation on this machine: broker, server and nodes, live progress, a report at the end."""
-    from meerkat_mq.demo.plan import Choices  # noqa: PLC0415
-    from meerkat_mq.demo.run import run_demo  # noqa: PLC0415
+    from meerkat_mq.demo.plan import Choices, make_plan  # noqa: PLC0415
 
-    choices = Choices(model, task, data, text, nodes, rounds, directions, lr, density, dtype, seed)
-    sys.exit(run_service(lambda: run_demo(choices, out, Console())))
+    plan = make_plan(Choices(model, task, data, text, nodes, rounds, directions, lr, density, dtype, seed))
+    from meerkat_mq.demo.run import run_demo  # noqa: PLC0415 - after the checks: it imports torch
+
+    sys.exit(run_service(lambda: run_demo(plan, out, Console())))
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from tests.server.federation import Federation
 from tests.support.command import Meerkat
 from tests.support.mosquitto import Mosquitto
 
+pytestmark = pytest.mark.timeout(300)  # the first import of torch takes long on a busy machine
+
 TASK = """
 template = "{line} The thing is"
 label_words = [" broken", " running"]

@@ -167,7 +167,11 @@ async def _run_node(plan: LocalFederation, number: int, rows: Sequence[Row], bro
 
 
 def _toml(table: dict[str, Any]) -> str:
-    plain = [f"{key} = {json.dumps(value)}\n" for key, value in table.items() if not isinstance(value, dict)]
+    plain = [
+        f"{key} = {json.dumps(value, ensure_ascii=False)}\n"
+        for key, value in table.items()
+        if not isinstance(value, dict)
+    ]
     sections = [f"\n[{key}]\n{_toml(value)}" for key, value in table.items() if isinstance(value, dict)]
     return "".join(plain + sections)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from meerkat_mq.config import RoundsConfig, check_config
 from meerkat_mq.core.step import Row
 from meerkat_mq.demo.corpus import TASK, pretraining_text, triage_rows
 from meerkat_mq.demo.settings import DEMO, WEIGHTS
@@ -51,16 +52,14 @@ class Plan:
     calibration: Callable[[], Sequence[str]]
     shards: Sequence[Sequence[Row]]
     held_out: Sequence[Row]
-    rounds: int
-    directions: int
-    lr: float
-    eps: float
-    batch_size: int
+    rounds: RoundsConfig
     density: float
     sequences: int
     length: int
     first_order_steps: int
     first_order_lr: float
+    dtype: Literal["float32", "bfloat16"]
+    seed: int
 
 
 def make_plan(choices: Choices) -> Plan:
@@ -75,11 +74,14 @@ def make_plan(choices: Choices) -> Plan:
         raise ConfigError("--directions", f"{choices.directions} lanes for {choices.nodes} nodes", "lower it")
     if choices.density is not None and not 0 < choices.density <= 1:
         raise ConfigError("--density", f"{choices.density} is outside (0, 1]", "0.001 is common")
-    given = [choices.model, choices.task, choices.data]
-    if given == [None, None, None]:
+    if choices.seed < 0:
+        raise ConfigError("--seed", f"{choices.seed} is below 0", "use 0 or more")
+    given = [choices.model, choices.task, choices.data, choices.text]
+    if given == [None, None, None, None]:
         return _own(choices)
     if choices.model is None or choices.task is None or choices.data is None:
-        raise ConfigError("--model, --task, --data", "go together", "give all three, or none for the demo's own model")
+        problem = "go together, and --text goes with them"
+        raise ConfigError("--model, --task, --data", problem, "give all three, or none for the demo's own model")
     return _given(choices, choices.model, load_task(choices.task), choices.data)
 
 
@@ -92,16 +94,21 @@ def _own(choices: Choices) -> Plan:
         calibration=lambda: list(pretraining_text(1000, DEMO.calibration_lines)),
         shards=shards(rows, choices.nodes, TASK.label_field, choices.seed),
         held_out=triage_rows(choices.seed, DEMO.held_out_rows, "held-out"),
-        rounds=choices.rounds or DEMO.rounds,
-        directions=choices.directions or min(DEMO.directions, choices.nodes),
-        lr=choices.lr or DEMO.lr,
-        eps=DEMO.eps,
-        batch_size=DEMO.batch,
-        density=choices.density or DEMO.density,
+        rounds=_rounds(
+            choices,
+            count=DEMO.rounds,
+            directions=min(DEMO.directions, choices.nodes),
+            lr=DEMO.lr,
+            eps=DEMO.eps,
+            batch_size=DEMO.batch,
+        ),
+        density=DEMO.density if choices.density is None else choices.density,
         sequences=DEMO.calibration_sequences,
         length=DEMO.calibration_tokens,
         first_order_steps=150,
         first_order_lr=1e-2,
+        dtype=choices.dtype,
+        seed=choices.seed,
     )
 
 
@@ -121,17 +128,21 @@ def _given(choices: Choices, model: str, task: Task, data: Path) -> Plan:
         calibration=calibration,
         shards=shards(train, choices.nodes, task.label_field, choices.seed),
         held_out=held_out,
-        rounds=choices.rounds or 100,
-        directions=choices.directions or choices.nodes,
-        lr=choices.lr or 1e-3,
-        eps=1e-3,
-        batch_size=16,
-        density=choices.density or 1e-3,
+        rounds=_rounds(choices, count=100, directions=choices.nodes, lr=1e-3, eps=1e-3, batch_size=16),
+        density=1e-3 if choices.density is None else choices.density,
         sequences=100,
         length=512 if text is not None else 128,
         first_order_steps=100,
         first_order_lr=1e-3,
+        dtype=choices.dtype,
+        seed=choices.seed,
     )
+
+
+def _rounds(choices: Choices, **defaults: float) -> RoundsConfig:
+    chosen = {"count": choices.rounds, "directions": choices.directions, "lr": choices.lr, "min_nodes": choices.nodes}
+    table = defaults | {key: value for key, value in chosen.items() if value is not None}
+    return check_config(table, RoundsConfig, where="command line")
 
 
 def shards(rows: Sequence[Row], nodes: int, label_field: str, seed: int) -> list[list[Row]]:

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from meerkat_mq.config import RoundsConfig
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import Row
 from meerkat_mq.demo.local import LocalFederation, LocalResult, node_name, run_local
-from meerkat_mq.demo.plan import Choices, Plan, make_plan
-from meerkat_mq.errors import RunMismatch
+from meerkat_mq.demo.plan import Plan
+from meerkat_mq.errors import ConfigError, RunMismatch
 from meerkat_mq.model.engine import TransformersEngine
 from meerkat_mq.model.evaluate import evaluate, first_order
 from meerkat_mq.model.load import LoadedModel, load_model
@@ -28,18 +27,25 @@ from meerkat_mq.wire.descriptor import RunDescriptor, Task
 EVALUATIONS = 12
 
 
-async def run_demo(choices: Choices, out: Path, console: Console) -> None:
+async def run_demo(plan: Plan, out: Path, console: Console) -> None:
     """Run the demo and leave everything in `out`: mask, logs, node folders, server/difference.mkd, report.html.
 
     Raises:
-        MeerkatError: a choice is wrong, a process failed, or a node's digest is not the server's.
+        ConfigError: `out` cannot be written.
+        MeerkatError: a process failed, or a node's digest is not the server's.
     """
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))  # the nodes work on the others
-    plan = await asyncio.to_thread(make_plan, choices)
-    await asyncio.to_thread(out.mkdir, parents=True, exist_ok=True)
-    configure_logs(as_json=True, file=await asyncio.to_thread((out / "server.log").open, "w"))
+    try:
+        await asyncio.to_thread(out.mkdir, parents=True, exist_ok=True)
+        configure_logs(as_json=True, file=await asyncio.to_thread((out / "server.log").open, "w"))
+        await _run(plan, out, console)
+    except OSError as error:
+        raise ConfigError(f"--out {out}", f"cannot be written ({error.strerror})", "choose another folder") from error
+
+
+async def _run(plan: Plan, out: Path, console: Console) -> None:
     started: list[RunDescriptor] = []
-    with Live(console, rounds=plan.rounds, nodes=len(plan.shards)) as live:
+    with Live(console, rounds=plan.rounds.count, nodes=len(plan.shards)) as live:
 
         def observe(event: RunEvent) -> None:
             if isinstance(event, RunStarted):
@@ -49,12 +55,12 @@ async def run_demo(choices: Choices, out: Path, console: Console) -> None:
         live.note(f"loading {plan.name}")
         loaded = await asyncio.to_thread(load_model, plan.source)
         live.note("scoring the mask")
-        mask = await asyncio.to_thread(_make_mask, plan, loaded, choices.seed)
+        mask = await asyncio.to_thread(_make_mask, plan, loaded)
         mask.save(out / "mask.mkm")
         live.note(f"starting the broker, the server and {len(plan.shards)} nodes")
-        result = await run_local(_federation(plan, choices, out), observe)
+        result = await run_local(_federation(plan, out), observe)
         live.note("first-order training on the same mask, for comparison")
-        bound = await asyncio.to_thread(_bound, plan, mask, loaded, choices.seed)
+        bound = await asyncio.to_thread(_bound, plan, mask, loaded)
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     report = _report(plan, mask, result, descriptor=started[0], parameters=parameters, bound=bound)
     print_summary(console, report)
@@ -63,13 +69,13 @@ async def run_demo(choices: Choices, out: Path, console: Console) -> None:
     _check_digests(report, out)
 
 
-def _make_mask(plan: Plan, loaded: LoadedModel, seed: int) -> Mask:
+def _make_mask(plan: Plan, loaded: LoadedModel) -> Mask:
     return make_mask(
-        loaded, plan.calibration(), density=plan.density, seed=seed, sequences=plan.sequences, length=plan.length
+        loaded, plan.calibration(), density=plan.density, seed=plan.seed, sequences=plan.sequences, length=plan.length
     )
 
 
-def _federation(plan: Plan, choices: Choices, out: Path) -> LocalFederation:
+def _federation(plan: Plan, out: Path) -> LocalFederation:
     return LocalFederation(
         folder=out,
         source=plan.source,
@@ -77,20 +83,13 @@ def _federation(plan: Plan, choices: Choices, out: Path) -> LocalFederation:
         mask=out / "mask.mkm",
         shards=plan.shards,
         held_out=plan.held_out,
-        rounds=RoundsConfig(
-            count=plan.rounds,
-            directions=plan.directions,
-            lr=plan.lr,
-            eps=plan.eps,
-            batch_size=plan.batch_size,
-            min_nodes=len(plan.shards),
-        ),
-        every=max(1, plan.rounds // EVALUATIONS),
-        dtype=choices.dtype,
+        rounds=plan.rounds,
+        every=max(1, plan.rounds.count // EVALUATIONS),
+        dtype=plan.dtype,
     )
 
 
-def _bound(plan: Plan, mask: Mask, loaded: LoadedModel, seed: int) -> float:
+def _bound(plan: Plan, mask: Mask, loaded: LoadedModel) -> float:
     engine = TransformersEngine(loaded, mask, plan.task)
     rows = [row for shard in plan.shards for row in shard]
     first_order(
@@ -99,8 +98,8 @@ def _bound(plan: Plan, mask: Mask, loaded: LoadedModel, seed: int) -> float:
         rows,
         steps=plan.first_order_steps,
         lr=plan.first_order_lr,
-        batch_size=2 * plan.batch_size,
-        seed=seed,
+        batch_size=2 * plan.rounds.batch_size,
+        seed=plan.seed,
     )
     return evaluate(engine, plan.held_out).accuracy
 

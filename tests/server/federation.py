@@ -239,7 +239,7 @@ class Eye(Peer):
 
         def followed() -> bool:
             standing = [(state.term, state.run) for state in self.states[-1:]]
-            return standing == [(term, run.run) for run in self.runs[-1:]]
+            return standing == [(term, run.run) for run in self.runs[-1:]] != []
 
         await until(followed, within_s=PATIENCE_S)
         return await self.state("online")

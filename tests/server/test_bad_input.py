@@ -11,6 +11,8 @@ from tests.server.federation import toml
 from tests.support.command import Meerkat
 from tests.support.mosquitto import Mosquitto
 
+pytestmark = pytest.mark.timeout(300)  # the first import of torch takes long on a busy machine
+
 Files = Callable[..., Path]
 
 

@@ -1,0 +1,66 @@
+"""What the command line of the demo may say, and what it comes to."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meerkat_mq.config import load_config
+from meerkat_mq.demo.corpus import TASK, triage_rows
+from meerkat_mq.demo.local import _toml
+from meerkat_mq.demo.plan import Choices, make_plan, shards
+from meerkat_mq.demo.settings import DEMO
+from meerkat_mq.errors import ConfigError, DataError
+from meerkat_mq.model.tasks import load_task
+from meerkat_mq.wire.descriptor import Task
+
+
+def test_without_choices_the_demo_runs_its_own_model() -> None:
+    plan = make_plan(Choices())
+    assert (plan.rounds.count, plan.rounds.directions, plan.density) == (DEMO.rounds, DEMO.directions, DEMO.density)
+    assert len(plan.shards) == plan.rounds.min_nodes == 4
+    lines = {row["line"] for shard in plan.shards for row in shard}
+    assert not lines & {row["line"] for row in plan.held_out}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_first_node_holds_one_label_and_no_row_is_lost(seed: int) -> None:
+    rows = triage_rows(seed, 400, "train")
+    parts = shards(rows, 4, TASK.label_field, seed)
+    assert len({row["label"] for row in parts[0]}) == 1
+    assert all(len({row["label"] for row in part}) >= 3 for part in parts[1:])
+    assert sorted(row["line"] for part in parts for row in part) == sorted(row["line"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"rounds": -5}, "count: input should be greater than or equal to 1, not -5"),
+        ({"rounds": 0}, "count: .* not 0"),
+        ({"lr": float("nan")}, "lr: .* not nan"),
+        ({"lr": 0.0}, r"lr: .* not 0\.0"),
+        ({"directions": 0}, "directions: .* not 0"),
+        ({"directions": 5}, "--directions: 5 lanes for 4 nodes"),
+        ({"nodes": 1}, "--nodes: 1 is below 2"),
+        ({"nodes": 70_000}, "1600 rows of 4 labels are too few for 70000 nodes"),
+        ({"density": 1.5}, r"--density: 1\.5 is outside"),
+        ({"seed": -1}, "--seed: -1 is below 0"),
+        ({"model": "here"}, "--model, --task, --data: go together"),
+        ({"text": Path("here")}, "--text goes with them"),
+    ],
+)
+def test_bad_choices_are_named_before_anything_runs(choices: dict[str, Any], message: str) -> None:
+    with pytest.raises((ConfigError, DataError), match=message):
+        make_plan(Choices(**choices))
+
+
+def test_one_label_is_too_few() -> None:
+    with pytest.raises(DataError, match="20 rows of 1 labels are too few"):
+        shards([{"label": 1}] * 20, 4, "label", 0)
+
+
+def test_the_task_that_the_demo_writes_can_be_read(tmp_path: Path) -> None:
+    task = TASK.model_copy(update={"template": 'a "quoted"\n\\ line with 😀: {line}', "name": "odd"})
+    (tmp_path / "task.toml").write_text(_toml(task.model_dump(mode="json")), encoding="utf-8")
+    assert load_task(str(tmp_path / "task.toml")) == task
+    assert load_config(tmp_path / "task.toml", Task) == task
