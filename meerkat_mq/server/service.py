@@ -129,6 +129,7 @@ class _Server:
                 await self._finished.wait()
                 await self._watch.finish(self._committed[1], self._updates())
                 await asyncio.to_thread(self._save)
+                self._log.info("model saved", file=str(self._config.state_dir / DIFFERENCE_FILE))
                 if not self._config.once:
                     await asyncio.Event().wait()
                 for task in work:
