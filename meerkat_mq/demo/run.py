@@ -21,7 +21,9 @@ from meerkat_mq.model.masks import make_mask
 from meerkat_mq.observe.events import RunEvent, RunStarted
 from meerkat_mq.observe.live import Live
 from meerkat_mq.observe.logs import configure_logs
-from meerkat_mq.observe.report import NodeReport, Report, print_summary, write_report
+from meerkat_mq.observe.page import write_report
+from meerkat_mq.observe.report import NodeReport, Report
+from meerkat_mq.observe.summary import print_summary
 from meerkat_mq.wire.descriptor import RunDescriptor, Task
 
 EVALUATIONS = 12

@@ -3,8 +3,9 @@
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+from meerkat_mq.core.files import write_atomically
 from meerkat_mq.observe import charts, summary
 from meerkat_mq.observe.figures import (
     duration,
@@ -16,9 +17,7 @@ from meerkat_mq.observe.figures import (
     smoothed,
 )
 from meerkat_mq.observe.markup import Markup, tag
-
-if TYPE_CHECKING:
-    from meerkat_mq.observe.report import NodeReport, Report
+from meerkat_mq.observe.report import NodeReport, Report
 
 STYLE: Final = Path(__file__).with_name("page.css")
 LEGEND_CLASSES: Final = 16
@@ -43,7 +42,16 @@ MEANINGS: Final = {
 }
 
 
-def render(report: "Report") -> str:
+def write_report(path: Path, report: Report) -> None:
+    """Write the self-contained report page, atomically.
+
+    Raises:
+        OSError: the folder is missing, read-only or full.
+    """
+    write_atomically(path, render(report).encode("utf-8", errors="replace"))
+
+
+def render(report: Report) -> str:
     """The page as HTML."""
     title = f"{report.model} · Meerkat-MQ"
     head = tag(
@@ -66,7 +74,7 @@ def _section(title: str, *content: str, note: str = "", style: str = "card") -> 
     return tag("section", tag("h2", title), explained, *content, class_=style)
 
 
-def _header(report: "Report") -> Markup:
+def _header(report: Report) -> Markup:
     task = report.descriptor.task
     nodes = f"{len(report.nodes):,} {'node' if len(report.nodes) == 1 else 'nodes'}"
     where = f"federation {report.descriptor.federation} · run {report.descriptor.run[:8]}"
@@ -78,7 +86,7 @@ def _header(report: "Report") -> Markup:
     )
 
 
-def _tiles(report: "Report") -> Markup:
+def _tiles(report: Report) -> Markup:
     return tag("div", *(_tile(*tile) for tile in _headlines(report)), class_="tiles")
 
 
@@ -87,7 +95,7 @@ def _tile(label: str, value: str, *details: str) -> Markup:
     return tag("div", tag("p", label, class_="label"), tag("p", value, class_="value"), *shown, class_="tile")
 
 
-def _headlines(report: "Report") -> Iterable[Sequence[str]]:
+def _headlines(report: Report) -> Iterable[Sequence[str]]:
     if report.evaluations and report.gained is not None:
         before, after = report.evaluations[0], report.evaluations[-1]
         yield (
@@ -119,12 +127,12 @@ def _headlines(report: "Report") -> Iterable[Sequence[str]]:
 # --- curves ---
 
 
-def _curves(report: "Report") -> Markup:
+def _curves(report: Report) -> Markup:
     rounds = charts.count_scale(max([len(report.rounds), *(event.version for event in report.evaluations)]))
     return tag("div", _accuracy(report, rounds), _loss(report, rounds), class_="two")
 
 
-def _accuracy(report: "Report", rounds: charts.Scale) -> Markup:
+def _accuracy(report: Report, rounds: charts.Scale) -> Markup:
     if not report.evaluations:
         return _section("Held-out accuracy", note="Not measured in this run.")
     curve = charts.Line("accuracy", "main", [(e.version, e.accuracy) for e in report.evaluations], dots=True)
@@ -136,7 +144,7 @@ def _accuracy(report: "Report", rounds: charts.Scale) -> Markup:
     )
 
 
-def _references(report: "Report") -> list[charts.Reference]:
+def _references(report: Report) -> list[charts.Reference]:
     before, majority = report.evaluations[0].accuracy, report.evaluations[-1].majority
     marks = [("before", "before", before), ("majority class", "majority", majority)]
     (high_label, high_style, high), (low_label, low_style, low) = sorted(marks, key=lambda mark: -mark[2])
@@ -150,7 +158,7 @@ def _references(report: "Report") -> list[charts.Reference]:
     return references
 
 
-def _loss(report: "Report", rounds: charts.Scale) -> Markup:
+def _loss(report: Report, rounds: charts.Scale) -> Markup:
     closed = [event for event in report.rounds if math.isfinite(event.loss)]
     versions, losses = [event.version for event in closed], [event.loss for event in closed]
     average = smoothed(losses, max(5, len(losses) / 15))
@@ -181,7 +189,7 @@ def _bytes_tick(size: float) -> str:
 # --- bytes, labels, nodes ---
 
 
-def _bytes(report: "Report") -> Markup:
+def _bytes(report: Report) -> Markup:
     cost, nodes = report.cost, report.nodes.values()
     sizes = [
         ("all weights, each round", "weights", cost.weights),
@@ -200,7 +208,7 @@ def _bytes(report: "Report") -> Markup:
     )
 
 
-def _labels(report: "Report") -> Markup:
+def _labels(report: Report) -> Markup:
     most = max((sum(node.labels) for node in report.nodes.values()), default=0)
     rows = (
         tag("div", tag("span", name, class_="name"),
@@ -219,11 +227,11 @@ def _labels(report: "Report") -> Markup:
     )
 
 
-def _parts(report: "Report", node: "NodeReport") -> list[tuple[str, float]]:
+def _parts(report: Report, node: NodeReport) -> list[tuple[str, float]]:
     return list(zip(report.classes, node.labels, strict=False))
 
 
-def _nodes(report: "Report") -> Markup:
+def _nodes(report: Report) -> Markup:
     heads = ["node", *report.classes, "updates", "payload", "packets", "all sent", "received", "peak RSS", "digest"]
     rows = (
         [
@@ -245,7 +253,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Markup:
     return tag("div", tag("table", first, tag("tbody", *others)), class_="scroll")
 
 
-def _counts(report: "Report") -> Markup:
+def _counts(report: Report) -> Markup:
     if not report.counts:
         return _section("Counted", note="Nothing: no update late, refused or twice, no node lost, no message dropped.")
     rows = ((reason, f"{count:,}", _meaning(reason)) for reason, count in sorted(report.counts.items()))
@@ -259,7 +267,7 @@ def _meaning(reason: str) -> str:
 # --- the run itself ---
 
 
-def _descriptor(report: "Report") -> Markup:
+def _descriptor(report: Report) -> Markup:
     run = report.descriptor
     settings = [
         ("rounds", f"{run.rounds:,}"),
@@ -288,7 +296,7 @@ def _pairs(pairs: Iterable[tuple[str, str]], style: str) -> Markup:
     return tag("dl", *(tag("div", tag("dt", label), tag("dd", value)) for label, value in pairs), class_=style)
 
 
-def _task(report: "Report") -> Markup:
+def _task(report: Report) -> Markup:
     task = report.descriptor.task
     if task is None:
         return Markup()

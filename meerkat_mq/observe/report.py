@@ -1,13 +1,8 @@
-"""What a finished run comes to: the summary on the terminal and the report page."""
+"""What a finished run comes to; `summary` prints it, `page` draws it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from rich.console import Console
-
-from meerkat_mq.core.files import write_atomically
-from meerkat_mq.observe import page, summary
 from meerkat_mq.observe.events import Evaluated, RoundClosed
 from meerkat_mq.wire.descriptor import RunDescriptor
 
@@ -118,17 +113,3 @@ class Report:
         masked = updates * self.descriptor.weights * MASKED_VALUE_BYTES
         weights = updates * self.parameters * WEIGHT_BYTES[self.descriptor.dtype]
         return Cost(updates, most.payload_bytes, most.packet_bytes, masked, weights)
-
-
-def print_summary(console: Console, report: Report) -> None:
-    """Print what came of a run."""
-    summary.show(console, report)
-
-
-def write_report(path: Path, report: Report) -> None:
-    """Write the self-contained report page, atomically.
-
-    Raises:
-        OSError: the folder is missing, read-only or full.
-    """
-    write_atomically(path, page.render(report).encode("utf-8", errors="replace"))

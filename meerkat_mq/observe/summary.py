@@ -1,7 +1,5 @@
 """The end of a run on a terminal."""
 
-from typing import TYPE_CHECKING
-
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -16,9 +14,7 @@ from meerkat_mq.observe.figures import (
     printable,
     small_percent,
 )
-
-if TYPE_CHECKING:
-    from meerkat_mq.observe.report import NodeReport, Report
+from meerkat_mq.observe.report import NodeReport, Report
 
 MOST_NODES = 40
 MOST_NAMED = 5
@@ -26,7 +22,7 @@ MOST_CLASSES = 5
 OTHER_COLUMNS_WIDTH = 48  # of the node table, its node column apart
 
 
-def show(console: Console, report: "Report") -> None:
+def print_summary(console: Console, report: Report) -> None:
     """Print the figures of a run, and its nodes as a table."""
     figures = Table.grid(padding=(0, 2))
     figures.add_column(style="bold", no_wrap=True)
@@ -48,7 +44,7 @@ def show(console: Console, report: "Report") -> None:
         console.print(_node_table(report, console.width))
 
 
-def accuracy_lines(report: "Report") -> list[str]:
+def accuracy_lines(report: Report) -> list[str]:
     """Accuracy before and after, the majority class, and the bound."""
     if not report.evaluations or report.gained is None:
         return ["not measured"]
@@ -64,7 +60,7 @@ def accuracy_lines(report: "Report") -> list[str]:
     return lines
 
 
-def weight_lines(report: "Report") -> list[str]:
+def weight_lines(report: Report) -> list[str]:
     """How many weights were tuned, and their share."""
     tuned = report.descriptor.weights
     lines = [f"{tuned:,} of {report.parameters:,} tuned: {small_percent(tuned / max(1, report.parameters))} of all"]
@@ -73,17 +69,17 @@ def weight_lines(report: "Report") -> list[str]:
     return lines
 
 
-def time_line(report: "Report") -> str:
+def time_line(report: Report) -> str:
     """Rounds and seconds."""
     return ", ".join([f"{len(report.rounds):,} rounds in {duration(report.seconds)}", *pace(report)])
 
 
-def pace(report: "Report") -> list[str]:
+def pace(report: Report) -> list[str]:
     """Rounds a second, where any time passed."""
     return [f"{len(report.rounds) / report.seconds:.2g} a second"] if report.seconds > 0 else []
 
 
-def cost_lines(report: "Report") -> list[str]:
+def cost_lines(report: Report) -> list[str]:
     """Bytes of updates against bytes of weights."""
     cost = report.cost
     lines = [f"{human_bytes(cost.packets)} by a node at most, as MQTT packets ({human_bytes(cost.payload)} payload)"]
@@ -93,7 +89,7 @@ def cost_lines(report: "Report") -> list[str]:
     return lines
 
 
-def digest_line(report: "Report") -> str:
+def digest_line(report: Report) -> str:
     """Whether every node ended with the server's theta."""
     equal, short = len(report.nodes) - len(report.astray), report.digest[:8]
     if not report.astray:
@@ -102,7 +98,7 @@ def digest_line(report: "Report") -> str:
     return f"{equal} of {len(report.nodes)} nodes hold the server's weights ({short}…); not {named}"
 
 
-def _node_table(report: "Report", width: int) -> Table:
+def _node_table(report: Report, width: int) -> Table:
     classes = _class_columns(report, width)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("node", no_wrap=True)
@@ -117,17 +113,17 @@ def _node_table(report: "Report", width: int) -> Table:
     return table
 
 
-def _class_columns(report: "Report", width: int) -> list[str]:
+def _class_columns(report: Report, width: int) -> list[str]:
     names = [printable(name) for name in report.classes]
     needed = OTHER_COLUMNS_WIDTH + max(map(len, report.nodes)) + sum(max(4, len(name)) + 2 for name in names)
     return names if needed <= width else []
 
 
-def _rows(node: "NodeReport") -> str:
+def _rows(node: NodeReport) -> str:
     return "/".join(map(str, node.labels)) if len(node.labels) <= MOST_CLASSES else f"{sum(node.labels):,} in all"
 
 
-def _node_figures(node: "NodeReport") -> list[str]:
+def _node_figures(node: NodeReport) -> list[str]:
     return [
         f"{node.updates:,}",
         human_bytes(node.payload_bytes),

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from meerkat_mq.observe.page import MEANINGS
-from meerkat_mq.observe.report import write_report
+from meerkat_mq.observe.page import MEANINGS, write_report
 from tests.observe.made_up import TASK, a_descriptor, a_node, a_report, a_round, an_evaluation
 
 VOID = {"meta"}

@@ -3,7 +3,7 @@ from typing import Any
 
 from rich.console import Console
 
-from meerkat_mq.observe.report import print_summary
+from meerkat_mq.observe.summary import print_summary
 from tests.observe.made_up import a_descriptor, a_node, a_report, a_round, an_evaluation
 
 
