@@ -64,7 +64,20 @@ def demo(
     """Run a whole federation on this machine: broker, server and nodes, live progress, a report at the end."""
     from meerkat_mq.demo.plan import Choices, make_plan  # noqa: PLC0415
 
-    plan = make_plan(Choices(model, task, data, text, nodes, rounds, directions, lr, density, dtype, seed))
+    choices = Choices(
+        model=model,
+        task=task,
+        data=data,
+        text=text,
+        nodes=nodes,
+        rounds=rounds,
+        directions=directions,
+        lr=lr,
+        density=density,
+        dtype=dtype,
+        seed=seed,
+    )
+    plan = make_plan(choices)
     from meerkat_mq.demo.run import run_demo  # noqa: PLC0415 - after the checks: it imports torch
 
     sys.exit(run_service(lambda: run_demo(plan, out, Console())))

@@ -91,7 +91,9 @@ class _Server:
         self._machine: ServerMachine | None = None
         self._rival: ServerState | None = None
         self._term = 0
+        self._chunks = run.chunks(self._term)
         self._saving = threading.Lock()
+        self._saved = 0
         self._finished = asyncio.Event()
         self._enough_nodes = asyncio.Event()
         descriptor = run.descriptor
@@ -151,16 +153,17 @@ class _Server:
             ) from None
 
     def _save(self) -> None:
-        """Leave the model as the ledger says, unless no round closed."""
-        version, theta = self._committed
-        if version == 0:
-            return
-        difference = Difference(self._run.mask, theta, self._run.descriptor.run_id, version)
-        try:
-            with self._saving:
+        """Leave the model as the ledger says, unless no round closed since it was last left."""
+        with self._saving:
+            version, theta = self._committed
+            if version == self._saved:
+                return
+            difference = Difference(self._run.mask, theta, self._run.descriptor.run_id, version)
+            try:
                 difference.save(self._config.state_dir / DIFFERENCE_FILE)
-        except OSError as error:
-            raise _unusable(self._config, error) from error
+            except OSError as error:
+                raise _unusable(self._config, error) from error
+            self._saved = version
 
     # --- connection and state ---
 
@@ -169,7 +172,7 @@ class _Server:
             self._machine = self._take_charge()
         self._publish_state()
         self._publish_run()
-        for chunk in self._run.chunks(self._term):
+        for chunk in self._chunks:
             self._session.publish(self._topics.blob(chunk.blob, chunk.index), encode(chunk), retain=True)
         self._perform(self._machine.start(self._now()))
         for node, status in list(self._watch.statuses.items()):
@@ -191,6 +194,7 @@ class _Server:
                 self._topics.server, "the last possible term stands there", "clear this retained message on the broker"
             )
         self._term = term
+        self._chunks = self._run.chunks(term)
         self._log.info("in charge", term=self._term, weights=self._run.mask.size, rounds=self._config.rounds.count)
         self._observe(RunStarted(self._run.descriptor, self._term))
         self._watch.stood(0, self._replica.theta)
@@ -345,9 +349,8 @@ class _Server:
 
     def _send_chunks(self, node: str, want: Want) -> None:
         if want.blob == self._run.mask.hash:
-            chunks = self._run.chunks(self._term)
-            for index in sorted(set(want.chunks) & set(range(len(chunks)))):
-                self._reply(node, chunks[index])
+            for index in sorted(set(want.chunks) & set(range(len(self._chunks)))):
+                self._reply(node, self._chunks[index])
 
     def _reply(self, node: str, frame: Welcome | Refusal | Entries | Chunk) -> None:
         """Answer a node; where too much waits for the broker already, it has to ask again."""
