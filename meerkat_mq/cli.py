@@ -12,11 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from meerkat_mq import __version__
 from meerkat_mq.broker.__main__ import command as broker
+from meerkat_mq.chaos.command import command as chaos
+from meerkat_mq.chaos.simulator.command import command as simulate
 from meerkat_mq.config import ModelConfig, check_config
 from meerkat_mq.errors import ConfigError, MeerkatError
 from meerkat_mq.node.__main__ import command as node
 from meerkat_mq.observe.process import run_service
 from meerkat_mq.server.__main__ import command as server
+from meerkat_mq.server.commands import ledger, status, verify
 
 app = typer.Typer(
     name="meerkat",
@@ -28,6 +31,11 @@ app = typer.Typer(
 app.command("server")(server)
 app.command("node")(node)
 app.command("broker")(broker)
+app.command("simulate")(simulate)
+app.command("chaos")(chaos)
+app.command("status")(status)
+app.command("ledger")(ledger)
+app.command("verify")(verify)
 
 Method = Literal["sensitivity", "magnitude-activation", "magnitude", "random"]
 Split = Literal["iid", "dirichlet", "one-label"]

@@ -1,8 +1,10 @@
 """Configuration files: TOML in, checked objects out; every error names the file, the key and the remedy."""
 
+import json
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -112,6 +114,9 @@ class RoundsConfig(Section):
         grace_s: a node counts as dead this long after its death was announced.
         digest_every: theta's digest is computed every so many versions; divides count, so that the last has one.
         weigh_by_rows: weigh nodes by their number of rows instead of equally.
+        aggregate: how a lane's projected gradients become one.
+        trim: share of a lane's nodes that "trimmed-mean" leaves out at each end.
+        snapshot_every: theta is kept as a file every so many versions, for nodes and servers that come back.
     """
 
     count: Annotated[int, Field(ge=1, lt=2**32)] = 100
@@ -128,12 +133,31 @@ class RoundsConfig(Section):
     grace_s: Annotated[float, Field(ge=0, le=86_400)] = 2.0
     digest_every: Annotated[int, Field(ge=1)] = 1
     weigh_by_rows: bool = False
+    aggregate: Literal["mean", "trimmed-mean"] = "mean"
+    trim: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
+    snapshot_every: Annotated[int, Field(ge=1)] = 500
 
     @model_validator(mode="after")
     def _last_version_has_a_digest(self) -> Self:
         if self.count % self.digest_every:
             raise ValueError(f"digest_every = {self.digest_every} must divide count = {self.count}")
         return self
+
+
+class GuardsConfig(Section):
+    """What makes the server refuse projected gradients (docs/guards.md).
+
+    Attributes:
+        outlier: robust z-score above which one is refused, unless the node's own past excuses it: against the lane's
+            nodes of the round where there are three, else against the magnitudes in all lanes.
+        against: correlation with the median of the lane's others, over the window, below which a node counts as working
+            against them, and is refused; -1: never. Needs ten rounds.
+        window: rounds of past that a node is judged by.
+    """
+
+    outlier: Annotated[float, Field(gt=1)] = 8.0
+    against: Annotated[float, Field(ge=-1, lt=0)] = -0.5
+    window: Annotated[int, Field(ge=5, le=1000)] = 20
 
 
 class EvaluationConfig(Section):
@@ -164,6 +188,7 @@ class ServerConfig(Section):
     state_dir: LocalPath
     broker: BrokerConfig = BrokerConfig()
     rounds: RoundsConfig = RoundsConfig()
+    guards: GuardsConfig = GuardsConfig()
     engine: Literal["transformers", "toy"] = "transformers"
     toy_weights: Annotated[int, Field(ge=1, le=10_000_000)] = 1000
     mask: LocalPath | None = None
@@ -240,6 +265,17 @@ def check_config(table: object, kind: type[ConfigT], *, where: str, folder: Path
         raise ConfigError(
             f"{where}: {key}", f"{_plain(first['msg'])}{found}", _REMEDY.get(first["type"], "")
         ) from error
+
+
+def to_toml(table: Mapping[str, Any]) -> str:
+    """A table as TOML: its plain values, then its sections, one deep."""
+    plain = [
+        f"{key} = {json.dumps(value, ensure_ascii=False)}\n"
+        for key, value in table.items()
+        if not isinstance(value, Mapping)
+    ]
+    sections = [f"\n[{key}]\n{to_toml(value)}" for key, value in table.items() if isinstance(value, Mapping)]
+    return "".join(plain + sections)
 
 
 _REMEDY = {

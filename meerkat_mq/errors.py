@@ -18,7 +18,9 @@ MeerkatError                     1
 │   ├── AnotherServer                another server is online, or fenced this one
 │   ├── NodeReplaced                 another process connected with this node's id
 │   ├── TooFewNodes
-│   └── RunMismatch                  ledger, digest or settings do not fit the run
+│   ├── RunMismatch                  ledger, digest or settings do not fit the run
+│   ├── LedgerError                  the ledger's file or folder cannot be used
+│   └── DrillFailed                  a fault drill or simulation ended with a violation
 └── WireError                    7   bytes from the broker that do not decode
     ├── Truncated
     ├── BadMagic
@@ -149,6 +151,14 @@ class TooFewNodes(RunError):
 
 class RunMismatch(RunError):
     """The ledger, the digests or the settings do not fit the run."""
+
+
+class LedgerError(RunError):
+    """The ledger's file or folder cannot be used; the file is left as it was."""
+
+
+class DrillFailed(RunError):
+    """A fault drill or a simulation found something that does not hold."""
 
 
 class WireError(MeerkatError):

@@ -1,5 +1,6 @@
 """Golden vectors of the bytes on the wire, made with `meerkat_mq.wire`."""
 
+import math
 import struct
 import zlib
 from collections.abc import Callable
@@ -9,6 +10,7 @@ import numpy as np
 import zstandard
 
 from meerkat_mq.core.directions import direction
+from meerkat_mq.core.path import digest, short_hash
 from meerkat_mq.wire.arrays import encode_array, encode_mask, read_array, split
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor, ServerState, Task, decode_control
 from meerkat_mq.wire.frames import (
@@ -16,6 +18,7 @@ from meerkat_mq.wire.frames import (
     Entries,
     Frame,
     Header,
+    Offer,
     Reason,
     Refusal,
     Round,
@@ -26,7 +29,8 @@ from meerkat_mq.wire.frames import (
     encode,
 )
 from meerkat_mq.wire.reader import Reader
-from protocol.vectors_core import RUN_ID, TOP_SEED, golden_entries, golden_mask, hex_u64, refusal, to_json
+from meerkat_mq.wire.snapshot import decode_snapshot, encode_snapshot
+from protocol.vectors_core import RUN_ID, TOP_SEED, golden_entries, golden_mask, hex_float32, hex_u64, refusal, to_json
 
 _TOP = 2**32 - 1
 _MASK = golden_mask()
@@ -37,13 +41,15 @@ _BASE = bytes.fromhex("00112233445566ff")
 
 
 def meaning(value: object) -> object:
-    """A frame, or a part of it, as JSON: bytes as hex, sets as ascending lists, explicit seeds as hex."""
+    """A frame, or a part of it, as JSON: bytes as hex, sets as ascending lists, seeds as hex, NaN and ∞ as words."""
     if isinstance(value, bytes):
         return value.hex()
     if isinstance(value, frozenset):
         return sorted(value)
     if isinstance(value, tuple):
         return [meaning(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if is_dataclass(value):
         return {field.name: _field(field.name, getattr(value, field.name)) for field in fields(value)}
     return int(value) if isinstance(value, Reason) else value
@@ -69,6 +75,8 @@ def golden_frames() -> dict[str, Frame]:
         "update, T = 10": Update(_HEADER, 1, _BASE, _f(0.25), many),
         "update, explicit seeds": Update(_HEADER, 0, _BASE, 0.0, many[:3], (0, 1, TOP_SEED)),
         "update, edge values": Update(_HIGH, _TOP, bytes(8), _f(3.4028234663852886e38), (-0.0, _f(1e-45), _f(-1e38))),
+        "update, not finite": Update(_HEADER, 1, _BASE, math.nan, (math.nan, math.inf, -math.inf, _f(0.5))),
+        "update, loss infinite": Update(_HEADER, 1, _BASE, math.inf, (_f(0.5),)),
         "round, idle": Round(_HEADER, False, 1, 1, _f(1e-3), 0),
         "round, open, nobody heard": Round(_HEADER, True, 1, 2, _f(1e-3), 30_000, 0, frozenset(range(10))),
         "round, all fields": Round(
@@ -89,6 +97,8 @@ def golden_frames() -> dict[str, Frame]:
         "entries, none": Entries(_HEADER, ()),
         "chunk": chunks[0],
         "chunk, second of two": Chunk(_HEADER, _MASK.hash, 1, 2, 65_537, b"\x2a"),
+        "offer": Offer(_HEADER, 500, bytes(range(16)), 3_408_939),
+        "offer, largest": Offer(_HIGH, _TOP, b"\xff" * 16, _TOP),
         **{f"refusal, {reason.name.lower()}": Refusal(_HEADER, 9, reason) for reason in Reason},
     }  # fmt: skip
 
@@ -107,7 +117,7 @@ def _patched(frame: str, offset: int, data: bytes) -> bytes:
 def hostile_frames() -> dict[str, bytes]:
     """Frames that every implementation refuses."""
     update = encode(golden_frames()["update, T = 1"])
-    nan, infinite = b"\0\0\xc0\x7f", b"\0\0\x80\x7f"
+    nan, infinite, other_nan, negative_nan = b"\0\0\xc0\x7f", b"\0\0\x80\x7f", b"\1\0\x80\x7f", b"\0\0\xc0\xff"
     return {
         "empty": b"",
         "header cut short": update[:23],
@@ -118,18 +128,20 @@ def hostile_frames() -> dict[str, bytes]:
         "another magic": b"XK" + update[2:],
         "another version": _patched("update, T = 1", -22, b"\2"),
         "type 0": _patched("update, T = 1", -21, b"\0"),
-        "type 8": _patched("update, T = 1", -21, b"\x08"),
+        "type 9": _patched("update, T = 1", -21, b"\x09"),
         "over 96 KiB": bytes(96 * 1024 + 1),
         "body one byte too long": _sealed(update[:-4] + b"\0"),
         "body one byte too short": _sealed(update[:-5]),
         "update, no steps": _patched("update, T = 1", 12, b"\0\0"),
         "update, 1001 steps": _patched("update, T = 1", 12, (1001).to_bytes(2, "little")),
         "update, unknown flag": _patched("update, T = 1", 14, b"\2\0"),
-        "update, loss not a number": _patched("update, T = 1", 16, nan),
-        "update, g infinite": _patched("update, T = 1", 20, infinite),
+        "update, another NaN as the loss": _patched("update, T = 1", 16, negative_nan),
+        "update, another NaN as g": _patched("update, T = 1", 20, other_nan),
         "round, no steps": _patched("round, idle", 0, b"\0\0"),
         "round, no lanes": _patched("round, idle", 2, b"\0\0"),
         "round, 4097 lanes": _patched("round, idle", 2, b"\x01\x10"),
+        "round, eps not a number": _patched("round, idle", 4, nan),
+        "round, eps infinite": _patched("round, idle", 4, infinite),
         "round, eps 0": _patched("round, idle", 4, bytes(4)),
         "round, unknown flag": _patched("round, idle", 14, b"\x80\0"),
         "round, bitmap of 8193 bytes": _patched("round, idle", 16, b"\x01\x20"),
@@ -143,8 +155,10 @@ def hostile_frames() -> dict[str, bytes]:
         "chunk, index beyond count": _patched("chunk", 16, b"\1\0"),
         "chunk, longer than its blob": _patched("chunk", 20, b"\1\0\0\0"),
         "chunk, of no bytes": _sealed(_patched("chunk, second of two", 24, bytes(4))[:-5]),
+        "offer, of no bytes": _patched("offer", 20, bytes(4)),
+        "offer, cut short": _sealed(encode(golden_frames()["offer"])[:-5]),
         "refusal, reason 0": _patched("refusal, resynchronise", 4, b"\0"),
-        "refusal, unknown reason": _patched("refusal, resynchronise", 4, b"\x09"),
+        "refusal, unknown reason": _patched("refusal, resynchronise", 4, b"\x05"),
     }
 
 
@@ -162,6 +176,50 @@ def frames() -> bytes:
 def mask_blob() -> bytes:
     """The golden mask as a blob."""
     return encode_mask(_MASK)
+
+
+def snapshot_blob() -> bytes:
+    """theta at the end of the golden run, as a blob."""
+    entries, theta = golden_entries(_MASK)
+    return encode_snapshot(RUN_ID, len(entries), entries[-1].hash(RUN_ID), theta)
+
+
+def _hostile_snapshots() -> dict[str, bytes]:
+    good = snapshot_blob()
+    return {
+        "empty": b"",
+        "another magic": b"MKDIFF" + good[6:],
+        "another format version": good[:6] + b"\2" + good[7:],
+        "another number of weights": good[:60] + struct.pack("<I", _MASK.size + 1) + good[64:],
+        "another digest": good[:44] + bytes([good[44] ^ 1]) + good[45:],
+        "an array of another type": good[:64] + b"\2" + good[65:],
+        "cut short": good[:-1],
+        "one byte too many": good + b"\0",
+    }
+
+
+def snapshot() -> bytes:
+    """What the golden snapshot says, and blobs to refuse though their hashes are right."""
+    blob, (entries, theta) = snapshot_blob(), golden_entries(_MASK)
+    refused = [
+        {
+            "name": name,
+            "error": refusal(lambda data: decode_snapshot(data, short_hash(data), _MASK.size), data),
+            "hex": data.hex(),
+        }
+        for name, data in _hostile_snapshots().items()
+    ]
+    return to_json(
+        {
+            "hash": short_hash(blob).hex(),
+            "run_id": RUN_ID.hex(),
+            "version": len(entries),
+            "head": entries[-1].hash(RUN_ID).hex(),
+            "digest": digest(theta).hex(),
+            "theta": hex_float32(theta),
+            "refused": refused,
+        }
+    )
 
 
 def golden_arrays() -> dict[str, np.ndarray[tuple[int], np.dtype[np.generic]]]:
@@ -256,5 +314,7 @@ FILES: dict[str, tuple[str, Callable[[], bytes]]] = {
     "frames.json": ("frames with their meaning, and bytes to refuse (section 4)", frames),
     "arrays.json": ("arrays, and bytes to refuse (section 5)", arrays),
     "mask.blob": ("mask.bin as a blob (section 5); zstd versions may write other bytes", mask_blob),
+    "snapshot.blob": ("theta at the end of path.json's first run (section 5); likewise", snapshot_blob),
+    "snapshot.json": ("what snapshot.blob says, its hash, and blobs to refuse (section 5)", snapshot),
     "control.json": ("JSON control messages, and texts to refuse as NodeStatus (section 6)", control),
 }

@@ -79,6 +79,10 @@ async def test_from_mask_to_export(
     assert len(before) == len(after)
     assert before != after
 
+    said = meerkat("verify", tmp_path / "server", "--model", tuned, "--base", tiny_llama)
+    assert f"4 rounds and 4 updates are as they must be; so are difference.mkd, {tuned}; digest " in said.out
+    assert events[-1].digest in said.out
+
 
 def test_the_module_is_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "meerkat_mq", "--version"], capture_output=True, text=True, check=True)

@@ -30,8 +30,8 @@ def seed_for(run_id: bytes, version: int, lane: int, step: int) -> int:
     return int.from_bytes(hashlib.sha256(message).digest()[:8], "little")
 
 
-def coefficient(lr: float, scalars: Iterable[tuple[int, float]], total_weight: int) -> float:
-    """The factor of one direction: float32(lr · (fsum(n_k · g_k) / Σ n_k)), computed in float64.
+def coefficient(lr: float, scalars: Iterable[tuple[int, float]], total_weight: float) -> float:
+    """The factor of one direction: float32(lr · (fsum(n_k · g_k) / total_weight)), computed in float64.
 
     Every product of a float32 and an integer weight is exact and `math.fsum` rounds once, so the order of
     arrival does not matter.
@@ -39,7 +39,8 @@ def coefficient(lr: float, scalars: Iterable[tuple[int, float]], total_weight: i
     Args:
         lr: learning rate, finite.
         scalars: (n_k, g_k) of the nodes that made this step; 1 ≤ n_k ≤ 2**24, g_k a float32.
-        total_weight: Σ n_k over all nodes of the round, those of other lanes and with fewer steps included.
+        total_weight: of a mean, Σ n_k over all accepted nodes of the round, those of other lanes and with fewer steps
+            included; of a trimmed mean, that reduced as the lane's weight is (`rounds.policy.terms_of`); ≥ 1.
 
     Returns:
         A float that is exactly a float32; a zero is +0.
@@ -113,8 +114,9 @@ def apply_terms(
     terms: Iterable[Term],
     seed: Callable[[int, int], int],
     stream: str,
+    scratch: Float32Array | None = None,
 ) -> None:
-    """Apply terms in order to theta in place; `seed(lane, step)` names each direction."""
-    scratch = np.empty_like(theta)
+    """Apply terms in order to theta in place; `seed(lane, step)` names each direction; calls may share a scratch."""
+    scratch = np.empty_like(theta) if scratch is None else scratch
     for term in terms:
         apply(theta, direction(stream, seed(term.lane, term.step), 0, theta.size), term.coefficient, scratch)

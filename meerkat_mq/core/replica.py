@@ -1,8 +1,11 @@
 """theta at a version: what a mask and the entries since make of it, on the server, on a node and in verification."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
+import numpy as np
+
+from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import NO_DIGEST, Term, apply_terms, digest, digest_due, seed_for
 
@@ -28,10 +31,26 @@ class Replica:
         self.theta = self._mask.theta_0
         self.version = 0
 
+    def load(self, theta: Float32Array, version: int) -> None:
+        """Stand at `version` with this theta, of a snapshot."""
+        self.theta = theta
+        self.version = version
+
     def apply(self, terms: Sequence[Term]) -> bytes:
         """Apply the terms of entry `version`; returns the digest after it, or 16 zero bytes where none is due."""
-        theta = self.theta.copy()
-        apply_terms(theta, terms, partial(seed_for, self._run_id, self.version), self._stream)
-        self.theta = theta
-        self.version += 1
-        return digest(theta) if digest_due(self.version, self._digest_every) else NO_DIGEST
+        (after,) = self.replay([terms])
+        return after
+
+    def replay(self, rounds: Iterable[Sequence[Term]]) -> tuple[bytes, ...]:
+        """Apply the terms of entry `version` and those after it; returns what `apply` returns, for each.
+
+        Who holds an earlier theta keeps it: all work is on one copy.
+        """
+        theta, version, digests = self.theta.copy(), self.version, list[bytes]()
+        scratch = np.empty_like(theta)
+        for terms in rounds:
+            apply_terms(theta, terms, partial(seed_for, self._run_id, version), self._stream, scratch)
+            version += 1
+            digests.append(digest(theta) if digest_due(version, self._digest_every) else NO_DIGEST)
+        self.theta, self.version = theta, version
+        return tuple(digests)

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from meerkat_mq.broker import embedded_broker
-from meerkat_mq.config import BrokerConfig, EvaluationConfig, ModelConfig, RoundsConfig, ServerConfig
+from meerkat_mq.config import BrokerConfig, EvaluationConfig, ModelConfig, RoundsConfig, ServerConfig, to_toml
 from meerkat_mq.core.step import Row
 from meerkat_mq.errors import RunError
 from meerkat_mq.model.data import write_rows
 from meerkat_mq.observe.events import Evaluated, Observer, RoundClosed, RunEvent, RunFinished
-from meerkat_mq.server import serve
+from meerkat_mq.server import remove_run, serve
 from meerkat_mq.wire.descriptor import Task
 
 NODE_EXIT_S = 30.0
@@ -89,6 +89,7 @@ async def run_local(plan: LocalFederation, observer: Observer = lambda event: No
         result.take(event)
         observer(event)
 
+    await asyncio.to_thread(remove_run, plan.folder / "server")
     async with embedded_broker() as broker:
         result.program = broker.program
         async with asyncio.TaskGroup() as tasks:
@@ -114,7 +115,7 @@ def node_name(number: int) -> str:
 def _server_config(plan: LocalFederation, broker: BrokerConfig) -> ServerConfig:
     held_out, task = plan.folder / "held-out.jsonl", plan.folder / "task.toml"
     write_rows(held_out, plan.held_out)
-    task.write_text(_toml(plan.task.model_dump(mode="json")), encoding="utf-8")
+    task.write_text(to_toml(plan.task.model_dump(mode="json")), encoding="utf-8")
     return ServerConfig(
         federation=plan.name,
         state_dir=plan.folder / "server",
@@ -145,7 +146,7 @@ async def _run_node(plan: LocalFederation, number: int, rows: Sequence[Row], bro
         "broker": {"url": broker.url},
     }
     config, log = plan.folder / f"{name}.toml", plan.folder / f"{name}.log"
-    config.write_text(_toml(settings), encoding="utf-8")
+    config.write_text(to_toml(settings), encoding="utf-8")
     with log.open("wb") as file:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "meerkat_mq.node", "--config", str(config), "--json-logs"),
@@ -164,16 +165,6 @@ async def _run_node(plan: LocalFederation, number: int, rows: Sequence[Row], bro
     if code != 0:
         last = (log.read_text(encoding="utf-8").strip().splitlines() or ["said nothing"])[-1]
         raise RunError(name, f"ended with exit code {code}: {last}", f"see {log}")
-
-
-def _toml(table: dict[str, Any]) -> str:
-    plain = [
-        f"{key} = {json.dumps(value, ensure_ascii=False)}\n"
-        for key, value in table.items()
-        if not isinstance(value, dict)
-    ]
-    sections = [f"\n[{key}]\n{_toml(value)}" for key, value in table.items() if isinstance(value, dict)]
-    return "".join(plain + sections)
 
 
 def _last_words(log: Path) -> dict[str, Any]:

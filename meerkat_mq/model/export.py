@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,9 @@ from meerkat_mq.model.checkpoint import StoredTensor, fingerprint, stored_tensor
 from meerkat_mq.model.load import find_folder
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PIECE = 1 << 20
 _OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".tflite"}
+_EXPORT_AGAIN = "export the model again"
 
 
 def export_model(source: str | Path, mask: Mask, theta: Float32Array, out: Path) -> None:
@@ -50,6 +53,60 @@ def export_model(source: str | Path, mask: Mask, theta: Float32Array, out: Path)
         for matrix, part in mask.slices():
             tensor = _find(stored, matrix)
             _patch(new / tensor.file.relative_to(folder), tensor, matrix, theta[part])
+
+
+def check_export(folder: Path, source: str | Path, mask: Mask, theta: Float32Array) -> None:
+    """Compare an exported model with base and theta, bit for bit, in pieces of a million values.
+
+    Args:
+        folder: the exported model.
+        source: the base: local folder or hub id.
+        mask: of the run.
+        theta: float32 (n,).
+
+    Raises:
+        ModelNotFound: one of the two is missing.
+        ModelMismatch: the base is not the one that the mask was made on, or the model is not base + theta; names the
+            first tensor and weight that differ.
+    """
+    base = find_folder(source)
+    if fingerprint(base) != mask.fingerprint:
+        raise ModelMismatch(str(base), "is not the checkpoint that the mask was made on", "give the run's base model")
+    expected, found = stored_tensors(base), stored_tensors(folder)
+    trained = {_find(expected, matrix): (matrix, theta[part]) for matrix, part in mask.slices()}
+    for name in sorted(expected.keys() | found.keys()):
+        ours, theirs = expected.get(name), found.get(name)
+        if ours is None or theirs is None or _layout(ours) != _layout(theirs):
+            raise ModelMismatch(str(folder), f"{name} is not as in the base, by dtype and shape", _EXPORT_AGAIN)
+        _compare(name, ours, theirs, trained.get(ours))
+
+
+def _layout(tensor: StoredTensor) -> tuple[str, tuple[int, ...], int]:
+    return tensor.dtype, tensor.shape, tensor.stop - tensor.start
+
+
+def _compare(
+    name: str, ours: StoredTensor, theirs: StoredTensor, trained: tuple[MaskedMatrix, Float32Array] | None
+) -> None:
+    bits: npt.NDArray[Any] = np.empty(0, np.uint8)
+    indices = np.empty(0, np.uint32)
+    if trained is not None:
+        indices, bits = trained[0].indices, _bits(trained[1], _FLOATS[ours.dtype])
+    count = (ours.stop - ours.start) // bits.itemsize
+    for start in range(0, count, _PIECE):
+        expected, found = (
+            np.fromfile(
+                tensor.file, bits.dtype, min(_PIECE, count - start), offset=tensor.start + start * bits.itemsize
+            )
+            for tensor in (ours, theirs)
+        )
+        here = slice(*np.searchsorted(indices, (start, start + expected.size)))
+        expected[indices[here] - start] = bits[here]
+        if not np.array_equal(expected, found):
+            at = start + int(np.flatnonzero(expected != found)[0])
+            what = "byte" if trained is None else "weight"
+            whose = "theta's" if at in indices else "the base's"
+            raise ModelMismatch(str(theirs.file), f"{what} {at} of {name} is not {whose}", _EXPORT_AGAIN)
 
 
 def _stale(_: str, names: list[str]) -> list[str]:

@@ -62,6 +62,22 @@ class _Client(aiomqtt.Client):
 
         self._client.on_disconnect = on_disconnect
 
+    def _on_socket_register_write(self, client: Any, userdata: Any, sock: Any) -> None:
+        """As aiomqtt does, but the loop, when it comes to it, looks whether the socket was closed meanwhile."""
+
+        def write() -> None:
+            try:
+                client.loop_write()
+            except Exception as error:  # a broken connection, whatever it says
+                if not self._disconnected.done():
+                    self._disconnected.set_exception(error)
+
+        def register() -> None:
+            if sock.fileno() >= 0:
+                self._loop.add_writer(sock.fileno(), write)
+
+        self._loop.call_soon_threadsafe(register)
+
     def _client_connect(self) -> None:  # runs in a thread that nothing can interrupt
         self._client.connect_timeout = self.timeout
         try:

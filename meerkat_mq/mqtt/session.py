@@ -88,6 +88,7 @@ class Session:
         self._back_off = BackOff(timeouts.back_off_first_s, timeouts.back_off_cap_s)
         self._short_lived = 0
         self._disowned = False
+        self._renewal: asyncio.Future[None] | None = None
         self._log = structlog.get_logger().bind(broker=self._where, client=client_id)
 
     async def run(self) -> None:
@@ -106,6 +107,8 @@ class Session:
             while True:
                 began, connects = clock(), self.connects
                 lost = await self._connect_once()
+                if lost is None:
+                    continue
                 pause_s = self._note(lost, announced=self.connects > connects, lived_s=clock() - began)
                 await asyncio.sleep(pause_s)
         finally:
@@ -161,8 +164,13 @@ class Session:
         self._disowned = True
         self._outbox.close(NotConnected(self._where, "another process owns the topics of this session"))
 
-    async def _connect_once(self) -> Lost:
-        """Go through one connection, from CONNECT to its end."""
+    def renew(self) -> None:
+        """Leave the present connection in order and make another at once, with the will as it is then."""
+        if self._renewal is not None and not self._renewal.done():
+            self._renewal.set_result(None)
+
+    async def _connect_once(self) -> Lost | None:
+        """Go through one connection, from CONNECT to its end; None where it was left to be renewed."""
         link = secrets.randbits(32)
         will = self._will(link) if self._will else None
         connection = Connection(
@@ -170,9 +178,12 @@ class Session:
         )
         talk = asyncio.create_task(self._talk(connection, link, will.topic if will else None))
         orderly = False
+        renewal = self._renewal = asyncio.get_running_loop().create_future()
         try:
-            await asyncio.wait(_futures(talk, connection.ended), return_when=asyncio.FIRST_COMPLETED)
-            cause = connection.ended.result() if connection.ended.done() else talk.exception()
+            await asyncio.wait(_futures(talk, connection.ended, renewal), return_when=asyncio.FIRST_COMPLETED)
+            orderly = not (connection.ended.done() or talk.done())
+            if not orderly:
+                cause = connection.ended.result() if connection.ended.done() else talk.exception()
         except asyncio.CancelledError:
             orderly = True
             await self._flush(connection, talk)
@@ -184,6 +195,9 @@ class Session:
             await connection.end(orderly=orderly or self._disowned)
             self.link = None
             self._outbox.rewind()
+        if orderly:
+            self._on_disconnected("renewed")
+            return None
         if not isinstance(cause, Lost):
             raise cause or AssertionError("a connection never ends by itself")
         cause.sending = sending

@@ -11,9 +11,10 @@ from typing import TypeVar, TypeVarTuple
 import structlog
 
 from meerkat_mq.config import NodeConfig
-from meerkat_mq.errors import DataError, NodeReplaced, WireError, within
+from meerkat_mq.errors import DataError, NodeReplaced, NotConnected, WireError, within
 from meerkat_mq.mqtt import Message, Presence, Session, Verdict, Will
-from meerkat_mq.node.mask_fetch import MaskFetch, check_descriptor
+from meerkat_mq.node.blob_fetch import BlobFetch
+from meerkat_mq.node.mask_fetch import check_descriptor, fetch_mask
 from meerkat_mq.node.state import NodeState
 from meerkat_mq.node.work import Work
 from meerkat_mq.observe.process import peak_rss_mib
@@ -22,12 +23,14 @@ from meerkat_mq.rounds.alarm import Alarm
 from meerkat_mq.rounds.node import NodeMachine
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor, ServerState, decode_control
 from meerkat_mq.wire.frames import decode, encode
-from meerkat_mq.wire.messages import Chunk, Entries, Refusal, Round, Update, Welcome
+from meerkat_mq.wire.messages import Chunk, Entries, Header, Offer, Refusal, Round, Update, Want, Welcome
 from meerkat_mq.wire.topics import Topics
 
 Args = TypeVarTuple("Args")
 Result = TypeVar("Result")
-Job = e.ApplyEntries | e.ResetTheta | e.StartSteps
+Job = e.ApplyEntries | e.FetchSnapshot | e.ResetTheta | e.StartSteps
+
+SILENCES = 5  # of a server that offered a snapshot
 
 
 async def run_node(config: NodeConfig) -> None:
@@ -55,7 +58,7 @@ class _Node:
         self._presence = Presence(self._boot)
         self._machine: NodeMachine | None = None
         self._work: Work | None = None
-        self._fetch: MaskFetch | None = None
+        self._fetch: BlobFetch | None = None
         self._descriptor: RunDescriptor | None = None
         self._news = asyncio.Event()
         self._server: ServerState | None = None
@@ -109,8 +112,13 @@ class _Node:
         self._told_finished = False
         self._jobs = asyncio.Queue()
         self._log = self._log.bind(run=descriptor.run[:8])
-        self._fetch = MaskFetch(descriptor, self._session, self._topics, self._config.id, self._boot)
-        mask = await self._fetch.fetch(self._state)
+        mask = await fetch_mask(
+            descriptor,
+            self._state,
+            self._session,
+            self._topics,
+            lambda name, size: self._begin_fetch(name, size, term=0),
+        )
         self._fetch = None
         work = self._work = await self._in_worker(Work, self._config, descriptor, mask, self._state)
         self._log.info("ready", weights=mask.size, rows=len(work.rows), peak_rss_mib=peak_rss_mib())
@@ -136,11 +144,41 @@ class _Node:
                 digests = await self._in_worker(work.apply, entries)
                 work.digest = next((found for found in reversed(digests) if any(found)), work.digest)
                 self._handle(e.EntriesApplied(self._now(), entries, digests))
+            case e.FetchSnapshot(offer):
+                self._handle(await self._load_snapshot(offer, work))
             case e.ResetTheta():
-                work.digest = await self._in_worker(work.reset)
+                await self._in_worker(work.reset)
             case e.StartSteps(version):
                 scalars, loss = await self._in_worker(work.step, job)
                 self._handle(e.StepsDone(self._now(), version, scalars, loss))
+
+    async def _load_snapshot(self, offer: Offer, work: Work) -> e.SnapshotLoaded | e.SnapshotMissed:
+        try:
+            work.check_offer(offer)
+            fetch = self._begin_fetch(offer.blob, offer.size, term=offer.header.term)
+            blob = await fetch.collect(silences=SILENCES)
+            head, work.digest = await self._in_worker(work.load, blob, offer)
+        except (NotConnected, WireError) as error:
+            self._log.warning("snapshot missed", round=offer.version, problem=str(error))
+            return e.SnapshotMissed(self._now(), offer.version)
+        finally:
+            self._fetch = None
+        self._log.info("snapshot loaded", round=offer.version, bytes=offer.size)
+        return e.SnapshotLoaded(self._now(), offer.version, head, work.digest)
+
+    def _begin_fetch(self, name: bytes, size: int, *, term: int) -> BlobFetch:
+        """From now on, chunks are taken for this blob."""
+        run = self._descriptor
+        assert run is not None
+        header = Header.of(run.run_id, term, 0, run.mask_hash)
+
+        def ask(chunks: tuple[int, ...]) -> None:
+            self._log.info("asking for chunks", blob=name.hex()[:8], first=chunks[0], count=len(chunks))
+            want = Want(header, self._boot, blob=name, chunks=chunks)
+            self._session.publish(self._topics.up(self._config.id, "want"), encode(want))
+
+        self._fetch = BlobFetch(name, size, ask)
+        return self._fetch
 
     async def _in_worker(self, function: Callable[[*Args], Result], *args: *Args) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._worker, function, *args)
@@ -225,11 +263,12 @@ class _Node:
         self._news.set()
 
     def _on_frame(self, message: Message) -> None:
+        reply = self._topics.reply(self._config.id)
         match decode(message.payload):
             case Round() as frame if message.topic == self._topics.round:
                 self._round = frame
                 self._handle(e.FrameCame(self._now(), frame))
-            case (Welcome() | Entries() | Refusal()) as frame if message.topic == self._topics.reply(self._config.id):
+            case (Welcome() | Entries() | Offer() | Refusal()) as frame if message.topic == reply:
                 self._handle(e.FrameCame(self._now(), frame))
             case Chunk() as chunk:
                 if self._fetch is not None:
@@ -258,7 +297,9 @@ class _Node:
             case e.Send(frame):
                 topic = self._topics.up(self._config.id, "update" if isinstance(frame, Update) else "want")
                 self._session.publish(topic, encode(frame))
-            case e.ApplyEntries() | e.ResetTheta() | e.StartSteps():
+            case e.ApplyEntries() | e.FetchSnapshot() | e.ResetTheta() | e.StartSteps():
+                if isinstance(effect, e.ResetTheta) and self._work is not None:
+                    self._work.digest = self._work.theta_0_digest  # the version that it says is 0 from now on
                 self._jobs.put_nowait(effect)
             case e.Count(reason):
                 self._counts[reason] += 1

@@ -14,11 +14,13 @@ from meerkat_mq.core.path import Entry, digest, seed_for
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.step import Engine, Row, local_steps
 from meerkat_mq.core.toy import QuadraticEngine
-from meerkat_mq.errors import ConfigError, DataError, within
+from meerkat_mq.errors import BadValue, ConfigError, DataError, within
 from meerkat_mq.model.data import read_rows
 from meerkat_mq.node.state import NodeState
 from meerkat_mq.rounds.events import StartSteps
 from meerkat_mq.wire.descriptor import RunDescriptor, Task
+from meerkat_mq.wire.messages import Offer
+from meerkat_mq.wire.snapshot import decode_snapshot
 
 _TOY_REMEDY = 'give JSON lines such as {"seed": 7}'
 
@@ -29,6 +31,7 @@ class Work:
     Attributes:
         rows: the node's data.
         digest: of the newest theta at or before the machine's version whose digest is due; belongs to the event loop.
+        theta_0_digest: 16 bytes.
     """
 
     def __init__(self, config: NodeConfig, descriptor: RunDescriptor, mask: Mask, state: NodeState) -> None:
@@ -48,16 +51,33 @@ class Work:
             self.rows, self.engine = _toy_rows(config), QuadraticEngine(mask.size)
         else:
             self.rows, self.engine = _load(config, descriptor, mask)
-        self.digest = digest(self._replica.theta)
+        self.digest = self.theta_0_digest = digest(self._replica.theta)
 
     def apply(self, entries: tuple[Entry, ...]) -> tuple[bytes, ...]:
         """Apply entries to theta; returns the digests, zeros where none is due."""
-        return tuple(self._replica.apply(entry.terms) for entry in entries)
+        return self._replica.replay(entry.terms for entry in entries)
 
-    def reset(self) -> bytes:
-        """Back to theta_0; returns its digest."""
+    def check_offer(self, offer: Offer) -> None:
+        """Refuse, as BadValue, a snapshot that no server of this run can offer."""
+        weights = self._descriptor.weights
+        if offer.size > 5 * weights + 2**16:
+            raise BadValue("offer", f"{offer.size} bytes for {weights} weights")
+
+    def load(self, blob: bytes, offer: Offer) -> tuple[bytes, bytes]:
+        """Stand where a snapshot stands; returns the hash of the last entry behind it, and theta's digest.
+
+        Raises:
+            WireError: it is damaged or not what was offered; theta is as it was.
+        """
+        snapshot = decode_snapshot(blob, offer.blob, self._descriptor.weights)
+        if (snapshot.run_id, snapshot.version) != (self._descriptor.run_id, offer.version):
+            raise BadValue("snapshot", f"is of run {snapshot.run_id.hex()}, version {snapshot.version}")
+        self._replica.load(snapshot.theta, snapshot.version)
+        return snapshot.head, digest(snapshot.theta)
+
+    def reset(self) -> None:
+        """Back to theta_0."""
         self._replica.reset()
-        return digest(self._replica.theta)
 
     def step(self, order: StartSteps) -> tuple[tuple[float, ...], float]:
         """The local steps of a round from the present theta: (projected gradients, mean loss)."""

@@ -41,6 +41,16 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class Band:
+    """A stretch of the x axis that stands out; `style` is its CSS class."""
+
+    label: str
+    style: str
+    begin: float
+    end: float
+
+
+@dataclass(frozen=True)
 class Bar:
     """A bar on a log scale.
 
@@ -87,18 +97,26 @@ def count_scale(last: int) -> Scale:
 
 
 def line_chart(
-    title: str, lines: Sequence[Line], references: Sequence[Reference], x: Scale, show: Callable[[float], str]
+    title: str,
+    lines: Sequence[Line],
+    references: Sequence[Reference],
+    x: Scale,
+    show: Callable[[float], str],
+    *,
+    bands: Sequence[Band] = (),
 ) -> Markup:
     """Curves over rounds, with reference lines.
 
     Args:
         title: for screen readers.
         show: a y value for people.
+        bands: behind the curves.
     """
     y = nice_scale([*(value for line in lines for _, value in line.points), *(mark.value for mark in references)])
     plot = tag(
         "svg",
         tag("title", title),
+        join(_band(x, band) for band in bands),
         join(_y_tick(y, value, show(value)) for value in y.ticks),
         join(_x_tick(x, value) for value in x.ticks),
         join(_reference_line(y, mark) for mark in references),
@@ -199,6 +217,12 @@ def _y_tick(y: Scale, value: float, shown: str) -> Markup:
 def _x_tick(x: Scale, value: float) -> Markup:
     place = f"{100 * x.share(value):.3f}%"
     return tag("text", f"{value:,.0f}", x=place, y=HEIGHT + 20, text_anchor="middle", class_="tick")
+
+
+def _band(x: Scale, band: Band) -> Markup:
+    begin, end = x.share(band.begin), x.share(band.end)
+    return tag("rect", tag("title", band.label), x=f"{100 * begin:.3f}%", y=0, width=f"{100 * (end - begin):.3f}%",
+               height=HEIGHT, class_=f"band {band.style}")  # fmt: skip
 
 
 def _curve(x: Scale, y: Scale, line: Line) -> Markup:

@@ -16,10 +16,10 @@ from meerkat_mq.observe.figures import (
     small_percent,
     smoothed,
 )
+from meerkat_mq.observe.layout import document, section, table
 from meerkat_mq.observe.markup import Markup, tag
 from meerkat_mq.observe.report import NodeReport, Report
 
-STYLE: Final = Path(__file__).with_name("page.css")
 LEGEND_CLASSES: Final = 16
 LABEL_GAP: Final = 0.06
 
@@ -54,24 +54,10 @@ def write_report(path: Path, report: Report) -> None:
 def render(report: Report) -> str:
     """The page as HTML."""
     title = f"{report.model} · Meerkat-MQ"
-    head = tag(
-        "head",
-        Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
-        Markup('<meta name="color-scheme" content="light dark">'),
-        tag("title", title),
-        tag("style", Markup(STYLE.read_text(encoding="utf-8"))),
-    )
-    body = tag(
-        "body",
-        tag("main", _header(report), _tiles(report), _curves(report), _bytes(report), _labels(report),
-            _nodes(report), _counts(report), _descriptor(report)),
+    return document(
+        title, _header(report), _tiles(report), _curves(report), _bytes(report), _labels(report), _nodes(report),
+        _counts(report), _descriptor(report),
     )  # fmt: skip
-    return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
-
-
-def _section(title: str, *content: str, note: str = "", style: str = "card") -> Markup:
-    explained = tag("p", note, class_="note") if note else ""
-    return tag("section", tag("h2", title), explained, *content, class_=style)
 
 
 def _header(report: Report) -> Markup:
@@ -134,9 +120,9 @@ def _curves(report: Report) -> Markup:
 
 def _accuracy(report: Report, rounds: charts.Scale) -> Markup:
     if not report.evaluations:
-        return _section("Held-out accuracy", note="Not measured in this run.")
+        return section("Held-out accuracy", note="Not measured in this run.")
     curve = charts.Line("accuracy", "main", [(e.version, e.accuracy) for e in report.evaluations], dots=True)
-    return _section(
+    return section(
         "Held-out accuracy",
         charts.line_chart("Held-out accuracy over rounds", [curve], _references(report), rounds, _percent_tick),
         tag("p", "rounds", class_="axis"),
@@ -168,7 +154,7 @@ def _loss(report: Report, rounds: charts.Scale) -> Markup:
         charts.Line("smoothed", "main", list(zip(versions, average, strict=True))),
         charts.Line("held-out", "bound", held_out, dots=True),
     ]
-    return _section(
+    return section(
         "Loss",
         charts.line_chart("Loss over rounds", lines, [], rounds, lambda value: f"{value:.6g}"),
         tag("p", "rounds", class_="axis"),
@@ -200,7 +186,7 @@ def _bytes(report: Report) -> Markup:
         ("received: everything, the mask too", "received", max((node.received_bytes for node in nodes), default=0)),
     ]
     bars = [charts.Bar(label, style, size, human_bytes(size)) for label, style, size in sizes]
-    return _section(
+    return section(
         "Bytes of one node",
         charts.log_bars(bars, _bytes_tick),
         note=f"The node with the most, over {cost.updates:,} rounds; log scale. The first two are what sending weights "
@@ -219,7 +205,7 @@ def _labels(report: Report) -> Markup:
     entries = [(name, charts.colour(index)) for index, name in enumerate(report.classes)]
     if len(entries) > LEGEND_CLASSES:
         entries = [*entries[:LEGEND_CLASSES], (f"… and {len(entries) - LEGEND_CLASSES} more", "none")]
-    return _section(
+    return section(
         "Data on the nodes",
         charts.legend(entries),
         tag("div", *rows, class_="shares"),
@@ -244,20 +230,14 @@ def _nodes(report: Report) -> Markup:
         ]
         for name, node in report.nodes.items()
     )
-    return _section("Nodes", _table(heads, rows), note=f"At the end, {summary.digest_line(report)}.")
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Markup:
-    first = tag("thead", tag("tr", *(tag("th", head, scope="col") for head in heads)))
-    others = (tag("tr", *(tag("td", cell) for cell in row)) for row in rows)
-    return tag("div", tag("table", first, tag("tbody", *others)), class_="scroll")
+    return section("Nodes", table(heads, rows), note=f"At the end, {summary.digest_line(report)}.")
 
 
 def _counts(report: Report) -> Markup:
     if not report.counts:
-        return _section("Counted", note="Nothing: no update late, refused or twice, no node lost, no message dropped.")
+        return section("Counted", note="Nothing: no update late, refused or twice, no node lost, no message dropped.")
     rows = ((reason, f"{count:,}", _meaning(reason)) for reason, count in sorted(report.counts.items()))
-    return _section("Counted", _table(["what", "times", "meaning"], rows), style="card counts")
+    return section("Counted", table(["what", "times", "meaning"], rows), style="card counts")
 
 
 def _meaning(reason: str) -> str:
@@ -289,7 +269,7 @@ def _descriptor(report: Report) -> Markup:
         ("tokenizer", run.tokenizer),
         ("final weights", report.digest),
     ]
-    return _section("The run", _pairs(settings, "settings"), _pairs(hashes, "hashes"), _task(report))
+    return section("The run", _pairs(settings, "settings"), _pairs(hashes, "hashes"), _task(report))
 
 
 def _pairs(pairs: Iterable[tuple[str, str]], style: str) -> Markup:

@@ -5,11 +5,12 @@ the asyncio services, or the in-memory federation.
 """
 
 from dataclasses import dataclass
+from enum import IntEnum
 
 from meerkat_mq.core.path import Entry, Term
 from meerkat_mq.errors import MeerkatError
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState
-from meerkat_mq.wire.frames import Entries, Refusal, Round, Update, Want, Welcome
+from meerkat_mq.wire.frames import Entries, Offer, Refusal, Round, Update, Want, Welcome
 
 # --- events of the server -------------------------------------------------------------------------------------------
 
@@ -106,7 +107,31 @@ class FrameCame:
     """A round, or a reply of the server to this node, arrived."""
 
     now: float
-    frame: Round | Welcome | Entries | Refusal
+    frame: Round | Welcome | Entries | Offer | Refusal
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotLoaded:
+    """The node's theta is that of a snapshot, checked against its hash and digest.
+
+    Attributes:
+        version: theta's version now.
+        head: hash of entry `version` − 1.
+        digest: of theta.
+    """
+
+    now: float
+    version: int
+    head: bytes
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotMissed:
+    """A snapshot did not come, or is not what was offered; theta is as it was."""
+
+    now: float
+    version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,9 +181,19 @@ class End:
 # --- effects of the server ------------------------------------------------------------------------------------------
 
 
+class Verdict(IntEnum):
+    """What the guards say of an update; the ledger keeps the number."""
+
+    ACCEPTED = 0
+    NOT_FINITE = 1  # a projected gradient or the loss is NaN or infinite
+    TOO_LARGE = 2  # lr·g would leave float32
+    OUTLIER = 3  # far from the lane's other nodes and from the node's own past
+    AGAINST = 4  # the node has been working against the lane's others
+
+
 @dataclass(frozen=True, slots=True)
 class UpdateRecord:
-    """An accepted update as the ledger keeps it."""
+    """An update as the ledger keeps it: the first of its node in its version, accepted or refused."""
 
     version: int
     node: str
@@ -167,6 +202,7 @@ class UpdateRecord:
     weight: int
     scalars: tuple[float, ...]
     loss: float
+    verdict: Verdict = Verdict.ACCEPTED
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,10 +230,33 @@ class ApplyTerms:
 
 @dataclass(frozen=True, slots=True)
 class CommitEntry:
-    """Keep an entry and who contributed (records ordered by slot); answered by EntryCommitted."""
+    """Keep an entry, and the verdicts on its updates; answered by EntryCommitted.
+
+    Attributes:
+        records: every update of the round, refused ones too, by slot.
+        asked: how many nodes were asked.
+        overdue: whether the deadline closed the round.
+    """
 
     entry: Entry
     records: tuple[UpdateRecord, ...]
+    asked: int
+    overdue: bool
+
+
+@dataclass(frozen=True, slots=True)
+class KeepSnapshot:
+    """Keep theta of `version`, to which entry `version` − 1 of hash `head` led, as a file."""
+
+    version: int
+    head: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TakeTerm:
+    """Nodes follow a term above this server's: take one above theirs, and begin again."""
+
+    above: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +276,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class SendEntries:
-    """Answer one node with the ledger's entries from `first` on."""
+    """Help one node on that stands at version `first`: with entries, or with the offer of a snapshot."""
 
     node: str
     first: int
@@ -261,6 +320,13 @@ class ApplyEntries:
 
 
 @dataclass(frozen=True, slots=True)
+class FetchSnapshot:
+    """Get the snapshot that was offered, check it and load it; answered by SnapshotLoaded or SnapshotMissed."""
+
+    offer: Offer
+
+
+@dataclass(frozen=True, slots=True)
 class ResetTheta:
     """Put theta back to theta_0."""
 
@@ -291,6 +357,8 @@ ServerEffect = (
     | CommitUpdate
     | ApplyTerms
     | CommitEntry
+    | KeepSnapshot
+    | TakeTerm
     | PublishRound
     | PublishState
     | Reply
@@ -299,5 +367,7 @@ ServerEffect = (
     | Count
     | End
 )
-NodeEvent = Connected | ServerCame | FrameCame | EntriesApplied | StepsDone | Tick
-NodeEffect = PublishStatus | Send | ApplyEntries | ResetTheta | StartSteps | Count | End
+NodeEvent = (
+    Connected | ServerCame | FrameCame | EntriesApplied | SnapshotLoaded | SnapshotMissed | StepsDone | Tick
+)  # fmt: skip
+NodeEffect = PublishStatus | Send | ApplyEntries | FetchSnapshot | ResetTheta | StartSteps | Count | End

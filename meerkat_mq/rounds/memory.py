@@ -169,6 +169,7 @@ class MemoryFederation:
             slots={name: slot for _, name, slot in self.slots},
             entries=self.entries,
             updates=self.updates,
+            past=self.records[-self.settings.guards.window :],
         )
 
     def crash_server(self) -> None:

@@ -11,6 +11,7 @@ from meerkat_mq.rounds.events import (
     Count,
     End,
     EntriesApplied,
+    FetchSnapshot,
     FrameCame,
     NodeEffect,
     NodeEvent,
@@ -18,12 +19,14 @@ from meerkat_mq.rounds.events import (
     ResetTheta,
     Send,
     ServerCame,
+    SnapshotLoaded,
+    SnapshotMissed,
     StartSteps,
     StepsDone,
     Tick,
 )
 from meerkat_mq.rounds.policy import lane_of
-from meerkat_mq.wire.frames import Entries, Header, Reason, Refusal, Round, Update, Want, Welcome
+from meerkat_mq.wire.frames import Entries, Header, Offer, Reason, Refusal, Round, Update, Want, Welcome
 
 RETRY_S = 2.0
 RESYNCHRONISATIONS = 3
@@ -65,7 +68,7 @@ class NodeMachine:
         self._uninformed = True
         self._answered = False
         self._done: _Done | None = None
-        self._busy: ApplyEntries | StartSteps | None = None
+        self._busy: ApplyEntries | FetchSnapshot | StartSteps | None = None
         self._greet_at = now + RETRY_S
         self._ask_at = now
         self._digests_refused = 0
@@ -130,15 +133,26 @@ class NodeMachine:
         there = state.status in ("online", "finished")
         if state.run != self._run_id.hex():
             self._count("of another run")
+        elif state.term == self._rank[0] and self._rank[1] not in ("", state.server_id):
+            self._two_servers(state.term)
         elif state.rank < self._rank:
             self._count("stale server")
         else:
-            if state.term > self._rank[0] or self._rank[1] not in ("", state.server_id):
+            if state.term > self._rank[0]:
                 self._follow_server(event.now)
             elif there and self._link not in (None, state.link):
                 self._introduce(event.now)  # the server connected anew: it may have missed this node's birth
             self._rank = state.rank
             self._link = state.link if there else self._link
+
+    def _two_servers(self, term: int) -> None:
+        """A ledger restored from backup forgot its newest terms, and so did the broker: ask for one above them.
+
+        Under one term, this node could not tell that server's past from the one that it knows.
+        """
+        self._count("two servers in a term")
+        above = replace(self._header(), term=min(term + 1, 2**32 - 1))
+        self._effects.append(Send(Want(above, self._boot, welcome=True)))
 
     def _follow_server(self, now: float) -> None:
         """Forget what another server said: its slots and its round."""
@@ -162,7 +176,7 @@ class NodeMachine:
             self._take(frame)
 
     @singledispatchmethod
-    def _take(self, frame: Round | Welcome | Entries | Refusal) -> None:
+    def _take(self, frame: Round | Welcome | Entries | Offer | Refusal) -> None:
         raise TypeError(f"unknown frame {frame!r}")
 
     @_take.register
@@ -186,6 +200,12 @@ class NodeMachine:
     def _(self, frame: Entries) -> None:
         if self._busy is None:
             self._follow(frame.entries, frame.header.term)
+
+    @_take.register
+    def _(self, frame: Offer) -> None:
+        if self._busy is None and frame.version > self.version:
+            self._busy = FetchSnapshot(frame)
+            self._effects.append(self._busy)
 
     @_take.register
     def _(self, frame: Refusal) -> None:
@@ -254,6 +274,27 @@ class NodeMachine:
         self.version, self._head = last.version + 1, last.hash(self._run_id)
         self._ask_at = float("-inf")
         self._base = next((digest for digest in reversed(event.digests) if digest != NO_DIGEST), self._base)
+
+    @_on.register
+    def _(self, event: SnapshotLoaded) -> None:
+        task = self._busy
+        if not isinstance(task, FetchSnapshot) or task.offer.version != event.version:
+            self._count("unexpected answer")
+            return
+        self._busy = self._done = None
+        self._trusted_term = task.offer.header.term
+        self.version, self._head, self._base = event.version, event.head, event.digest
+        self._ask_at = float("-inf")
+
+    @_on.register
+    def _(self, event: SnapshotMissed) -> None:
+        task = self._busy
+        if not isinstance(task, FetchSnapshot) or task.offer.version != event.version:
+            self._count("unexpected answer")
+            return
+        self._count("snapshot missed")
+        self._busy = None
+        self._ask_at = event.now + RETRY_S
 
     @_on.register
     def _(self, event: StepsDone) -> None:

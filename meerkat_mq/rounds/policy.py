@@ -4,11 +4,13 @@ import hashlib
 import math
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
+from meerkat_mq.config import GuardsConfig
 from meerkat_mq.core.path import Entry, Term, coefficient
 from meerkat_mq.errors import ConfigError
-from meerkat_mq.rounds.events import UpdateRecord
+from meerkat_mq.rounds.events import UpdateRecord, Verdict
 from meerkat_mq.wire.frames import encode_entry
 
 DEADLINE_CAP = 10
@@ -34,6 +36,11 @@ class RoundSettings:
     deadline_s: float
     grace_s: float
     weigh_by_rows: bool
+    aggregate: Literal["mean", "trimmed-mean"] = "mean"
+    trim: float = 0.2
+    snapshot_every: int = 500
+    digest_every: int = 1
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
 
     def __post_init__(self) -> None:
         """Refuse, as ConfigError, more lanes than a round can have nodes."""
@@ -91,22 +98,52 @@ def deadline_length(deadline_s: float, attempt: int) -> float:
     return deadline_s * min(1 << attempt, DEADLINE_CAP)
 
 
-def terms_of(records: Sequence[UpdateRecord], settings: RoundSettings) -> tuple[Term, ...]:
-    """FedAvg of the nodes' end points as directions: one term a lane and step, zero coefficients left out.
+def snapshot_due(version: int, settings: RoundSettings) -> bool:
+    """Whether theta of this version is kept: the first with a digest of each `snapshot_every` versions."""
+    every, step = settings.snapshot_every, settings.digest_every
+    return version % step == 0 and version // every != (version - step) // every
 
-    Σ_k p_k·theta_k^T = theta_v − lr·Σ_t (Σ_k p_k g_k^t)·z_t (DESIGN section 2): p_k = n_k ÷ Σ n over the nodes of all
-    lanes, and a node that did fewer steps counts in Σ n and adds nothing to the later ones.
+
+def terms_of(records: Sequence[UpdateRecord], settings: RoundSettings) -> tuple[Term, ...]:
+    """FedAvg of the accepted nodes' end points as directions: one term a lane and step, zero coefficients left out.
+
+    Σ_k p_k·theta_k^T = theta_v − lr·Σ_t (Σ_k p_k g_k^t)·z_t (DESIGN section 2): p_k = n_k ÷ N with N = Σ n over the
+    accepted nodes of all lanes, and a node that did fewer steps counts in N and adds nothing to the later ones.
+
+    "mean": c = float32(lr · (fsum(n_k·g_k) / N)). "trimmed-mean": of the m accepted nodes that walked the lane's step,
+    sorted by (g, slot), the first and the last ⌊trim·m⌋ are left out (trim·m rounded to nine decimals first; at least
+    one node stays). With A = Σ n over the m and K = Σ n over those kept, c = float32(lr · (fsum(n_k·g_k) / (N·K/A))),
+    the sum over those kept: the trimmed lane's weighted mean, with the weight that the whole lane has in the mean.
+    The quotient N·K/A of integers is rounded once to float64; where nothing is left out it is N, and c as of "mean".
+
+    Without an accepted record there are no terms.
     """
-    total = sum(record.weight for record in records)
+    accepted = [record for record in records if record.verdict == Verdict.ACCEPTED]
+    total = sum(record.weight for record in accepted)
+    trim = settings.trim if settings.aggregate == "trimmed-mean" else 0.0
+    lanes: dict[int, list[UpdateRecord]] = {}
+    for record in accepted:
+        lanes.setdefault(lane_of(record.slot, settings.lanes), []).append(record)
     terms = []
-    for lane in range(settings.lanes):
-        members = [record for record in records if lane_of(record.slot, settings.lanes) == lane]
-        for step in range(max((len(record.scalars) for record in members), default=0)):
-            scalars = [(record.weight, record.scalars[step]) for record in members if step < len(record.scalars)]
-            c = coefficient(settings.lr, scalars, total)
+    for lane, members in sorted(lanes.items()):
+        for step in range(max(len(record.scalars) for record in members)):
+            walked = [record for record in members if step < len(record.scalars)]
+            kept = trimmed(walked, step, trim)
+            lane_weight, kept_weight = sum(record.weight for record in walked), sum(record.weight for record in kept)
+            scalars = [(record.weight, record.scalars[step]) for record in kept]
+            c = coefficient(settings.lr, scalars, total * kept_weight / lane_weight)
             if c != 0.0:
                 terms.append(Term(lane, step, c))
     return tuple(terms)
+
+
+def trimmed(records: Sequence[UpdateRecord], step: int, trim: float) -> Sequence[UpdateRecord]:
+    """The records without the ⌊trim·m⌋ smallest and as many largest projected gradients of a step; ties by slot."""
+    cut = min(math.floor(round(trim * len(records), 9)), (len(records) - 1) // 2)
+    if cut == 0:
+        return records
+    ordered = sorted(records, key=lambda record: (record.scalars[step], record.slot))
+    return ordered[cut:-cut]
 
 
 def newest_that_fit(entries: Sequence[Entry], limit: int = ROUND_ENTRY_BYTES) -> tuple[Entry, ...]:

@@ -1,10 +1,12 @@
 """What the server's machine keeps of nodes and of the open round."""
 
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
 from meerkat_mq.core.path import Entry, Term
 from meerkat_mq.rounds.events import UpdateRecord
-from meerkat_mq.rounds.policy import ANNOUNCE_AT
+from meerkat_mq.rounds.policy import ANNOUNCE_AT, RoundSettings
+from meerkat_mq.wire.frames import MAX_SLOTS, Header, Round
 
 
 @dataclass(slots=True)
@@ -24,6 +26,62 @@ class KnownNode:
         return not self.online and now >= self.dead_at
 
 
+class Roster:
+    """The nodes that the server knows, by id; what is asked at each update costs no look at all of them.
+
+    Attributes:
+        online: how many are at hand.
+    """
+
+    def __init__(self, slots: Mapping[str, int]) -> None:
+        self._nodes = {name: KnownNode(slot, welcomed=True) for name, slot in slots.items()}
+        self._next_slot = 1 + max(slots.values(), default=-1)
+        self._offline: set[str] = set()
+        self.online = 0
+
+    def __getitem__(self, name: str) -> KnownNode:
+        return self._nodes[name]
+
+    def get(self, name: str) -> KnownNode | None:
+        """The node, if it is known."""
+        return self._nodes.get(name)
+
+    def add(self, name: str) -> KnownNode | None:
+        """A new node in the next slot, or None where all are given."""
+        if self._next_slot >= MAX_SLOTS:
+            return None
+        node = self._nodes[name] = KnownNode(self._next_slot)
+        self._next_slot += 1
+        return node
+
+    def appeared(self, name: str) -> None:
+        """The node is online."""
+        self.online += not self._nodes[name].online
+        self._nodes[name].online = True
+        self._offline.discard(name)
+
+    def vanished(self, name: str, dead_at: float) -> None:
+        """The node went offline."""
+        node = self._nodes[name]
+        self.online -= node.online
+        node.online, node.dead_at = False, dead_at
+        self._offline.add(name)
+
+    @property
+    def eligible(self) -> dict[str, int]:
+        """Those that a round can ask, with their slots."""
+        return {name: node.slot for name, node in self._nodes.items() if node.online and node.welcomed}
+
+    def dead(self, among: Set[str], now: float) -> int:
+        """How many of these nobody waits for any more."""
+        return sum(name in among and self._nodes[name].dead(now) for name in self._offline)
+
+    def deaths(self, among: Set[str], after: float) -> list[float]:
+        """When those of these that are offline will count as dead, as far as that lies ahead."""
+        times = (self._nodes[name].dead_at for name in self._offline if name in among)
+        return [dead_at for dead_at in times if dead_at > after]
+
+
 @dataclass(slots=True)
 class OpenRound:
     """The open round.
@@ -31,9 +89,12 @@ class OpenRound:
     Attributes:
         asked: node to slot.
         needed: how many updates it takes to close.
-        heard: committed updates.
-        taken: nodes whose update is accepted, committed or not.
+        heard: committed updates, refused ones too.
+        taken: nodes whose update is taken, committed or not.
+        awaited: nodes asked and not heard.
         attempt: how often the deadline was doubled.
+        judged: the updates with their final verdicts, once the round closes.
+        overdue: whether the deadline closed it.
         terms: set when the round closes; nothing is heard from then on.
         entry: set when the terms are applied.
     """
@@ -41,13 +102,21 @@ class OpenRound:
     asked: dict[str, int]
     needed: int
     heard: dict[str, UpdateRecord]
-    taken: set[str]
+    taken: set[str] = field(init=False)
+    awaited: set[str] = field(init=False)
     deadline_at: float = 0.0
     deadline_s: float = 0.0
     attempt: int = 0
     announce_at: list[float] = field(default_factory=list)
+    judged: tuple[UpdateRecord, ...] = ()
+    overdue: bool = False
     terms: tuple[Term, ...] | None = None
     entry: Entry | None = None
+
+    def __post_init__(self) -> None:
+        """Those heard need not be awaited."""
+        self.taken = set(self.heard)
+        self.awaited = self.asked.keys() - self.heard.keys()
 
     @property
     def closing(self) -> bool:
@@ -58,6 +127,24 @@ class OpenRound:
     def records(self) -> tuple[UpdateRecord, ...]:
         """The committed updates, by slot."""
         return tuple(sorted(self.heard.values(), key=lambda record: record.slot))
+
+    def ask(self, name: str, slot: int) -> bool:
+        """Ask one more node; False where it is asked already."""
+        if name in self.asked:
+            return False
+        self.asked[name] = slot
+        self.awaited.add(name)
+        return True
+
+    def forget(self, name: str) -> None:
+        """Ask this node no more."""
+        del self.asked[name]
+        self.awaited.discard(name)
+
+    def hear(self, record: UpdateRecord) -> None:
+        """Its update is committed."""
+        self.heard.setdefault(record.node, record)
+        self.awaited.discard(record.node)
 
     def wait(self, now: float, deadline_s: float) -> None:
         """Give the nodes this long from now, and plan the announcements on the way."""
@@ -70,3 +157,22 @@ class OpenRound:
         due = len(ahead) < len(self.announce_at)
         self.announce_at = ahead
         return due
+
+
+def round_frame(
+    header: Header, settings: RoundSettings, current: OpenRound | None, entries: tuple[Entry, ...]
+) -> Round:
+    """The round as nodes see it; `current` is None while none is open."""
+    deadline_s = current.deadline_s if current else settings.deadline_s
+    return Round(
+        header,
+        is_open=current is not None,
+        steps=settings.steps,
+        lanes=settings.lanes,
+        eps=settings.eps,
+        deadline_ms=min(round(1000 * deadline_s), 2**32 - 1),
+        attempt=current.attempt if current else 0,
+        asked=frozenset(current.asked.values()) if current else frozenset(),
+        heard=frozenset(record.slot for record in current.heard.values()) if current else frozenset(),
+        entries=entries,
+    )

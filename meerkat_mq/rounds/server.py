@@ -1,6 +1,6 @@
 """The server's machine: opens rounds, hears updates, closes rounds; commits before it publishes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import singledispatchmethod
 
 from meerkat_mq.core.path import MAX_WEIGHT, NO_DIGEST, Entry, seed_for
@@ -13,6 +13,7 @@ from meerkat_mq.rounds.events import (
     Count,
     End,
     EntryCommitted,
+    KeepSnapshot,
     PublishRound,
     PublishState,
     Reply,
@@ -23,29 +24,33 @@ from meerkat_mq.rounds.events import (
     ServerSeen,
     SlotCommitted,
     StatusCame,
+    TakeTerm,
     TermsApplied,
     Tick,
     UpdateCame,
     UpdateRecord,
     UpdatesCommitted,
+    Verdict,
     WantCame,
 )
+from meerkat_mq.rounds.guards import Guard, on_arrival
 from meerkat_mq.rounds.policy import (
     RoundSettings,
-    applicable,
     deadline_length,
     fewest_needed,
     lane_of,
     needed,
     newest_that_fit,
     sample,
+    snapshot_due,
     terms_of,
 )
-from meerkat_mq.rounds.record import KnownNode, OpenRound
+from meerkat_mq.rounds.record import KnownNode, OpenRound, Roster, round_frame
 from meerkat_mq.wire.descriptor import NodeStatus
-from meerkat_mq.wire.frames import MAX_SLOTS, Header, Reason, Refusal, Round, Update, Welcome
+from meerkat_mq.wire.frames import Header, Reason, Refusal, Update, Welcome
 
 LAST_ATTEMPT = 2**16 - 1
+HIGHEST_TERM = 2**32 - 2**16  # no run gets there: a forged one must not use up the last
 
 
 class ServerMachine:
@@ -67,6 +72,7 @@ class ServerMachine:
         slots: Mapping[str, int] | None = None,
         entries: Sequence[Entry] = (),
         updates: Sequence[UpdateRecord] = (),
+        past: Iterable[Sequence[UpdateRecord]] = (),
     ) -> None:
         """Resume from what the ledger holds.
 
@@ -80,14 +86,18 @@ class ServerMachine:
             slots: node to slot.
             entries: the newest entries.
             updates: the committed updates of round `version`: they stay heard.
+            past: the updates of the newest `guards.window` closed rounds, oldest first.
         """
         self._settings = settings
         self._rank = (term, server_id)
         self._base = base
         self._head = head or settings.mask_hash
         self._entries = newest_that_fit(entries)
-        self._nodes = {node: KnownNode(slot, welcomed=True) for node, slot in (slots or {}).items()}
+        self._nodes = Roster(slots or {})
         self._resumed = {record.node: record for record in updates if record.version == version}
+        self._guard = Guard(settings.guards, settings.lanes, past)
+        self._flagged = dict(self._guard.flagged)
+        self._outranked = False
         self._open: OpenRound | None = None
         self._effects: list[ServerEffect] = []
         self._last_tick = float("-inf")
@@ -101,7 +111,7 @@ class ServerMachine:
     @property
     def online(self) -> int:
         """How many nodes are at hand."""
-        return sum(node.online for node in self._nodes.values())
+        return self._nodes.online
 
     @property
     def wake_at(self) -> float | None:
@@ -109,12 +119,8 @@ class ServerMachine:
         current = self._open
         if current is None or current.closing:
             return None
-        dying = [
-            node.dead_at
-            for name in current.asked.keys() - current.heard.keys()
-            if not (node := self._nodes[name]).online and node.dead_at > self._last_tick
-        ]
-        return min([current.deadline_at, *current.announce_at[:1], *dying])
+        deaths = self._nodes.deaths(current.awaited, self._last_tick)
+        return min([current.deadline_at, *current.announce_at[:1], *deaths])
 
     def start(self, now: float) -> list[ServerEffect]:
         """A connection stands: publish where the run stands, and open a round if none is open."""
@@ -159,13 +165,13 @@ class ServerMachine:
     def _born(self, now: float, name: str, status: NodeStatus) -> None:
         node = self._nodes.get(name)
         if node is None:
-            slot = 1 + max((other.slot for other in self._nodes.values()), default=-1)
-            if slot >= MAX_SLOTS:
+            node = self._nodes.add(name)
+            if node is None:
                 self._count("no slot left", name)
                 return
-            node = self._nodes[name] = KnownNode(slot)
-            self._effects.append(CommitSlot(name, slot))
-        node.boot, node.link, node.online = status.boot, status.link, True
+            self._effects.append(CommitSlot(name, node.slot))
+        self._nodes.appeared(name)
+        node.boot, node.link = status.boot, status.link
         node.weight = min(max(status.rows, 1), MAX_WEIGHT) if self._settings.weigh_by_rows else 1
         if node.welcomed:
             self._welcome(now, name, node)
@@ -184,17 +190,18 @@ class ServerMachine:
         current = self._open
         if current is None:
             self._proceed(now)
-        elif current.attempt > 0 and node.online and not current.closing:
-            current.asked[name] = node.slot
-        self._announce()
+            opened = self._open is not None
+        else:
+            opened = current.attempt > 0 and node.online and not current.closing and current.ask(name, node.slot)
+        if opened:  # a frame that says nothing new, for each of a thousand births, would go a million times
+            self._announce()
 
     def _gone(self, now: float, name: str, *, left: bool) -> None:
-        node, current = self._nodes[name], self._open
-        node.online = False
-        node.dead_at = now + self._settings.grace_s
+        current = self._open
+        self._nodes.vanished(name, now + self._settings.grace_s)
         self._count("left" if left else "died", name)
-        if left and current is not None and name in current.asked.keys() - current.taken:
-            del current.asked[name]
+        if left and current is not None and name in current.asked and name not in current.taken:
+            current.forget(name)
             fewer = max(needed(len(current.asked), self._settings.quorum), fewest_needed(self._settings))
             current.needed = min(current.needed, fewer)
         self._close_if_due(now)
@@ -202,6 +209,7 @@ class ServerMachine:
     @_on.register
     def _(self, event: WantCame) -> None:
         node = self._nodes.get(event.node)
+        self._compare(event.want.header)
         if event.want.welcome and node is not None and node.welcomed:
             self._effects.append(Reply(event.node, Welcome(self._header(), event.want.boot, node.slot)))
             self._announce()
@@ -223,6 +231,14 @@ class ServerMachine:
         elif state.rank < self._rank or state.status != ("finished" if self.finished else "online"):
             self._effects.append(PublishState(self.finished))
 
+    def _compare(self, header: Header) -> None:
+        """A node has seen a higher term: a past that neither ledger nor broker tells of any more."""
+        if header.term > HIGHEST_TERM:
+            self._count("a term that no server takes")
+        elif header.term > self._rank[0] and not self._outranked:
+            self._outranked = True
+            self._effects += [Count("nodes have seen a higher term"), TakeTerm(header.term)]
+
     # --- updates ---
 
     @_on.register
@@ -233,39 +249,51 @@ class ServerMachine:
             self._count(reason, name)
             return
         refused = self._why_refused(name, update)
+        verdict = on_arrival(update.scalars, update.loss, self._settings.lr)
+        if refused is None:
+            self._take(name, update, verdict)
+            refused = None if verdict is Verdict.ACCEPTED else Reason.OUT_OF_RANGE
+        else:
+            self._count(f"refused: {_words(refused)}", name)
         if refused is not None:
-            self._count(f"refused: {refused.name.lower().replace('_', ' ')}", name)
             self._effects.append(Reply(name, Refusal(self._header(), update.boot, refused)))
-            return
-        self._take(name, update)
 
-    def _take(self, name: str, update: Update) -> None:
+    def _take(self, name: str, update: Update, verdict: Verdict) -> None:
+        """Keep the update, also one that the guards refuse: it is this node's only one for this version."""
         assert self._open is not None
         self._open.taken.add(name)
         node = self._nodes[name]
-        record = UpdateRecord(self.version, name, node.slot, update.boot, node.weight, update.scalars, update.loss)
+        record = UpdateRecord(
+            self.version, name, node.slot, update.boot, node.weight, update.scalars, update.loss, verdict
+        )  # fmt: skip
+        self._count_refused([record])
         self._effects.append(CommitUpdate(record))
+
+    def _count_refused(self, records: Iterable[UpdateRecord]) -> None:
+        for record in records:
+            if record.verdict is not Verdict.ACCEPTED:
+                self._count(f"refused: {_words(record.verdict)}", record.node)
 
     def _why_dropped(self, name: str, update: Update) -> str | None:
         mine, header, current = self._header(), update.header, self._open
         if (header.run, header.mask) != (mine.run, mine.mask):
             return "of another run"
+        self._compare(header)
         if header.term != mine.term:
             return "of another term"
         if header.version != self.version or current is None or current.closing:
             return "early" if header.version > self.version else "late"
         if name not in current.asked:
             return "not asked"
-        if name in current.taken:
-            return "duplicate"
-        return None if applicable(update.scalars, self._settings.lr) else "too large to apply"
+        return "duplicate" if name in current.taken else None
 
     def _why_refused(self, name: str, update: Update) -> Reason | None:
         if update.base != self._base[:8]:
             return Reason.RESYNCHRONISE
         if len(update.scalars) != self._settings.steps:
             return Reason.WRONG_STEPS
-        return Reason.WRONG_SEEDS if update.seeds not in (None, self._seeds(name)) else None
+        derived = update.seeds is None or update.seeds == self._seeds(name)
+        return None if derived else Reason.WRONG_SEEDS
 
     def _seeds(self, name: str) -> tuple[int, ...]:
         lane = lane_of(self._nodes[name].slot, self._settings.lanes)
@@ -278,7 +306,7 @@ class ServerMachine:
             return
         for record in event.records:
             if record.version == self.version and record.node in current.taken:
-                current.heard.setdefault(record.node, record)
+                current.hear(record)
         self._close_if_due(event.now)
 
     # --- rounds open and close ---
@@ -290,19 +318,16 @@ class ServerMachine:
         if self._open is not None and self._open.announcement_due(event.now):
             self._announce()
 
-    def _eligible(self) -> dict[str, int]:
-        return {name: node.slot for name, node in self._nodes.items() if node.online and node.welcomed}
-
     def _proceed(self, now: float) -> None:
         """Open the next round if there is one, and nodes for it."""
-        settings, eligible = self._settings, self._eligible()
+        settings, eligible = self._settings, self._nodes.eligible
         if self.finished or len(eligible) < settings.min_nodes:
             return
         chosen = sample(settings.run_id, self.version, eligible.values(), settings.fraction)
         asked = {name: slot for name, slot in eligible.items() if slot in chosen}
         heard, self._resumed = self._resumed, {}
         asked |= {name: record.slot for name, record in heard.items()}
-        self._open = OpenRound(asked, needed(len(asked), settings.quorum), heard, set(heard))
+        self._open = OpenRound(asked, needed(len(asked), settings.quorum), heard)
         self._open.wait(now, settings.deadline_s)
         self._close_if_due(now)
 
@@ -311,17 +336,24 @@ class ServerMachine:
         if current is None or current.closing:
             return
         overdue = now >= current.deadline_at
-        waiting = any(not self._nodes[name].dead(now) for name in current.asked.keys() - current.heard.keys())
-        if len(current.heard) >= current.needed and (overdue or not waiting):
-            current.terms = terms_of(current.records, self._settings)
-            self._effects.append(ApplyTerms(self.version, current.terms))
+        dead = self._nodes.dead(current.awaited, now)
+        if len(current.heard) >= current.needed and (overdue or dead == len(current.awaited)):
+            self._close(current, overdue=overdue)
         elif overdue:
             self._extend(current, now)
+
+    def _close(self, current: OpenRound, *, overdue: bool) -> None:
+        heard = current.records
+        current.judged, current.overdue = self._guard.judge(heard), overdue
+        self._count_refused(new for old, new in zip(heard, current.judged, strict=True) if new.verdict != old.verdict)
+        current.terms = terms_of(current.judged, self._settings)
+        self._effects.append(ApplyTerms(self.version, current.terms))
 
     def _extend(self, current: OpenRound, now: float) -> None:
         """Below quorum: nothing is written; ask everybody at hand, and wait longer."""
         current.attempt = min(current.attempt + 1, LAST_ATTEMPT)
-        current.asked |= self._eligible()
+        for name, slot in self._nodes.eligible.items():
+            current.ask(name, slot)
         current.wait(now, deadline_length(self._settings.deadline_s, current.attempt))
         self._count("round extended")
         self._announce()
@@ -333,7 +365,7 @@ class ServerMachine:
             self._count("unexpected answer")
             return
         current.entry = Entry(self.version, current.terms, self._head, event.digest)
-        self._effects.append(CommitEntry(current.entry, current.records))
+        self._effects.append(CommitEntry(current.entry, current.judged, len(current.asked), current.overdue))
 
     @_on.register
     def _(self, event: EntryCommitted) -> None:
@@ -346,10 +378,20 @@ class ServerMachine:
         self._base = self._base if entry.digest == NO_DIGEST else entry.digest
         self.version += 1
         self._open = None
+        self._remember(event.records)
+        if snapshot_due(self.version, self._settings):
+            self._effects.append(KeepSnapshot(self.version, self._head))
         self._proceed(event.now)
         self._announce()
         if self.finished:
             self._effects.append(PublishState(finished=True))
+
+    def _remember(self, records: Sequence[UpdateRecord]) -> None:
+        self._guard.remember(records)
+        before, self._flagged = self._flagged, dict(self._guard.flagged)
+        for node, verdict in self._flagged.items():
+            if before.get(node) is not verdict:
+                self._count(f"flagged: {_words(verdict)}", node)
 
     # --- frames ---
 
@@ -358,19 +400,10 @@ class ServerMachine:
 
     def _announce(self) -> None:
         """Publish the round, unless it is closing: the next one is soon there."""
-        current, settings = self._open, self._settings
-        if current is not None and current.closing:
-            return
-        frame = Round(
-            self._header(),
-            is_open=current is not None,
-            steps=settings.steps,
-            lanes=settings.lanes,
-            eps=settings.eps,
-            deadline_ms=min(round(1000 * (current.deadline_s if current else settings.deadline_s)), 2**32 - 1),
-            attempt=current.attempt if current else 0,
-            asked=frozenset(current.asked.values()) if current else frozenset(),
-            heard=frozenset(record.slot for record in current.heard.values()) if current else frozenset(),
-            entries=self._entries,
-        )
-        self._effects.append(PublishRound(frame))
+        if self._open is None or not self._open.closing:
+            frame = round_frame(self._header(), self._settings, self._open, self._entries)
+            self._effects.append(PublishRound(frame))
+
+
+def _words(name: Reason | Verdict) -> str:
+    return name.name.lower().replace("_", " ")

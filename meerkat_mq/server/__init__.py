@@ -1,5 +1,7 @@
 """The server service: `python -m meerkat_mq.server --config federation.toml`."""
 
-from meerkat_mq.server.service import DIFFERENCE_FILE, serve
+from meerkat_mq.server.files import DIFFERENCE_FILE
+from meerkat_mq.server.service import serve
+from meerkat_mq.server.snapshots import remove_run
 
-__all__ = ["DIFFERENCE_FILE", "serve"]
+__all__ = ["DIFFERENCE_FILE", "remove_run", "serve"]

@@ -1,58 +1,331 @@
-"""The ledger: what a run is. Entries are here before anybody hears of them."""
+"""The ledger: what a run is, in one SQLite file. Entries are here before anybody hears of them."""
 
-from collections.abc import Sequence
-from typing import Protocol
+import json
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Self
 
 from meerkat_mq.core.path import Entry
+from meerkat_mq.errors import AnotherServer
 from meerkat_mq.rounds.events import UpdateRecord
+from meerkat_mq.server import ledger_file
+from meerkat_mq.server.ledger_rows import update_record, update_row
+from meerkat_mq.wire.descriptor import RunDescriptor
+from meerkat_mq.wire.frames import decode_entry, encode_entry
+
+LEDGER_FILE = "ledger.sqlite"
+SNAPSHOTS_KEPT = 2
+
+_UPDATES = """
+    SELECT version, node, updates.slot, updates.boot, weight, scalars, loss, verdict
+    FROM updates JOIN nodes USING (slot) WHERE version >= ? AND version < ? ORDER BY version, updates.slot
+"""
+_NEWEST_TERM = "SELECT term, server_id, host FROM terms ORDER BY term DESC LIMIT 1"
+_SIGHTING = """
+    UPDATE nodes SET boot = ?, host = ?, status = ?, rows = ?, first_seen = COALESCE(first_seen, ?), last_seen = ?,
+                     updates = updates + ?, packet_bytes = packet_bytes + ? WHERE node = ?
+"""
 
 
-class Ledger(Protocol):
-    """Where a run's entries, updates and slots are kept. A method returns when what it was given is kept."""
+@dataclass(frozen=True, slots=True)
+class Term:
+    """A term that a server took; `taken` in seconds since 1970."""
 
     term: int
+    server_id: str
+    host: str
+    taken: float
 
-    async def commit_term(self, term: int) -> None:
-        """Keep the term under which this server works."""
 
-    async def commit_slot(self, node: str, slot: int) -> None:
-        """Keep a node's slot."""
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """An entry and how its round closed; `closed` in seconds since 1970."""
 
-    async def commit_updates(self, records: Sequence[UpdateRecord]) -> None:
-        """Keep accepted updates, as one group."""
+    entry: Entry
+    term: int
+    closed: float
+    asked: int
+    overdue: bool
 
-    async def commit_entry(self, entry: Entry, records: Sequence[UpdateRecord]) -> None:
-        """Keep an entry and the updates that it is made of."""
+
+@dataclass(frozen=True, slots=True)
+class KeptSnapshot:
+    """A snapshot file: theta's version, the blob's hash and size."""
+
+    version: int
+    hash: bytes
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRow:
+    """What is known of a node that has a slot.
+
+    Attributes:
+        slot_version: theta's version when it got its slot.
+        status: the last word of its status topic; None before the first sighting.
+        first_seen: seconds since 1970.
+        updates: update messages that came from it, duplicates too.
+        packet_bytes: all MQTT packets that came from it.
+    """
+
+    node: str
+    slot: int
+    slot_version: int
+    boot: int | None
+    host: str | None
+    status: str | None
+    rows: int | None
+    first_seen: float | None
+    last_seen: float | None
+    updates: int
+    packet_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """News of a node; `updates` and `packet_bytes` count what came since the last sighting."""
+
+    node: str
+    boot: int
+    host: str
+    status: str
+    rows: int
+    seen: float
+    updates: int = 0
+    packet_bytes: int = 0
+
+
+class Ledger:
+    """A run's ledger. Every method blocks; one thread at a time may call them.
+
+    Each commit is a transaction of its own, or part of the `group` around it; it returns when what it was given would
+    outlive a power cut. After `take_term`, every commit first sees that the ledger still holds this server's term.
+
+    Any method raises LedgerError where the file cannot be read or written: the message names it and the remedy.
+    """
+
+    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
+        self.path = path
+        self._connection = connection
+        self._mine: tuple[int, str] | None = None
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open a run's ledger for writing; make an empty one where there is none.
+
+        Raises:
+            LedgerError: it is no ledger, damaged, of a newer version, or cannot be written. The file stays as it is.
+        """
+        return cls(path, ledger_file.open_to_write(path))
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Open a ledger for reading, beside a running server or without one.
+
+        Raises:
+            LedgerError: there is none, or it cannot be used.
+        """
+        return cls(path, ledger_file.open_to_read(path))
+
+    def close(self) -> None:
+        """Leave one whole file."""
+        self._connection.close()
+
+    # --- writing ---
+
+    @contextmanager
+    def group(self) -> Iterator[None]:
+        """One transaction around several commits: all of them are kept, or none.
+
+        Raises:
+            AnotherServer: the ledger holds the term of another server.
+        """
+        if self._connection.in_transaction:
+            yield
+            return
+        with ledger_file.in_words(self.path):
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                self._assert_in_charge()
+                yield
+                self._connection.execute("COMMIT")
+            finally:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+
+    @property
+    def in_charge(self) -> bool:
+        """Whether the newest term is the one that this object took."""
+        return self._mine is not None and self._mine == self._row(_NEWEST_TERM)[:2]
+
+    def _assert_in_charge(self) -> None:
+        if self._mine is not None and not self.in_charge:
+            term, _, host = self._row(_NEWEST_TERM)
+            raise AnotherServer(
+                str(self.path),
+                f"a server of term {term} on host {host} has taken over from this one, of term {self._mine[0]}",
+                "leave it in charge, or stop it and start this one again",
+            )
+
+    def _write(self, statement: str, *rows: Sequence[object]) -> None:
+        with self.group():
+            self._connection.executemany(statement, rows)
+
+    def begin(self, descriptor: RunDescriptor, rules: Mapping[str, Any]) -> None:
+        """Make this the ledger of a run; `rules` are those of its first start, as JSON takes them.
+
+        Raises:
+            AnotherServer: it is the ledger of a run by now.
+        """
+        with self.group():
+            if self.run is not None:
+                problem = "another server has just begun a run here"
+                raise AnotherServer(str(self.path), problem, "start this one again, with --replace to take it over")
+            row = (descriptor.run_id, time.time(), descriptor.model_dump_json(), json.dumps(rules))
+            self._write("INSERT INTO run VALUES (1, ?, ?, ?, ?)", row)
+
+    def take_term(self, above: int, server_id: str, host: str) -> int:
+        """Take, for this server, the term after the ledger's newest and `above`; fences all earlier servers."""
+        with self.group():
+            term = 1 + max(above, self.term)
+            self._write("INSERT INTO terms VALUES (?, ?, ?, ?)", (term, server_id, host, time.time()))
+        self._mine = (term, server_id)
+        return term
+
+    def commit_slot(self, node: str, slot: int, version: int) -> None:
+        """Keep a node's slot, given at theta's version."""
+        self._write("INSERT INTO nodes (node, slot, slot_version) VALUES (?, ?, ?)", (node, slot, version))
+
+    def commit_updates(self, records: Iterable[UpdateRecord]) -> None:
+        """Keep updates, refused ones too."""
+        self._write("INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?)", *map(update_row, records))
+
+    def commit_entry(self, entry: Entry, records: Sequence[UpdateRecord], asked: int, overdue: bool) -> None:
+        """Keep an entry, and the final verdicts on its updates; one that was kept too late for the entry goes."""
+        assert entry.version == self.version
+        term = self._mine[0] if self._mine else 0
+        with self.group():
+            row = (entry.version, term, time.time(), asked, overdue, encode_entry(entry))
+            self._write("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?)", row)
+            counted = {record.slot for record in records}
+            kept = self._rows("SELECT slot FROM updates WHERE version = ?", entry.version)
+            late = [(entry.version, slot) for (slot,) in kept if slot not in counted]
+            self._write("DELETE FROM updates WHERE version = ? AND slot = ?", *late)
+            refused = [(record.verdict, record.version, record.slot) for record in records if record.verdict]
+            self._write("UPDATE updates SET verdict = ? WHERE version = ? AND slot = ?", *refused)
+
+    def commit_snapshot(self, version: int, blob_hash: bytes, size: int) -> None:
+        """Keep the hash of a snapshot file, and forget all but the newest two."""
+        with self.group():
+            self._write("INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?)", (version, blob_hash, size))
+            kept = "SELECT version FROM snapshots ORDER BY version DESC LIMIT ?"
+            self._write(f"DELETE FROM snapshots WHERE version NOT IN ({kept})", (SNAPSHOTS_KEPT,))  # noqa: S608
+
+    def commit_sightings(self, sightings: Iterable[Sighting]) -> None:
+        """Keep news of nodes; those without a slot are passed over."""
+        rows = [
+            (s.boot, s.host, s.status, s.rows, s.seen, s.seen, s.updates, s.packet_bytes, s.node) for s in sightings
+        ]
+        self._write(_SIGHTING, *rows)
+
+    def commit_metrics(self, version: int, metrics: Mapping[str, float]) -> None:
+        """Keep what theta of a version was found to be worth."""
+        rows = [(version, name, value) for name, value in metrics.items()]
+        self._write("INSERT OR REPLACE INTO metrics VALUES (?, ?, ?)", *rows)
+
+    # --- reading ---
+
+    def _rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        with ledger_file.in_words(self.path):
+            return self._connection.execute(query, values).fetchall()
+
+    def _row(self, query: str, *values: object) -> tuple[Any, ...]:
+        return next(iter(self._rows(query, *values)), ())
+
+    @property
+    def run(self) -> RunDescriptor | None:
+        """The run as it was described at its first start; None before `begin`."""
+        row = self._row("SELECT descriptor FROM run")
+        return RunDescriptor.model_validate_json(row[0]) if row else None
+
+    @property
+    def rules(self) -> dict[str, Any]:
+        """The rules of the run's first start."""
+        row = self._row("SELECT rules FROM run")
+        return dict(json.loads(row[0])) if row else {}
+
+    @property
+    def created(self) -> float:
+        """Seconds since 1970 of the run's first start; 0 before."""
+        row = self._row("SELECT created FROM run")
+        return float(row[0]) if row else 0.0
+
+    @property
+    def version(self) -> int:
+        """Number of entries, theta's committed version."""
+        return int(self._row("SELECT COALESCE(MAX(version) + 1, 0) FROM entries")[0])
+
+    @property
+    def term(self) -> int:
+        """The newest term; 0 before the first."""
+        return int(self._row("SELECT COALESCE(MAX(term), 0) FROM terms")[0])
 
     def entries(self, first: int, limit: int) -> tuple[Entry, ...]:
         """At most `limit` entries from version `first` on."""
+        return tuple(closed.entry for closed in self.closed(first, limit))
 
+    def closed(self, first: int, limit: int) -> tuple[Closed, ...]:
+        """The same, with how their rounds closed."""
+        query = "SELECT entry, term, closed, asked, overdue FROM entries WHERE version >= ? ORDER BY version LIMIT ?"
+        rows = self._rows(query, first, limit)
+        return tuple(
+            Closed(decode_entry(entry), term, at, asked, bool(overdue)) for entry, term, at, asked, overdue in rows
+        )
 
-class MemoryLedger:
-    """A ledger that ends with its process."""
+    def stretch(self, first: int) -> tuple[int, int]:
+        """How many entries there are from version `first` on, and their encoded bytes."""
+        count, size = self._row("SELECT COUNT(*), TOTAL(LENGTH(entry)) FROM entries WHERE version >= ?", first)
+        return int(count), int(size)
 
-    def __init__(self) -> None:
-        self.term = 0
-        self.slots: dict[str, int] = {}
-        self.updates: list[UpdateRecord] = []
-        self._entries: list[Entry] = []
+    def records(self, version: int) -> tuple[UpdateRecord, ...]:
+        """The updates of a version, by slot."""
+        return tuple(map(update_record, self._rows(_UPDATES, version, version + 1)))
 
-    async def commit_term(self, term: int) -> None:
-        """Keep the term."""
-        self.term = term
+    def open_updates(self) -> tuple[UpdateRecord, ...]:
+        """The updates of the open round."""
+        return self.records(self.version)
 
-    async def commit_slot(self, node: str, slot: int) -> None:
-        """Keep a slot."""
-        self.slots[node] = slot
+    def past(self, window: int) -> list[tuple[UpdateRecord, ...]]:
+        """The updates of the newest closed rounds, oldest first."""
+        version = self.version
+        records = map(update_record, self._rows(_UPDATES, version - window, version))
+        return [tuple(group) for _, group in groupby(records, key=lambda record: record.version)]
 
-    async def commit_updates(self, records: Sequence[UpdateRecord]) -> None:
-        """Keep updates."""
-        self.updates.extend(records)
+    def slots(self) -> dict[str, int]:
+        """Node to slot."""
+        return {node.node: node.slot for node in self.nodes()}
 
-    async def commit_entry(self, entry: Entry, records: Sequence[UpdateRecord]) -> None:
-        """Keep an entry."""
-        self._entries.append(entry)
+    def nodes(self) -> tuple[NodeRow, ...]:
+        """All nodes that have a slot, by slot."""
+        return tuple(NodeRow(*row) for row in self._rows("SELECT * FROM nodes WHERE slot IS NOT NULL ORDER BY slot"))
 
-    def entries(self, first: int, limit: int) -> tuple[Entry, ...]:
-        """Entries from `first` on."""
-        return tuple(self._entries[first : first + limit])
+    def terms(self) -> tuple[Term, ...]:
+        """All terms, oldest first."""
+        return tuple(Term(*row) for row in self._rows("SELECT * FROM terms ORDER BY term"))
+
+    def snapshots(self) -> tuple[KeptSnapshot, ...]:
+        """Snapshot files, newest first."""
+        return tuple(KeptSnapshot(*row) for row in self._rows("SELECT * FROM snapshots ORDER BY version DESC"))
+
+    def metrics(self) -> dict[int, dict[str, float]]:
+        """Version to what was found, by name."""
+        found: dict[int, dict[str, float]] = {}
+        for version, name, value in self._rows("SELECT version, name, value FROM metrics ORDER BY version, name"):
+            found.setdefault(version, {})[name] = value
+        return found

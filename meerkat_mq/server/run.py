@@ -1,27 +1,41 @@
 """A run before it starts: settings, mask and task become a run descriptor and the chunks of its mask."""
 
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from meerkat_mq.config import ServerConfig
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.toy import toy_mask
-from meerkat_mq.errors import ConfigError, within
+from meerkat_mq.errors import ConfigError, RunMismatch, within
 from meerkat_mq.model.tasks import load_task
 from meerkat_mq.rounds.policy import RoundSettings, default_lanes
 from meerkat_mq.wire.arrays import encode_mask, split
 from meerkat_mq.wire.descriptor import RunDescriptor, Task
 from meerkat_mq.wire.frames import Chunk, Header
 
+_MAY_DIFFER = {"mask_bytes", "mask_chunks", "model"}  # how a mask is compressed and where a model lies; hashes say what
+_RENAMED = {"rounds": "rounds.count", "weights": "toy_weights"} | {
+    key: f"rounds.{key}" for key in ("stream", "local_steps", "directions", "lr", "eps", "batch_size", "digest_every")
+}
+_HASHES = {"mask", "fingerprint", "tokenizer"}  # say less than what else differs with them
+_FIXED_RULES = ("aggregate", "trim", "weigh_by_rows")
+
 
 @dataclass(frozen=True)
 class Run:
-    """All that is fixed of a run."""
+    """All that is fixed of a run.
+
+    Attributes:
+        rules: of this start, as the ledger keeps those of the first.
+    """
 
     descriptor: RunDescriptor
     settings: RoundSettings
     mask: Mask
     blob: bytes
+    rules: Mapping[str, Any]
 
     def chunks(self, term: int) -> list[Chunk]:
         """The mask's chunks as a server of this term publishes them."""
@@ -29,8 +43,8 @@ class Run:
         return split(Header.of(run_id, term, 0, name), name, self.blob)
 
 
-def prepare_run(config: ServerConfig) -> Run:
-    """Load what the configuration names and draw the run id.
+def prepare_run(config: ServerConfig, begun: RunDescriptor | None = None) -> Run:
+    """Load what the configuration names; draw a run id, unless the ledger describes a run already.
 
     Raises:
         ConfigError: mask or task is missing, or more lanes than nodes are asked for.
@@ -38,9 +52,10 @@ def prepare_run(config: ServerConfig) -> Run:
         TaskError: the task is unknown or its file wrong.
     """
     mask = _mask(config)
-    run_id = secrets.token_bytes(16)
     rounds = config.rounds
-    lanes = rounds.directions or default_lanes(rounds.min_nodes, rounds.fraction)
+    run_id = begun.run_id if begun else secrets.token_bytes(16)
+    by_default = begun.directions if begun else default_lanes(rounds.min_nodes, rounds.fraction)
+    lanes = rounds.directions or by_default
     settings = RoundSettings(
         run_id=run_id,
         mask_hash=mask.hash,
@@ -55,6 +70,11 @@ def prepare_run(config: ServerConfig) -> Run:
         deadline_s=rounds.deadline_s,
         grace_s=rounds.grace_s,
         weigh_by_rows=rounds.weigh_by_rows,
+        aggregate=rounds.aggregate,
+        trim=rounds.trim,
+        snapshot_every=rounds.snapshot_every,
+        digest_every=rounds.digest_every,
+        guards=config.guards,
     )
     blob = encode_mask(mask)
     chunks = split(Header.of(run_id, 0, 0, mask.hash), mask.hash, blob)
@@ -80,7 +100,34 @@ def prepare_run(config: ServerConfig) -> Run:
         batch_size=rounds.batch_size,
         digest_every=rounds.digest_every,
     )
-    return Run(descriptor, settings, mask, blob)
+    rules = {"rounds": rounds.model_dump(mode="json"), "guards": config.guards.model_dump(mode="json")}
+    return Run(descriptor, settings, mask, blob, rules)
+
+
+def check_same(run: Run, begun: RunDescriptor, rules: Mapping[str, Any], ledger: str) -> None:
+    """Refuse to go on with a ledger under other settings than it was begun with.
+
+    Raises:
+        RunMismatch: names the key and both values.
+    """
+    was, now = _flat(begun.model_dump(mode="json")), _flat(run.descriptor.model_dump(mode="json"))
+    keys = sorted((was | now).keys() - _MAY_DIFFER, key=lambda key: (key in _HASHES, key))
+    found = [(_RENAMED.get(key, key), was.get(key), now.get(key)) for key in keys]
+    found += [(f"rounds.{key}", rules["rounds"][key], run.rules["rounds"][key]) for key in _FIXED_RULES]
+    for key, old, new in found:
+        if old != new:
+            raise RunMismatch(
+                f"{ledger}: {key}",
+                f"the run was begun with {old!r}, the configuration says {new!r}",
+                "put the old value back, or name another state_dir for a new run",
+            )
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def _mask(config: ServerConfig) -> Mask:

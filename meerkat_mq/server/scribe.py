@@ -1,52 +1,219 @@
 """The one writer: carries out, in order and off the loop, what changes the ledger and theta."""
 
 import asyncio
-from collections.abc import Callable
+import secrets
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Protocol, TypeVar, TypeVarTuple
 
+from meerkat_mq.core.path import Entry
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.rounds import events as e
-from meerkat_mq.server.ledger import Ledger
+from meerkat_mq.rounds.server import ServerMachine
+from meerkat_mq.server.ledger import Ledger, Sighting
+from meerkat_mq.server.recovery import follow, resumed
+from meerkat_mq.server.run import Run
+from meerkat_mq.server.snapshots import Snapshots
+from meerkat_mq.wire.frames import MAX_FRAME_BYTES, encode_entry
+from meerkat_mq.wire.messages import Chunk, Entries, Header, Offer
 
-Work = e.CommitSlot | e.CommitUpdate | e.ApplyTerms | e.CommitEntry
+REPLY_BYTES = MAX_FRAME_BYTES // 2
+TERM_PAUSE_S = 1.0  # between one term and the next: nobody can make a server write terms without end
+
+Args = TypeVarTuple("Args")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class KeepSightings:
+    """Keep news of nodes."""
+
+    sightings: tuple[Sighting, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KeepMetrics:
+    """Keep what theta of a version was found to be worth."""
+
+    version: int
+    metrics: Mapping[str, float]
+
+
+Commit = e.CommitSlot | e.CommitUpdate | e.CommitEntry | KeepSightings | KeepMetrics
+Task = e.ApplyTerms | e.KeepSnapshot | e.SendEntries | e.SendChunks | e.TakeTerm
+Work = Commit | Task
+
+
+class Desk(Protocol):
+    """Who the scribe answers; called on the event loop."""
+
+    def handle(self, event: e.ServerEvent) -> None:
+        """Something is kept, or applied."""
+
+    def reply(self, node: str, frame: Entries | Offer | Chunk) -> None:
+        """An answer to a node's want."""
+
+    def header(self) -> Header:
+        """The header of answers."""
+
+    def took_term(self, term: int, machine: ServerMachine) -> None:
+        """The server has a term, and a machine that stands where the ledger does."""
 
 
 class Scribe:
-    """Takes the machine's durable effects and answers each with its event."""
+    """Takes the machine's effects on the ledger and theta, and answers each.
 
-    def __init__(self, ledger: Ledger, replica: Replica, tell: Callable[[e.ServerEvent], None]) -> None:
+    Whatever came while the ledger was busy is committed as one group.
+
+    Attributes:
+        server_id: random, one a process; 16 hex digits.
+        committed: version and theta that the ledger holds.
+    """
+
+    def __init__(self, ledger: Ledger, replica: Replica, run: Run, snapshots: Snapshots, worker: Executor) -> None:
+        self.server_id = secrets.token_hex(8)
+        self.committed = (replica.version, replica.theta)
         self._ledger = ledger
         self._replica = replica
-        self._tell = tell
+        self._run = run
+        self._snapshots = snapshots
+        self._worker = worker
+        self._term_at = float("-inf")
         self._queue: asyncio.Queue[Work] = asyncio.Queue()
 
     def put(self, work: Work) -> None:
         """Queue an effect."""
         self._queue.put_nowait(work)
 
-    async def run(self) -> None:
-        """Work until cancelled. Updates that came while the ledger was busy are committed as one group."""
-        now = asyncio.get_running_loop().time
+    async def idle(self) -> None:
+        """Wait until all that was queued is done."""
+        await self._queue.join()
+
+    async def in_charge(self, action: Callable[[], None]) -> None:
+        """Do something off the loop, unless the ledger is another server's, or not yet this one's."""
+
+        def act() -> None:
+            if self._ledger.in_charge:
+                action()
+
+        await self._off_the_loop(act)
+
+    async def run(self, desk: Desk) -> None:
+        """Work until cancelled.
+
+        Raises:
+            LedgerError: the ledger or a snapshot cannot be written; nobody was told of what was not kept.
+            AnotherServer: the ledger holds another server's term.
+        """
         while True:
             waiting = [await self._queue.get()]
             while not self._queue.empty():
                 waiting.append(self._queue.get_nowait())
-            records = tuple(work.record for work in waiting if isinstance(work, e.CommitUpdate))
-            if records:
-                await self._ledger.commit_updates(records)
-                self._tell(e.UpdatesCommitted(now(), records))
-            for work in waiting:
-                if not isinstance(work, e.CommitUpdate):
-                    await self._carry_out(work)
+            await self._commit(desk, [work for work in waiting if isinstance(work, Commit)])
+            for task in _distinct([work for work in waiting if isinstance(work, Task)]):
+                await self._do(desk, task)
+                if isinstance(task, e.TakeTerm):
+                    break  # what is left was asked for by a machine that is no more
+            for _ in waiting:
+                self._queue.task_done()
 
-    async def _carry_out(self, work: e.CommitSlot | e.ApplyTerms | e.CommitEntry) -> None:
+    async def _off_the_loop(self, function: Callable[[*Args], Result], *args: *Args) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._worker, function, *args)
+
+    # --- commits ---
+
+    async def _commit(self, desk: Desk, group: Sequence[Commit]) -> None:
+        if not group:
+            return
+        records = tuple(work.record for work in group if isinstance(work, e.CommitUpdate))
+        await self._off_the_loop(self._write, records, group)
+        now = asyncio.get_running_loop().time()
+        if records:
+            desk.handle(e.UpdatesCommitted(now, records))
+        for work in group:
+            if isinstance(work, e.CommitSlot):
+                desk.handle(e.SlotCommitted(now, work.node))
+            elif isinstance(work, e.CommitEntry):
+                self.committed = (work.entry.version + 1, self._replica.theta)
+                desk.handle(e.EntryCommitted(now, work.entry.version, work.records))
+
+    def _write(self, records: tuple[e.UpdateRecord, ...], group: Sequence[Commit]) -> None:
+        ledger = self._ledger
+        with ledger.group():
+            for work in group:
+                if isinstance(work, e.CommitSlot):
+                    ledger.commit_slot(work.node, work.slot, ledger.version)
+            if records:
+                ledger.commit_updates(records)
+            for work in group:
+                match work:
+                    case e.CommitEntry(entry, of, asked, overdue):
+                        ledger.commit_entry(entry, of, asked, overdue)
+                    case KeepSightings(sightings):
+                        ledger.commit_sightings(sightings)
+                    case KeepMetrics(version, metrics):
+                        ledger.commit_metrics(version, metrics)
+
+    # --- everything else ---
+
+    async def _do(self, desk: Desk, task: Task) -> None:
         now = asyncio.get_running_loop().time
-        match work:
-            case e.CommitSlot(node, slot):
-                await self._ledger.commit_slot(node, slot)
-                self._tell(e.SlotCommitted(now(), node))
+        match task:
             case e.ApplyTerms(version, terms):
-                after = await asyncio.to_thread(self._replica.apply, terms)
-                self._tell(e.TermsApplied(now(), version, after))
-            case e.CommitEntry(entry, records):
-                await self._ledger.commit_entry(entry, records)
-                self._tell(e.EntryCommitted(now(), entry.version, records))
+                after = await self._off_the_loop(self._replica.apply, terms)
+                desk.handle(e.TermsApplied(now(), version, after))
+            case e.KeepSnapshot(version, head):
+                await self._off_the_loop(self._snapshots.keep, version, head, self._replica.theta)
+            case e.SendEntries(node, first):
+                answer = await self._off_the_loop(self._help, desk.header(), first)
+                if answer is not None:
+                    desk.reply(node, answer)
+            case e.SendChunks(node, want):
+                for chunk in await self._off_the_loop(list, self._snapshots.chunks(desk.header(), want)):
+                    desk.reply(node, chunk)
+            case e.TakeTerm(above):
+                await asyncio.sleep(self._term_at - now())
+                self._term_at = now() + TERM_PAUSE_S
+                desk.took_term(*await self._off_the_loop(self._take_term, above))
+
+    def _help(self, header: Header, first: int) -> Entries | Offer | None:
+        """A snapshot's offer where that is cheaper, else as many entries as a reply takes."""
+        offer = self._snapshots.offer(header, first)
+        if offer is not None:
+            return offer
+        room, chosen = REPLY_BYTES, list[Entry]()
+        for entry in self._ledger.entries(first, 2000):
+            room -= len(encode_entry(entry))
+            if room < 0 and chosen:
+                break
+            chosen.append(entry)
+        return Entries(header, tuple(chosen)) if chosen else None
+
+    def _take_term(self, above: int) -> tuple[int, ServerMachine]:
+        """Take a term; theta goes to what is committed, and a machine goes on from there."""
+        with self._ledger.group():
+            if self._ledger.run is None:
+                self._ledger.begin(self._run.descriptor, self._run.rules)
+            term = self._ledger.take_term(above, self.server_id, socket.gethostname())
+        version, theta = self.committed
+        self._replica.load(theta, version)
+        last = self._ledger.entries(version - 1, 1) if version else ()
+        head = last[0].hash(self._run.descriptor.run_id) if last else self._run.mask.hash
+        follow(self._ledger, self._run, self._replica, head=head)  # another server may have gone on meanwhile
+        self.committed = (self._replica.version, self._replica.theta)
+        self._snapshots.sweep()
+        return term, resumed(self._ledger, self._run, term=term, server_id=self.server_id)
+
+
+def _distinct(tasks: Sequence[Task]) -> list[Task]:
+    """Of several wants of one node, the newest is enough."""
+    newest: dict[object, Task] = {}
+    for number, task in enumerate(tasks):
+        match task:
+            case e.SendEntries(node) | e.SendChunks(node):
+                newest[type(task), node] = task
+            case _:
+                newest[number] = task
+    return list(newest.values())

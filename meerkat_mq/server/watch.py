@@ -1,8 +1,9 @@
 """What people get to see of a run: rounds as they close, evaluations, and how it ended."""
 
 import asyncio
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import structlog
@@ -11,8 +12,10 @@ from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.path import digest
 from meerkat_mq.mqtt import Count
 from meerkat_mq.observe.events import Evaluated, Observer, RoundClosed, RunFinished
-from meerkat_mq.rounds.events import EntryCommitted
+from meerkat_mq.rounds.events import EntryCommitted, Verdict
+from meerkat_mq.server.ledger import Sighting
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor
+from meerkat_mq.wire.frames import MAX_SLOTS
 
 if TYPE_CHECKING:
     from meerkat_mq.server.evaluation import Evaluator
@@ -39,6 +42,7 @@ class Watch:
         self._began: float | None = None
         self._snapshots: asyncio.Queue[tuple[int, float, Float32Array]] = asyncio.Queue()
         self._spoken = asyncio.Event()
+        self._noted: dict[str, tuple[NodeStatus, int, int]] = {}
 
     def _seconds(self) -> float:
         now = asyncio.get_running_loop().time()
@@ -56,7 +60,8 @@ class Watch:
 
     def closed(self, commit: EntryCommitted, online: int, bytes_up: int) -> None:
         """A round was committed."""
-        loss = sum(record.loss for record in commit.records) / max(1, len(commit.records))
+        losses = [record.loss for record in commit.records if record.verdict is Verdict.ACCEPTED]
+        loss = sum(losses) / max(1, len(losses))
         event = RoundClosed(
             commit.version + 1, self._seconds(), loss, len(commit.records), online, bytes_up
         )  # fmt: skip
@@ -65,6 +70,9 @@ class Watch:
 
     def heard_from(self, node: str, status: NodeStatus) -> None:
         """A node said where it stands."""
+        if node not in self.statuses and len(self.statuses) >= MAX_SLOTS:
+            self.counts["too many nodes"] += 1
+            return
         self.statuses[node] = status
         if all(self._has_spoken(status) for status in self.statuses.values()):
             self._spoken.set()
@@ -72,8 +80,20 @@ class Watch:
     def _has_spoken(self, status: NodeStatus) -> bool:
         return status.status in ("lost", "stopped") or status.version == self._rounds
 
-    async def run(self) -> None:
-        """Evaluate until cancelled."""
+    def sightings(self, received: Mapping[str, Count]) -> tuple[Sighting, ...]:
+        """What is new of nodes since the last call; `received` counts by "kind/node"."""
+        news, now = list[Sighting](), time.time()
+        for node, status in self.statuses.items():
+            counts = {kind: received.get(f"{kind}/{node}") or Count() for kind in ("update", "want", "status")}
+            standing = (status, counts["update"].messages, sum(count.packet_bytes for count in counts.values()))
+            before, self._noted[node] = self._noted.get(node, (None, 0, 0)), standing
+            if standing != before:
+                more = standing[1] - before[1], standing[2] - before[2]
+                news.append(Sighting(node, status.boot, status.host, status.status, status.rows, now, *more))
+        return tuple(news)
+
+    async def run(self, keep: Callable[[int, Mapping[str, float]], None]) -> None:
+        """Evaluate until cancelled; `keep` takes what was found of each version."""
         while True:
             version, seconds, theta = await self._snapshots.get()
             assert self._evaluator is not None
@@ -81,6 +101,7 @@ class Watch:
             event = Evaluated(version, seconds, found.rows, found.accuracy, found.loss, found.majority)
             self._log.info("evaluated", round=version, accuracy=round(event.accuracy, 4), loss=round(event.loss, 4))
             self._observe(event)
+            keep(version, {"accuracy": found.accuracy, "loss": found.loss})
             self._snapshots.task_done()
 
     async def finish(self, theta: Float32Array, updates: Mapping[str, Count]) -> None:

@@ -145,8 +145,8 @@ class Assembly:
         self._size = size
         self._parts: list[bytes | None] = [None] * count
 
-    def add(self, chunk: Chunk) -> None:
-        """Take a chunk.
+    def add(self, chunk: Chunk) -> bool:
+        """Take a chunk; returns whether it lacked before.
 
         Raises:
             BadValue: it is of another blob, or its length does not fit its place.
@@ -156,7 +156,9 @@ class Assembly:
         expected = min(MAX_CHUNK_BYTES, self._size - chunk.index * MAX_CHUNK_BYTES)
         if len(chunk.data) != expected:
             raise BadValue("chunk", f"{chunk.index} has {len(chunk.data)} bytes, expected {expected}")
+        lacked = self._parts[chunk.index] is None
         self._parts[chunk.index] = chunk.data
+        return lacked
 
     @property
     def missing(self) -> tuple[int, ...]:

@@ -7,8 +7,9 @@ every meaning has one encoding, and bytes that are not that encoding are refused
 import math
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import IntFlag
+from functools import lru_cache
 from itertools import pairwise
 
 from meerkat_mq.core.path import HASH_BYTES, Entry, Term
@@ -22,7 +23,7 @@ from meerkat_mq.errors import (
     UnknownType,
     UnknownVersion,
 )
-from meerkat_mq.wire.messages import Chunk, Entries, Frame, Header, Reason, Refusal, Round, Update, Want, Welcome
+from meerkat_mq.wire.messages import Chunk, Entries, Frame, Header, Offer, Reason, Refusal, Round, Update, Want, Welcome
 from meerkat_mq.wire.reader import Reader
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "Entries",
     "Frame",
     "Header",
+    "Offer",
     "Reason",
     "Refusal",
     "Round",
@@ -43,6 +45,7 @@ __all__ = [
     "Want",
     "Welcome",
     "decode",
+    "decode_entry",
     "encode",
     "encode_entry",
 ]
@@ -58,7 +61,7 @@ MAX_TERMS = 12000  # an entry of them fits a frame
 MAX_CHUNK_BYTES = 64 * 1024
 
 _HEADER = struct.Struct("<2sBBIII8s")
-_UPDATE = struct.Struct("<I8sHHf")
+_UPDATE = struct.Struct("<I8sHH4s")
 _ROUND = struct.Struct("<HHfIHHHHH")
 _ENTRY = struct.Struct("<IH")
 _TERM = struct.Struct("<HHf")
@@ -67,6 +70,8 @@ _CHUNKS = struct.Struct("<16sH")
 _CHUNK = struct.Struct("<16sHHII")
 _WELCOME = struct.Struct("<IH")
 _REFUSAL = struct.Struct("<IB")
+_OFFER = struct.Struct("<I16sI")
+_NAN = struct.pack("<f", math.nan)  # the one encoding of what is not a number
 
 
 class _UpdateFlag(IntFlag):
@@ -87,7 +92,7 @@ def encode(frame: Frame) -> bytes:
     """Encode a frame.
 
     Raises:
-        BadValue: a field is outside its range or not finite.
+        BadValue: a field is outside its range, or not finite where it must be.
         TooLarge: the frame is longer than 96 KiB.
     """
     kind = type(frame)
@@ -161,18 +166,32 @@ def _encode_update(frame: Update) -> bytes:
     _check(frame.seeds is None or len(frame.seeds) == count, "seeds", "are not one a step")
     _check(len(frame.base) == 8, "base digest", "is not 8 bytes")
     flags = 0 if frame.seeds is None else _UpdateFlag.EXPLICIT_SEEDS
-    head = _UPDATE.pack(frame.boot, frame.base, count, flags, _finite("loss", frame.loss))
+    head = _UPDATE.pack(frame.boot, frame.base, count, flags, _pack_scalars((frame.loss,)))
     seeds = struct.pack(f"<{count}Q", *frame.seeds) if frame.seeds is not None else b""
-    return head + seeds + struct.pack(f"<{count}f", *(_finite("projected gradient", g) for g in frame.scalars))
+    return head + seeds + _pack_scalars(frame.scalars)
 
 
 def _decode_update(header: Header, reader: Reader) -> Update:
-    boot, base, count, flags, loss = reader.unpack(_UPDATE)
+    boot, base, count, flags, packed_loss = reader.unpack(_UPDATE)
+    (loss,) = _unpack_scalars("loss", packed_loss)
     _check(1 <= count <= MAX_STEPS, "steps", f"{count} is outside 1…{MAX_STEPS}")
     explicit = _flags(flags, _UpdateFlag) & _UpdateFlag.EXPLICIT_SEEDS
     seeds = reader.numbers("Q", count) if explicit else None
-    scalars = tuple(_finite("projected gradient", g) for g in reader.numbers("f", count))
-    return Update(header, boot, base, _finite("loss", loss), scalars, seeds)
+    scalars = _unpack_scalars("projected gradient", reader.take(4 * count))
+    return Update(header, boot, base, loss, scalars, seeds)
+
+
+def _pack_scalars(values: Iterable[float]) -> bytes:
+    """f32 each; here alone, infinities and NaN may stand: the server's guards count whom they come from."""
+    return b"".join(_NAN if math.isnan(value) else struct.pack("<f", value) for value in values)
+
+
+def _unpack_scalars(name: str, packed: bytes | memoryview) -> tuple[float, ...]:
+    values = struct.unpack(f"<{len(packed) // 4}f", packed)
+    for number, value in enumerate(values):
+        if math.isnan(value) and packed[4 * number : 4 * number + 4] != _NAN:
+            raise BadValue(name, "has another NaN than 0x7fc00000")
+    return values
 
 
 def _bitmap(slots: frozenset[int], length: int) -> bytes:
@@ -182,7 +201,8 @@ def _bitmap(slots: frozenset[int], length: int) -> bytes:
     return bytes(bits)
 
 
-def _slots(bitmap: memoryview) -> frozenset[int]:
+@lru_cache(maxsize=4)  # most rounds ask the same nodes
+def _slots(bitmap: bytes) -> frozenset[int]:
     return frozenset(8 * i + bit for i, byte in enumerate(bitmap) for bit in range(8) if byte >> bit & 1)
 
 
@@ -211,9 +231,8 @@ def _decode_round(header: Header, reader: Reader) -> Round:
     short = tuple(zip(numbers[::2], numbers[1::2], strict=True))
     _check_round(steps, lanes, eps, short)
     entries = tuple(_decode_entry(reader) for _ in range(entry_count))
-    return Round(
-        header, is_open, steps, lanes, eps, deadline_ms, attempt, _slots(asked), _slots(heard), short, entries
-    )  # fmt: skip
+    slots = _slots(bytes(asked)), _slots(bytes(heard))
+    return Round(header, is_open, steps, lanes, eps, deadline_ms, attempt, *slots, short, entries)
 
 
 def _check_round(steps: int, lanes: int, eps: float, short: tuple[tuple[int, int], ...]) -> None:
@@ -230,6 +249,18 @@ def _decode_entry(reader: Reader) -> Entry:
     packed = reader.take(_TERM.size * count)
     terms = tuple(Term(lane, step, _finite("coefficient", c)) for lane, step, c in _TERM.iter_unpack(packed))
     return Entry(version, terms, bytes(reader.take(HASH_BYTES)), bytes(reader.take(HASH_BYTES)))
+
+
+def decode_entry(data: bytes) -> Entry:
+    """The inverse of `encode_entry`.
+
+    Raises:
+        WireError: the bytes are no entry.
+    """
+    reader = Reader(data)
+    entry = _decode_entry(reader)
+    reader.end()
+    return entry
 
 
 def _encode_want(frame: Want) -> bytes:
@@ -285,7 +316,18 @@ def _check_chunk(index: int, count: int, size: int, length: int) -> None:
     _check(0 < length <= MAX_CHUNK_BYTES and length <= size, "chunk", f"{length} bytes of {size} are out of range")
 
 
-_TYPES: dict[type[Frame], int] = {Update: 1, Round: 2, Want: 3, Welcome: 4, Entries: 5, Chunk: 6, Refusal: 7}
+def _encode_offer(frame: Offer) -> bytes:
+    _check(len(frame.blob) == HASH_BYTES and frame.size > 0, "offer", "needs a 16-byte hash and a size")
+    return _OFFER.pack(frame.version, frame.blob, frame.size)
+
+
+def _decode_offer(header: Header, reader: Reader) -> Offer:
+    version, blob, size = reader.unpack(_OFFER)
+    _check(size > 0, "offer", "is of no bytes")
+    return Offer(header, version, blob, size)
+
+
+_TYPES: dict[type[Frame], int] = {Update: 1, Round: 2, Want: 3, Welcome: 4, Entries: 5, Chunk: 6, Refusal: 7, Offer: 8}
 _ENCODERS: dict[type[Frame], Callable[..., bytes]] = {
     Update: _encode_update,
     Round: _encode_round,
@@ -294,6 +336,7 @@ _ENCODERS: dict[type[Frame], Callable[..., bytes]] = {
     Entries: _encode_entries,
     Chunk: _encode_chunk,
     Refusal: lambda frame: _REFUSAL.pack(frame.boot, frame.reason),
+    Offer: _encode_offer,
 }
 
 
@@ -316,4 +359,5 @@ _DECODERS: dict[int, Callable[[Header, Reader], Frame]] = {
     5: _decode_entries,
     6: _decode_chunk,
     7: _decode_refusal,
+    8: _decode_offer,
 }

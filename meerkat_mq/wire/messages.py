@@ -36,7 +36,7 @@ class Update:
         boot: the sending process.
         base: first 8 bytes of the node's own digest of the newest theta at or before that version whose digest is due.
         loss: mean loss of the steps.
-        scalars: one projected gradient a local step, each exactly a float32.
+        scalars: one projected gradient a local step, each exactly a float32; hostile ones may be NaN or infinite.
         seeds: the explicit seed list, one a step; None where both sides derive it.
     """
 
@@ -125,12 +125,28 @@ class Chunk:
     data: bytes = field(repr=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """Instead of entries: a snapshot of theta of `version`, to be asked for chunk by chunk.
+
+    Attributes:
+        blob: hash of the snapshot blob.
+        size: its bytes.
+    """
+
+    header: Header
+    version: int
+    blob: bytes
+    size: int
+
+
 class Reason(IntEnum):
     """Why an update was refused."""
 
     RESYNCHRONISE = 1  # its base digest is not that of the server's theta
     WRONG_SEEDS = 2
     WRONG_STEPS = 3
+    OUT_OF_RANGE = 4  # a projected gradient or the loss is not finite, or too large to apply
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,4 +158,4 @@ class Refusal:
     reason: Reason
 
 
-Frame = Update | Round | Want | Welcome | Entries | Chunk | Refusal
+Frame = Update | Round | Want | Welcome | Entries | Offer | Chunk | Refusal

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from meerkat_mq.errors import ConfigError
@@ -65,6 +66,7 @@ class Topics:
         """What the server answers to one node."""
         return f"{self.root}/down/{node}/reply"
 
+    @lru_cache(maxsize=4096)  # noqa: B019 - bounded, and a federation's topics are few
     def parse_up(self, topic: str) -> tuple[str, str] | None:
         """(node id, kind) of a topic below `up/`, or None where it is none."""
         parts = topic.removeprefix(f"{self.root}/up/").split("/")

@@ -120,6 +120,19 @@ def _arrays(golden: Path) -> Found:
         )
     mask = (golden / "mask.bin").read_bytes()
     yield "mask blob", _unblob((golden / "mask.blob").read_bytes()) == mask
+    yield from _snapshot((golden / "snapshot.blob").read_bytes(), _read(golden, "snapshot.json"))
+
+
+def _snapshot(blob: bytes, said: dict[str, Any]) -> Found:
+    """Hash, header, theta and its digest."""
+    body = frames.Bytes(blob)
+    magic, run_id, version, head, digest, size = body.read("<8s16sI16s16sI")
+    theta = core.floats(_array(body, 4))
+    yield "snapshot hash", core.short_hash(blob).hex() == said["hash"]
+    yield "snapshot magic and size", magic == b"MKSNAP\x01\n" and size == len(theta) and not body.data
+    place = {"run_id": run_id.hex(), "version": version, "head": head.hex(), "digest": digest.hex()}
+    yield "snapshot place", all(said[key] == value for key, value in place.items())
+    yield "snapshot theta", core.packed(theta).hex() == said["theta"] and core.digest(theta) == digest
 
 
 def _array(body: frames.Bytes, width: int) -> bytes:

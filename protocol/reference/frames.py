@@ -46,7 +46,7 @@ def decode(data: bytes) -> tuple[str, Meaning]:
     magic, version, number, run, term, theta, mask = body.read(HEADER)
     need(magic == b"MK", "BadMagic")
     need(version == 1, "UnknownVersion")
-    need(1 <= number <= 7, "UnknownType")
+    need(1 <= number <= 8, "UnknownType")
     body.data, crc = body.data[:-4], body.data[-4:]
     need(zlib.crc32(data[:-4]) == int.from_bytes(crc, "little"), "BadChecksum")
     kind, (decode_body, _) = list(CODECS.items())[number - 1]
@@ -66,21 +66,29 @@ def encode(kind: str, meaning: Meaning) -> bytes:
 
 def decode_update(body: Bytes) -> Meaning:
     """boot, base digest, steps, flags, loss, seeds if flag 1, projected gradients."""
-    boot, base, steps, flags, loss = body.read("<I8sHHf")
+    boot, base, steps, flags, loss = body.read("<I8sHH4s")
     need(flags < 2, "UnknownFlags")
-    need(1 <= steps <= 1000 and math.isfinite(loss))
+    need(1 <= steps <= 1000)
     seeds = [f"0x{seed:016x}" for seed in body.read(f"<{steps}Q")] if flags & 1 else None
-    scalars = list(body.read(f"<{steps}f"))
-    need(all(map(math.isfinite, scalars)))
-    return {"boot": boot, "base": base.hex(), "loss": loss, "scalars": scalars, "seeds": seeds}
+    scalars = [scalar(body.take(4)) for _ in range(steps)]
+    return {"boot": boot, "base": base.hex(), "loss": scalar(loss), "scalars": scalars, "seeds": seeds}
 
 
 def encode_update(m: Meaning) -> bytes:
     """The inverse."""
     seeds, steps = m["seeds"], len(m["scalars"])
-    out = struct.pack("<I8sHHf", m["boot"], bytes.fromhex(m["base"]), steps, seeds is not None, m["loss"])
+    out = struct.pack("<I8sHHf", m["boot"], bytes.fromhex(m["base"]), steps, seeds is not None, float(m["loss"]))
     out += b"".join(struct.pack("<Q", int(seed, 16)) for seed in seeds or ())
-    return out + struct.pack(f"<{steps}f", *m["scalars"])
+    return out + struct.pack(f"<{steps}f", *map(float, m["scalars"]))
+
+
+def scalar(packed: bytes) -> float | str:
+    """A projected gradient or loss; NaN has one encoding."""
+    (value,) = struct.unpack("<f", packed)
+    need(not math.isnan(value) or packed == b"\0\0\xc0\x7f")
+    if math.isfinite(value):
+        return float(value)
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 def decode_round(body: Bytes) -> Meaning:
@@ -194,13 +202,25 @@ def encode_chunk(m: Meaning) -> bytes:
 def decode_refusal(body: Bytes) -> Meaning:
     """boot, reason."""
     boot, reason = body.read("<IB")
-    need(1 <= reason <= 3, "UnknownType")
+    need(1 <= reason <= 4, "UnknownType")
     return {"boot": boot, "reason": reason}
 
 
 def encode_refusal(m: Meaning) -> bytes:
     """The inverse."""
     return struct.pack("<IB", m["boot"], m["reason"])
+
+
+def decode_offer(body: Bytes) -> Meaning:
+    """version, hash, size of a snapshot."""
+    version, blob, size = body.read("<I16sI")
+    need(size > 0)
+    return {"version": version, "blob": blob.hex(), "size": size}
+
+
+def encode_offer(m: Meaning) -> bytes:
+    """The inverse."""
+    return struct.pack("<I16sI", m["version"], bytes.fromhex(m["blob"]), m["size"])
 
 
 CODECS: dict[str, tuple[Callable[[Bytes], Meaning], Callable[[Meaning], bytes]]] = {
@@ -211,4 +231,5 @@ CODECS: dict[str, tuple[Callable[[Bytes], Meaning], Callable[[Meaning], bytes]]]
     "entries": (decode_entries, encode_entries),
     "chunk": (decode_chunk, encode_chunk),
     "refusal": (decode_refusal, encode_refusal),
+    "offer": (decode_offer, encode_offer),
 }

@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 
-from meerkat_mq.config import load_config
+from meerkat_mq.config import load_config, to_toml
 from meerkat_mq.demo.corpus import TASK, triage_rows
-from meerkat_mq.demo.local import _toml
 from meerkat_mq.demo.plan import Choices, make_plan, shards
 from meerkat_mq.demo.settings import DEMO
 from meerkat_mq.errors import ConfigError, DataError
@@ -61,6 +60,6 @@ def test_one_label_is_too_few() -> None:
 
 def test_the_task_that_the_demo_writes_can_be_read(tmp_path: Path) -> None:
     task = TASK.model_copy(update={"template": 'a "quoted"\n\\ line with 😀: {line}', "name": "odd"})
-    (tmp_path / "task.toml").write_text(_toml(task.model_dump(mode="json")), encoding="utf-8")
+    (tmp_path / "task.toml").write_text(to_toml(task.model_dump(mode="json")), encoding="utf-8")
     assert load_task(str(tmp_path / "task.toml")) == task
     assert load_config(tmp_path / "task.toml", Task) == task

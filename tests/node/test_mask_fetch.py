@@ -8,13 +8,13 @@ import pytest
 
 from meerkat_mq.core.mask import Mask, MaskedMatrix
 from meerkat_mq.errors import BadValue, TooLarge
-from meerkat_mq.node import mask_fetch
-from meerkat_mq.node.mask_fetch import CHUNKS_A_WANT, MaskFetch, check_descriptor
+from meerkat_mq.node import blob_fetch
+from meerkat_mq.node.blob_fetch import CHUNKS_A_WANT, BlobFetch
+from meerkat_mq.node.mask_fetch import check_descriptor, fetch_mask
 from meerkat_mq.node.state import NodeState
 from meerkat_mq.wire.arrays import encode_mask, split
 from meerkat_mq.wire.descriptor import RunDescriptor
-from meerkat_mq.wire.frames import decode
-from meerkat_mq.wire.messages import Chunk, Header, Want
+from meerkat_mq.wire.messages import Chunk, Header
 from meerkat_mq.wire.topics import Topics
 
 TOPICS = Topics("f")
@@ -49,16 +49,22 @@ class Server:
         self.descriptor = descriptor(mask)
         self._spoil = spoil
         self._chunks = split(Header(0, 0, 0, bytes(8)), mask.hash, encode_mask(mask))
-        self.fetch = MaskFetch(self.descriptor, self, TOPICS, "node", boot=1)  # type: ignore[arg-type]
+        self._fetch: BlobFetch | None = None
 
-    def publish(self, topic: str, payload: bytes) -> None:
-        want = decode(payload)
-        assert isinstance(want, Want)
-        assert topic == TOPICS.up("node", "want")
-        self.wants.append(want.chunks)
-        for index in want.chunks:
+    async def fetch(self, folder: Path) -> Mask:
+        with NodeState(folder) as state:
+            return await fetch_mask(self.descriptor, state, self, TOPICS, self._begin)  # type: ignore[arg-type]
+
+    def _begin(self, name: bytes, size: int) -> BlobFetch:
+        self._fetch = BlobFetch(name, size, self._answer)
+        return self._fetch
+
+    def _answer(self, chunks: tuple[int, ...]) -> None:
+        assert self._fetch is not None
+        self.wants.append(chunks)
+        for index in chunks:
             if (chunk := self._spoil(self._chunks[index])) is not None:
-                self.fetch.add(chunk)
+                self._fetch.add(chunk)
 
     def subscribe(self, topic: str) -> None:
         self.filters.append(topic)
@@ -69,21 +75,19 @@ class Server:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mask_fetch, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(blob_fetch, "PATIENCE_S", 0.05)
 
 
-async def test_all_chunks_come_by_want_without_a_pause_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_all_chunks_come_by_want_without_a_pause_between(tmp_path: Path) -> None:
     mask = big_mask()
     server = Server(mask)
-    with NodeState(tmp_path) as state:
-        found = await server.fetch.fetch(state)
-        assert found.hash == mask.hash
-        assert len(server.wants) == -(-server.descriptor.mask_chunks // CHUNKS_A_WANT) >= 2
-        assert server.wants[1][0] == CHUNKS_A_WANT
-        assert server.filters == []
-        again = Server(mask)
-        assert (await again.fetch.fetch(state)).hash == mask.hash
-        assert again.wants == []
+    assert (await server.fetch(tmp_path)).hash == mask.hash
+    assert len(server.wants) == -(-server.descriptor.mask_chunks // CHUNKS_A_WANT) >= 2
+    assert server.wants[1][0] == CHUNKS_A_WANT
+    assert server.filters == []
+    again = Server(mask)
+    assert (await again.fetch(tmp_path)).hash == mask.hash
+    assert again.wants == []
 
 
 async def test_chunks_that_get_lost_are_asked_for_again(tmp_path: Path) -> None:
@@ -96,8 +100,7 @@ async def test_chunks_that_get_lost_are_asked_for_again(tmp_path: Path) -> None:
         return None
 
     server = Server(big_mask(), lose)
-    with NodeState(tmp_path) as state:
-        assert (await server.fetch.fetch(state)).hash == server.descriptor.mask_hash
+    assert (await server.fetch(tmp_path)).hash == server.descriptor.mask_hash
     assert not lost
 
 
@@ -111,16 +114,14 @@ async def test_a_mask_that_does_not_fit_its_hash_is_fetched_again(tmp_path: Path
         return Chunk(chunk.header, chunk.blob, chunk.index, chunk.count, chunk.size, bytes(len(chunk.data)))
 
     server = Server(big_mask(), spoil)
-    with NodeState(tmp_path) as state:
-        assert (await server.fetch.fetch(state)).hash == server.descriptor.mask_hash
+    assert (await server.fetch(tmp_path)).hash == server.descriptor.mask_hash
     assert spoiled
 
 
 async def test_a_damaged_kept_mask_is_fetched_again(tmp_path: Path) -> None:
     server = Server(big_mask())
     (tmp_path / f"mask-{server.descriptor.mask}.mkm").write_bytes(b"MKMASK")
-    with NodeState(tmp_path) as state:
-        assert (await server.fetch.fetch(state)).hash == server.descriptor.mask_hash
+    assert (await server.fetch(tmp_path)).hash == server.descriptor.mask_hash
     assert server.wants
 
 

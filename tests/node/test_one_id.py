@@ -1,18 +1,13 @@
 """Two processes with one id: a cloned card."""
 
-import asyncio
-import contextlib
 import socket
-from pathlib import Path
+from contextlib import closing
 
 import pytest
 
-from meerkat_mq.config import RoundsConfig, ServerConfig
-from meerkat_mq.server import serve
-from meerkat_mq.server.ledger import MemoryLedger
-from tests.server.federation import PACE, PATIENCE_S, Federation
+from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
+from tests.server.federation import PACE, Federation
 from tests.support.mosquitto import Mosquitto
-from tests.support.waiting import until
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -20,36 +15,27 @@ BOUND_S = 10.0
 CLIENT = "as meerkat-f-node-0 "
 
 
-async def test_of_two_nodes_with_one_id_the_older_ends_in_words(
-    federation: Federation, mosquitto: Mosquitto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ledger = MemoryLedger()
-    monkeypatch.setattr("meerkat_mq.server.service.MemoryLedger", lambda: ledger)
+async def test_of_two_nodes_with_one_id_the_older_ends_in_words(federation: Federation, mosquitto: Mosquitto) -> None:
     await federation.ghost()
-    rounds = RoundsConfig.model_validate(PACE | {"min_nodes": 2})
-    config = ServerConfig(
-        federation="f", state_dir=tmp_path / "s", engine="toy", broker=mosquitto.config, rounds=rounds
-    )
-    server = asyncio.create_task(serve(config))
+    server = federation.server(rounds=PACE | {"min_nodes": 2})
     card = federation.node("node-0")
-    await until(lambda: len(ledger.updates) > 5, within_s=PATIENCE_S)
+    await server.says("round closed", times=5)
     before = mosquitto.log.count(CLIENT)
 
     clone = federation.node("node-0", name="clone")
     await clone.says("connected")
     whose = f"another process with this id runs on host {socket.gethostname()}"
     await card.failed(6, "up/node-0/status", whose, within_s=BOUND_S)
-    done = len(ledger.updates)
-    await until(lambda: len(ledger.updates) > done + 5 or clone.over, within_s=PATIENCE_S)
+    done = len(server.said("round closed"))
+    await server.says("round closed", times=done + 5)
     assert not clone.over
-    assert len({record.boot for record in ledger.updates}) == 2
     assert 1 <= mosquitto.log.count(CLIENT) - before <= 5
 
-    identities = [(record.version, record.node) for record in ledger.updates]
-    assert len(identities) == len(set(identities))
-    server.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await server
+    with closing(Ledger.read(federation.folder / "server" / LEDGER_FILE)) as ledger:
+        heard = [ledger.records(version) for version in range(ledger.version)]
+    assert len(heard) >= done + 5
+    assert [len(records) for records in heard] == [1] * len(heard)
+    assert len({records[0].boot for records in heard}) == 2
 
 
 async def test_a_state_folder_is_used_by_one_process(federation: Federation) -> None:

@@ -143,7 +143,9 @@ class Desk:
 def desk(*slow: type[object], digest_every: int = 1, resume: dict[str, Any] | None = None, **changes: Any) -> Desk:
     """A started server machine at its desk; `resume` goes to the machine, `changes` to the settings."""
     fields: dict[str, Any] = {"term": 1, "server_id": SERVER_ID, "base": THETA_0} | (resume or {})
-    made = Desk(ServerMachine(settings(**changes), **fields), *slow, digest_every=digest_every)
+    made = Desk(
+        ServerMachine(settings(digest_every=digest_every, **changes), **fields), *slow, digest_every=digest_every
+    )
     made.start()
     return made
 

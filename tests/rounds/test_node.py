@@ -7,7 +7,7 @@ import pytest
 from meerkat_mq.core.path import NO_DIGEST
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.node import RETRY_S
-from meerkat_mq.wire.frames import Entries, Reason, Update, Want
+from meerkat_mq.wire.frames import Entries, Offer, Reason, Update, Want
 from tests.rounds.support import (
     RUN,
     THETA_0,
@@ -83,6 +83,15 @@ def test_a_server_that_connects_anew_is_told_again() -> None:
     assert node.machine.slot == 0
 
 
+@pytest.mark.parametrize("server_id", ["4" * 16, "6" * 16])
+def test_two_servers_in_one_term_are_asked_for_a_higher_one(server_id: str) -> None:
+    node = hand(announced(3, entries=tuple(chain(3))))
+    effects = node.give(e.ServerCame(1.0, state(server_id=server_id)))
+    assert "two servers in a term" in reasons(effects)
+    assert [want.header.term for want in sent(effects, Want)] == [2]
+    assert sent(node.give(e.ServerCame(2.0, state(term=1, status="lost", server_id=server_id))), Want) != []
+
+
 def test_stale_and_foreign_servers_and_frames_are_counted_only() -> None:
     node = hand(announced(3, term=2, entries=tuple(chain(3))))
     assert reasons(node.give(e.ServerCame(1.0, state(term=1)))) == ["stale server"]
@@ -123,6 +132,53 @@ def test_a_node_asks_again_when_no_answer_comes() -> None:
     assert node.machine.wake_at == RETRY_S
     assert sent(node.give(e.Tick(RETRY_S)), Want)
     assert node.machine.wake_at == 2 * RETRY_S
+
+
+def offer(version: int, term: int = 1) -> Offer:
+    return Offer(header(version, term), version, b"b" * 16, 1000)
+
+
+def test_a_snapshot_that_is_offered_stands_in_for_the_entries_before_it() -> None:
+    node, ledger = hand(announced(9)), tuple(chain(9))
+    assert only(e.FetchSnapshot, node.frames(1.0, offer(7))) == [e.FetchSnapshot(offer(7))]
+    assert node.frames(1.5, offer(8), Entries(header(9), ledger)) == []
+    assert node.machine.wake_at is None
+    loaded = e.SnapshotLoaded(2.0, 7, ledger[6].hash(RUN), ledger[6].digest)
+    (want,) = sent(node.give(loaded), Want)
+    assert (node.machine.version, want.entries_from) == (7, 7)
+    node.frames(3.0, Entries(header(9), ledger[7:]))
+    (update,) = sent(node.step(4.0), Update)
+    assert (update.header.version, update.base) == (9, base_after(8)[:8])
+
+
+def test_a_snapshot_that_does_not_come_is_asked_for_again_later() -> None:
+    node = hand(announced(9))
+    node.frames(1.0, offer(7))
+    effects = node.give(e.SnapshotMissed(5.0, 7))
+    assert reasons(effects) == ["snapshot missed"]
+    assert not sent(effects, Want)
+    assert node.machine.wake_at == 5.0 + RETRY_S
+    (want,) = sent(node.give(e.Tick(5.0 + RETRY_S)), Want)
+    assert want.entries_from == 0
+
+
+def test_an_offer_of_what_the_node_has_and_an_answer_that_nobody_waits_for_do_nothing() -> None:
+    node = hand(announced(2, entries=tuple(chain(2))))
+    node.step(1.0)
+    assert node.frames(2.0, offer(2)) == []
+    assert reasons(node.give(e.SnapshotLoaded(3.0, 2, RUN, THETA_0))) == ["unexpected answer"]
+    assert reasons(node.give(e.SnapshotMissed(3.0, 2))) == ["unexpected answer"]
+    assert node.machine.version == 2
+
+
+def test_a_snapshot_of_another_past_is_left_when_the_server_shows_its_own() -> None:
+    node, ledger = hand(announced(9)), tuple(chain(9))
+    node.frames(1.0, offer(7))
+    node.give(e.ServerCame(1.5, state(term=2)))
+    node.give(e.SnapshotLoaded(2.0, 7, b"another" * 2 + b"..", ledger[6].digest))
+    effects = node.frames(3.0, welcome(term=2), announced(9, term=2, entries=ledger[7:]))
+    assert "resynchronised" in reasons(effects)
+    assert node.machine.version == 0
 
 
 def test_entries_are_applied_from_the_head_on_only() -> None:

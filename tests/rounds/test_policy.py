@@ -1,12 +1,18 @@
 """The rules that need no state."""
 
+import math
+from dataclasses import replace
+from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from meerkat_mq.core.path import Term
 from meerkat_mq.errors import ConfigError
-from meerkat_mq.rounds.events import UpdateRecord
+from meerkat_mq.rounds.events import UpdateRecord, Verdict
 from meerkat_mq.rounds.policy import (
     applicable,
     deadline_length,
@@ -20,9 +26,15 @@ from meerkat_mq.rounds.policy import (
 from meerkat_mq.wire.frames import encode_entry
 from tests.rounds.support import RUN, chain, settings
 
+TRIMMED = {"aggregate": "trimmed-mean", "lr": 1.0}
 
-def record(slot: int, *scalars: float, weight: int = 1) -> UpdateRecord:
-    return UpdateRecord(0, f"n{slot}", slot, 1, weight, scalars, 1.0)
+
+def record(slot: int, *scalars: float, weight: int = 1, verdict: Verdict = Verdict.ACCEPTED) -> UpdateRecord:
+    return UpdateRecord(0, f"n{slot}", slot, 1, weight, scalars, 1.0, verdict)
+
+
+def refused(slot: int, *scalars: float, verdict: Verdict = Verdict.NOT_FINITE) -> UpdateRecord:
+    return record(slot, *scalars, verdict=verdict)
 
 
 @pytest.mark.parametrize(
@@ -66,12 +78,85 @@ def test_what_can_be_applied(scalar: float, fits: bool) -> None:
         ({"lanes": 2}, [record(0, 1.0), record(2, -1.0), record(1, 6.0)], [(1, 0, 1.0)]),
         ({"steps": 2}, [record(0, 1.0, 2.0), record(1, 3.0)], [(0, 0, 1.0), (0, 1, 0.5)]),
         ({}, [record(0, 1.0, weight=3), record(1, 5.0)], [(0, 0, 1.0)]),
+        ({}, [record(0, 1.0), refused(1, math.nan), record(2, 3.0)], [(0, 0, 1.0)]),
+        ({"lanes": 2}, [record(0, 1.0), refused(1, 1e9, verdict=Verdict.OUTLIER)], [(0, 0, 0.5)]),
+        ({}, [refused(0, 1.0, verdict=Verdict.AGAINST), refused(1, math.inf)], []),
         ({}, [], []),
     ],
-    ids=["mean", "lanes", "empty lane", "zero", "short", "weights", "nobody"],
+    ids=["mean", "lanes", "empty lane", "zero", "short", "weights", "NaN", "refused", "all refused", "nobody"],
 )
 def test_terms(changes: dict[str, Any], records: list[UpdateRecord], expected: list[tuple[int, int, float]]) -> None:
     assert terms_of(records, settings(**changes)) == tuple(Term(*term) for term in expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "records", "expected"),
+    [
+        ({}, [record(slot, g) for slot, g in enumerate([1e6, 1.0, 2.0, 6.0, -1e6])], [(0, 0, 3.0)]),
+        ({"trim": 0.4}, [record(slot, g) for slot, g in enumerate([1e6, 1.0, 2.0, 6.0, -1e6])], [(0, 0, 2.0)]),
+        ({"trim": 0.1}, [record(slot, g) for slot, g in enumerate([1.0, 2.0, 3.0, 6.0])], [(0, 0, 3.0)]),
+        ({"trim": 0.29}, [record(slot, float(slot)) for slot in range(100)], [(0, 0, 49.5)]),
+        ({"trim": 0.49}, [record(0, 1.0), record(1, 5.0)], [(0, 0, 3.0)]),
+        ({"trim": 0.4999999999}, [record(0, 1.0), record(1, 5.0)], [(0, 0, 3.0)]),
+        (
+            {"lanes": 2, "trim": 0.34},
+            [record(0, 1.0), record(2, 4.0, weight=2), record(4, 9.0), record(1, 6.0, weight=4)],
+            [(0, 0, 2.0), (1, 0, 3.0)],
+        ),
+        ({"trim": 0.34}, [record(0, 2.0, weight=5), record(1, 2.0), record(2, 2.0, weight=3)], [(0, 0, 2.0)]),
+        (
+            {"steps": 2, "trim": 0.34},
+            [record(0, 1.0, 8.0), record(1, 2.0), record(2, 9.0)],
+            [(0, 0, 2.0), (0, 1, 8 / 3)],
+        ),
+        ({"trim": 0.34}, [record(0, 1.0), record(1, 2.0), refused(2, 1e9), record(3, 3.0)], [(0, 0, 2.0)]),
+        ({}, [refused(0, 1.0)], []),
+    ],
+    ids=[
+        "one at each end", "two", "none of four", "0.29 of 100", "none of two", "never all", "lanes and weights",
+        "ties", "short", "refused", "all refused",
+    ],
+)  # fmt: skip
+def test_a_trimmed_mean(
+    changes: dict[str, Any], records: list[UpdateRecord], expected: list[tuple[int, int, float]]
+) -> None:
+    found = terms_of(records, settings(**TRIMMED | changes))
+    assert found == tuple(Term(lane, step, float(np.float32(c))) for lane, step, c in expected)
+
+
+single = st.floats(-(2.0**100), 2.0**100, width=32)
+fleets = st.lists(st.tuples(single, st.integers(1, 2**24), st.sampled_from(Verdict)), min_size=1, max_size=12)
+aggregates = st.sampled_from(["mean", "trimmed-mean"])
+
+
+@given(fleets, st.integers(1, 3), aggregates, st.sampled_from([0.1, 0.2, 0.25, 0.4]), st.randoms(use_true_random=False))
+def test_terms_do_not_depend_on_order_nor_on_the_refused(
+    fleet: list[tuple[float, int, Verdict]], lanes: int, aggregate: str, trim: float, rng: Random
+) -> None:
+    rules = settings(lanes=lanes, min_nodes=lanes, aggregate=aggregate, trim=trim)
+    records = [record(slot, g, weight=weight, verdict=verdict) for slot, (g, weight, verdict) in enumerate(fleet)]
+    changed = [
+        found if found.verdict == Verdict.ACCEPTED else replace(found, scalars=(math.nan,), weight=1)
+        for found in records
+        if found.verdict == Verdict.ACCEPTED or rng.random() < 0.5
+    ]
+    rng.shuffle(changed)
+    assert terms_of(changed, rules) == terms_of(records, rules)
+
+
+@given(st.lists(st.floats(-1000, 1000, width=32), min_size=4, max_size=12), st.lists(single, max_size=3))
+def test_a_trimmed_mean_stays_among_the_honest(honest: list[float], poison: list[float]) -> None:
+    records = [record(slot, g) for slot, g in enumerate([*poison, *honest])]
+    trim = min(0.49, len(poison) / len(records) + 1e-6) if poison else 0.1
+    found = terms_of(records, settings(**TRIMMED, trim=trim))
+    c = found[0].coefficient if found else 0.0
+    assert np.float32(min(honest)) <= c <= np.float32(max(honest))
+
+
+@given(st.lists(st.tuples(single, st.integers(1, 2**24)), min_size=1, max_size=9))
+def test_where_nothing_is_left_out_a_trimmed_mean_is_the_mean_to_the_bit(fleet: list[tuple[float, int]]) -> None:
+    records = [record(slot, g, weight=weight) for slot, (g, weight) in enumerate(fleet)]
+    assert terms_of(records, settings(**TRIMMED, trim=0.1)) == terms_of(records, settings(lr=1.0))
 
 
 def test_the_newest_entries_that_fit() -> None:

@@ -3,7 +3,8 @@
 import pytest
 
 from meerkat_mq.rounds import events as e
-from tests.rounds.support import desk, only, reasons, state
+from meerkat_mq.wire.frames import Want
+from tests.rounds.support import desk, header, only, reasons, state
 
 
 def published(effects: list[e.ServerEffect]) -> int:
@@ -206,22 +207,32 @@ def test_announcements_missed_are_made_up_for_once() -> None:
     assert server.machine.wake_at == 100
 
 
-def test_a_birth_announces_the_round_and_a_status_said_again_does_not() -> None:
+def test_a_birth_that_changes_nothing_is_not_announced_and_a_status_said_again_does_nothing() -> None:
     server = desk()
     server.born(0, "a", "b")
-    assert published(server.born(1, "c")) == 1
-    assert published(server.born(2, "c", link=2)) == 1
+    assert published(server.born(1, "c")) == 0
+    assert published(server.born(2, "c", link=2)) == 0
     assert server.born(3, "c", link=2) == []
 
 
-def test_a_birth_is_told_how_the_run_stands_when_no_round_is_open() -> None:
+def test_a_node_that_is_asked_late_is_announced() -> None:
+    server = desk()
+    server.born(0, "a", "b")
+    server.tick(100)
+    assert published(server.born(101, "c")) == 1
+    assert published(server.born(102, "c", link=2)) == 0
+    assert server.round.asked == {0, 1, 2}
+
+
+def test_who_asks_is_told_how_the_run_stands_also_when_no_round_is_open() -> None:
     server = desk(count=1)
-    assert published(server.born(0, "a")) == 1
-    server.born(1, "b")
+    server.born(0, "a", "b")
     server.update(2, "a")
     server.update(2, "b")
     assert server.machine.finished
-    assert published(server.born(3, "c")) == 1
+    server.born(3, "c")
+    want = Want(header(), 1, welcome=True)
+    assert published(server.give(e.WantCame(4, "c", want))) == 1
 
 
 def test_a_node_that_joins_is_asked_from_the_next_round_on() -> None:

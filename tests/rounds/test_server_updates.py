@@ -8,6 +8,7 @@ import pytest
 from meerkat_mq.core.path import Term, seed_for
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.policy import sample
+from meerkat_mq.rounds.server import HIGHEST_TERM
 from meerkat_mq.wire.frames import MAX_SLOTS, Header, Reason, Want, encode
 from tests.rounds.support import MASK, RUN, THETA_0, Desk, base_after, chain, desk, header, only, reasons
 
@@ -43,15 +44,13 @@ def test_a_duplicate_is_one_also_before_the_first_is_committed() -> None:
     ("changes", "reason"),
     [
         ({"version": 1}, "early"),
-        ({"term": 2}, "of another term"),
         ({"term": 0}, "of another term"),
         ({"header": Header.of(bytes(16), 1, 0, MASK)}, "of another run"),
         ({"header": Header.of(RUN, 1, 0, RUN)}, "of another run"),
-        ({"scalars": (3e38,)}, "too large to apply"),
     ],
 )
 def test_what_is_dropped_and_why(changes: dict[str, Any], reason: str) -> None:
-    server = open_desk(lr=10.0)
+    server = open_desk()
     effects = server.update(1, "a", **changes)
     assert reasons(effects) == [reason]
     assert len(effects) == 1
@@ -81,6 +80,67 @@ def test_what_is_refused_and_why(changes: dict[str, Any], reason: Reason) -> Non
     server.update(2, "a")
     server.update(2, "b")
     assert server.machine.version == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"scalars": (math.nan,)}, "not finite"),
+        ({"scalars": (-math.inf,)}, "not finite"),
+        ({"loss": math.inf}, "not finite"),
+        ({"scalars": (3e38,)}, "too large"),
+    ],
+)
+def test_an_update_that_cannot_be_applied_is_kept_acknowledged_and_left_out(changes: dict[str, Any], why: str) -> None:
+    server = open_desk(lr=10.0)
+    effects = server.update(1, "a", **changes)
+    assert reasons(effects) == [f"refused: {why}"]
+    (reply,) = only(e.Reply, effects)
+    assert reply.frame.reason is Reason.OUT_OF_RANGE  # type: ignore[union-attr]
+    assert reasons(server.update(1, "a", 1.0, boot=2)) == ["duplicate"]
+    server.update(2, "b", 3.0)
+    (closed,) = server.entries
+    assert closed.entry.terms == (Term(0, 0, 30.0),)
+    assert [(r.node, bool(r.verdict)) for r in closed.records] == [("a", True), ("b", False)]
+
+
+def test_a_round_of_refused_updates_alone_changes_nothing() -> None:
+    server = open_desk()
+    server.update(1, "a", math.nan)
+    server.update(1, "b", math.nan)
+    assert server.entries[0].entry.terms == ()
+    assert server.machine.version == 1
+
+
+@pytest.mark.parametrize("way", ["update", "want"])
+def test_a_server_whose_nodes_have_seen_a_higher_term_takes_one_above_it_once(way: str) -> None:
+    server, seen = open_desk(), header(9, 7)
+    asked = server.give(e.WantCame(1, "a", Want(seen, 1))) if way == "want" else server.update(1, "a", header=seen)
+    assert only(e.TakeTerm, asked) == [e.TakeTerm(7)]
+    assert not only(e.TakeTerm, server.update(2, "b", term=9))
+
+
+def test_a_term_that_no_server_takes_does_not_hide_a_real_one() -> None:
+    server = open_desk()
+    forged = server.update(1, "a", term=HIGHEST_TERM + 1)
+    assert reasons(forged)[:1] == ["a term that no server takes"]
+    assert not only(e.TakeTerm, forged)
+    assert only(e.TakeTerm, server.update(2, "b", term=HIGHEST_TERM)) == [e.TakeTerm(HIGHEST_TERM)]
+
+
+def test_snapshots_are_kept_where_a_digest_is_due() -> None:
+    server = open_desk(snapshot_every=3, digest_every=2)
+    for version in range(9):
+        server.update(version, "a", base=server_base(version))
+        server.update(version, "b", base=server_base(version))
+    kept = only(e.KeepSnapshot, server.seen)
+    assert [snapshot.version for snapshot in kept] == [4, 6]
+    assert kept[0].head == server.entries[3].entry.hash(RUN)
+
+
+def server_base(version: int) -> bytes:
+    """The first bytes of the newest digest at or before a version, where every second is due."""
+    return (base_after(version // 2 * 2 - 1) if version >= 2 else THETA_0)[:8]
 
 
 def test_the_explicit_seeds_of_the_own_lane_are_taken() -> None:

@@ -1,17 +1,19 @@
 """A federation of real processes, and an eye on what it says."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from meerkat_mq.config import BrokerConfig
+from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor, ServerState, decode_control
 from meerkat_mq.wire.difference import Difference
 from meerkat_mq.wire.frames import decode
@@ -34,9 +36,9 @@ def toml(table: Mapping[str, Any]) -> str:
 
 
 class Service:
-    """A server or node process; what it logged, as it comes."""
+    """A server or node process, started as a module; what it logged, as it comes."""
 
-    def __init__(self, role: str, config: Path, flags: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(self, module: str, config: Path, flags: Sequence[str], environment: Mapping[str, str]) -> None:
         self.config = config
         self._log = config.with_suffix(".log")
         self._events: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -44,7 +46,7 @@ class Service:
         self._read = 0
         with self._log.open("wb") as file:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", f"meerkat_mq.{role}", "--config", str(config), "--json-logs", *flags],
+                [sys.executable, "-m", module, "--config", str(config), "--json-logs", *flags],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
@@ -143,24 +145,36 @@ class Federation:
             (folder / name / "__init__.py").write_text(_FORBIDDEN)
         return folder
 
-    def server(self, *flags: str, name: str = "server", rounds: Mapping[str, Any], **settings: Any) -> Service:
-        """Start a server with the toy engine; `difference` reads what it leaves."""
+    def server(
+        self, *flags: str, name: str = "server", rounds: Mapping[str, Any], module: str = "meerkat_mq.server",
+        environment: Mapping[str, str] | None = None, **settings: Any,
+    ) -> Service:  # fmt: skip
+        """Start a server with the toy engine; `difference` and `ledger` read what it leaves."""
         table = {"federation": NAME, "state_dir": name, "engine": "toy", **settings}
-        return self._start("server", name, flags, table | {"rounds": {"batch_size": 4, "lr": 0.05, **rounds}})
+        table |= {"rounds": {"batch_size": 4, "lr": 0.05, **rounds}}
+        return self._start(module, name, flags, table, environment or {})
 
-    def node(self, node: str, *, name: str = "", **settings: Any) -> Service:
-        """Start a node; `name` is that of its files, where two have one id."""
+    def node(self, node: str, *, name: str = "", seed: int = 7, **settings: Any) -> Service:
+        """Start a node; `name` is that of its files, where two have one id. All its rows are alike."""
         name = name or node
-        (self.folder / f"{name}.jsonl").write_text('{"seed": 7}\n' * 8)
+        (self.folder / f"{name}.jsonl").write_text(f'{{"seed": {seed}}}\n' * 8)
         table = {"id": node, "federation": NAME, "state_dir": name, "data": f"{name}.jsonl", **settings}
-        return self._start("node", name, (), table)
+        return self._start("meerkat_mq.node", name, (), table, {})
 
-    def _start(self, role: str, name: str, flags: Sequence[str], table: Mapping[str, Any]) -> Service:
+    def _start(
+        self, module: str, name: str, flags: Sequence[str], table: Mapping[str, Any], environment: Mapping[str, str]
+    ) -> Service:
         config = self.folder / f"{name}.toml"
         config.write_text(toml({**table, "broker": {"url": self.broker.url, **table.get("broker", {})}}))
-        service = Service(role, config, flags, self._environment)
+        service = Service(module, config, flags, {**self._environment, **environment})
         self._services.append(service)
         return service
+
+    @contextlib.contextmanager
+    def ledger(self, name: str = "server") -> Iterator[Ledger]:
+        """A server's ledger, to read."""
+        with contextlib.closing(Ledger.read(self.folder / name / LEDGER_FILE)) as ledger:
+            yield ledger
 
     def difference(self, name: str = "server") -> Difference:
         return Difference.load(self.folder / name / "difference.mkd")
@@ -170,13 +184,13 @@ class Federation:
         self.eye.noise.add(payload)
         await self.eye.session.publish(f"{TOPICS.root}/{topic}", payload, retain=True)
 
-    async def ghost(self, version: int = 0) -> None:
+    async def ghost(self, version: int = 0, name: str = "ghost") -> None:
         """A node that is online and never answers: rounds at PACE then close at their deadline only.
 
         It says that it stands at `version` already; with the last one, the server does not wait for its last words.
         """
         status = NodeStatus(status="online", boot=1, link=1, host="nowhere", version=version)
-        await self.eye.session.publish(TOPICS.up("ghost", "status"), status.encode(), retain=True)
+        await self.eye.session.publish(TOPICS.up(name, "status"), status.encode(), retain=True)
 
 
 class Eye(Peer):

@@ -1,12 +1,15 @@
 """The broker dies, forgets, or is not there."""
 
+import asyncio
 import signal
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.server.federation import PACE, Federation, all_end
+from tests.server.test_kills import ALL, check_the_end, start_nodes
 from tests.support.mosquitto import Mosquitto
 from tests.support.waiting import until
 
@@ -27,6 +30,30 @@ async def test_a_run_outlives_its_broker(federation: Federation, mosquitto: Mosq
     assert await all_end(server, *nodes) == [0, 0, 0]
     assert len({node.said("finished")[0]["digest"] for node in nodes} | {server.said("run finished")[0]["digest"]}) == 1
     assert len(server.said("round closed")) == 20
+
+
+async def test_a_broker_killed_and_emptied_five_times_costs_seconds_and_no_round(
+    federation: Federation, mosquitto: Mosquitto
+) -> None:
+    nodes = start_nodes(federation)
+    server = federation.server("--once", rounds=ALL | {"count": 200, "local_steps": 5}, toy_weights=50)
+    pauses = []
+    for _ in range(5):
+        closed = len(server.said("round closed"))
+        await server.says("round closed", times=closed + 20)
+        mosquitto.kill()
+        await asyncio.sleep(1)
+        mosquitto.start()
+        up, closed = asyncio.get_running_loop().time(), len(server.said("round closed"))
+        await server.says("round closed", times=closed + 1)
+        pauses.append(asyncio.get_running_loop().time() - up)
+    print("\nbroker up, to the next round closed:", [f"{pause:.2f} s" for pause in pauses])  # noqa: T201
+    await check_the_end(federation, nodes, server)
+    assert [line["round"] for line in server.said("round closed")] == list(range(1, 201))
+    assert {line["heard"] for line in server.said("round closed")} == {3}
+    one_round_s = 0.5
+    assert statistics.median(pauses) <= 4 + one_round_s
+    assert max(pauses) <= 10
 
 
 async def test_services_keep_trying_a_broker_that_is_away_and_say_so(
@@ -60,7 +87,7 @@ async def test_a_node_joins_in_mid_run_on_a_broker_that_lost_what_was_retained(f
         await federation.retain(f"blob/{run.mask}/{index}", b"")
 
     late = federation.node("node-1")
-    await late.says("asking for the mask", missing=run.mask_chunks)
+    await late.says("asking for chunks", first=0, count=run.mask_chunks)
     await server.says("round closed", round=eye.version + 1)  # by the late node alone
     early.signal(signal.SIGCONT)
     await server.says("round closed", heard=2)

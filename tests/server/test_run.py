@@ -23,6 +23,16 @@ async def test_a_federation_runs_to_its_end_and_all_hold_the_same_weights(federa
     statuses = [await federation.eye.status(f"node-{i}", "stopped") for i in range(3)]
     assert {status.digest for status in statuses} == {last["digest"]}
 
+    with federation.ledger() as ledger:
+        seen = {row.node: row for row in ledger.nodes()}
+    assert seen.keys() == {f"node-{i}" for i in range(3)}
+    for row in seen.values():
+        assert row.status in ("online", "stopped")
+        assert row.rows == 8
+        assert row.updates >= 25
+        assert row.packet_bytes > 25 * 60
+        assert 0 < (row.first_seen or 0) <= (row.last_seen or 0)
+
     closed = server.said("round closed")
     assert [line["heard"] for line in closed] == [3] * 25
     assert closed[-1]["loss"] < 0.9 * closed[0]["loss"]

@@ -2,75 +2,166 @@
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+import threading
+from collections.abc import AsyncIterator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from meerkat_mq.config import ServerConfig
-from meerkat_mq.core.path import Term
-from meerkat_mq.core.replica import Replica
-from meerkat_mq.core.toy import toy_mask
-from meerkat_mq.errors import NotConnected
+from meerkat_mq.core.path import Entry, Term
+from meerkat_mq.errors import LedgerError, NotConnected
 from meerkat_mq.mqtt import Session
 from meerkat_mq.rounds import events as e
-from meerkat_mq.server.ledger import MemoryLedger
-from meerkat_mq.server.run import prepare_run
-from meerkat_mq.server.scribe import Scribe
-from meerkat_mq.server.service import _Server
+from meerkat_mq.rounds.server import ServerMachine
+from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
+from meerkat_mq.server.recovery import recovered
+from meerkat_mq.server.run import Run, prepare_run
+from meerkat_mq.server.scribe import KeepMetrics, Scribe
+from meerkat_mq.server.server import Server
+from meerkat_mq.server.snapshots import Snapshots
 from meerkat_mq.server.watch import Watch
-from meerkat_mq.wire.messages import Header, Want
+from meerkat_mq.wire.messages import Chunk, Entries, Header, Offer, Want
 from tests.support.waiting import until
 
 
-def record(node: str) -> e.UpdateRecord:
-    return e.UpdateRecord(0, node, 0, 1, 1, (0.5,), 0.5)
+def record(slot: int) -> e.UpdateRecord:
+    return e.UpdateRecord(0, f"node-{slot}", slot, 1, 1, (0.5,), 0.5)
 
 
-class BusyLedger(MemoryLedger):
+class BusyLedger(Ledger):
     """Takes its time; keeps the sizes of the groups."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.free = asyncio.Event()
-        self.groups: list[int] = []
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)  # type: ignore[arg-type]
+        self.free = threading.Event()
+        self.sizes: list[int] = []
 
-    async def commit_updates(self, records: Sequence[e.UpdateRecord]) -> None:
-        self.groups.append(len(records))
-        await self.free.wait()
-        await super().commit_updates(records)
+    def commit_updates(self, records: Iterable[e.UpdateRecord]) -> None:
+        records = list(records)
+        self.sizes.append(len(records))
+        assert self.free.wait(10)
+        super().commit_updates(records)
 
 
-async def test_updates_that_come_while_the_ledger_is_busy_are_one_group_and_heard_only_then() -> None:
-    told: list[e.ServerEvent] = []
-    ledger = BusyLedger()
-    replica = Replica(toy_mask(10), run_id=bytes(16), stream="mk1", digest_every=1)
-    scribe = Scribe(ledger, replica, told.append)
-    task = asyncio.create_task(scribe.run())
-    scribe.put(e.CommitUpdate(record("a")))
-    await until(lambda: ledger.groups)
-    for node in ("b", "c"):
-        scribe.put(e.CommitUpdate(record(node)))
-    scribe.put(e.ApplyTerms(0, (Term(0, 0, 0.5),)))
-    assert told == []
-    ledger.free.set()
-    await until(lambda: len(told) == 3)
-    assert ledger.groups == [1, 2]
-    assert [record.node for record in ledger.updates] == ["a", "b", "c"]
-    assert [type(event) for event in told] == [e.UpdatesCommitted, e.UpdatesCommitted, e.TermsApplied]
-    assert replica.version == 1
+class Desk:
+    """Keeps what the scribe answers."""
+
+    def __init__(self, run: Run) -> None:
+        self.told: list[e.ServerEvent] = []
+        self.replies: list[tuple[str, Entries | Offer | Chunk]] = []
+        self.terms: list[tuple[int, ServerMachine]] = []
+        self._run = run
+
+    def handle(self, event: e.ServerEvent) -> None:
+        self.told.append(event)
+
+    def reply(self, node: str, frame: Entries | Offer | Chunk) -> None:
+        self.replies.append((node, frame))
+
+    def header(self) -> Header:
+        return Header.of(self._run.descriptor.run_id, 1, 0, self._run.mask.hash)
+
+    def took_term(self, term: int, machine: ServerMachine) -> None:
+        self.terms.append((term, machine))
+
+
+class Office:
+    """A scribe at work, on a ledger and for a desk."""
+
+    def __init__(self, folder: Path, worker: ThreadPoolExecutor) -> None:
+        self.config = ServerConfig(federation="f", state_dir=folder, engine="toy", toy_weights=10)
+        self.ledger = BusyLedger.open(folder / LEDGER_FILE)
+        self.run = prepare_run(self.config)
+        self.snapshots = Snapshots(folder, self.ledger, self.run.descriptor)
+        self.replica = recovered(self.ledger, self.run, self.snapshots)
+        self.scribe = Scribe(self.ledger, self.replica, self.run, self.snapshots, worker)
+        self.desk = Desk(self.run)
+
+
+@pytest.fixture
+def office(tmp_path: Path) -> Iterator[Office]:
+    with ThreadPoolExecutor(1) as worker:
+        made = Office(tmp_path, worker)
+        yield made
+        made.ledger.free.set()
+    made.ledger.close()
+
+
+@pytest.fixture
+async def working(office: Office) -> AsyncIterator[Office]:
+    """In charge, with two slots given."""
+    task = asyncio.create_task(office.scribe.run(office.desk))
+    for work in (e.TakeTerm(0), e.CommitSlot("node-0", 0), e.CommitSlot("node-1", 1), e.CommitSlot("node-2", 2)):
+        office.scribe.put(work)
+        await office.scribe.idle()
+    office.desk.told.clear()
+    yield office
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task
 
 
-async def test_a_reply_that_does_not_fit_into_the_outbox_is_dropped_and_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_updates_that_come_while_the_ledger_is_busy_are_one_group_and_heard_only_then(working: Office) -> None:
+    scribe, ledger, told = working.scribe, working.ledger, working.desk.told
+    scribe.put(e.CommitUpdate(record(0)))
+    await until(lambda: ledger.sizes)
+    for slot in (1, 2):
+        scribe.put(e.CommitUpdate(record(slot)))
+    scribe.put(KeepMetrics(0, {"loss": 2.0}))
+    scribe.put(e.ApplyTerms(0, (Term(0, 0, 0.5),)))
+    assert told == []
+    ledger.free.set()
+    await until(lambda: len(told) == 3)
+    assert ledger.sizes == [1, 2]
+    assert ledger.open_updates() == tuple(map(record, range(3)))
+    assert ledger.metrics() == {0: {"loss": 2.0}}
+    assert [type(event) for event in told] == [e.UpdatesCommitted, e.UpdatesCommitted, e.TermsApplied]
+    assert working.replica.version == 1
+    assert working.scribe.committed[0] == 0
+
+
+async def test_a_new_term_takes_theta_back_to_what_is_committed_and_leaves_the_old_machines_work(
+    working: Office,
 ) -> None:
-    config = ServerConfig(federation="f", state_dir=tmp_path, engine="toy")
-    run = prepare_run(config)
+    working.ledger.free.set()
+    before = working.scribe.committed
+    working.scribe.put(e.CommitUpdate(record(0)))
+    working.scribe.put(e.ApplyTerms(0, (Term(0, 0, 0.5),)))
+    working.scribe.put(e.TakeTerm(40))
+    working.scribe.put(e.ApplyTerms(0, (Term(0, 0, 0.5),)))
+    await working.scribe.idle()
+    term, machine = working.desk.terms[-1]
+    assert (term, machine.version) == (41, 0)
+    assert working.replica.version == 0
+    assert (working.replica.theta == before[1]).all()
+    assert [term.term for term in working.ledger.terms()] == [1, 41]
+    assert working.ledger.open_updates() == (record(0),)
+
+
+async def test_what_cannot_be_committed_is_told_to_nobody(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise LedgerError("ledger.sqlite", "there is no space left")
+
+    task = asyncio.create_task(office.scribe.run(office.desk))
+    office.scribe.put(e.TakeTerm(0))
+    await office.scribe.idle()
+    monkeypatch.setattr(Ledger, "commit_entry", full)
+    office.scribe.put(e.CommitSlot("node-0", 0))
+    office.scribe.put(e.CommitEntry(Entry(0, (), bytes(16), bytes(16)), (), 1, overdue=False))
+    with pytest.raises(LedgerError):
+        await task
+    assert office.desk.told == []
+    assert office.ledger.slots() == {}
+
+
+async def test_a_reply_that_does_not_fit_into_the_outbox_is_dropped_and_counted(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = office.run
     watch = Watch(lambda event: None, None, 1, run.descriptor)
-    server = _Server(config, run, MemoryLedger(), watch, lambda event: None, replace=False)
+    server = Server(office.config, run, office.scribe, watch, lambda event: None, replace=False)
     sent: list[str] = []
 
     def publish(session: Session, topic: str, payload: bytes, **options: bool) -> None:

@@ -1,5 +1,6 @@
 """Frames: round trips, and "a mutated frame is decoded to the same meaning or refused with a named error"."""
 
+import math
 import struct
 import tracemalloc
 import zlib
@@ -20,6 +21,7 @@ from meerkat_mq.wire.frames import (
     Entries,
     Frame,
     Header,
+    Offer,
     Reason,
     Refusal,
     Round,
@@ -36,6 +38,7 @@ U16 = st.integers(0, 2**16 - 1)
 U32 = st.integers(0, 2**32 - 1)
 U64 = st.integers(0, 2**64 - 1)
 F32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
+SCALAR = F32 | st.sampled_from([math.nan, -math.nan, math.inf, -math.inf])
 HASH = st.binary(min_size=16, max_size=16)
 EIGHT = st.binary(min_size=8, max_size=8)
 HEADERS = st.builds(Header, U32, U32, U32, EIGHT)
@@ -43,6 +46,7 @@ SLOTS = st.frozensets(st.one_of(st.integers(0, 40), U16), max_size=12)
 ENTRY = st.builds(Entry, U32, st.lists(st.builds(Term, U16, U16, F32), max_size=4).map(tuple), HASH, HASH)
 SOME_ENTRIES = st.lists(ENTRY, max_size=3).map(tuple)
 
+NANS = [bytes.fromhex(bits) for bits in ("0000c07f", "0000c0ff", "0100c07f", "0100807f", "ffffffff")]
 NAMED = tuple(WireError.__subclasses__())
 
 
@@ -50,8 +54,8 @@ NAMED = tuple(WireError.__subclasses__())
 def updates(draw: st.DrawFn) -> Update:
     steps = draw(st.integers(1, 12))
     seeds = draw(st.none() | st.lists(U64, min_size=steps, max_size=steps).map(tuple))
-    scalars = tuple(draw(st.lists(F32, min_size=steps, max_size=steps)))
-    return Update(draw(HEADERS), draw(U32), draw(EIGHT), draw(F32), scalars, seeds)
+    scalars = tuple(draw(st.lists(SCALAR, min_size=steps, max_size=steps)))
+    return Update(draw(HEADERS), draw(U32), draw(EIGHT), draw(SCALAR), scalars, seeds)
 
 
 @st.composite
@@ -89,12 +93,13 @@ FRAMES: st.SearchStrategy[Frame] = st.one_of(
     st.builds(Entries, HEADERS, SOME_ENTRIES),
     chunks(),
     st.builds(Refusal, HEADERS, U32, st.sampled_from(Reason)),
+    st.builds(Offer, HEADERS, U32, HASH, st.integers(1, 2**32 - 1)),
 )
 
 
 def same(a: Frame, b: Frame) -> bool:
-    """Equal, and −0 is not 0: repr tells them apart."""
-    return a == b and repr(meaning(a)) == repr(meaning(b))
+    """Equal, −0 is not 0, and NaN is NaN: repr tells them apart."""
+    return type(a) is type(b) and repr(meaning(a)) == repr(meaning(b))
 
 
 @st.composite
@@ -103,7 +108,7 @@ def mutated(draw: st.DrawFn, data: bytes) -> bytes:
     kind = draw(st.sampled_from(["flip", "write", "cut", "insert", "double", "extend", "truncate"]))
     place = draw(st.integers(0, max(0, len(data) - 1)))
     width = draw(st.integers(1, 9))
-    extra = draw(st.binary(min_size=1, max_size=9) | st.sampled_from([b"\xff" * 4, bytes(4), b"\0\0\xc0\x7f"]))
+    extra = draw(st.binary(min_size=1, max_size=9) | st.sampled_from([b"\xff" * 4, bytes(4), *NANS]))
     results = {
         "flip": data[:place]
         + bytes(b ^ 1 << draw(st.integers(0, 7)) for b in data[place : place + 1])
@@ -118,8 +123,8 @@ def mutated(draw: st.DrawFn, data: bytes) -> bytes:
     return results[kind]
 
 
-def seal(data: bytes) -> bytes:
-    return data + struct.pack("<I", zlib.crc32(data))
+def seal(data: bytes | bytearray) -> bytes:
+    return bytes(data) + struct.pack("<I", zlib.crc32(data))
 
 
 @settings(max_examples=400, deadline=None)
@@ -157,7 +162,7 @@ def test_behind_the_checksum_a_frame_is_canonical_or_refused(data: st.DataObject
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.integers(0, 8), st.binary(max_size=200))
+@given(st.integers(0, 9), st.binary(max_size=200))
 def test_any_body_is_canonical_or_refused(kind: int, body: bytes) -> None:
     hostile = seal(b"MK\x01" + bytes([kind]) + bytes(20) + body)
     try:
@@ -211,11 +216,10 @@ IDLE = Round(HEADER, False, 10, 1, 0.5, 0)
         update(header=replace(HEADER, mask=b"short")),
         update(boot=-1),
         update(base=bytes(7)),
-        update(loss=float("nan")),
         update(loss=1e39),
         update(scalars=()),
         update(scalars=(0.0,) * 1001),
-        update(scalars=(float("inf"),)),
+        update(scalars=(1e39,)),
         update(seeds=(1, 2)),
         update(seeds=(2**64,)),
         replace(IDLE, steps=0),
@@ -247,12 +251,36 @@ IDLE = Round(HEADER, False, 10, 1, 0.5, 0)
         Chunk(HEADER, bytes(16), 0, 1, 5, b"longer"),
         Chunk(HEADER, bytes(16), 0, 1, 10**6, bytes(MAX_CHUNK_BYTES + 1)),
         Chunk(HEADER, bytes(15), 0, 1, 5, b"x"),
+        Offer(HEADER, 1, bytes(15), 1),
+        Offer(HEADER, 1, bytes(16), 0),
+        Offer(HEADER, 2**32, bytes(16), 1),
     ],
     ids=lambda frame: repr(frame)[:80],
 )
 def test_what_cannot_be_said_is_not_encoded(frame: Frame) -> None:
     with pytest.raises(BadValue):
         encode(frame)
+
+
+@pytest.mark.parametrize("at", [16, 20], ids=["loss", "projected gradient"])
+@pytest.mark.parametrize("bits", NANS)
+def test_not_a_number_has_one_encoding(at: int, bits: bytes) -> None:
+    body = bytearray(encode(update())[:-4])
+    body[24 + at : 28 + at] = bits
+    if bits == NANS[0]:
+        found = decode(seal(body))
+        assert isinstance(found, Update)
+        assert [math.isnan(found.loss), math.isnan(found.scalars[0])] == [at == 16, at == 20]
+    else:
+        with pytest.raises(BadValue, match="another NaN"):
+            decode(seal(body))
+
+
+def test_every_nan_is_sent_as_the_one() -> None:
+    (payload_nan,) = struct.unpack("<d", bytes.fromhex("010000000000f87f"))
+    wanted = encode(update(loss=math.nan, scalars=(math.nan,)))
+    assert encode(update(loss=-math.nan, scalars=(payload_nan,))) == wanted
+    assert wanted[40:48] == 2 * NANS[0]
 
 
 def test_the_largest_entry_fits_a_frame_and_more_does_not() -> None:

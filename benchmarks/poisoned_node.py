@@ -1,0 +1,166 @@
+"""The poisoned node: one of 8 nodes of the demo's task sends NaN, then 1e9, then its scalars times −10.
+
+    python -m benchmarks.poisoned_node                  seeds 0 to 4, mean
+    python -m benchmarks.poisoned_node --seeds 0 --aggregate trimmed-mean
+
+The same machines, guards and data as the real federation, on the in-memory transport, with one copy of the model; one
+lane, T = 1. The node is honest in the first quarter of the rounds and changes at ¼, ½ and ¾. "without" is the same
+seed and directions with the 7 other nodes. Rounds to flag: from a change to the round that closes with the node
+flagged and at least three of its updates since the change refused, or one as working against the others. Prints a
+Markdown table.
+"""
+
+import argparse
+import hashlib
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from meerkat_mq.core.mask import Mask
+from meerkat_mq.core.step import Row
+from meerkat_mq.demo.local import node_name
+from meerkat_mq.demo.plan import Choices, Plan, make_plan
+from meerkat_mq.model.engine import TransformersEngine
+from meerkat_mq.model.evaluate import evaluate
+from meerkat_mq.model.load import load_model
+from meerkat_mq.model.masks import make_mask
+from meerkat_mq.rounds.events import UpdateRecord, Verdict
+from meerkat_mq.rounds.guards import FLAGGED_AT, Guard
+from meerkat_mq.rounds.memory import MemoryFederation, MemoryNode
+from meerkat_mq.rounds.policy import RoundSettings
+
+NODES = 8
+POISONED = node_name(NODES - 1)
+BEHAVIOURS = ("NaN", "1e9", "× −10")
+
+
+def poison(scalar: float, version: int, rounds: int) -> float:
+    """What the poisoned node sends instead of its projected gradient."""
+    return (scalar, math.nan, 1e9, -10 * scalar)[4 * version // rounds]
+
+
+class PoisonedFederation(MemoryFederation):
+    """A federation in which the node of that name is poisoned."""
+
+    def _walk(
+        self, node: MemoryNode, version: int, lane: int, steps: int, eps: float
+    ) -> tuple[tuple[float, ...], float]:
+        scalars, loss = super()._walk(node, version, lane, steps, eps)
+        if node.name == POISONED:
+            scalars = tuple(poison(scalar, version, self.settings.count) for scalar in scalars)
+        return scalars, loss
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one run: the final accuracy, and the records of its rounds."""
+
+    accuracy: float
+    records: Sequence[Sequence[UpdateRecord]]
+    settings: RoundSettings
+
+
+def settings(plan: Plan, mask: Mask, aggregate: str) -> RoundSettings:
+    rules = plan.rounds.model_copy(update={"aggregate": aggregate})
+    return RoundSettings(
+        run_id=hashlib.sha256(f"poisoned node {plan.seed}".encode()).digest()[:16],
+        mask_hash=mask.hash,
+        count=rules.count,
+        steps=rules.local_steps,
+        lanes=1,
+        lr=rules.lr,
+        eps=rules.eps,
+        min_nodes=NODES - 1,
+        fraction=1.0,
+        quorum=1.0,
+        deadline_s=60,
+        grace_s=2,
+        weigh_by_rows=False,
+        aggregate=rules.aggregate,
+        trim=rules.trim,
+    )
+
+
+def train(
+    rules: RoundSettings,
+    mask: Mask,
+    engine: TransformersEngine,
+    shards: Sequence[Sequence[Row]],
+    held_out: Sequence[Row],
+    batch: int,
+) -> Outcome:
+    nodes = [MemoryNode(node_name(number), engine, rows, batch) for number, rows in enumerate(shards)]
+    federation = PoisonedFederation(rules, mask, nodes)
+    federation.start()
+    federation.run(until=1e6)
+    assert len(federation.entries) == rules.count, federation.errors
+    engine.write(federation.replica.theta)
+    return Outcome(evaluate(engine, held_out).accuracy, federation.records, rules)
+
+
+def rounds_to_flag(outcome: Outcome) -> list[int | None]:
+    """For each behaviour, rounds from its start to the flag that it earned by itself; None: never."""
+    count, guard = outcome.settings.count, Guard(outcome.settings.guards, 1)
+    found: list[int | None] = [None] * len(BEHAVIOURS)
+    refused = [0] * len(BEHAVIOURS)
+    for version, records in enumerate(outcome.records):
+        guard.remember(records)
+        behaviour = 4 * version // count - 1
+        verdict = next((record.verdict for record in records if record.node == POISONED), Verdict.ACCEPTED)
+        if behaviour < 0 or verdict == Verdict.ACCEPTED:
+            continue
+        refused[behaviour] += 1
+        earned = refused[behaviour] >= FLAGGED_AT or verdict == Verdict.AGAINST
+        if earned and POISONED in guard.flagged and found[behaviour] is None:
+            found[behaviour] = version + 1 - (behaviour + 1) * count // 4
+    return found
+
+
+def honest_refused(outcome: Outcome) -> tuple[int, int]:
+    """Honest updates refused, and how many there were."""
+    honest = [record for records in outcome.records for record in records if record.node != POISONED]
+    return sum(record.verdict != Verdict.ACCEPTED for record in honest), len(honest)
+
+
+def compare(plan: Plan, aggregate: str) -> tuple[Outcome, Outcome]:
+    """(without the node, with it)."""
+    loaded = load_model(plan.source)
+    mask = make_mask(
+        loaded, plan.calibration(), density=plan.density, seed=plan.seed, sequences=plan.sequences, length=plan.length
+    )
+    engine, rules = TransformersEngine(loaded, mask, plan.task), settings(plan, mask, aggregate)
+    batch = plan.rounds.batch_size
+    without = train(rules, mask, engine, plan.shards[:-1], plan.held_out, batch)
+    return without, train(rules, mask, engine, plan.shards, plan.held_out, batch)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--aggregate", choices=("mean", "trimmed-mean"), default="mean")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"| seed | without | with | difference | {' | '.join(BEHAVIOURS)} | honest refused |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    differences = []
+    for seed in args.seeds:
+        plan = make_plan(Choices(nodes=NODES, rounds=args.rounds, directions=1, lr=args.lr, seed=seed))
+        without, poisoned = compare(plan, args.aggregate)
+        differences.append(100 * (poisoned.accuracy - without.accuracy))
+        flags = " | ".join("never" if flag is None else str(flag) for flag in rounds_to_flag(poisoned))
+        refused, updates = honest_refused(poisoned)
+        print(
+            f"| {seed} | {without.accuracy:.1%} | {poisoned.accuracy:.1%} | {differences[-1]:+.1f} | {flags} "
+            f"| {refused} of {updates} |",
+            flush=True,
+        )
+    print(f"| mean | | | {statistics.fmean(differences):+.1f} | | | | |")
+
+
+if __name__ == "__main__":
+    main()

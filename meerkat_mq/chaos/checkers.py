@@ -1,0 +1,244 @@
+"""What must hold of every history, whatever was injected. Pure, and blind to how the machines work."""
+
+import struct
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from meerkat_mq.chaos.history import CORRUPT_THETA, History
+from meerkat_mq.core.path import NO_DIGEST, digest
+from meerkat_mq.core.replica import Replica
+from meerkat_mq.errors import BadValue
+from meerkat_mq.rounds.events import UpdateRecord
+from meerkat_mq.rounds.policy import terms_of
+from meerkat_mq.wire.messages import Header, Round, Update
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """Something that must hold does not."""
+
+    checker: str
+    where: str
+    problem: str
+
+
+Found = Iterator[tuple[str, str]]
+Checker = Callable[[History], list[Violation]]
+CHECKERS: dict[str, Checker] = {}
+
+
+def check(history: History) -> dict[str, list[Violation]]:
+    """What each checker finds; empty lists where all holds."""
+    return {name: checker(history) for name, checker in CHECKERS.items()}
+
+
+def _checker(name: str) -> Callable[[Callable[[History], Found]], Checker]:
+    """Register, under the words of what must hold, a function that yields (where, problem)."""
+
+    def register(find: Callable[[History], Found]) -> Checker:
+        def run(history: History) -> list[Violation]:
+            return [Violation(name, where, problem) for where, problem in find(history)]
+
+        CHECKERS[name] = run
+        return run
+
+    return register
+
+
+# --- no update applied twice ----------------------------------------------------------------------------------------
+
+
+@_checker("no update applied twice")
+def no_update_twice(history: History) -> Found:
+    """A node counts once a round, with a value that it sent for that round."""
+    sent = _sent(history)
+    for version, records in enumerate([*history.records, history.open_updates]):
+        yield from _repeated(version, records)
+        for record in records:
+            found = sent.get(_identity(record.node, record.boot, record.scalars))
+            if record.version != version:
+                yield f"entry {version}", f"holds an update of {record.node} for round {record.version}"
+            elif found and version not in {update.header.version for update in found}:
+                at = ", ".join(str(update.header.version) for update in found)
+                yield f"entry {version}", f"holds an update that {record.node} sent for round {at}"
+
+
+def _repeated(version: int, records: Sequence[UpdateRecord]) -> Found:
+    for what in ("node", "slot"):
+        values = [getattr(record, what) for record in records]
+        for value in sorted({value for value in values if values.count(value) > 1}):
+            yield f"entry {version}", f"{what} {value} counts {values.count(value)} times"
+
+
+def _identity(node: str, boot: int, scalars: Sequence[float]) -> tuple[str, int, bytes]:
+    return node, boot, struct.pack(f"<{len(scalars)}d", *scalars)
+
+
+def _sent(history: History) -> Mapping[tuple[str, int, bytes], list[Update]]:
+    """The updates of this run by who sent what, NaNs by their bits."""
+    mine, sent = _run(history), defaultdict[tuple[str, int, bytes], list[Update]](list)
+    for _, node, update in history.updates:
+        if update.header.run == mine:
+            sent[_identity(node, update.boot, update.scalars)].append(update)
+    return sent
+
+
+def _run(history: History) -> int:
+    return Header.of(history.run_id, 0, 0, history.settings.mask_hash).run
+
+
+# --- no committed round lost or changed -----------------------------------------------------------------------------
+
+
+@_checker("no committed round lost or changed")
+def nothing_lost(history: History) -> Found:
+    """What was ever published of the ledger, entries and heard bits, is in the final ledger."""
+    heard = [{record.slot for record in records} for records in [*history.records, history.open_updates]]
+    checked: set[Round] = set()
+    for time, frame in history.rounds:
+        if frame.header.run != _run(history) or frame in checked:
+            continue
+        checked.add(frame)
+        yield from _entries_lost(history, time, frame)
+        version = frame.header.version
+        kept = heard[version] if version < len(heard) else set()
+        if frame.heard - kept and not history.undone(time, version):
+            slots = ", ".join(str(slot) for slot in sorted(frame.heard - kept))
+            yield (
+                f"round {version}",
+                f"slots {slots} were heard at {time:.3f} s, but their updates are not in the ledger",
+            )
+
+
+def _entries_lost(history: History, time: float, frame: Round) -> Found:
+    version, term = frame.header.version, frame.header.term
+    if version > len(history.entries) and not history.undone(time, version - 1):
+        yield f"entry {version - 1}", f"was published at {time:.3f} s in term {term}, but is not in the ledger"
+    for entry in frame.entries:
+        known = history.entries[entry.version : entry.version + 1]
+        if known and known[0] != entry and not history.undone(time, entry.version):
+            yield f"entry {entry.version}", f"is not the one published at {time:.3f} s in term {term}"
+
+
+# --- theta is the replay of the ledger ------------------------------------------------------------------------------
+
+
+@_checker("theta is the replay of the ledger")
+def theta_is_the_replay(history: History) -> Found:
+    """The entries are a chain with the right digests; nodes claim, and were counted with, no other theta."""
+    replica = Replica(
+        history.mask, run_id=history.run_id, stream=history.stream, digest_every=history.digest_every
+    )  # fmt: skip
+    digests, head = {0: digest(replica.theta)}, history.settings.mask_hash
+    for version, entry in enumerate(history.entries):
+        after = replica.apply(entry.terms)
+        if (entry.version, entry.previous) != (version, head):
+            yield f"entry {version}", "does not extend the one before it"
+        if entry.digest != after:
+            yield f"entry {version}", f"has digest {entry.digest.hex()}, but the replay gives {after.hex()}"
+        if after != NO_DIGEST:
+            digests[version + 1] = after
+        head = entry.hash(history.run_id)
+    yield from _false_claims(history, digests)
+    yield from _counted_from_elsewhere(history, digests)
+
+
+def _false_claims(history: History, digests: Mapping[int, bytes]) -> Found:
+    undone = _undone_digests(history)
+    for time, node, version, claim in history.claims:
+        known = {digests.get(version, b""), *undone.get(version, ())}
+        if claim not in {whole[: len(claim)] for whole in known} and not _corrupt(history, node, time):
+            yield f"node {node}", f"claims at {time:.3f} s a theta of version {version} that the ledger does not give"
+
+
+def _undone_digests(history: History) -> Mapping[int, set[bytes]]:
+    """Digests by version of what was published and then undone by a restore."""
+    undone = defaultdict[int, set[bytes]](set)
+    for time, frame in history.rounds if history.backups else ():
+        for entry in frame.entries:
+            if history.undone(time, entry.version):
+                undone[entry.version + 1].add(entry.digest)
+    return undone
+
+
+def _corrupt(history: History, node: str, time: float) -> bool:
+    return any(
+        fault.name == CORRUPT_THETA and fault.target == node and fault.began <= time <= fault.ended
+        for fault in history.faults
+    )
+
+
+def _counted_from_elsewhere(history: History, digests: Mapping[int, bytes]) -> Found:
+    sent = _sent(history)
+    for version, records in enumerate(history.records):
+        base = digests.get(version - version % history.digest_every, b"")[:8]
+        for record in records:
+            found = sent.get(_identity(record.node, record.boot, record.scalars), ())
+            bases = {update.base for update in found if update.header.version == version}
+            if bases and base not in bases:
+                yield f"entry {version}", f"holds an update that {record.node} made from another theta"
+
+
+# --- coefficients recomputable --------------------------------------------------------------------------------------
+
+
+@_checker("coefficients recomputable")
+def coefficients_recomputable(history: History) -> Found:
+    """The stored updates give each entry's terms."""
+    if len(history.records) != len(history.entries):
+        yield "ledger", f"{len(history.entries)} entries, but updates for {len(history.records)}"
+    for entry, records in zip(history.entries, history.records, strict=False):
+        try:
+            terms = terms_of(records, history.settings)
+        except BadValue as error:
+            yield f"entry {entry.version}", f"its stored updates cannot be added ({error})"
+            continue
+        if entry.terms != terms:
+            yield f"entry {entry.version}", "its coefficients are not those of the stored updates"
+
+
+# --- one writer a term ----------------------------------------------------------------------------------------------
+
+
+@_checker("one writer a term")
+def one_writer(history: History) -> Found:
+    """A term belongs to one server, and the ledger was written in the order of the terms."""
+    owners = dict(history.terms)
+    for (earlier, _), (later, _) in pairwise(history.terms):
+        if later <= earlier:
+            yield f"term {later}", f"was taken after term {earlier}"
+    for version, term in enumerate(history.entry_terms):
+        if term not in owners:
+            yield f"entry {version}", f"was written in term {term}, which nobody took"
+    for version, (earlier, later) in enumerate(pairwise(history.entry_terms), 1):
+        if later < earlier:
+            yield f"entry {version}", f"was written in term {later}, after one of term {earlier}"
+    yield from _two_servers(history, owners)
+
+
+def _two_servers(history: History, owners: Mapping[int, str]) -> Found:
+    """By what servers say; a restored ledger has forgotten who took a term after the backup."""
+    speakers = defaultdict[tuple[int, int], set[str]](set)
+    for time, state in history.states:
+        if state.run == history.run_id.hex() and state.status in ("online", "finished"):
+            restores = sum(restored < time for restored, _ in history.backups)
+            speakers[state.term, restores].add(state.server_id)
+    for (term, restores), heard in sorted(speakers.items()):
+        final = restores == len(history.backups)
+        servers = sorted(heard | {owners[term]} if final and term in owners else heard)
+        if len(servers) > 1:
+            yield f"term {term}", f"belongs to servers {' and '.join(servers)}"
+        elif final and term not in owners:
+            yield f"term {term}", "is not in the ledger"
+
+
+# --- a live quorum finishes -----------------------------------------------------------------------------------------
+
+
+@_checker("a live quorum finishes")
+def finishes(history: History) -> Found:
+    """Once all faults have healed, the run comes to its end."""
+    if not history.finished or len(history.entries) != history.settings.count:
+        yield "run", f"stands at version {len(history.entries)} of {history.settings.count}"

@@ -1,0 +1,38 @@
+"""What a fault is."""
+
+from abc import abstractmethod
+from contextlib import AbstractAsyncContextManager
+from random import Random
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from meerkat_mq.chaos.stage import Stage
+from meerkat_mq.config import Section
+
+Place = Literal["broker", "server", "node", "process", "link"]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class Fault(Section):
+    """One kind of fault. Its fields are its parameters: keys beside `fault` and `target` in a plan.
+
+    Attributes:
+        name: what a plan calls it.
+        on: what it strikes; "process" is the server or a node, "link" the link of one of them to the broker.
+        starts: whether it starts processes, which a drill cannot do to a federation that it only attached to.
+    """
+
+    name: ClassVar[str]
+    on: ClassVar[Place]
+    starts: ClassVar[bool] = False
+
+    @abstractmethod
+    def strike(self, stage: Stage, target: str, random: Random) -> AbstractAsyncContextManager[None]:
+        """Inject it on entry, heal it on exit.
+
+        Args:
+            stage: the federation.
+            target: name of the process, also where its link is struck; "broker".
+            random: the only source of chance.
+        """

@@ -1,0 +1,82 @@
+"""What happened to a federation: all that the checkers see, filled by the simulator and by drills."""
+
+from dataclasses import dataclass, field
+
+from meerkat_mq.core.mask import Mask
+from meerkat_mq.core.path import Entry
+from meerkat_mq.rounds.events import UpdateRecord
+from meerkat_mq.rounds.policy import RoundSettings
+from meerkat_mq.wire.descriptor import NodeStatus, ServerState
+from meerkat_mq.wire.messages import Round, Update
+
+CORRUPT_THETA = "corrupt theta"
+
+
+@dataclass(frozen=True, slots=True)
+class Injected:
+    """A fault as it struck; times in seconds on the history's clock, `ended` infinite where it did not end.
+
+    While a fault named "corrupt theta" lasts on its target, that node's claims are false by intent.
+    """
+
+    name: str
+    target: str
+    began: float
+    ended: float
+
+
+@dataclass(slots=True)
+class History:
+    """One run, from its first start to its last word. Every time is in seconds on one clock.
+
+    Attributes:
+        mask: theta_0 among others.
+        entries: of the final ledger.
+        records: of the final ledger: the updates of each entry, refused ones too.
+        open_updates: of the final ledger: the committed updates of the round that is still open.
+        terms: of the final ledger: (term, server id).
+        entry_terms: of the final ledger: the term that wrote each entry.
+        rounds: (time, frame) of every round frame published.
+        updates: (time, node, update) of every update sent, whatever became of it.
+        claims: (time, node, version, digest): what nodes say of their theta; 16 bytes, or the first 8.
+        states: (time, state) of every server state published.
+        faults: what was injected.
+        finished: whether all rounds were closed, once every fault had healed, within the time that they may take.
+        backups: (time, version) of deliberate restores of the ledger from a backup of `version` entries: what was
+            published of later entries, or of the updates of the rounds from there on, before that time may differ.
+    """
+
+    run_id: bytes
+    mask: Mask
+    stream: str
+    digest_every: int
+    settings: RoundSettings
+    entries: list[Entry] = field(default_factory=list)
+    records: list[tuple[UpdateRecord, ...]] = field(default_factory=list)
+    open_updates: tuple[UpdateRecord, ...] = ()
+    terms: list[tuple[int, str]] = field(default_factory=list)
+    entry_terms: list[int] = field(default_factory=list)
+    rounds: list[tuple[float, Round]] = field(default_factory=list)
+    updates: list[tuple[float, str, Update]] = field(default_factory=list)
+    claims: list[tuple[float, str, int, bytes]] = field(default_factory=list)
+    states: list[tuple[float, ServerState]] = field(default_factory=list)
+    faults: list[Injected] = field(default_factory=list)
+    finished: bool = False
+    backups: list[tuple[float, int]] = field(default_factory=list)
+
+    def saw_update(self, time: float, node: str, update: Update) -> None:
+        """A node sent an update: its base says what its newest due theta is."""
+        self.updates.append((time, node, update))
+        if update.header.run == int.from_bytes(self.run_id[:4], "little"):
+            version = update.header.version
+            self.claims.append((time, node, version - version % self.digest_every, update.base))
+
+    def saw_status(self, time: float, node: str, status: NodeStatus) -> None:
+        """A node published its status: where it stands, and the newest due digest there."""
+        if status.digest is not None and status.run == self.run_id.hex():
+            due = status.version - status.version % self.digest_every
+            self.claims.append((time, node, due, bytes.fromhex(status.digest)))
+
+    def undone(self, time: float, version: int) -> bool:
+        """Whether a restore from a backup undid what was said of entry `version` at that time."""
+        return any(time <= restored and version >= first for restored, first in self.backups)

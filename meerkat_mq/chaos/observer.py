@@ -1,0 +1,152 @@
+"""An observer beside the federation: writes down what goes over the broker, for the checkers."""
+
+import asyncio
+import json
+import secrets
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from meerkat_mq.chaos.history import History, Injected
+from meerkat_mq.config import BrokerConfig
+from meerkat_mq.core.mask import Mask
+from meerkat_mq.core.toy import toy_mask
+from meerkat_mq.errors import WireError
+from meerkat_mq.mqtt import Message, Session
+from meerkat_mq.server.files import mask_file
+from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
+from meerkat_mq.server.verify import run_of, settings_of
+from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor, ServerState, decode_control
+from meerkat_mq.wire.frames import decode
+from meerkat_mq.wire.messages import Round, Update
+from meerkat_mq.wire.topics import Topics
+
+PACKET_BYTES = 2**20
+_READ_AT_ONCE = 1000
+
+
+@dataclass
+class Observed:
+    """What was seen, each with its time in seconds since the drill began.
+
+    Attributes:
+        run: the newest run descriptor.
+        state: the newest server state.
+        closed: when a round frame first said that this version is reached.
+        last_update: of each node, the version of its newest update and when it came.
+        statuses: the newest of each node.
+        dropped: messages that do not decode.
+    """
+
+    run: RunDescriptor | None = None
+    state: ServerState | None = None
+    rounds: list[tuple[float, Round]] = field(default_factory=list)
+    updates: list[tuple[float, str, Update]] = field(default_factory=list)
+    all_statuses: list[tuple[float, str, NodeStatus]] = field(default_factory=list)
+    states: list[tuple[float, ServerState]] = field(default_factory=list)
+    closed: dict[int, float] = field(default_factory=dict)
+    last_update: dict[str, tuple[int, float]] = field(default_factory=dict)
+    statuses: dict[str, NodeStatus] = field(default_factory=dict)
+    dropped: int = 0
+
+    @property
+    def version(self) -> int:
+        """The newest version that was published."""
+        return max(self.closed, default=0)
+
+
+class Observer:
+    """A session of its own, directly on the broker; while the broker is down it misses what happens, as everybody does.
+
+    Args:
+        broker: the way to it.
+        federation: its name.
+        clock: seconds since the drill began.
+        record: gets a JSON line for every message.
+    """
+
+    def __init__(self, broker: BrokerConfig, federation: str, clock: Callable[[], float], record: TextIO) -> None:
+        self.seen = Observed()
+        self.news = asyncio.Event()
+        self._clock = clock
+        self._record = record
+        self._topics = topics = Topics(federation)
+        filters = [topics.server, topics.run, topics.round, topics.up("+", "status"), topics.up("+", "update")]
+        self.session = Session(
+            broker.model_copy(update={"max_packet_bytes": PACKET_BYTES}),
+            f"meerkat-{federation}-observer-{secrets.token_hex(4)}",
+            subscriptions=[(topic, 1) for topic in filters],
+            on_message=self._on_message,
+        )
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Add a line to the record."""
+        self._record.write(json.dumps({"time": round(self._clock(), 4), **line}) + "\n")
+
+    def _on_message(self, message: Message) -> None:
+        self.write({"topic": message.topic, "retained": message.retained, "payload": message.payload.hex()})
+        if not message.payload:
+            return
+        try:
+            self._take(message)
+        except WireError:
+            self.seen.dropped += 1
+        self.news.set()
+
+    def _take(self, message: Message) -> None:
+        now, seen, payload = self._clock(), self.seen, message.payload
+        if message.topic == self._topics.server:
+            seen.state = decode_control(payload, ServerState)
+            seen.states.append((now, seen.state))
+        elif message.topic == self._topics.run:
+            seen.run = decode_control(payload, RunDescriptor)
+        elif (parsed := self._topics.parse_up(message.topic)) is None:
+            frame = decode(payload)
+            if isinstance(frame, Round):
+                seen.rounds.append((now, frame))
+                seen.closed.setdefault(frame.header.version, now)
+        elif parsed[1] == "status":
+            seen.statuses[parsed[0]] = status = decode_control(payload, NodeStatus)
+            seen.all_statuses.append((now, parsed[0], status))
+        else:
+            frame = decode(payload)
+            if isinstance(frame, Update):
+                seen.updates.append((now, parsed[0], frame))
+                seen.last_update[parsed[0]] = frame.header.version, now
+
+
+def read_history(seen: Observed, state_dir: Path, faults: list[Injected], *, finished: bool) -> History:
+    """What was seen, and the ledger as it is in the end; blocks.
+
+    Raises:
+        LedgerError: it cannot be read.
+    """
+    with closing(Ledger.read(state_dir / LEDGER_FILE)) as ledger:
+        run = run_of(ledger)
+        mask = toy_mask(run.weights) if run.engine == "toy" else Mask.load(mask_file(state_dir, run.mask_hash))
+        version = ledger.version  # an attached server goes on meanwhile
+        starts = range(0, version, _READ_AT_ONCE)
+        closed = [found for first in starts for found in ledger.closed(first, _READ_AT_ONCE)][:version]
+        history = History(
+            run_id=run.run_id,
+            mask=mask,
+            stream=run.stream,
+            digest_every=run.digest_every,
+            settings=settings_of(run, ledger.rules),
+            entries=[found.entry for found in closed],
+            records=[ledger.records(number) for number in range(version)],
+            open_updates=ledger.records(version),
+            terms=[(term.term, term.server_id) for term in ledger.terms()],
+            entry_terms=[found.term for found in closed],
+            rounds=seen.rounds,
+            states=seen.states,
+            faults=faults,
+            finished=finished,
+        )
+    for time, node, update in seen.updates:
+        history.saw_update(time, node, update)
+    for time, node, status in seen.all_statuses:
+        history.saw_status(time, node, status)
+    return history

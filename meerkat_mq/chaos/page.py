@@ -1,0 +1,99 @@
+"""The report page of a drill: one HTML file with everything in it."""
+
+from pathlib import Path
+
+from meerkat_mq.chaos.plan import LINK
+from meerkat_mq.chaos.stage import BROKER, SERVER
+from meerkat_mq.chaos.verdict import Verdict, check_shown, held_shown, seconds_shown, summary_line
+from meerkat_mq.core.files import write_atomically
+from meerkat_mq.observe import charts
+from meerkat_mq.observe.layout import document, section, table
+from meerkat_mq.observe.markup import Markup, tag
+
+MOST_VIOLATIONS = 200
+
+
+def write_page(path: Path, verdict: Verdict) -> None:
+    """Write the page, atomically.
+
+    Raises:
+        OSError: the folder is missing, read-only or full.
+    """
+    write_atomically(path, render(verdict).encode("utf-8", errors="replace"))
+
+
+def render(verdict: Verdict) -> str:
+    """The page as HTML."""
+    return document(
+        f"{verdict.plan} · Meerkat-MQ drill", _header(verdict), _progress(verdict), _faults(verdict), _checks(verdict),
+        _violations(verdict), _strikes(verdict),
+    )  # fmt: skip
+
+
+def _header(verdict: Verdict) -> Markup:
+    return tag(
+        "header",
+        tag("p", "Meerkat-MQ fault drill", class_="kicker"),
+        tag("h1", verdict.plan, tag("span", f" · {'✓ holds' if verdict.holds else '✗ fails'}", class_="task")),
+        tag("p", f"{summary_line(verdict)} · seed {verdict.seed}", class_="lead"),
+    )
+
+
+def _progress(verdict: Verdict) -> Markup:
+    places = sorted({_place(struck.target) for struck in verdict.strikes})
+    bands = [
+        charts.Band(
+            f"{struck.fault} on {struck.target}, {struck.began:.1f} to {struck.ended:.1f} s",
+            charts.colour(1 + places.index(_place(struck.target))),
+            struck.began,
+            struck.ended,
+        )
+        for struck in verdict.strikes
+    ]
+    line = charts.Line("rounds", "main", verdict.closed)
+    x = charts.count_scale(int(verdict.seconds) + 1)
+    return section(
+        "Progress",
+        charts.line_chart("Rounds closed over time", [line], [], x, lambda value: f"{value:,.0f}", bands=bands),
+        tag("p", "seconds", class_="axis"),
+        charts.legend([(place, charts.colour(index)) for index, place in enumerate(places, 1)]),
+        note="Rounds closed; bands are faults while they last, by what they strike.",
+    )
+
+
+def _place(target: str) -> str:
+    process = target.removeprefix(LINK)
+    place = process if process in (BROKER, SERVER) else "node"
+    return place if process == target else f"link of the {place}"
+
+
+def _faults(verdict: Verdict) -> Markup:
+    rows = (
+        [row.fault, f"{row.times:,}", seconds_shown(row.median_s), seconds_shown(row.longest_s),
+         held_shown(verdict, row), ", ".join(row.targets)]
+        for row in verdict.faults
+    )  # fmt: skip
+    heads = ["fault", "times", "recovery median", "longest", "what held", "on"]
+    return section(
+        "Faults", table(heads, rows), style="card words", note="Recovery: from healing to the next committed round."
+    )
+
+
+def _checks(verdict: Verdict) -> Markup:
+    rows = ([name, check_shown(found)] for name, found in verdict.checks.items())
+    return section("What must hold", table(["checker", "verdict"], rows), style="card words")
+
+
+def _violations(verdict: Verdict) -> Markup:
+    if verdict.holds:
+        return Markup()
+    rows = ([one.checker, one.where, one.problem] for one in verdict.violations[:MOST_VIOLATIONS])
+    return section("Violations", table(["checker", "where", "problem"], rows), style="card words")
+
+
+def _strikes(verdict: Verdict) -> Markup:
+    rows = (
+        [f"{one.began:.1f} s", one.fault, one.target, f"{one.ended:.1f} s", seconds_shown(one.recovery_s), one.problem]
+        for one in verdict.strikes
+    )
+    return section("Schedule", table(["from", "fault", "on", "healed", "recovery", ""], rows), style="card words")

@@ -1,0 +1,172 @@
+"""`meerkat simulate`: thousands of fault schedules, on all cores, judged; one of them, told in full."""
+
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from itertools import chain, count
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from meerkat_mq.chaos.checkers import CHECKERS, Violation
+from meerkat_mq.chaos.history import History
+from meerkat_mq.chaos.simulator.run import judge
+from meerkat_mq.chaos.simulator.schedule import make_schedule
+from meerkat_mq.chaos.simulator.shrink import shrink
+from meerkat_mq.errors import DrillFailed
+
+CHUNK = 50
+EXAMPLES = 3
+
+Lines = Iterator[tuple[float, str]]
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a number of schedules came to.
+
+    Attributes:
+        failed: first violation of each seed that has one.
+    """
+
+    schedules: int = 0
+    rounds: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+    violations: Counter[str] = field(default_factory=Counter)
+    failed: dict[int, Violation] = field(default_factory=dict)
+
+    def add(self, other: "Tally") -> None:
+        """Take another tally in."""
+        self.schedules += other.schedules
+        self.rounds += other.rounds
+        self.faults += other.faults
+        self.violations += other.violations
+        self.failed |= other.failed
+
+
+def tally(seeds: Sequence[int]) -> Tally:
+    """Run the schedules of some seeds."""
+    made = Tally()
+    for seed in seeds:
+        schedule = make_schedule(seed)
+        history, found = judge(schedule)
+        made.schedules += 1
+        made.rounds += len(history.entries)
+        made.faults.update(fault.name for fault in history.faults)
+        made.violations.update({violation.checker for violation in found})
+        if found:
+            made.failed[seed] = found[0]
+    return made
+
+
+def simulate(first: int, schedules: int, console: Console) -> Tally:
+    """Run the schedules of `schedules` seeds from `first` on, on all cores."""
+    chunks = [range(start, min(start + CHUNK, first + schedules)) for start in range(first, first + schedules, CHUNK)]
+    workers, context = os.cpu_count() or 1, multiprocessing.get_context("spawn")
+    total = Tally()
+    with (
+        Progress(
+            TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+        ) as bar,
+        ProcessPoolExecutor(workers, mp_context=context) as pool,
+    ):
+        task = bar.add_task("simulating", total=schedules)
+        for part in pool.map(tally, chunks):
+            total.add(part)
+            bar.update(task, completed=total.schedules)
+    return total
+
+
+def command(
+    schedules: Annotated[int, typer.Option(min=1, help="How many fault schedules to run.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first one.")] = 0,
+    repeat: Annotated[int | None, typer.Option(min=0, help="Run the schedule of this seed alone, and tell it.")] = None,
+) -> None:
+    """Run whole federations on a virtual clock under random faults, and check what must hold of each."""
+    console = Console()
+    if repeat is not None:
+        _tell(repeat, console)
+        return
+    total = simulate(seed, schedules, Console(stderr=True))
+    _print_tally(total, console)
+    for failed in sorted(total.failed)[:EXAMPLES]:
+        _print_failure(failed, console)
+    if total.failed:
+        raise DrillFailed(
+            "simulation", f"{len(total.failed)} of {total.schedules} schedules ended with a violation", "see above"
+        )
+
+
+def _print_tally(total: Tally, console: Console) -> None:
+    console.print(f"{total.schedules:,} schedules, {total.rounds:,} rounds", highlight=False)
+    table = Table()
+    table.add_column("fault")
+    table.add_column("struck", justify="right")
+    for name, struck in total.faults.most_common():
+        table.add_row(name, f"{struck:,}")
+    console.print(table)
+    table = Table()
+    table.add_column("what must hold")
+    table.add_column("schedules that violate it", justify="right")
+    for name in sorted({*CHECKERS, *total.violations}, key=[*CHECKERS, *total.violations].index):
+        table.add_row(name, f"{total.violations[name]:,}")
+    console.print(table)
+
+
+def _print_failure(seed: int, console: Console) -> None:
+    schedule = make_schedule(seed)
+    checkers = {violation.checker for violation in judge(schedule)[1]}
+    least = shrink(schedule, lambda smaller: bool(checkers & {found.checker for found in judge(smaller)[1]}))
+    console.print(f"\nseed {seed}; meerkat simulate --repeat {seed}", highlight=False)
+    for violation in judge(least)[1]:
+        console.print(f"  {violation.checker}: {violation.where} {violation.problem}", highlight=False, markup=False)
+    console.print(f"the least schedule that fails like this:\n{least.encode()}", highlight=False, markup=False)
+
+
+def _tell(seed: int, console: Console) -> None:
+    schedule = make_schedule(seed)
+    history, found = judge(schedule)
+    console.print(schedule.encode(), highlight=False, markup=False)
+    for _, line in sorted(_lines(history)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if found:
+        _print_failure(seed, console)
+        raise DrillFailed(f"seed {seed}", f"{len(found)} violations", "see the history above")
+    console.print(f"all that must hold, holds: {', '.join(CHECKERS)}", highlight=False)
+
+
+def _lines(history: History) -> Iterator[tuple[tuple[float, int], str]]:
+    """What happened, a line each, with a key to sort by."""
+    order = count()
+    for time, what in chain(_faults(history), _states(history), _rounds(history), _updates(history)):
+        yield (time, next(order)), f"{time:9.3f}  {what}"
+
+
+def _faults(history: History) -> Lines:
+    for fault in history.faults:
+        yield fault.began, f"fault    {fault.name} on {fault.target}, {fault.ended - fault.began:.3f} s"
+    for time, version in history.backups:
+        yield time, f"restore  of a backup with {version} entries"
+
+
+def _states(history: History) -> Lines:
+    for time, state in history.states:
+        yield time, f"state    {state.status}, term {state.term}, server {state.server_id[:4]}"
+
+
+def _rounds(history: History) -> Lines:
+    for time, frame in history.rounds:
+        slots = f"asked {sorted(frame.asked)}, heard {sorted(frame.heard)}"
+        yield time, f"round    {frame.header.version} of term {frame.header.term}: {slots}"
+
+
+def _updates(history: History) -> Lines:
+    for time, node, update in history.updates:
+        at = f"round {update.header.version} of term {update.header.term}"
+        yield time, f"update   {node} boot {update.boot}: {at}, g {update.scalars}"

@@ -1,0 +1,104 @@
+"""What survives a crash: the ledger, which commits atomically, and files, which do not; and every theta, made once."""
+
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+
+from meerkat_mq.core.directions import Float32Array, direction
+from meerkat_mq.core.path import Entry, Term, apply, digest, seed_for
+from meerkat_mq.errors import AnotherServer
+from meerkat_mq.rounds.events import UpdateRecord
+
+_direction = lru_cache(16_384)(direction)
+_seed_for = lru_cache(16_384)(seed_for)
+
+
+class Theta:
+    """One theta of one version; nodes that apply the same entries share it."""
+
+    __slots__ = ("_next", "digest", "values", "version")
+
+    def __init__(self, values: Float32Array, version: int) -> None:
+        self.values = values
+        self.version = version
+        self.digest = digest(values)
+        self._next: dict[tuple[Term, ...], Theta] = {}
+
+    def after(self, terms: tuple[Term, ...], run_id: bytes, stream: str) -> "Theta":
+        """The theta that the terms of entry `version` lead to."""
+        found = self._next.get(terms)
+        if found is None:
+            values, scratch = self.values.copy(), np.empty_like(self.values)
+            for term in terms:
+                seed = _seed_for(run_id, self.version, term.lane, term.step)
+                apply(values, _direction(stream, seed, 0, values.size), term.coefficient, scratch)
+            found = self._next[terms] = Theta(values, self.version + 1)
+        return found
+
+
+@dataclass(slots=True)
+class Ledger:
+    """The ledger as SQLite keeps it: each method is one transaction, which a crash leaves done or undone.
+
+    Attributes:
+        updates: committed, of the open round; the first of a node in a version wins.
+        snapshots: version to blob hash.
+    """
+
+    entries: list[Entry] = field(default_factory=list)
+    entry_terms: list[int] = field(default_factory=list)
+    records: list[tuple[UpdateRecord, ...]] = field(default_factory=list)
+    terms: list[tuple[int, str]] = field(default_factory=list)
+    slots: dict[str, int] = field(default_factory=dict)
+    updates: dict[tuple[int, str], UpdateRecord] = field(default_factory=dict)
+    snapshots: dict[int, bytes] = field(default_factory=dict)
+
+    def backup(self) -> "Ledger":
+        """A copy, whole."""
+        made = copy(self)
+        for name in self.__slots__:
+            setattr(made, name, copy(getattr(self, name)))
+        return made
+
+    @property
+    def term(self) -> int:
+        """The newest term; 0 before the first."""
+        return self.terms[-1][0] if self.terms else 0
+
+    def take_term(self, above: int, server_id: str) -> int:
+        """Take a term higher than the ledger's and `above`."""
+        self.terms.append((max(self.term, above) + 1, server_id))
+        return self.term
+
+    def _fence(self, mine: tuple[int, str]) -> None:
+        if self.terms[-1] != mine:
+            raise AnotherServer(f"term {mine[0]}", f"the ledger is at term {self.term}", "leave the other in charge")
+
+    def commit_slot(self, mine: tuple[int, str], node: str, slot: int) -> None:
+        """Keep a node's slot."""
+        self._fence(mine)
+        self.slots[node] = slot
+
+    def commit_updates(self, mine: tuple[int, str], records: Sequence[UpdateRecord]) -> None:
+        """Keep updates, as one group."""
+        self._fence(mine)
+        for record in records:
+            self.updates.setdefault((record.version, record.node), record)
+
+    def commit_entry(self, mine: tuple[int, str], entry: Entry, records: tuple[UpdateRecord, ...]) -> None:
+        """Keep an entry and its updates with their verdicts; an update committed too late for it is dropped."""
+        self._fence(mine)
+        self.entries.append(entry)
+        self.entry_terms.append(mine[0])
+        self.records.append(records)
+        self.updates = {key: record for key, record in self.updates.items() if key[0] > entry.version}
+
+    def commit_snapshot(self, mine: tuple[int, str], version: int, blob_hash: bytes) -> None:
+        """Keep a snapshot's hash; those of the two newest stay."""
+        self._fence(mine)
+        self.snapshots[version] = blob_hash
+        for old in sorted(self.snapshots)[:-2]:
+            del self.snapshots[old]

@@ -1,0 +1,247 @@
+"""What befalls a simulated federation: for each name, how it strikes and how it heals."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from meerkat_mq.chaos.history import CORRUPT_THETA, Injected
+from meerkat_mq.chaos.simulator.broker import KEEP_ALIVE_S, Client, Message, Weather
+from meerkat_mq.chaos.simulator.federation import Federation
+from meerkat_mq.chaos.simulator.node import Node
+from meerkat_mq.chaos.simulator.schedule import ALL, SERVER, Fault
+from meerkat_mq.chaos.simulator.server import ROUND, STATE
+from meerkat_mq.chaos.simulator.world import Process
+from meerkat_mq.wire.descriptor import NodeStatus, ServerState
+from meerkat_mq.wire.messages import Header, Round, Update
+
+CRASH_WITHIN = 40  # effects
+EARLIER_RUN = bytes(range(100, 116))
+Act = Callable[[Federation, Fault], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of fault."""
+
+    strike: Act
+    heal: Act
+
+
+def inflict(federation: Federation, fault: Fault) -> None:
+    """Put a fault on the agenda: its strike, and its healing."""
+    kind, clock = FAULTS[fault.name], federation.clock
+
+    def strike() -> None:
+        federation.history.faults.append(Injected(fault.name, fault.target, clock.now, clock.now + fault.lasts))
+        kind.strike(federation, fault)
+
+    if fault.name == "restore":
+        clock.at(fault.at * fault.detail, federation.take_backup, fault)
+    if fault.name == "split brain":
+        clock.at(fault.at + fault.lasts / 2, federation.start_server)
+    clock.at(fault.at, strike)
+    clock.at(fault.at + fault.lasts, kind.heal, federation, fault)
+
+
+def leave_behind(federation: Federation) -> None:
+    """What an earlier run retained."""
+    run, broker = EARLIER_RUN.hex(), federation.broker
+    state = ServerState(status="lost", run=run, term=7, server_id="e" * 16, link=1, host="gone", round=9)
+    ghost = NodeStatus(status="online", boot=9, link=9, host="gone", run=run, rows=3)
+    for message in (
+        Message(STATE, state, retain=True),
+        Message(ROUND, _foreign_round(federation), retain=True),
+        Message(("status", "n0"), ghost, retain=True),
+        Message(("status", "ghost"), ghost, retain=True),
+    ):
+        broker.retained[message.topic] = message
+
+
+def _process(federation: Federation, fault: Fault) -> Process:
+    return federation.server if fault.target == SERVER else federation.nodes[fault.target]
+
+
+def _clients(federation: Federation, fault: Fault) -> list[Client]:
+    if fault.target == ALL:
+        return [federation.server.client, *(node.client for node in federation.nodes.values())]
+    return [federation.server.client if fault.target == SERVER else federation.nodes[fault.target].client]
+
+
+def _nothing(federation: Federation, fault: Fault) -> None:
+    pass
+
+
+# --- processes ------------------------------------------------------------------------------------------------------
+
+
+def _crash(federation: Federation, fault: Fault) -> None:
+    _process(federation, fault).crash_in = int(fault.detail * CRASH_WITHIN)
+
+
+def _start_again(federation: Federation, fault: Fault) -> None:
+    process = _process(federation, fault)
+    process.crash_in = None
+    federation.revive(process)
+
+
+def _leave(federation: Federation, fault: Fault) -> None:
+    node = federation.nodes[fault.target]
+    if node.alive:
+        node.leave()
+
+
+def _freeze(federation: Federation, fault: Fault) -> None:
+    process = _process(federation, fault)
+    if not process.alive or process.frozen:
+        return
+    process.freeze()
+    client = _clients(federation, fault)[0]
+
+    def miss() -> None:
+        if process.frozen:
+            client.cut = True
+            federation.broker.break_link(client)
+
+    federation.clock.at(federation.clock.now + KEEP_ALIVE_S, miss)
+
+
+def _thaw(federation: Federation, fault: Fault) -> None:
+    if fault.target == SERVER:
+        federation.thaw_servers()
+    else:
+        node = federation.nodes[fault.target]
+        if node.frozen:
+            node.client.cut = False
+            node.thaw()
+
+
+def _restore(federation: Federation, fault: Fault) -> None:
+    federation.restore(fault)
+
+
+def _corrupt(federation: Federation, fault: Fault) -> None:
+    node, faults, number = federation.nodes[fault.target], federation.history.faults, -1
+    struck = replace(faults.pop(), name=CORRUPT_THETA, ended=math.inf)
+    if not node.alive or node.healed is not None:
+        return
+    number = len(faults)
+    faults.append(struck)
+    node.corrupt()
+
+    def healed() -> None:
+        faults[number] = replace(struck, ended=federation.clock.now)
+
+    node.healed = healed
+
+
+# --- links ----------------------------------------------------------------------------------------------------------
+
+
+def _part(federation: Federation, fault: Fault) -> None:
+    for client in _clients(federation, fault):
+        federation.broker.part(client)
+
+
+def _rejoin(federation: Federation, fault: Fault) -> None:
+    for client in _clients(federation, fault):
+        federation.broker.rejoin(client)
+
+
+def _worsen(federation: Federation, fault: Fault) -> None:
+    weather = {
+        "lose": Weather(lose=0.6 * fault.detail),
+        "duplicate": Weather(duplicate=fault.detail),
+        "delay": Weather(delay=3.0 * fault.detail),
+        "reorder": Weather(delay=fault.detail, reorder=0.5),
+    }[fault.name]
+    for client in _clients(federation, fault):
+        client.weather = weather
+
+
+def _clear(federation: Federation, fault: Fault) -> None:
+    """Fair weather again; where messages were lost, TCP has given the connection up."""
+    for client in _clients(federation, fault):
+        lost = client.weather is not None and client.weather.lose > 0
+        client.weather = None
+        if lost:
+            federation.broker.break_link(client)
+
+
+def _broker_down(federation: Federation, fault: Fault) -> None:
+    federation.broker.crash()
+
+
+def _broker_up(federation: Federation, fault: Fault) -> None:
+    federation.broker.up = True
+
+
+# --- messages -------------------------------------------------------------------------------------------------------
+
+
+def _replay(federation: Federation, fault: Fault) -> None:
+    passed, chance = federation.broker.passed, federation.clock.random
+    for _ in range(1 + int(20 * fault.detail) if passed else 0):
+        federation.broker.spread(chance.choice(passed))
+
+
+def _earlier_run(federation: Federation, fault: Fault) -> None:
+    broker, round_ = federation.broker, _foreign_round(federation)
+    broker.spread(Message(ROUND, round_, retain=False))
+    for name, node in federation.nodes.items():
+        update = Update(round_.header, node.boot, bytes(8), 1.0, (1.0,))
+        broker.spread(Message(("update", name), update, retain=False))
+
+
+def _foreign_round(federation: Federation) -> Round:
+    settings = federation.history.settings
+    header = Header.of(EARLIER_RUN, 9, len(federation.disk.ledger.entries), settings.mask_hash)
+    return Round(header, True, settings.steps, settings.lanes, settings.eps, 1000, asked=frozenset(range(8)))
+
+
+def _hostile(federation: Federation, fault: Fault) -> None:
+    """A node sends what no node of ours would."""
+    node, chance = federation.nodes[fault.target], federation.clock.random
+    if not federation.history.rounds:
+        return
+    for _ in range(1 + int(5 * fault.detail)):
+        update = _nasty(federation, node, chance.choice)
+        federation.history.updates.append((federation.clock.now, node.name, update))
+        federation.broker.spread(Message(("update", node.name), update, retain=False))
+
+
+def _nasty(federation: Federation, node: Node, choose: Callable[..., float]) -> Update:
+    settings, header = federation.history.settings, federation.history.rounds[-1][1].header
+    entries = federation.disk.ledger.entries
+    right = next((entry.digest for entry in reversed(entries) if any(entry.digest)), federation.theta_0.digest)
+    odd = choose((math.nan, math.inf, -math.inf, 1e30, 3e38, 1.0, 5.0, 1e-30))
+    return Update(
+        replace(
+            header,
+            term=header.term + int(choose((0, 0, 0, 0, 0, -1, 1, 5))),
+            version=max(header.version + int(choose((0, 0, 0, 0, -1, 1, 7))), 0),
+        ),
+        node.boot,
+        right[:8] if choose((0, 0, 1)) == 0 else bytes(8),
+        choose((1.0, 1.0, math.nan)),
+        (odd,) * int(choose((settings.steps, settings.steps, settings.steps, 2, 0))),
+        (1,) * settings.steps if choose((0, 0, 0, 1)) else None,
+    )
+
+
+FAULTS: dict[str, Kind] = {
+    "crash": Kind(_crash, _start_again),
+    "leave": Kind(_leave, _start_again),
+    "freeze": Kind(_freeze, _thaw),
+    "split brain": Kind(_freeze, _thaw),
+    "restore": Kind(_restore, _start_again),
+    "corrupt theta": Kind(_corrupt, _nothing),
+    "partition": Kind(_part, _rejoin),
+    "lose": Kind(_worsen, _clear),
+    "duplicate": Kind(_worsen, _clear),
+    "delay": Kind(_worsen, _clear),
+    "reorder": Kind(_worsen, _clear),
+    "broker crash": Kind(_broker_down, _broker_up),
+    "replay": Kind(_replay, _replay),
+    "stale run": Kind(_earlier_run, _earlier_run),
+    "hostile": Kind(_hostile, _hostile),
+}

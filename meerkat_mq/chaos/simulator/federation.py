@@ -1,0 +1,166 @@
+"""A federation on a virtual clock: a disk, a broker, servers, nodes; and the hands that start and restore them."""
+
+from functools import cache
+from itertools import takewhile
+
+from meerkat_mq.chaos.history import History
+from meerkat_mq.chaos.simulator.broker import Broker
+from meerkat_mq.chaos.simulator.durable import Ledger, Theta
+from meerkat_mq.chaos.simulator.node import Node
+from meerkat_mq.chaos.simulator.schedule import Fault, Schedule
+from meerkat_mq.chaos.simulator.server import Disk, Server
+from meerkat_mq.chaos.simulator.world import Clock, Process
+from meerkat_mq.core.mask import Mask
+from meerkat_mq.core.toy import toy_mask
+from meerkat_mq.rounds.policy import RoundSettings
+
+RUN = bytes(range(16))
+WEIGHTS = 8
+STREAM = "mk1"
+
+
+@cache
+def _mask() -> tuple[Mask, bytes]:
+    mask = toy_mask(WEIGHTS)
+    return mask, mask.hash
+
+
+def settings_of(schedule: Schedule) -> RoundSettings:
+    """The rules of a schedule's rounds."""
+    return RoundSettings(
+        run_id=RUN,
+        mask_hash=_mask()[1],
+        count=schedule.rounds,
+        steps=schedule.steps,
+        lanes=schedule.lanes,
+        lr=0.1,
+        eps=2.0**-10,
+        min_nodes=schedule.min_nodes,
+        fraction=schedule.fraction,
+        quorum=schedule.quorum,
+        deadline_s=schedule.deadline_s,
+        grace_s=schedule.grace_s,
+        weigh_by_rows=schedule.weigh_by_rows,
+        aggregate=schedule.aggregate,
+        snapshot_every=schedule.snapshot_every,
+        digest_every=schedule.digest_every,
+    )
+
+
+class Federation:
+    """All that a schedule's faults strike.
+
+    Attributes:
+        server: the one started last.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        mask, _ = _mask()
+        self.schedule = schedule
+        self.clock = Clock(schedule.seed)
+        self.broker = Broker(self.clock, wire=schedule.wire)
+        self.history = History(RUN, mask, STREAM, schedule.digest_every, settings_of(schedule))
+        self.disk = Disk()
+        self.theta_0 = Theta(mask.theta_0, 0)
+        self.nodes = {f"n{number}": self._node(number) for number in range(schedule.nodes)}
+        self.server: Server
+        self._servers: list[Server] = []
+        self._backups: dict[Fault, Ledger] = {}
+
+    def _node(self, number: int) -> Node:
+        chance, schedule = self.clock.random, self.schedule
+        slow = schedule.slow and number == schedule.nodes - 1
+        just_in_time = schedule.deadline_s - 0.04 - schedule.commit_s / 2  # the update comes, but is not yet committed
+        return Node(
+            f"n{number}",
+            self.clock,
+            self.broker,
+            self.history,
+            self.theta_0,
+            latency_s=chance.uniform(0.001, 0.05),
+            step_s=just_in_time if slow else schedule.step_s * chance.uniform(1.0, 1.5),
+            rows=1 + 3 * number,
+            fickle=schedule.fickle,
+        )
+
+    def start(self) -> None:
+        """Start a server, then every node."""
+        self.start_server()
+        for number, node in enumerate(self.nodes.values()):
+            self.clock.at(0.01 * number, self.revive, node)
+
+    def start_server(self) -> None:
+        """Start a server on the disk; those that there are know nothing of it."""
+        server_id = f"{self.clock.random.getrandbits(64):016x}"
+        self.server = Server(
+            server_id,
+            self.clock,
+            self.broker,
+            self.history,
+            disk=self.disk,
+            theta_0=self.theta_0,
+            commit_s=self.schedule.commit_s,
+        )
+        self._servers.append(self.server)
+        self.server.start()
+
+    def revive(self, process: Process) -> None:
+        """Start what is not alive; a server that wakes later may be fenced, so only the newest counts."""
+        if isinstance(process, Node):
+            if not process.alive:
+                process.start()
+        elif not self.server.alive:
+            self.start_server()
+
+    def thaw_servers(self) -> None:
+        """Let every frozen server go on."""
+        for server in self._servers:
+            if server.frozen:
+                server.client.cut = False
+                server.thaw()
+
+    def take_backup(self, fault: Fault) -> None:
+        """Copy the ledger, for `restore`."""
+        self._backups[fault] = self.disk.ledger.backup()
+
+    def restore(self, fault: Fault) -> None:
+        """Stop every server, and put an earlier ledger in place."""
+        for server in self._servers:
+            if server.alive:
+                server.kill()
+        undone, self.disk.ledger = self.disk.ledger, self._backups[fault].backup()
+        both = zip(undone.entries, self.disk.ledger.entries, strict=False)
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], both))
+        self.history.backups.append((self.clock.now, shared))
+
+    def heal(self) -> None:
+        """Everybody is there, and every link carries."""
+        self.broker.up = True
+        self.thaw_servers()
+        self.revive(self.server)
+        for node in self.nodes.values():
+            if node.frozen:
+                node.client.cut = False
+                node.thaw()
+            self.revive(node)
+        everybody: list[Server | Node] = [*self._servers, *self.nodes.values()]
+        for process in everybody:
+            process.crash_in = None
+            process.client.cut, process.client.weather = False, None
+            self.broker.break_link(process.client)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the ledger is full, and a server that can say so has said it."""
+        return len(self.disk.ledger.entries) >= self.schedule.rounds and any(
+            server.alive and server.machine is not None and server.machine.finished for server in self._servers
+        )
+
+    def close(self) -> History:
+        """The history, with the final ledger."""
+        history, ledger = self.history, self.disk.ledger
+        history.entries, history.records, history.terms = ledger.entries, ledger.records, ledger.terms
+        history.entry_terms = ledger.entry_terms
+        history.open_updates = tuple(ledger.updates.values())
+        history.finished = self.finished
+        return history

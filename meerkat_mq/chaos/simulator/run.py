@@ -1,0 +1,49 @@
+"""Run one schedule, and judge it."""
+
+from meerkat_mq.chaos.checkers import Violation, check
+from meerkat_mq.chaos.history import History
+from meerkat_mq.chaos.simulator.faults import inflict, leave_behind
+from meerkat_mq.chaos.simulator.federation import Federation
+from meerkat_mq.chaos.simulator.schedule import Schedule
+
+LAST_WORDS_S = 1.0
+
+
+def patience(schedule: Schedule) -> float:
+    """Virtual seconds within which a healed federation finishes, whatever it went through."""
+    a_round = 2.0 + (3.0 * schedule.deadline_s if schedule.slow else 0.0)
+    return 30.0 + 12 * schedule.deadline_s + a_round * schedule.rounds
+
+
+def play(federation: Federation) -> None:
+    """Let a schedule happen: everything that it says, and what comes of it."""
+    schedule, clock = federation.schedule, federation.clock
+    heals_at = schedule.heals_at + 0.01
+    if schedule.leftovers:
+        leave_behind(federation)
+    federation.start()
+    for fault in schedule.faults:
+        inflict(federation, fault)
+    clock.at(heals_at, federation.heal)
+    clock.run(heals_at, lambda: False)
+    clock.run(heals_at + patience(schedule), lambda: federation.finished)
+    clock.run(clock.now + LAST_WORDS_S, lambda: False)
+
+
+def run(schedule: Schedule) -> History:
+    """The history of a schedule, ready for the checkers."""
+    federation = Federation(schedule)
+    play(federation)
+    return federation.close()
+
+
+def judge(schedule: Schedule) -> tuple[History, list[Violation]]:
+    """The history of a schedule, and what does not hold of it; a failure of the machines counts too."""
+    federation = Federation(schedule)
+    try:
+        play(federation)
+    except Exception as error:
+        failure = Violation("no machine fails", f"{federation.clock.now:.3f} s", f"{type(error).__name__}: {error}")
+        return federation.close(), [failure]
+    history = federation.close()
+    return history, [violation for found in check(history).values() for violation in found]

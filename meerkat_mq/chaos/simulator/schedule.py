@@ -1,0 +1,150 @@
+"""A fault schedule is data: the shape of a run, and what befalls it, all made from a seed."""
+
+import json
+import random
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from meerkat_mq.rounds.policy import share
+
+SERVER, ALL = "server", "all"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One fault.
+
+    Attributes:
+        name: see `faults.FAULTS`.
+        target: "server", "n0", "n1", …, "broker" or "all".
+        at: virtual seconds from the start.
+        lasts: virtual seconds until it heals.
+        detail: how much of it; its meaning is the fault's.
+    """
+
+    name: str
+    target: str
+    at: float
+    lasts: float
+    detail: float
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A federation and its faults; see `RoundSettings` for the rules of rounds.
+
+    Attributes:
+        step_s: virtual seconds of a round's local steps, on the fastest node.
+        commit_s: virtual seconds of one commit.
+        wire: whether each frame goes through its encoding.
+        slow: whether the last node's local steps take about as long as the deadline.
+        fickle: whether a restarted node answers a round with other values than before.
+        leftovers: whether the broker still holds what an earlier run retained.
+    """
+
+    seed: int
+    nodes: int
+    rounds: int
+    lanes: int
+    steps: int
+    min_nodes: int
+    fraction: float
+    quorum: float
+    deadline_s: float
+    grace_s: float
+    digest_every: int
+    snapshot_every: int
+    weigh_by_rows: bool
+    aggregate: Literal["mean", "trimmed-mean"]
+    step_s: float
+    commit_s: float
+    wire: bool
+    slow: bool
+    fickle: bool
+    leftovers: bool
+    faults: tuple[Fault, ...]
+
+    @property
+    def heals_at(self) -> float:
+        """When the last fault has healed, virtual seconds."""
+        return max((fault.at + fault.lasts for fault in self.faults), default=0.0)
+
+    def encode(self) -> str:
+        """JSON, for people and for `decode`."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def decode(cls, text: str) -> "Schedule":
+        """What `encode` wrote."""
+        fields: dict[str, Any] = json.loads(text)
+        return cls(**fields | {"faults": tuple(Fault(**fault) for fault in fields["faults"])})
+
+
+# Name, weight, whom it may strike.
+_KINDS: tuple[tuple[str, int, str], ...] = (
+    ("crash", 6, "server"),
+    ("crash", 4, "node"),
+    ("freeze", 1, "server"),
+    ("freeze", 2, "node"),
+    ("partition", 1, "server"),
+    ("partition", 2, "node"),
+    ("lose", 2, "anyone"),
+    ("duplicate", 2, "anyone"),
+    ("delay", 2, "anyone"),
+    ("reorder", 2, "anyone"),
+    ("broker crash", 2, "broker"),
+    ("restore", 1, "server"),
+    ("split brain", 2, "server"),
+    ("leave", 1, "node"),
+    ("replay", 2, "all"),
+    ("stale run", 1, "all"),
+    ("hostile", 2, "node"),
+    ("corrupt theta", 1, "node"),
+)
+_SIZES = (3, 3, 3, 3, 3, 3, 4, 4, 4, 5, 5, 6, 7)
+
+
+def make_schedule(seed: int, names: Collection[str] = ()) -> Schedule:
+    """The schedule of a seed: 3 to 20 nodes, mostly few; 50 to 60 rounds; up to 12 faults, of these names only."""
+    draw = random.Random(seed)  # noqa: S311 - chance to be repeated, not to be secret
+    nodes = draw.randint(8, 20) if draw.random() < 0.03 else draw.choice(_SIZES)
+    rounds = draw.choice((50, 52, 54, 60))
+    min_nodes = draw.randint(2, nodes)
+    fraction = draw.choice((1.0, 1.0, 1.0, 0.6))
+    step_s, commit_s = draw.choice((0.05, 0.2, 0.4)), draw.choice((0.0, 0.005, 0.05, 0.3))
+    deadline_s, slow = draw.choice((2.0, 4.0, 8.0)), draw.random() < 0.1
+    calm_s = rounds * (deadline_s if slow else 1.3 * step_s + 3 * commit_s + 0.1)  # about what an undisturbed run takes
+    return Schedule(
+        seed=seed,
+        nodes=nodes,
+        rounds=rounds,
+        lanes=draw.choice((1, 1, min(2, share(fraction, min_nodes)))),
+        steps=draw.choice((1, 1, 1, 1, 3)),
+        min_nodes=min_nodes,
+        fraction=fraction,
+        quorum=draw.choice((0.5, 0.75, 1.0)),
+        deadline_s=deadline_s,
+        grace_s=draw.choice((0.0, 0.5, 2.0)),
+        digest_every=draw.choice((1, 1, 2)),
+        snapshot_every=draw.choice((6, 10, 20)),
+        weigh_by_rows=draw.random() < 0.3,
+        aggregate=draw.choice(("mean", "mean", "mean", "trimmed-mean")),
+        step_s=step_s,
+        commit_s=commit_s,
+        wire=draw.random() < 0.05,
+        slow=slow,
+        fickle=draw.random() < 0.7,
+        leftovers=draw.random() < 0.2,
+        faults=tuple(_fault(draw, nodes, calm_s, names) for _ in range(draw.randint(0, 12))),
+    )
+
+
+def _fault(draw: random.Random, nodes: int, length_s: float, names: Collection[str]) -> Fault:
+    kinds = [kind for kind in _KINDS if not names or kind[0] in names]
+    name, _, whom = draw.choices(kinds, [weight for _, weight, _ in kinds])[0]
+    if whom == "anyone":
+        whom = draw.choice((SERVER, ALL, "node", "node"))
+    target = f"n{draw.randrange(nodes)}" if whom == "node" else whom
+    at, lasts = draw.uniform(0.0, length_s), draw.choice((0.1, 0.5, 1.0, 3.0, 8.0)) * draw.uniform(0.5, 1.5)
+    return Fault(name, target, round(at, 3), round(lasts, 3), round(draw.random(), 3))

@@ -1,0 +1,314 @@
+"""A server process: its machine, and the service around it, on a virtual clock."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from meerkat_mq.chaos.history import History
+from meerkat_mq.chaos.simulator.broker import Broker, Client, Message, Topic
+from meerkat_mq.chaos.simulator.durable import Ledger, Theta
+from meerkat_mq.chaos.simulator.world import Clock, Process
+from meerkat_mq.core.path import NO_DIGEST, digest_due, short_hash
+from meerkat_mq.errors import WireError
+from meerkat_mq.rounds import events as e
+from meerkat_mq.rounds.server import ServerMachine
+from meerkat_mq.wire.descriptor import NodeStatus, ServerState
+from meerkat_mq.wire.messages import Chunk, Entries, Header, Offer, Update, Want
+from meerkat_mq.wire.snapshot import decode_snapshot, encode_snapshot
+
+STATE: Topic = ("server", "")
+ROUND: Topic = ("round", "")
+LATENCY_S = 0.004
+ENTRIES_A_REPLY = 12
+WORTH_A_SNAPSHOT = 8  # entries missed
+
+
+@dataclass(slots=True)
+class Disk:
+    """The server's state folder: the ledger, and snapshot files by name."""
+
+    ledger: Ledger = field(default_factory=Ledger)
+    files: dict[str, bytes] = field(default_factory=dict)
+
+
+class Server(Process):
+    """One server process; several may share a disk."""
+
+    def __init__(
+        self,
+        server_id: str,
+        clock: Clock,
+        broker: Broker,
+        history: History,
+        *,
+        disk: Disk,
+        theta_0: Theta,
+        commit_s: float,
+    ) -> None:
+        super().__init__("server", clock)
+        self.server_id = server_id
+        self.disk = disk
+        self.machine: ServerMachine | None = None
+        self._broker = broker
+        self._history = history
+        self._theta_0 = self._theta = theta_0
+        self._commit_s = commit_s
+        self._mine = (0, server_id)
+        self._rival: ServerState | None = None
+        self._statuses: dict[str, NodeStatus] = {}
+        self._queue: list[Any] = []
+        self._writing = False
+        self.client = Client(
+            hears=lambda topic: topic[0] in ("server", "status", "update", "want"),
+            deliver=lambda topic, payload: self.call(self._on_message, topic, payload),
+            greeted=lambda link: self.call(self._on_connected),
+            will=lambda link: Message(STATE, self._state("lost", link), retain=True),
+            latency_s=LATENCY_S,
+        )
+
+    # --- life ---
+
+    def start(self) -> None:
+        """Begin: what the disk holds is read once a connection stands."""
+        super().start()
+        self._broker.join(self.client)
+
+    def kill(self) -> None:
+        """End: the broker publishes the will."""
+        super().kill()
+        self._broker.leave(self.client)
+
+    def _on_connected(self) -> None:
+        if self.machine is None:
+            self._take_charge(self._rival.term if self._rival else 0)
+        assert self.machine is not None
+        self._publish_state()
+        self._perform(self.machine.start(self.clock.now))
+        for node, status in list(self._statuses.items()):
+            self._handle(e.StatusCame(self.clock.now, node, status))
+
+    def _take_charge(self, above: int) -> None:
+        """Take a term, and resume from the ledger."""
+        ledger, settings = self.disk.ledger, self._history.settings
+        self.step()
+        self._mine = (ledger.take_term(above, self.server_id), self.server_id)
+        self._queue = []
+        self.step()
+        self._theta = self.resumed_theta()
+        due = [entry.digest for entry in ledger.entries if entry.digest != NO_DIGEST]
+        self.machine = ServerMachine(
+            settings,
+            term=self._mine[0],
+            server_id=self.server_id,
+            base=due[-1] if due else self._theta_0.digest,
+            version=len(ledger.entries),
+            head=ledger.entries[-1].hash(settings.run_id) if ledger.entries else None,
+            slots=ledger.slots,
+            entries=ledger.entries[-64:],
+            updates=self.resumed_updates(),
+            past=ledger.records[-settings.guards.window :],
+        )
+
+    def resumed_updates(self) -> Sequence[e.UpdateRecord]:
+        """The committed updates of the open round."""
+        return list(self.disk.ledger.updates.values())
+
+    def resumed_theta(self) -> Theta:
+        """theta of the newest entry: from a snapshot that is whole, and the entries after it."""
+        ledger, theta = self.disk.ledger, self._theta_0
+        for version in sorted(ledger.snapshots, reverse=True):
+            found = self.load_snapshot(version) if version <= len(ledger.entries) else None
+            if found is not None:
+                theta = found
+                break
+        for entry in ledger.entries[theta.version :]:
+            theta = self._after(theta, entry.terms)
+        return theta
+
+    def _after(self, theta: Theta, terms: tuple[Any, ...]) -> Theta:
+        return theta.after(terms, self._history.run_id, self._history.stream)
+
+    # --- snapshots ---
+
+    def load_snapshot(self, version: int) -> Theta | None:
+        """The snapshot of a version, where its file is what the ledger says."""
+        blob = self.disk.files.get(f"snapshot-{version}")
+        try:
+            found = decode_snapshot(blob or b"", self.disk.ledger.snapshots[version], self._theta_0.values.size)
+        except WireError:
+            return None
+        return Theta(found.theta, version)
+
+    def keep_snapshot(self, version: int, head: bytes) -> None:
+        """Write a temporary file, rename it, and only then tell the ledger."""
+        blob = encode_snapshot(self._history.run_id, version, head, self._theta.values)
+        files, name = self.disk.files, f"snapshot-{version}"
+        files[f"{name}.tmp"] = blob[: len(blob) // 2]
+        self.step()
+        files[f"{name}.tmp"] = blob
+        self.step()
+        files[name] = files.pop(f"{name}.tmp")
+        self.step()
+        self.disk.ledger.commit_snapshot(self._mine, version, short_hash(blob))
+        self.step()
+        kept = {f"snapshot-{known}" for known in self.disk.ledger.snapshots}
+        for old in files.keys() - kept:
+            del files[old]
+
+    # --- messages ---
+
+    def _on_message(self, topic: Topic, payload: Any) -> None:
+        kind, node = topic
+        if kind == "status":
+            self._statuses[node] = payload
+            self._handle(e.StatusCame(self.clock.now, node, payload))
+        elif kind == "server":
+            self._on_state(payload)
+        elif kind == "update" and isinstance(payload, Update):
+            self._handle(e.UpdateCame(self.clock.now, node, payload))
+        elif kind == "want" and isinstance(payload, Want) and payload.header.run == self._header().run:
+            self._handle(e.WantCame(self.clock.now, node, payload))
+
+    def _on_state(self, state: ServerState) -> None:
+        if self.machine is None:
+            self._rival = state
+        elif state.server_id != self.server_id or state.status == "lost":
+            self._handle(e.ServerSeen(self.clock.now, state))
+
+    def _handle(self, event: e.ServerEvent) -> None:
+        if self.machine is not None:
+            self._perform(self.machine.handle(event))
+
+    # --- effects ---
+
+    def _perform(self, effects: Sequence[e.ServerEffect]) -> None:
+        machine = self.machine
+        for effect in effects:
+            if self.machine is not machine:
+                return  # what follows a new term is of the old one
+            self.step()
+            self._CARRY_OUT[type(effect)](self, effect)
+        if machine is not None and self.machine is machine:
+            self.ring_at(machine.wake_at, lambda: self._handle(e.Tick(self.clock.now)))
+
+    def _put(self, effect: Any) -> None:
+        self._queue.append(effect)
+        self._write_soon()
+
+    def _write_soon(self) -> None:
+        if not self._writing and self._queue:
+            self._writing = True
+            self.later(self._commit_s, self._write)
+
+    def _write(self) -> None:
+        """What waits, updates first and as one group; crash points before and after each commit."""
+        waiting, self._queue, machine = self._queue, [], self.machine
+        records = tuple(work.record for work in waiting if isinstance(work, e.CommitUpdate))
+        if records:
+            self.carry_out(
+                lambda: self.disk.ledger.commit_updates(self._mine, records),
+                lambda: e.UpdatesCommitted(self.clock.now, records),
+            )
+        for work in waiting:
+            if self.machine is machine and not isinstance(work, e.CommitUpdate):
+                self._work_off(work)
+        self._writing = False
+        self._write_soon()
+
+    def _work_off(self, work: Any) -> None:
+        ledger = self.disk.ledger
+        match work:
+            case e.CommitSlot(node, slot):
+                self.carry_out(
+                    lambda: ledger.commit_slot(self._mine, node, slot), lambda: e.SlotCommitted(self.clock.now, node)
+                )
+            case e.ApplyTerms(version, terms):
+                self._theta = self._after(self._theta, terms)
+                due = digest_due(self._theta.version, self._history.digest_every)
+                self._handle(e.TermsApplied(self.clock.now, version, self._theta.digest if due else NO_DIGEST))
+            case e.CommitEntry(entry, records):
+                self.carry_out(
+                    lambda: ledger.commit_entry(self._mine, entry, records),
+                    lambda: e.EntryCommitted(self.clock.now, entry.version, records),
+                )
+            case e.KeepSnapshot(version, head):
+                self.step()
+                self.keep_snapshot(version, head)
+
+    def carry_out(self, commit: Callable[[], None], event: Callable[[], e.ServerEvent]) -> None:
+        """Commit first, then say so."""
+        self.step()
+        commit()
+        self.step()
+        self._handle(event())
+
+    def _publish_state(self) -> None:
+        assert self.machine is not None
+        state = self._state("finished" if self.machine.finished else "online", self.client.link)
+        self._history.states.append((self.clock.now, state))
+        self._broker.publish(self.client, Message(STATE, state, retain=True))
+
+    def _publish_round(self, effect: e.PublishRound) -> None:
+        self._history.rounds.append((self.clock.now, effect.frame))
+        self._broker.publish(self.client, Message(ROUND, effect.frame, retain=True))
+
+    def _reply(self, node: str, frame: Any) -> None:
+        self._broker.publish(self.client, Message(("reply", node), frame, retain=False))
+
+    def _send_entries(self, effect: e.SendEntries) -> None:
+        ledger, first = self.disk.ledger, effect.first
+        newest = max((known for known in ledger.snapshots if known <= len(ledger.entries)), default=0)
+        blob = self.disk.files.get(f"snapshot-{newest}", b"")
+        if newest - first >= WORTH_A_SNAPSHOT and short_hash(blob) == ledger.snapshots[newest]:
+            self._reply(effect.node, Offer(self._header(), newest, ledger.snapshots[newest], len(blob)))
+        elif chosen := tuple(ledger.entries[first : first + ENTRIES_A_REPLY]):
+            self._reply(effect.node, Entries(self._header(), chosen))
+
+    def _send_chunks(self, effect: e.SendChunks) -> None:
+        wanted = effect.want.blob or b""
+        for version, known in self.disk.ledger.snapshots.items():
+            blob = self.disk.files.get(f"snapshot-{version}")
+            if known == wanted and blob is not None:
+                self._reply(effect.node, Chunk(self._header(), wanted, 0, 1, len(blob), blob))
+
+    def _count(self, effect: e.Count) -> None:
+        self.clock.counts["server", effect.reason] += 1
+
+    def _take_term(self, effect: e.TakeTerm) -> None:
+        self._take_charge(effect.above)
+        self._on_connected()
+
+    def _end(self, effect: e.End) -> None:
+        raise effect.error
+
+    def _header(self) -> Header:
+        settings = self._history.settings
+        version = self.machine.version if self.machine else 0
+        return Header.of(settings.run_id, self._mine[0], version, settings.mask_hash)
+
+    def _state(self, status: str, link: int) -> ServerState:
+        return ServerState.model_construct(
+            status=status,
+            run=self._history.run_id.hex(),
+            term=self._mine[0],
+            server_id=self.server_id,
+            link=link,
+            host="simulator",
+            round=self.machine.version if self.machine else 0,
+        )
+
+    _CARRY_OUT: ClassVar[dict[type, Callable[["Server", Any], None]]] = {
+        e.CommitSlot: _put,
+        e.CommitUpdate: _put,
+        e.ApplyTerms: _put,
+        e.CommitEntry: _put,
+        e.KeepSnapshot: _put,
+        e.PublishRound: _publish_round,
+        e.PublishState: lambda self, effect: self._publish_state(),
+        e.Reply: lambda self, effect: self._reply(effect.node, effect.frame),
+        e.SendEntries: _send_entries,
+        e.SendChunks: _send_chunks,
+        e.Count: _count,
+        e.TakeTerm: _take_term,
+        e.End: _end,
+    }

@@ -1,0 +1,153 @@
+"""The federation of a drill: all that a fault may touch."""
+
+import asyncio
+import json
+from contextlib import AsyncExitStack
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Self
+
+from pydantic import BaseModel
+
+from meerkat_mq.chaos.processes import Attached, Broker, Process, Service
+from meerkat_mq.chaos.proxy import Proxy
+from meerkat_mq.config import BrokerConfig, to_toml
+from meerkat_mq.errors import ConfigError, MeerkatError
+
+if TYPE_CHECKING:
+    from meerkat_mq.chaos.plan import AttachPlan, Plan
+
+BROKER = "broker"
+SERVER = "server"
+COMMON_ROWS = 6
+OWN_ROWS = 2
+
+
+class Stage:
+    """Broker, links and processes; used as a context manager.
+
+    Attributes:
+        federation: its name.
+        state_dir: the server's.
+        broker: of the drill's own; never started where the federation is attached.
+        observed: the way to the broker without a proxy.
+        links: by process, the proxy between it and the broker.
+        processes: by name, all that may be signalled.
+        services: by name, those that the drill started.
+        retired: services that ended for good: clones, replaced servers.
+    """
+
+    def __init__(self, plan: "Plan", folder: Path) -> None:
+        self.broker = Broker()
+        self.observed = BrokerConfig()
+        self.links: dict[str, Proxy] = {}
+        self.processes: dict[str, Process] = {}
+        self.services: dict[str, Service] = {}
+        self.retired: list[Service] = []
+        self.folder = folder
+        self._plan = plan
+        self._open = AsyncExitStack()
+        attach = plan.file.attach
+        if plan.server is not None:
+            self.federation, self.state_dir = plan.server.federation, plan.server.state_dir
+        else:
+            assert attach is not None
+            self.federation, self.state_dir = attach.federation, attach.state_dir
+
+    async def __aenter__(self) -> Self:
+        """Start what is to be started, or listen for what is attached.
+
+        Raises:
+            MeerkatError: Mosquitto does not start, or a proxy's port is taken.
+        """
+        try:
+            attach = self._plan.file.attach
+            await (self._start() if attach is None else self._attach(attach))
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        """End whatever still runs."""
+        await asyncio.gather(*(service.kill() for service in (*self.services.values(), *self.retired)))
+        await self._open.aclose()
+        await self.broker.stop()
+
+    @property
+    def everybody(self) -> list[Service]:
+        """All services that ever were."""
+        return [*self.services.values(), *self.retired]
+
+    def set_pace(self, latency_s: float) -> None:
+        """The latency that every link has without a fault."""
+        for link in self.links.values():
+            link.latency_s = latency_s
+
+    def clone_of(self, node: str) -> Service:
+        """A second process with a node's id and link, and a state of its own; not started."""
+        name = f"{node}-clone-{sum(service.name.startswith(f'{node}-clone') for service in self.retired) + 1}"
+        config = self._plan.nodes[node]
+        assert config is not None
+        clone = self._service(name, "node", config.model_copy(update={"state_dir": self.folder / name}), node)
+        self.retired.append(clone)
+        return clone
+
+    def next_server(self) -> Service:
+        """A server on the present one's ledger, which takes its place; not started."""
+        number = 2 + sum(service.name.startswith(SERVER) for service in self.retired)
+        assert self._plan.server is not None
+        second = self._service(f"{SERVER}-{number}", "server", self._plan.server, SERVER, "--replace")
+        self.retired.append(self.services[SERVER])
+        self.services[SERVER] = self.processes[SERVER] = second
+        return second
+
+    async def _start(self) -> None:
+        await self.broker.start()
+        self.observed = self.broker.config
+        plan = self._plan
+        assert plan.server is not None
+        self.services[SERVER] = self._service(SERVER, "server", plan.server, await self._link(SERVER))
+        for number, (node, config) in enumerate(plan.nodes.items()):
+            assert config is not None
+            if plan.server.engine == "toy":
+                _write_rows(config.data, number)
+            self.services[node] = self._service(node, "node", config, await self._link(node))
+        self.processes.update(self.services)
+        self.set_pace(plan.file.federation.pace_s)
+        await asyncio.gather(*(service.start() for service in self.services.values()))
+
+    async def _attach(self, attach: "AttachPlan") -> None:
+        self.observed = attach.broker
+        for name, process in {SERVER: attach.server, **attach.nodes}.items():
+            if process.pid is not None:
+                self.processes[name] = Attached(name, process.pid)
+            if process.proxy_port is not None:
+                await self._link(name, process.proxy_port)
+
+    async def _link(self, name: str, port: int = 0) -> str:
+        broker = self.observed
+        random = Random(f"{self._plan.file.seed} {name}")  # noqa: S311 - a drill that can be repeated
+        link = Proxy(broker.port, target_host=broker.host, port=port, random=random)
+        try:
+            self.links[name] = await self._open.enter_async_context(link)
+        except OSError as error:
+            where = f"attach: proxy_port {port} of {name}"
+            raise ConfigError(where, f"cannot be listened on ({error.strerror})", "name another") from error
+        return name
+
+    def _service(self, name: str, role: str, config: BaseModel, link: str, *flags: str) -> Service:
+        file = self.folder / f"{name}.toml"
+        table = config.model_dump(mode="json", exclude_none=True)
+        table["broker"] = {**table["broker"], "url": self.links[link].config.url}
+        try:
+            file.write_text(to_toml(table), encoding="utf-8")
+        except OSError as error:
+            raise MeerkatError(str(file), f"cannot be written ({error.strerror})", "choose another --out") from error
+        return Service(name, role, file, self.folder / f"{name}.log", *flags)
+
+
+def _write_rows(file: Path, number: int) -> None:
+    """A toy node's data: most rows are everybody's, so that nodes agree on where to go."""
+    seeds = [*range(COMMON_ROWS), *(COMMON_ROWS + OWN_ROWS * number + own for own in range(OWN_ROWS))]
+    file.write_text("".join(json.dumps({"seed": seed}) + "\n" for seed in seeds), encoding="utf-8")

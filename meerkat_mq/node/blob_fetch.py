@@ -1,0 +1,83 @@
+"""Getting a blob from the server by `want`, part by part, in bounded memory."""
+
+import asyncio
+from collections.abc import Callable
+
+from meerkat_mq.errors import NotConnected
+from meerkat_mq.wire.arrays import Assembly
+from meerkat_mq.wire.frames import MAX_CHUNK_BYTES
+from meerkat_mq.wire.messages import Chunk
+
+PATIENCE_S = 3.0
+CHUNKS_A_WANT = 16
+
+
+class BlobFetch:
+    """Collects the chunks of one blob; `add` is called for every chunk that arrives.
+
+    Args:
+        name: the blob's hash, 16 bytes.
+        size: its bytes.
+        ask: asks the server for these chunks.
+
+    Raises:
+        TooLarge: larger than a blob can be.
+    """
+
+    def __init__(self, name: bytes, size: int, ask: Callable[[tuple[int, ...]], None]) -> None:
+        self._name = name
+        self._size = size
+        self._ask = ask
+        self._arrived = asyncio.Event()
+        self._assembly = self._fresh()
+
+    def _fresh(self) -> Assembly:
+        return Assembly(self._name, self._size, -(-self._size // MAX_CHUNK_BYTES))
+
+    def add(self, chunk: Chunk) -> None:
+        """Take a chunk.
+
+        Raises:
+            BadValue: it is of another blob.
+        """
+        if self._assembly.add(chunk):
+            self._arrived.set()
+
+    def start_over(self) -> None:
+        """Forget all chunks: together they were not the blob."""
+        self._assembly = self._fresh()
+
+    async def collect(self, *, unasked: bool = False, silences: int | None = None) -> bytes:
+        """The whole blob.
+
+        Args:
+            unasked: whether chunks may come by themselves, so that asking can wait for the first silence.
+            silences: how many times `PATIENCE_S` without a new chunk may pass in a row; None: any number.
+
+        Raises:
+            NotConnected: too many passed.
+        """
+        asked: frozenset[int] | None = None if unasked else frozenset()
+        silent = 0
+        while missing := self._assembly.missing:
+            if asked is not None and asked.isdisjoint(missing):
+                part = missing[:CHUNKS_A_WANT]
+                self._ask(part)
+                asked = frozenset(part)
+            elif await self._one_arrives():
+                silent = 0
+            else:
+                asked, silent = frozenset(), silent + 1
+                if silent == silences:
+                    problem = f"{len(missing)} chunks did not come within {silent * PATIENCE_S:g} s"
+                    raise NotConnected(f"blob {self._name.hex()}", problem)
+        return self._assembly.join()
+
+    async def _one_arrives(self) -> bool:
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                await self._arrived.wait()
+        except TimeoutError:
+            return False
+        self._arrived.clear()
+        return True

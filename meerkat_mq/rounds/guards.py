@@ -1,0 +1,296 @@
+"""The guards: which projected gradients the server refuses, and which nodes are flagged for it (docs/guards.md)."""
+
+import math
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from meerkat_mq.config import GuardsConfig
+from meerkat_mq.rounds.events import UpdateRecord, Verdict
+from meerkat_mq.rounds.policy import applicable, lane_of
+
+FEWEST_IN_LANE = 3
+FEWEST_OF_OWN = 8
+FEWEST_TO_COMPARE = 10
+FLAGGED_AT = 3
+SIGMAS = 1.4826  # of a normal distribution, in median absolute deviations
+FLOOR = 0.5  # of the median magnitude: the least that a scale can be
+TOLERATED = 0.1  # share of an update's steps: honest ones have tails
+EXCUSED = 10.0  # a node's own past excuses outliers up to that many limits,
+TRUSTED = 0.25  # while less than that share of it was refused, or too little to be flagged;
+DISTRUST = 0.5  # of the limit: what others are judged by
+AGREES = 0.7
+AGREEING = 0.75
+ACCEPTED = Verdict.ACCEPTED
+
+
+def on_arrival(scalars: Sequence[float], loss: float, lr: float) -> Verdict:
+    """What can be said of an update alone: NOT_FINITE, TOO_LARGE or ACCEPTED."""
+    if not all(map(math.isfinite, (loss, *scalars))):
+        return Verdict.NOT_FINITE
+    return Verdict.ACCEPTED if applicable(scalars, lr) else Verdict.TOO_LARGE
+
+
+def median(ordered: Sequence[float]) -> float:
+    """The median of sorted values; not empty."""
+    half = len(ordered) // 2
+    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
+
+
+def median_magnitude(values: Iterable[float]) -> float:
+    """The median of |value|; not empty."""
+    return median(sorted(map(abs, values)))
+
+
+@dataclass(slots=True)
+class Spread:
+    """A robust centre and scale of some projected gradients."""
+
+    centre: float
+    scale: float
+
+    @classmethod
+    def of(cls, values: Sequence[float], typical: float = 0.0) -> "Spread":
+        """Median, and 1.4826 · MAD, at least half the median magnitude or of `typical`; values not empty."""
+        centre = median(sorted(values))
+        deviation = SIGMAS * median_magnitude([value - centre for value in values])
+        return cls(centre, max(deviation, FLOOR * max(median_magnitude(values), typical)))
+
+    def beyond(self, value: float, limit: float) -> bool:
+        """Whether a value lies more than `limit` scales from the centre."""
+        return abs(value - self.centre) > limit * self.scale
+
+
+@dataclass(slots=True)
+class Comparison:
+    """One update's projected gradients x with the medians y of the lane's others: sums over steps, and their signs."""
+
+    xy: float
+    xx: float
+    yy: float
+    agreed: int
+    opposed: int
+
+
+@dataclass(slots=True)
+class NodePast:
+    """What a node did within the window.
+
+    Attributes:
+        records: oldest first.
+        comparisons: of each record with the lane's others; None where that cannot be.
+        refused: how many of the records were.
+        compared: how many have a comparison.
+        agreed: steps in which the node moved as the others.
+        opposed: steps in which it moved against them.
+    """
+
+    records: deque[UpdateRecord] = field(default_factory=deque)
+    comparisons: deque[Comparison | None] = field(default_factory=deque)
+    refused: int = 0
+    compared: int = 0
+    agreed: int = 0
+    opposed: int = 0
+
+    def add(self, record: UpdateRecord, comparison: Comparison | None) -> None:
+        """The newest round's."""
+        self.records.append(record)
+        self.comparisons.append(comparison)
+        self._count(record, comparison, 1)
+
+    def forget(self) -> None:
+        """The oldest round has left the window."""
+        self._count(self.records.popleft(), self.comparisons.popleft(), -1)
+
+    def _count(self, record: UpdateRecord, comparison: Comparison | None, sign: int) -> None:
+        if record.verdict != ACCEPTED:
+            self.refused += sign
+        if comparison is not None:
+            self.compared += sign
+            self.agreed += sign * comparison.agreed
+            self.opposed += sign * comparison.opposed
+
+    @property
+    def comparable(self) -> bool:
+        """Whether enough rounds tell if the node agrees with its lane."""
+        return self.compared >= FEWEST_TO_COMPARE
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the node mostly moves as its lane does."""
+        return self.agreed >= AGREES * (self.agreed + self.opposed)
+
+    def spread(self) -> Spread | None:
+        """Of the accepted projected gradients; None where there are too few."""
+        values = _scalars(_accepted(self.records))
+        return Spread.of(values) if len(values) >= FEWEST_OF_OWN else None
+
+    def correlation(self) -> float:
+        """Of the node's projected gradients with the medians of the lane's others, about zero; 0.0 of nothing."""
+        known = [comparison for comparison in self.comparisons if comparison is not None]
+        xx, yy = math.fsum([found.xx for found in known]), math.fsum([found.yy for found in known])
+        scale = math.sqrt(xx * yy)
+        return math.fsum([found.xy for found in known]) / scale if scale > 0 else 0.0
+
+
+class Guard:
+    """Judges a round's updates by each other and by the rounds before: a function of the last `window` rounds alone."""
+
+    def __init__(self, config: GuardsConfig, lanes: int, past: Iterable[Sequence[UpdateRecord]] = ()) -> None:
+        """Begin with the records of the newest `window` closed rounds, oldest first, as the ledger has them."""
+        self._config = config
+        self._lanes = lanes
+        self._rounds: deque[Sequence[UpdateRecord]] = deque()
+        self._nodes: dict[str, NodePast] = {}
+        self._typical: deque[float | None] = deque(maxlen=config.window)
+        for records in past:
+            self.remember(records)
+
+    def judge(self, records: Sequence[UpdateRecord]) -> tuple[UpdateRecord, ...]:
+        """The round's records, in their order, with final verdicts; keeps nothing."""
+        verdicts: dict[int, Verdict] = {}
+        for members in self._by_lane(records).values():
+            verdicts |= self._against(members)
+        candidates = [record for record in _accepted(records) if record.slot not in verdicts]
+        verdicts |= dict.fromkeys(self._outliers(candidates), Verdict.OUTLIER)
+        if not verdicts:
+            return tuple(records)
+        return tuple(
+            replace(record, verdict=verdicts.get(record.slot, ACCEPTED)) if record.verdict == ACCEPTED else record
+            for record in records
+        )
+
+    def remember(self, records: Sequence[UpdateRecord]) -> None:
+        """A round was committed with these records."""
+        if len(self._rounds) == self._config.window:
+            self._forget(self._rounds.popleft())
+        self._rounds.append(records)
+        values = _scalars(_accepted(records))
+        self._typical.append(median_magnitude(values) if values else None)
+        for members in self._by_lane(records).values():
+            columns = _columns(_accepted(members))
+            for record in members:
+                self._nodes.setdefault(record.node, NodePast()).add(record, _compare(record, columns))
+
+    @property
+    def flagged(self) -> Mapping[str, Verdict]:
+        """Nodes that stand out over the window, and the verdict that they got most."""
+        found = {}
+        for node, past in self._nodes.items():
+            if past.refused >= FLAGGED_AT or past.records[-1].verdict == Verdict.AGAINST:
+                counts = Counter(record.verdict for record in past.records if record.verdict != ACCEPTED)
+                found[node] = max(counts, key=lambda verdict: (counts[verdict], verdict))
+        return found
+
+    def _forget(self, records: Sequence[UpdateRecord]) -> None:
+        for record in records:
+            past = self._nodes[record.node]
+            past.forget()
+            if not past.records:
+                del self._nodes[record.node]
+
+    def _by_lane(self, records: Sequence[UpdateRecord]) -> dict[int, list[UpdateRecord]]:
+        lanes: dict[int, list[UpdateRecord]] = {}
+        for record in records:
+            lanes.setdefault(lane_of(record.slot, self._lanes), []).append(record)
+        return lanes
+
+    def _against(self, members: Sequence[UpdateRecord]) -> dict[int, Verdict]:
+        """Slots of nodes that work against a lane that otherwise agrees."""
+        known = [
+            (record.slot, past)
+            for record in members
+            if (past := self._nodes.get(record.node)) is not None and past.comparable
+        ]
+        agreeing = sum([past.agrees for _, past in known])
+        if agreeing < max(FEWEST_IN_LANE, AGREEING * (len(known) - 1)):
+            return {}
+        return {
+            slot: Verdict.AGAINST
+            for slot, past in known
+            if past.opposed > past.agreed and past.correlation() < self._config.against
+        }
+
+    def _outliers(self, candidates: Sequence[UpdateRecord]) -> list[int]:
+        """Slots of updates with outliers."""
+        window = sorted([typical for typical in self._typical if typical is not None])
+        typical = median(window) if window else 0.0
+        overall = self._overall(candidates, typical, len(window))
+        found = []
+        for members in self._by_lane(candidates).values():
+            spreads = [
+                Spread.of(column, typical) if len(column) >= FEWEST_IN_LANE else overall for column in _columns(members)
+            ]
+            found += [record.slot for record in members if self._is_outlier(record, spreads)]
+        return found
+
+    def _overall(self, candidates: Sequence[UpdateRecord], typical: float, rounds: int) -> Spread | None:
+        """For lanes with too few nodes: the magnitudes of all lanes' projected gradients can be compared."""
+        if len(candidates) >= FEWEST_IN_LANE:
+            typical = max(typical, median_magnitude(_scalars(candidates)))
+        elif rounds < FEWEST_OF_OWN:
+            return None
+        return Spread(0.0, SIGMAS * typical)
+
+    def _is_outlier(self, record: UpdateRecord, spreads: Sequence[Spread | None]) -> bool:
+        past = self._nodes.get(record.node)
+        trusted = past is None or past.refused < max(FLAGGED_AT, TRUSTED * len(past.records))
+        limit = self._config.outlier * (1.0 if trusted else DISTRUST)
+        far = [
+            (scalar, lane)
+            for scalar, lane in zip(record.scalars, spreads, strict=False)
+            if lane is None or lane.beyond(scalar, limit)
+        ]
+        if not far:
+            return False
+        own, outliers = past.spread() if past is not None else None, 0
+        for scalar, lane in far:
+            scale, excuse = (lane, own if trusted else None) if lane is not None else (own, None)
+            if scale is None:
+                continue
+            if scale.beyond(scalar, EXCUSED * limit):
+                return True
+            outliers += scale.beyond(scalar, limit) and (excuse is None or excuse.beyond(scalar, limit))
+        return outliers > TOLERATED * len(record.scalars)
+
+
+def _accepted(records: Iterable[UpdateRecord]) -> list[UpdateRecord]:
+    return [record for record in records if record.verdict == ACCEPTED]
+
+
+def _scalars(records: Iterable[UpdateRecord]) -> list[float]:
+    return [scalar for record in records for scalar in record.scalars]
+
+
+def _columns(records: Sequence[UpdateRecord]) -> list[list[float]]:
+    """The records' projected gradients, sorted, by step."""
+    longest = max([len(record.scalars) for record in records], default=0)
+    return [
+        sorted([record.scalars[step] for record in records if step < len(record.scalars)]) for step in range(longest)
+    ]
+
+
+def _compare(record: UpdateRecord, columns: Sequence[Sequence[float]]) -> Comparison | None:
+    """With the lane's others, in the steps where there are three; what is far out is cut to the lane's size."""
+    if record.verdict == Verdict.NOT_FINITE:
+        return None
+    among = record.verdict == ACCEPTED
+    xy, xx, yy, agreed, opposed = 0.0, 0.0, 0.0, 0, 0
+    for scalar, column in zip(record.scalars, columns, strict=False):
+        if len(column) - among >= FEWEST_IN_LANE:
+            largest = max(-column[0], column[-1])
+            x, y = max(-largest, min(scalar, largest)), _median_of_others(scalar, column, among)
+            xy, xx, yy = xy + x * y, xx + x * x, yy + y * y
+            agreed += x * y > 0
+            opposed += x * y < 0
+    return Comparison(xy, xx, yy, agreed, opposed) if agreed + opposed else None
+
+
+def _median_of_others(scalar: float, column: Sequence[float], among: bool) -> float:
+    """The median of a sorted column, without one `scalar` where that is among them."""
+    others = len(column) - among
+    low, high = (others - 1) // 2, others // 2
+    if among:
+        low += column[low] >= scalar
+        high += column[high] >= scalar
+    return (column[low] + column[high]) / 2

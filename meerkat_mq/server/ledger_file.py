@@ -1,0 +1,204 @@
+"""The ledger's file: made whole, looked at before it is opened, and every failure in words."""
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+from meerkat_mq.errors import LedgerError
+
+APPLICATION_ID = 0x4D4B4C47  # "MKLG"
+BUSY_S = 15.0
+MIGRATIONS = [
+    """
+    CREATE TABLE run (id INTEGER PRIMARY KEY CHECK (id = 1), run BLOB NOT NULL, created REAL NOT NULL,
+                      descriptor TEXT NOT NULL, rules TEXT NOT NULL);
+    CREATE TABLE terms (term INTEGER PRIMARY KEY, server_id TEXT NOT NULL, host TEXT NOT NULL, taken REAL NOT NULL);
+    CREATE TABLE nodes (node TEXT PRIMARY KEY, slot INTEGER UNIQUE, slot_version INTEGER, boot INTEGER, host TEXT,
+                        status TEXT, rows INTEGER, first_seen REAL, last_seen REAL,
+                        updates INTEGER NOT NULL DEFAULT 0, packet_bytes INTEGER NOT NULL DEFAULT 0);
+    CREATE TABLE entries (version INTEGER PRIMARY KEY, term INTEGER NOT NULL, closed REAL NOT NULL,
+                          asked INTEGER NOT NULL, overdue INTEGER NOT NULL, entry BLOB NOT NULL);
+    CREATE TABLE updates (version INTEGER NOT NULL, slot INTEGER NOT NULL, boot INTEGER NOT NULL,
+                          weight INTEGER NOT NULL, scalars BLOB NOT NULL, loss REAL NOT NULL, verdict INTEGER NOT NULL,
+                          PRIMARY KEY (version, slot)) WITHOUT ROWID;
+    CREATE TABLE snapshots (version INTEGER PRIMARY KEY, hash BLOB NOT NULL, bytes INTEGER NOT NULL);
+    CREATE TABLE metrics (version INTEGER NOT NULL, name TEXT NOT NULL, value REAL NOT NULL,
+                          PRIMARY KEY (version, name)) WITHOUT ROWID;
+    """
+]
+SCHEMA = len(MIGRATIONS)  # the newest version of the schema
+
+_MAGIC = b"SQLite format 3\0"
+_HEADER_BYTES = 100
+_RESTORE = "restore it from a backup, or name another state_dir for a new run"
+_PROBLEMS = {
+    "SQLITE_FULL": ("there is no space left", "free some, and start the server again: it goes on where it was"),
+    "SQLITE_READONLY": ("cannot be written", "let this user write the file and its folder"),
+    "SQLITE_CANTOPEN": ("cannot be opened", "let this user read and write the file and its folder"),
+    "SQLITE_PERM": ("cannot be opened", "let this user read and write the file and its folder"),
+    "SQLITE_BUSY": ("another process has been writing it for too long", "end that process: a stopped server, perhaps"),
+    "SQLITE_NOTADB": ("is not a ledger", "name another state_dir"),
+    "SQLITE_CORRUPT": ("is damaged", _RESTORE),
+    "SQLITE_IOERR": (
+        "cannot be read or written",
+        "see to the disk, and start the server again: it goes on where it was",
+    ),
+}
+
+
+@contextmanager
+def in_words(path: Path) -> Iterator[None]:
+    """Make a LedgerError of what SQLite says."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        name = getattr(error, "sqlite_errorname", "")
+        known = next((words for code, words in _PROBLEMS.items() if name.startswith(code)), None)
+        if known is None:
+            raise
+        raise LedgerError(str(path), f"{known[0]} ({error})", known[1]) from error
+
+
+def open_to_write(path: Path) -> sqlite3.Connection:
+    """Open, or make, a ledger; bring an older schema up to date.
+
+    Raises:
+        LedgerError: it is no ledger, damaged, newer, or cannot be written. The file stays as it is.
+    """
+    if not _exists(path):
+        _make(path)
+    _look(path, thorough=True)
+    with in_words(path):
+        connection = _connect(path, "mode=rw")
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("BEGIN IMMEDIATE")  # sees whether it can be written
+            migrate(connection)
+            connection.execute("COMMIT")
+        except BaseException:
+            connection.close()
+            raise
+    return connection
+
+
+def open_to_read(path: Path) -> sqlite3.Connection:
+    """Open a ledger that nobody or another process writes.
+
+    Raises:
+        LedgerError: there is none, or it cannot be read.
+    """
+    if not _exists(path):
+        raise LedgerError(str(path), "there is no ledger", "give the state_dir of a server that was started")
+    _look(path, thorough=False)
+    with in_words(path):
+        return _reader(path)
+
+
+def migrate(connection: sqlite3.Connection) -> None:
+    """Bring the schema up to date, inside the caller's transaction."""
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    for script in MIGRATIONS[version:]:
+        for statement in filter(str.strip, script.split(";")):
+            connection.execute(statement)
+    if version < SCHEMA:
+        connection.execute(f"PRAGMA user_version = {SCHEMA}")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        raise _unreachable(path, error) from error
+
+
+def _unreachable(path: Path, error: OSError) -> LedgerError:
+    problem = f"cannot be read ({error.strerror})"
+    return LedgerError(str(path), problem, "name a state_dir that this user can read and write")
+
+
+def _connect(path: Path, how: str) -> sqlite3.Connection:
+    return sqlite3.connect(
+        f"{path.absolute().as_uri()}?{how}", uri=True, isolation_level=None, timeout=BUSY_S, check_same_thread=False
+    )
+
+
+def _reader(path: Path) -> sqlite3.Connection:
+    """A connection that changes nothing; where the folder is read-only, one that takes no locks either."""
+    connection = _connect(path, "mode=ro")
+    try:
+        connection.execute("PRAGMA user_version").fetchone()
+    except sqlite3.OperationalError as error:
+        connection.close()
+        if error.sqlite_errorname != "SQLITE_CANTOPEN" or path.with_name(f"{path.name}-wal").exists():
+            raise
+        return _connect(path, "immutable=1")
+    return connection
+
+
+def _make(path: Path) -> None:
+    """Make an empty ledger under another name, then give it this one, unless another process was faster.
+
+    Raises:
+        LedgerError: the folder is missing, full or read-only.
+    """
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as memory:
+        memory.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        migrate(memory)
+        blob = memory.serialize()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(blob)
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):
+            _name(temporary, path)
+        _keep_names(path.parent)
+    except OSError as error:
+        problem, remedy = f"cannot be made ({error.strerror})", "free space, or name a folder that can be written"
+        raise LedgerError(str(path), problem, remedy) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _name(temporary: Path, path: Path) -> None:
+    try:
+        path.hardlink_to(temporary)
+    except PermissionError:  # a file system without hard links: FAT on a card
+        temporary.rename(path)
+
+
+def _keep_names(folder: Path) -> None:
+    """Wait until the names in a folder would outlive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _look(path: Path, *, thorough: bool) -> None:
+    """Refuse what is no ledger of ours without changing a byte of it."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEADER_BYTES)
+    except OSError as error:
+        raise _unreachable(path, error) from error
+    if not head:
+        raise LedgerError(str(path), "is empty", _RESTORE)
+    if len(head) < _HEADER_BYTES or not head.startswith(_MAGIC):
+        raise LedgerError(str(path), "is not a SQLite file", "name another state_dir")
+    if int.from_bytes(head[68:72], "big") != APPLICATION_ID:
+        raise LedgerError(str(path), "is a SQLite file of another program", "name another state_dir")
+    with in_words(path), closing(_reader(path)) as connection:
+        (schema,) = connection.execute("PRAGMA user_version").fetchone()
+        if schema > SCHEMA:
+            problem = f"was written by a newer Meerkat-MQ (schema {schema}, this one knows {SCHEMA})"
+            raise LedgerError(str(path), problem, "update Meerkat-MQ on this machine")
+        found = connection.execute("PRAGMA quick_check(1)").fetchone()[0] if thorough else "ok"
+        if found != "ok":
+            raise LedgerError(str(path), f"is damaged ({found.splitlines()[-1]})", _RESTORE)

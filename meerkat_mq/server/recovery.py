@@ -1,0 +1,86 @@
+"""Resuming: what the ledger holds becomes theta and a machine that goes on."""
+
+import time
+
+import structlog
+
+from meerkat_mq.core.path import NO_DIGEST, digest
+from meerkat_mq.core.replica import Replica
+from meerkat_mq.errors import LedgerError
+from meerkat_mq.rounds.policy import ROUND_ENTRY_BYTES
+from meerkat_mq.rounds.server import ServerMachine
+from meerkat_mq.server.ledger import Ledger
+from meerkat_mq.server.run import Run
+from meerkat_mq.server.snapshots import Snapshots
+
+AT_ONCE = 100
+SAY_EVERY_S = 2.0
+NEWEST = ROUND_ENTRY_BYTES // 38  # an entry without terms has 38 bytes
+
+
+def recovered(ledger: Ledger, run: Run, snapshots: Snapshots) -> Replica:
+    """theta as the ledger says: the newest whole snapshot, or theta_0, and the entries since; every digest checked.
+
+    Raises:
+        LedgerError: an entry does not extend the one before it, or does not lead to its digest.
+    """
+    descriptor = run.descriptor
+    replica = Replica(
+        run.mask, run_id=descriptor.run_id, stream=descriptor.stream, digest_every=descriptor.digest_every
+    )  # fmt: skip
+    snapshot = snapshots.newest()
+    if snapshot is not None:
+        replica.load(snapshot.theta, snapshot.version)
+    follow(ledger, run, replica, head=snapshot.head if snapshot is not None else run.mask.hash)
+    return replica
+
+
+def follow(ledger: Ledger, run: Run, replica: Replica, *, head: bytes) -> None:
+    """Lead theta on to where the ledger stands; every digest checked.
+
+    Args:
+        head: hash of the entry that led to the replica's version; of version 0, the mask hash.
+
+    Raises:
+        LedgerError: an entry does not extend the one before it, or does not lead to its digest.
+    """
+    log, version = structlog.get_logger().bind(file=str(ledger.path)), ledger.version
+    say_at = time.monotonic() + SAY_EVERY_S
+    while replica.version < version:
+        entries = ledger.entries(replica.version, AT_ONCE)
+        digests = replica.replay([entry.terms for entry in entries])
+        for entry, found in zip(entries, digests, strict=True):
+            if entry.previous != head or entry.digest != found:
+                problem = f"entry {entry.version} does not follow from those before it"
+                remedy = "restore the ledger from a backup; `meerkat verify` says more"
+                raise LedgerError(str(ledger.path), problem, remedy)
+            head = entry.hash(run.descriptor.run_id)
+        if time.monotonic() >= say_at:
+            say_at = time.monotonic() + SAY_EVERY_S
+            log.info("replaying the ledger", round=replica.version, of=version)
+
+
+def resumed(ledger: Ledger, run: Run, *, term: int, server_id: str) -> ServerMachine:
+    """A machine that goes on where the ledger stands, the open round's committed updates included."""
+    version = ledger.version
+    entries = ledger.entries(max(0, version - NEWEST), NEWEST)
+    return ServerMachine(
+        run.settings,
+        term=term,
+        server_id=server_id,
+        base=_base(ledger, run, version),
+        version=version,
+        head=entries[-1].hash(run.descriptor.run_id) if entries else None,
+        slots=ledger.slots(),
+        entries=entries,
+        updates=ledger.open_updates(),
+        past=ledger.past(run.settings.guards.window),
+    )
+
+
+def _base(ledger: Ledger, run: Run, version: int) -> bytes:
+    """The newest due digest of theta."""
+    due = version - version % run.descriptor.digest_every
+    found = ledger.entries(due - 1, 1)[0].digest if due else digest(run.mask.theta_0)
+    assert found != NO_DIGEST
+    return found

@@ -1,0 +1,373 @@
+"""The server: carries the machine's effects out on MQTT; the scribe carries out those on the ledger and theta."""
+
+import asyncio
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+
+import structlog
+
+from meerkat_mq.config import ServerConfig
+from meerkat_mq.errors import (
+    AnotherServer,
+    ConfigError,
+    MeerkatError,
+    NotConnected,
+    RunMismatch,
+    TooFewNodes,
+    WireError,
+)
+from meerkat_mq.mqtt import Count, Message, Session, Will
+from meerkat_mq.observe.events import Observer, RunStarted
+from meerkat_mq.rounds import events as e
+from meerkat_mq.rounds.alarm import Alarm
+from meerkat_mq.rounds.server import HIGHEST_TERM, ServerMachine
+from meerkat_mq.server.files import DIFFERENCE_FILE
+from meerkat_mq.server.run import Run
+from meerkat_mq.server.scribe import KeepMetrics, KeepSightings, Scribe
+from meerkat_mq.server.watch import Watch
+from meerkat_mq.wire.descriptor import NodeStatus, ServerState, decode_control
+from meerkat_mq.wire.difference import Difference
+from meerkat_mq.wire.frames import decode, encode
+from meerkat_mq.wire.messages import Chunk, Entries, Header, Offer, Refusal, Round, Update, Want, Welcome
+from meerkat_mq.wire.topics import Topics
+
+OUTBOX_BYTES = 64 * 2**20
+SIGHTINGS_EVERY_S = 1.0
+
+
+def unusable(config: ServerConfig, error: OSError) -> ConfigError:
+    """The state folder cannot be written."""
+    return ConfigError(
+        f"state_dir {config.state_dir}", f"cannot be used ({error.strerror})", "name a folder that can be written"
+    )
+
+
+class Server:
+    """One server process: its session, the machine, and the scribe that writes for it."""
+
+    def __init__(
+        self, config: ServerConfig, run: Run, scribe: Scribe, watch: Watch, observer: Observer, *, replace: bool
+    ) -> None:
+        self._config = config
+        self._run = run
+        self._scribe = scribe
+        self._server_id = scribe.server_id
+        self._watch = watch
+        self._observe = observer
+        self._replace = replace
+        self._log = structlog.get_logger().bind(federation=config.federation, run=run.descriptor.run[:8])
+        self._topics = Topics(config.federation)
+        self._machine: ServerMachine | None = None
+        self._taking_term = False
+        self._rival: ServerState | None = None
+        self._term = 0
+        self._chunks = run.chunks(self._term)
+        self._saved = 0
+        self._is_open = False
+        self._awaited: int | None = None
+        self._finished = asyncio.Event()
+        self._enough_nodes = asyncio.Event()
+        self._alarm = Alarm(self._wake_at, lambda: self.handle(e.Tick(self._now())))
+        self._session = Session(
+            config.broker,
+            # One a process: a second server must be able to look before it would kick the first one out.
+            f"meerkat-{config.federation}-server-{self._server_id}",
+            subscriptions=[(self._topics.up("+", "status"), 1), (self._topics.up("+", "update"), 1),
+                           (self._topics.up("+", "want"), 1)],
+            on_message=self._on_message,
+            on_connected=self._on_connected,
+            will=lambda link: Will(self._topics.server, self._state("lost", link).encode()),
+            farewell=lambda link: Will(self._topics.server, self._state(self._parting_word(), link).encode()),
+            kind_of=self._kind_of,
+            outbox_bytes=OUTBOX_BYTES + 2 * len(run.blob),
+        )  # fmt: skip
+
+    async def run(self) -> None:
+        """Serve until cancelled; with `config.once`, until the run is finished."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                coroutines = (self._session.run(), self._alarm.run(), self._write(), self._keep_sightings(),
+                              self._watch.run(self._keep_metrics))  # fmt: skip
+                work = [tasks.create_task(coroutine) for coroutine in coroutines]
+                if self._config.once:
+                    await self._wait_for_nodes()
+                await self._finished.wait()
+                await self._watch.finish(self._scribe.committed[1], self._updates())
+                self._note_sightings()
+                await self._scribe.idle()
+                await self._scribe.in_charge(self._save)
+                self._log.info("model saved", file=str(self._config.state_dir / DIFFERENCE_FILE))
+                if not self._config.once:
+                    await asyncio.Event().wait()
+                for task in work:
+                    task.cancel()
+        except asyncio.CancelledError:
+            await self._scribe.in_charge(self._save)
+            raise
+        except BaseException:
+            with suppress(MeerkatError):  # what went wrong first is what has to be said
+                await self._scribe.in_charge(self._save)
+            raise
+
+    async def _write(self) -> None:
+        try:
+            await self._scribe.run(self)
+        except AnotherServer:
+            self._session.disown()
+            raise
+
+    async def _wait_for_nodes(self) -> None:
+        wait_s = self._config.wait_for_nodes_s
+        try:
+            async with asyncio.timeout(wait_s):
+                await self._enough_nodes.wait()
+        except TimeoutError:
+            online = self._machine.online if self._machine else 0
+            raise TooFewNodes(
+                f"federation {self._config.federation}",
+                f"{online} of {self._config.rounds.min_nodes} nodes came within {wait_s:g} s",
+                "start more nodes, or lower rounds.min_nodes",
+            ) from None
+
+    def _save(self) -> None:
+        """Leave the model as the ledger says, unless no round closed since it was last left; blocks."""
+        version, theta = self._scribe.committed
+        if version == self._saved:
+            return
+        difference = Difference(self._run.mask, theta, self._run.descriptor.run_id, version)
+        try:
+            difference.save(self._config.state_dir / DIFFERENCE_FILE)
+        except OSError as error:
+            raise unusable(self._config, error) from error
+        self._saved = version
+
+    async def _keep_sightings(self) -> None:
+        while True:
+            await asyncio.sleep(SIGHTINGS_EVERY_S)
+            self._note_sightings()
+
+    def _note_sightings(self) -> None:
+        if self._machine is not None and (news := self._watch.sightings(self._session.received)):
+            self._scribe.put(KeepSightings(news))
+
+    def _keep_metrics(self, version: int, metrics: Mapping[str, float]) -> None:
+        self._scribe.put(KeepMetrics(version, metrics))
+
+    # --- connection and state ---
+
+    def _on_connected(self, link: int) -> None:
+        if self._taking_term:
+            return  # `took_term` makes another connection
+        if self._machine is None:
+            self._take_charge()
+        else:
+            self._greet(self._machine)
+
+    def _greet(self, machine: ServerMachine) -> None:
+        """Say on a connection all that the broker should hold."""
+        self._publish_state()
+        self._publish_run()
+        for chunk in self._chunks:
+            self._session.publish(self._topics.blob(chunk.blob, chunk.index), encode(chunk), retain=True)
+        self._perform(machine.start(self._now()))
+        for node, status in list(self._watch.statuses.items()):
+            self.handle(e.StatusCame(self._now(), node, status))
+
+    def _take_charge(self) -> None:
+        rival = self._rival
+        if rival is not None and rival.status == "online" and not self._replace:
+            self._session.disown()
+            raise AnotherServer(
+                self._topics.server,
+                f"a server on host {rival.host} says that it is online (term {rival.term}, run {rival.run[:8]})",
+                "stop it, or start this one with --replace",
+            )
+        if rival is not None and rival.term > HIGHEST_TERM:
+            self._session.disown()
+            raise RunMismatch(
+                self._topics.server, "the last possible terms stand there", "clear this retained message on the broker"
+            )
+        self._take_term(rival.term if rival else 0)
+
+    def _take_term(self, above: int) -> None:
+        """Take a term above another; until then the present machine, if there is one, hears and says nothing."""
+        self._taking_term = True
+        self._scribe.put(e.TakeTerm(above))
+
+    def took_term(self, term: int, machine: ServerMachine) -> None:
+        """The ledger holds this server's term."""
+        first = self._machine is None
+        self._term, self._machine, self._taking_term = term, machine, False
+        self._chunks = self._run.chunks(term)
+        self._log.info(
+            "in charge", term=term, weights=self._run.mask.size, round=machine.version, rounds=self._config.rounds.count
+        )
+        if first:
+            self._observe(RunStarted(self._run.descriptor, term))
+            self._watch.stood(*self._scribe.committed)
+        self._session.renew()  # for a will that holds this term; then `_on_connected` greets
+
+    def _parting_word(self) -> str:
+        return "finished" if self._machine is not None and self._machine.finished else "stopped"
+
+    def _state(self, status: str, link: int) -> ServerState:
+        machine = self._machine
+        return ServerState.model_validate(
+            {
+                "status": status,
+                "run": self._run.descriptor.run,
+                "term": self._term,
+                "server_id": self._server_id,
+                "link": link,
+                "host": socket.gethostname(),
+                "round": machine.version if machine else 0,
+                "nodes": machine.online if machine else 0,
+            }
+        )
+
+    def _publish_state(self) -> None:
+        if self._session.link is not None and self._machine is not None:
+            status = "finished" if self._machine.finished else "online"
+            self._session.publish(self._topics.server, self._state(status, self._session.link).encode(), retain=True)
+
+    def _publish_run(self) -> None:
+        if self._session.link is not None and self._machine is not None:
+            self._session.publish(self._topics.run, self._run.descriptor.encode(), retain=True)
+
+    # --- messages ---
+
+    def _on_message(self, message: Message) -> None:
+        try:
+            if message.topic == self._topics.server:
+                self._on_server_state(message.payload)
+            elif message.payload and (parsed := self._topics.parse_up(message.topic)) is not None:
+                self._on_node_message(*parsed, message.payload)
+        except WireError as error:
+            self._watch.counts[f"undecodable: {type(error).__name__}"] += 1
+            self._log.warning("message dropped", topic=message.topic, problem=str(error))
+
+    def _on_server_state(self, payload: bytes) -> None:
+        try:
+            state = decode_control(payload, ServerState)
+        except WireError:
+            self._publish_state()
+            raise
+        if self._machine is None:
+            self._rival = state
+        elif state.server_id != self._server_id:
+            self.handle(e.ServerSeen(self._now(), state))
+            self._publish_run()
+        elif state.status == "lost":
+            self.handle(e.ServerSeen(self._now(), state))
+
+    def _on_node_message(self, node: str, kind: str, payload: bytes) -> None:
+        if kind == "status":
+            status = decode_control(payload, NodeStatus)
+            self._watch.heard_from(node, status)
+            self.handle(e.StatusCame(self._now(), node, status))
+            if status.status in ("starting", "online") and status.run != self._run.descriptor.run:
+                self._publish_run()
+            return
+        match decode(payload):
+            case Update() as update if kind == "update":
+                self.handle(e.UpdateCame(self._now(), node, update))
+            case Want() as want if kind == "want" and want.header.run != self.header().run:
+                self._watch.counts["of another run"] += 1
+                self._publish_run()
+            case Want() as want if kind == "want":
+                self.handle(e.WantCame(self._now(), node, want))
+            case frame:
+                self._watch.counts[f"misplaced: {type(frame).__name__}"] += 1
+
+    def _kind_of(self, topic: str) -> str:
+        parsed = self._topics.parse_up(topic)
+        if parsed is None:
+            return topic.removeprefix(f"{self._topics.root}/").split("/", 1)[0]
+        return f"{parsed[1]}/{parsed[0]}" if parsed[0] in self._watch.statuses else parsed[1]
+
+    def _updates(self) -> dict[str, Count]:
+        return {
+            kind.removeprefix("update/"): count
+            for kind, count in self._session.received.items()
+            if kind.startswith("update/")
+        }
+
+    # --- events and effects ---
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def _wake_at(self) -> float | None:
+        return self._machine.wake_at if self._machine is not None and not self._taking_term else None
+
+    def handle(self, event: e.ServerEvent) -> None:
+        """Tell the machine, and carry out what it asks for."""
+        if self._machine is not None and not self._taking_term:
+            self._perform(self._machine.handle(event))
+        if isinstance(event, e.EntryCommitted) and self._machine is not None:
+            bytes_up = sum(count.payload_bytes for count in self._updates().values())
+            self._watch.closed(event, self._machine.online, bytes_up)
+            self._watch.stood(*self._scribe.committed)
+
+    def _perform(self, effects: list[e.ServerEffect]) -> None:
+        for effect in effects:
+            self._carry_out(effect)
+        if self._machine is not None:
+            self._say_who_is_awaited(self._machine)
+            if self._machine.online >= self._config.rounds.min_nodes:
+                self._enough_nodes.set()
+        self._alarm.changed()
+
+    def _carry_out(self, effect: e.ServerEffect) -> None:
+        match effect:
+            case e.CommitSlot() | e.CommitUpdate() | e.ApplyTerms() | e.CommitEntry() | e.KeepSnapshot():
+                self._scribe.put(effect)
+            case e.TakeTerm(above):
+                self._take_term(above)
+            case e.PublishRound(frame):
+                self._publish_round(frame)
+            case e.PublishState(finished):
+                self._publish_state()
+                if finished:
+                    self._finished.set()
+                    self._enough_nodes.set()
+            case e.Reply(node, reply):
+                self.reply(node, reply)
+            case e.SendChunks(node, want) if want.blob == self._run.mask.hash:
+                for index in sorted(set(want.chunks) & set(range(len(self._chunks)))):
+                    self.reply(node, self._chunks[index])
+            case e.SendEntries() | e.SendChunks():
+                self._scribe.put(effect)
+            case e.Count(reason, node):
+                self._watch.counts[reason] += 1
+                self._log.info(reason, node=node or None, round=self._machine.version if self._machine else None)
+            case e.End(error):
+                self._session.disown()
+                raise error
+
+    def _publish_round(self, frame: Round) -> None:
+        self._is_open = frame.is_open
+        if frame.is_open:
+            self._watch.opened()
+        self._session.publish(self._topics.round, encode(frame), retain=True)
+
+    def _say_who_is_awaited(self, machine: ServerMachine) -> None:
+        """Tell the log whenever the number of nodes changes that a round waits for."""
+        waiting = not self._is_open and not machine.finished
+        online = machine.online if waiting else None
+        if waiting and online != self._awaited:
+            self._log.info("waiting for nodes", online=online, min_nodes=self._config.rounds.min_nodes)
+        self._awaited = online
+
+    def reply(self, node: str, frame: Welcome | Refusal | Entries | Offer | Chunk) -> None:
+        """Answer a node; where too much waits for the broker already, it has to ask again."""
+        try:
+            self._session.publish(self._topics.reply(node), encode(frame))
+        except NotConnected:
+            self._watch.counts["reply dropped: the outbox is full"] += 1
+
+    def header(self) -> Header:
+        """Of what this server says now."""
+        version = self._machine.version if self._machine else 0
+        return Header.of(self._run.descriptor.run_id, self._term, version, self._run.mask.hash)

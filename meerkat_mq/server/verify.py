@@ -1,0 +1,293 @@
+"""Verification: the model is what mask and ledger say. Nothing here knows how the server came to it."""
+
+import struct
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from meerkat_mq.config import GuardsConfig, RoundsConfig, check_config
+from meerkat_mq.core.directions import Float32Array
+from meerkat_mq.core.mask import Mask
+from meerkat_mq.core.path import MAX_WEIGHT, Entry, Term, digest
+from meerkat_mq.core.replica import Replica
+from meerkat_mq.core.toy import toy_mask
+from meerkat_mq.errors import LedgerError, MaskError, MeerkatError, ModelError, RunMismatch, WireError
+from meerkat_mq.rounds.events import UpdateRecord, Verdict
+from meerkat_mq.rounds.guards import on_arrival
+from meerkat_mq.rounds.policy import RoundSettings, terms_of
+from meerkat_mq.server.files import DIFFERENCE_FILE, mask_file, snapshot_file
+from meerkat_mq.server.ledger import LEDGER_FILE, KeptSnapshot, Ledger
+from meerkat_mq.wire.descriptor import RunDescriptor
+from meerkat_mq.wire.difference import Difference
+from meerkat_mq.wire.snapshot import decode_snapshot
+
+ALTERED = "it was altered or damaged after it was written: restore a backup"
+JUDGED = {Verdict.ACCEPTED, Verdict.OUTLIER, Verdict.AGAINST}  # by other updates; the rest shows in the update alone
+
+Look = Callable[[Float32Array, bytes], None]  # takes theta of a version, and the hash of the entry before it
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What holds.
+
+    Attributes:
+        rounds: entries.
+        updates: those that the entries are made of, refused ones too.
+        digest: of theta after the last entry.
+        files: names of what else was compared.
+    """
+
+    rounds: int
+    updates: int
+    digest: bytes
+    files: tuple[str, ...] = ()
+
+
+def verify_ledger(
+    ledger: Ledger,
+    mask: Mask,
+    progress: Progress = lambda done, total: None,
+    looks: Mapping[int, Sequence[Look]] | None = None,
+) -> Verified:
+    """Rebuild theta entry by entry, and recompute all that an entry says. Memory does not grow with the ledger.
+
+    A server may write on meanwhile: the entries present at the start are verified.
+
+    Args:
+        ledger: of a run.
+        mask: of the run.
+        progress: is told how many entries are done, of how many.
+        looks: by version, who wants to see theta there.
+
+    Raises:
+        RunMismatch: names the first entry that does not hold, and what is wrong with it.
+    """
+    run = run_of(ledger)
+    settings = settings_of(run, ledger.rules)
+    if mask.hash != run.mask_hash:
+        raise RunMismatch("mask", f"has hash {mask.hash.hex()}, the run's is {run.mask}", "give the run's mask file")
+    replica = Replica(mask, run_id=run.run_id, stream=run.stream, digest_every=run.digest_every)
+    head, term, updates = mask.hash, 0, 0
+    rounds = ledger.version
+    for version in range(rounds + 1):
+        for look in (looks or {}).get(version, ()):
+            look(replica.theta, head)
+        progress(version, rounds)
+        if version < rounds:
+            with _entry(version):
+                entry, term = _entry_at(ledger, version, head, term)
+                records = ledger.records(version)
+                _check_records(records, settings)
+                _check_terms(entry.terms, terms_of(records, settings))
+                _same("digest", entry.digest.hex(), replica.apply(entry.terms).hex(), "its terms give")
+            head, updates = entry.hash(run.run_id), updates + len(records)
+    return Verified(rounds, updates, digest(replica.theta))
+
+
+def run_of(ledger: Ledger) -> RunDescriptor:
+    """The run that a ledger is of.
+
+    Raises:
+        LedgerError: it was made, but no run was begun.
+    """
+    run = ledger.run
+    if run is None:
+        raise LedgerError(str(ledger.path), "holds no run yet", "start its server")
+    return run
+
+
+def settings_of(run: RunDescriptor, rules: Mapping[str, Any]) -> RoundSettings:
+    """The settings of a run's rounds, from what its ledger keeps.
+
+    Raises:
+        ConfigError: the rules are not those of a run.
+    """
+    rounds = check_config(rules.get("rounds"), RoundsConfig, where="ledger: rounds")
+    guards = check_config(rules.get("guards"), GuardsConfig, where="ledger: guards")
+    return RoundSettings(
+        run_id=run.run_id,
+        mask_hash=run.mask_hash,
+        count=run.rounds,
+        steps=run.local_steps,
+        lanes=run.directions,
+        lr=run.lr,
+        eps=run.eps,
+        min_nodes=rounds.min_nodes,
+        fraction=rounds.fraction,
+        quorum=rounds.quorum,
+        deadline_s=rounds.deadline_s,
+        grace_s=rounds.grace_s,
+        weigh_by_rows=rounds.weigh_by_rows,
+        aggregate=rounds.aggregate,
+        trim=rounds.trim,
+        snapshot_every=rounds.snapshot_every,
+        digest_every=run.digest_every,
+        guards=guards,
+    )
+
+
+@contextmanager
+def _entry(version: int) -> Iterator[None]:
+    """Any error inside is one of this entry."""
+    try:
+        yield
+    except RunMismatch as error:
+        raise RunMismatch(f"entry {version}", error.problem, ALTERED) from error
+    except MeerkatError as error:
+        raise RunMismatch(f"entry {version}", f"{error.where} {error.problem}", ALTERED) from error
+    except (ValueError, TypeError, struct.error) as error:
+        raise RunMismatch(f"entry {version}", f"cannot be decoded ({error})", ALTERED) from error
+
+
+def _same(what: str, found: object, expected: object, by: str) -> None:
+    if found != expected:
+        raise RunMismatch(what, f"its {what} is {found}; {by} {expected}")
+
+
+def _entry_at(ledger: Ledger, version: int, head: bytes, term: int) -> tuple[Entry, int]:
+    """The entry that extends `head`, and the term under which it was written."""
+    found = ledger.closed(version, 1)
+    if not found:
+        raise RunMismatch("entry", "is missing")
+    entry = found[0].entry
+    if entry.version != version:
+        raise RunMismatch("entry", f"is missing; entry {entry.version} stands in its place")
+    _same("previous", entry.previous.hex(), head.hex(), "the hash of the one before it is")
+    if found[0].term < term:
+        raise RunMismatch("entry", f"was written under term {found[0].term}, after one of term {term}")
+    return entry, found[0].term
+
+
+def _check_records(records: Sequence[UpdateRecord], settings: RoundSettings) -> None:
+    if len({record.node for record in records}) < len(records):
+        raise RunMismatch("updates", "a node is in its updates twice")
+    for record in records:
+        where = f"its update of {record.node}"
+        if not 1 <= len(record.scalars) <= settings.steps:
+            raise RunMismatch("updates", f"{where} has {len(record.scalars)} steps, a round {settings.steps}")
+        if not 1 <= record.weight <= MAX_WEIGHT:
+            raise RunMismatch("updates", f"{where} weighs {record.weight}")
+        verdict = on_arrival(record.scalars, record.loss, settings.lr)
+        if verdict is not record.verdict and not {verdict, record.verdict} <= JUDGED:
+            raise RunMismatch("updates", f"{where} is kept as {_name(record.verdict)}, but is {_name(verdict)}")
+
+
+def _name(verdict: Verdict) -> str:
+    return verdict.name.lower().replace("_", " ")
+
+
+def _check_terms(found: Sequence[Term], expected: Sequence[Term]) -> None:
+    for index, (term, recomputed) in enumerate(zip_longest(found, expected)):
+        _same(f"term {index}", _words(term), _words(recomputed), "its updates give")
+
+
+def _words(term: Term | None) -> str:
+    return "none" if term is None else f"lane {term.lane}, step {term.step}, coefficient {term.coefficient:.9g}"
+
+
+# --- a state folder -------------------------------------------------------------------------------------------------
+
+
+def verify_folder(
+    folder: Path,
+    *,
+    mask: Path | None = None,
+    model: Path | None = None,
+    base: str | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Verified:
+    """Verify a server's state_dir: ledger, snapshots and difference.mkd; and an exported model, against its base.
+
+    Args:
+        folder: the state_dir.
+        mask: the run's mask file; default: the copy in the folder. The toy engine needs none.
+        model: folder of an exported model: of difference.mkd's version, or of the last where there is no such file.
+        base: what it was exported from: local folder or hub id.
+        progress: is told how many entries are done, of how many.
+
+    Raises:
+        LedgerError: there is no ledger, or it cannot be read.
+        MaskError: there is no mask file, or it cannot be read.
+        RunMismatch: something is not what the ledger says; names the first entry or file.
+        ModelMismatch: the exported model is not base and theta.
+    """
+    with closing(Ledger.read(folder / LEDGER_FILE)) as ledger:
+        run = run_of(ledger)
+        found = _find_mask(folder, run, mask)
+        looks, files = defaultdict[int, list[Look]](list), []
+        for kept in ledger.snapshots():
+            looks[kept.version].append(_snapshot_look(ledger, snapshot_file(folder, kept.version), kept, run))
+            files.append(snapshot_file(folder, kept.version).name)
+        exported = ledger.version
+        if (folder / DIFFERENCE_FILE).exists():
+            exported, look = _difference_look(ledger, folder / DIFFERENCE_FILE, run)
+            looks[exported].append(look)
+            files.append(DIFFERENCE_FILE)
+        if model is not None and base is not None:
+            looks[exported].append(_model_look(model, base, found))
+            files.append(str(model))
+        return replace(verify_ledger(ledger, found, progress, looks), files=tuple(files))
+
+
+def _find_mask(folder: Path, run: RunDescriptor, named: Path | None) -> Mask:
+    if named is None and run.engine == "toy":
+        return toy_mask(run.weights)
+    file = named or mask_file(folder, run.mask_hash)
+    if not file.exists():
+        raise MaskError(str(file), "is missing", "name the run's mask file with --mask")
+    return Mask.load(file)
+
+
+def _snapshot_look(ledger: Ledger, file: Path, kept: KeptSnapshot, run: RunDescriptor) -> Look:
+    def look(theta: Float32Array, head: bytes) -> None:
+        try:
+            found = decode_snapshot(file.read_bytes(), kept.hash, run.weights)
+        except OSError as error:
+            if kept not in ledger.snapshots():  # a running server has replaced it meanwhile
+                return
+            raise RunMismatch(str(file), f"cannot be read ({error.strerror})", ALTERED) from error
+        except WireError as error:
+            raise RunMismatch(str(file), f"{error.where} {error.problem}", ALTERED) from error
+        if (found.run_id, found.version, found.head) != (run.run_id, kept.version, head):
+            raise RunMismatch(str(file), f"is not of this run's version {kept.version}", ALTERED)
+        _compare(file, digest(found.theta), kept.version, theta)
+
+    return look
+
+
+def _difference_look(ledger: Ledger, file: Path, run: RunDescriptor) -> tuple[int, Look]:
+    """Its version, and the look at it; keeps of it no more than its digest."""
+    try:
+        found = Difference.load(file)
+    except ModelError as error:
+        raise RunMismatch(error.where, error.problem, ALTERED) from error
+    if found.run_id != run.run_id:
+        raise RunMismatch(str(file), f"is of run {found.run_id.hex()[:8]}, the ledger of run {run.run[:8]}", ALTERED)
+    if found.version > ledger.version:
+        raise RunMismatch(
+            str(file), f"is of version {found.version}, but the ledger ends at version {ledger.version}", ALTERED
+        )
+    version, its_digest = found.version, digest(found.theta)
+    return version, lambda theta, head: _compare(file, its_digest, version, theta)
+
+
+def _compare(file: Path, found: bytes, version: int, theta: Float32Array) -> None:
+    expected = digest(theta)
+    if found != expected:
+        problem = f"holds a theta of digest {found.hex()}; the ledger's of version {version} has {expected.hex()}"
+        raise RunMismatch(str(file), problem, ALTERED)
+
+
+def _model_look(model: Path, base: str, mask: Mask) -> Look:
+    def look(theta: Float32Array, head: bytes) -> None:
+        from meerkat_mq.model.export import check_export  # noqa: PLC0415 - torch only where a model is used
+
+        check_export(model, base, mask, theta)
+
+    return look

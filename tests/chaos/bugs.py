@@ -1,0 +1,174 @@
+"""Bugs to plant, each the kind that exactly-once systems have: the simulator must see every one."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from meerkat_mq.chaos.simulator.durable import Ledger, Theta
+from meerkat_mq.chaos.simulator.server import Server
+from meerkat_mq.core.path import Term, short_hash
+from meerkat_mq.rounds import server as machine
+from meerkat_mq.rounds.events import ServerEvent, UpdateRecord
+from meerkat_mq.rounds.policy import RoundSettings, lane_of
+from meerkat_mq.rounds.record import OpenRound
+from meerkat_mq.rounds.server import ServerMachine
+from meerkat_mq.wire.messages import Reason, Update
+from meerkat_mq.wire.snapshot import encode_snapshot
+
+Machine = Any  # its private methods are what is broken here
+
+
+def apply_a_duplicate(patch: pytest.MonkeyPatch) -> None:
+    """An update that comes twice counts twice."""
+    why_dropped = ServerMachine._why_dropped
+
+    def broken(self: Machine, name: str, update: Update) -> str | None:
+        reason = why_dropped(self, name, update)
+        return None if reason == "duplicate" else reason
+
+    def hear(self: OpenRound, record: UpdateRecord) -> None:
+        self.heard[f"{record.node} {len(self.heard)}" if record.node in self.heard else record.node] = record
+        self.awaited.discard(record.node)
+
+    patch.setattr(ServerMachine, "_why_dropped", broken)
+    patch.setattr(OpenRound, "hear", hear)
+
+
+def term_in_the_identity(patch: pytest.MonkeyPatch) -> None:
+    """After a restart, the same node's update for the same round is another update."""
+
+    def commit_updates(self: Ledger, mine: tuple[int, str], records: Sequence[UpdateRecord]) -> None:
+        self._fence(mine)
+        for record in records:
+            self.updates.setdefault((record.version, f"{record.node} {mine[0]}"), record)
+
+    def commit_entry(self: Ledger, mine: tuple[int, str], entry: Any, records: tuple[UpdateRecord, ...]) -> None:
+        every = tuple(record for (version, _), record in self.updates.items() if version == entry.version)
+        keep(self, mine, entry, every)
+
+    keep = Ledger.commit_entry
+    patch.setattr(Ledger, "commit_updates", commit_updates)
+    patch.setattr(Ledger, "commit_entry", commit_entry)
+    patch.setattr(Server, "resumed_updates", lambda self: [])
+
+
+def publish_before_commit(patch: pytest.MonkeyPatch) -> None:
+    """What is published need not be in the ledger yet."""
+
+    def carry_out(self: Machine, commit: Callable[[], None], event: Callable[[], ServerEvent]) -> None:
+        self.step()
+        self._handle(event())
+        self.step()
+        commit()
+
+    patch.setattr(Server, "carry_out", carry_out)
+
+
+def forget_the_term(patch: pytest.MonkeyPatch) -> None:
+    """Only the broker remembers the term."""
+
+    def take_term(self: Ledger, above: int, server_id: str) -> int:
+        self.terms.append((above + 1, server_id))
+        return above + 1
+
+    patch.setattr(Ledger, "take_term", take_term)
+
+
+def accept_a_stale_round(patch: pytest.MonkeyPatch) -> None:
+    """An update for an earlier round counts in this one."""
+    why_dropped, why_refused = ServerMachine._why_dropped, ServerMachine._why_refused
+
+    def dropped(self: Machine, name: str, update: Update) -> str | None:
+        if update.header.version < self.version:
+            update = replace(update, header=replace(update.header, version=self.version))
+        return why_dropped(self, name, update)
+
+    def refused(self: Machine, name: str, update: Update) -> Reason | None:
+        return None if update.header.version < self.version else why_refused(self, name, update)
+
+    patch.setattr(ServerMachine, "_why_dropped", dropped)
+    patch.setattr(ServerMachine, "_why_refused", refused)
+
+
+def lose_an_update_on_resume(patch: pytest.MonkeyPatch) -> None:
+    """A server that starts again waits for everybody anew."""
+    patch.setattr(Server, "resumed_updates", lambda self: [])
+
+
+def add_in_arrival_order(patch: pytest.MonkeyPatch) -> None:
+    """Sums are made in float32, one after the other, as the updates lie."""
+
+    def terms_of(records: Sequence[UpdateRecord], settings: RoundSettings) -> tuple[Term, ...]:
+        counted = [record for record in reversed(records) if not record.verdict]
+        total, terms = np.float32(sum(record.weight for record in counted)), []
+        for lane in range(settings.lanes):
+            members = [record for record in counted if lane_of(record.slot, settings.lanes) == lane]
+            for step in range(settings.steps if members else 0):
+                g = np.float32(0)
+                for record in members:
+                    g += np.float32(record.weight) * np.float32(record.scalars[step])
+                terms.append(Term(lane, step, float(np.float32(settings.lr) * (g / total))))
+        return tuple(terms)
+
+    patch.setattr(machine, "terms_of", terms_of)
+
+
+def skip_the_digest_check(patch: pytest.MonkeyPatch) -> None:
+    """An update counts whatever theta it was made from."""
+    why_refused = ServerMachine._why_refused
+
+    def broken(self: Machine, name: str, update: Update) -> Reason | None:
+        return why_refused(self, name, replace(update, base=self._base[:8]))
+
+    patch.setattr(ServerMachine, "_why_refused", broken)
+
+
+def non_atomic_snapshot(patch: pytest.MonkeyPatch) -> None:
+    """A snapshot is written in place and believed; what is missing of it reads as zeros."""
+
+    def keep_snapshot(self: Machine, version: int, head: bytes) -> None:
+        blob = encode_snapshot(self._history.run_id, version, head, self._theta.values)
+        self.disk.ledger.commit_snapshot(self._mine, version, short_hash(blob))
+        values = self._theta.values.copy()
+        values[4:] = 0
+        self.disk.files[f"raw-{version}"] = values.tobytes()
+        self.step()
+        self.disk.files[f"snapshot-{version}"] = blob
+        self.disk.files[f"raw-{version}"] = self._theta.values.tobytes()
+
+    def load_snapshot(self: Machine, version: int) -> Theta | None:
+        raw = self.disk.files.get(f"raw-{version}")
+        return None if raw is None else Theta(np.frombuffer(raw, np.float32), version)
+
+    patch.setattr(Server, "keep_snapshot", keep_snapshot)
+    patch.setattr(Server, "load_snapshot", load_snapshot)
+
+
+def keep_an_update_that_came_too_late(patch: pytest.MonkeyPatch) -> None:
+    """An update that is committed after its round was decided counts as one of the round's."""
+    keep = Ledger.commit_entry
+
+    def commit_entry(self: Ledger, mine: tuple[int, str], entry: Any, records: tuple[UpdateRecord, ...]) -> None:
+        every = {record.slot: record for (version, _), record in self.updates.items() if version == entry.version}
+        every |= {record.slot: record for record in records}
+        keep(self, mine, entry, tuple(every[slot] for slot in sorted(every)))
+
+    patch.setattr(Ledger, "commit_entry", commit_entry)
+
+
+# Each with the faults that bring it to light.
+BUGS: dict[Callable[[pytest.MonkeyPatch], None], tuple[str, ...]] = {
+    apply_a_duplicate: ("duplicate",),
+    term_in_the_identity: ("crash",),
+    publish_before_commit: ("split brain",),
+    forget_the_term: ("crash", "broker crash"),
+    accept_a_stale_round: ("reorder",),
+    lose_an_update_on_resume: ("crash",),
+    add_in_arrival_order: (),
+    skip_the_digest_check: ("hostile",),
+    non_atomic_snapshot: ("crash",),
+    keep_an_update_that_came_too_late: (),
+}

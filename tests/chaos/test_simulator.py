@@ -1,0 +1,55 @@
+"""Schedules by the hundred: nothing that must hold is violated, and a schedule can be repeated to the bit."""
+
+from dataclasses import replace
+
+import pytest
+
+from meerkat_mq.chaos.simulator.command import tally
+from meerkat_mq.chaos.simulator.run import judge
+from meerkat_mq.chaos.simulator.schedule import Fault, Schedule, make_schedule
+from meerkat_mq.chaos.simulator.shrink import shrink
+
+CHUNK = 50
+
+
+@pytest.mark.parametrize("first", range(0, 500, CHUNK))
+def test_no_schedule_of_faults_breaks_what_must_hold(first: int) -> None:
+    total = tally(range(first, first + CHUNK))
+    assert total.failed == {}, f"meerkat simulate --repeat {min(total.failed)}"
+    assert total.rounds >= 50 * CHUNK
+    assert len(total.faults) > 10
+
+
+def test_schedules_span_what_they_should() -> None:
+    schedules = [make_schedule(seed) for seed in range(2000)]
+    assert {schedule.nodes for schedule in schedules} >= {3, 4, 20}
+    assert all(3 <= schedule.nodes <= 20 and schedule.rounds >= 50 for schedule in schedules)
+    assert len({fault.name for schedule in schedules for fault in schedule.faults}) == 15
+
+
+def test_the_same_seed_gives_the_same_history() -> None:
+    first, second = (judge(make_schedule(11))[0] for _ in range(2))
+    assert first.entries == second.entries
+    assert first.updates == second.updates
+    assert first.states == second.states
+
+
+def test_a_schedule_is_data() -> None:
+    schedule = make_schedule(3)
+    assert schedule.faults
+    assert Schedule.decode(schedule.encode()) == schedule
+
+
+def test_without_quorum_a_run_does_not_finish_and_the_checker_says_so() -> None:
+    schedule = replace(make_schedule(4), faults=(), min_nodes=4, nodes=3)
+    history, found = judge(schedule)
+    assert history.entries == []
+    assert [violation.checker for violation in found] == ["a live quorum finishes"]
+
+
+def test_a_schedule_shrinks_to_what_makes_it_fail() -> None:
+    faults = tuple(Fault(name, "server", float(at), 1.0, 0.5) for at, name in enumerate(["crash", "lose", "freeze"]))
+    schedule = replace(make_schedule(0), faults=faults, nodes=5, min_nodes=3, lanes=1, wire=True)
+    least = shrink(schedule, lambda smaller: any(fault.name == "lose" for fault in smaller.faults))
+    assert [fault.name for fault in least.faults] == ["lose"]
+    assert (least.nodes, least.rounds, least.wire) == (2, 2, False)

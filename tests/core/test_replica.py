@@ -1,0 +1,51 @@
+"""theta at a version."""
+
+import numpy as np
+
+from meerkat_mq.core.directions import direction
+from meerkat_mq.core.path import NO_DIGEST, Term, apply, digest, seed_for
+from meerkat_mq.core.replica import Replica
+from meerkat_mq.core.toy import toy_mask
+
+RUN_ID = bytes(range(16))
+ROUNDS = [(Term(0, 0, 0.5), Term(1, 2, -0.25)), (), (Term(3, 0, 1e-3),), (Term(0, 0, 2.0),)]
+
+
+def replica(digest_every: int = 1) -> Replica:
+    return Replica(toy_mask(300), run_id=RUN_ID, stream="mk1", digest_every=digest_every)
+
+
+def test_replay_is_one_apply_after_the_other() -> None:
+    one, all_at_once = replica(2), replica(2)
+    digests = tuple(one.apply(terms) for terms in ROUNDS)
+    assert all_at_once.replay(ROUNDS) == digests
+    assert [found == NO_DIGEST for found in digests] == [True, False, True, False]
+    assert one.theta.tobytes() == all_at_once.theta.tobytes()
+    assert one.version == all_at_once.version == len(ROUNDS)
+
+
+def test_each_term_is_the_direction_of_its_version_lane_and_step() -> None:
+    theta, scratch = np.zeros(300, np.float32), np.empty(300, np.float32)
+    for version, terms in enumerate(ROUNDS):
+        for term in terms:
+            z = direction("mk1", seed_for(RUN_ID, version, term.lane, term.step), 0, 300)
+            apply(theta, z, term.coefficient, scratch)
+    assert replica().replay(ROUNDS)[-1] == digest(theta)
+
+
+def test_who_holds_an_earlier_theta_keeps_it() -> None:
+    standing = replica()
+    standing.apply(ROUNDS[0])
+    held = standing.theta
+    before = held.tobytes()
+    standing.replay(ROUNDS[1:])
+    assert held.tobytes() == before != standing.theta.tobytes()
+
+
+def test_from_a_snapshot_it_goes_on_as_from_the_entries() -> None:
+    whole, loaded = replica(), replica()
+    whole.replay(ROUNDS[:2])
+    loaded.load(whole.theta, whole.version)
+    assert loaded.replay(ROUNDS[2:]) == whole.replay(ROUNDS[2:])
+    loaded.reset()
+    assert (loaded.version, digest(loaded.theta)) == (0, digest(toy_mask(300).theta_0))

@@ -1,0 +1,80 @@
+"""Collecting a blob chunk by chunk, and when to give up."""
+
+import asyncio
+
+import pytest
+
+from meerkat_mq.errors import BadValue, NotConnected, TooLarge
+from meerkat_mq.node import blob_fetch
+from meerkat_mq.node.blob_fetch import CHUNKS_A_WANT, BlobFetch
+from meerkat_mq.wire.arrays import split
+from meerkat_mq.wire.messages import Chunk, Header
+
+HEADER, NAME = Header(0, 0, 0, bytes(8)), bytes(range(16))
+BLOB = bytes(range(256)) * 256 * 3
+CHUNKS = split(HEADER, NAME, BLOB)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blob_fetch, "PATIENCE_S", 0.02)
+
+
+async def test_it_gives_up_after_so_many_silences_and_says_what_lacks() -> None:
+    asked: list[tuple[int, ...]] = []
+    fetch = BlobFetch(NAME, len(BLOB), asked.append)
+    fetch.add(CHUNKS[1])
+    with pytest.raises(NotConnected, match=r"2 chunks did not come within 0\.06 s"):
+        await fetch.collect(silences=3)
+    assert asked == [(0, 2)] * 3
+
+
+async def test_chunks_that_are_there_already_do_not_count_as_news() -> None:
+    def repeat(chunks: tuple[int, ...]) -> None:
+        asyncio.get_running_loop().call_later(0.005, fetch.add, CHUNKS[0])
+
+    fetch = BlobFetch(NAME, len(BLOB), repeat)
+    with pytest.raises(NotConnected, match="2 chunks"):
+        await fetch.collect(silences=3)
+
+
+async def test_a_slow_server_is_waited_for_as_long_as_something_comes() -> None:
+    def one_of_them(chunks: tuple[int, ...]) -> None:
+        asked.append(chunks)
+        if len(asked) % 2 == 0:
+            fetch.add(CHUNKS[chunks[-1]])
+
+    asked: list[tuple[int, ...]] = []
+    fetch = BlobFetch(NAME, len(BLOB), one_of_them)
+    assert await fetch.collect(silences=3) == BLOB
+    assert len(asked) == 2 * len(CHUNKS)
+
+
+async def test_what_comes_unasked_is_not_asked_for() -> None:
+    fetch = BlobFetch(NAME, len(BLOB), lambda chunks: pytest.fail("asked"))
+    for chunk in CHUNKS:
+        fetch.add(chunk)
+    assert await fetch.collect(unasked=True) == BLOB
+
+
+async def test_no_want_asks_for_more_than_its_part() -> None:
+    def serve(chunks: tuple[int, ...]) -> None:
+        assert len(chunks) <= CHUNKS_A_WANT
+        for index in chunks:
+            fetch.add(many[index])
+
+    blob = bytes(65536 * 40)
+    many = split(HEADER, NAME, blob)
+    fetch = BlobFetch(NAME, len(blob), serve)
+    assert await fetch.collect() == blob
+
+
+async def test_chunks_of_another_blob_are_refused() -> None:
+    fetch = BlobFetch(NAME, len(BLOB), lambda chunks: None)
+    with pytest.raises(BadValue, match="another blob"):
+        fetch.add(Chunk(HEADER, bytes(16), 0, 3, len(BLOB), BLOB[:65536]))
+
+
+async def test_more_than_a_blob_can_be_is_refused_before_anything_is_allocated() -> None:
+    with pytest.raises(TooLarge):
+        BlobFetch(NAME, 2**32 - 1, lambda chunks: None)

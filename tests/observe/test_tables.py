@@ -1,0 +1,107 @@
+"""Tables and JSON of a ledger: what stands out is seen, nothing steers a terminal, and numbers stay whole."""
+
+import json
+from dataclasses import replace
+from io import StringIO
+
+import pytest
+from rich.console import Console, RenderableType
+
+from meerkat_mq.observe.tables import (
+    MOST_SHOWN,
+    NodeShown,
+    RoundShown,
+    RunShown,
+    TermShown,
+    UpdateShown,
+    json_line,
+    path_table,
+    round_pages,
+    round_table,
+    status_line,
+    status_table,
+)
+
+NODE = NodeShown("n0", 0, "pi", "online", 2.0, 0xABC, 1200, 40, 3520, 0, "accepted", "")
+RUN = RunShown("f", "ab" * 16, 3, "5" * 16, "here", 40, 100, 1, 0.5, 0.012, 0.25, (NODE,))
+UPDATE = UpdateShown(7, "n0", 0, 0, 0xABC, 1, ("0" * 16, "f" * 16), (1.25, float("inf")), float("nan"), "not finite")
+ROUND = RoundShown(
+    7, 3, 0.0, 4, True, None, "", "cd" * 16, "ef" * 16, (TermShown(0, 0, "0" * 16, -0.1),), (UPDATE,)
+)  # fmt: skip
+
+
+def text(shown: RenderableType, width: int = 160) -> str:
+    out = StringIO()
+    Console(file=out, width=width).print(shown)
+    return out.getvalue()
+
+
+def test_a_flagged_node_stands_out() -> None:
+    bad = replace(NODE, node="n1", verdict="outlier", flagged="against")
+    run = replace(RUN, nodes=(NODE, bad))
+    out = StringIO()
+    Console(file=out, width=160, force_terminal=True).print(status_table(run))
+    line = next(line for line in out.getvalue().splitlines() if "n1" in line)
+    assert "\x1b[1;31m" in line
+    assert "flagged: against" in line
+    assert status_line(run).endswith("2 of 2 nodes online, flagged: n1")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.012, "12 ms a round"), (3.0, "3.0 s a round"), (None, "– a round")]
+)  # fmt: skip
+def test_the_pace(seconds: float | None, words: str) -> None:
+    assert words in status_line(replace(RUN, round_s=seconds))
+
+
+def test_a_finished_run() -> None:
+    assert "100 of 100, finished" in text(status_table(replace(RUN, version=100)))
+    assert "40 of 100, 1 heard in the open one" in text(status_table(RUN))
+
+
+def test_before_any_node() -> None:
+    out = text(status_table(replace(RUN, nodes=(), loss=None, closed_s=None, round_s=None)))
+    assert "no node was seen yet" in out
+    assert "– a round, the last closed –" in out
+
+
+def test_many_nodes_end_in_a_line() -> None:
+    out = text(status_table(replace(RUN, nodes=(NODE,) * (MOST_SHOWN + 5))))
+    assert "… and 5 more" in out
+    assert out.count("accepted") == MOST_SHOWN
+
+
+def test_nothing_steers_the_terminal() -> None:
+    run = replace(RUN, host="a\x1b[2Jb", nodes=(replace(NODE, status="\x1b]0;x", node="[red]n"),))
+    assert "\x1b" not in text(status_table(run))
+    assert "[red]n" in text(status_table(run))
+
+
+@pytest.mark.parametrize("width", [60, 160])
+def test_numbers_stay_whole_in_a_narrow_terminal(width: int) -> None:
+    out = text(round_pages([ROUND]), width)
+    assert "…" not in out
+    for column in ("cd" * 16, "ef" * 16):
+        assert column in out.replace(" ", "").replace("\n", "")
+
+
+def test_a_round() -> None:
+    out = text(round_pages([ROUND]))
+    assert "by its deadline" in out
+    assert "0 of 1 updates accepted" in out
+    assert "none due" in out
+    assert "deadline" in text(round_table([ROUND]))
+    assert "all heard" in text(round_table([replace(ROUND, overdue=False)]))
+
+
+def test_a_path_has_a_line_a_step() -> None:
+    lines = [line.split() for line in text(path_table([UPDATE])).splitlines()]
+    assert lines[1] == ["7", "00000abc", "1", "0", "0", "0" * 16, "1.25", "nan", "not", "finite"]
+    assert lines[2] == ["7", "00000abc", "1", "0", "1", "f" * 16, "inf"]
+
+
+def test_json_has_no_nan() -> None:
+    shown = json.loads(json_line(ROUND), parse_constant=pytest.fail)
+    assert shown["updates"][0]["scalars"] == [1.25, None]
+    assert (shown["updates"][0]["loss"], shown["loss"], shown["terms"][0]["coefficient"]) == (None, None, -0.1)
+    assert json.loads(json_line(RUN))["nodes"][0]["packet_bytes"] == 3520

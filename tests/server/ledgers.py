@@ -1,0 +1,160 @@
+"""Ledgers without a server: what one would have written, by a small pure loop."""
+
+import random
+import sqlite3
+from collections.abc import Collection, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from meerkat_mq.config import GuardsConfig, RoundsConfig
+from meerkat_mq.core.mask import Mask
+from meerkat_mq.core.path import Entry, short_hash
+from meerkat_mq.core.replica import Replica
+from meerkat_mq.core.toy import toy_mask
+from meerkat_mq.rounds.events import UpdateRecord, Verdict
+from meerkat_mq.rounds.policy import terms_of
+from meerkat_mq.server.files import DIFFERENCE_FILE, snapshot_file
+from meerkat_mq.server.ledger import LEDGER_FILE, Ledger, Sighting
+from meerkat_mq.server.verify import settings_of
+from meerkat_mq.wire.descriptor import RunDescriptor
+from meerkat_mq.wire.difference import Difference
+from meerkat_mq.wire.frames import encode_entry
+from meerkat_mq.wire.snapshot import encode_snapshot
+
+RUN = bytes(range(16))
+WEIGHTS = 40
+OPEN: list[Ledger] = []
+VALUES = {Verdict.NOT_FINITE: float("nan"), Verdict.TOO_LARGE: 3e38}
+
+
+@dataclass
+class Writer:
+    """Writes a run into `folder`, round by round.
+
+    Attributes:
+        absent: (version, slot) of updates that do not come.
+        refused: (version, slot) of updates that are refused, and why.
+    """
+
+    folder: Path
+    count: int = 6
+    nodes: int = 3
+    lanes: int = 1
+    steps: int = 1
+    digest_every: int = 1
+    weigh_by_rows: bool = False
+    aggregate: Literal["mean", "trimmed-mean"] = "mean"
+    mask: Mask = field(default_factory=lambda: toy_mask(WEIGHTS))
+    engine: str = "toy"
+    absent: Collection[tuple[int, int]] = ()
+    refused: Mapping[tuple[int, int], Verdict] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        rounds = RoundsConfig(
+            count=self.count, min_nodes=self.nodes, directions=self.lanes, local_steps=self.steps, lr=2.0,
+            digest_every=self.digest_every, weigh_by_rows=self.weigh_by_rows, aggregate=self.aggregate,
+        )  # fmt: skip
+        self.run = descriptor(self.mask, rounds, self.engine)
+        rules = {"rounds": rounds.model_dump(mode="json"), "guards": GuardsConfig().model_dump(mode="json")}
+        self.settings = settings_of(self.run, rules)
+        self.replica = Replica(self.mask, run_id=RUN, stream=self.run.stream, digest_every=self.digest_every)
+        self.entries: list[Entry] = []
+        self.ledger = Ledger.open(self.folder / LEDGER_FILE)
+        OPEN.append(self.ledger)
+        self.ledger.begin(self.run, rules)
+        self.ledger.take_term(0, "5" * 16, "here")
+        for slot in range(self.nodes):
+            self.ledger.commit_slot(f"n{slot}", slot, 0)
+
+    @property
+    def head(self) -> bytes:
+        return self.entries[-1].hash(RUN) if self.entries else self.mask.hash
+
+    def records(self, version: int) -> tuple[UpdateRecord, ...]:
+        return tuple(
+            self._record(version, slot) for slot in range(self.nodes) if (version, slot) not in self.absent
+        )  # fmt: skip
+
+    def _record(self, version: int, slot: int) -> UpdateRecord:
+        draw = random.Random(1000 * version + slot)
+        verdict = self.refused.get((version, slot), Verdict.ACCEPTED)
+        scalars = [float(np.float32(draw.gauss(0, 1))) for _ in range(self.steps)]
+        scalars[0] = VALUES.get(verdict, scalars[0])
+        scalars = [float(np.float32(value)) for value in scalars]
+        weight = draw.randrange(1, 100) if self.weigh_by_rows else 1
+        loss = float(np.float32(1 + draw.random()))
+        return UpdateRecord(version, f"n{slot}", slot, 7, weight, tuple(scalars), loss, verdict)
+
+    def hear(self) -> tuple[UpdateRecord, ...]:
+        """The updates of the open round come."""
+        records = self.records(len(self.entries))
+        self.ledger.commit_updates(records)
+        return records
+
+    def round(self) -> None:
+        """The open round is heard and closes."""
+        records = self.hear()
+        terms = terms_of(records, self.settings)
+        version = len(self.entries)
+        entry = Entry(version, terms, self.head, self.replica.apply(terms))
+        self.ledger.commit_entry(entry, records, asked=self.nodes, overdue=len(records) < self.nodes)
+        self.entries.append(entry)
+
+    def snapshot(self) -> Path:
+        """Keep theta as it stands."""
+        blob = encode_snapshot(RUN, self.replica.version, self.head, self.replica.theta)
+        file = snapshot_file(self.folder, self.replica.version)
+        file.write_bytes(blob)
+        self.ledger.commit_snapshot(self.replica.version, short_hash(blob), len(blob))
+        return file
+
+    def difference(self) -> Path:
+        """Leave the model as it stands."""
+        file = self.folder / DIFFERENCE_FILE
+        Difference(self.mask, self.replica.theta, RUN, self.replica.version).save(file)
+        return file
+
+    def see(self, slot: int, status: str, seen: float) -> None:
+        """A node said where it stands."""
+        self.ledger.commit_sightings([Sighting(f"n{slot}", 7, "there", status, 50, seen, 3, 264)])
+
+
+def write(folder: Path, **what: Any) -> Writer:
+    """A whole run; its ledger is closed."""
+    writer = Writer(folder, **what)
+    for _ in range(writer.count):
+        writer.round()
+    writer.ledger.close()
+    return writer
+
+
+def descriptor(mask: Mask, rounds: RoundsConfig, engine: str) -> RunDescriptor:
+    fields = {
+        "federation": "f", "run": RUN.hex(), "engine": engine, "model": "", "dtype": "float32",
+        "fingerprint": mask.fingerprint.hex(), "tokenizer": mask.tokenizer_fingerprint.hex(), "mask": mask.hash.hex(),
+        "mask_bytes": 1, "mask_chunks": 1, "weights": mask.size, "stream": rounds.stream, "rounds": rounds.count,
+        "local_steps": rounds.local_steps, "directions": rounds.directions, "lr": rounds.lr, "eps": rounds.eps,
+        "batch_size": rounds.batch_size, "digest_every": rounds.digest_every,
+    }  # fmt: skip
+    return RunDescriptor.model_validate(fields)
+
+
+def alter(folder: Path, statement: str, *values: object) -> None:
+    """Change a ledger behind everybody's back; it must change something."""
+    with closing(sqlite3.connect(folder / LEDGER_FILE)) as connection, connection:
+        assert connection.execute(statement, values).rowcount > 0
+
+
+def alter_entry(folder: Path, version: int, entry: Entry) -> None:
+    alter(folder, "UPDATE entries SET entry = ? WHERE version = ?", encode_entry(entry), version)
+
+
+def close_all() -> None:
+    """At the end of a test."""
+    while OPEN:
+        OPEN.pop().close()

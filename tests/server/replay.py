@@ -1,0 +1,41 @@
+"""What a run of toy nodes must come to: theta walked from the rules alone, and what can be checked of any ledger."""
+
+from collections.abc import Mapping
+from functools import partial
+
+from meerkat_mq.core.path import Term, apply_terms, coefficient, digest, seed_for
+from meerkat_mq.core.step import local_steps
+from meerkat_mq.core.toy import QuadraticEngine, toy_mask
+from meerkat_mq.server.ledger import Ledger
+from meerkat_mq.server.verify import verify_ledger
+
+
+def undisturbed(ledger: Ledger, seeds: Mapping[str, int]) -> bytes:
+    """The digest at the end of the ledger's run, had all its nodes answered every round and nothing gone wrong."""
+    run, slots = ledger.run, ledger.slots()
+    assert run is not None
+    assert slots.keys() == seeds.keys()
+    theta, engine = toy_mask(run.weights).theta_0, QuadraticEngine(run.weights)
+    for version in range(run.rounds):
+        heard = {}
+        for node, slot in slots.items():
+            lane = slot % run.directions
+            walk = [seed_for(run.run_id, version, lane, step) for step in range(run.local_steps)]
+            batches = [[{"seed": seeds[node]}] * run.batch_size] * run.local_steps
+            scalars, _ = local_steps(engine, theta, walk, batches, stream=run.stream, eps=run.eps, lr=run.lr)
+            heard[slot] = (lane, scalars)
+        terms = []
+        for lane in range(run.directions):
+            for step in range(run.local_steps):
+                of_lane = [(1, scalars[step]) for its_lane, scalars in heard.values() if its_lane == lane]
+                c = coefficient(run.lr, of_lane, len(heard))
+                terms += [Term(lane, step, c)] if c else []
+        apply_terms(theta, terms, partial(seed_for, run.run_id, version), run.stream)
+    return digest(theta)
+
+
+def verified(ledger: Ledger) -> bytes:
+    """The digest of theta as the ledger says, every entry checked."""
+    run = ledger.run
+    assert run is not None
+    return verify_ledger(ledger, toy_mask(run.weights)).digest

@@ -1,0 +1,150 @@
+"""What status and ledger show of a run, from its ledger alone."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from meerkat_mq.core.path import seed_for
+from meerkat_mq.errors import LedgerError, RunMismatch
+from meerkat_mq.rounds.events import Verdict
+from meerkat_mq.server import inspect
+from meerkat_mq.server.inspect import path_shown, round_shown, rounds_shown, run_shown
+from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
+from tests.server.ledgers import RUN, Writer, alter, close_all
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    close_all()
+
+
+def close(writer: Writer, *times: float) -> None:
+    """Rounds that closed at these times."""
+    for at in times:
+        writer.round()
+        alter(writer.folder, "UPDATE entries SET closed = ? WHERE version = ?", at, len(writer.entries) - 1)
+
+
+def test_a_run_as_it_stands(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, absent={(1, 2), (2, 2), (3, 1), (3, 2)}, refused={(2, 1): Verdict.NOT_FINITE})
+    close(writer, 1000.0, 1002.0, 1005.0)
+    writer.hear()
+    writer.see(0, "online", 1006.0)
+    writer.see(2, "lost", 1001.0)
+    shown = run_shown(writer.ledger, now=1007.0)
+    assert (shown.federation, shown.run, shown.term, shown.server_id) == ("f", RUN.hex(), 1, "5" * 16)
+    assert (shown.host, shown.version, shown.rounds, shown.heard) == ("here", 3, 6, 1)
+    assert (shown.closed_s, shown.round_s) == (2.0, 2.5)
+    assert shown.loss == writer.records(2)[0].loss  # the other was refused
+    first, second, third = shown.nodes
+    assert (first.node, first.slot, first.status, first.seen_s, first.boot, first.host) == (
+        *("n0", 0, "online", 1.0, 7, "there"),
+    )
+    assert (first.rows, first.updates, first.packet_bytes) == (50, 3, 264)
+    assert [node.behind for node in shown.nodes] == [0, 0, 2]
+    assert [node.verdict for node in shown.nodes] == ["accepted", "not finite", "accepted"]
+    assert (second.status, second.seen_s, second.boot, second.rows) == ("", None, None, 0)
+    assert (third.status, third.seen_s) == ("lost", 6.0)
+
+
+def test_before_the_first_round(tmp_path: Path) -> None:
+    shown = run_shown(Writer(tmp_path).ledger)
+    assert (shown.version, shown.heard, shown.closed_s, shown.round_s, shown.loss) == (0, 0, None, None, None)
+    assert [(node.behind, node.verdict) for node in shown.nodes] == [(None, "")] * 3
+
+
+def test_a_round_of_refused_updates_has_no_loss(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, nodes=1, refused={(0, 0): Verdict.NOT_FINITE})
+    writer.round()
+    assert run_shown(writer.ledger).loss is None
+    shown = round_shown(writer.ledger, 0)
+    assert (shown.loss, shown.terms, shown.accepted) == (None, (), 0)
+
+
+def test_a_node_away_for_longer_than_the_window(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, count=30, absent={(version, 1) for version in range(5, 30)})
+    for _ in range(26):
+        writer.round()
+    assert [node.behind for node in run_shown(writer.ledger).nodes] == [0, None, 0]
+
+
+def test_a_flagged_node_is_named(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, refused={(version, 1): Verdict.NOT_FINITE for version in range(4)})
+    for _ in range(4):
+        writer.round()
+    assert [node.flagged for node in run_shown(writer.ledger).nodes] == ["", "not finite", ""]
+
+
+def test_a_round_whole(tmp_path: Path) -> None:
+    writer = Writer(
+        tmp_path, nodes=6, lanes=2, steps=2, digest_every=2, absent={(1, 5)}, refused={(1, 4): Verdict.OUTLIER}
+    )  # fmt: skip
+    close(writer, 1.0, 2.0)
+    shown, entry, records = round_shown(writer.ledger, 1), writer.entries[1], writer.records(1)
+    assert (shown.version, shown.term, shown.closed, shown.asked, shown.overdue) == (1, 1, 2.0, 6, True)
+    assert (shown.accepted, len(shown.updates)) == (4, 5)
+    assert shown.loss == pytest.approx(sum(record.loss for record in records[:4]) / 4)
+    assert (shown.digest, shown.previous) == (entry.digest.hex(), entry.previous.hex())
+    assert shown.hash == entry.hash(RUN).hex()
+    assert [(term.lane, term.step, term.coefficient) for term in shown.terms] == [
+        (term.lane, term.step, term.coefficient) for term in entry.terms
+    ]
+    assert [(term.lane, term.step) for term in shown.terms] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [int(term.seed, 16) for term in shown.terms] == [
+        seed_for(RUN, 1, term.lane, term.step) for term in shown.terms
+    ]
+    last = shown.updates[-1]
+    assert (last.node, last.slot, last.lane, last.boot, last.weight, last.verdict) == ("n4", 4, 0, 7, 1, "outlier")
+    assert (last.scalars, last.loss) == (records[4].scalars, records[4].loss)
+    assert [int(seed, 16) for seed in last.seeds] == [seed_for(RUN, 1, 0, step) for step in range(2)]
+    assert round_shown(writer.ledger, 0).digest == ""
+
+
+def test_rounds_in_order_over_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspect, "PAGE", 3)
+    writer = Writer(tmp_path, count=10, nodes=1)
+    for _ in range(10):
+        writer.round()
+    draw = random.Random(0)
+    for first, count in [(0, 10), (0, 3), (2, 6), (9, 5), (10, 5)] + [
+        (draw.randrange(12), draw.randrange(1, 12)) for _ in range(20)
+    ]:
+        versions = [shown.version for shown in rounds_shown(writer.ledger, first, count)]
+        assert versions == list(range(first, min(10, first + count)))
+
+
+def test_a_round_that_did_not_close(tmp_path: Path) -> None:
+    writer = Writer(tmp_path)
+    writer.round()
+    writer.hear()
+    with pytest.raises(RunMismatch, match="round 1: did not close; 1 rounds have"):
+        round_shown(writer.ledger, 1)
+
+
+def test_the_path_of_a_node(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, lanes=3, absent={(1, 2)}, refused={(3, 2): Verdict.TOO_LARGE})
+    for _ in range(4):
+        writer.round()
+    writer.hear()
+    path = list(path_shown(writer.ledger, "n2", 0, 100))
+    assert [update.version for update in path] == [0, 2, 3, 4]  # the open round included
+    assert [update.verdict for update in path] == ["accepted", "accepted", "too large", "accepted"]
+    assert {(update.node, update.lane) for update in path} == {("n2", 2)}
+    assert [update.scalars for update in path] == [writer.records(version)[-1].scalars for version in (0, 2, 3, 4)]
+    assert [update.version for update in path_shown(writer.ledger, "n2", 1, 2)] == [2]
+
+
+def test_a_node_that_nobody_knows(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, nodes=7)
+    with pytest.raises(RunMismatch, match="node x: is not in the ledger; it knows n0, n1, n2, n3, n4, …"):
+        list(path_shown(writer.ledger, "x", 0, 10))
+
+
+def test_a_ledger_without_a_run(tmp_path: Path) -> None:
+    ledger = Ledger.open(tmp_path / LEDGER_FILE)
+    with pytest.raises(LedgerError, match="holds no run yet"):
+        run_shown(ledger)
+    ledger.close()

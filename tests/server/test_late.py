@@ -1,0 +1,70 @@
+"""What comes late: a term, long after the ledger was read; an update, when its round is closing."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from meerkat_mq.core.path import Entry, digest
+from meerkat_mq.rounds import events as e
+from meerkat_mq.rounds.policy import terms_of
+from meerkat_mq.rounds.server import ServerMachine
+from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
+from meerkat_mq.server.recovery import recovered
+from meerkat_mq.server.run import Run
+from meerkat_mq.server.scribe import Scribe
+from meerkat_mq.server.snapshots import Snapshots
+from meerkat_mq.server.verify import verify_ledger
+from tests.server.ledgers import OPEN, Writer
+
+
+class Desk:
+    """Waits for the term."""
+
+    def __init__(self) -> None:
+        self.taken: asyncio.Future[tuple[int, ServerMachine]] = asyncio.get_running_loop().create_future()
+
+    def took_term(self, term: int, machine: ServerMachine) -> None:
+        self.taken.set_result((term, machine))
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"nobody asked for {name}")
+
+
+async def test_theta_is_the_ledgers_when_the_term_is_taken(tmp_path: Path) -> None:
+    writer = Writer(tmp_path)
+    for _ in range(2):
+        writer.round()
+    run = Run(writer.run, writer.settings, writer.mask, b"", {})
+    with ThreadPoolExecutor(1) as worker:
+
+        def late() -> Scribe:
+            ledger = Ledger.open(tmp_path / LEDGER_FILE)
+            OPEN.append(ledger)
+            snapshots = Snapshots(tmp_path, ledger, run.descriptor)
+            return Scribe(ledger, recovered(ledger, run, snapshots), run, snapshots, worker)
+
+        scribe = await asyncio.get_running_loop().run_in_executor(worker, late)
+        for _ in range(3):
+            writer.round()
+        desk = Desk()
+        scribe.put(e.TakeTerm(0))
+        running = asyncio.create_task(scribe.run(desk))
+        term, machine = await asyncio.wait_for(desk.taken, 10)
+        running.cancel()
+    version, theta = scribe.committed
+    assert (term, machine.version, version) == (2, 5, 5)
+    assert digest(theta) == digest(writer.replica.theta) == writer.entries[-1].digest
+    writer.ledger.close()
+
+
+def test_an_update_that_was_kept_too_late_for_its_entry_goes(tmp_path: Path) -> None:
+    writer = Writer(tmp_path)
+    early, late = writer.records(0)[:2], writer.records(0)[2:]
+    writer.ledger.commit_updates(early)
+    terms = terms_of(early, writer.settings)
+    writer.ledger.commit_updates(late)  # on its way when the deadline came
+    writer.ledger.commit_entry(Entry(0, terms, writer.head, writer.replica.apply(terms)), early, asked=3, overdue=True)
+    assert writer.ledger.records(0) == early
+    verify_ledger(writer.ledger, writer.mask)
+    writer.ledger.close()

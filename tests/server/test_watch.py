@@ -1,0 +1,82 @@
+"""What the ledger gets to see of nodes and of evaluations."""
+
+import asyncio
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from meerkat_mq.config import ServerConfig
+from meerkat_mq.core.directions import Float32Array
+from meerkat_mq.mqtt import Count
+from meerkat_mq.observe.events import Evaluated, RunEvent
+from meerkat_mq.server.run import prepare_run
+from meerkat_mq.server.watch import Watch
+from meerkat_mq.wire.descriptor import NodeStatus
+from meerkat_mq.wire.frames import MAX_SLOTS
+from tests.support.waiting import until
+
+
+class Found:
+    rows, accuracy, loss, majority = 10, 0.75, 1.5, 0.5
+
+
+class Evaluator:
+    async def evaluate(self, theta: Float32Array) -> Found:
+        return Found()
+
+
+def watch(tmp_path: Any, evaluator: Any = None, told: list[RunEvent] | None = None) -> Watch:
+    run = prepare_run(ServerConfig(federation="f", state_dir=tmp_path, engine="toy"))
+    return Watch((told if told is not None else []).append, evaluator, 5, run.descriptor)
+
+
+def status(word: str = "online", link: int = 1) -> NodeStatus:
+    return NodeStatus.model_validate({"status": word, "boot": 3, "link": link, "host": "h", "rows": 8})
+
+
+def test_a_sighting_says_what_is_new(tmp_path: Any) -> None:
+    eye = watch(tmp_path)
+    eye.heard_from("a", status())
+    eye.heard_from("b", status())
+    counts = {
+        "update/a": Count(2, 100, 150),
+        "want/a": Count(1, 30, 50),
+        "status/b": Count(1, 5, 7),
+        "update": Count(9),
+    }
+    first = {found.node: found for found in eye.sightings(counts)}
+    assert (first["a"].updates, first["a"].packet_bytes, first["a"].rows, first["a"].boot) == (2, 200, 8, 3)
+    assert (first["b"].updates, first["b"].packet_bytes) == (0, 7)
+    assert eye.sightings(counts) == ()
+    counts["update/a"] = Count(3, 150, 225)
+    eye.heard_from("b", status("lost"))
+    second = {found.node: found for found in eye.sightings(counts)}
+    assert (second["a"].updates, second["a"].packet_bytes) == (1, 75)
+    assert (second["b"].status, second["b"].updates, second["b"].packet_bytes) == ("lost", 0, 0)
+
+
+def test_strangers_without_number_are_counted_and_not_kept(tmp_path: Any) -> None:
+    eye = watch(tmp_path)
+    eye.statuses.update(dict.fromkeys(map(str, range(MAX_SLOTS)), status()))
+    eye.heard_from("one-more", status())
+    eye.heard_from("7", status("stopped"))
+    assert "one-more" not in eye.statuses
+    assert eye.statuses["7"].status == "stopped"
+    assert eye.counts["too many nodes"] == 1
+
+
+async def test_evaluations_go_to_the_ledger(tmp_path: Any) -> None:
+    kept: list[tuple[int, Mapping[str, float]]] = []
+    told: list[RunEvent] = []
+    eye = watch(tmp_path, Evaluator(), told)
+    task = asyncio.create_task(eye.run(lambda version, metrics: kept.append((version, metrics))))
+    for version in (0, 3, 10):
+        eye.stood(version, np.zeros(2, dtype=np.float32))
+    await until(lambda: len(kept) == 2)
+    assert kept == [(0, {"accuracy": 0.75, "loss": 1.5}), (10, {"accuracy": 0.75, "loss": 1.5})]
+    assert [event.version for event in told if isinstance(event, Evaluated)] == [0, 10]
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

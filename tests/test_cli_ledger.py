@@ -1,0 +1,219 @@
+"""`meerkat status`, `ledger` and `verify` on ledgers that no server holds open, or one does."""
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from meerkat_mq.rounds.events import Verdict
+from meerkat_mq.server import commands
+from meerkat_mq.server.ledger import LEDGER_FILE
+from tests.server.ledgers import RUN, Writer, alter, close_all, write
+from tests.support.command import Meerkat
+
+
+@pytest.fixture
+def writer(tmp_path: Path) -> Writer:
+    """A server in the middle of a run: three of six rounds closed, one update refused."""
+    made = Writer(tmp_path / "state", refused={(2, 1): Verdict.NOT_FINITE})
+    for _ in range(3):
+        made.round()
+    made.see(0, "online", 0.0)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    close_all()
+
+
+def objects(out: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def words(line: str) -> list[str]:
+    return line.split()
+
+
+def test_help_names_the_commands(meerkat: Meerkat) -> None:
+    out = meerkat("--help").out
+    assert all(f" {name} " in out for name in ("status", "ledger", "verify"))
+
+
+# --- status ---
+
+
+def test_status(meerkat: Meerkat, writer: Writer) -> None:
+    writer.hear()
+    said = meerkat("status", writer.folder)
+    assert (said.code, said.err) == (0, "")
+    lines = said.out.splitlines()
+    assert f"{RUN.hex()} of federation f" in lines[0]
+    assert "term 1 on here" in lines[1]
+    assert "3 of 6, 3 heard in the open one" in lines[2]
+    assert words(lines[6]) == ["node", "slot", "seen", "boot", "rows", "updates", "bytes", "behind", "verdict"]
+    assert words(lines[7])[:3] == ["n0", "0", "online"]
+    assert words(lines[7])[-7:] == ["ago", "00000007", "50", "3", "264", "B", "0", "accepted"][-7:]
+    assert words(lines[8])[:3] == ["n1", "1", "never"]
+
+
+def test_status_as_json(meerkat: Meerkat, writer: Writer) -> None:
+    (shown,) = objects(meerkat("status", writer.folder, "--json").out)
+    assert (shown["version"], shown["rounds"], shown["run"]) == (3, 6, RUN.hex())
+    assert [node["verdict"] for node in shown["nodes"]] == ["accepted", "not finite", "accepted"]
+
+
+def write_on(monkeypatch: pytest.MonkeyPatch, writer: Writer) -> None:
+    """A round closes whenever the command waits."""
+
+    def wait(seconds: float) -> None:
+        assert seconds == 1.0
+        writer.round()
+
+    monkeypatch.setattr("meerkat_mq.server.commands.time.sleep", wait)
+
+
+def test_status_watches_until_the_run_is_finished(
+    meerkat: Meerkat, writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_on(monkeypatch, writer)
+    lines = meerkat("status", writer.folder, "--watch").out.splitlines()
+    assert [line.split(",")[0] for line in lines] == [f"round {version} of 6" for version in (3, 4, 5, 6)]
+    assert all("1 of 3 nodes online" in line for line in lines)
+
+
+def test_status_watches_as_json(meerkat: Meerkat, writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_on(monkeypatch, writer)
+    assert [line["version"] for line in objects(meerkat("status", writer.folder, "--json", "--watch").out)] == [
+        3, 4, 5, 6,
+    ]  # fmt: skip
+
+
+def test_status_watches_on_a_terminal(meerkat: Meerkat, writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_on(monkeypatch, writer)
+    monkeypatch.setattr(commands, "Console", lambda **_: Console(force_terminal=True, width=120))
+    out = meerkat("status", writer.folder, "--watch").out
+    assert all(f"{version} of 6" in out for version in (3, 4, 5, 6))
+
+
+def test_ctrl_c_ends_watching_in_order(meerkat: Meerkat, writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("meerkat_mq.server.commands.time.sleep", interrupt)
+    said = meerkat("status", writer.folder, "--watch")
+    assert (said.code, len(said.out.splitlines())) == (0, 1)
+
+
+# --- ledger ---
+
+
+def test_ledger_lists_rounds(meerkat: Meerkat, writer: Writer) -> None:
+    lines = meerkat("ledger", writer.folder).out.splitlines()
+    assert words(lines[0])[:2] == ["round", "term"]
+    assert [words(line)[0] for line in lines[1:]] == ["0", "1", "2"]
+    assert [words(line)[4:7] for line in lines[1:]] == [["3", "3", "0"], ["3", "3", "0"], ["3", "2", "1"]]
+    assert words(lines[3])[-1] == writer.entries[2].digest.hex()[:8]
+
+
+@pytest.mark.parametrize(
+    ("options", "versions"),
+    [
+        (("--last", 2), [1, 2]),
+        (("--from", 1), [1, 2]),
+        (("--from", 0, "--count", 2), [0, 1]),
+        (("--from", 9), []),
+        (("--round", 1), [1]),
+        (("--node", "n1", "--last", 1), [2]),
+        (("--node", "n1", "--from", 0, "--count", 2), [0, 1]),
+    ],
+)
+def test_ledger_as_json(
+    meerkat: Meerkat, writer: Writer, options: tuple[object, ...], versions: list[int]
+) -> None:  # fmt: skip
+    assert [line["version"] for line in objects(meerkat("ledger", writer.folder, *options, "--json").out)] == versions
+
+
+def test_a_round_whole_as_json(meerkat: Meerkat, writer: Writer) -> None:
+    (shown,) = objects(meerkat("ledger", writer.folder, "--round", 2, "--json").out)
+    entry = writer.entries[2]
+    assert shown["hash"] == entry.hash(RUN).hex()
+    assert [term["coefficient"] for term in shown["terms"]] == [term.coefficient for term in entry.terms]
+    assert [update["scalars"] for update in shown["updates"]][1] == [None]  # NaN is no JSON
+    assert [update["verdict"] for update in shown["updates"]] == ["accepted", "not finite", "accepted"]
+
+
+def test_a_round_whole(meerkat: Meerkat, writer: Writer) -> None:
+    out = meerkat("ledger", writer.folder, "--round", 2).out
+    entry = writer.entries[2]
+    for expected in (entry.digest.hex(), entry.previous.hex(), entry.hash(RUN).hex(), "not finite", "nan"):
+        assert expected in out
+    assert f"{entry.terms[0].coefficient:.9g}" in out
+    assert f"{writer.records(2)[0].scalars[0]:.9g}" in out
+
+
+def test_the_path_of_a_node(meerkat: Meerkat, writer: Writer) -> None:
+    lines = meerkat("ledger", writer.folder, "--node", "n1").out.splitlines()
+    assert [words(line)[0] for line in lines[1:]] == ["0", "1", "2"]
+    assert f"{writer.records(0)[1].scalars[0]:.9g}" in words(lines[1])
+
+
+# --- verify ---
+
+
+def test_verify_says_one_line(meerkat: Meerkat, tmp_path: Path) -> None:
+    writer = Writer(tmp_path)
+    for _ in range(6):
+        writer.round()
+    writer.snapshot()
+    writer.difference()
+    said = meerkat("verify", tmp_path)
+    assert said.code == 0
+    (line,) = said.out.splitlines()
+    assert line.startswith(
+        f"{tmp_path}: 6 rounds and 18 updates are as they must be; so are snapshot-6.mks, difference"
+    )
+    assert f"digest {writer.entries[-1].digest.hex()}, " in line
+
+
+def test_verify_says_what_is_wrong(meerkat: Meerkat, tmp_path: Path) -> None:
+    write(tmp_path)
+    alter(tmp_path, "UPDATE updates SET scalars = zeroblob(4) WHERE version = 4 AND slot = 0")
+    said = meerkat("verify", tmp_path)
+    said.failed(6, "entry 4: its term 0 is lane 0, step 0, coefficient ", "; its updates give lane 0, step 0, coef")
+    assert said.out == ""
+
+
+def test_a_wrong_command_line(meerkat: Meerkat, writer: Writer, tmp_path: Path) -> None:
+    def fails(code: int, *arguments: object, says: str) -> None:
+        meerkat(*arguments).failed(code, says)
+
+    fails(2, "verify", writer.folder, "--model", tmp_path, says="--model: and --base belong together")
+    fails(4, "verify", writer.folder, "--mask", tmp_path / "none.mkm", says="none.mkm: is missing")
+    fails(2, "ledger", writer.folder, "--round", 1, "--node", "n1", says="--node: is for many rounds, --round for one")
+    fails(6, "ledger", writer.folder, "--round", 3, says="round 3: did not close; 3 rounds have; name an earlier one")
+    fails(6, "ledger", writer.folder, "--node", "n9", says="node n9: is not in the ledger; it knows n0, n1, n2")
+    assert meerkat("ledger", writer.folder, "--last", 0).code == 2
+
+
+@pytest.mark.parametrize("name", ["status", "ledger", "verify"])
+def test_no_ledger(meerkat: Meerkat, tmp_path: Path, name: str) -> None:
+    meerkat(name, tmp_path / "none").failed(6, "there is no ledger; give the state_dir of a server that was started")
+    write(tmp_path / "newer")
+    alter_schema(tmp_path / "newer", 99)
+    meerkat(name, tmp_path / "newer").failed(6, "was written by a newer Meerkat-MQ (schema 99")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / LEDGER_FILE).write_bytes(bytes(4096))
+    meerkat(name, tmp_path / "foreign").failed(6, "is not a SQLite file")
+    meerkat(name, tmp_path / "foreign" / LEDGER_FILE).failed(6, "there is no ledger")
+
+
+def alter_schema(folder: Path, version: int) -> None:
+    with closing(sqlite3.connect(folder / LEDGER_FILE)) as connection:
+        connection.execute(f"PRAGMA user_version = {version}")
