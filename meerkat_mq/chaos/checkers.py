@@ -57,7 +57,7 @@ def no_update_twice(history: History) -> Found:
     for version, records in enumerate([*history.records, history.open_updates]):
         yield from _repeated(version, records)
         for record in records:
-            found = sent.get(_identity(record.node, record.boot, record.scalars))
+            found = sent.get(_identity(record.node, record))
             if record.version != version:
                 yield f"entry {version}", f"holds an update of {record.node} for round {record.version}"
             elif found and version not in {update.header.version for update in found}:
@@ -72,8 +72,9 @@ def _repeated(version: int, records: Sequence[UpdateRecord]) -> Found:
             yield f"entry {version}", f"{what} {value} counts {values.count(value)} times"
 
 
-def _identity(node: str, boot: int, scalars: Sequence[float]) -> tuple[str, int, bytes]:
-    return node, boot, struct.pack(f"<{len(scalars)}d", *scalars)
+def _identity(node: str, sent: Update | UpdateRecord) -> tuple[str, int, bytes]:
+    values = (sent.loss, *sent.scalars)  # scalars alone repeat: those of poison, and a toy's, which are coarse
+    return node, sent.boot, struct.pack(f"<{len(values)}d", *values)
 
 
 def _sent(history: History) -> Mapping[tuple[str, int, bytes], list[Update]]:
@@ -81,7 +82,7 @@ def _sent(history: History) -> Mapping[tuple[str, int, bytes], list[Update]]:
     mine, sent = _run(history), defaultdict[tuple[str, int, bytes], list[Update]](list)
     for _, node, update in history.updates:
         if update.header.run == mine:
-            sent[_identity(node, update.boot, update.scalars)].append(update)
+            sent[_identity(node, update)].append(update)
     return sent
 
 
@@ -175,7 +176,7 @@ def _counted_from_elsewhere(history: History, digests: Mapping[int, bytes]) -> F
     for version, records in enumerate(history.records):
         base = digests.get(version - version % history.digest_every, b"")[:8]
         for record in records:
-            found = sent.get(_identity(record.node, record.boot, record.scalars), ())
+            found = sent.get(_identity(record.node, record), ())
             bases = {update.base for update in found if update.header.version == version}
             if bases and base not in bases:
                 yield f"entry {version}", f"holds an update that {record.node} made from another theta"

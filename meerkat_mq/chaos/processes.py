@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from meerkat_mq.broker import embedded_broker
+from meerkat_mq.broker import EmbeddedBroker, embedded_broker
 from meerkat_mq.config import BrokerConfig
-from meerkat_mq.errors import DrillFailed, RunError
+from meerkat_mq.errors import BrokerError, DrillFailed, RunError
 
 RESTART_S = 1.0
 STOP_S = 15.0
@@ -89,9 +89,9 @@ class Service:
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal, unless it has just ended."""
-        if self._process is not None:
+        if self.alive:
             with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(number)
+                os.kill(self.pid, number)  # asyncio's own way may take the exit code away from itself
 
     def expect_end(self) -> None:
         """From now on its end is as it should be, until it is started again."""
@@ -220,7 +220,7 @@ class Broker:
     def __init__(self) -> None:
         self.config = BrokerConfig()
         self._port = 0
-        self._pid = 0
+        self._embedded: EmbeddedBroker | None = None
         self._running = AsyncExitStack()
 
     async def start(self) -> None:
@@ -230,7 +230,7 @@ class Broker:
             BrokerError: Mosquitto is not installed, or does not start.
         """
         broker = await self._running.enter_async_context(embedded_broker(port=self._port, program="mosquitto"))
-        self.config, self._port, self._pid = broker.config, broker.config.port, broker.pid
+        self.config, self._port, self._embedded = broker.config, broker.config.port, broker
 
     async def stop(self) -> None:
         """SIGTERM."""
@@ -238,6 +238,8 @@ class Broker:
 
     async def kill(self) -> None:
         """SIGKILL: nothing is said to anybody, nothing is kept."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._pid, signal.SIGKILL)
+        assert self._embedded is not None
+        with contextlib.suppress(ProcessLookupError, BrokerError):
+            os.kill(self._embedded.pid, signal.SIGKILL)
+            await self._embedded.watch()
         await self._running.aclose()

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import itertools
 import logging
 import socket
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from meerkat_mq.mqtt.tls import Context, client_context
 _NODELAY = (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 _BAD_CLIENT_ID, _BAD_USER, _NOT_AUTHORISED = 133, 134, 135
 _REFUSED_SUBSCRIPTION = 0x80
+_MESSAGES_A_WAKE_UP = 64
 _CLOCK = ("expired", "not yet valid")  # a node without a clock battery gets over that
 
 
@@ -35,6 +37,7 @@ class _Client(aiomqtt.Client):
         super().__init__(*args, **kwargs)
         self.connector_done = asyncio.Event()
         self.pending_calls_threshold = 2**16
+        self.taken = 0
 
     @property
     def refused(self) -> bool:
@@ -62,6 +65,23 @@ class _Client(aiomqtt.Client):
 
         self._client.on_disconnect = on_disconnect
 
+    def _on_socket_open(self, client: Any, userdata: Any, sock: Any) -> None:
+        """As aiomqtt does, but a wake-up reads more than one message, where more are there: answers come in bursts."""
+        super()._on_socket_open(client, userdata, sock)
+
+        def read() -> None:
+            try:
+                for number in itertools.count(1):
+                    taken = self.taken
+                    client.loop_read()
+                    if not _decrypted(client.socket()) and (self.taken == taken or number >= _MESSAGES_A_WAKE_UP):
+                        break
+            except Exception as error:  # a broken connection, whatever it says
+                if not self._disconnected.done():
+                    self._disconnected.set_exception(error)
+
+        self._loop.call_soon_threadsafe(self._loop.add_reader, sock.fileno(), read)
+
     def _on_socket_register_write(self, client: Any, userdata: Any, sock: Any) -> None:
         """As aiomqtt does, but the loop, when it comes to it, looks whether the socket was closed meanwhile."""
 
@@ -84,6 +104,11 @@ class _Client(aiomqtt.Client):
             super()._client_connect()
         finally:
             self._loop.call_soon_threadsafe(self.connector_done.set)
+
+
+def _decrypted(sock: Any) -> bool:
+    """Whether bytes are there that no wake-up would come for: TLS has taken them off the socket."""
+    return hasattr(sock, "pending") and sock.pending() > 0
 
 
 class _Handover(asyncio.Queue[aiomqtt.Message]):
@@ -243,6 +268,8 @@ class Connection:
 
     def _take(self, raw: aiomqtt.Message) -> None:
         """Runs inside paho's read: must not raise, nor call into paho."""
+        if self._client is not None:
+            self._client.taken += 1
         if self._on_message is None:
             return
         try:

@@ -215,9 +215,14 @@ class CommitSlot:
 
 @dataclass(frozen=True, slots=True)
 class CommitUpdate:
-    """Keep an update, grouped with others; answered by UpdatesCommitted."""
+    """Keep an update, grouped with others; answered by UpdatesCommitted.
+
+    Attributes:
+        last: no other update is awaited: commit at once.
+    """
 
     record: UpdateRecord
+    last: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,30 +1,10 @@
 """A node's machine: follows the head of the ledger, and steps when it is asked."""
 
 from dataclasses import dataclass, replace
-from functools import singledispatchmethod
 
 from meerkat_mq.core.path import NO_DIGEST, Entry
 from meerkat_mq.errors import RunMismatch
-from meerkat_mq.rounds.events import (
-    ApplyEntries,
-    Connected,
-    Count,
-    End,
-    EntriesApplied,
-    FetchSnapshot,
-    FrameCame,
-    NodeEffect,
-    NodeEvent,
-    PublishStatus,
-    ResetTheta,
-    Send,
-    ServerCame,
-    SnapshotLoaded,
-    SnapshotMissed,
-    StartSteps,
-    StepsDone,
-    Tick,
-)
+from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.policy import lane_of
 from meerkat_mq.wire.frames import Entries, Header, Offer, Reason, Refusal, Round, Update, Want, Welcome
 
@@ -34,7 +14,7 @@ RESYNCHRONISATIONS = 3
 
 @dataclass(frozen=True, slots=True)
 class _Done:
-    task: StartSteps
+    task: e.StartSteps
     scalars: tuple[float, ...]
     loss: float
 
@@ -68,11 +48,11 @@ class NodeMachine:
         self._uninformed = True
         self._answered = False
         self._done: _Done | None = None
-        self._busy: ApplyEntries | FetchSnapshot | StartSteps | None = None
+        self._busy: e.ApplyEntries | e.FetchSnapshot | e.StartSteps | None = None
         self._greet_at = now + RETRY_S
         self._ask_at = now
         self._digests_refused = 0
-        self._effects: list[NodeEffect] = []
+        self._effects: list[e.NodeEffect] = []
         self.slot: int | None = None
         self._stand_at_theta_0()
 
@@ -98,7 +78,7 @@ class NodeMachine:
     def _behind(self) -> bool:
         return self._frame is not None and self._frame.header.version > self.version
 
-    def handle(self, event: NodeEvent) -> list[NodeEffect]:
+    def handle(self, event: e.NodeEvent) -> list[e.NodeEffect]:
         """Take one event; returns the effects to carry out, in order."""
         self._on(event)
         self._advance(event.now)
@@ -106,29 +86,38 @@ class NodeMachine:
         return effects
 
     def _count(self, reason: str) -> None:
-        self._effects.append(Count(reason))
+        self._effects.append(e.Count(reason))
 
-    @singledispatchmethod
-    def _on(self, event: NodeEvent) -> None:
-        raise TypeError(f"unknown event {event!r}")
-
-    @_on.register
-    def _(self, event: Tick) -> None:
-        pass
+    def _on(self, event: e.NodeEvent) -> None:
+        match event:
+            case e.FrameCame():
+                self._on_frame_came(event)
+            case e.EntriesApplied():
+                self._on_entries_applied(event)
+            case e.StepsDone():
+                self._on_steps_done(event)
+            case e.Tick():
+                pass
+            case e.ServerCame():
+                self._on_server_came(event)
+            case e.Connected():
+                self._on_connected(event)
+            case e.SnapshotLoaded():
+                self._on_snapshot_loaded(event)
+            case e.SnapshotMissed():
+                self._on_snapshot_missed(event)
 
     # --- servers and connections ---
 
-    @_on.register
-    def _(self, event: Connected) -> None:
+    def _on_connected(self, event: e.Connected) -> None:
         self._uninformed = True
         self._introduce(event.now)
 
     def _introduce(self, now: float) -> None:
         self._greet_at = now + RETRY_S
-        self._effects.append(PublishStatus())
+        self._effects.append(e.PublishStatus())
 
-    @_on.register
-    def _(self, event: ServerCame) -> None:
+    def _on_server_came(self, event: e.ServerCame) -> None:
         state = event.state
         there = state.status in ("online", "finished")
         if state.run != self._run_id.hex():
@@ -152,7 +141,7 @@ class NodeMachine:
         """
         self._count("two servers in a term")
         above = replace(self._header(), term=min(term + 1, 2**32 - 1))
-        self._effects.append(Send(Want(above, self._boot, welcome=True)))
+        self._effects.append(e.Send(Want(above, self._boot, welcome=True)))
 
     def _follow_server(self, now: float) -> None:
         """Forget what another server said: its slots and its round."""
@@ -162,8 +151,7 @@ class NodeMachine:
 
     # --- frames ---
 
-    @_on.register
-    def _(self, event: FrameCame) -> None:
+    def _on_frame_came(self, event: e.FrameCame) -> None:
         frame = event.frame
         if (frame.header.run, frame.header.mask) != (self._header().run, self._header().mask):
             self._count("of another run")
@@ -175,12 +163,20 @@ class NodeMachine:
                 self._rank = (frame.header.term, "")
             self._take(frame)
 
-    @singledispatchmethod
     def _take(self, frame: Round | Welcome | Entries | Offer | Refusal) -> None:
-        raise TypeError(f"unknown frame {frame!r}")
+        match frame:
+            case Round():
+                self._take_round(frame)
+            case Entries():
+                self._take_entries(frame)
+            case Welcome():
+                self._take_welcome(frame)
+            case Offer():
+                self._take_offer(frame)
+            case Refusal():
+                self._take_refusal(frame)
 
-    @_take.register
-    def _(self, frame: Round) -> None:
+    def _take_round(self, frame: Round) -> None:
         known = self._frame.header.version if self._frame is not None else -1
         if frame.header.version < known:
             self._count("old round")
@@ -191,24 +187,20 @@ class NodeMachine:
         if self.slot in frame.heard and frame.header.version == self.version:
             self._digests_refused = 0
 
-    @_take.register
-    def _(self, frame: Welcome) -> None:
+    def _take_welcome(self, frame: Welcome) -> None:
         if frame.boot == self._boot:
             self.slot = frame.slot
 
-    @_take.register
-    def _(self, frame: Entries) -> None:
+    def _take_entries(self, frame: Entries) -> None:
         if self._busy is None:
             self._follow(frame.entries, frame.header.term)
 
-    @_take.register
-    def _(self, frame: Offer) -> None:
+    def _take_offer(self, frame: Offer) -> None:
         if self._busy is None and frame.version > self.version:
-            self._busy = FetchSnapshot(frame)
+            self._busy = e.FetchSnapshot(frame)
             self._effects.append(self._busy)
 
-    @_take.register
-    def _(self, frame: Refusal) -> None:
+    def _take_refusal(self, frame: Refusal) -> None:
         done = self._done is not None and self._done.task.version == frame.header.version == self.version
         if frame.boot != self._boot or not done or self._busy is not None:
             return
@@ -230,7 +222,7 @@ class NodeMachine:
                 return
             head = entry.hash(self._run_id)
         self._trusted_term = term
-        self._busy = ApplyEntries(news)
+        self._busy = e.ApplyEntries(news)
         self._effects.append(self._busy)
 
     def _contradicted(self, term: int) -> None:
@@ -243,7 +235,7 @@ class NodeMachine:
             self._frame = replace(self._frame, entries=())  # refused once, not at every event
 
     def _start_over(self) -> None:
-        self._effects += [Count("resynchronised"), ResetTheta()]
+        self._effects += [e.Count("resynchronised"), e.ResetTheta()]
         self._done = None
         self._ask_at = float("-inf")
         self._stand_at_theta_0()
@@ -256,12 +248,11 @@ class NodeMachine:
                 f"this node does not arrive at the server's theta ({why})",
                 "check NumPy (≥ 2.0) and memory on both machines",
             )
-            self._effects.append(End(error))
+            self._effects.append(e.End(error))
         self._start_over()
 
-    @_on.register
-    def _(self, event: EntriesApplied) -> None:
-        if self._busy != ApplyEntries(event.entries) or len(event.digests) != len(event.entries):
+    def _on_entries_applied(self, event: e.EntriesApplied) -> None:
+        if self._busy != e.ApplyEntries(event.entries) or len(event.digests) != len(event.entries):
             self._count("unexpected answer")
             return
         self._busy = None
@@ -275,10 +266,9 @@ class NodeMachine:
         self._ask_at = float("-inf")
         self._base = next((digest for digest in reversed(event.digests) if digest != NO_DIGEST), self._base)
 
-    @_on.register
-    def _(self, event: SnapshotLoaded) -> None:
+    def _on_snapshot_loaded(self, event: e.SnapshotLoaded) -> None:
         task = self._busy
-        if not isinstance(task, FetchSnapshot) or task.offer.version != event.version:
+        if not isinstance(task, e.FetchSnapshot) or task.offer.version != event.version:
             self._count("unexpected answer")
             return
         self._busy = self._done = None
@@ -286,20 +276,18 @@ class NodeMachine:
         self.version, self._head, self._base = event.version, event.head, event.digest
         self._ask_at = float("-inf")
 
-    @_on.register
-    def _(self, event: SnapshotMissed) -> None:
+    def _on_snapshot_missed(self, event: e.SnapshotMissed) -> None:
         task = self._busy
-        if not isinstance(task, FetchSnapshot) or task.offer.version != event.version:
+        if not isinstance(task, e.FetchSnapshot) or task.offer.version != event.version:
             self._count("unexpected answer")
             return
         self._count("snapshot missed")
         self._busy = None
         self._ask_at = event.now + RETRY_S
 
-    @_on.register
-    def _(self, event: StepsDone) -> None:
+    def _on_steps_done(self, event: e.StepsDone) -> None:
         task = self._busy
-        if not isinstance(task, StartSteps) or task.version != event.version:
+        if not isinstance(task, e.StartSteps) or task.version != event.version:
             self._count("unexpected answer")
             return
         self._busy, self._answered = None, False
@@ -313,7 +301,7 @@ class NodeMachine:
         """Greet, catch up, ask for what lacks, or step."""
         if self._unknown and now >= self._greet_at:
             self._introduce(now)
-            self._effects.append(Send(Want(self._header(), self._boot, welcome=True)))
+            self._effects.append(e.Send(Want(self._header(), self._boot, welcome=True)))
         if self._busy is None and self._frame is not None:
             self._catch_up(self._frame)
         if self._busy is not None:
@@ -322,7 +310,7 @@ class NodeMachine:
             self._answer()
         elif now >= self._ask_at:
             self._ask_at = now + RETRY_S
-            self._effects.append(Send(Want(self._header(), self._boot, entries_from=self.version)))
+            self._effects.append(e.Send(Want(self._header(), self._boot, entries_from=self.version)))
 
     def _catch_up(self, frame: Round) -> None:
         """Follow what the round says of the ledger; see whether a server of another term tells another past."""
@@ -349,16 +337,16 @@ class NodeMachine:
         elif not self._answered:
             self._answered = True
             done = self._done
-            self._effects.append(Send(Update(self._header(), self._boot, self._base[:8], done.loss, done.scalars)))
+            self._effects.append(e.Send(Update(self._header(), self._boot, self._base[:8], done.loss, done.scalars)))
 
-    def _task(self) -> StartSteps | None:
+    def _task(self) -> e.StartSteps | None:
         frame = self._frame
         if frame is None or not frame.is_open or frame.header.version != self.version:
             return None
         if self.slot is None or self.slot not in frame.asked - frame.heard:
             return None
         steps = dict(frame.short).get(self.slot, frame.steps)
-        return StartSteps(self.version, lane_of(self.slot, frame.lanes), steps, frame.eps)
+        return e.StartSteps(self.version, lane_of(self.slot, frame.lanes), steps, frame.eps)
 
     def _header(self) -> Header:
         return Header.of(self._run_id, self._rank[0], self.version, self._mask_hash)

@@ -1,38 +1,10 @@
 """The server's machine: opens rounds, hears updates, closes rounds; commits before it publishes."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import singledispatchmethod
 
 from meerkat_mq.core.path import MAX_WEIGHT, NO_DIGEST, Entry, seed_for
 from meerkat_mq.errors import AnotherServer
-from meerkat_mq.rounds.events import (
-    ApplyTerms,
-    CommitEntry,
-    CommitSlot,
-    CommitUpdate,
-    Count,
-    End,
-    EntryCommitted,
-    KeepSnapshot,
-    PublishRound,
-    PublishState,
-    Reply,
-    SendChunks,
-    SendEntries,
-    ServerEffect,
-    ServerEvent,
-    ServerSeen,
-    SlotCommitted,
-    StatusCame,
-    TakeTerm,
-    TermsApplied,
-    Tick,
-    UpdateCame,
-    UpdateRecord,
-    UpdatesCommitted,
-    Verdict,
-    WantCame,
-)
+from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.guards import Guard, on_arrival
 from meerkat_mq.rounds.policy import (
     RoundSettings,
@@ -71,8 +43,8 @@ class ServerMachine:
         head: bytes | None = None,
         slots: Mapping[str, int] | None = None,
         entries: Sequence[Entry] = (),
-        updates: Sequence[UpdateRecord] = (),
-        past: Iterable[Sequence[UpdateRecord]] = (),
+        updates: Sequence[e.UpdateRecord] = (),
+        past: Iterable[Sequence[e.UpdateRecord]] = (),
     ) -> None:
         """Resume from what the ledger holds.
 
@@ -99,7 +71,7 @@ class ServerMachine:
         self._flagged = dict(self._guard.flagged)
         self._outranked = False
         self._open: OpenRound | None = None
-        self._effects: list[ServerEffect] = []
+        self._effects: list[e.ServerEffect] = []
         self._last_tick = float("-inf")
         self.version = version
 
@@ -122,35 +94,51 @@ class ServerMachine:
         deaths = self._nodes.deaths(current.awaited, self._last_tick)
         return min([current.deadline_at, *current.announce_at[:1], *deaths])
 
-    def start(self, now: float) -> list[ServerEffect]:
+    def start(self, now: float) -> list[e.ServerEffect]:
         """A connection stands: publish where the run stands, and open a round if none is open."""
         if self._open is None:
             self._proceed(now)
         self._announce()
         if self.finished:
-            self._effects.append(PublishState(finished=True))
+            self._effects.append(e.PublishState(finished=True))
         return self._flush()
 
-    def handle(self, event: ServerEvent) -> list[ServerEffect]:
+    def handle(self, event: e.ServerEvent) -> list[e.ServerEffect]:
         """Take one event; returns the effects to carry out, in order."""
         self._on(event)
         return self._flush()
 
-    def _flush(self) -> list[ServerEffect]:
+    def _flush(self) -> list[e.ServerEffect]:
         effects, self._effects = self._effects, []
         return effects
 
     def _count(self, reason: str, node: str = "") -> None:
-        self._effects.append(Count(reason, node))
+        self._effects.append(e.Count(reason, node))
 
-    @singledispatchmethod
-    def _on(self, event: ServerEvent) -> None:
-        raise TypeError(f"unknown event {event!r}")
+    def _on(self, event: e.ServerEvent) -> None:
+        match event:
+            case e.UpdateCame():
+                self._on_update_came(event)
+            case e.UpdatesCommitted():
+                self._on_updates_committed(event)
+            case e.StatusCame():
+                self._on_status_came(event)
+            case e.WantCame():
+                self._on_want_came(event)
+            case e.Tick():
+                self._on_tick(event)
+            case e.TermsApplied():
+                self._on_terms_applied(event)
+            case e.EntryCommitted():
+                self._on_entry_committed(event)
+            case e.SlotCommitted():
+                self._on_slot_committed(event)
+            case e.ServerSeen():
+                self._on_server_seen(event)
 
     # --- nodes come and go ---
 
-    @_on.register
-    def _(self, event: StatusCame) -> None:
+    def _on_status_came(self, event: e.StatusCame) -> None:
         status, node = event.status, self._nodes.get(event.node)
         if status.status == "online" and status.run in (None, self._settings.run_id.hex()):
             if node is None or not node.online or (status.boot, status.link) != (node.boot, node.link):
@@ -169,15 +157,14 @@ class ServerMachine:
             if node is None:
                 self._count("no slot left", name)
                 return
-            self._effects.append(CommitSlot(name, node.slot))
+            self._effects.append(e.CommitSlot(name, node.slot))
         self._nodes.appeared(name)
         node.boot, node.link = status.boot, status.link
         node.weight = min(max(status.rows, 1), MAX_WEIGHT) if self._settings.weigh_by_rows else 1
         if node.welcomed:
             self._welcome(now, name, node)
 
-    @_on.register
-    def _(self, event: SlotCommitted) -> None:
+    def _on_slot_committed(self, event: e.SlotCommitted) -> None:
         node = self._nodes.get(event.node)
         if node is None or node.welcomed:
             self._count("unexpected answer", event.node)
@@ -186,7 +173,7 @@ class ServerMachine:
         self._welcome(event.now, event.node, node)
 
     def _welcome(self, now: float, name: str, node: KnownNode) -> None:
-        self._effects.append(Reply(name, Welcome(self._header(), node.boot, node.slot)))
+        self._effects.append(e.Reply(name, Welcome(self._header(), node.boot, node.slot)))
         current = self._open
         if current is None:
             self._proceed(now)
@@ -206,20 +193,18 @@ class ServerMachine:
             current.needed = min(current.needed, fewer)
         self._close_if_due(now)
 
-    @_on.register
-    def _(self, event: WantCame) -> None:
+    def _on_want_came(self, event: e.WantCame) -> None:
         node = self._nodes.get(event.node)
         self._compare(event.want.header)
         if event.want.welcome and node is not None and node.welcomed:
-            self._effects.append(Reply(event.node, Welcome(self._header(), event.want.boot, node.slot)))
+            self._effects.append(e.Reply(event.node, Welcome(self._header(), event.want.boot, node.slot)))
             self._announce()
         if event.want.entries_from is not None:
-            self._effects.append(SendEntries(event.node, event.want.entries_from))
+            self._effects.append(e.SendEntries(event.node, event.want.entries_from))
         if event.want.blob is not None:
-            self._effects.append(SendChunks(event.node, event.want))
+            self._effects.append(e.SendChunks(event.node, event.want))
 
-    @_on.register
-    def _(self, event: ServerSeen) -> None:
+    def _on_server_seen(self, event: e.ServerSeen) -> None:
         state = event.state
         if state.rank > self._rank:
             error = AnotherServer(
@@ -227,9 +212,9 @@ class ServerMachine:
                 f"a server of term {state.term} on host {state.host} has taken over",
                 "leave it in charge, or stop it and start this one again",
             )
-            self._effects.append(End(error))
+            self._effects.append(e.End(error))
         elif state.rank < self._rank or state.status != ("finished" if self.finished else "online"):
-            self._effects.append(PublishState(self.finished))
+            self._effects.append(e.PublishState(self.finished))
 
     def _compare(self, header: Header) -> None:
         """A node has seen a higher term: a past that neither ledger nor broker tells of any more."""
@@ -237,12 +222,11 @@ class ServerMachine:
             self._count("a term that no server takes")
         elif header.term > self._rank[0] and not self._outranked:
             self._outranked = True
-            self._effects += [Count("nodes have seen a higher term"), TakeTerm(header.term)]
+            self._effects += [e.Count("nodes have seen a higher term"), e.TakeTerm(header.term)]
 
     # --- updates ---
 
-    @_on.register
-    def _(self, event: UpdateCame) -> None:
+    def _on_update_came(self, event: e.UpdateCame) -> None:
         name, update = event.node, event.update
         reason = self._why_dropped(name, update)
         if reason is not None:
@@ -252,26 +236,26 @@ class ServerMachine:
         verdict = on_arrival(update.scalars, update.loss, self._settings.lr)
         if refused is None:
             self._take(name, update, verdict)
-            refused = None if verdict is Verdict.ACCEPTED else Reason.OUT_OF_RANGE
+            refused = None if verdict is e.Verdict.ACCEPTED else Reason.OUT_OF_RANGE
         else:
             self._count(f"refused: {_words(refused)}", name)
         if refused is not None:
-            self._effects.append(Reply(name, Refusal(self._header(), update.boot, refused)))
+            self._effects.append(e.Reply(name, Refusal(self._header(), update.boot, refused)))
 
-    def _take(self, name: str, update: Update, verdict: Verdict) -> None:
+    def _take(self, name: str, update: Update, verdict: e.Verdict) -> None:
         """Keep the update, also one that the guards refuse: it is this node's only one for this version."""
         assert self._open is not None
         self._open.taken.add(name)
         node = self._nodes[name]
-        record = UpdateRecord(
+        record = e.UpdateRecord(
             self.version, name, node.slot, update.boot, node.weight, update.scalars, update.loss, verdict
         )  # fmt: skip
         self._count_refused([record])
-        self._effects.append(CommitUpdate(record))
+        self._effects.append(e.CommitUpdate(record, last=len(self._open.taken) == len(self._open.asked)))
 
-    def _count_refused(self, records: Iterable[UpdateRecord]) -> None:
+    def _count_refused(self, records: Iterable[e.UpdateRecord]) -> None:
         for record in records:
-            if record.verdict is not Verdict.ACCEPTED:
+            if record.verdict is not e.Verdict.ACCEPTED:
                 self._count(f"refused: {_words(record.verdict)}", record.node)
 
     def _why_dropped(self, name: str, update: Update) -> str | None:
@@ -299,8 +283,7 @@ class ServerMachine:
         lane = lane_of(self._nodes[name].slot, self._settings.lanes)
         return tuple(seed_for(self._settings.run_id, self.version, lane, step) for step in range(self._settings.steps))
 
-    @_on.register
-    def _(self, event: UpdatesCommitted) -> None:
+    def _on_updates_committed(self, event: e.UpdatesCommitted) -> None:
         current = self._open
         if current is None or current.closing:
             return
@@ -311,8 +294,7 @@ class ServerMachine:
 
     # --- rounds open and close ---
 
-    @_on.register
-    def _(self, event: Tick) -> None:
+    def _on_tick(self, event: e.Tick) -> None:
         self._last_tick = event.now
         self._close_if_due(event.now)
         if self._open is not None and self._open.announcement_due(event.now):
@@ -347,7 +329,7 @@ class ServerMachine:
         current.judged, current.overdue = self._guard.judge(heard), overdue
         self._count_refused(new for old, new in zip(heard, current.judged, strict=True) if new.verdict != old.verdict)
         current.terms = terms_of(current.judged, self._settings)
-        self._effects.append(ApplyTerms(self.version, current.terms))
+        self._effects.append(e.ApplyTerms(self.version, current.terms))
 
     def _extend(self, current: OpenRound, now: float) -> None:
         """Below quorum: nothing is written; ask everybody at hand, and wait longer."""
@@ -358,17 +340,15 @@ class ServerMachine:
         self._count("round extended")
         self._announce()
 
-    @_on.register
-    def _(self, event: TermsApplied) -> None:
+    def _on_terms_applied(self, event: e.TermsApplied) -> None:
         current = self._open
         if current is None or current.terms is None or current.entry is not None or event.version != self.version:
             self._count("unexpected answer")
             return
         current.entry = Entry(self.version, current.terms, self._head, event.digest)
-        self._effects.append(CommitEntry(current.entry, current.judged, len(current.asked), current.overdue))
+        self._effects.append(e.CommitEntry(current.entry, current.judged, len(current.asked), current.overdue))
 
-    @_on.register
-    def _(self, event: EntryCommitted) -> None:
+    def _on_entry_committed(self, event: e.EntryCommitted) -> None:
         entry = self._open.entry if self._open is not None else None
         if entry is None or event.version != entry.version:
             self._count("unexpected answer")
@@ -380,13 +360,13 @@ class ServerMachine:
         self._open = None
         self._remember(event.records)
         if snapshot_due(self.version, self._settings):
-            self._effects.append(KeepSnapshot(self.version, self._head))
+            self._effects.append(e.KeepSnapshot(self.version, self._head))
         self._proceed(event.now)
         self._announce()
         if self.finished:
-            self._effects.append(PublishState(finished=True))
+            self._effects.append(e.PublishState(finished=True))
 
-    def _remember(self, records: Sequence[UpdateRecord]) -> None:
+    def _remember(self, records: Sequence[e.UpdateRecord]) -> None:
         self._guard.remember(records)
         before, self._flagged = self._flagged, dict(self._guard.flagged)
         for node, verdict in self._flagged.items():
@@ -402,8 +382,8 @@ class ServerMachine:
         """Publish the round, unless it is closing: the next one is soon there."""
         if self._open is None or not self._open.closing:
             frame = round_frame(self._header(), self._settings, self._open, self._entries)
-            self._effects.append(PublishRound(frame))
+            self._effects.append(e.PublishRound(frame))
 
 
-def _words(name: Reason | Verdict) -> str:
+def _words(name: Reason | e.Verdict) -> str:
     return name.name.lower().replace("_", " ")

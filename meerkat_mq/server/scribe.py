@@ -5,6 +5,7 @@ import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, TypeVarTuple
 
@@ -20,6 +21,7 @@ from meerkat_mq.wire.frames import MAX_FRAME_BYTES, encode_entry
 from meerkat_mq.wire.messages import Chunk, Entries, Header, Offer
 
 REPLY_BYTES = MAX_FRAME_BYTES // 2
+GROUP_S = 0.05
 TERM_PAUSE_S = 1.0  # between one term and the next: nobody can make a server write terms without end
 
 Args = TypeVarTuple("Args")
@@ -65,7 +67,7 @@ class Desk(Protocol):
 class Scribe:
     """Takes the machine's effects on the ledger and theta, and answers each.
 
-    Whatever came while the ledger was busy is committed as one group.
+    Updates are committed in groups: all of a round where everybody answers, else what came within 50 ms.
 
     Attributes:
         server_id: random, one a process; 16 hex digits.
@@ -108,9 +110,7 @@ class Scribe:
             AnotherServer: the ledger holds another server's term.
         """
         while True:
-            waiting = [await self._queue.get()]
-            while not self._queue.empty():
-                waiting.append(self._queue.get_nowait())
+            waiting = await self._gather()
             await self._commit(desk, [work for work in waiting if isinstance(work, Commit)])
             for task in _distinct([work for work in waiting if isinstance(work, Task)]):
                 await self._do(desk, task)
@@ -118,6 +118,17 @@ class Scribe:
                     break  # what is left was asked for by a machine that is no more
             for _ in waiting:
                 self._queue.task_done()
+
+    async def _gather(self) -> list[Work]:
+        """What came since the last time; what can wait for more does, for a moment."""
+        waiting = [await self._queue.get()]
+        with suppress(TimeoutError):
+            async with asyncio.timeout(GROUP_S):
+                while _can_wait(waiting[-1]):
+                    waiting.append(await self._queue.get())
+        while not self._queue.empty():
+            waiting.append(self._queue.get_nowait())
+        return waiting
 
     async def _off_the_loop(self, function: Callable[[*Args], Result], *args: *Args) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._worker, function, *args)
@@ -205,6 +216,11 @@ class Scribe:
         self.committed = (self._replica.version, self._replica.theta)
         self._snapshots.sweep()
         return term, resumed(self._ledger, self._run, term=term, server_id=self.server_id)
+
+
+def _can_wait(work: Work) -> bool:
+    """Whether nobody waits for this to be kept."""
+    return isinstance(work, KeepSightings | KeepMetrics) or (isinstance(work, e.CommitUpdate) and not work.last)
 
 
 def _distinct(tasks: Sequence[Task]) -> list[Task]:

@@ -18,15 +18,23 @@ class Reader:
         """Bytes not read yet."""
         return len(self._data) - self._offset
 
-    def take(self, count: int) -> memoryview:
-        """The next `count` bytes, as a view.
+    def peek(self, count: int) -> memoryview:
+        """The next `count` bytes, as a view; they stay the next.
 
         Raises:
             Truncated: fewer are left.
         """
         if count > self.left:
             raise Truncated("frame", f"ends {count - self.left} bytes early")
-        part = self._data[self._offset : self._offset + count]
+        return self._data[self._offset : self._offset + count]
+
+    def take(self, count: int) -> memoryview:
+        """The next `count` bytes, as a view.
+
+        Raises:
+            Truncated: fewer are left.
+        """
+        part = self.peek(count)
         self._offset += count
         return part
 

@@ -218,7 +218,7 @@ async def test_a_ledger_goes_on_under_its_own_rules_only(federation: Federation)
 async def test_a_ledger_that_cannot_be_written_any_more_ends_the_server_in_words(federation: Federation) -> None:
     nodes = start_nodes(federation)
     full = federation.server(
-        rounds=ROUNDS, toy_weights=50, module="tests.server.full_disk", environment={"MEERKAT_DISK": "200000"}
+        rounds=ROUNDS, toy_weights=50, module="tests.server.full_disk", environment={"MEERKAT_DISK": "500000"}
     )
     await full.failed(6, LEDGER_FILE, "start the server again: it goes on where it was")
     seen = federation.eye.version

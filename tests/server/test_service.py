@@ -5,6 +5,7 @@ import contextlib
 import threading
 from collections.abc import AsyncIterator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
 from meerkat_mq.server.recovery import recovered
 from meerkat_mq.server.run import Run, prepare_run
-from meerkat_mq.server.scribe import KeepMetrics, Scribe
+from meerkat_mq.server.scribe import GROUP_S, KeepMetrics, Scribe
 from meerkat_mq.server.server import Server
 from meerkat_mq.server.snapshots import Snapshots
 from meerkat_mq.server.watch import Watch
@@ -105,10 +106,10 @@ async def working(office: Office) -> AsyncIterator[Office]:
 
 async def test_updates_that_come_while_the_ledger_is_busy_are_one_group_and_heard_only_then(working: Office) -> None:
     scribe, ledger, told = working.scribe, working.ledger, working.desk.told
-    scribe.put(e.CommitUpdate(record(0)))
+    scribe.put(e.CommitUpdate(record(0), last=True))
     await until(lambda: ledger.sizes)
     for slot in (1, 2):
-        scribe.put(e.CommitUpdate(record(slot)))
+        scribe.put(e.CommitUpdate(record(slot), last=True))
     scribe.put(KeepMetrics(0, {"loss": 2.0}))
     scribe.put(e.ApplyTerms(0, (Term(0, 0, 0.5),)))
     assert told == []
@@ -122,12 +123,28 @@ async def test_updates_that_come_while_the_ledger_is_busy_are_one_group_and_hear
     assert working.scribe.committed[0] == 0
 
 
+async def test_updates_wait_for_the_last_of_their_round_but_not_for_long(working: Office) -> None:
+    scribe, ledger, told = working.scribe, working.ledger, working.desk.told
+    ledger.free.set()
+    clock = asyncio.get_running_loop().time
+    for slot in range(3):
+        await asyncio.sleep(0.005)
+        scribe.put(e.CommitUpdate(record(slot), last=slot == 2))
+    await until(lambda: told)
+    assert ledger.sizes == [3]
+    told.clear()
+    began = clock()
+    scribe.put(e.CommitUpdate(replace(record(0), version=1), last=False))
+    await until(lambda: told)
+    assert GROUP_S <= clock() - began < 10 * GROUP_S
+
+
 async def test_a_new_term_takes_theta_back_to_what_is_committed_and_leaves_the_old_machines_work(
     working: Office,
 ) -> None:
     working.ledger.free.set()
     before = working.scribe.committed
-    working.scribe.put(e.CommitUpdate(record(0)))
+    working.scribe.put(e.CommitUpdate(record(0), last=True))
     working.scribe.put(e.ApplyTerms(0, (Term(0, 0, 0.5),)))
     working.scribe.put(e.TakeTerm(40))
     working.scribe.put(e.ApplyTerms(0, (Term(0, 0, 0.5),)))
