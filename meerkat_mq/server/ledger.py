@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+import struct
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from meerkat_mq.core.path import Entry
-from meerkat_mq.errors import AnotherServer
+from meerkat_mq.errors import AnotherServer, LedgerError, WireError
 from meerkat_mq.rounds.events import UpdateRecord
 from meerkat_mq.server import ledger_file
 from meerkat_mq.server.ledger_rows import update_record, update_row
@@ -285,8 +286,15 @@ class Ledger:
         query = "SELECT entry, term, closed, asked, overdue FROM entries WHERE version >= ? ORDER BY version LIMIT ?"
         rows = self._rows(query, first, limit)
         return tuple(
-            Closed(decode_entry(entry), term, at, asked, bool(overdue)) for entry, term, at, asked, overdue in rows
+            Closed(self._entry(entry), term, at, asked, bool(overdue)) for entry, term, at, asked, overdue in rows
         )
+
+    def _entry(self, data: bytes) -> Entry:
+        try:
+            return decode_entry(data)
+        except WireError as error:
+            problem = f"holds an entry that is none ({error})"
+            raise LedgerError(str(self.path), problem, "restore the ledger from a backup") from error
 
     def stretch(self, first: int) -> tuple[int, int]:
         """How many entries there are from version `first` on, and their encoded bytes."""
@@ -295,7 +303,14 @@ class Ledger:
 
     def records(self, version: int) -> tuple[UpdateRecord, ...]:
         """The updates of a version, by slot."""
-        return tuple(map(update_record, self._rows(_UPDATES, version, version + 1)))
+        return self._updates(version, version + 1)
+
+    def _updates(self, first: int, end: int) -> tuple[UpdateRecord, ...]:
+        try:
+            return tuple(map(update_record, self._rows(_UPDATES, first, end)))
+        except (ValueError, TypeError, struct.error) as error:
+            problem = f"versions {first} to {end - 1} hold an update that is none ({error})"
+            raise LedgerError(str(self.path), problem, "restore the ledger from a backup") from error
 
     def open_updates(self) -> tuple[UpdateRecord, ...]:
         """The updates of the open round."""
@@ -304,7 +319,7 @@ class Ledger:
     def past(self, window: int) -> list[tuple[UpdateRecord, ...]]:
         """The updates of the newest closed rounds, oldest first."""
         version = self.version
-        records = map(update_record, self._rows(_UPDATES, version - window, version))
+        records = self._updates(version - window, version)
         return [tuple(group) for _, group in groupby(records, key=lambda record: record.version)]
 
     def slots(self) -> dict[str, int]:

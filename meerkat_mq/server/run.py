@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from meerkat_mq.config import ServerConfig
+from meerkat_mq.config import GuardsConfig, RoundsConfig, ServerConfig
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.toy import toy_mask
 from meerkat_mq.errors import ConfigError, RunMismatch, within
@@ -56,26 +56,6 @@ def prepare_run(config: ServerConfig, begun: RunDescriptor | None = None) -> Run
     run_id = begun.run_id if begun else secrets.token_bytes(16)
     by_default = begun.directions if begun else default_lanes(rounds.min_nodes, rounds.fraction)
     lanes = rounds.directions or by_default
-    settings = RoundSettings(
-        run_id=run_id,
-        mask_hash=mask.hash,
-        count=rounds.count,
-        steps=rounds.local_steps,
-        lanes=lanes,
-        lr=rounds.lr,
-        eps=rounds.eps,
-        min_nodes=rounds.min_nodes,
-        fraction=rounds.fraction,
-        quorum=rounds.quorum,
-        deadline_s=rounds.deadline_s,
-        grace_s=rounds.grace_s,
-        weigh_by_rows=rounds.weigh_by_rows,
-        aggregate=rounds.aggregate,
-        trim=rounds.trim,
-        snapshot_every=rounds.snapshot_every,
-        digest_every=rounds.digest_every,
-        guards=config.guards,
-    )
     blob = encode_mask(mask)
     chunks = split(Header.of(run_id, 0, 0, mask.hash), mask.hash, blob)
     descriptor = RunDescriptor(
@@ -101,7 +81,35 @@ def prepare_run(config: ServerConfig, begun: RunDescriptor | None = None) -> Run
         digest_every=rounds.digest_every,
     )
     rules = {"rounds": rounds.model_dump(mode="json"), "guards": config.guards.model_dump(mode="json")}
-    return Run(descriptor, settings, mask, blob, rules)
+    return Run(descriptor, round_settings(descriptor, rounds, config.guards), mask, blob, rules)
+
+
+def round_settings(run: RunDescriptor, rounds: RoundsConfig, guards: GuardsConfig) -> RoundSettings:
+    """What rules a run's rounds: the descriptor says what is fixed, the configuration the rest.
+
+    Raises:
+        ConfigError: more lanes than nodes are asked for.
+    """
+    return RoundSettings(
+        run_id=run.run_id,
+        mask_hash=run.mask_hash,
+        count=run.rounds,
+        steps=run.local_steps,
+        lanes=run.directions,
+        lr=run.lr,
+        eps=run.eps,
+        min_nodes=rounds.min_nodes,
+        fraction=rounds.fraction,
+        quorum=rounds.quorum,
+        deadline_s=rounds.deadline_s,
+        grace_s=rounds.grace_s,
+        weigh_by_rows=rounds.weigh_by_rows,
+        aggregate=rounds.aggregate,
+        trim=rounds.trim,
+        snapshot_every=rounds.snapshot_every,
+        digest_every=run.digest_every,
+        guards=guards,
+    )
 
 
 def check_same(run: Run, begun: RunDescriptor, rules: Mapping[str, Any], ledger: str) -> None:

@@ -21,6 +21,7 @@ from meerkat_mq.rounds.guards import on_arrival
 from meerkat_mq.rounds.policy import RoundSettings, terms_of
 from meerkat_mq.server.files import DIFFERENCE_FILE, mask_file, snapshot_file
 from meerkat_mq.server.ledger import LEDGER_FILE, KeptSnapshot, Ledger
+from meerkat_mq.server.run import round_settings
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.difference import Difference
 from meerkat_mq.wire.snapshot import decode_snapshot
@@ -110,26 +111,7 @@ def settings_of(run: RunDescriptor, rules: Mapping[str, Any]) -> RoundSettings:
     """
     rounds = check_config(rules.get("rounds"), RoundsConfig, where="ledger: rounds")
     guards = check_config(rules.get("guards"), GuardsConfig, where="ledger: guards")
-    return RoundSettings(
-        run_id=run.run_id,
-        mask_hash=run.mask_hash,
-        count=run.rounds,
-        steps=run.local_steps,
-        lanes=run.directions,
-        lr=run.lr,
-        eps=run.eps,
-        min_nodes=rounds.min_nodes,
-        fraction=rounds.fraction,
-        quorum=rounds.quorum,
-        deadline_s=rounds.deadline_s,
-        grace_s=rounds.grace_s,
-        weigh_by_rows=rounds.weigh_by_rows,
-        aggregate=rounds.aggregate,
-        trim=rounds.trim,
-        snapshot_every=rounds.snapshot_every,
-        digest_every=run.digest_every,
-        guards=guards,
-    )
+    return round_settings(run, rounds, guards)
 
 
 @contextmanager
