@@ -18,7 +18,7 @@ def command(
     replace: Annotated[bool, typer.Option("--replace", help="Take over from a server that is online.")] = False,
     once: Annotated[bool, typer.Option("--once", help="End with the run; exit code 6 if too few nodes come.")] = False,
     json_logs: Annotated[bool | None, typer.Option(help="Log JSON lines; default: unless on a terminal.")] = None,
-    log_level: Annotated[LogLevel, typer.Option(help="Least level to log.")] = LogLevel.INFO,
+    log_level: Annotated[LogLevel, typer.Option(help="Least level to log.", case_sensitive=False)] = LogLevel.INFO,
 ) -> None:
     """Run the server until SIGTERM, or, with --once, until its run is finished."""
     configure_logs(as_json=json_logs, level=log_level)

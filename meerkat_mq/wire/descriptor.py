@@ -129,7 +129,7 @@ class ServerState(ControlMessage):
 
     @property
     def rank(self) -> tuple[int, str]:
-        """Nodes follow the highest."""
+        """A server that sees a higher one ends."""
         return (self.term, self.server_id)
 
 
