@@ -66,37 +66,37 @@ class _Client(aiomqtt.Client):
         self._client.on_disconnect = on_disconnect
 
     def _on_socket_open(self, client: Any, userdata: Any, sock: Any) -> None:
-        """As aiomqtt does, but a wake-up reads more than one message, where more are there: answers come in bursts."""
-        super()._on_socket_open(client, userdata, sock)
+        """As aiomqtt does, but a wake-up reads all that a burst of answers brought."""
 
         def read() -> None:
-            try:
-                for number in itertools.count(1):
-                    taken = self.taken
-                    client.loop_read()
-                    if not _decrypted(client.socket()) and (self.taken == taken or number >= _MESSAGES_A_WAKE_UP):
-                        break
-            except Exception as error:  # a broken connection, whatever it says
-                if not self._disconnected.done():
-                    self._disconnected.set_exception(error)
+            for number in itertools.count(1):
+                taken = self.taken
+                client.loop_read()
+                if not _decrypted(client.socket()) and (self.taken == taken or number >= _MESSAGES_A_WAKE_UP):
+                    break
 
-        self._loop.call_soon_threadsafe(self._loop.add_reader, sock.fileno(), read)
+        def attend() -> None:
+            self._attend(sock, self._loop.add_reader, read)
+            self._misc_task = self._loop.create_task(self._misc_loop())
+
+        self._loop.call_soon_threadsafe(attend)
 
     def _on_socket_register_write(self, client: Any, userdata: Any, sock: Any) -> None:
-        """As aiomqtt does, but the loop, when it comes to it, looks whether the socket was closed meanwhile."""
+        """As aiomqtt does, but see `_attend`."""
+        self._loop.call_soon_threadsafe(self._attend, sock, self._loop.add_writer, client.loop_write)
 
-        def write() -> None:
+    def _attend(self, sock: Any, add: Callable[[int, Callable[[], None]], object], work: Callable[[], object]) -> None:
+        """Do this whenever the socket is ready; it may have been closed before the loop came to it."""
+
+        def attempt() -> None:
             try:
-                client.loop_write()
+                work()
             except Exception as error:  # a broken connection, whatever it says
                 if not self._disconnected.done():
                     self._disconnected.set_exception(error)
 
-        def register() -> None:
-            if sock.fileno() >= 0:
-                self._loop.add_writer(sock.fileno(), write)
-
-        self._loop.call_soon_threadsafe(register)
+        if sock.fileno() >= 0:
+            add(sock.fileno(), attempt)
 
     def _client_connect(self) -> None:  # runs in a thread that nothing can interrupt
         self._client.connect_timeout = self.timeout
