@@ -18,6 +18,7 @@ from meerkat_mq.mqtt.timeouts import Timeouts
 from meerkat_mq.mqtt.tls import Context, client_context
 
 _NODELAY = (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+_DISCONNECT = b"\xe0\x00"
 _BAD_CLIENT_ID, _BAD_USER, _NOT_AUTHORISED = 133, 134, 135
 _REFUSED_SUBSCRIPTION = 0x80
 _MESSAGES_A_WAKE_UP = 64
@@ -52,6 +53,19 @@ class _Client(aiomqtt.Client):
             self._disconnected.set_result(None)
         elif not self._disconnected.cancelled():
             self._disconnected.exception()  # nobody else may ask, and asyncio would log it as never retrieved
+
+    async def leave(self) -> None:
+        """Send DISCONNECT, and read on until the broker closes.
+
+        paho closes at once, which with anything unread resets the connection: the broker might never read the
+        DISCONNECT, and publish the will.
+        """
+        sock = self._client.socket()
+        if sock is None or self._client.want_write():
+            await self.__aexit__(None, None, None)
+        else:
+            sock.send(_DISCONNECT)
+            await asyncio.wait({self._disconnected}, timeout=self.timeout)
 
     def tell_end(self, tell: Callable[[str], None]) -> None:
         """Hook into paho's end of a connection: aiomqtt is deaf to it before CONNACK."""
@@ -233,8 +247,8 @@ class Connection:
         self.mute()
         if orderly and self._watcher is not None and self._client is not None:
             self._client.timeout = self._timeouts.flush_s
-            with contextlib.suppress(aiomqtt.MqttError):  # a dead link
-                await self._client.__aexit__(None, None, None)
+            with contextlib.suppress(aiomqtt.MqttError, OSError):  # a dead link
+                await self._client.leave()
         if self._client is not None:
             self._client.drop()
         if self._context is not None:
