@@ -11,7 +11,7 @@ from meerkat_mq.config import GuardsConfig
 from meerkat_mq.core.path import Entry, Term, coefficient
 from meerkat_mq.errors import ConfigError
 from meerkat_mq.rounds.events import UpdateRecord, Verdict
-from meerkat_mq.wire.frames import encode_entry
+from meerkat_mq.wire.frames import entry_bytes
 
 DEADLINE_CAP = 10
 ANNOUNCE_AT = (0.25, 0.5, 0.75)
@@ -149,6 +149,6 @@ def trimmed(records: Sequence[UpdateRecord], step: int, trim: float) -> Sequence
 def newest_that_fit(entries: Sequence[Entry], limit: int = ROUND_ENTRY_BYTES) -> tuple[Entry, ...]:
     """The longest run of newest entries that encodes to at most `limit` bytes."""
     size, first = 0, len(entries)
-    while first > 0 and (size := size + len(encode_entry(entries[first - 1]))) <= limit:
+    while first > 0 and (size := size + entry_bytes(entries[first - 1])) <= limit:
         first -= 1
     return tuple(entries[first:])

@@ -22,7 +22,8 @@ from meerkat_mq.wire.descriptor import NodeStatus
 from meerkat_mq.wire.frames import Header, Reason, Refusal, Update, Welcome
 
 LAST_ATTEMPT = 2**16 - 1
-HIGHEST_TERM = 2**32 - 2**16  # no run gets there: a forged one must not use up the last
+HIGHEST_TERM = 2**32 - 2**16
+LARGEST_STEP = 2**16  # between two terms: one forged want must not use them all up
 
 
 class ServerMachine:
@@ -218,7 +219,7 @@ class ServerMachine:
 
     def _compare(self, header: Header) -> None:
         """A node has seen a higher term: a past that neither ledger nor broker tells of any more."""
-        if header.term > HIGHEST_TERM:
+        if header.term >= min(HIGHEST_TERM, self._rank[0] + LARGEST_STEP):
             self._count("a term that no server takes")
         elif header.term > self._rank[0] and not self._outranked:
             self._outranked = True

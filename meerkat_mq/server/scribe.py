@@ -17,10 +17,12 @@ from meerkat_mq.server.ledger import Ledger, Sighting
 from meerkat_mq.server.recovery import follow, resumed
 from meerkat_mq.server.run import Run
 from meerkat_mq.server.snapshots import Snapshots
-from meerkat_mq.wire.frames import MAX_FRAME_BYTES, encode_entry
+from meerkat_mq.wire.frames import MAX_FRAME_BYTES, entry_bytes
 from meerkat_mq.wire.messages import Chunk, Entries, Header, Offer
 
 REPLY_BYTES = MAX_FRAME_BYTES // 2
+REPLY_ENTRIES = 1000
+WANTS = 4096
 GROUP_S = 0.05
 TERM_PAUSE_S = 1.0  # between one term and the next: nobody can make a server write terms without end
 
@@ -43,9 +45,15 @@ class KeepMetrics:
     metrics: Mapping[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """A want was added to those that wait."""
+
+
 Commit = e.CommitSlot | e.CommitUpdate | e.CommitEntry | KeepSightings | KeepMetrics
-Task = e.ApplyTerms | e.KeepSnapshot | e.SendEntries | e.SendChunks | e.TakeTerm
-Work = Commit | Task
+Task = e.ApplyTerms | e.KeepSnapshot | e.TakeTerm
+Want = e.SendEntries | e.SendChunks
+Work = Commit | Task | _Wanted
 
 
 class Desk(Protocol):
@@ -67,7 +75,8 @@ class Desk(Protocol):
 class Scribe:
     """Takes the machine's effects on the ledger and theta, and answers each.
 
-    Updates are committed in groups: all of a round where everybody answers, else what came within 50 ms.
+    Updates are committed in groups: all of a round where everybody answers, else what came within 50 ms. Between two
+    groups one want is answered, so nobody's wants hold up the rounds; of a node's wants of one kind the newest counts.
 
     Attributes:
         server_id: random, one a process; 16 hex digits.
@@ -84,10 +93,15 @@ class Scribe:
         self._worker = worker
         self._term_at = float("-inf")
         self._queue: asyncio.Queue[Work] = asyncio.Queue()
+        self._wants: dict[tuple[type[Want], str], Want] = {}
 
-    def put(self, work: Work) -> None:
-        """Queue an effect."""
-        self._queue.put_nowait(work)
+    def put(self, work: Commit | Task | Want) -> None:
+        """Queue an effect; of wants no more than 4,096, since a node asks again."""
+        if not isinstance(work, Want):
+            self._queue.put_nowait(work)
+        elif (key := (type(work), work.node)) in self._wants or len(self._wants) < WANTS:
+            self._wants[key] = work
+            self._queue.put_nowait(_Wanted())
 
     async def idle(self) -> None:
         """Wait until all that was queued is done."""
@@ -112,15 +126,19 @@ class Scribe:
         while True:
             waiting = await self._gather()
             await self._commit(desk, [work for work in waiting if isinstance(work, Commit)])
-            for task in _distinct([work for work in waiting if isinstance(work, Task)]):
+            for task in [work for work in waiting if isinstance(work, Task)]:
                 await self._do(desk, task)
                 if isinstance(task, e.TakeTerm):
                     break  # what is left was asked for by a machine that is no more
+            if self._wants:
+                await self._answer(desk, self._wants.pop(next(iter(self._wants))))
             for _ in waiting:
                 self._queue.task_done()
 
     async def _gather(self) -> list[Work]:
         """What came since the last time; what can wait for more does, for a moment."""
+        if self._wants and self._queue.empty():
+            return []
         waiting = [await self._queue.get()]
         with suppress(TimeoutError):
             async with asyncio.timeout(GROUP_S):
@@ -177,17 +195,20 @@ class Scribe:
                 desk.handle(e.TermsApplied(now(), version, after))
             case e.KeepSnapshot(version, head):
                 await self._off_the_loop(self._snapshots.keep, version, head, self._replica.theta)
-            case e.SendEntries(node, first):
-                answer = await self._off_the_loop(self._help, desk.header(), first)
-                if answer is not None:
-                    desk.reply(node, answer)
-            case e.SendChunks(node, want):
-                for chunk in await self._off_the_loop(list, self._snapshots.chunks(desk.header(), want)):
-                    desk.reply(node, chunk)
             case e.TakeTerm(above):
                 await asyncio.sleep(self._term_at - now())
                 self._term_at = now() + TERM_PAUSE_S
                 desk.took_term(*await self._off_the_loop(self._take_term, above))
+
+    async def _answer(self, desk: Desk, want: Want) -> None:
+        match want:
+            case e.SendEntries(node, first):
+                answer = await self._off_the_loop(self._help, desk.header(), first)
+                if answer is not None:
+                    desk.reply(node, answer)
+            case e.SendChunks(node, request):
+                for chunk in await self._off_the_loop(list, self._snapshots.chunks(desk.header(), request)):
+                    desk.reply(node, chunk)
 
     def _help(self, header: Header, first: int) -> Entries | Offer | None:
         """A snapshot's offer where that is cheaper, else as many entries as a reply takes."""
@@ -195,8 +216,8 @@ class Scribe:
         if offer is not None:
             return offer
         room, chosen = REPLY_BYTES, list[Entry]()
-        for entry in self._ledger.entries(first, 2000):
-            room -= len(encode_entry(entry))
+        for entry in self._ledger.entries(first, REPLY_ENTRIES):
+            room -= entry_bytes(entry)
             if room < 0 and chosen:
                 break
             chosen.append(entry)
@@ -221,15 +242,3 @@ class Scribe:
 def _can_wait(work: Work) -> bool:
     """Whether nobody waits for this to be kept."""
     return isinstance(work, KeepSightings | KeepMetrics) or (isinstance(work, e.CommitUpdate) and not work.last)
-
-
-def _distinct(tasks: Sequence[Task]) -> list[Task]:
-    """Of several wants of one node, the newest is enough."""
-    newest: dict[object, Task] = {}
-    for number, task in enumerate(tasks):
-        match task:
-            case e.SendEntries(node) | e.SendChunks(node):
-                newest[type(task), node] = task
-            case _:
-                newest[number] = task
-    return list(newest.values())

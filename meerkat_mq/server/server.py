@@ -183,7 +183,7 @@ class Server:
                 f"a server on host {rival.host} says that it is online (term {rival.term}, run {rival.run[:8]})",
                 "stop it, or start this one with --replace",
             )
-        if rival is not None and rival.term > HIGHEST_TERM:
+        if rival is not None and rival.term >= HIGHEST_TERM:
             self._session.disown()
             raise RunMismatch(
                 self._topics.server, "the last possible terms stand there", "clear this retained message on the broker"

@@ -19,6 +19,7 @@ from meerkat_mq.wire.messages import Chunk, Header, Offer, Want
 from meerkat_mq.wire.snapshot import Snapshot, decode_snapshot, encode_snapshot
 
 CHUNKS_A_WANT = 64
+LOOKED_AT = 1000
 
 
 class Snapshots:
@@ -82,7 +83,7 @@ class Snapshots:
         kept = next(iter(self._ledger.snapshots()), None)
         if kept is None or kept.version <= first or not self._is_whole(kept):
             return None
-        missed, after = (Stretch(*self._ledger.stretch(version)) for version in (first, kept.version))
+        missed, after = self._stretch(first), self._stretch(kept.version)
         cheaper = snapshot_is_cheaper(
             missed,
             after,
@@ -91,6 +92,12 @@ class Snapshots:
             digest_every=self._run.digest_every,
         )
         return Offer(header, kept.version, kept.hash, kept.size) if cheaper else None
+
+    def _stretch(self, first: int) -> Stretch:
+        """The entries from `first` on; where they are many, as large as the newest are in the mean."""
+        count = max(0, self._ledger.version - first)
+        looked_at, size = self._ledger.stretch(max(first, self._ledger.version - LOOKED_AT))
+        return Stretch(count, round(size * count / max(1, looked_at)))
 
     def _is_whole(self, kept: KeptSnapshot) -> bool:
         """Whether its file is there and undamaged: a node would ask for the other kind for ever."""

@@ -48,6 +48,7 @@ __all__ = [
     "decode_entry",
     "encode",
     "encode_entry",
+    "entry_bytes",
 ]
 
 MAGIC = b"MK"
@@ -134,6 +135,11 @@ def decode(payload: bytes) -> Frame:
     frame = _DECODERS[kind](Header(run, term, theta, mask), reader)
     reader.end()
     return frame
+
+
+def entry_bytes(entry: Entry) -> int:
+    """The length of `encode_entry`'s result."""
+    return _ENTRY.size + _TERM.size * len(entry.terms) + 2 * HASH_BYTES
 
 
 def encode_entry(entry: Entry) -> bytes:

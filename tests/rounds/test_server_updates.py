@@ -8,7 +8,7 @@ import pytest
 from meerkat_mq.core.path import Term, seed_for
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.policy import sample
-from meerkat_mq.rounds.server import HIGHEST_TERM
+from meerkat_mq.rounds.server import LARGEST_STEP
 from meerkat_mq.wire.frames import MAX_SLOTS, Header, Reason, Want, encode
 from tests.rounds.support import MASK, RUN, THETA_0, Desk, base_after, chain, desk, header, only, reasons
 
@@ -122,10 +122,10 @@ def test_a_server_whose_nodes_have_seen_a_higher_term_takes_one_above_it_once(wa
 
 def test_a_term_that_no_server_takes_does_not_hide_a_real_one() -> None:
     server = open_desk()
-    forged = server.update(1, "a", term=HIGHEST_TERM + 1)
+    forged = server.update(1, "a", term=1 + LARGEST_STEP)
     assert reasons(forged)[:1] == ["a term that no server takes"]
     assert not only(e.TakeTerm, forged)
-    assert only(e.TakeTerm, server.update(2, "b", term=HIGHEST_TERM)) == [e.TakeTerm(HIGHEST_TERM)]
+    assert only(e.TakeTerm, server.update(2, "b", term=LARGEST_STEP)) == [e.TakeTerm(LARGEST_STEP)]
 
 
 def test_snapshots_are_kept_where_a_digest_is_due() -> None:

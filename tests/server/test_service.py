@@ -19,7 +19,7 @@ from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
 from meerkat_mq.server.recovery import recovered
 from meerkat_mq.server.run import Run, prepare_run
-from meerkat_mq.server.scribe import GROUP_S, KeepMetrics, Scribe
+from meerkat_mq.server.scribe import GROUP_S, WANTS, KeepMetrics, Scribe
 from meerkat_mq.server.server import Server
 from meerkat_mq.server.snapshots import Snapshots
 from meerkat_mq.server.watch import Watch
@@ -137,6 +137,24 @@ async def test_updates_wait_for_the_last_of_their_round_but_not_for_long(working
     scribe.put(e.CommitUpdate(replace(record(0), version=1), last=False))
     await until(lambda: told)
     assert GROUP_S <= clock() - began < 10 * GROUP_S
+
+
+async def test_wants_do_not_hold_up_a_round(working: Office) -> None:
+    scribe, desk = working.scribe, working.desk
+    working.ledger.free.set()
+    scribe.put(e.ApplyTerms(0, (Term(0, 0, 0.5),)))
+    await until(lambda: desk.told)
+    scribe.put(e.CommitEntry(Entry(0, (Term(0, 0, 0.5),), bytes(16), bytes(16)), (), 3, overdue=False))
+    await until(lambda: len(desk.told) == 2)
+    for number in range(2 * WANTS):
+        scribe.put(e.SendEntries(f"w{number}", 0))
+        scribe.put(e.SendEntries("again", 0))
+    scribe.put(e.CommitUpdate(replace(record(0), version=1), last=True))
+    await until(lambda: len(desk.told) == 3)
+    assert isinstance(desk.told[-1], e.UpdatesCommitted)
+    assert len(desk.replies) <= 1
+    await until(lambda: len(desk.replies) == WANTS, within_s=30)
+    assert len({node for node, _ in desk.replies}) == WANTS
 
 
 async def test_a_new_term_takes_theta_back_to_what_is_committed_and_leaves_the_old_machines_work(
