@@ -174,7 +174,7 @@ def test_verify_says_one_line(meerkat: Meerkat, tmp_path: Path) -> None:
     writer.snapshot()
     writer.difference()
     said = meerkat("verify", tmp_path)
-    assert said.code == 0
+    assert (said.code, said.err) == (0, "")
     (line,) = said.out.splitlines()
     assert line.startswith(
         f"{tmp_path}: 6 rounds and 18 updates are as they must be; so are snapshot-6.mks, difference"
@@ -200,6 +200,20 @@ def test_a_wrong_command_line(meerkat: Meerkat, writer: Writer, tmp_path: Path) 
     fails(6, "ledger", writer.folder, "--round", 3, says="round 3: did not close; 3 rounds have; name an earlier one")
     fails(6, "ledger", writer.folder, "--node", "n9", says="node n9: is not in the ledger; it knows n0, n1, n2")
     assert meerkat("ledger", writer.folder, "--last", 0).code == 2
+    for option in ("--round", "--from"):
+        said = meerkat("ledger", writer.folder, option, "9" * 23)
+        assert (said.code, "Traceback" in said.err) == (2, False)
+        assert option in said.err
+
+
+@pytest.mark.parametrize("name", ["status", "verify"])
+@pytest.mark.parametrize(
+    "statement", ["UPDATE run SET descriptor = '{}'", "UPDATE run SET rules = 'zz'", "UPDATE run SET rules = '{}'"]
+)
+def test_a_ledger_whose_run_is_damaged(meerkat: Meerkat, tmp_path: Path, name: str, statement: str) -> None:
+    write(tmp_path)
+    alter(tmp_path, statement)
+    meerkat(name, tmp_path).failed(6, f"{tmp_path / LEDGER_FILE}: holds ", "restore it from a backup")
 
 
 @pytest.mark.parametrize("name", ["status", "ledger", "verify"])

@@ -26,8 +26,10 @@ REPORT_FILE = "report.html"
 
 def command(
     plan: Annotated[str, typer.Argument(help="A plan's TOML file, or the name of one that comes with the package.")],
-    seconds: Annotated[float | None, typer.Option(min=5, help="Duration, instead of the plan's.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for what the drill leaves [default: runs/chaos/…].")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Duration, instead of the plan's; at least 5.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for what the drill leaves; default: a new one below runs/chaos.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON.")] = False,
 ) -> None:
     """Inject faults into a federation and check what must hold; exit code 0 only if all of it does."""
@@ -85,7 +87,11 @@ async def run_drill(plan: Plan, out: Path, console: Console) -> Verdict:
 def _log_in(out: Path) -> TextIO:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        return (out / LOG_FILE).open("w", encoding="utf-8")
+        return (out / LOG_FILE).open("x", encoding="utf-8")
+    except FileExistsError:
+        if not out.is_dir():
+            raise ConfigError(f"--out {out}", "cannot be written (File exists)", "choose another folder") from None
+        raise ConfigError(f"--out {out}", "holds an earlier drill", "name another folder") from None
     except OSError as error:
         raise ConfigError(f"--out {out}", f"cannot be written ({error.strerror})", "choose another folder") from error
 

@@ -145,6 +145,9 @@ class Drill:
                     await asyncio.sleep(strike.for_s)
             except MeerkatError as error:
                 problem = str(error)
+            failures = _taken(stage, strike.target)
+            problem = problem or failures
+            if problem:
                 self._problems.append((label, problem))
             ended = self._clock()
             self.progress.now.remove(label)
@@ -188,6 +191,10 @@ class Drill:
         for services in ([stage.services[SERVER]] if stage.services else [], nodes):
             ends = await asyncio.gather(*(service.stop() for service in services), return_exceptions=True)
             self._problems += [(error.where, error.problem) for error in ends if isinstance(error, DrillFailed)]
+        late = [(f"link of {name}", _taken(stage, name)) for name in stage.links]
+        self._problems += [(where, problem) for where, problem in late if problem]
+        if not self._injected:
+            self._problems.append((f"plan {self._plan.name}", "no fault struck, so nothing is proven"))
 
     def _judge(self, stage: Stage, seen: Observed, finished: bool) -> Verdict:
         faults = [found for _, found, _ in self._injected]
@@ -211,3 +218,13 @@ class Drill:
             strikes=[struck for _, struck in happened],
             checks=checks,
         )
+
+
+def _taken(stage: Stage, name: str) -> str:
+    """What a fault raised on this link since the last look, in words; the empty text where nothing was."""
+    link = stage.links.get(name)
+    if link is None or not link.failures:
+        return ""
+    first, count = link.failures[0], len(link.failures)
+    link.failures.clear()
+    return f"raised {type(first).__name__}: {first}" + (f" ({count} times)" if count > 1 else "")

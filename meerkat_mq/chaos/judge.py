@@ -39,7 +39,7 @@ def all_checks(
         "the next round closes after each fault": recovers(plan, [struck for _, struck in happened]),
         "every process ends in words": ends_in_words(stage),
         "every node ends at the ledger's theta": _arrives(plan, seen, history),
-        "poison is refused": refused(happened, seen, history),
+        "poison is refused": refused(happened, seen, history, plan.file.recover_s),
         "the ledger verifies": _verifies(stage),
     }
     return check(history) | {
@@ -90,11 +90,11 @@ def _arrives(plan: Plan, seen: Observed, history: History) -> Found:
             yield node, f"ends at version {status.version} with digest {status.digest}, not at {last} with {digest}"
 
 
-def refused(happened: Sequence[tuple[Strike, Struck]], seen: Observed, history: History) -> Found:
-    """A poisoned node's updates are refused: at the latest the twentieth."""
+def refused(happened: Sequence[tuple[Strike, Struck]], seen: Observed, history: History, recover_s: float) -> Found:
+    """A poisoned node's updates come, and are refused: at the latest the twentieth."""
     for strike, struck in happened:
         poison = strike.fault
-        if not isinstance(poison, Poison):
+        if not isinstance(poison, Poison) or struck.problem:
             continue
         rounds = {
             update.header.version
@@ -109,9 +109,22 @@ def refused(happened: Sequence[tuple[Strike, Struck]], seen: Observed, history: 
             if record.node == strike.target and poison.may_be(record.scalars)
         ]
         verdicts = verdicts[:FLAGGED_WITHIN]
+        if not verdicts and not _held_up(strike, struck, happened, recover_s):
+            yield strike.target, f"no poisoned update ({poison.how}) reached the server"
         enough = len(verdicts) == FLAGGED_WITHIN or poison.how != "flip"
         if verdicts and enough and all(verdict is Guarded.ACCEPTED for verdict in verdicts):
             yield strike.target, f"{len(verdicts)} poisoned updates ({poison.how}) were all accepted"
+
+
+def _held_up(strike: Strike, struck: Struck, happened: Sequence[tuple[Strike, Struck]], recover_s: float) -> bool:
+    """Whether another fault, of the node or of what everybody depends on, may have kept its updates back."""
+    return any(
+        not isinstance(other.fault, Poison)
+        and (is_core(other.target) or other.target == strike.target)
+        and found.began < struck.ended
+        and struck.began < found.ended + recover_s
+        for other, found in happened
+    )
 
 
 def _verifies(stage: Stage) -> Found:

@@ -5,142 +5,23 @@ from importlib import resources
 from math import ceil
 from pathlib import Path
 from random import Random
-from typing import Annotated, Any, Self
-
-from pydantic import ConfigDict, Field, model_validator
 
 from meerkat_mq.chaos.faults import FAULTS, Fault
+from meerkat_mq.chaos.plan_file import AttachPlan, FaultPlan, PlanFile
 from meerkat_mq.chaos.stage import BROKER, SERVER
-from meerkat_mq.config import (
-    BrokerConfig,
-    GuardsConfig,
-    Identifier,
-    LocalPath,
-    NodeConfig,
-    RoundsConfig,
-    Seconds,
-    Section,
-    ServerConfig,
-    check_config,
-    load_config,
-)
+from meerkat_mq.config import NodeConfig, RoundsConfig, ServerConfig, check_config, load_config
 from meerkat_mq.errors import ConfigError
 
 FEDERATION = "drill"
 REST_S = 1.0  # what one fault struck is left alone for so long before the next
 SPARE_ROUNDS = 20
+SHORTEST_S, LONGEST_S = 5.0, 604_800.0
 LINK = "link:"
 NODES = "nodes"
 
 _PLANS = resources.files("meerkat_mq.chaos") / "plans"
+_EARLIER = (1.0, 0.75, 0.5, 0.25, 0.0)  # drawn moments come so much earlier until all faults fit
 _ROUNDS = {"lr": 0.05, "batch_size": 4, "deadline_s": 1.0, "grace_s": 0.5, "snapshot_every": 100}
-
-
-class FederationPlan(Section):
-    """A federation that the drill starts: broker, server and nodes.
-
-    Attributes:
-        nodes: how many, with the toy engine.
-        weights: of the toy engine's theta.
-        rounds: keys of `[rounds]` in federation.toml. Without `count`, as many as last until all faults have healed.
-        guards: keys of `[guards]`.
-        pace_s: each link takes so much longer, each way, until all faults have healed, so that rounds last about four
-            times that.
-        config: a federation.toml, in place of the toy engine; its broker and state_dir are replaced.
-        node_configs: its node.toml files, treated likewise.
-    """
-
-    nodes: Annotated[int, Field(ge=2, le=64)] = 8
-    weights: Annotated[int, Field(ge=1, le=10_000_000)] = 1000
-    rounds: dict[str, Any] = Field(default_factory=dict)
-    guards: GuardsConfig = GuardsConfig()
-    pace_s: Annotated[float, Field(ge=0, le=60)] = 0.05
-    config: LocalPath | None = None
-    node_configs: tuple[LocalPath, ...] = ()
-
-    @model_validator(mode="after")
-    def _server_and_nodes(self) -> Self:
-        if (self.config is None) != (not self.node_configs):
-            raise ValueError("config and node_configs go together")
-        return self
-
-
-class AttachedProcess(Section):
-    """A process that runs already.
-
-    Attributes:
-        pid: for signals, on this machine.
-        proxy_port: the drill's proxy listens here, on 127.0.0.1, for faults of the link; the process must have it as
-            its broker.
-    """
-
-    pid: Annotated[int, Field(ge=2)] | None = None
-    proxy_port: Annotated[int, Field(ge=1, le=65535)] | None = None
-
-
-class AttachPlan(Section):
-    """A federation that runs already.
-
-    Attributes:
-        state_dir: the server's, whose ledger is read at the end.
-        broker: the way to its broker, without a proxy.
-    """
-
-    federation: Identifier
-    state_dir: LocalPath
-    broker: BrokerConfig
-    server: AttachedProcess = AttachedProcess()
-    nodes: Annotated[dict[Identifier, AttachedProcess], Field(min_length=1)]
-
-
-class FaultPlan(Section):
-    """A fault and its schedule; other keys are the fault's own.
-
-    Attributes:
-        fault: its name in the registry.
-        target: "broker", "server", a node, "nodes" (one by chance each time); of link faults "link:server",
-            "link:<node>" or "link:nodes". Default: by chance a node, where the fault strikes processes or links.
-        at: seconds from the beginning: one moment or several.
-        every: once in so many seconds, by chance when.
-        between: first and last second; default: the whole drill.
-        for_s: so long until it heals.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
-
-    fault: str
-    target: str | None = None
-    at: tuple[Annotated[float, Field(ge=0)], ...] | Annotated[float, Field(ge=0)] | None = None
-    every: Seconds | None = None
-    between: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(gt=0)]] | None = None
-    for_s: Seconds = 3.0
-
-    @model_validator(mode="after")
-    def _when(self) -> Self:
-        if (self.at is None) == (self.every is None and self.between is None):
-            raise ValueError("needs either at, or every, or between (every may have between)")
-        if self.between is not None and self.between[0] >= self.between[1]:
-            raise ValueError("between must name two moments, the earlier first")
-        return self
-
-
-class PlanFile(Section):
-    """plan.toml.
-
-    Attributes:
-        seed: of everything random.
-        duration_s: faults strike within this time.
-        recover_s: after a fault has healed, the next round closes within this time, or it is a violation.
-        return_s: after all have healed, every node takes part again within this time.
-    """
-
-    seed: Annotated[int, Field(ge=0)] = 0
-    duration_s: Seconds = 120.0
-    recover_s: Seconds = 20.0
-    return_s: Seconds = 90.0
-    federation: FederationPlan = FederationPlan()
-    attach: AttachPlan | None = None
-    faults: Annotated[tuple[FaultPlan, ...], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -211,7 +92,8 @@ def load_plan(name: str, *, out: Path, seconds: float | None = None) -> Plan:
     file = _scaled(load_config(path, PlanFile), seconds)
     folder = path.resolve().parent
     nodes = _node_names(file, folder)
-    strikes = _schedule(file, [_checked(file, number, nodes, path) for number in range(len(file.faults))], list(nodes))
+    faults = [_checked(file, number, nodes, path) for number in range(len(file.faults))]
+    strikes = _schedule(file, faults, list(nodes), path)
     if file.attach is not None:
         return Plan(path.stem, file, strikes, None, dict.fromkeys(nodes))
     server = _server(file, strikes, len(nodes), path, out)
@@ -227,13 +109,17 @@ def load_plan(name: str, *, out: Path, seconds: float | None = None) -> Plan:
 def _scaled(file: PlanFile, seconds: float | None) -> PlanFile:
     if seconds is None:
         return file
+    if not SHORTEST_S <= seconds <= LONGEST_S:
+        raise ConfigError(
+            f"--seconds {seconds:g}", "is no duration of a drill", f"give {SHORTEST_S:g} to {LONGEST_S:.0f}"
+        )
     factor = seconds / file.duration_s
 
     def scale(fault: FaultPlan) -> FaultPlan:
         at, between = fault.at, fault.between
         return fault.model_copy(
             update={
-                "at": tuple(factor * moment for moment in at) if isinstance(at, tuple) else at and factor * at,
+                "at": at and tuple(factor * moment for moment in at),
                 "between": between and (factor * between[0], factor * between[1]),
             }
         )
@@ -256,12 +142,14 @@ def _server(
     plan = file.federation
     if plan.config is not None:
         config = load_config(plan.config, ServerConfig)
+        _check_quorum(config.rounds, nodes, f"{plan.config}: rounds")
         return config.model_copy(update={"state_dir": out / SERVER, "once": False})
     table = {**_ROUNDS, "min_nodes": max(1, nodes // 2), **plan.rounds}
     if "count" not in table:
         lasts = max([file.duration_s, *(strike.at + strike.for_s for strike in strikes)])
         table["count"] = ceil(lasts / (4 * max(plan.pace_s, 0.005))) + SPARE_ROUNDS
     rounds = check_config(table, RoundsConfig, where=f"{path}: federation.rounds")
+    _check_quorum(rounds, nodes, f"{path}: federation.rounds")
     return ServerConfig(
         federation=FEDERATION,
         state_dir=out / SERVER,
@@ -270,6 +158,12 @@ def _server(
         engine="toy",
         toy_weights=plan.weights,
     )
+
+
+def _check_quorum(rounds: RoundsConfig, nodes: int, where: str) -> None:
+    if rounds.min_nodes > nodes:
+        problem = f"is {rounds.min_nodes}, but the drill has {nodes} nodes"
+        raise ConfigError(f"{where}.min_nodes", problem, "ask for fewer, or start more")
 
 
 def _checked(file: PlanFile, number: int, nodes: dict[str, NodeConfig | None], path: Path) -> tuple[Fault, str]:
@@ -313,22 +207,46 @@ def _check_attached(attach: AttachPlan, fault: Fault, target: str, where: str) -
 # --- the schedule ---
 
 
-def _schedule(file: PlanFile, faults: list[tuple[Fault, str]], nodes: list[str]) -> tuple[Strike, ...]:
-    """Draw when and whom; whatever is struck already, or one node too many at a time, waits."""
+def _schedule(file: PlanFile, faults: list[tuple[Fault, str]], nodes: list[str], path: Path) -> tuple[Strike, ...]:
+    """Draw when and whom, within the duration.
+
+    Raises:
+        ConfigError: so many faults do not fit.
+    """
+    lanes = 1 + _at_once(len(nodes))
+    busy_s = sum(_count(entry, file.duration_s) * (entry.for_s + REST_S) for entry in file.faults)
+    longest_s = max(entry.for_s for entry in file.faults) + REST_S
+    if busy_s <= lanes * (file.duration_s + longest_s):
+        for factor in _EARLIER:
+            strikes = _placed(file, faults, nodes, factor)
+            if strikes[-1].at <= file.duration_s:
+                return strikes
+    problem = f"do not fit into {file.duration_s:g} s: with a rest after each, one at a time strikes broker or server"
+    raise ConfigError(
+        f"{path}: faults", f"{problem}, {lanes - 1} nodes", "plan fewer or shorter ones, or a longer drill"
+    )
+
+
+def _placed(file: PlanFile, faults: list[tuple[Fault, str]], nodes: list[str], factor: float) -> tuple[Strike, ...]:
+    """By time; whatever is struck already, or one node too many at a time, waits."""
     wanted = sorted(
         (moment, number, turn)
         for number, entry in enumerate(file.faults)
-        for turn, moment in enumerate(_moments(entry, file.duration_s, _chance(file, number)))
+        for turn, moment in enumerate(_moments(entry, file.duration_s, factor, _chance(file, number)))
     )
+    core, others = [0.0], [0.0] * _at_once(len(nodes))  # when each place among the struck is free again
+    free = dict.fromkeys([BROKER, SERVER, *nodes], 0.0)
     placed = list[Strike]()
     for moment, number, turn in wanted:
         fault, target = faults[number]
         for_s, random = file.faults[number].for_s, _chance(file, number, turn)
         candidates = random.sample(nodes, len(nodes)) if target == NODES else [target]
-        at, chosen = moment, None
-        while chosen is None:
-            chosen = next((name for name in candidates if _free(placed, name, at, at + for_s, len(nodes))), None)
-            at += 0.0 if chosen else 0.25
+        places = core if is_core(target) else others
+        begin = max(moment, min(places))
+        chosen = min(candidates, key=lambda name: max(begin, free[name]))
+        at = max(begin, free[chosen])
+        place = max((time, number) for number, time in enumerate(places) if time <= at)[1]
+        places[place] = free[chosen] = at + for_s + REST_S
         placed.append(Strike(at, fault, chosen, for_s, f"{file.seed} {number} {turn} strike"))
     return tuple(sorted(placed, key=lambda strike: strike.at))
 
@@ -337,12 +255,23 @@ def _chance(file: PlanFile, *place: int) -> Random:
     return Random(" ".join(map(str, (file.seed, *place))))  # noqa: S311 - a schedule that can be repeated
 
 
-def _moments(entry: FaultPlan, duration_s: float, random: Random) -> list[float]:
-    if entry.at is not None:
-        return sorted(entry.at) if isinstance(entry.at, tuple) else [entry.at]
+def _window(entry: FaultPlan, duration_s: float) -> tuple[float, float, float]:
+    """First and last moment, and once in how many seconds."""
     first, last = entry.between or (0.0, duration_s)
-    every = min(entry.every or last - first, last - first)
-    return [first + every * (turn + random.random()) for turn in range(int((last - first) / every + 1e-9))]
+    return first, last, min(entry.every or last - first, last - first)
+
+
+def _count(entry: FaultPlan, duration_s: float) -> int:
+    first, last, every = _window(entry, duration_s)
+    return int((last - first) / every + 1e-9) if entry.at is None else len(entry.at)
+
+
+def _moments(entry: FaultPlan, duration_s: float, factor: float, random: Random) -> list[float]:
+    if entry.at is not None:
+        return sorted(entry.at)
+    first, _, every = _window(entry, duration_s)
+    turns = range(_count(entry, duration_s))
+    return [first + factor * every * (turn + random.random()) for turn in turns]
 
 
 def is_core(target: str) -> bool:
@@ -350,12 +279,6 @@ def is_core(target: str) -> bool:
     return target in (BROKER, SERVER)
 
 
-def _free(placed: list[Strike], target: str, begin: float, end: float, nodes: int) -> bool:
-    """Whether a target can be struck then: the core once at a time, a node once, a third of the nodes at once."""
-    meanwhile = [
-        strike.target for strike in placed if strike.at < end + REST_S and begin < strike.at + strike.for_s + REST_S
-    ]
-    if is_core(target):
-        return not any(map(is_core, meanwhile))
-    struck = [name for name in meanwhile if not is_core(name)]
-    return target not in struck and len(set(struck)) < max(1, nodes // 3)
+def _at_once(nodes: int) -> int:
+    """How many nodes may be struck at once: a third."""
+    return max(1, nodes // 3)

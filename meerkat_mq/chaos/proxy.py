@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from typing import Self
 
@@ -19,6 +20,7 @@ KINDS = {
 
 _HOST = "127.0.0.1"
 _MOST_WAITING = 256
+_LOOK_S = 0.05  # a packet that waits notices within this time that its link has healed
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ class Proxy:
         latency_s: that a packet takes longer, each way.
         jitter_s: up to so much more, drawn for each packet; their order stays.
         bytes_per_s: bandwidth each way; None where it has no limit.
-        treat: takes each packet, says how it goes on.
+        treat: takes each packet, says how it goes on; where it raises, the connection is reset.
+        failures: what it raised.
     """
 
     def __init__(
@@ -112,6 +115,7 @@ class Proxy:
         self.jitter_s = 0.0
         self.bytes_per_s: float | None = None
         self.treat: Callable[[Packet], Passage] = as_it_is
+        self.failures: list[Exception] = []
         self.port = port
         self._target = (target_host, target_port)
         self._random = random or Random(0)  # noqa: S311 - a schedule that can be repeated, no secret
@@ -204,9 +208,17 @@ class Proxy:
         with contextlib.suppress(OSError):
             await writer.wait_closed()
 
-    def due(self, now: float, *, up: bool) -> float:
-        """When a packet that comes now has come over the link."""
-        return now + self.latency_s + (self._random.uniform(0.0, self.jitter_s) if self.jitter_s else 0.0)
+    def draw(self) -> float:
+        """A packet's share of the jitter."""
+        return self._random.random() if self.jitter_s else 0.0
+
+    def delay_s(self, share: float) -> float:
+        """How long a packet takes over the link, as it is now."""
+        return self.latency_s + share * self.jitter_s
+
+    def narrow_s(self, size: int) -> float:
+        """How long so many bytes keep the link busy, as it is now."""
+        return 0.0 if self.bytes_per_s is None else size / self.bytes_per_s
 
     async def flowing(self, *, up: bool) -> None:
         """Wait while this direction is frozen."""
@@ -225,46 +237,62 @@ class _Way:
         self._source = source
         self._target = target
         self._up = up
-        self._queue: asyncio.Queue[tuple[float, Passage | None]] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[float, float, Passage | None]] = asyncio.Queue()
         self._room = asyncio.Semaphore(_MOST_WAITING)
         self._now = asyncio.get_running_loop().time
 
     async def receive(self) -> None:
         """Take packets from one side until it closes."""
-        due = 0.0
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+        with self._until_it_ends():
             while True:
                 await self._room.acquire()
                 data = await _read_packet(self._reader)
                 packet = Packet(self._up, data[0] >> 4, data)
                 self._proxy.saw(packet)
                 await self._proxy.flowing(up=self._up)
-                passage = self._proxy.treat(packet)
-                due = max(due, self._proxy.due(self._now(), up=self._up))
+                passage, share = self._proxy.treat(packet), self._proxy.draw()
                 if passage.hold_s:
-                    at = due + passage.hold_s
-                    asyncio.get_running_loop().call_at(at, self._queue.put_nowait, (at, passage))
+                    held_s = self._proxy.delay_s(share) + passage.hold_s
+                    asyncio.get_running_loop().call_later(held_s, self._queue.put_nowait, (0.0, 0.0, passage))
                 else:
-                    self._queue.put_nowait((due, passage))
-        self._queue.put_nowait((due, None))
+                    self._queue.put_nowait((self._now(), share, passage))
+        self._queue.put_nowait((0.0, 0.0, None))
 
     async def send(self) -> None:
         """Give packets to the other side when they are due; returns at the end of the connection."""
-        with contextlib.suppress(OSError):
+        with self._until_it_ends():
             while True:
-                due, passage = await self._queue.get()
-                await asyncio.sleep(max(0.0, due - self._now()))
+                came, share, passage = await self._queue.get()
                 if passage is None:
                     return
+                await self._wait(came, partial(self._proxy.delay_s, share))
                 await self._proxy.flowing(up=self._up)
                 self._target.write(passage.data)
                 await self._target.drain()
                 if passage.cut:
                     _reset(self._source)
                     return
-                if self._proxy.bytes_per_s is not None:
-                    await asyncio.sleep(len(passage.data) / self._proxy.bytes_per_s)
+                await self._wait(self._now(), partial(self._proxy.narrow_s, len(passage.data)))
                 self._room.release()
+
+    async def _wait(self, since: float, lasts_s: Callable[[], float]) -> None:
+        """Until a time has passed that changes with the link."""
+        while True:
+            left = since + lasts_s() - self._now()
+            if left <= 0:
+                return
+            await asyncio.sleep(min(left, _LOOK_S))
+
+    @contextlib.contextmanager
+    def _until_it_ends(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, asyncio.IncompleteReadError):
+            pass
+        except Exception as error:  # a fault is anybody's code, and the drill's verdict tells
+            self._proxy.failures.append(error)
+            _reset(self._source)
+            _reset(self._target)
 
 
 async def _read_packet(reader: asyncio.StreamReader) -> bytes:

@@ -15,7 +15,8 @@ from meerkat_mq.config import BrokerConfig, to_toml
 from meerkat_mq.errors import ConfigError, MeerkatError
 
 if TYPE_CHECKING:
-    from meerkat_mq.chaos.plan import AttachPlan, Plan
+    from meerkat_mq.chaos.plan import Plan
+    from meerkat_mq.chaos.plan_file import AttachPlan
 
 BROKER = "broker"
 SERVER = "server"

@@ -25,8 +25,8 @@ class NodeShown:
         status: its last word: "starting", "online", "stopped" or "lost".
         seen_s: seconds since it was last heard of.
         rows: size of its data.
-        updates: committed so far.
-        packet_bytes: of its updates, as MQTT packets.
+        updates: update messages that came from it, repeated ones too.
+        packet_bytes: all MQTT packets that came from it.
         behind: closed rounds since the last that it contributed to; None if it is none of the recent ones.
         verdict: on its last update among the recent ones.
         flagged: why it stands out, or "".

@@ -31,6 +31,7 @@ from meerkat_mq.server.verify import verify_folder
 
 REFRESH_S = 1.0
 PIPE_WIDTH = 200
+HIGHEST = 2**32 - 1
 
 StateDir = Annotated[Path, typer.Argument(help="The server's state_dir.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="JSON lines instead of tables.")]
@@ -55,7 +56,10 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Again each second, until the run is finished.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show how a run stands: round, pace, loss, and each node with its last verdict."""
+    """Show how a run stands: round, pace, loss, and each node with its last verdict.
+
+    A node's updates are the messages that came with one, repeated ones too; its bytes are all that came from it.
+    """
     console = _console()
     with _ledger(state_dir) as ledger:
         shown = run_shown(ledger)
@@ -86,9 +90,11 @@ def ledger(
     state_dir: StateDir,
     *,
     last: Annotated[int, typer.Option(min=1, help="How many of the newest rounds.")] = 20,
-    first: Annotated[int | None, typer.Option("--from", min=0, help="The first round, instead of --last.")] = None,
+    first: Annotated[
+        int | None, typer.Option("--from", min=0, max=HIGHEST, help="The first round, not --last.")
+    ] = None,
     count: Annotated[int, typer.Option(min=1, help="How many, with --from.")] = 20,
-    version: Annotated[int | None, typer.Option("--round", min=0, help="One round whole.")] = None,
+    version: Annotated[int | None, typer.Option("--round", min=0, max=HIGHEST, help="One round whole.")] = None,
     node: Annotated[str | None, typer.Option(help="What one node gave to these rounds.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -124,10 +130,10 @@ def verify(
     """Prove that the model is what the ledger says: rebuild it from the mask, and recompute every entry."""
     if (model is None) != (base is None):
         raise ConfigError("--model", "and --base belong together", "give both, or neither")
-    began = time.monotonic()
+    began, errors = time.monotonic(), Console(stderr=True)
     with Progress(
         TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        console=Console(stderr=True), transient=True,
+        console=errors, transient=True, disable=not errors.is_terminal,
     ) as bar:  # fmt: skip
         task = bar.add_task("verifying")
         found = verify_folder(

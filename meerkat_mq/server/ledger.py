@@ -2,7 +2,6 @@
 
 import json
 import sqlite3
-import struct
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,12 +10,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Self
 
+from meerkat_mq.config import GuardsConfig, RoundsConfig, check_config
 from meerkat_mq.core.path import Entry
-from meerkat_mq.errors import AnotherServer, LedgerError, WireError
+from meerkat_mq.errors import AnotherServer
 from meerkat_mq.rounds.events import UpdateRecord
 from meerkat_mq.server import ledger_file
-from meerkat_mq.server.ledger_rows import update_record, update_row
-from meerkat_mq.wire.descriptor import RunDescriptor
+from meerkat_mq.server.ledger_rows import Row, RowT, from_row, update_record, update_row
+from meerkat_mq.wire.descriptor import RunDescriptor, decode_control
 from meerkat_mq.wire.frames import decode_entry, encode_entry
 
 LEDGER_FILE = "ledger.sqlite"
@@ -24,7 +24,7 @@ SNAPSHOTS_KEPT = 2
 
 _UPDATES = """
     SELECT version, node, updates.slot, updates.boot, weight, scalars, loss, verdict
-    FROM updates JOIN nodes USING (slot) WHERE version >= ? AND version < ? ORDER BY version, updates.slot
+    FROM updates LEFT JOIN nodes USING (slot) WHERE version >= ? AND version < ? ORDER BY version, updates.slot
 """
 _NEWEST_TERM = "SELECT term, server_id, host FROM terms ORDER BY term DESC LIMIT 1"
 _SIGHTING = """
@@ -242,24 +242,36 @@ class Ledger:
 
     # --- reading ---
 
-    def _rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+    def _rows(self, query: str, *values: object) -> list[Row]:
         with ledger_file.in_words(self.path):
             return self._connection.execute(query, values).fetchall()
 
-    def _row(self, query: str, *values: object) -> tuple[Any, ...]:
+    def _row(self, query: str, *values: object) -> Row:
         return next(iter(self._rows(query, *values)), ())
+
+    def _all(self, kind: type[RowT], what: str, query: str) -> tuple[RowT, ...]:
+        rows = self._rows(query)
+        with ledger_file.decoding(self.path, what):
+            return tuple(from_row(kind, row) for row in rows)
 
     @property
     def run(self) -> RunDescriptor | None:
         """The run as it was described at its first start; None before `begin`."""
         row = self._row("SELECT descriptor FROM run")
-        return RunDescriptor.model_validate_json(row[0]) if row else None
+        with ledger_file.decoding(self.path, "a run"):
+            return decode_control(str(row[0]).encode(), RunDescriptor) if row else None
 
     @property
     def rules(self) -> dict[str, Any]:
-        """The rules of the run's first start."""
+        """The rules of the run's first start; none before `begin`."""
         row = self._row("SELECT rules FROM run")
-        return dict(json.loads(row[0])) if row else {}
+        if not row:
+            return {}
+        with ledger_file.decoding(self.path, "rules of a run"):
+            rules = dict(json.loads(row[0]))
+            rounds = check_config(rules.get("rounds"), RoundsConfig, where="rounds")
+            guards = check_config(rules.get("guards"), GuardsConfig, where="guards")
+            return {"rounds": rounds.model_dump(mode="json"), "guards": guards.model_dump(mode="json")}
 
     @property
     def created(self) -> float:
@@ -285,16 +297,8 @@ class Ledger:
         """The same, with how their rounds closed."""
         query = "SELECT entry, term, closed, asked, overdue FROM entries WHERE version >= ? ORDER BY version LIMIT ?"
         rows = self._rows(query, first, limit)
-        return tuple(
-            Closed(self._entry(entry), term, at, asked, bool(overdue)) for entry, term, at, asked, overdue in rows
-        )
-
-    def _entry(self, data: bytes) -> Entry:
-        try:
-            return decode_entry(data)
-        except WireError as error:
-            problem = f"holds an entry that is none ({error})"
-            raise LedgerError(str(self.path), problem, "restore the ledger from a backup") from error
+        with ledger_file.decoding(self.path, "an entry"):
+            return tuple(from_row(Closed, (decode_entry(row[0]), *row[1:4], bool(row[4]))) for row in rows)
 
     def stretch(self, first: int) -> tuple[int, int]:
         """How many entries there are from version `first` on, and their encoded bytes."""
@@ -306,11 +310,9 @@ class Ledger:
         return self._updates(version, version + 1)
 
     def _updates(self, first: int, end: int) -> tuple[UpdateRecord, ...]:
-        try:
-            return tuple(map(update_record, self._rows(_UPDATES, first, end)))
-        except (ValueError, TypeError, struct.error) as error:
-            problem = f"versions {first} to {end - 1} hold an update that is none ({error})"
-            raise LedgerError(str(self.path), problem, "restore the ledger from a backup") from error
+        rows = self._rows(_UPDATES, first, end)
+        with ledger_file.decoding(self.path, f"in versions {first} to {end - 1} an update"):
+            return tuple(map(update_record, rows))
 
     def open_updates(self) -> tuple[UpdateRecord, ...]:
         """The updates of the open round."""
@@ -328,15 +330,15 @@ class Ledger:
 
     def nodes(self) -> tuple[NodeRow, ...]:
         """All nodes that have a slot, by slot."""
-        return tuple(NodeRow(*row) for row in self._rows("SELECT * FROM nodes WHERE slot IS NOT NULL ORDER BY slot"))
+        return self._all(NodeRow, "a node", "SELECT * FROM nodes WHERE slot IS NOT NULL ORDER BY slot")
 
     def terms(self) -> tuple[Term, ...]:
         """All terms, oldest first."""
-        return tuple(Term(*row) for row in self._rows("SELECT * FROM terms ORDER BY term"))
+        return self._all(Term, "a term", "SELECT * FROM terms ORDER BY term")
 
     def snapshots(self) -> tuple[KeptSnapshot, ...]:
         """Snapshot files, newest first."""
-        return tuple(KeptSnapshot(*row) for row in self._rows("SELECT * FROM snapshots ORDER BY version DESC"))
+        return self._all(KeptSnapshot, "a snapshot", "SELECT * FROM snapshots ORDER BY version DESC")
 
     def metrics(self) -> dict[int, dict[str, float]]:
         """Version to what was found, by name."""

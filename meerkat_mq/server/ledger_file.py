@@ -2,11 +2,12 @@
 
 import os
 import sqlite3
+import struct
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
-from meerkat_mq.errors import LedgerError
+from meerkat_mq.errors import ConfigError, LedgerError, WireError
 
 APPLICATION_ID = 0x4D4B4C47  # "MKLG"
 BUSY_S = 15.0
@@ -33,6 +34,7 @@ SCHEMA = len(MIGRATIONS)  # the newest version of the schema
 _MAGIC = b"SQLite format 3\0"
 _HEADER_BYTES = 100
 _RESTORE = "restore it from a backup, or name another state_dir for a new run"
+_DAMAGED = ("is damaged", _RESTORE)
 _PROBLEMS = {
     "SQLITE_FULL": ("there is no space left", "free some, and start the server again: it goes on where it was"),
     "SQLITE_READONLY": ("cannot be written", "let this user write the file and its folder"),
@@ -40,7 +42,6 @@ _PROBLEMS = {
     "SQLITE_PERM": ("cannot be opened", "let this user read and write the file and its folder"),
     "SQLITE_BUSY": ("another process has been writing it for too long", "end that process: a stopped server, perhaps"),
     "SQLITE_NOTADB": ("is not a ledger", "name another state_dir"),
-    "SQLITE_CORRUPT": ("is damaged", _RESTORE),
     "SQLITE_IOERR": (
         "cannot be read or written",
         "see to the disk, and start the server again: it goes on where it was",
@@ -55,10 +56,17 @@ def in_words(path: Path) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         name = getattr(error, "sqlite_errorname", "")
-        known = next((words for code, words in _PROBLEMS.items() if name.startswith(code)), None)
-        if known is None:
-            raise
-        raise LedgerError(str(path), f"{known[0]} ({error})", known[1]) from error
+        words = next((words for code, words in _PROBLEMS.items() if name.startswith(code)), _DAMAGED)
+        raise LedgerError(str(path), f"{words[0]} ({error})", words[1]) from error
+
+
+@contextmanager
+def decoding(path: Path, what: str) -> Iterator[None]:
+    """Make a LedgerError of a row that no server writes; `what` it should hold."""
+    try:
+        yield
+    except (ConfigError, WireError, ValueError, TypeError, struct.error) as error:
+        raise LedgerError(str(path), f"holds {what} that is none ({error})", _RESTORE) from error
 
 
 def open_to_write(path: Path) -> sqlite3.Connection:
@@ -75,9 +83,8 @@ def open_to_write(path: Path) -> sqlite3.Connection:
         try:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
-            connection.execute("BEGIN IMMEDIATE")  # sees whether it can be written
-            migrate(connection)
-            connection.execute("COMMIT")
+            connection.execute("BEGIN IMMEDIATE")  # of a read-only file, this begins to read, in silence
+            connection.execute("COMMIT" if migrate(connection) else "ROLLBACK")
         except BaseException:
             connection.close()
             raise
@@ -97,14 +104,17 @@ def open_to_read(path: Path) -> sqlite3.Connection:
         return _reader(path)
 
 
-def migrate(connection: sqlite3.Connection) -> None:
-    """Bring the schema up to date, inside the caller's transaction."""
+def migrate(connection: sqlite3.Connection) -> bool:
+    """Bring the schema up to date, inside the caller's transaction.
+
+    Writes in any case, so shows whether one can; returns whether there is anything to keep.
+    """
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     for script in MIGRATIONS[version:]:
         for statement in filter(str.strip, script.split(";")):
             connection.execute(statement)
-    if version < SCHEMA:
-        connection.execute(f"PRAGMA user_version = {SCHEMA}")
+    connection.execute(f"PRAGMA user_version = {SCHEMA}")
+    return bool(version < SCHEMA)
 
 
 def _exists(path: Path) -> bool:

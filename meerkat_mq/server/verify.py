@@ -186,6 +186,8 @@ def verify_folder(
 ) -> Verified:
     """Verify a server's state_dir: ledger, snapshots and difference.mkd; and an exported model, against its base.
 
+    Snapshots that are not there are passed over.
+
     Args:
         folder: the state_dir.
         mask: the run's mask file; default: the copy in the folder. The toy engine needs none.
@@ -202,10 +204,9 @@ def verify_folder(
     with closing(Ledger.read(folder / LEDGER_FILE)) as ledger:
         run = run_of(ledger)
         found = _find_mask(folder, run, mask)
-        looks, files = defaultdict[int, list[Look]](list), []
+        looks, snapshots, files = defaultdict[int, list[Look]](list), list[str](), list[str]()
         for kept in ledger.snapshots():
-            looks[kept.version].append(_snapshot_look(ledger, snapshot_file(folder, kept.version), kept, run))
-            files.append(snapshot_file(folder, kept.version).name)
+            looks[kept.version].append(_snapshot_look(snapshot_file(folder, kept.version), kept, run, snapshots))
         exported = ledger.version
         if (folder / DIFFERENCE_FILE).exists():
             exported, look = _difference_look(ledger, folder / DIFFERENCE_FILE, run)
@@ -214,7 +215,7 @@ def verify_folder(
         if model is not None and base is not None:
             looks[exported].append(_model_look(model, base, found))
             files.append(str(model))
-        return replace(verify_ledger(ledger, found, progress, looks), files=tuple(files))
+        return replace(verify_ledger(ledger, found, progress, looks), files=(*snapshots, *files))
 
 
 def _find_mask(folder: Path, run: RunDescriptor, named: Path | None) -> Mask:
@@ -226,19 +227,22 @@ def _find_mask(folder: Path, run: RunDescriptor, named: Path | None) -> Mask:
     return Mask.load(file)
 
 
-def _snapshot_look(ledger: Ledger, file: Path, kept: KeptSnapshot, run: RunDescriptor) -> Look:
+def _snapshot_look(file: Path, kept: KeptSnapshot, run: RunDescriptor, files: list[str]) -> Look:
+    """Adds its name to `files`; one that is lost, or that a running server has replaced meanwhile, is passed over."""
+
     def look(theta: Float32Array, head: bytes) -> None:
         try:
             found = decode_snapshot(file.read_bytes(), kept.hash, run.weights)
+        except FileNotFoundError:
+            return
         except OSError as error:
-            if kept not in ledger.snapshots():  # a running server has replaced it meanwhile
-                return
             raise RunMismatch(str(file), f"cannot be read ({error.strerror})", ALTERED) from error
         except WireError as error:
             raise RunMismatch(str(file), f"{error.where} {error.problem}", ALTERED) from error
         if (found.run_id, found.version, found.head) != (run.run_id, kept.version, head):
             raise RunMismatch(str(file), f"is not of this run's version {kept.version}", ALTERED)
         _compare(file, digest(found.theta), kept.version, theta)
+        files.append(file.name)
 
     return look
 
@@ -252,9 +256,9 @@ def _difference_look(ledger: Ledger, file: Path, run: RunDescriptor) -> tuple[in
     if found.run_id != run.run_id:
         raise RunMismatch(str(file), f"is of run {found.run_id.hex()[:8]}, the ledger of run {run.run[:8]}", ALTERED)
     if found.version > ledger.version:
-        raise RunMismatch(
-            str(file), f"is of version {found.version}, but the ledger ends at version {ledger.version}", ALTERED
-        )
+        problem = f"is of version {found.version}, but the ledger ends at version {ledger.version}"
+        remedy = "if the ledger was put back to a backup, remove this file: the server leaves it anew"
+        raise RunMismatch(str(file), problem, remedy)
     version, its_digest = found.version, digest(found.theta)
     return version, lambda theta, head: _compare(file, its_digest, version, theta)
 

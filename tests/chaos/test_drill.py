@@ -22,11 +22,13 @@ from meerkat_mq.chaos.checkers import Violation
 from meerkat_mq.chaos.drill import Drill
 from meerkat_mq.chaos.faults import FAULTS, Fault
 from meerkat_mq.chaos.faults.fault import Place
+from meerkat_mq.chaos.faults.treatment import Treatment
 from meerkat_mq.chaos.history import Injected
 from meerkat_mq.chaos.observer import Observed
 from meerkat_mq.chaos.page import render
 from meerkat_mq.chaos.plan import load_plan
 from meerkat_mq.chaos.processes import Service
+from meerkat_mq.chaos.proxy import Packet, Passage
 from meerkat_mq.chaos.stage import Stage
 from meerkat_mq.chaos.verdict import Struck, Verdict
 from meerkat_mq.errors import DrillFailed
@@ -93,6 +95,18 @@ def test_a_folder_that_cannot_be_written_is_one_line(meerkat: Meerkat, tmp_path:
     (tmp_path / "file").write_text("")
     meerkat("chaos", "everything", "--out", tmp_path / "file").failed(2, f"--out {tmp_path / 'file'}", "cannot be")
     meerkat("chaos", "nothing", "--out", tmp_path / "out").failed(2, "plan nothing", "flaky-wifi")
+    meerkat("chaos", "everything", "--seconds", "inf").failed(2, "--seconds inf", "is no duration")
+
+
+def test_an_earlier_drill_keeps_its_log(meerkat: Meerkat, tmp_path: Path) -> None:
+    log = tmp_path / "drill.log"
+    log.write_text("of an earlier drill")
+    meerkat("chaos", "everything", "--out", tmp_path).failed(2, f"--out {tmp_path}", "holds an earlier drill")
+    assert log.read_text() == "of an earlier drill"
+
+
+def test_the_help_says_where_a_drill_leaves_its_files(meerkat: Meerkat) -> None:
+    assert "runs/chaos" in meerkat("chaos", "--help").out
 
 
 class Forge(Fault):
@@ -125,6 +139,28 @@ def test_a_forged_ledger_fails_the_drill(meerkat: Meerkat, monkeypatch: pytest.M
     assert "✗ fails" in (tmp_path / "out/report.html").read_text()
 
     meerkat("chaos", tmp_path / "forged.toml", "--out", tmp_path / "out").failed(2, "holds an earlier drill")
+
+
+class Broken(Treatment):
+    """A fault with a bug."""
+
+    name: ClassVar[str] = "broken"
+
+    def treat(self, packet: Packet, random: Random) -> Passage:
+        raise KeyError(packet.kind)
+
+
+async def test_a_fault_that_raises_fails_the_drill(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(FAULTS, "broken", Broken)
+    (tmp_path / "plan.toml").write_text(
+        f'{SMALL}[[faults]]\nfault = "broken"\ntarget = "link:node-1"\nat = 1\nfor_s = 1\nshare = 1.0\n'
+    )
+    out = tmp_path / "out"
+    verdict = await Drill(load_plan(str(tmp_path / "plan.toml"), out=out), out).run()
+    (found,) = verdict.violations
+    assert (found.checker, found.where) == ("faults strike and heal as planned", "broken on link:node-1")
+    assert found.problem.startswith("raised KeyError: 3")
+    assert verdict.strikes[0].problem == found.problem
 
 
 async def test_a_drill_attaches_to_a_federation_that_runs(
@@ -275,7 +311,8 @@ GOOD, NAN, HUGE = (0.5,), (math.nan,), (1e9,)
         ("nan", [GOOD, NAN, NAN], [0, 0, 0], 1),
         ("huge", [GOOD, HUGE], [0, 2], 0),
         ("huge", [HUGE], [0], 1),
-        ("nan", [GOOD], [0], 0),  # what came before the poison
+        ("nan", [GOOD], [0], 1),  # only what came before the poison
+        ("flip", [], [], 1),
         ("flip", [GOOD] * 25, [0] * 19 + [4] + [0] * 5, 0),
         ("flip", [GOOD] * 25, [0] * 20 + [4] * 5, 1),
         ("flip", [GOOD] * 19, [0] * 19, 0),  # too few to tell
@@ -296,5 +333,28 @@ def test_poison_must_be_refused_within_twenty_rounds(
             for version, (scalars, verdict) in enumerate(zip(sent, verdicts, strict=True))
         ]
     )
-    found = list(judge.refused([(strike, struck(1.0))], Observed(updates=updates), history))
+    found = list(judge.refused([(strike, struck(1.0))], Observed(updates=updates), history, 5.0))
     assert len(found) == violations
+
+
+@pytest.mark.parametrize(
+    ("target", "began", "problem", "violations"),
+    [
+        ("server", 1.5, "", 0),  # it was down meanwhile
+        ("node-0", -4.0, "", 0),  # it was on its way back
+        ("node-0", -9.0, "", 1),
+        ("node-1", 1.5, "", 1),
+        ("node-1", 1.5, "raised KeyError: 3", 0),  # a violation already
+    ],
+)
+def test_poison_that_never_came_needs_an_excuse(target: str, began: float, problem: str, violations: int) -> None:
+    poison: Any = SimpleNamespace(fault=FAULTS["poison"](), target="node-0")
+    other: Any = SimpleNamespace(fault=FAULTS["sigkill"](), target=target)
+    happened = [
+        (poison, Struck("poison", "node-0", 1.0, 2.0, 1.0, problem)),
+        (other, Struck("sigkill", target, began, began + 1.0, 1.0)),
+    ]
+    history: Any = SimpleNamespace(records=[])
+    found = list(judge.refused(happened, Observed(), history, 5.0))
+    assert len(found) == violations
+    assert all("no poisoned update" in problem for _, problem in found)

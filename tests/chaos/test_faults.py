@@ -10,7 +10,8 @@ import pytest
 from meerkat_mq.chaos import faults
 from meerkat_mq.chaos.faults import FAULTS
 from meerkat_mq.chaos.faults.fault import Place
-from meerkat_mq.chaos.plan import FaultPlan, FederationPlan, PlanFile, shipped
+from meerkat_mq.chaos.plan import shipped
+from meerkat_mq.chaos.plan_file import FaultPlan, FederationPlan, PlanFile
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(faults.__file__).parent

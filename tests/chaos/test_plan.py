@@ -1,6 +1,7 @@
 """Plans: what they may say, what their schedule is, and one line for what they must not say."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,8 @@ def test_seconds_scale_the_moments_but_not_the_faults(load: Any) -> None:
 def test_nothing_is_struck_twice_at_once_and_a_quorum_is_left(load: Any) -> None:
     plan = load(
         "duration_s = 60",
-        {"fault": "sigkill", "every": 2, "for_s": 3},
-        {"fault": "freeze", "every": 3, "for_s": 3},
+        {"fault": "sigkill", "every": 5, "for_s": 3},
+        {"fault": "freeze", "every": 6, "for_s": 3},
         {"fault": "broker-stop", "every": 10},
         {"fault": "sigstop", "target": "server", "every": 10},
     )
@@ -115,6 +116,27 @@ def test_nothing_is_struck_twice_at_once_and_a_quorum_is_left(load: Any) -> None
             assert not any(is_core(other.target) for other in meanwhile)
         at_once = {o.target for o in plan.strikes if o.at <= strike.at < o.at + o.for_s and not is_core(o.target)}
         assert len(at_once) <= 2
+
+
+@pytest.mark.parametrize("every", [4, 3, 2.5])
+def test_faults_strike_within_the_duration_however_dense(load: Any, every: float) -> None:
+    plan = load("duration_s = 60", {"fault": "sigkill", "every": every, "for_s": 3}, {"fault": "reset", "at": 60})
+    assert len(plan.strikes) == 60 // every + 1
+    assert plan.strikes[-1].at <= 60
+
+
+@pytest.mark.parametrize("every", [1, 1e-6])
+def test_more_faults_than_fit_are_refused_at_once(load: Any, every: float) -> None:
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match="do not fit into 600 s"):
+        load("duration_s = 600", {"fault": "sigkill", "every": every})
+    assert time.monotonic() - began < 5
+
+
+def test_a_day_of_faults_is_drawn_in_seconds(load: Any) -> None:
+    began = time.monotonic()
+    assert len(load("duration_s = 86400", {"fault": "sigkill", "every": 10}).strikes) == 8640
+    assert time.monotonic() - began < 10
 
 
 # --- the federation ---
@@ -160,6 +182,12 @@ ATTACH = '[attach]\nfederation = "f"\nstate_dir = "s"\nbroker = { url = "mqtt://
         ("", [KILL, {"fault": "latency"}], ["faults.1", "at, or every, or between"]),
         ("", [KILL | {"every": 3}], ["faults.0", "at, or every, or between"]),
         ("", [{"fault": "reset", "between": [5, 4]}], ["faults.0", "the earlier first"]),
+        ("", [KILL | {"at": []}], ["faults.0", "at must name a moment"]),
+        ("", [KILL | {"at": -1}], ["faults.0.at.0", "greater than or equal to 0, not -1"]),
+        ("duration_s = 60", [KILL | {"at": 5000}], ["faults.0.at names 5000 s", "after duration_s = 60"]),
+        ("duration_s = 60", [{"fault": "reset", "between": [9, 99]}], ["faults.0.between", "after duration_s = 60"]),
+        ("duration_s = 9", [KILL, *[KILL | {"target": "server"}] * 4], ["faults", "do not fit into 9 s"]),
+        ("[federation]\nnodes = 3\nrounds.min_nodes = 4", [KILL], ["rounds.min_nodes", "is 4", "has 3 nodes"]),
         ("", [KILL | {"latency_s": 1}], ["faults.0", "latency_s", "is unknown"]),
         ("", [{"fault": "latency", "at": 1, "latency_s": -1}], ["faults.0", "latency_s", "not -1"]),
         ("", [{"fault": "drop", "at": 1, "packets": ["pubcomp"]}], ["faults.0", "packets.0", "not 'pubcomp'"]),
@@ -191,3 +219,9 @@ def test_a_wrong_plan_is_one_line(
 def test_an_unknown_plan_names_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"plan evrything: is neither.*everything.*flaky-wifi"):
         load_plan("evrything", out=tmp_path)
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, 4.9, float("nan"), float("inf"), 1e6])
+def test_a_duration_that_is_none_is_one_line(load: Any, seconds: float) -> None:
+    with pytest.raises(ConfigError, match=r"--seconds .*: is no duration of a drill; give 5 to 604800"):
+        load("", KILL, seconds=seconds)

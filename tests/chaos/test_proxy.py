@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from meerkat_mq.chaos.faults import FAULTS
-from meerkat_mq.chaos.proxy import Packet, Proxy
+from meerkat_mq.chaos.proxy import Packet, Passage, Proxy, as_it_is
 from meerkat_mq.errors import WireError
 from meerkat_mq.wire.frames import decode, encode
 from meerkat_mq.wire.messages import Header, Update
@@ -154,6 +154,36 @@ async def test_bandwidth(wire: Wire) -> None:
     assert wire.proxy.bytes_per_s is None
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("bandwidth", {"bytes_per_s": 1}), ("latency", {"latency_s": 60, "jitter_s": 60})],
+)
+async def test_healing_wakes_what_waits(wire: Wire, name: str, parameters: dict[str, Any]) -> None:
+    seen = list[Packet]()
+    wire.proxy.saw = seen.append  # type: ignore[method-assign, assignment]
+    async with wire.strike(name, **parameters):
+        wire.up(*numbered(3))
+        await until(lambda: len(seen) == 3)
+        assert len(wire.far[0].came) <= len(numbered(1)[0])
+    await wire.arrives(b"".join(numbered(3)))
+
+
+async def test_a_treatment_that_raises_resets_its_link_and_is_kept(wire: Wire) -> None:
+    wire.proxy.treat = lambda packet: Passage(packet.data[1 // 0 :])
+    wire.up(PUBACK)
+    await until(lambda: wire.near[0].ended == wire.far[0].ended == "reset")
+    assert [type(failure) for failure in wire.proxy.failures] == [ZeroDivisionError]
+    wire.proxy.treat = lambda packet: None  # type: ignore[assignment, return-value]
+    await wire.connect()
+    wire.down(PUBACK)
+    await until(lambda: wire.near[1].ended == "reset")
+    assert [type(failure) for failure in wire.proxy.failures] == [ZeroDivisionError, AttributeError]
+    wire.proxy.treat = as_it_is
+    await wire.connect()
+    wire.up(PUBACK)
+    await wire.arrives(PUBACK)
+
+
 async def test_refuse_breaks_what_is_open_and_lets_nobody_in(wire: Wire) -> None:
     async with wire.strike("refuse"):
         await until(lambda: wire.near[0].ended == "reset")
@@ -257,6 +287,7 @@ async def test_corrupt_the_length(wire: Wire) -> None:
         ({"how": "nan"}, (math.nan, math.nan)),
         ({"how": "huge"}, (1e9, 1e9)),
         ({"how": "flip", "scale": 4.0}, (-1.0, 6.0)),
+        ({"how": "flip", "scale": 1e300}, (-math.inf, math.inf)),
     ],
 )
 async def test_poison_is_a_valid_update_with_other_scalars(

@@ -207,7 +207,7 @@ async def test_state_on_our_topic_comes_before_on_connected_over_a_slow_link(
     """Mosquitto answers SUBSCRIBE before it sends what is retained."""
     async with peer(mosquitto.config, "a") as a:
         await a.session.publish("st", b"old", retain=True)
-    proxy.delay_s = 0.05
+    proxy.pause_s = 0.05
     seen: list[list[bytes]] = []
     b = Peer(proxy.config, "b", will=lambda link: Will("st", b"dead"), greet=lambda link: seen.append(list(b.payloads)))
     await b.connected()

@@ -8,6 +8,7 @@ import pytest
 
 from meerkat_mq.core.toy import toy_mask
 from tests.server.federation import toml
+from tests.server.ledgers import alter, write
 from tests.support.command import Meerkat
 from tests.support.mosquitto import Mosquitto
 
@@ -57,6 +58,15 @@ def files(tmp_path: Path) -> Files:
 def test_a_wrong_setting(meerkat: Meerkat, files: Files, settings: dict[str, Any], code: int, words: list[str]) -> None:
     config = files(**settings)
     meerkat("server", "--config", config).failed(code, f"meerkat: {config}: ", *words)
+
+
+@pytest.mark.parametrize(
+    "statement", ["UPDATE run SET descriptor = '{}'", "UPDATE run SET rules = 'zz'", "UPDATE run SET rules = '{}'"]
+)
+def test_a_damaged_ledger_stops_a_server(meerkat: Meerkat, files: Files, tmp_path: Path, statement: str) -> None:
+    write(tmp_path / "state")
+    alter(tmp_path / "state", statement)
+    meerkat("server", "--config", files(engine="toy")).failed(6, "ledger.sqlite: holds ", "restore it from a backup")
 
 
 def test_wrong_credentials_stop_a_server(

@@ -234,6 +234,42 @@ def read_whole(path: Path) -> None:
             reader.records(version)
 
 
+@pytest.mark.parametrize(
+    ("statement", "words"),
+    [
+        ("UPDATE run SET descriptor = '{}'", r"holds a run that is none \(RunDescriptor.federation"),
+        ("UPDATE run SET descriptor = x'00'", "holds a run that is none"),
+        ("UPDATE run SET rules = 'zz'", "holds rules of a run that is none"),
+        ("UPDATE run SET rules = '{}'", r"holds rules of a run that is none \(rounds: "),
+        ("UPDATE run SET rules = '3'", "holds rules of a run that is none"),
+        ("UPDATE entries SET closed = 'noon'", "holds an entry that is none .closed is 'noon'"),
+        ("UPDATE entries SET closed = 9e999", "holds an entry that is none .closed is inf"),
+        ("UPDATE entries SET entry = 'text'", "holds an entry that is none"),
+        ("UPDATE nodes SET last_seen = 'noon'", "holds a node that is none .last_seen is 'noon'"),
+        ("UPDATE nodes SET status = x'00'", "holds a node that is none"),
+        ("UPDATE updates SET loss = 'low'", "holds in versions 0 to 0 an update that is none .loss is 'low'"),
+        ("UPDATE updates SET weight = 'x'", "an update that is none .weight is 'x'"),
+        ("UPDATE nodes SET slot = slot + 7", "an update that is none .no node has slot 0"),
+        ("UPDATE terms SET taken = 'noon'", "holds a term that is none"),
+        ("DROP TABLE updates", "is damaged .no such table: updates"),
+    ],
+)
+def test_a_row_that_no_server_writes_is_an_error_in_words(path: Path, statement: str, words: str) -> None:
+    with closing(Ledger.open(path)) as opened:
+        begin(opened)
+        round_(opened, 0)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(statement)
+    with closing(Ledger.read(path)) as reader, pytest.raises(LedgerError, match=words) as caught:
+        read_all(reader)
+    assert caught.value.where == str(path)
+    assert "restore it from a backup" in caught.value.remedy
+
+
+def read_all(reader: Ledger) -> list[object]:
+    return [reader.run, reader.rules, reader.closed(0, 1), reader.nodes(), reader.records(0), reader.terms()]
+
+
 def test_there_is_nothing_to_read_where_no_server_was(path: Path) -> None:
     with pytest.raises(LedgerError, match="there is no ledger; give the state_dir of a server that was started"):
         Ledger.read(path)
@@ -247,7 +283,7 @@ def test_an_older_schema_is_brought_up_to_date_in_one_step(path: Path, monkeypat
     with monkeypatch.context() as patched:
         patched.setattr(ledger_file, "SCHEMA", 2)
         patched.setattr(ledger_file, "MIGRATIONS", [*ledger_file.MIGRATIONS, "CREATE TABLE extra (x); SELECT nonsense"])
-        with pytest.raises(sqlite3.OperationalError):
+        with pytest.raises(LedgerError, match="no such column: nonsense"):
             Ledger.open(path)
         patched.setattr(ledger_file, "MIGRATIONS", [*ledger_file.MIGRATIONS[:1], "CREATE TABLE extra (x)"])
         with closing(Ledger.open(path)) as opened:
@@ -312,6 +348,19 @@ def test_a_read_only_folder_is_named_and_can_still_be_read(path: Path) -> None:
     assert str(path) in done.stderr
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.skipif(not mounts(), reason="this system lets no user mount a file read-only for himself")
+def test_a_ledger_that_cannot_be_written_is_noticed_when_it_is_opened(ledger: Ledger, path: Path) -> None:
+    begin(ledger)
+    files = " ".join(f"{path}{end}" for end in ("", "-wal", "-shm"))
+    mount = f"for file in {files}; do mount --bind $file $file && mount -o remount,bind,ro $file; done"
+    script = f"{IMPORTS}; Ledger.open(Path(sys.argv[1]))"
+    done = subprocess.run(
+        [*NAMESPACE, "sh", "-c", f"{mount}; exec {sys.executable} -c '{script}' {path}"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert f"LedgerError: {path}: cannot be written (attempt to write a readonly database)" in done.stderr
 
 
 def test_ten_thousand_rounds_of_ten_nodes_take_less_than_ten_megabytes(path: Path) -> None:

@@ -196,6 +196,8 @@ def test_an_entry_of_an_earlier_term(tmp_path: Path) -> None:
         "UPDATE updates SET verdict = 99 WHERE version = 3",
         "UPDATE updates SET weight = 0 WHERE version = 3",
         "UPDATE updates SET loss = x'00' WHERE version = 3",
+        "UPDATE updates SET loss = 'low' WHERE version = 3",
+        "UPDATE entries SET closed = 'noon' WHERE version = 3",
     ],
 )
 def test_rows_that_no_server_writes(tmp_path: Path, statement: str) -> None:
@@ -228,6 +230,12 @@ def test_missing_and_extra_updates(tmp_path: Path) -> None:
     assert verify_folder(tmp_path).rounds == 6
     alter(tmp_path, "DELETE FROM updates WHERE version = 3 AND slot = 1")
     fails(tmp_path, "entry 3", "its term 0 is", "its updates give")
+
+
+def test_an_update_of_a_slot_that_nobody_has(tmp_path: Path) -> None:
+    write(tmp_path)
+    alter(tmp_path, "INSERT INTO updates VALUES (3, 9, 7, 1, zeroblob(4), 1.0, 0)")
+    fails(tmp_path, "entry 3", "no node has slot 9")
 
 
 @pytest.mark.parametrize(
@@ -312,7 +320,14 @@ def test_a_byte_of_a_file(tmp_path: Path, name: str, at: int) -> None:
 def test_a_snapshot_that_is_missing(tmp_path: Path) -> None:
     whole(tmp_path)
     (tmp_path / "snapshot-2.mks").unlink()
-    fails(tmp_path, str(tmp_path / "snapshot-2.mks"), "cannot be read (No such file or directory)")
+    assert verify_folder(tmp_path).files == ("snapshot-6.mks", "difference.mkd")
+
+
+def test_a_snapshot_that_cannot_be_read(tmp_path: Path) -> None:
+    whole(tmp_path)
+    (tmp_path / "snapshot-2.mks").unlink()
+    (tmp_path / "snapshot-2.mks").mkdir()
+    fails(tmp_path, str(tmp_path / "snapshot-2.mks"), "cannot be read (Is a directory)")
 
 
 @pytest.mark.parametrize("change", ["version", "head", "theta"])
@@ -342,6 +357,8 @@ def test_a_difference_of_something_else(tmp_path: Path) -> None:
     fails(tmp_path, str(file), "holds a theta of digest", "the ledger's of version 5 has")
     Difference(writer.mask, theta, RUN, 7).save(file)
     fails(tmp_path, str(file), "is of version 7, but the ledger ends at version 6")
+    with pytest.raises(RunMismatch, match="if the ledger was put back to a backup, remove this file"):
+        verify_folder(tmp_path)
     Difference(writer.mask, theta, bytes(16), 6).save(file)
     fails(tmp_path, str(file), "is of run 00000000, the ledger of run 00010203")
 

@@ -25,25 +25,21 @@ class Proxy(FaultProxy):
     Attributes:
         packets: all that came, in order, also what was dropped.
         alter: takes each packet, gives what to forward: the same bytes, others, or None for nothing.
-        delay_s: each packet down to the client takes so long after the one before.
+        pause_s: a packet comes so long after the one before.
     """
 
     def __init__(self, target_port: int) -> None:
         super().__init__(target_port)
         self.packets: list[Packet] = []
         self.alter: Callable[[Packet], bytes | None] = lambda packet: packet.data
-        self.delay_s = 0.0
+        self.pause_s = 0.0
         self.treat = lambda packet: Passage(self.alter(packet) or b"")
-        self._free_at = 0.0
 
     def saw(self, packet: Packet) -> None:
         self.packets.append(packet)
 
-    def due(self, now: float, *, up: bool) -> float:
-        if up or not self.delay_s:
-            return super().due(now, up=up)
-        self._free_at = max(now, self._free_at) + self.delay_s
-        return self._free_at
+    def narrow_s(self, size: int) -> float:
+        return self.pause_s or super().narrow_s(size)
 
     def count(self, kind: int, *, up: bool) -> int:
         return sum(packet.kind == kind and packet.up == up for packet in self.packets)

@@ -15,6 +15,7 @@ from meerkat_mq.wire.frames import decode, encode
 from meerkat_mq.wire.messages import Update
 
 HUGE = 1e9
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127  # an update has no room for more
 
 
 class Poison(Fault):
@@ -22,7 +23,7 @@ class Poison(Fault):
 
     Attributes:
         how: "nan", "huge" (1e9), or "flip": the sign turned, times `scale`.
-        scale: of "flip".
+        scale: of "flip"; what float32 cannot hold becomes infinite.
     """
 
     name: ClassVar[str] = "poison"
@@ -63,4 +64,5 @@ class Poison(Fault):
             case "huge":
                 return HUGE
             case "flip":
-                return -self.scale * scalar
+                flipped = -self.scale * scalar
+                return math.copysign(math.inf, flipped) if abs(flipped) > FLOAT32_MAX else flipped

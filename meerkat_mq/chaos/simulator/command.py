@@ -2,9 +2,11 @@
 
 import multiprocessing
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, count
 from typing import Annotated
@@ -23,6 +25,7 @@ from meerkat_mq.errors import DrillFailed
 
 CHUNK = 50
 EXAMPLES = 3
+INTERRUPTED = 130
 
 Lines = Iterator[tuple[float, str]]
 
@@ -66,21 +69,43 @@ def tally(seeds: Sequence[int]) -> Tally:
 
 
 def simulate(first: int, schedules: int, console: Console) -> Tally:
-    """Run the schedules of `schedules` seeds from `first` on, on all cores."""
+    """Run the schedules of `schedules` seeds from `first` on, on all cores; an interrupt ends them at once."""
     chunks = [range(start, min(start + CHUNK, first + schedules)) for start in range(first, first + schedules, CHUNK)]
     workers, context = os.cpu_count() or 1, multiprocessing.get_context("spawn")
     total = Tally()
     with (
         Progress(
-            TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+            TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            console=console, disable=not console.is_terminal,
         ) as bar,
         ProcessPoolExecutor(workers, mp_context=context) as pool,
-    ):
+        _ending_at_once(),
+    ):  # fmt: skip
         task = bar.add_task("simulating", total=schedules)
-        for part in pool.map(tally, chunks):
-            total.add(part)
+        for part in _submitted(pool, chunks):
+            total.add(part.result())
             bar.update(task, completed=total.schedules)
     return total
+
+
+def _submitted(pool: ProcessPoolExecutor, chunks: Sequence[range]) -> list[Future[Tally]]:
+    """Workers start here, deaf to Ctrl-C, which a terminal sends to them too; here it waits meanwhile."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return [pool.submit(tally, chunk) for chunk in chunks]  # `map` would cancel them, which a dying pool reports
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextmanager
+def _ending_at_once() -> Iterator[None]:
+    """Whatever is raised inside does not wait for the workers."""
+    try:
+        yield
+    except BaseException:
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
 
 
 def command(
@@ -89,6 +114,13 @@ def command(
     repeat: Annotated[int | None, typer.Option(min=0, help="Run the schedule of this seed alone, and tell it.")] = None,
 ) -> None:
     """Run whole federations on a virtual clock under random faults, and check what must hold of each."""
+    try:
+        _command(schedules, seed, repeat)
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _command(schedules: int, seed: int, repeat: int | None) -> None:
     console = Console()
     if repeat is not None:
         _tell(repeat, console)
