@@ -80,7 +80,7 @@ async def test_from_mask_to_export(
     assert before != after
 
     said = meerkat("verify", tmp_path / "server", "--model", tuned, "--base", tiny_llama)
-    assert f"4 rounds and 4 updates are as they must be; so are difference.mkd, {tuned}; digest " in said.out
+    assert f"4 rounds and 4 updates are as they must be; difference.mkd, {tuned} too; digest " in said.out
     assert events[-1].digest in said.out
 
 

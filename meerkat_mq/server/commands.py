@@ -143,6 +143,6 @@ def verify(
             base=base,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    also = f"; so are {', '.join(found.files)}" if found.files else ""
+    also = f"; {', '.join(found.files)} too" if found.files else ""
     said = f"{found.rounds:,} rounds and {found.updates:,} updates are as they must be{also}"
     say(Console(), f"{state_dir}: {said}; digest {found.digest.hex()}, {duration(time.monotonic() - began)}")
