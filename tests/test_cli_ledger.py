@@ -176,9 +176,7 @@ def test_verify_says_one_line(meerkat: Meerkat, tmp_path: Path) -> None:
     said = meerkat("verify", tmp_path)
     assert (said.code, said.err) == (0, "")
     (line,) = said.out.splitlines()
-    assert line.startswith(
-        f"{tmp_path}: 6 rounds and 18 updates are as they must be; snapshot-6.mks, difference"
-    )
+    assert line.startswith(f"{tmp_path}: 6 rounds and 18 updates are as they must be; snapshot-6.mks, difference")
     assert f"digest {writer.entries[-1].digest.hex()}, " in line
 
 
