@@ -7,6 +7,7 @@ from meerkat_mq.errors import RunMismatch
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.policy import lane_of
 from meerkat_mq.wire.frames import Entries, Header, Offer, Reason, Refusal, Round, Update, Want, Welcome
+from meerkat_mq.wire.messages import in_words
 
 RETRY_S = 2.0
 RESYNCHRONISATIONS = 3
@@ -204,7 +205,7 @@ class NodeMachine:
         done = self._done is not None and self._done.task.version == frame.header.version == self.version
         if frame.boot != self._boot or not done or self._busy is not None:
             return
-        self._count(f"refused: {frame.reason.name.lower().replace('_', ' ')}")
+        self._count(f"refused: {in_words(frame.reason)}")
         if frame.reason is Reason.RESYNCHRONISE:
             self._digest_refused("the server refused this node's digest")
 

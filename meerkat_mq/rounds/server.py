@@ -20,6 +20,7 @@ from meerkat_mq.rounds.policy import (
 from meerkat_mq.rounds.record import KnownNode, OpenRound, Roster, round_frame
 from meerkat_mq.wire.descriptor import NodeStatus
 from meerkat_mq.wire.frames import Header, Reason, Refusal, Update, Welcome
+from meerkat_mq.wire.messages import in_words
 
 LAST_ATTEMPT = 2**16 - 1
 HIGHEST_TERM = 2**32 - 2**16
@@ -239,7 +240,7 @@ class ServerMachine:
             self._take(name, update, verdict)
             refused = None if verdict is e.Verdict.ACCEPTED else Reason.OUT_OF_RANGE
         else:
-            self._count(f"refused: {_words(refused)}", name)
+            self._count(f"refused: {in_words(refused)}", name)
         if refused is not None:
             self._effects.append(e.Reply(name, Refusal(self._header(), update.boot, refused)))
 
@@ -257,7 +258,7 @@ class ServerMachine:
     def _count_refused(self, records: Iterable[e.UpdateRecord]) -> None:
         for record in records:
             if record.verdict is not e.Verdict.ACCEPTED:
-                self._count(f"refused: {_words(record.verdict)}", record.node)
+                self._count(f"refused: {in_words(record.verdict)}", record.node)
 
     def _why_dropped(self, name: str, update: Update) -> str | None:
         mine, header, current = self._header(), update.header, self._open
@@ -372,7 +373,7 @@ class ServerMachine:
         before, self._flagged = self._flagged, dict(self._guard.flagged)
         for node, verdict in self._flagged.items():
             if before.get(node) is not verdict:
-                self._count(f"flagged: {_words(verdict)}", node)
+                self._count(f"flagged: {in_words(verdict)}", node)
 
     # --- frames ---
 
@@ -384,7 +385,3 @@ class ServerMachine:
         if self._open is None or not self._open.closing:
             frame = round_frame(self._header(), self._settings, self._open, self._entries)
             self._effects.append(e.PublishRound(frame))
-
-
-def _words(name: Reason | e.Verdict) -> str:
-    return name.name.lower().replace("_", " ")

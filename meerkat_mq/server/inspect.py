@@ -13,6 +13,7 @@ from meerkat_mq.rounds.policy import lane_of
 from meerkat_mq.server.ledger import Closed, Ledger, NodeRow
 from meerkat_mq.server.verify import run_of, settings_of
 from meerkat_mq.wire.descriptor import RunDescriptor
+from meerkat_mq.wire.messages import in_words
 
 PAGE = 200
 
@@ -69,8 +70,8 @@ def _node_shown(
         updates=node.updates,
         packet_bytes=node.packet_bytes,
         behind=None if last is None else max(0, version - last.version - 1),
-        verdict="" if last is None else _words(last.verdict),
-        flagged=_words(flagged[node.node]) if node.node in flagged else "",
+        verdict="" if last is None else in_words(last.verdict),
+        flagged=in_words(flagged[node.node]) if node.node in flagged else "",
     )
 
 
@@ -144,13 +145,9 @@ def _update_shown(run: RunDescriptor, record: UpdateRecord) -> UpdateShown:
         seeds=tuple(_seed(run, record.version, lane, step) for step in range(len(record.scalars))),
         scalars=record.scalars,
         loss=record.loss,
-        verdict=_words(record.verdict),
+        verdict=in_words(record.verdict),
     )
 
 
 def _seed(run: RunDescriptor, version: int, lane: int, step: int) -> str:
     return f"{seed_for(run.run_id, version, lane, step):016x}"
-
-
-def _words(verdict: Verdict) -> str:
-    return verdict.name.lower().replace("_", " ")

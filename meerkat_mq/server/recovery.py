@@ -31,21 +31,20 @@ def recovered(ledger: Ledger, run: Run, snapshots: Snapshots) -> Replica:
     snapshot = snapshots.newest()
     if snapshot is not None:
         replica.load(snapshot.theta, snapshot.version)
-    follow(ledger, run, replica, head=snapshot.head if snapshot is not None else run.mask.hash)
+    follow(ledger, run, replica)
     return replica
 
 
-def follow(ledger: Ledger, run: Run, replica: Replica, *, head: bytes) -> None:
-    """Lead theta on to where the ledger stands; every digest checked.
-
-    Args:
-        head: hash of the entry that led to the replica's version; of version 0, the mask hash.
+def follow(ledger: Ledger, run: Run, replica: Replica) -> None:
+    """Lead theta, which is the ledger's of some version, on to where the ledger stands; every digest checked.
 
     Raises:
         LedgerError: an entry does not extend the one before it, or does not lead to its digest.
     """
     log, version = structlog.get_logger().bind(file=str(ledger.path)), ledger.version
     say_at = time.monotonic() + SAY_EVERY_S
+    before = ledger.entries(replica.version - 1, 1) if replica.version else ()
+    head = before[0].hash(run.descriptor.run_id) if before else run.mask.hash
     while replica.version < version:
         entries = ledger.entries(replica.version, AT_ONCE)
         digests = replica.replay([entry.terms for entry in entries])

@@ -231,9 +231,7 @@ class Scribe:
             term = self._ledger.take_term(above, self.server_id, socket.gethostname())
         version, theta = self.committed
         self._replica.load(theta, version)
-        last = self._ledger.entries(version - 1, 1) if version else ()
-        head = last[0].hash(self._run.descriptor.run_id) if last else self._run.mask.hash
-        follow(self._ledger, self._run, self._replica, head=head)  # another server may have gone on meanwhile
+        follow(self._ledger, self._run, self._replica)  # another server may have gone on meanwhile
         self.committed = (self._replica.version, self._replica.theta)
         self._snapshots.sweep()
         return term, resumed(self._ledger, self._run, term=term, server_id=self.server_id)

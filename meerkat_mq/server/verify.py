@@ -1,6 +1,5 @@
 """Verification: the model is what mask and ledger say. Nothing here knows how the server came to it."""
 
-import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -9,7 +8,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from meerkat_mq.config import GuardsConfig, RoundsConfig, check_config
+from meerkat_mq.config import GuardsConfig, RoundsConfig
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import MAX_WEIGHT, Entry, Term, digest
@@ -24,6 +23,7 @@ from meerkat_mq.server.ledger import LEDGER_FILE, KeptSnapshot, Ledger
 from meerkat_mq.server.run import round_settings
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.difference import Difference
+from meerkat_mq.wire.messages import in_words
 from meerkat_mq.wire.snapshot import decode_snapshot
 
 ALTERED = "it was altered or damaged after it was written: restore a backup"
@@ -104,14 +104,8 @@ def run_of(ledger: Ledger) -> RunDescriptor:
 
 
 def settings_of(run: RunDescriptor, rules: Mapping[str, Any]) -> RoundSettings:
-    """The settings of a run's rounds, from what its ledger keeps.
-
-    Raises:
-        ConfigError: the rules are not those of a run.
-    """
-    rounds = check_config(rules.get("rounds"), RoundsConfig, where="ledger: rounds")
-    guards = check_config(rules.get("guards"), GuardsConfig, where="ledger: guards")
-    return round_settings(run, rounds, guards)
+    """The settings of a run's rounds, from what its ledger keeps."""
+    return round_settings(run, RoundsConfig(**rules["rounds"]), GuardsConfig(**rules["guards"]))
 
 
 @contextmanager
@@ -123,8 +117,6 @@ def _entry(version: int) -> Iterator[None]:
         raise RunMismatch(f"entry {version}", error.problem, ALTERED) from error
     except MeerkatError as error:
         raise RunMismatch(f"entry {version}", f"{error.where} {error.problem}", ALTERED) from error
-    except (ValueError, TypeError, struct.error) as error:
-        raise RunMismatch(f"entry {version}", f"cannot be decoded ({error})", ALTERED) from error
 
 
 def _same(what: str, found: object, expected: object, by: str) -> None:
@@ -157,11 +149,7 @@ def _check_records(records: Sequence[UpdateRecord], settings: RoundSettings) -> 
             raise RunMismatch("updates", f"{where} weighs {record.weight}")
         verdict = on_arrival(record.scalars, record.loss, settings.lr)
         if verdict is not record.verdict and not {verdict, record.verdict} <= JUDGED:
-            raise RunMismatch("updates", f"{where} is kept as {_name(record.verdict)}, but is {_name(verdict)}")
-
-
-def _name(verdict: Verdict) -> str:
-    return verdict.name.lower().replace("_", " ")
+            raise RunMismatch("updates", f"{where} is kept as {in_words(record.verdict)}, but is {in_words(verdict)}")
 
 
 def _check_terms(found: Sequence[Term], expected: Sequence[Term]) -> None:

@@ -140,6 +140,11 @@ class Offer:
     size: int
 
 
+def in_words(member: IntEnum) -> str:
+    """An enumeration's member as people read it: "out of range"."""
+    return member.name.lower().replace("_", " ")
+
+
 class Reason(IntEnum):
     """Why an update was refused."""
 
