@@ -44,7 +44,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	@echo 'Installing into $(VENV), with the tools for tests (the first time this takes minutes: PyTorch is large) …'
-	@$(INSTALL) -e '.[model,embedded,dev]'
+	@$(INSTALL) -e '.[model,lora,datasets,embedded,dev]'
 	@touch $(VENV)/.demo $@
 
 $(BIN)/python:

@@ -14,12 +14,13 @@ from meerkat_mq import __version__
 from meerkat_mq.broker.__main__ import command as broker
 from meerkat_mq.chaos.command import command as chaos
 from meerkat_mq.chaos.simulator.command import command as simulate
-from meerkat_mq.config import ModelConfig, check_config
+from meerkat_mq.config import Dtype, ModelConfig, check_config
 from meerkat_mq.errors import ConfigError, MeerkatError
 from meerkat_mq.node.__main__ import command as node
 from meerkat_mq.observe.process import run_service
 from meerkat_mq.server.__main__ import command as server
 from meerkat_mq.server.commands import ledger, status, verify
+from meerkat_mq.sweep.command import command as sweep
 
 app = typer.Typer(
     name="meerkat",
@@ -33,11 +34,13 @@ app.command("node")(node)
 app.command("broker")(broker)
 app.command("simulate")(simulate)
 app.command("chaos")(chaos)
+app.command("sweep")(sweep)
 app.command("status")(status)
 app.command("ledger")(ledger)
 app.command("verify")(verify)
 
-Method = Literal["sensitivity", "magnitude-activation", "magnitude", "random"]
+Method = Literal["sensitivity", "magnitude-activation", "magnitude", "random", "dense", "lora"]
+EarlyStopping = Literal["off", "vpcs", "random"]
 Split = Literal["iid", "dirichlet", "one-label"]
 
 
@@ -62,6 +65,8 @@ def demo(
     text: Annotated[Path | None, typer.Option(help="Text to score the mask on; default: the rows'.")] = None,
     nodes: Annotated[int, typer.Option(help="Node processes; the first holds one label only.")] = 4,
     rounds: Annotated[int | None, typer.Option(help="Rounds of the run.")] = None,
+    local_steps: Annotated[int, typer.Option(help="T, the steps of a node in a round; more make fewer rounds.")] = 1,
+    early_stopping: Annotated[EarlyStopping, typer.Option(help="Find nodes of extremely skewed data.")] = "off",
     directions: Annotated[int | None, typer.Option(help="Direction lanes of a round.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     density: Annotated[float | None, typer.Option(help="Share of each linear matrix that is trained.")] = None,
@@ -79,6 +84,8 @@ def demo(
         text=text,
         nodes=nodes,
         rounds=rounds,
+        local_steps=local_steps,
+        early_stopping=early_stopping,
         directions=directions,
         lr=lr,
         density=density,
@@ -99,17 +106,27 @@ def _writing(out: Path) -> Iterator[None]:
         raise ConfigError(f"--out {out}", f"cannot be written ({error.strerror})", "choose another place") from error
 
 
+def _rows_source(given: str) -> Path | str:
+    return given if given.startswith("hf:") else Path(given)
+
+
 @app.command()
 def mask(
     model: Annotated[str, typer.Option(help="Base model: local folder or hub id.")],
-    text: Annotated[Path, typer.Option(help="Calibration text: plain text, or JSON lines with a key text.")],
+    text: Annotated[str, typer.Option(help="Calibration text: plain, or JSON lines, CSV or hf:… with a field text.")],
     out: Annotated[Path, typer.Option(help="Mask file to write.")],
-    method: Annotated[Method, typer.Option(help="How weights are scored.")] = "sensitivity",
+    method: Annotated[
+        Method, typer.Option(help="How weights are scored; or all of them, or an adapter.")
+    ] = "sensitivity",
     density: Annotated[float, typer.Option(help="Share u of each linear matrix that is trained, 0 < u ≤ 1.")] = 1e-3,
+    rank: Annotated[int, typer.Option(help="Of the adapter, with --method lora.")] = 8,
     sequences: Annotated[int, typer.Option(help="Sequences of calibration text.")] = 100,
     length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="Order of the text, and the random mask.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:<i>.")] = "cpu",
+    dtype: Annotated[
+        Dtype, typer.Option(help="Of the model while it is scored; it must hold the checkpoint exactly.")
+    ] = "float32",
 ) -> None:
     """Score the weights of a model and write a mask."""
     from meerkat_mq.model.data import read_texts  # noqa: PLC0415 - torch only where a model is used
@@ -119,7 +136,7 @@ def mask(
     if out.is_dir() or not out.parent.is_dir():
         raise ConfigError(f"--out {out}", "is not a file in a folder that exists", "make the folder, name the file")
     check_config({"source": model, "device": device}, ModelConfig, where="command line")
-    texts, loaded = read_texts(text), load_model(model, device=device)
+    texts, loaded = read_texts(_rows_source(text)), load_model(model, dtype=dtype, device=device)
     with Progress(
         TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)
     ) as bar:
@@ -129,6 +146,7 @@ def mask(
             texts,
             method,
             density=density,
+            rank=rank,
             seed=seed,
             sequences=sequences,
             length=length,
@@ -145,7 +163,7 @@ def mask(
 
 @app.command()
 def partition(
-    data: Annotated[Path, typer.Argument(help="JSON lines to divide.")],
+    data: Annotated[str, typer.Argument(help="Rows to divide: JSON lines, CSV, or hf:… (docs/tasks.md).")],
     out: Annotated[Path, typer.Option(help="Folder for node-0.jsonl, node-1.jsonl, …")],
     nodes: Annotated[int, typer.Option(help="How many shards.")],
     task: Annotated[str, typer.Option(help="Built-in task or a task's TOML file.")],
@@ -159,7 +177,7 @@ def partition(
 
     found = load_task(task)
     shards = files.partition(
-        files.read_rows(data, found), nodes, split, seed=seed, alpha=alpha, label_field=found.label_field
+        files.read_rows(_rows_source(data), found), nodes, split, seed=seed, alpha=alpha, label_field=found.label_field
     )
     with _writing(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -183,7 +201,7 @@ def export(
     found = Difference.load(difference)
     export_model(model, found.mask, found.theta, out)
     Console().print(
-        f"{out}: version {found.version} of run {found.run_id.hex()[:8]}, {found.mask.size:,} weights changed",
+        f"{out}: version {found.version} of run {found.run_id.hex()[:8]}, {found.mask.size:,} weights trained",
         highlight=False,
         soft_wrap=True,
     )

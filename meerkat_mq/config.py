@@ -1,22 +1,52 @@
 """Configuration files: TOML in, checked objects out; every error names the file, the key and the remedy."""
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from meerkat_mq.errors import ConfigError
 
 Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
 Seconds = Annotated[float, Field(gt=0, le=86_400 * 7)]
 Share = Annotated[float, Field(gt=0, le=1)]
 LocalPath = Path  # relative paths are taken from the folder of the TOML file
+
+HUB_DATA = re.compile(r"hf:(?P<path>[^,:]+)(,(?P<config>[^,:]+))?:(?P<split>[^\[\]:]+(\[[^\[\]]+\])?)")
+
+
+def data_source(value: object) -> Path | str:
+    """Where rows are: a file's path, or `hf:<folder or hub id>[,<config>]:<split>` for the `datasets` library.
+
+    Raises:
+        ValueError: neither.
+    """
+    if isinstance(value, str) and value.startswith("hf:"):
+        if HUB_DATA.fullmatch(value) is None:
+            raise ValueError("must be hf:<folder or hub id>[,<config>]:<split>")
+        return value
+    if not isinstance(value, str | Path):
+        raise ValueError("Input is not a valid path")
+    return Path(value)
+
+
+DataSource = Annotated[Path | str, PlainValidator(data_source)]
 
 
 _NAMES_OR_PATHS = ("model", "source", "task")  # a hub id or built-in name, unless there is such a file or folder
@@ -35,6 +65,9 @@ class Section(BaseModel):
             return value
         if isinstance(value, str) and info.field_name in _NAMES_OR_PATHS and (folder / value).exists():
             return str(folder / value)
+        if isinstance(value, str) and info.field_name == "data" and (match := HUB_DATA.fullmatch(value)):
+            path = folder / match["path"]
+            return f"hf:{path if path.exists() else match['path']}{value[match.end('path') :]}"
         return folder / value if isinstance(value, Path) else value
 
 
@@ -105,6 +138,7 @@ class RoundsConfig(Section):
         directions: P, the direction lanes; 1 ≤ P ≤ nodes asked. Default: a lane for every three nodes.
         lr: learning rate.
         eps: perturbation scale.
+        perturbations: projected gradients a local step, along as many directions from one point (DeComFL's P).
         batch_size: rows a local step.
         stream: direction stream.
         min_nodes: nodes that must be at hand before a round opens.
@@ -124,6 +158,7 @@ class RoundsConfig(Section):
     directions: Annotated[int, Field(ge=1, le=4096)] | None = None
     lr: Annotated[float, Field(gt=0)] = 1e-3
     eps: Annotated[float, Field(gt=0)] = 1e-3
+    perturbations: Annotated[int, Field(ge=1, le=1000)] = 1
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 16
     stream: Literal["mk1", "rademacher"] = "mk1"
     min_nodes: Annotated[int, Field(ge=1, le=65535)] = 1
@@ -160,15 +195,45 @@ class GuardsConfig(Section):
     window: Annotated[int, Field(ge=5, le=1000)] = 20
 
 
+class EarlyStoppingConfig(Section):
+    """Meerkat-vp: nodes with extremely skewed data do fewer local steps a round (docs/early-stopping.md).
+
+    Attributes:
+        by: "vpcs" judges each node by the GradIP of its virtual path; "random", the control, draws nodes; "off".
+        steps: local steps a round of an early-stopped node.
+        calibration_steps: local steps, of every node, in a round that calibrates: the first one.
+        every: rounds from one calibration to the next; 0: never again.
+        initial: share of the calibration steps that are its initial part.
+        later: share of them, from the end, that are its later part.
+        rho_later: least ratio of mean |GradIP| in the initial part to that in the later part.
+        rho_quiet: least share of quiet steps in the later part: |GradIP| below `quiet`.
+        quiet: level σ, as a part of the node's mean |GradIP| in the initial part.
+        require: whether both conditions flag a node, or one is enough.
+        random_share: share of the nodes that "random" draws.
+    """
+
+    by: Literal["off", "vpcs", "random"] = "off"
+    steps: Annotated[int, Field(ge=1, le=1000)] = 1
+    calibration_steps: Annotated[int, Field(ge=4, le=1000)] = 100
+    every: Annotated[int, Field(ge=0)] = 0
+    initial: Annotated[float, Field(gt=0, le=0.5)] = 0.2
+    later: Annotated[float, Field(gt=0, le=0.5)] = 0.5
+    rho_later: Annotated[float, Field(gt=0)] = 3.0
+    rho_quiet: Share = 0.5
+    quiet: Annotated[float, Field(gt=0)] = 0.1
+    require: Literal["both", "either"] = "both"
+    random_share: Share = 0.25
+
+
 class EvaluationConfig(Section):
     """Evaluation on held-out data, on the server.
 
     Attributes:
-        data: JSONL file.
+        data: file of rows, or hf:… (docs/tasks.md).
         every: rounds between evaluations.
     """
 
-    data: LocalPath
+    data: DataSource
     every: Annotated[int, Field(ge=1)] = 10
     batch_size: Annotated[int, Field(ge=1)] = 64
 
@@ -189,6 +254,7 @@ class ServerConfig(Section):
     broker: BrokerConfig = BrokerConfig()
     rounds: RoundsConfig = RoundsConfig()
     guards: GuardsConfig = GuardsConfig()
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     engine: Literal["transformers", "toy"] = "transformers"
     toy_weights: Annotated[int, Field(ge=1, le=10_000_000)] = 1000
     mask: LocalPath | None = None
@@ -212,7 +278,7 @@ class NodeConfig(Section):
 
     id: Identifier
     federation: Identifier
-    data: LocalPath
+    data: DataSource
     state_dir: LocalPath
     model: str | None = None
     broker: BrokerConfig = BrokerConfig()

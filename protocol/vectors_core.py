@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 
 from meerkat_mq.core.directions import QUANTILES_SHA256, Float32Array, direction
+from meerkat_mq.core.gradip import inner_product, inner_products
 from meerkat_mq.core.mask import Mask, MaskedMatrix
 from meerkat_mq.core.path import (
     NO_DIGEST,
@@ -87,27 +88,36 @@ def _float32(value: float) -> float:
 
 _EQUAL = [(1, _float32(0.1)), (1, _float32(-0.25)), (1, _float32(3.3e-5)), (1, _float32(7.75))]
 _CANCELLING = [(2**24, _float32(1e30)), (1, _float32(1e-20)), (2**24, _float32(-1e30)), (3, _float32(1.5))]
-_COEFFICIENTS: list[tuple[float, list[tuple[int, float]], int]] = [
-    (3e-4, [(1, _float32(0.731))], 1),
-    (3e-4, _EQUAL, 4),
-    (3e-4, _EQUAL[::-1], 4),
-    (3e-4, [_EQUAL[i] for i in (2, 0, 3, 1)], 4),
-    (0.01, _CANCELLING, 2**25 + 4),
-    (0.01, _CANCELLING[::-1], 2**25 + 4),
-    (0.01, [_CANCELLING[i] for i in (1, 3, 0, 2)], 2**25 + 4),
-    (1e-3, [(5, _float32(2.5)), (7, _float32(-1.25))], 20),  # weight 8 took fewer steps: counts, adds 0
-    (1e-3, [], 3),
-    (1e-3, [(1, -0.0)], 1),
-    (1.0, [(1, _float32(1e-45))], 1),
-    (1.0, [(1, _float32(-1e-45))], 4),
-    (1.0, [(1, _float32(3.4028234663852886e38)), (2**24, _float32(3.4028234663852886e38))], 2**24 + 1),
+_COEFFICIENTS: list[tuple[float, list[tuple[int, float]], int, int]] = [
+    (3e-4, [(1, _float32(0.731))], 1, 1),
+    (3e-4, _EQUAL, 4, 1),
+    (3e-4, _EQUAL[::-1], 4, 1),
+    (3e-4, [_EQUAL[i] for i in (2, 0, 3, 1)], 4, 1),
+    (0.01, _CANCELLING, 2**25 + 4, 1),
+    (0.01, _CANCELLING[::-1], 2**25 + 4, 1),
+    (0.01, [_CANCELLING[i] for i in (1, 3, 0, 2)], 2**25 + 4, 1),
+    (1e-3, [(5, _float32(2.5)), (7, _float32(-1.25))], 20, 1),  # weight 8 took fewer steps: counts, adds 0
+    (1e-3, [], 3, 1),
+    (1e-3, [(1, -0.0)], 1, 1),
+    (1.0, [(1, _float32(1e-45))], 1, 1),
+    (1.0, [(1, _float32(-1e-45))], 4, 1),
+    (1.0, [(1, _float32(3.4028234663852886e38)), (2**24, _float32(3.4028234663852886e38))], 2**24 + 1, 1),
+    (3e-4, _EQUAL, 4, 2),
+    (3e-4, _EQUAL, 4, 3),
+    (0.1, [(5, _float32(2.5)), (7, _float32(-1.25))], 20, 10),
 ]
 
 
 def _coefficients() -> list[dict[str, object]]:
     return [
-        {"lr": lr, "scalars": scalars, "total_weight": total, "coefficient": coefficient(lr, scalars, total)}
-        for lr, scalars, total in _COEFFICIENTS
+        {
+            "lr": lr,
+            "perturbations": perturbations,
+            "scalars": scalars,
+            "total_weight": total,
+            "coefficient": coefficient(lr / perturbations, scalars, total),
+        }
+        for lr, scalars, total, perturbations in _COEFFICIENTS
     ]
 
 
@@ -130,6 +140,21 @@ def _applied() -> list[dict[str, object]]:
         apply(after, z, c, np.empty_like(z))
         out.append({"theta": hex_float32(theta), "z": hex_float32(z), "c": c, "result": hex_float32(after)})
     return out
+
+
+def _inner_products() -> list[dict[str, object]]:
+    """Sizes around powers of two, where another order of summation gives other bits; edges of float32."""
+    cases = [(direction("mk1", 31, 0, n), direction("mk1", 32, 0, n)) for n in (1, 2, 3, 4, 5, 7, 8, 9, 33)]
+    cases += [(direction("mk1", 33, 0, 100) ** 3, direction("rademacher", 34, 0, 100))]
+    huge, tiny = np.array([3e38, 3e38, 1.0], np.float32), np.array([1e-30, 0.0], np.float32)
+    cases += [
+        (huge, huge),
+        (huge, -huge),
+        (tiny, -tiny),
+        (np.array([1e30, 1.0, -1e30], np.float32), np.ones(3, np.float32)),
+    ]
+    cases += [(np.array([1e30, -1e30, 1.0], np.float32), np.ones(3, np.float32))]
+    return [{"g_p": hex_float32(g_p), "z": hex_float32(z), "product": inner_product(g_p, z)} for g_p, z in cases]
 
 
 def golden_mask() -> Mask:
@@ -183,7 +208,7 @@ def entry_meaning(entry: Entry) -> dict[str, object]:
 
 
 def path() -> bytes:
-    """Seeds, coefficients, apply, digests and a short run over the golden mask."""
+    """Seeds, coefficients, apply, inner products, digests and a short run over the golden mask."""
     vectors = [np.zeros(1, np.float32), direction("mk1", 6, 0, 33), np.array([0.0, -0.0], np.float32)]
     runs = []
     for stream, every in (("mk1", 2), ("rademacher", 1)):
@@ -196,6 +221,7 @@ def path() -> bytes:
                 "digest_every": every,
                 "entries": chain,
                 "theta": hex_float32(theta),
+                "products": inner_products(golden_mask().g_p, RUN_ID, 1, lanes=2, steps=3, stream=stream),
             }
         )
     return to_json(
@@ -203,6 +229,7 @@ def path() -> bytes:
             "seeds": _seeds(),
             "coefficients": _coefficients(),
             "apply": _applied(),
+            "inner_products": _inner_products(),
             "digests": [{"theta": hex_float32(theta), "digest": digest(theta).hex()} for theta in vectors],
             "runs": runs,
         }
@@ -267,7 +294,7 @@ def mask_meaning() -> bytes:
 
 FILES: dict[str, tuple[str, Callable[[], bytes]]] = {
     "directions.json": ("direction streams: slices, and hashes of longer slices (section 1)", directions),
-    "path.json": ("seeds, coefficients, apply, digests, runs with their hash chain (section 2)", path),
+    "path.json": ("seeds, coefficients, apply, inner products, digests, runs with their hash chain (section 2)", path),
     "mask.bin": ("a mask file (section 3)", mask_file),
     "mask.json": ("what mask.bin says, its hash, and mask files to refuse (section 3)", mask_meaning),
 }

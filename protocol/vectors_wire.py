@@ -83,6 +83,10 @@ def golden_frames() -> dict[str, Frame]:
             _HEADER, True, 10, 8, _f(1e-3), 60_000, 3, frozenset({0, 3, 7, 8, 21}), frozenset({3, 21}),
             ((3, 1), (8, 9)), _ENTRIES,
         ),
+        "round, all but one early-stopped": Round(
+            _HEADER, True, 100, 1, _f(1e-3), 600_000, 0, frozenset(range(9)), frozenset({2}),
+            tuple((slot, 1) for slot in range(1, 9)),
+        ),
         "round, heard beyond asked": Round(_HEADER, True, 1, 1, _f(1e-3), 1, 1, frozenset({0}), frozenset({17})),
         "round, edge values": Round(
             _HIGH, True, 1000, 4096, _f(1e-45), _TOP, 65535, frozenset({255}), frozenset(), short
@@ -292,6 +296,7 @@ def control() -> bytes:
     messages = [
         toy,
         toy.model_copy(update={"engine": "transformers", "task": task, "model": "TinyLlama"}),
+        toy.model_copy(update={"dtype": "float16", "local_steps": 100, "perturbations": 10}),
         ServerState(status="online", run=run, term=1, server_id=server, link=7, host="hub", round=12, nodes=8),
         ServerState(status="lost", run=run, term=_TOP, server_id=server, link=_TOP, host="hub", round=12),
         NodeStatus(status="online", boot=1, link=2, host="pump-3", run=run, rows=800),

@@ -57,9 +57,22 @@ def test_status(meerkat: Meerkat, writer: Writer) -> None:
     assert f"{RUN.hex()} of federation f" in lines[0]
     assert "term 1 on here" in lines[1]
     assert "3 of 6, 3 heard in the open one" in lines[2]
-    assert words(lines[6]) == ["node", "slot", "seen", "boot", "rows", "updates", "bytes", "behind", "verdict"]
+    assert words(lines[6]) == [
+        "node",
+        "slot",
+        "seen",
+        "boot",
+        "rows",
+        "updates",
+        "bytes",
+        "behind",
+        "verdict",
+        "GradIP",
+    ]
     assert words(lines[7])[:3] == ["n0", "0", "online"]
-    assert words(lines[7])[-7:] == ["ago", "00000007", "50", "3", "264", "B", "0", "accepted"][-7:]
+    assert words(lines[7])[-9:-1] == ["ago", "00000007", "50", "3", "264", "B", "0", "accepted"]
+    measured = [abs(writer.records(version)[0].scalars[0] * writer.products(version)[0][0]) for version in range(3)]
+    assert words(lines[7])[-1] == f"{sum(measured) / 3:.5g}"
     assert words(lines[8])[:3] == ["n1", "1", "never"]
 
 
@@ -132,6 +145,10 @@ def test_ledger_lists_rounds(meerkat: Meerkat, writer: Writer) -> None:
         (("--round", 1), [1]),
         (("--node", "n1", "--last", 1), [2]),
         (("--node", "n1", "--from", 0, "--count", 2), [0, 1]),
+        (("--gradip", "--from", 1), [1, 1, 1, 2, 2]),
+        (("--gradip", "--node", "n1", "--last", 2), [1]),
+        (("--gradip", "--round", 0), [0, 0, 0]),
+        (("--rebuild", "--node", "n2", "--round", 2), [2]),
     ],
 )
 def test_ledger_as_json(
@@ -162,6 +179,32 @@ def test_the_path_of_a_node(meerkat: Meerkat, writer: Writer) -> None:
     lines = meerkat("ledger", writer.folder, "--node", "n1").out.splitlines()
     assert [words(line)[0] for line in lines[1:]] == ["0", "1", "2"]
     assert f"{writer.records(0)[1].scalars[0]:.9g}" in words(lines[1])
+
+
+# --- virtual paths ---
+
+
+def test_gradip_in_pages(meerkat: Meerkat, writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = meerkat("ledger", writer.folder, "--gradip").out
+    monkeypatch.setattr(commands, "STEPS_A_PAGE", 3)
+    assert meerkat("ledger", writer.folder, "--gradip").out == whole
+    head, *lines = map(words, whole.splitlines())
+    assert head == ["round", "node", "lane", "step", "seed", "g", "GradIP"]
+    assert [line[:2] for line in lines] == [
+        *(["0", f"n{slot}"] for slot in range(3)),
+        *(["1", f"n{slot}"] for slot in range(3)),
+        *(["2", f"n{slot}"] for slot in (0, 2)),  # the other update was refused
+    ]
+    g = writer.records(1)[2].scalars[0]
+    assert lines[5][-2:] == [f"{g:.9g}", f"{g * writer.products(1)[0][0]:.9g}"]
+
+
+def test_a_path_rebuilt(meerkat: Meerkat, writer: Writer) -> None:
+    head, line = map(
+        words, meerkat("ledger", writer.folder, "--rebuild", "--node", "n2", "--round", 2).out.splitlines()
+    )
+    assert head[-1] == "distance"
+    assert float(line[-1]) > 0
 
 
 # --- verify ---
@@ -195,6 +238,15 @@ def test_a_wrong_command_line(meerkat: Meerkat, writer: Writer, tmp_path: Path) 
     fails(2, "verify", writer.folder, "--model", tmp_path, says="--model: and --base belong together")
     fails(4, "verify", writer.folder, "--mask", tmp_path / "none.mkm", says="none.mkm: is missing")
     fails(2, "ledger", writer.folder, "--round", 1, "--node", "n1", says="--node: is for many rounds, --round for one")
+    for half in (("--round", 1), ("--node", "n1")):
+        fails(2, "ledger", writer.folder, "--rebuild", *half, says="--rebuild: is for one node in one round; give --r")
+    fails(
+        6, "ledger", writer.folder, "--rebuild", "--round", 3, "--node", "n1", says="round 3: did not close; 3 rounds"
+    )
+    fails(
+        6, "ledger", writer.folder, "--rebuild", "--round", 2, "--node", "n9", says="node n9: gave nothing to round 2"
+    )
+    fails(6, "ledger", writer.folder, "--gradip", "--node", "n9", says="node n9: is not in the ledger; it knows n0, n1")
     fails(6, "ledger", writer.folder, "--round", 3, says="round 3: did not close; 3 rounds have; name an earlier one")
     fails(6, "ledger", writer.folder, "--node", "n9", says="node n9: is not in the ledger; it knows n0, n1, n2")
     assert meerkat("ledger", writer.folder, "--last", 0).code == 2

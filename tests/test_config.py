@@ -23,6 +23,40 @@ def test_paths_are_taken_from_the_folder_of_the_file(tmp_path: Path) -> None:
     assert config.broker.ca_file == Path("/etc/ca.pem")
 
 
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("hf:rows:train", "hf:{folder}/rows:train"),
+        ("hf:rows,default:train[:5]", "hf:{folder}/rows,default:train[:5]"),
+        ("hf:imdb:test", "hf:imdb:test"),
+        ("hf:nyu-mll/glue,sst2:validation", "hf:nyu-mll/glue,sst2:validation"),
+        ("hf:/data/rows:train", "hf:/data/rows:train"),
+    ],
+)
+def test_a_data_set_is_a_folder_beside_the_file_or_a_hub_id(tmp_path: Path, given: str, found: str) -> None:
+    (tmp_path / "rows").mkdir()
+    text = NODE.replace("rows.jsonl", given)
+    assert load_config(write(tmp_path, text), NodeConfig).data == found.format(folder=tmp_path)
+    text = SERVER + f'[evaluation]\ndata = "{given}"\n'
+    evaluation = load_config(write(tmp_path, text), ServerConfig).evaluation
+    assert evaluation is not None
+    assert evaluation.data == found.format(folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ('"hf:imdb"', "data: must be hf:<folder or hub id>[,<config>]:<split>, not 'hf:imdb'"),
+        ('"hf::train"', "data: must be hf:<folder or hub id>[,<config>]:<split>"),
+        ("5", "data: input is not a valid path, not 5"),
+    ],
+)
+def test_data_that_is_no_source(tmp_path: Path, given: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, NODE.replace('"rows.jsonl"', given)), NodeConfig)
+    assert words in str(caught.value)
+
+
 def test_a_whole_server_file(tmp_path: Path) -> None:
     text = SERVER + '[rounds]\ncount = 7\nquorum = 1\n[model]\nsource = "m"\n[evaluation]\ndata = "v.jsonl"\n'
     config = load_config(write(tmp_path, text), ServerConfig)

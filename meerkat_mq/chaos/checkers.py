@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from meerkat_mq.chaos.history import CORRUPT_THETA, History
+from meerkat_mq.core.gradip import inner_products
 from meerkat_mq.core.path import NO_DIGEST, digest
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.errors import BadValue
-from meerkat_mq.rounds.events import UpdateRecord
+from meerkat_mq.rounds.early_stopping import EarlyStopping, judgements_of
+from meerkat_mq.rounds.events import UpdateRecord, Verdict
 from meerkat_mq.rounds.policy import terms_of
 from meerkat_mq.wire.messages import Header, Round, Update
 
@@ -198,6 +200,45 @@ def coefficients_recomputable(history: History) -> Found:
             continue
         if entry.terms != terms:
             yield f"entry {entry.version}", "its coefficients are not those of the stored updates"
+
+
+# --- as many scalars as asked ---------------------------------------------------------------------------------------
+
+
+@_checker("as many scalars as asked")
+def as_asked(history: History) -> Found:
+    """An update has as many scalars as its round asked of its node, by what was known of it before."""
+    settings, early = history.settings, EarlyStopping(history.settings)
+    for version, records in enumerate([*history.records, history.open_updates]):
+        for record in records:
+            asked, found = settings.perturbations * early.steps_of(version, record.node), len(record.scalars)
+            if found != asked:
+                yield f"entry {version}", f"asked {record.node} for {asked} scalars, and holds {found}"
+        early.remember(judgement for found in history.judgements[version : version + 1] for judgement in found)
+
+
+# --- judgements recomputable ----------------------------------------------------------------------------------------
+
+
+@_checker("judgements recomputable")
+def judgements_recomputable(history: History) -> Found:
+    """Seeds and g_p give the inner products; these and the updates, who is early-stopped; and its updates say so."""
+    settings, g_p = history.settings, history.mask.g_p
+    for what, kept in (("inner products", history.products), ("judgements", history.judgements)):
+        if len(kept) != len(history.entries):
+            yield "ledger", f"{len(history.entries)} entries, but {what} for {len(kept)}"
+    ledger = zip(history.records, history.products, history.judgements, strict=False)
+    for version, (records, products, judgements) in enumerate(ledger):
+        steps, lanes = settings.perturbations * settings.steps_of(version), settings.lanes if settings.measured else 0
+        if products != inner_products(
+            g_p, history.run_id, version, lanes=lanes, steps=steps, stream=history.stream
+        ):  # fmt: skip
+            yield f"entry {version}", "its inner products are not those of its directions"
+        elif judgements != judgements_of(version, records, products, settings):
+            yield f"entry {version}", "its judgements are not those of the stored paths"
+        stopped = {judgement.node for judgement in judgements if judgement.early_stopped}
+        if stopped != {record.node for record in records if record.verdict is Verdict.EARLY_STOPPED}:
+            yield f"entry {version}", "its updates are not marked as its judgements say"
 
 
 # --- one writer a term ----------------------------------------------------------------------------------------------

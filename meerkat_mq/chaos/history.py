@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Entry
-from meerkat_mq.rounds.events import UpdateRecord
+from meerkat_mq.rounds.events import Judgement, UpdateRecord
 from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState
 from meerkat_mq.wire.messages import Round, Update
@@ -33,6 +33,8 @@ class History:
         mask: theta_0 among others.
         entries: of the final ledger.
         records: of the final ledger: the updates of each entry, refused ones too.
+        products: of the final ledger: ⟨g_p, z⟩ of each entry's directions, by lane and step.
+        judgements: of the final ledger: what each entry's round showed of its nodes.
         open_updates: of the final ledger: the committed updates of the round that is still open.
         terms: of the final ledger: (term, server id).
         entry_terms: of the final ledger: the term that wrote each entry.
@@ -53,6 +55,8 @@ class History:
     settings: RoundSettings
     entries: list[Entry] = field(default_factory=list)
     records: list[tuple[UpdateRecord, ...]] = field(default_factory=list)
+    products: list[tuple[tuple[float, ...], ...]] = field(default_factory=list)
+    judgements: list[tuple[Judgement, ...]] = field(default_factory=list)
     open_updates: tuple[UpdateRecord, ...] = ()
     terms: list[tuple[int, str]] = field(default_factory=list)
     entry_terms: list[int] = field(default_factory=list)

@@ -17,7 +17,8 @@ from meerkat_mq.errors import WireError
 from meerkat_mq.mqtt import Message, Session
 from meerkat_mq.server.files import mask_file
 from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
-from meerkat_mq.server.verify import run_of, settings_of
+from meerkat_mq.server.run import settings_of
+from meerkat_mq.server.verify import run_of
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor, ServerState, decode_control
 from meerkat_mq.wire.frames import decode
 from meerkat_mq.wire.messages import Round, Update
@@ -134,9 +135,11 @@ def read_history(seen: Observed, state_dir: Path, faults: list[Injected], *, fin
             mask=mask,
             stream=run.stream,
             digest_every=run.digest_every,
-            settings=settings_of(run, ledger.rules),
+            settings=settings_of(run, ledger.rules, measured=bool(mask.g_p.any())),
             entries=[found.entry for found in closed],
             records=[ledger.records(number) for number in range(version)],
+            products=[ledger.products(number, run.directions) or () for number in range(version)],
+            judgements=[ledger.judgements(number) for number in range(version)],
             open_updates=ledger.records(version),
             terms=[(term.term, term.server_id) for term in ledger.terms()],
             entry_terms=[found.term for found in closed],

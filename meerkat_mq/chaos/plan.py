@@ -155,6 +155,7 @@ def _server(
         state_dir=out / SERVER,
         rounds=rounds,
         guards=plan.guards,
+        early_stopping=plan.early_stopping,
         engine="toy",
         toy_weights=plan.weights,
     )

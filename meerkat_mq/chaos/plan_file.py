@@ -4,7 +4,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from meerkat_mq.config import BrokerConfig, GuardsConfig, Identifier, LocalPath, Seconds, Section
+from meerkat_mq.config import BrokerConfig, EarlyStoppingConfig, GuardsConfig, Identifier, LocalPath, Seconds, Section
 
 
 class FederationPlan(Section):
@@ -15,6 +15,7 @@ class FederationPlan(Section):
         weights: of the toy engine's theta.
         rounds: keys of `[rounds]` in federation.toml. Without `count`, as many as last until all faults have healed.
         guards: keys of `[guards]`.
+        early_stopping: keys of `[early_stopping]`.
         pace_s: each link takes so much longer, each way, until all faults have healed, so that rounds last about four
             times that.
         config: a federation.toml, in place of the toy engine; its broker and state_dir are replaced.
@@ -25,6 +26,7 @@ class FederationPlan(Section):
     weights: Annotated[int, Field(ge=1, le=10_000_000)] = 1000
     rounds: dict[str, Any] = Field(default_factory=dict)
     guards: GuardsConfig = GuardsConfig()
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     pace_s: Annotated[float, Field(ge=0, le=60)] = 0.05
     config: LocalPath | None = None
     node_configs: tuple[LocalPath, ...] = ()

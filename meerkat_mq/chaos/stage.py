@@ -112,7 +112,7 @@ class Stage:
         for number, (node, config) in enumerate(plan.nodes.items()):
             assert config is not None
             if plan.server.engine == "toy":
-                _write_rows(config.data, number)
+                _write_rows(Path(config.data), number)
             self.services[node] = self._service(node, "node", config, await self._link(node))
         self.processes.update(self.services)
         self.set_pace(plan.file.federation.pace_s)

@@ -6,7 +6,7 @@ Everything here enters the ledger, so it uses no reduction, no BLAS and no torch
 import hashlib
 import math
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +28,11 @@ def seed_for(run_id: bytes, version: int, lane: int, step: int) -> int:
     """Seed of a local step: first 8 bytes, little-endian, of SHA-256(run id ‖ u32 version ‖ u32 lane ‖ u32 step)."""
     message = run_id + struct.pack("<III", version, lane, step)
     return int.from_bytes(hashlib.sha256(message).digest()[:8], "little")
+
+
+def seeds_of(run_id: bytes, version: int, lane: int, count: int) -> tuple[int, ...]:
+    """Seeds of the first `count` directions of a lane."""
+    return tuple(seed_for(run_id, version, lane, step) for step in range(count))
 
 
 def coefficient(lr: float, scalars: Iterable[tuple[int, float]], total_weight: float) -> float:
@@ -73,6 +78,33 @@ def apply(theta: Float32Array, z: Float32Array, c: float, scratch: Float32Array)
 def digest(theta: Float32Array) -> bytes:
     """First 16 bytes of SHA-256 over theta's little-endian float32 bytes."""
     return short_hash(np.ascontiguousarray(theta, dtype="<f4").data.cast("B"))
+
+
+def virtual_path(
+    theta: Float32Array, scalars: Sequence[float], seeds: Sequence[int], *, perturbations: int, stream: str, lr: float
+) -> Iterator[Float32Array]:
+    """A node's theta after each local step of a round, rebuilt from what it sent.
+
+    Args:
+        theta: float32 (n,), theta of the round; unchanged.
+        scalars: its T·K projected gradients.
+        seeds: of its lane, as many.
+        perturbations: K, projected gradients a local step.
+        stream: direction stream.
+        lr: learning rate of the node's own walk.
+
+    Returns:
+        One array, float32 (n,), changed from step to step.
+
+    Raises:
+        BadValue: a projected gradient is not finite, or leads out of float32.
+    """
+    walker, scratch = theta.copy(), np.empty_like(theta)
+    for index, (scalar, seed) in enumerate(zip(scalars, seeds, strict=True)):
+        z = direction(stream, seed, 0, theta.size)
+        apply(walker, z, coefficient(lr / perturbations, [(1, scalar)], 1), scratch)
+        if (index + 1) % perturbations == 0:
+            yield walker
 
 
 @dataclass(frozen=True, slots=True)

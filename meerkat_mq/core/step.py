@@ -1,6 +1,6 @@
 """A local step: two forward passes give one projected gradient."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -47,9 +47,10 @@ def projected_gradient(
         RunError: a loss is not finite.
     """
     shift = z * np.float32(eps)
-    engine.write(theta + shift)
+    point = theta + shift
+    engine.write(point)
     plus = float(np.mean(engine.losses(batch), dtype=np.float64))
-    engine.write(theta - shift)
+    engine.write(np.subtract(theta, shift, out=point))
     minus = float(np.mean(engine.losses(batch), dtype=np.float64))
     with np.errstate(over="ignore"):
         g = float(np.float32((plus - minus) / (2 * eps)))
@@ -67,31 +68,41 @@ def local_steps(
     stream: str,
     eps: float,
     lr: float,
+    draw: Callable[[str, int, int, int], Float32Array] = direction,
 ) -> tuple[tuple[float, ...], float]:
     """A node's part of a round: one projected gradient a seed, each step from where the one before it ended.
+
+    With K = seeds ÷ batches above one, a step measures K projected gradients at one point, and moves by their mean:
+    theta − lr/K·Σ_i g_i·z_i (DeComFL, arXiv 2405.15861).
 
     Args:
         engine: the model.
         theta: float32 (n,), theta of the round; unchanged.
-        seeds: T seeds of the node's lane.
+        seeds: T·K seeds of the node's lane.
         batches: T lists of rows.
         stream: direction stream.
         eps: perturbation scale.
         lr: learning rate of the node's own walk.
+        draw: makes directions; one that remembers them, where several nodes of a process walk one lane.
 
     Returns:
-        (projected gradients, mean loss).
+        (T·K projected gradients, mean loss).
 
     Raises:
         RunError: a loss is not finite.
     """
-    walker, scratch = theta.copy(), np.empty_like(theta)
-    scalars, losses = [], []
-    for seed, rows in zip(seeds, batches, strict=True):
-        z = direction(stream, seed, 0, theta.size)
-        g, loss = projected_gradient(engine, walker, z, eps, engine.prepare(rows))
-        scalars.append(g)
-        losses.append(loss)
-        if len(scalars) < len(seeds):
-            apply(walker, z, coefficient(lr, [(1, g)], 1), scratch)
+    perturbations, rest = divmod(len(seeds), len(batches))
+    assert perturbations > 0 == rest
+    walker, ahead, scratch = theta.copy(), theta.copy(), np.empty_like(theta)
+    scalars, losses = list[float](), list[float]()
+    for step, rows in enumerate(batches):
+        batch = engine.prepare(rows)
+        for seed in seeds[step * perturbations : (step + 1) * perturbations]:
+            z = draw(stream, seed, 0, theta.size)
+            g, loss = projected_gradient(engine, walker, z, eps, batch)
+            scalars.append(g)
+            losses.append(loss)
+            if step + 1 < len(batches):
+                apply(ahead, z, coefficient(lr / perturbations, [(1, g)], 1), scratch)
+        np.copyto(walker, ahead)
     return tuple(scalars), sum(losses) / len(losses)

@@ -1,4 +1,8 @@
-"""The toy engine: a quadratic bowl for tests and fault drills, without torch."""
+"""The toy engine: a quadratic bowl for tests and fault drills, without torch.
+
+It has extreme nodes too: rows of one seed pull to one point, where their gradient vanishes; rows of many seeds pull
+each elsewhere, and the gradient of a batch goes on oscillating.
+"""
 
 from collections.abc import Sequence
 
@@ -31,7 +35,7 @@ class QuadraticEngine:
 
 
 def toy_mask(size: int) -> Mask:
-    """A mask of `size` weights, all of one matrix "toy", that start at zero."""
-    zeros = np.zeros(size, dtype=np.float32)
-    matrix = MaskedMatrix("toy", (size,), np.arange(size, dtype=np.uint32), zeros, zeros)
+    """A mask of `size` weights, all of one matrix "toy", that start at zero; its g_p is direction(mk1, 0)."""
+    indices, theta_0 = np.arange(size, dtype=np.uint32), np.zeros(size, dtype=np.float32)
+    matrix = MaskedMatrix("toy", (size,), indices, theta_0, direction("mk1", 0, 0, size))
     return Mask((matrix,), bytes(32), bytes(32))

@@ -6,16 +6,25 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from meerkat_mq.broker import embedded_broker
-from meerkat_mq.config import BrokerConfig, EvaluationConfig, ModelConfig, RoundsConfig, ServerConfig, to_toml
+from meerkat_mq.config import (
+    BrokerConfig,
+    EarlyStoppingConfig,
+    EvaluationConfig,
+    ModelConfig,
+    RoundsConfig,
+    ServerConfig,
+    to_toml,
+)
 from meerkat_mq.core.step import Row
 from meerkat_mq.errors import RunError
 from meerkat_mq.model.data import write_rows
 from meerkat_mq.observe.events import Evaluated, Observer, RoundClosed, RunEvent, RunFinished
+from meerkat_mq.observe.paths import Paths
 from meerkat_mq.server import remove_run, serve
 from meerkat_mq.wire.descriptor import Task
 
@@ -45,6 +54,7 @@ class LocalFederation:
     held_out: Sequence[Row]
     rounds: RoundsConfig
     every: int
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "cpu"
     threads: int = 1
@@ -56,12 +66,14 @@ class LocalResult:
     """What came of it.
 
     Attributes:
+        rounds: without their GradIP, which `paths` has.
         node_reports: each node's own last words: peak_rss_mib, digest, sent and received bytes by kind.
         program: the broker that was used.
     """
 
     rounds: list[RoundClosed] = field(default_factory=list)
     evaluations: list[Evaluated] = field(default_factory=list)
+    paths: Paths = field(default_factory=Paths)
     finished: RunFinished | None = None
     node_reports: dict[str, dict[str, Any]] = field(default_factory=dict)
     program: str = ""
@@ -70,7 +82,8 @@ class LocalResult:
         """Keep an event of the server."""
         match event:
             case RoundClosed():
-                self.rounds.append(event)
+                self.rounds.append(replace(event, gradip={}))
+                self.paths.take(event)
             case Evaluated():
                 self.evaluations.append(event)
             case RunFinished():
@@ -121,6 +134,7 @@ def _server_config(plan: LocalFederation, broker: BrokerConfig) -> ServerConfig:
         state_dir=plan.folder / "server",
         broker=broker,
         rounds=plan.rounds,
+        early_stopping=plan.early_stopping,
         mask=plan.mask,
         task=str(task),
         dtype=plan.dtype,

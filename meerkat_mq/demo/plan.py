@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from meerkat_mq.config import RoundsConfig, check_config
+from meerkat_mq.config import EarlyStoppingConfig, RoundsConfig, check_config
 from meerkat_mq.core.step import Row
 from meerkat_mq.demo.corpus import TASK, pretraining_text, triage_rows
 from meerkat_mq.demo.settings import DEMO, WEIGHTS
@@ -15,6 +15,7 @@ from meerkat_mq.model.tasks import fill, load_task
 from meerkat_mq.wire.descriptor import Task
 
 HELD_OUT_SHARE = 5
+GIVEN_STEPS = 100  # of a node, on a model that is given
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Choices:
     text: Path | None = None
     nodes: int = DEMO.nodes
     rounds: int | None = None
+    local_steps: int = DEMO.local_steps
+    early_stopping: Literal["off", "vpcs", "random"] = "off"
     directions: int | None = None
     lr: float | None = None
     density: float | None = None
@@ -53,6 +56,7 @@ class Plan:
     shards: Sequence[Sequence[Row]]
     held_out: Sequence[Row]
     rounds: RoundsConfig
+    early_stopping: EarlyStoppingConfig
     density: float
     sequences: int
     length: int
@@ -86,6 +90,7 @@ def make_plan(choices: Choices) -> Plan:
 
 
 def _own(choices: Choices) -> Plan:
+    early_stopping = DEMO.early_stopping.model_copy(update={"by": choices.early_stopping})
     rows = triage_rows(choices.seed, DEMO.training_rows, "train")
     return Plan(
         source=str(WEIGHTS),
@@ -96,12 +101,13 @@ def _own(choices: Choices) -> Plan:
         held_out=triage_rows(choices.seed, DEMO.held_out_rows, "held-out"),
         rounds=_rounds(
             choices,
-            count=DEMO.rounds,
+            count=_count(DEMO.rounds, choices, early_stopping),
             directions=min(DEMO.directions, choices.nodes),
             lr=DEMO.lr,
             eps=DEMO.eps,
             batch_size=DEMO.batch,
         ),
+        early_stopping=early_stopping,
         density=DEMO.density if choices.density is None else choices.density,
         sequences=DEMO.calibration_sequences,
         length=DEMO.calibration_tokens,
@@ -116,7 +122,8 @@ def _given(choices: Choices, model: str, task: Task, data: Path) -> Plan:
     rows = read_rows(data, task)
     held_out = rows[::HELD_OUT_SHARE]
     train = [row for number, row in enumerate(rows) if number % HELD_OUT_SHARE]
-    text = choices.text
+    text, early_stopping = choices.text, EarlyStoppingConfig(by=choices.early_stopping)
+    count = _count(GIVEN_STEPS, choices, early_stopping)
 
     def calibration() -> Sequence[str]:
         return read_texts(text) if text is not None else [fill(task.text, row) for row in train]
@@ -128,7 +135,8 @@ def _given(choices: Choices, model: str, task: Task, data: Path) -> Plan:
         calibration=calibration,
         shards=shards(train, choices.nodes, task.label_field, choices.seed),
         held_out=held_out,
-        rounds=_rounds(choices, count=100, directions=choices.nodes, lr=1e-3, eps=1e-3, batch_size=16),
+        rounds=_rounds(choices, count=count, directions=choices.nodes, lr=1e-3, eps=1e-3, batch_size=16),
+        early_stopping=early_stopping,
         density=1e-3 if choices.density is None else choices.density,
         sequences=100,
         length=512 if text is not None else 128,
@@ -139,9 +147,17 @@ def _given(choices: Choices, model: str, task: Task, data: Path) -> Plan:
     )
 
 
+def _count(steps: int, choices: Choices, config: EarlyStoppingConfig) -> int:
+    """Rounds in which a node does about so many local steps, at least half of them after a calibration."""
+    if config.by == "off" or choices.local_steps <= config.steps:
+        return max(1, steps // max(1, choices.local_steps))
+    return 1 + max(1, max(steps // 2, steps - config.calibration_steps) // choices.local_steps)
+
+
 def _rounds(choices: Choices, **defaults: float) -> RoundsConfig:
-    chosen = {"count": choices.rounds, "directions": choices.directions, "lr": choices.lr, "min_nodes": choices.nodes}
-    table = defaults | {key: value for key, value in chosen.items() if value is not None}
+    chosen = {"count": choices.rounds, "directions": choices.directions, "lr": choices.lr}
+    always = {"local_steps": choices.local_steps, "min_nodes": choices.nodes}
+    table = defaults | always | {key: value for key, value in chosen.items() if value is not None}
     return check_config(table, RoundsConfig, where="command line")
 
 

@@ -23,7 +23,7 @@ from meerkat_mq.observe.live import Live
 from meerkat_mq.observe.logs import configure_logs
 from meerkat_mq.observe.page import write_report
 from meerkat_mq.observe.report import NodeReport, Report
-from meerkat_mq.observe.summary import print_summary
+from meerkat_mq.observe.summary import print_summary, unchanged_line
 from meerkat_mq.wire.descriptor import RunDescriptor, Task
 
 EVALUATIONS = 12
@@ -47,6 +47,9 @@ async def run_demo(plan: Plan, out: Path, console: Console) -> None:
 
 async def _run(plan: Plan, out: Path, console: Console) -> None:
     started: list[RunDescriptor] = []
+    config, local_steps = plan.early_stopping, plan.rounds.local_steps
+    if config.by != "off" and local_steps <= config.steps:
+        console.print(unchanged_line(local_steps, config), soft_wrap=True, highlight=False)
     with Live(console, rounds=plan.rounds.count, nodes=len(plan.shards)) as live:
 
         def observe(event: RunEvent) -> None:
@@ -86,6 +89,7 @@ def _federation(plan: Plan, out: Path) -> LocalFederation:
         shards=plan.shards,
         held_out=plan.held_out,
         rounds=plan.rounds,
+        early_stopping=plan.early_stopping,
         every=max(1, plan.rounds.count // EVALUATIONS),
         dtype=plan.dtype,
     )
@@ -128,6 +132,9 @@ def _report(
         seconds=finished.seconds,
         counts=finished.counts,
         covered=mask.covered,
+        magnitudes=result.paths.magnitudes,
+        judgements=result.paths.judgements,
+        early_stopping=plan.early_stopping,
     )
 
 

@@ -1,8 +1,10 @@
 """The demo's hyper-parameters, chosen by measurement on its own model; a real model wants others."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
+
+from meerkat_mq.config import EarlyStoppingConfig
 
 WEIGHTS: Final = Path(__file__).parent / "weights"
 
@@ -20,7 +22,9 @@ class DemoSettings:
         batch: rows a step.
         directions: P; a lane for each node, since it learns faster than one for all and costs as many passes.
         local_steps: T.
-        rounds: enough to come within four points of the first-order bound.
+        rounds: enough to come within four points of the first-order bound; with more local steps as many fewer.
+        early_stopping: calibrates until the demo's one label is learnt: nine of nine paths of that label were over the
+            thresholds, none of six with a mix. A label that the base model knows already is not found.
         training_rows: over all nodes.
         calibration_sequences: of `calibration_tokens` tokens each; the mask of 64 sequences learns far slower.
     """
@@ -38,6 +42,11 @@ class DemoSettings:
     calibration_sequences: int = 256
     calibration_tokens: int = 128
     calibration_lines: int = 12_000
+    early_stopping: EarlyStoppingConfig = field(
+        default_factory=lambda: EarlyStoppingConfig(
+            calibration_steps=250, later=0.25, rho_later=2.0, rho_quiet=0.3, quiet=0.2
+        )
+    )
 
 
 DEMO: Final = DemoSettings()

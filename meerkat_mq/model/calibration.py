@@ -1,18 +1,22 @@
 """Calibration: batches of pre-training-like text, and gradients and activations over them."""
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
-from meerkat_mq.errors import MaskError
+from meerkat_mq.errors import MaskError, UnsupportedModel
 from meerkat_mq.model.load import LoadedModel, linear_layers
 from meerkat_mq.model.scoring import Inputs, embed, tokenise
 
 CONTRAST_SCALE = 20.0
+_SLICE = 64  # positions whose logits exist at a time
 
 Halves = tuple[Inputs, Inputs]
 CalibrationBatch = Tensor | Halves
@@ -69,24 +73,58 @@ def _split(text: str) -> tuple[str, str] | None:
 
 
 def calibration_loss(loaded: LoadedModel, batch: CalibrationBatch) -> Tensor:
-    """Mean next-token cross-entropy; of an encoder, in-batch contrast between the halves (cosine × 20)."""
+    """Mean next-token cross-entropy; of an encoder, in-batch contrast between the halves (cosine × 20).
+
+    Raises:
+        UnsupportedModel: a causal LM without a linear head.
+    """
     if isinstance(batch, Tensor):
-        logits = loaded.model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-        return functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        return _next_token_loss(loaded.model, batch)
     first, second = (embed(loaded.model, half) for half in batch)
     scores = CONTRAST_SCALE * first @ second.T
     return functional.cross_entropy(scores, torch.arange(len(first), device=scores.device))
 
 
+def _next_token_loss(model: Any, ids: Tensor) -> Tensor:
+    """Logits exist for `_SLICE` positions at a time, also on the way back: all of them would outweigh a layer.
+
+    Each slice passes through the model's own forward, whose body gives what it gave before, so whatever the model does
+    to logits after its head (soft caps, scales) stays in.
+    """
+    body, head = model.base_model, model.get_output_embeddings()
+    if body is model or not isinstance(head, nn.Linear):
+        raise UnsupportedModel(type(model).__name__, "is no body with a linear head", "use another causal LM")
+    output = body(input_ids=ids, use_cache=False)
+
+    def loss(start: int) -> Tensor:
+        targets = ids[:, start + 1 : start + 1 + _SLICE]
+        part = slice(start, start + targets.shape[1])
+        body.forward = lambda *_, **__: output
+        head.forward = lambda hidden: functional.linear(hidden[:, part], head.weight, head.bias)  # type: ignore[method-assign, assignment]
+        try:
+            logits = model(input_ids=ids, use_cache=False).logits.float()
+        finally:
+            del body.forward, head.forward
+        return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+    parts = [
+        checkpoint(loss, start, use_reentrant=False, preserve_rng_state=False)
+        for start in range(0, ids.shape[1] - 1, _SLICE)
+    ]
+    return torch.stack(parts).sum() / ids[:, 1:].numel()
+
+
 def each_gradient(
     loaded: LoadedModel,
     batches: Iterable[CalibrationBatch],
+    weights: Mapping[str, Tensor],
     visit: Callable[[str, Tensor], None],
     tick: Callable[[], None],
 ) -> None:
-    """Show `visit` the gradient of each linear matrix, float32, batch by batch; `tick` after each batch.
+    """Show `visit` the gradient of each of the model's `weights`, float32, batch by batch; `tick` after each batch.
 
-    A gradient lives only until its visit is over: no more than one is held at a time.
+    A gradient lives only until its visit is over, and activations only inside one block and as its input: each block
+    is computed again on the way back.
     """
 
     def hook_for(name: str) -> Callable[[Tensor], None]:
@@ -97,7 +135,7 @@ def each_gradient(
 
         return hook
 
-    with trainable(loaded) as weights:
+    with trainable(weights.values()), _recomputing(loaded.model):
         handles = [
             weight.register_post_accumulate_grad_hook(hook_for(name))  # type: ignore[no-untyped-call]
             for name, weight in weights.items()
@@ -112,17 +150,32 @@ def each_gradient(
 
 
 @contextmanager
-def trainable(loaded: LoadedModel) -> Iterator[dict[str, Tensor]]:
-    """The linear matrices, with gradients switched on for a while."""
-    weights = {name: layer.weight for name, layer in linear_layers(loaded.model).items()}
-    for weight in weights.values():
+def trainable(weights: Iterable[Tensor]) -> Iterator[None]:
+    """Gradients are switched on for these for a while."""
+    chosen = list(weights)
+    for weight in chosen:
         weight.requires_grad_(True)
     try:
-        yield weights
+        yield
     finally:
-        for weight in weights.values():
+        for weight in chosen:
             weight.requires_grad_(False)
             weight.grad = None
+
+
+@contextmanager
+def _recomputing(model: nn.Module) -> Iterator[None]:
+    """The repeated blocks keep their inputs only, and run a second time when gradients are wanted."""
+    lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    outer = [module for path, module in lists.items() if not any(path.startswith(f"{other}.") for other in lists)]
+    blocks = [block for blocks in outer for block in blocks]
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
 
 
 def input_norms(

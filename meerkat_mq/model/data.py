@@ -1,14 +1,19 @@
-"""Data rows: JSONL files in and out, and their division among nodes. No torch."""
+"""Data rows: JSONL, CSV and data sets in, JSONL out, and their division among nodes. No torch."""
 
+import csv
+import importlib.util
+import io
 import json
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from meerkat_mq.config import HUB_DATA
 from meerkat_mq.core.files import write_atomically
 from meerkat_mq.core.step import Row
 from meerkat_mq.errors import DataError
@@ -17,39 +22,109 @@ from meerkat_mq.wire.descriptor import Task
 Division = Literal["iid", "dirichlet", "one-label"]
 
 
-def read_rows(path: Path, task: Task) -> list[Row]:
-    """Read a JSONL file: one object a line, the task's fields as text, its label an integer. Blank lines are skipped.
+def read_rows(source: Path | str, task: Task) -> list[Row]:
+    """Read rows: the task's fields as text, its label an integer.
+
+    Args:
+        source: a JSONL file, one object a line; a CSV file with a header row, its name ending in .csv; or
+            `hf:<folder or hub id>[,<config>]:<split>`, for the `datasets` library. Blank lines are skipped.
+        task: what a row must have.
 
     Raises:
         DataError: names the file, the line and what is wrong with it.
     """
-    rows = [_row(line, task, f"{path}:{number}") for number, line in _lines(path) if line.strip()]
+    rows = [_checked(row, task, where) for where, row in _records(source, task.fields, task.label_field)]
     if not rows:
-        raise DataError(str(path), "holds no rows", "give a JSONL file with one object a line")
+        raise DataError(str(source), "holds no rows", "give a JSONL file with one object a line")
     return rows
 
 
-def read_texts(path: Path, field: str = "text") -> list[str]:
-    """Calibration texts: the `field` of each line of a JSONL file, or the paragraphs of any other file.
+def read_texts(source: Path | str, field: str = "text") -> list[str]:
+    """Calibration texts: the `field` of each row of what `read_rows` reads, or the paragraphs of any other file.
 
     Raises:
         DataError: names the file, the line and what is wrong with it.
     """
-    if path.suffix == ".jsonl":
-        objects = [(_object(line, f"{path}:{n}"), n) for n, line in _lines(path) if line.strip()]
-        texts = [_text(row, field, f"{path}:{number}") for row, number in objects]
+    if isinstance(source, str) or source.suffix.lower() in (".jsonl", ".csv"):
+        texts = [_text(row, field, where) for where, row in _records(source, (field,))]
     else:
-        whole = "\n".join(line.rstrip() for _, line in _lines(path))
+        whole = "\n".join(line.rstrip() for _, line in _lines(source))
         texts = [paragraph.strip() for paragraph in whole.split("\n\n") if paragraph.strip()]
     if not any(text.strip() for text in texts):
-        raise DataError(str(path), "holds no text", 'give a text file, or JSONL with {"text": …} on each line')
+        raise DataError(str(source), "holds no text", 'give a text file, or JSONL with {"text": …} on each line')
     return texts
 
 
-def _lines(path: Path) -> list[tuple[int, str]]:
+def _records(
+    source: Path | str, fields: Sequence[str], label_field: str | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row and where it is: file and line, or the data set's row."""
+    if isinstance(source, str):
+        yield from _hub_records(source, [*fields, label_field] if label_field else fields)
+    elif source.suffix.lower() == ".csv":
+        yield from _csv_records(source, label_field)
+    else:
+        for number, line in _lines(source):
+            if line.strip():
+                yield (where := f"{source}:{number}"), _object(line, where)
+
+
+def _csv_records(path: Path, label_field: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a CSV file; labels, which CSV knows only as text, become integers where they are some."""
+    reader = csv.reader(io.StringIO(_read(path), newline=""), strict=True)
+    header: list[str] | None = None
+    while True:
+        where = f"{path}:{reader.line_num + 1}"
+        try:
+            values = next(reader, None)
+        except csv.Error as error:
+            raise DataError(where, f"is not CSV ({error})", "mend or remove the line") from error
+        if values is None:
+            return
+        if header is None:
+            header = values
+        elif values:
+            if len(values) != len(header):
+                raise DataError(where, f"has {len(values)} columns, the header {len(header)}", "quote text with commas")
+            row: dict[str, Any] = dict(zip(header, values, strict=True))
+            if label_field is not None and re.fullmatch(r"-?\d{1,9}", row.get(label_field, "").strip()):
+                row[label_field] = int(row[label_field])
+            yield where, row
+
+
+def _hub_records(source: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a data set, of which only these columns are read: others may be images or dates."""
+    match = HUB_DATA.fullmatch(source)
+    if match is None:
+        raise DataError(source, "is no hf:<folder or hub id>[,<config>]:<split>", "such as hf:imdb:train")
+    if importlib.util.find_spec("datasets") is None:
+        raise DataError(source, "needs the datasets library", "pip install 'meerkat-mq[datasets]'")
+    import datasets  # noqa: PLC0415 - an optional extra, and slow to import
+
+    datasets.disable_progress_bars()
     try:
-        # Not splitlines(): JSON strings may hold U+2028 and its like as they are.
-        return list(enumerate(path.read_text(encoding="utf-8").split("\n"), start=1))
+        rows = datasets.load_dataset(match["path"], match["config"], split=match["split"])
+    except Exception as error:  # the library, its readers and the hub's client raise all kinds
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise DataError(
+            source, f"cannot be loaded ({first})", "check folder or hub id, config, split, and the network"
+        ) from error
+    absent = [column for column in columns if column not in rows.column_names]
+    if absent:
+        raise DataError(source, f"has no column {absent[0]!r}", f"it has {', '.join(rows.column_names)}")
+    for number, row in enumerate(rows.select_columns(list(columns))):
+        yield f"{source}: row {number}", row
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    # Not splitlines(): JSON strings may hold U+2028 and its like as they are.
+    return list(enumerate(_read(path).split("\n"), start=1))
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return file.read()
     except OSError as error:
         raise DataError(str(path), f"cannot be read ({error.strerror})", "give the path of a data file") from error
     except UnicodeDecodeError as error:
@@ -74,8 +149,7 @@ def _text(row: dict[str, Any], field: str, where: str) -> str:
     return value
 
 
-def _row(line: str, task: Task, where: str) -> Row:
-    row = _object(line, where)
+def _checked(row: dict[str, Any], task: Task, where: str) -> Row:
     for field in task.fields:
         _text(row, field, where)
     label, classes = row.get(task.label_field), len(task.label_words)

@@ -14,6 +14,7 @@ from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import Row
 from meerkat_mq.errors import ModelMismatch
+from meerkat_mq.model.adapter import with_adapter
 from meerkat_mq.model.load import LoadedModel
 from meerkat_mq.model.scoring import Scorer, scorer_for
 from meerkat_mq.wire.descriptor import Task
@@ -43,15 +44,19 @@ class Target:
     Attributes:
         name: the matrix.
         parameter: the model's tensor; flat: the same memory, one-dimensional.
-        indices: int64 (k,), positions in flat.
+        indices: int64 (k,), positions in flat; None: all of it.
         part: the matrix's place in theta.
     """
 
     name: str
     parameter: nn.Parameter
     flat: Tensor
-    indices: Tensor
+    indices: Tensor | None
     part: slice
+
+    def values(self, whole: Tensor) -> Tensor:
+        """What theta stands for of a tensor with the parameter's shape: (k,)."""
+        return whole.flatten() if self.indices is None else whole.flatten()[self.indices]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,33 +80,36 @@ class TransformersEngine:
     """Implements `core.step.Engine` for a loaded model, a mask and a task.
 
     Args:
-        loaded: the base model; its masked weights are overwritten by each `write`.
+        loaded: the base model; its masked weights are overwritten by each `write`, those of an adapter in a copy of the
+            model that shares all else.
         mask: which weights theta stands for.
         task: how rows become text and classes.
 
     Raises:
         ModelMismatch: the model has no such matrices.
+        ModelError: the mask is of an adapter, and peft is not installed.
         TaskError: the tokenizer cannot tell the label words apart.
         UnsupportedModel: a causal LM without a linear head.
     """
 
     def __init__(self, loaded: LoadedModel, mask: Mask, task: Task) -> None:
-        self.loaded = loaded
+        self.loaded = with_adapter(loaded, mask)
         self._task = task
-        self.scorer: Scorer = scorer_for(loaded, task)
-        self.targets = _targets(loaded, mask)
-        self._theta = torch.empty(mask.size, dtype=torch.float32)
-        self._theta_view: Float32Array = self._theta.numpy()
+        self.scorer: Scorer = scorer_for(self.loaded, task)
+        self.targets = _targets(self.loaded, mask)
+        self._size = mask.size
 
     def write(self, theta: Float32Array) -> None:
         """Put theta, float32 (n,), into the model's tensors, cast to their dtype."""
-        if theta.shape != self._theta_view.shape or theta.dtype != np.float32:
-            raise ValueError(f"theta is {theta.dtype} {theta.shape}, not float32 {self._theta_view.shape}")
-        np.copyto(self._theta_view, theta)
-        values = self._theta.to(self.loaded.model.device)
+        if theta.shape != (self._size,) or theta.dtype != np.float32:
+            raise ValueError(f"theta is {theta.dtype} {theta.shape}, not float32 ({self._size},)")
+        values = torch.from_numpy(theta if theta.flags.writeable else theta.copy()).to(self.loaded.model.device)
         with torch.inference_mode():
             for target in self.targets:
-                target.flat.index_copy_(0, target.indices, values[target.part].to(target.flat.dtype))
+                if target.indices is None:
+                    target.flat.copy_(values[target.part])
+                else:
+                    target.flat.index_copy_(0, target.indices, values[target.part].to(target.flat.dtype))
 
     def prepare(self, rows: Sequence[Row]) -> Prepared:
         """Tokenise and collate, once for all passes over these rows."""
@@ -145,7 +153,7 @@ class TransformersEngine:
         _same(where, "checkpoint", self.loaded.fingerprint, mask.fingerprint, remedy)
         for target, matrix in zip(self.targets, mask.matrices, strict=True):
             expected = torch.tensor(matrix.theta_0).to(target.flat.device, target.flat.dtype)
-            differing = int((target.flat[target.indices] != expected).sum())
+            differing = int((target.values(target.flat) != expected).sum())
             if differing:
                 raise ModelMismatch(
                     where, f"{differing} of {len(expected)} masked weights of {matrix.name} differ from theta_0", remedy
@@ -181,7 +189,8 @@ def _targets(loaded: LoadedModel, mask: Mask) -> list[Target]:
                 f"the mask's {matrix.name} has shape {matrix.shape}, the model has {found}",
                 "give the base model that the run's mask was made on",
             )
-        indices = torch.from_numpy(matrix.indices.astype(np.int64)).to(parameter.device)
+        whole = matrix.indices.size == parameter.numel()
+        indices = None if whole else torch.from_numpy(matrix.indices.astype(np.int64)).to(parameter.device)
         targets.append(Target(matrix.name, parameter, parameter.data.view(-1), indices, part))
     return targets
 

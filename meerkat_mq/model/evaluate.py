@@ -25,12 +25,14 @@ class Evaluation:
         loss: mean cross-entropy over the classes.
         accuracy: share of rows whose class scored highest.
         majority: share of the most frequent class: the accuracy of a constant answer.
+        recalls: by class, the share of its rows that were found; None where it has no rows.
     """
 
     rows: int
     loss: float
     accuracy: float
     majority: float
+    recalls: tuple[float | None, ...] = ()
 
 
 def evaluate(engine: TransformersEngine, rows: Sequence[Row], batch_size: int = 64) -> Evaluation:
@@ -42,17 +44,24 @@ def evaluate(engine: TransformersEngine, rows: Sequence[Row], batch_size: int = 
         batch_size: rows a pass.
     """
     losses: list[float] = []
-    correct = 0
-    labels: Counter[int] = Counter()
+    labels, found = Counter[int](), Counter[int]()
+    classes = 0
     for start in range(0, len(rows), batch_size):
         batch = engine.prepare(rows[start : start + batch_size])
         scores = engine.scores(batch)
         truth = batch.labels.cpu().numpy()
         losses += _cross_entropy(scores, truth)
-        correct += int(np.count_nonzero(scores.argmax(axis=1) == truth))
         labels.update(truth.tolist())
+        found.update(truth[scores.argmax(axis=1) == truth].tolist())
+        classes = scores.shape[1]
     count = len(rows)
-    return Evaluation(count, math.fsum(losses) / count, correct / count, max(labels.values()) / count)
+    return Evaluation(
+        rows=count,
+        loss=math.fsum(losses) / count,
+        accuracy=found.total() / count,
+        majority=max(labels.values()) / count,
+        recalls=tuple(found[label] / labels[label] if labels[label] else None for label in range(classes)),
+    )
 
 
 def _cross_entropy(scores: Float32Array, labels: npt.NDArray[np.int64]) -> list[float]:
@@ -128,5 +137,5 @@ def _gradient(engine: TransformersEngine, rows: Sequence[Row]) -> Tensor:
 def _masked(target: Target) -> Tensor:
     gradient = target.parameter.grad
     if gradient is None:
-        return torch.zeros(len(target.indices))
-    return gradient.flatten()[target.indices].float().cpu()
+        return torch.zeros(target.part.stop - target.part.start)
+    return target.values(gradient).float().cpu()

@@ -23,8 +23,12 @@ Kind = Literal["causal", "encoder"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_LOSSY = {torch.float32: {"F64"}, torch.bfloat16: {"F64", "F32", "F16"}}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LOSSY = {
+    torch.float32: {"F64"},
+    torch.bfloat16: {"F64", "F32", "F16"},
+    torch.float16: {"F64", "F32", "BF16"},
+}
 _UNUSED = re.compile(r"(^|\.)pooler\.")  # encoders are mean-pooled here
 
 
@@ -58,7 +62,7 @@ def load_model(source: str | Path, *, dtype: str = "float32", device: str = "cpu
 
     Args:
         source: local folder, or hub id (fetched into, or taken from, the hub cache).
-        dtype: "float32" or "bfloat16".
+        dtype: "float32", "bfloat16" or "float16".
         device: "cpu", "cuda" or "cuda:<i>".
 
     Raises:
@@ -223,6 +227,16 @@ def linear_layers(model: Any) -> dict[str, nn.Linear]:
 def linear_matrices(model: Any) -> list[str]:
     """Names of the maskable matrices: the keys of `linear_layers`."""
     return list(linear_layers(model))
+
+
+def all_weights(model: Any) -> dict[str, nn.Parameter]:
+    """Every floating-point parameter that passes use, ordered by the bytes of its name; tied ones once."""
+    weights = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() and not _UNUSED.search(name)
+    }
+    return dict(sorted(weights.items(), key=lambda item: item[0].encode()))
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,7 +1,7 @@
-"""Making a mask: score the weights of each linear matrix and keep the best."""
+"""Making a mask: score the weights of each linear matrix and keep the best; or take all weights, or an adapter's."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Literal, get_args
 
@@ -14,10 +14,12 @@ from transformers.pytorch_utils import Conv1D
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask, MaskedMatrix
 from meerkat_mq.errors import MaskError
+from meerkat_mq.model.adapter import adapter_weights, new_adapter
 from meerkat_mq.model.calibration import CalibrationBatch, calibration_batches, each_gradient, input_norms
-from meerkat_mq.model.load import LoadedModel, linear_layers
+from meerkat_mq.model.load import LoadedModel, all_weights, linear_layers
+from meerkat_mq.wire.descriptor import MAX_RUN_WEIGHTS
 
-Method = Literal["sensitivity", "magnitude-activation", "magnitude", "random"]
+Method = Literal["sensitivity", "magnitude-activation", "magnitude", "random", "dense", "lora"]
 METHODS: tuple[Method, ...] = get_args(Method)
 Progress = Callable[[int, int], None]
 Indices = npt.NDArray[np.int64]
@@ -31,6 +33,7 @@ def make_mask(
     method: Method = "sensitivity",
     *,
     density: float = 1e-3,
+    rank: int = 8,
     seed: int = 0,
     sequences: int = 100,
     length: int = 512,
@@ -41,15 +44,18 @@ def make_mask(
 
     Scores: `sensitivity` is the mean over calibration batches of the squared gradient of the causal-LM loss (of an
     encoder: of in-batch contrast between the halves of a document), MEERKAT (arXiv 2506.03337); `magnitude-activation`
-    is |w|·‖x‖₂; `magnitude` is |w|; `random` is drawn from the seed. With every method a last pass over the batches
-    yields g_p, the mean signed gradient on the mask. Memory beyond the model's: one float32 matrix of scores for each
-    linear matrix (`sensitivity` alone), and one gradient at a time.
+    is |w|·‖x‖₂; `magnitude` is |w|; `random` is drawn from the seed. Two methods score nothing: `dense` takes every
+    floating-point parameter that passes use, tied ones once, MeZO (arXiv 2305.17333); `lora` takes all of a fresh
+    adapter on the query and value projections. With every method a last pass over the batches yields g_p, the mean
+    signed gradient on the mask. Memory beyond the model's: one float32 matrix of scores for each linear matrix
+    (`sensitivity` alone), and one gradient and the activations of one block at a time.
 
     Args:
         loaded: a model whose dtype holds the checkpoint exactly.
         texts: calibration text, like what the model was pretrained on.
         method: one of METHODS.
-        density: u, 0 < u ≤ 1; 1 keeps every weight of the linear matrices.
+        density: u, 0 < u ≤ 1, of the methods that score; 1 keeps every weight of the linear matrices.
+        rank: of the adapter.
         seed: order of the texts, and the random mask.
         sequences: how many sequences (encoder: documents) of calibration text.
         length: tokens a sequence.
@@ -57,10 +63,17 @@ def make_mask(
         progress: called with (batches done, all batches).
 
     Raises:
-        MaskError: an argument is out of range, the text is too short, a score is not finite, or no weight is left.
+        MaskError: an argument is out of range, the text is too short, a score is not finite, or the mask would hold no
+            weight, or more than a run can.
         UnsupportedModel: the model has no maskable matrices.
+        ModelError: `lora` without peft.
     """
-    counts = _counts(loaded, method, density)
+    _check(loaded, method, density)
+    if method == "lora":
+        loaded = new_adapter(loaded, rank)
+    weights = _weights(loaded, method)
+    whole = density == 1 or method in ("dense", "lora")
+    counts = _counts(weights, 1 if whole else density)
     batches = calibration_batches(
         loaded,
         texts,
@@ -69,32 +82,50 @@ def make_mask(
         length=length,
         batch_size=_DEFAULT_BATCH[loaded.kind] if batch_size is None else batch_size,
     )
-    passes = 1 + (density < 1 and method in ("sensitivity", "magnitude-activation"))
+    passes = 1 + (not whole and method in ("sensitivity", "magnitude-activation"))
     tick = _ticker(progress, passes * len(batches))
-    if density == 1:
+    if whole:
         chosen = {name: np.arange(count) for name, count in counts.items()}
     else:
         score = _scorer(loaded, batches, method, seed, tick)
         chosen = {name: best(_finite(score(name), name), count) for name, count in counts.items()}
-    g_p = _mean_gradient(loaded, batches, chosen, tick)
-    weights = {name: layer.weight for name, layer in linear_layers(loaded.model).items()}
+    g_p = _mean_gradient(loaded, batches, {name: weights[name] for name in chosen}, chosen, tick)
     matrices = tuple(_matrix(name, weights[name], indices, g_p[name]) for name, indices in chosen.items())
     return Mask(matrices, loaded.fingerprint, loaded.tokenizer_fingerprint)
 
 
-def _counts(loaded: LoadedModel, method: Method, density: float) -> dict[str, int]:
-    """How many weights each matrix keeps; matrices that keep none are left out."""
+def _check(loaded: LoadedModel, method: Method, density: float) -> None:
     if method not in METHODS:
         raise MaskError("mask method", f"{method!r} is unknown", f"use one of {', '.join(METHODS)}")
     if not 0 < density <= 1:
         raise MaskError("density", f"{density} is outside (0, 1]", "0.001 keeps one weight in a thousand")
     if not loaded.exact:
-        raise MaskError(str(loaded.folder), "bfloat16 rounds this checkpoint's weights", "load it in float32 for masks")
+        dtype = str(loaded.model.dtype).removeprefix("torch.")
+        raise MaskError(str(loaded.folder), f"{dtype} rounds this checkpoint's weights", "load it in float32 for masks")
+
+
+def _weights(loaded: LoadedModel, method: Method) -> Mapping[str, Tensor]:
+    """What the mask chooses from, ordered by the bytes of the names."""
+    if method == "dense":
+        return all_weights(loaded.model)
+    if method == "lora":
+        return adapter_weights(loaded.model)
+    return {name: layer.weight for name, layer in linear_layers(loaded.model).items()}
+
+
+def _counts(weights: Mapping[str, Tensor], density: float) -> dict[str, int]:
+    """How many weights each matrix keeps; matrices that keep none are left out."""
     share = Fraction(str(density))  # 0.29 · 100 in floats is below 29
-    sizes = {name: layer.weight.numel() for name, layer in linear_layers(loaded.model).items()}
+    sizes = {name: weight.numel() for name, weight in weights.items()}
     counts = {name: int(size * share) for name, size in sizes.items() if int(size * share)}
     if not counts:
         raise MaskError("density", f"{density} of {max(sizes.values())} weights keeps none", "raise the density")
+    if sum(counts.values()) > MAX_RUN_WEIGHTS:
+        raise MaskError(
+            "mask",
+            f"{sum(counts.values()):,} weights, and a run holds {MAX_RUN_WEIGHTS:,} at most",
+            "lower the density",
+        )
     return counts
 
 
@@ -124,7 +155,7 @@ def _scorer(
         def add(name: str, gradient: Tensor) -> None:
             squares[name].addcmul_(gradient, gradient)
 
-        each_gradient(loaded, batches, add, tick)
+        each_gradient(loaded, batches, {name: layer.weight for name, layer in layers.items()}, add, tick)
         return squares.pop
     if method == "magnitude-activation":
         norms = input_norms(loaded, batches, tick)
@@ -161,18 +192,27 @@ def best(scores: Float32Array, count: int) -> Indices:
 
 
 def _mean_gradient(
-    loaded: LoadedModel, batches: Sequence[CalibrationBatch], chosen: dict[str, Indices], tick: Callable[[], None]
+    loaded: LoadedModel,
+    batches: Sequence[CalibrationBatch],
+    weights: Mapping[str, Tensor],
+    chosen: Mapping[str, Indices],
+    tick: Callable[[], None],
 ) -> dict[str, Float32Array]:
     """The mean signed gradient of each matrix at the chosen positions, float32."""
-    device = loaded.model.device
-    places = {name: torch.from_numpy(indices).to(device) for name, indices in chosen.items()}
-    sums = {name: torch.zeros(len(indices), dtype=torch.float64, device=device) for name, indices in chosen.items()}
+    places = {
+        name: None if indices.size == weights[name].numel() else torch.from_numpy(indices).to(weights[name].device)
+        for name, indices in chosen.items()
+    }
+    sums = {
+        name: torch.zeros(indices.size, dtype=torch.float64, device=weights[name].device)
+        for name, indices in chosen.items()
+    }
 
     def visit(name: str, gradient: Tensor) -> None:
-        if name in sums:
-            sums[name] += gradient.flatten()[places[name]].double()
+        place = places[name]
+        sums[name] += gradient.flatten() if place is None else gradient.flatten()[place]
 
-    each_gradient(loaded, batches, visit, tick)
+    each_gradient(loaded, batches, weights, visit, tick)
     return {name: (total / len(batches)).float().cpu().numpy() for name, total in sums.items()}
 
 

@@ -6,6 +6,7 @@ import socket
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar, TypeVarTuple
 
 import structlog
@@ -40,7 +41,7 @@ async def run_node(config: NodeConfig) -> None:
         MeerkatError: with what to do about it.
     """
     with within("data"):
-        if not config.data.is_file():
+        if isinstance(config.data, Path) and not config.data.is_file():
             raise DataError(str(config.data), "there is no such file", "give the node its data: a JSONL file")
     with NodeState(config.state_dir) as state, ThreadPoolExecutor(1, "model") as worker:
         await _Node(config, state, worker).run()

@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -10,7 +11,7 @@ from meerkat_mq.config import NodeConfig
 from meerkat_mq.core.batches import batch_rows
 from meerkat_mq.core.directions import direction
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.core.path import Entry, digest, seed_for
+from meerkat_mq.core.path import Entry, digest, seeds_of
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.step import Engine, Row, local_steps
 from meerkat_mq.core.toy import QuadraticEngine
@@ -90,7 +91,7 @@ class Work:
         scalars, loss = local_steps(
             self.engine,
             self._replica.theta,
-            [seed_for(run.run_id, order.version, order.lane, step) for step in range(order.steps)],
+            seeds_of(run.run_id, order.version, order.lane, order.steps * run.perturbations),
             [[self.rows[number] for number in batch] for batch in numbers],
             stream=run.stream,
             eps=order.eps,
@@ -104,7 +105,7 @@ class Work:
 
 def _toy_rows(config: NodeConfig) -> list[Row]:
     try:
-        lines = enumerate(config.data.read_text(encoding="utf-8").splitlines(), start=1)
+        lines = enumerate(Path(config.data).read_text(encoding="utf-8").splitlines(), start=1)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data: {config.data}", f"cannot be read ({error})", _TOY_REMEDY) from error
     rows = [_toy_row(line, f"data: {config.data}:{number}") for number, line in lines if line.strip()]

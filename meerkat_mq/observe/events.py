@@ -1,9 +1,10 @@
 """What a server tells whoever watches a run."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from meerkat_mq.mqtt.message import Count
+from meerkat_mq.rounds.events import Judgement
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor
 
 
@@ -26,6 +27,8 @@ class RoundClosed:
         heard: nodes that contributed.
         online: nodes at hand.
         bytes_up: payload bytes of all updates so far.
+        gradip: of each of these nodes, by local step; empty where the run does not measure it.
+        judgements: what a calibration round showed of the nodes.
     """
 
     version: int
@@ -34,6 +37,8 @@ class RoundClosed:
     heard: int
     online: int
     bytes_up: int
+    gradip: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    judgements: tuple[Judgement, ...] = ()
 
 
 @dataclass(frozen=True)

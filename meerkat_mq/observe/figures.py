@@ -1,9 +1,10 @@
 """Figures as people read them, and curves as people see them."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 DASH = "–"
+MOST_NAMED = 5
 UNITS = ("kB", "MB", "GB", "TB", "PB")
 
 
@@ -50,6 +51,12 @@ def duration(seconds: float) -> str:
         return f"{whole} s"
     minutes, whole = divmod(whole, 60)
     return f"{minutes} min {whole:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def named(names: Sequence[str]) -> str:
+    """A few names, or how many more there are: "none", "a, b", "a, b, c, d, e and 7 more"."""
+    more = f" and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(map(printable, names[:MOST_NAMED])) + more or "none"
 
 
 def printable(text: str) -> str:

@@ -10,7 +10,7 @@ from rich.spinner import Spinner
 from rich.text import Text
 
 from meerkat_mq.observe.events import Evaluated, RoundClosed, RunEvent, RunFinished, RunStarted
-from meerkat_mq.observe.figures import DASH, Smoother, duration, human_bytes, percent, printable
+from meerkat_mq.observe.figures import DASH, Smoother, duration, human_bytes, named, percent, printable
 
 REPORTS = 20
 SMOOTHED_ROUNDS = 20
@@ -36,6 +36,7 @@ class Live:
         self._loss = 0.0
         self._spinner = Spinner("dots")
         self._staged = False
+        self._early_stopped = ""
         self._progress = Progress(
             TextColumn("rounds"),
             BarColumn(),
@@ -87,9 +88,16 @@ class Live:
         before = self._last.version if self._last else 0
         self._last, self._loss, self._staged = event, self._average.add(event.loss), False
         self._progress.update(self._task, completed=event.version)
+        if event.judgements:
+            self._judged(event)
         if self._display is None and event.version * REPORTS // self._rounds > before * REPORTS // self._rounds:
             done = f"{event.version / self._rounds:.0%}"
             self._say(f"{self._place(event.version)} ({done}): {', '.join(self._figures())}")
+
+    def _judged(self, event: RoundClosed) -> None:
+        found = [judgement for judgement in event.judgements if judgement.early_stopped]
+        self._early_stopped = f"early-stopped: {named([judgement.node for judgement in found])}"
+        self._say(f"{self._place(event.version)}: {len(event.judgements)} nodes calibrated, {self._early_stopped}")
 
     def _evaluated(self, event: Evaluated) -> None:
         self._first_evaluation = self._first_evaluation or event
@@ -115,6 +123,7 @@ class Live:
             f"{last.online} of {self._nodes} nodes online",
             f"{human_bytes(last.bytes_up)} up",
             duration(last.seconds),
+            *([self._early_stopped] if self._early_stopped else []),
         ]
 
     def _render(self) -> RenderableType:

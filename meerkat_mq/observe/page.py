@@ -55,8 +55,8 @@ def render(report: Report) -> str:
     """The page as HTML."""
     title = f"{report.model} · Meerkat-MQ"
     return document(
-        title, _header(report), _tiles(report), _curves(report), _bytes(report), _labels(report), _nodes(report),
-        _counts(report), _descriptor(report),
+        title, _header(report), _tiles(report), _curves(report), _gradip(report), _bytes(report), _labels(report),
+        _nodes(report), _counts(report), _descriptor(report),
     )  # fmt: skip
 
 
@@ -170,6 +170,107 @@ def _percent_tick(share: float) -> str:
 def _bytes_tick(size: float) -> str:
     number, unit = human_bytes(size).split(" ")
     return f"{float(number):g} {unit}"
+
+
+# --- GradIP ---
+
+
+def _gradip(report: Report) -> Markup:
+    if report.magnitudes:
+        content = [*_gradip_chart(report), _judgements(report)]
+        return section("GradIP: ⟨pre-training gradient, local step⟩", *content, note=_what_to_see(report))
+    if report.judgements:
+        return section("Early stopping", _judgements(report), note=_early_stopping(report))
+    return Markup()
+
+
+def _gradip_chart(report: Report) -> Iterable[Markup]:
+    longest, stopped = _longest(report), set(report.early_stopped)
+    drawn = sorted(report.magnitudes, key=lambda name: name not in stopped)[:LEGEND_CLASSES]
+    lines = [_gradip_line(report, name, charts.colour(index)) for index, name in enumerate(drawn)]
+    yield charts.line_chart(
+        "GradIP over local steps",
+        lines[::-1],  # the early-stopped ones above the others
+        [],
+        charts.count_scale(longest),
+        lambda power: f"{10**power:.2g}",
+        bands=_calibration(report),
+    )
+    unit = "local steps" if report.descriptor.perturbations == 1 else "projected gradients"
+    yield tag("p", f"{unit} of the node", class_="axis")
+    more = len(report.magnitudes) - len(drawn)
+    entries = [(line.label, line.style) for line in lines]
+    yield charts.legend([*entries, (f"… and {more:,} more", "none")] if more else entries)
+
+
+def _gradip_line(report: Report, name: str, style: str) -> charts.Line:
+    """Its magnitude on a log scale, smoothed; what is zero cannot be drawn."""
+    points = report.magnitudes[name]
+    span = points[0][0] if points else 1
+    sizes = smoothed((size for _, size in points), _smoothed_steps(report) / span)
+    drawn = [(step, math.log10(size)) for (step, _), size in zip(points, sizes, strict=True) if size > 0]
+    stopped = name in report.early_stopped
+    return charts.Line(f"{name}: early-stopped" if stopped else name, f"{style} stopped" if stopped else style, drawn)
+
+
+def _longest(report: Report) -> int:
+    return max((int(points[-1][0]) for points in report.magnitudes.values() if points), default=1)
+
+
+def _smoothed_steps(report: Report) -> int:
+    return max(5, _longest(report) // 20)
+
+
+def _calibration(report: Report) -> list[charts.Band]:
+    """The steps of the first round, where it calibrated."""
+    if all(judgement.version for judgement in report.judgements.values()):
+        return []
+    end = report.early_stopping.calibration_steps * report.descriptor.perturbations
+    return [charts.Band("calibration", "calibration", 0, min(end, _longest(report)))]
+
+
+def _what_to_see(report: Report) -> str:
+    sentences = [
+        f"Magnitude at each local step, mean over about {_smoothed_steps(report)} steps, log scale.",
+        "A node whose data is extremely skewed has soon learnt its few labels.",
+        "Over many local steps in a row its line sinks towards 0, where the others keep their level.",
+    ]
+    if report.judgements:
+        sentences += [
+            "Calibration is grey, early-stopped nodes are dashed.",
+            "A new round starts from the common weights, so there a line that sank is up again.",
+        ]
+    return " ".join([*sentences, _early_stopping(report)])
+
+
+def _early_stopping(report: Report) -> str:
+    config, stopped = report.early_stopping, len(report.early_stopped)
+    if config.by == "off":
+        return ""
+    if not report.judgements:
+        return summary.unchanged_line(report.descriptor.local_steps, config)
+    steps = f"{config.steps} local {'step' if config.steps == 1 else 'steps'}"
+    instead = f"{steps} a round instead of {report.descriptor.local_steps:,}"
+    return f"{stopped} of {len(report.judgements)} nodes early-stopped: {instead}."
+
+
+def _judgements(report: Report) -> Markup:
+    if not report.judgements:
+        return Markup()
+    config = report.early_stopping
+    least = (f" (≥ {config.rho_later:g})", f" (≥ {config.rho_quiet:g})") if config.by == "vpcs" else ("", "")
+    heads = ["node", f"rho_later{least[0]}", f"rho_quiet{least[1]}", "ledger entry", f"verdict by {config.by}"]
+    rows = (
+        [
+            name,
+            summary.ratio(found.rho_later),
+            f"{found.rho_quiet:.2f}",
+            f"{found.version:,}",
+            "✗ early-stopped" if found.early_stopped else "✓ all local steps",
+        ]
+        for name, found in sorted(report.judgements.items())
+    )
+    return table(heads, rows)
 
 
 # --- bytes, labels, nodes ---

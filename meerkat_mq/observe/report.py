@@ -1,13 +1,16 @@
 """What a finished run comes to; `summary` prints it, `page` draws it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from meerkat_mq.config import EarlyStoppingConfig
+from meerkat_mq.observe.charts import Point
 from meerkat_mq.observe.events import Evaluated, RoundClosed
+from meerkat_mq.rounds.events import Judgement
 from meerkat_mq.wire.descriptor import RunDescriptor
 
 MASKED_VALUE_BYTES = 4
-WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,9 @@ class Report:
         seconds: from the opening of the first round to the close of the last.
         counts: everything that the server counted, by reason.
         covered: weights of the matrices that the mask covers; None where it is not known.
+        magnitudes: |GradIP| over the local steps of each node; empty where it was not measured.
+        judgements: the newest of each node; empty where no round calibrated.
+        early_stopping: the run's rules of it.
     """
 
     descriptor: RunDescriptor
@@ -85,6 +91,9 @@ class Report:
     seconds: float
     counts: Mapping[str, int]
     covered: int | None = None
+    magnitudes: Mapping[str, Sequence[Point]] = field(default_factory=dict)
+    judgements: Mapping[str, Judgement] = field(default_factory=dict)
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
 
     @property
     def gained(self) -> float | None:
@@ -102,6 +111,11 @@ class Report:
     def astray(self) -> list[str]:
         """Nodes whose digest is not known to be the server's."""
         return [name for name, node in self.nodes.items() if node.digest != self.digest]
+
+    @property
+    def early_stopped(self) -> list[str]:
+        """Nodes that do fewer local steps a round."""
+        return [name for name, judgement in self.judgements.items() if judgement.early_stopped]
 
     @property
     def cost(self) -> Cost:

@@ -1,14 +1,19 @@
 """The end of a run on a terminal."""
 
+import math
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.observe.figures import (
     DASH,
+    MOST_NAMED,
     duration,
     human_bytes,
     human_factor,
+    named,
     percent,
     points,
     printable,
@@ -17,7 +22,6 @@ from meerkat_mq.observe.figures import (
 from meerkat_mq.observe.report import NodeReport, Report
 
 MOST_NODES = 40
-MOST_NAMED = 5
 MOST_CLASSES = 5
 OTHER_COLUMNS_WIDTH = 48  # of the node table, its node column apart
 
@@ -33,6 +37,7 @@ def print_summary(console: Console, report: Report) -> None:
         ("time", [time_line(report)]),
         ("sent", cost_lines(report)),
         ("digests", [digest_line(report)]),
+        ("stopped", early_stopping_lines(report)),
         ("counted", [", ".join(f"{why}: {count:,}" for why, count in sorted(report.counts.items()) if why != "left")]),
     ):
         if any(lines):
@@ -94,8 +99,32 @@ def digest_line(report: Report) -> str:
     equal, short = len(report.nodes) - len(report.astray), report.digest[:8]
     if not report.astray:
         return f"all {equal} nodes hold the server's weights, bit for bit ({short}…)"
-    named = ", ".join(report.astray[:MOST_NAMED]) + (", …" if len(report.astray) > MOST_NAMED else "")
-    return f"{equal} of {len(report.nodes)} nodes hold the server's weights ({short}…); not {named}"
+    return f"{equal} of {len(report.nodes)} nodes hold the server's weights ({short}…); not {named(report.astray)}"
+
+
+def early_stopping_lines(report: Report) -> list[str]:
+    """Who was early-stopped and by which figures; or why nobody can be."""
+    config, names = report.early_stopping, report.early_stopped
+    if config.by == "off":
+        return []
+    if not report.judgements:
+        return [unchanged_line(report.descriptor.local_steps, config)]
+    lines = [f"{len(names)} of {len(report.judgements)} nodes, by {config.by}: {named(names)}"]
+    for name in names[:MOST_NAMED]:
+        found = report.judgements[name]
+        lines.append(f"{name}: rho_later {ratio(found.rho_later)}, rho_quiet {found.rho_quiet:.2f}")
+    return lines
+
+
+def unchanged_line(local_steps: int, config: EarlyStoppingConfig) -> str:
+    """Why early stopping is without effect in a run."""
+    fewer = f"an early-stopped node would do {config.steps} local {'step' if config.steps == 1 else 'steps'} a round"
+    return f"Early stopping changes nothing at T = {local_steps}: {fewer}."
+
+
+def ratio(value: float) -> str:
+    """rho_later for people."""
+    return f"{value:.2f}" if math.isfinite(value) else "∞"
 
 
 def _node_table(report: Report, width: int) -> Table:

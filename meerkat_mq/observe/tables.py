@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -30,6 +30,10 @@ class NodeShown:
         behind: closed rounds since the last that it contributed to; None if it is none of the recent ones.
         verdict: on its last update among the recent ones.
         flagged: why it stands out, or "".
+        gradip: mean |GradIP| of its recent accepted steps; None if there are none.
+        judged: the newest calibration round that judged its virtual path; None: none did.
+        rho_later, rho_quiet: what that round found; None: none did.
+        early_stopped_since: the calibration round from which on every one early-stopped it; None: it is not.
     """
 
     node: str
@@ -44,6 +48,11 @@ class NodeShown:
     behind: int | None
     verdict: str
     flagged: str
+    gradip: float | None
+    judged: int | None
+    rho_later: float | None
+    rho_quiet: float | None
+    early_stopped_since: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +67,7 @@ class RunShown:
         closed_s: seconds since the last round closed.
         round_s: seconds a round, over the recent ones.
         loss: mean over the accepted updates of the last round.
+        early_stopping: what it does, in words; "" where it is off.
     """
 
     federation: str
@@ -71,6 +81,7 @@ class RunShown:
     closed_s: float | None
     round_s: float | None
     loss: float | None
+    early_stopping: str
     nodes: tuple[NodeShown, ...]
 
 
@@ -88,6 +99,26 @@ class UpdateShown:
     scalars: tuple[float, ...]
     loss: float
     verdict: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepShown:
+    """A projected gradient of a node's virtual path, with GradIP = g·⟨g_p, z⟩; None where that is not measured."""
+
+    version: int
+    node: str
+    lane: int
+    step: int
+    seed: str
+    g: float
+    gradip: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class RebuiltShown(StepShown):
+    """The same, with ‖theta_k^t − theta_v‖ after its local step."""
+
+    distance: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +159,10 @@ class RoundShown:
     @property
     def accepted(self) -> int:
         """How many updates the entry is made of."""
-        return sum(update.verdict == "accepted" for update in self.updates)
+        return sum(update.verdict in ("accepted", "early stopped") for update in self.updates)
 
 
-def json_line(shown: RunShown | RoundShown | UpdateShown) -> str:
+def json_line(shown: RunShown | RoundShown | UpdateShown | StepShown) -> str:
     """One JSON object; numbers that are not finite become null."""
     return json.dumps(_finite(asdict(shown)), allow_nan=False)
 
@@ -159,12 +190,14 @@ def status_line(run: RunShown) -> str:
     """The run in a line."""
     online = sum(node.status == "online" for node in run.nodes)
     flagged = [node.node for node in run.nodes if node.flagged]
+    early = [node.node for node in run.nodes if node.early_stopped_since is not None]
     parts = [
         f"round {run.version:,} of {run.rounds:,}",
         f"loss {_number(run.loss)}",
         f"{_span(run.round_s)} a round",
         f"{online} of {len(run.nodes)} nodes online",
         *([f"flagged: {', '.join(flagged)}"] if flagged else []),
+        *([f"early-stopped: {', '.join(early)}"] if early else []),
     ]
     return ", ".join(parts)
 
@@ -180,12 +213,15 @@ def status_table(run: RunShown) -> RenderableType:
         ("round", f"{run.version:,} of {run.rounds:,}, {_progress(run)}"),
         ("pace", f"{_span(run.round_s)} a round, the last closed {_ago(run.closed_s)}"),
         ("loss", _number(run.loss)),
+        *([("early stopping", run.early_stopping)] if run.early_stopping else []),
     ):
         figures.add_row(label, _text(text))
     if not run.nodes:
         return Group(figures, _text("\nno node was seen yet"))
     more = [_text(f"… and {len(run.nodes) - MOST_SHOWN:,} more")] if len(run.nodes) > MOST_SHOWN else []
-    return Group(figures, Text(), _node_table(run.nodes[:MOST_SHOWN]), *more)
+    measured = any(node.gradip is not None for node in run.nodes)
+    judged = any(node.judged is not None for node in run.nodes)
+    return Group(figures, Text(), _node_table(run.nodes[:MOST_SHOWN], measured=measured, judged=judged), *more)
 
 
 def _progress(run: RunShown) -> str:
@@ -194,8 +230,9 @@ def _progress(run: RunShown) -> str:
     return f"{run.heard:,} heard in the open one"
 
 
-def _node_table(nodes: Iterable[NodeShown]) -> Table:
-    table = _table("node", ">slot", "seen", ">boot", ">rows", ">updates", ">bytes", ">behind", "verdict")
+def _node_table(nodes: Iterable[NodeShown], *, measured: bool, judged: bool) -> Table:
+    heads = ["node", ">slot", "seen", ">boot", ">rows", ">updates", ">bytes", ">behind", "verdict"]
+    table = _table(*heads, *([">GradIP"] if measured else []), *(["virtual path"] if judged else []))
     for node in nodes:
         verdict = f"flagged: {node.flagged}" if node.flagged else node.verdict
         table.add_row(
@@ -208,9 +245,21 @@ def _node_table(nodes: Iterable[NodeShown]) -> Table:
             human_bytes(node.packet_bytes),
             "many" if node.behind is None else f"{node.behind:,}",
             _text(verdict or DASH),
+            *([_number(node.gradip)] if measured else []),
+            *([_judgement(node)] if judged else []),
             style="bold red" if node.flagged else None,
         )
     return table
+
+
+def _judgement(node: NodeShown) -> str:
+    """The verdict on its virtual path, and the numbers behind it."""
+    if node.judged is None or node.rho_later is None or node.rho_quiet is None:
+        return DASH
+    numbers = f"rho_later {node.rho_later:.3g}, rho_quiet {node.rho_quiet:.3g}"
+    if node.early_stopped_since is None:
+        return f"{numbers} (round {node.judged:,})"
+    return f"early-stopped since round {node.early_stopped_since:,}: {numbers} (round {node.judged:,})"
 
 
 # --- ledger ---
@@ -270,6 +319,28 @@ def path_table(updates: Iterable[UpdateShown], *, by_node: bool = False) -> Tabl
         for step, (seed, scalar) in enumerate(zip(update.seeds, update.scalars, strict=True)):
             whole = [f"{update.weight:,}", f"{update.lane}", f"{step}", seed, f"{scalar:.9g}"]
             table.add_row(*head, *whole, *([f"{update.loss:.5g}", update.verdict] if step == 0 else ["", ""]))
+    return table
+
+
+def step_table(steps: Sequence[StepShown], *, head: bool = True) -> Table:
+    """A line a projected gradient; where there are many, page by page, the first with a head."""
+    heads = {">round": 6, "node": 16, ">lane": 4, ">step": 4, "seed": 16, ">g": 15, ">GradIP": 15}
+    heads |= {">distance": 15} if isinstance(steps[0], RebuiltShown) else {}
+    table = _table(*heads)
+    table.show_header = head
+    for column, width in zip(table.columns, heads.values(), strict=True):
+        column.min_width = width
+    for step in steps:
+        table.add_row(
+            f"{step.version}",
+            _text(step.node),
+            f"{step.lane}",
+            f"{step.step}",
+            step.seed,
+            f"{step.g:.9g}",
+            DASH if step.gradip is None else f"{step.gradip:.9g}",
+            *([f"{step.distance:.9g}"] if isinstance(step, RebuiltShown) else []),
+        )
     return table
 
 

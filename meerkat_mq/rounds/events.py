@@ -76,12 +76,23 @@ class TermsApplied:
 
 
 @dataclass(frozen=True, slots=True)
+class DirectionsMeasured:
+    """⟨g_p, z⟩ of every direction of a round: `products[lane][step]`, each exactly a float32."""
+
+    now: float
+    version: int
+    products: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class EntryCommitted:
-    """The ledger holds entry `version`, made of these updates."""
+    """The ledger holds entry `version`, made of these updates; the rest as in CommitEntry."""
 
     now: float
     version: int
     records: "tuple[UpdateRecord, ...]"
+    products: tuple[tuple[float, ...], ...] = ()
+    judgements: "tuple[Judgement, ...]" = ()
 
 
 # --- events of a node -----------------------------------------------------------------------------------------------
@@ -189,6 +200,7 @@ class Verdict(IntEnum):
     TOO_LARGE = 2  # lr·g would leave float32
     OUTLIER = 3  # far from the lane's other nodes and from the node's own past
     AGAINST = 4  # the node has been working against the lane's others
+    EARLY_STOPPED = 5  # only its first steps count: the virtual path shows extremely skewed data
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +215,33 @@ class UpdateRecord:
     scalars: tuple[float, ...]
     loss: float
     verdict: Verdict = Verdict.ACCEPTED
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What a calibration round showed of a node's virtual path; the newest of a node counts (docs/early-stopping.md).
+
+    Attributes:
+        version: of the calibration round.
+        rho_later: mean |GradIP| of the initial part ÷ that of the later part; infinite where only the latter is 0.
+        rho_quiet: share of quiet steps in the later part.
+        early_stopped: the verdict.
+    """
+
+    version: int
+    node: str
+    rho_later: float
+    rho_quiet: float
+    early_stopped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureDirections:
+    """Compute ⟨g_p, z⟩ of every direction of a round; answered by DirectionsMeasured."""
+
+    version: int
+    lanes: int
+    steps: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,12 +280,16 @@ class CommitEntry:
         records: every update of the round, refused ones too, by slot.
         asked: how many nodes were asked.
         overdue: whether the deadline closed the round.
+        products: ⟨g_p, z⟩ by lane and step; empty where the run does not measure GradIP.
+        judgements: of a calibration round, by slot.
     """
 
     entry: Entry
     records: tuple[UpdateRecord, ...]
     asked: int
     overdue: bool
+    products: tuple[tuple[float, ...], ...] = ()
+    judgements: tuple[Judgement, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,6 +397,7 @@ ServerEvent = (
     | SlotCommitted
     | UpdatesCommitted
     | TermsApplied
+    | DirectionsMeasured
     | EntryCommitted
     | Tick
 )
@@ -361,6 +405,7 @@ ServerEffect = (
     CommitSlot
     | CommitUpdate
     | ApplyTerms
+    | MeasureDirections
     | CommitEntry
     | KeepSnapshot
     | TakeTerm

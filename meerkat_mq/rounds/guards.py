@@ -22,6 +22,7 @@ DISTRUST = 0.5  # of the limit: what others are judged by
 AGREES = 0.7
 AGREEING = 0.75
 ACCEPTED = Verdict.ACCEPTED
+NOT_REFUSED = {ACCEPTED, Verdict.EARLY_STOPPED}
 
 
 def on_arrival(scalars: Sequence[float], loss: float, lr: float) -> Verdict:
@@ -103,7 +104,7 @@ class NodePast:
         self._count(self.records.popleft(), self.comparisons.popleft(), -1)
 
     def _count(self, record: UpdateRecord, comparison: Comparison | None, sign: int) -> None:
-        if record.verdict != ACCEPTED:
+        if record.verdict not in NOT_REFUSED:
             self.refused += sign
         if comparison is not None:
             self.compared += sign
@@ -121,8 +122,11 @@ class NodePast:
         return self.agreed >= AGREES * (self.agreed + self.opposed)
 
     def spread(self) -> Spread | None:
-        """Of the accepted projected gradients; None where there are too few."""
-        values = _scalars(_accepted(self.records))
+        """Of the accepted projected gradients; None where there are too few.
+
+        A path on which the node was early-stopped is left out: most of it is far smaller than first steps are.
+        """
+        values = _scalars(record for record in self.records if record.verdict == ACCEPTED)
         return Spread.of(values) if len(values) >= FEWEST_OF_OWN else None
 
     def correlation(self) -> float:
@@ -178,7 +182,7 @@ class Guard:
         found = {}
         for node, past in self._nodes.items():
             if past.refused >= FLAGGED_AT or past.records[-1].verdict == Verdict.AGAINST:
-                counts = Counter(record.verdict for record in past.records if record.verdict != ACCEPTED)
+                counts = Counter(record.verdict for record in past.records if record.verdict not in NOT_REFUSED)
                 found[node] = max(counts, key=lambda verdict: (counts[verdict], verdict))
         return found
 
@@ -255,7 +259,7 @@ class Guard:
 
 
 def _accepted(records: Iterable[UpdateRecord]) -> list[UpdateRecord]:
-    return [record for record in records if record.verdict == ACCEPTED]
+    return [record for record in records if record.verdict in NOT_REFUSED]
 
 
 def _scalars(records: Iterable[UpdateRecord]) -> list[float]:
@@ -274,7 +278,7 @@ def _compare(record: UpdateRecord, columns: Sequence[Sequence[float]]) -> Compar
     """With the lane's others, in the steps where there are three; what is far out is cut to the lane's size."""
     if record.verdict == Verdict.NOT_FINITE:
         return None
-    among = record.verdict == ACCEPTED
+    among = record.verdict in NOT_REFUSED
     xy, xx, yy, agreed, opposed = 0.0, 0.0, 0.0, 0, 0
     for scalar, column in zip(record.scalars, columns, strict=False):
         if len(column) - among >= FEWEST_IN_LANE:

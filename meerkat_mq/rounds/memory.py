@@ -9,12 +9,14 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from meerkat_mq.core.batches import batch_rows
+from meerkat_mq.core.directions import Float32Array, direction
+from meerkat_mq.core.gradip import inner_products
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.core.path import NO_DIGEST, Entry, digest, seed_for
+from meerkat_mq.core.path import NO_DIGEST, Entry, Term, digest, seeds_of
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.step import Engine, Row, local_steps
 from meerkat_mq.errors import MeerkatError
@@ -26,6 +28,7 @@ from meerkat_mq.wire.descriptor import NodeStatus, ServerState
 from meerkat_mq.wire.frames import Entries, Frame, Round, Update, Want, decode, encode
 
 SERVER = "server"
+DRAWN_BYTES = 2**30  # of directions that are kept for the other nodes of a lane
 Deliver = Callable[[str, str, Frame], Sequence[float]]
 
 
@@ -58,6 +61,41 @@ class MemoryNode:
     replica: Replica = field(init=False)
 
 
+@dataclass
+class _Newest:
+    """What the first of all replicas to apply an entry came to: one theta for all of them."""
+
+    start: Float32Array
+    before: Float32Array | None = None
+    terms: Sequence[Term] = ()
+    after: Float32Array | None = None
+    digest: bytes = NO_DIGEST
+
+
+class _SharedReplica(Replica):
+    """A replica that applies no entry that another one has just applied to the same theta."""
+
+    def __init__(self, mask: Mask, run_id: bytes, stream: str, digest_every: int, newest: _Newest) -> None:
+        super().__init__(mask, run_id=run_id, stream=stream, digest_every=digest_every)
+        self._newest = newest
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to theta_0."""
+        self.load(self._newest.start, 0)
+
+    def apply(self, terms: Sequence[Term]) -> bytes:
+        """Apply the terms of entry `version`; returns what `Replica.apply` returns."""
+        newest = self._newest
+        if newest.before is not self.theta or newest.terms != terms or newest.after is None:
+            newest.before, newest.terms = self.theta, terms
+            newest.digest = super().apply(terms)
+            newest.after = self.theta
+        else:
+            self.load(newest.after, self.version + 1)
+        return newest.digest
+
+
 class MemoryFederation:
     """Server and nodes on one virtual clock.
 
@@ -66,6 +104,8 @@ class MemoryFederation:
         term: that of the server, one more with each start.
         entries: the ledger.
         records: update records of each entry.
+        products: ⟨g_p, z⟩ of each entry's directions, by lane and step.
+        judgements: of all calibration rounds, oldest first.
         updates: committed updates of the open round.
         slots: (version of theta when it was given, node, slot).
         counts: (who, reason) of everything counted.
@@ -88,6 +128,8 @@ class MemoryFederation:
         self.term = 0
         self.entries: list[Entry] = []
         self.records: list[tuple[e.UpdateRecord, ...]] = []
+        self.products: list[tuple[tuple[float, ...], ...]] = []
+        self.judgements: list[e.Judgement] = []
         self.updates: list[e.UpdateRecord] = []
         self.slots: list[tuple[int, str, int]] = []
         self.counts: Counter[tuple[str, str]] = Counter()
@@ -102,14 +144,14 @@ class MemoryFederation:
         self._order = itertools.count()
         self._retained: Round | None = None
         self._wake: dict[str, float] = {}
+        self._newest = _Newest(mask.theta_0)
+        self._draw = lru_cache(maxsize=min(1024, DRAWN_BYTES // (4 * mask.size)))(direction)
         self.replica = self._fresh_replica()
         self.server = self._resumed_server()
         self.server_up = False
 
     def _fresh_replica(self) -> Replica:
-        return Replica(
-            self._mask, run_id=self.settings.run_id, stream=self.stream, digest_every=self.digest_every
-        )  # fmt: skip
+        return _SharedReplica(self._mask, self.settings.run_id, self.stream, self.digest_every, self._newest)
 
     # --- the clock ---
 
@@ -147,7 +189,8 @@ class MemoryFederation:
     def start_server(self, keep: int | None = None) -> None:
         """Start a server from the ledger under the next term; `keep`: from a backup of that many entries."""
         if keep is not None and keep < len(self.entries):
-            del self.entries[keep:], self.records[keep:], self.updates[:]
+            del self.entries[keep:], self.records[keep:], self.products[keep:], self.updates[:]
+            self.judgements = [judgement for judgement in self.judgements if judgement.version < keep]
             self.slots = [given for given in self.slots if given[0] <= keep]
         self.term += 1
         self._wake.pop(SERVER, None)
@@ -170,6 +213,7 @@ class MemoryFederation:
             entries=self.entries,
             updates=self.updates,
             past=self.records[-self.settings.guards.window :],
+            judgements=self.judgements,
         )
 
     def crash_server(self) -> None:
@@ -258,9 +302,11 @@ class MemoryFederation:
 
         self.at(self.now + self._commit_s, self._in_term(commit))
 
-    def _keep_entry(self, entry: Entry, records: tuple[e.UpdateRecord, ...]) -> None:
-        self.entries.append(entry)
-        self.records.append(records)
+    def _keep_entry(self, closed: e.CommitEntry) -> None:
+        self.entries.append(closed.entry)
+        self.records.append(closed.records)
+        self.products.append(closed.products)
+        self.judgements += closed.judgements
         self.updates.clear()
 
     def _server_effect(self, effect: e.ServerEffect) -> None:
@@ -270,11 +316,16 @@ class MemoryFederation:
                 self._commit(partial(self.slots.append, given), lambda: e.SlotCommitted(self.now, node))
             case e.CommitUpdate(record):
                 self._commit(partial(self.updates.append, record), lambda: e.UpdatesCommitted(self.now, (record,)))
+            case e.MeasureDirections(version, lanes, steps):
+                products = inner_products(
+                    self._mask.g_p, self.settings.run_id, version, lanes=lanes, steps=steps, stream=self.stream
+                )
+                self.at(self.now, self._in_term(lambda: e.DirectionsMeasured(self.now, version, products)))
             case e.ApplyTerms(version, terms):
                 after = self.replica.apply(terms)
                 self.at(self.now, self._in_term(lambda: e.TermsApplied(self.now, version, after)))
             case e.CommitEntry(entry, records):
-                keep = partial(self._keep_entry, entry, records)
+                keep = partial(self._keep_entry, effect)
                 self._commit(keep, lambda: e.EntryCommitted(self.now, entry.version, records))
             case e.PublishRound(frame):
                 self._retained = frame
@@ -341,11 +392,12 @@ class MemoryFederation:
         return local_steps(
             node.engine,
             node.replica.theta,
-            [seed_for(run_id, version, lane, step) for step in range(steps)],
+            seeds_of(run_id, version, lane, steps * self.settings.perturbations),
             [[node.rows[number] for number in batch] for batch in numbers],
             stream=self.stream,
             eps=eps,
             lr=self.settings.lr,
+            draw=self._draw,
         )
 
     # --- the transport ---

@@ -4,24 +4,29 @@ import hashlib
 import math
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from meerkat_mq.config import GuardsConfig
+from meerkat_mq.config import EarlyStoppingConfig, GuardsConfig
 from meerkat_mq.core.path import Entry, Term, coefficient
 from meerkat_mq.errors import ConfigError
 from meerkat_mq.rounds.events import UpdateRecord, Verdict
-from meerkat_mq.wire.frames import entry_bytes
+from meerkat_mq.wire.frames import MAX_STEPS, MAX_TERMS, entry_bytes
 
 DEADLINE_CAP = 10
 ANNOUNCE_AT = (0.25, 0.5, 0.75)
 ROUND_ENTRY_BYTES = 1024
+NEWEST_ENTRY_BYTES = 16 * 1024
 MAX_STEP = 2.0**127
 
 
 @dataclass(frozen=True, slots=True)
 class RoundSettings:
-    """What rules a run's rounds; see `config.RoundsConfig` for each."""
+    """What rules a run's rounds; see `config.RoundsConfig` for each.
+
+    Attributes:
+        measured: whether the mask's g_p tells anything, so that GradIP is kept.
+    """
 
     run_id: bytes
     mask_hash: bytes
@@ -41,9 +46,12 @@ class RoundSettings:
     snapshot_every: int = 500
     digest_every: int = 1
     guards: GuardsConfig = field(default_factory=GuardsConfig)
+    perturbations: int = 1
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+    measured: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse, as ConfigError, more lanes than a round can have nodes."""
+        """Refuse, as ConfigError, what no round can be: more lanes than nodes, more directions than a frame holds."""
         fewest = share(self.fraction, self.min_nodes)
         if self.lanes > fewest:
             raise ConfigError(
@@ -51,6 +59,34 @@ class RoundSettings:
                 f"{self.lanes} lanes are more than the {fewest} nodes that a round may have",
                 "lower directions, or raise min_nodes or fraction",
             )
+        if self.early_stopping.by == "vpcs" and not self.measured:
+            raise ConfigError(
+                "early_stopping.by", "vpcs needs the pre-training gradient, and the mask's g_p is zero", "score a mask"
+            )
+        asked = {"rounds.local_steps": self.steps}
+        if self.early_stops:
+            asked["early_stopping.calibration_steps"] = self.early_stopping.calibration_steps
+        for name, steps in asked.items():
+            if steps * self.perturbations > MAX_STEPS or self.lanes * steps * self.perturbations > MAX_TERMS:
+                raise ConfigError(
+                    name,
+                    f"{steps} × {self.perturbations} perturbations × {self.lanes} lanes do not fit a round",
+                    f"an update holds {MAX_STEPS} projected gradients, an entry {MAX_TERMS} terms",
+                )
+
+    @property
+    def early_stops(self) -> bool:
+        """Whether early stopping changes anything."""
+        return self.early_stopping.by != "off" and self.early_stopping.steps < self.steps
+
+    def calibrates(self, version: int) -> bool:
+        """Whether round `version` is one that shows how skewed each node's data is."""
+        every = self.early_stopping.every
+        return self.early_stops and (version % every == 0 if every else version == 0)
+
+    def steps_of(self, version: int) -> int:
+        """Local steps that round `version` asks of a node that is not early-stopped."""
+        return self.early_stopping.calibration_steps if self.calibrates(version) else self.steps
 
 
 def default_lanes(min_nodes: int, fraction: float) -> int:
@@ -93,9 +129,13 @@ def applicable(scalars: Iterable[float], lr: float) -> bool:
     return all(abs(lr * g) <= MAX_STEP for g in scalars)
 
 
-def deadline_length(deadline_s: float, attempt: int) -> float:
-    """Seconds from the opening of an attempt to its end: doubles, up to ten times the first."""
-    return deadline_s * min(1 << attempt, DEADLINE_CAP)
+def deadline_length(settings: RoundSettings, version: int, attempt: int) -> float:
+    """Seconds from the opening of an attempt to its end: doubles, up to ten times the first.
+
+    A calibration has as many times `deadline_s` as it has times the local steps.
+    """
+    longer = max(1.0, settings.steps_of(version) / settings.steps)
+    return settings.deadline_s * longer * min(1 << attempt, DEADLINE_CAP)
 
 
 def snapshot_due(version: int, settings: RoundSettings) -> bool:
@@ -112,13 +152,14 @@ def terms_of(records: Sequence[UpdateRecord], settings: RoundSettings) -> tuple[
 
     "mean": c = float32(lr · (fsum(n_k·g_k) / N)). "trimmed-mean": of the m accepted nodes that walked the lane's step,
     sorted by (g, slot), the first and the last ⌊trim·m⌋ are left out (trim·m rounded to nine decimals first; at least
-    one node stays). With A = Σ n over the m and K = Σ n over those kept, c = float32(lr · (fsum(n_k·g_k) / (N·K/A))),
+    one node stays). With A = Σ n over the m and B = Σ n over those kept, c = float32(lr · (fsum(n_k·g_k) / (N·B/A))),
     the sum over those kept: the trimmed lane's weighted mean, with the weight that the whole lane has in the mean.
-    The quotient N·K/A of integers is rounded once to float64; where nothing is left out it is N, and c as of "mean".
+    The quotient N·B/A of integers is rounded once to float64; where nothing is left out it is N, and c as of "mean".
 
+    Of an early-stopped record, the first `early_stopping.steps` steps count. With K perturbations a step, lr is lr/K.
     Without an accepted record there are no terms.
     """
-    accepted = [record for record in records if record.verdict == Verdict.ACCEPTED]
+    accepted = [found for record in records if (found := counted(record, settings)) is not None]
     total = sum(record.weight for record in accepted)
     trim = settings.trim if settings.aggregate == "trimmed-mean" else 0.0
     lanes: dict[int, list[UpdateRecord]] = {}
@@ -131,10 +172,17 @@ def terms_of(records: Sequence[UpdateRecord], settings: RoundSettings) -> tuple[
             kept = trimmed(walked, step, trim)
             lane_weight, kept_weight = sum(record.weight for record in walked), sum(record.weight for record in kept)
             scalars = [(record.weight, record.scalars[step]) for record in kept]
-            c = coefficient(settings.lr, scalars, total * kept_weight / lane_weight)
+            c = coefficient(settings.lr / settings.perturbations, scalars, total * kept_weight / lane_weight)
             if c != 0.0:
                 terms.append(Term(lane, step, c))
     return tuple(terms)
+
+
+def counted(record: UpdateRecord, settings: RoundSettings) -> UpdateRecord | None:
+    """What of an update enters the entry; None: nothing."""
+    if record.verdict is Verdict.EARLY_STOPPED:
+        return replace(record, scalars=record.scalars[: settings.early_stopping.steps * settings.perturbations])
+    return record if record.verdict is Verdict.ACCEPTED else None
 
 
 def trimmed(records: Sequence[UpdateRecord], step: int, trim: float) -> Sequence[UpdateRecord]:
@@ -147,8 +195,15 @@ def trimmed(records: Sequence[UpdateRecord], step: int, trim: float) -> Sequence
 
 
 def newest_that_fit(entries: Sequence[Entry], limit: int = ROUND_ENTRY_BYTES) -> tuple[Entry, ...]:
-    """The longest run of newest entries that encodes to at most `limit` bytes."""
-    size, first = 0, len(entries)
+    """The longest run of newest entries that encodes to at most `limit` bytes; the newest itself up to 16 KiB.
+
+    So a node that followed so far needs no reply, whatever the number of local steps.
+    """
+    if not entries:
+        return ()
+    size, first = entry_bytes(entries[-1]), len(entries) - 1
+    if size > NEWEST_ENTRY_BYTES:
+        return ()
     while first > 0 and (size := size + entry_bytes(entries[first - 1])) <= limit:
         first -= 1
     return tuple(entries[first:])

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
 from meerkat_mq.core.path import Entry, Term
-from meerkat_mq.rounds.events import UpdateRecord
-from meerkat_mq.rounds.policy import ANNOUNCE_AT, RoundSettings
+from meerkat_mq.rounds.early_stopping import EarlyStopping
+from meerkat_mq.rounds.events import CommitEntry, Judgement, UpdateRecord
+from meerkat_mq.rounds.policy import ANNOUNCE_AT, RoundSettings, deadline_length
 from meerkat_mq.wire.frames import MAX_SLOTS, Header, Round
 
 
@@ -92,8 +93,10 @@ class OpenRound:
         heard: committed updates, refused ones too.
         taken: nodes whose update is taken, committed or not.
         awaited: nodes asked and not heard.
+        products: ⟨g_p, z⟩ by lane and step; None until they are measured.
         attempt: how often the deadline was doubled.
         judged: the updates with their final verdicts, once the round closes.
+        judgements: what it showed of the nodes, where it calibrates.
         overdue: whether the deadline closed it.
         terms: set when the round closes; nothing is heard from then on.
         entry: set when the terms are applied.
@@ -102,6 +105,7 @@ class OpenRound:
     asked: dict[str, int]
     needed: int
     heard: dict[str, UpdateRecord]
+    products: tuple[tuple[float, ...], ...] | None
     taken: set[str] = field(init=False)
     awaited: set[str] = field(init=False)
     deadline_at: float = 0.0
@@ -109,6 +113,7 @@ class OpenRound:
     attempt: int = 0
     announce_at: list[float] = field(default_factory=list)
     judged: tuple[UpdateRecord, ...] = ()
+    judgements: tuple[Judgement, ...] = ()
     overdue: bool = False
     terms: tuple[Term, ...] | None = None
     entry: Entry | None = None
@@ -127,6 +132,11 @@ class OpenRound:
     def records(self) -> tuple[UpdateRecord, ...]:
         """The committed updates, by slot."""
         return tuple(sorted(self.heard.values(), key=lambda record: record.slot))
+
+    def commit(self, entry: Entry) -> CommitEntry:
+        """What the ledger keeps of the round, once it is closed."""
+        assert self.products is not None
+        return CommitEntry(entry, self.judged, len(self.asked), self.overdue, self.products, self.judgements)
 
     def ask(self, name: str, slot: int) -> bool:
         """Ask one more node; False where it is asked already."""
@@ -160,19 +170,27 @@ class OpenRound:
 
 
 def round_frame(
-    header: Header, settings: RoundSettings, current: OpenRound | None, entries: tuple[Entry, ...]
+    header: Header,
+    settings: RoundSettings,
+    early: EarlyStopping,
+    current: OpenRound | None,
+    entries: tuple[Entry, ...],
 ) -> Round:
     """The round as nodes see it; `current` is None while none is open."""
-    deadline_s = current.deadline_s if current else settings.deadline_s
+    version = header.version
+    steps, asked = settings.steps_of(version), current.asked if current else {}
+    deadline_s = current.deadline_s if current else deadline_length(settings, version, 0)
+    fewer = sorted((asked[node], early.steps_of(version, node)) for node in early.nodes if node in asked)
     return Round(
         header,
         is_open=current is not None,
-        steps=settings.steps,
+        steps=steps,
         lanes=settings.lanes,
         eps=settings.eps,
         deadline_ms=min(round(1000 * deadline_s), 2**32 - 1),
         attempt=current.attempt if current else 0,
-        asked=frozenset(current.asked.values()) if current else frozenset(),
+        asked=frozenset(asked.values()),
         heard=frozenset(record.slot for record in current.heard.values()) if current else frozenset(),
+        short=tuple(pair for pair in fewer if pair[1] < steps),
         entries=entries,
     )

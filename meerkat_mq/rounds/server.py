@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from meerkat_mq.core.path import MAX_WEIGHT, NO_DIGEST, Entry, seed_for
+from meerkat_mq.core.path import MAX_WEIGHT, NO_DIGEST, Entry, seeds_of
 from meerkat_mq.errors import AnotherServer
 from meerkat_mq.rounds import events as e
+from meerkat_mq.rounds.early_stopping import EarlyStopping, judgements_of, with_verdicts
 from meerkat_mq.rounds.guards import Guard, on_arrival
 from meerkat_mq.rounds.policy import (
     RoundSettings,
@@ -47,6 +48,7 @@ class ServerMachine:
         entries: Sequence[Entry] = (),
         updates: Sequence[e.UpdateRecord] = (),
         past: Iterable[Sequence[e.UpdateRecord]] = (),
+        judgements: Iterable[e.Judgement] = (),
     ) -> None:
         """Resume from what the ledger holds.
 
@@ -61,6 +63,7 @@ class ServerMachine:
             entries: the newest entries.
             updates: the committed updates of round `version`: they stay heard.
             past: the updates of the newest `guards.window` closed rounds, oldest first.
+            judgements: the newest of each node.
         """
         self._settings = settings
         self._rank = (term, server_id)
@@ -71,6 +74,7 @@ class ServerMachine:
         self._resumed = {record.node: record for record in updates if record.version == version}
         self._guard = Guard(settings.guards, settings.lanes, past)
         self._flagged = dict(self._guard.flagged)
+        self._early = EarlyStopping(settings, judgements)
         self._outranked = False
         self._open: OpenRound | None = None
         self._effects: list[e.ServerEffect] = []
@@ -93,8 +97,8 @@ class ServerMachine:
         current = self._open
         if current is None or current.closing:
             return None
-        deaths = self._nodes.deaths(current.awaited, self._last_tick)
-        return min([current.deadline_at, *current.announce_at[:1], *deaths])
+        times = [current.deadline_at, *current.announce_at[:1], *self._nodes.deaths(current.awaited, self._last_tick)]
+        return min([at for at in times if at > self._last_tick], default=None)
 
     def start(self, now: float) -> list[e.ServerEffect]:
         """A connection stands: publish where the run stands, and open a round if none is open."""
@@ -131,6 +135,8 @@ class ServerMachine:
                 self._on_tick(event)
             case e.TermsApplied():
                 self._on_terms_applied(event)
+            case e.DirectionsMeasured():
+                self._on_directions_measured(event)
             case e.EntryCommitted():
                 self._on_entry_committed(event)
             case e.SlotCommitted():
@@ -276,14 +282,15 @@ class ServerMachine:
     def _why_refused(self, name: str, update: Update) -> Reason | None:
         if update.base != self._base[:8]:
             return Reason.RESYNCHRONISE
-        if len(update.scalars) != self._settings.steps:
+        count = self._settings.perturbations * self._early.steps_of(self.version, name)
+        if len(update.scalars) != count:
             return Reason.WRONG_STEPS
-        derived = update.seeds is None or update.seeds == self._seeds(name)
+        derived = update.seeds is None or update.seeds == self._seeds(name, count)
         return None if derived else Reason.WRONG_SEEDS
 
-    def _seeds(self, name: str) -> tuple[int, ...]:
+    def _seeds(self, name: str, count: int) -> tuple[int, ...]:
         lane = lane_of(self._nodes[name].slot, self._settings.lanes)
-        return tuple(seed_for(self._settings.run_id, self.version, lane, step) for step in range(self._settings.steps))
+        return seeds_of(self._settings.run_id, self.version, lane, count)
 
     def _on_updates_committed(self, event: e.UpdatesCommitted) -> None:
         current = self._open
@@ -311,9 +318,20 @@ class ServerMachine:
         asked = {name: slot for name, slot in eligible.items() if slot in chosen}
         heard, self._resumed = self._resumed, {}
         asked |= {name: record.slot for name, record in heard.items()}
-        self._open = OpenRound(asked, needed(len(asked), settings.quorum), heard)
-        self._open.wait(now, settings.deadline_s)
+        self._open = OpenRound(asked, needed(len(asked), settings.quorum), heard, None if settings.measured else ())
+        self._open.wait(now, deadline_length(settings, self.version, 0))
+        if settings.measured:
+            steps = settings.perturbations * settings.steps_of(self.version)
+            self._effects.append(e.MeasureDirections(self.version, settings.lanes, steps))
         self._close_if_due(now)
+
+    def _on_directions_measured(self, event: e.DirectionsMeasured) -> None:
+        current = self._open
+        if current is None or event.version != self.version or current.products is not None:
+            self._count("unexpected answer")
+            return
+        current.products = event.products
+        self._close_if_due(event.now)
 
     def _close_if_due(self, now: float) -> None:
         current = self._open
@@ -321,15 +339,19 @@ class ServerMachine:
             return
         overdue = now >= current.deadline_at
         dead = self._nodes.dead(current.awaited, now)
-        if len(current.heard) >= current.needed and (overdue or dead == len(current.awaited)):
-            self._close(current, overdue=overdue)
+        enough = len(current.heard) >= current.needed
+        if enough and (overdue or dead == len(current.awaited)):
+            if current.products is not None:  # else it closes as soon as they are measured
+                self._close(current, current.products, overdue=overdue)
         elif overdue:
             self._extend(current, now)
 
-    def _close(self, current: OpenRound, *, overdue: bool) -> None:
+    def _close(self, current: OpenRound, products: Sequence[Sequence[float]], *, overdue: bool) -> None:
         heard = current.records
-        current.judged, current.overdue = self._guard.judge(heard), overdue
-        self._count_refused(new for old, new in zip(heard, current.judged, strict=True) if new.verdict != old.verdict)
+        judged = self._guard.judge(heard)
+        self._count_refused(new for old, new in zip(heard, judged, strict=True) if new.verdict != old.verdict)
+        current.judgements = judgements_of(self.version, judged, products, self._settings)
+        current.judged, current.overdue = with_verdicts(judged, current.judgements), overdue
         current.terms = terms_of(current.judged, self._settings)
         self._effects.append(e.ApplyTerms(self.version, current.terms))
 
@@ -338,7 +360,7 @@ class ServerMachine:
         current.attempt = min(current.attempt + 1, LAST_ATTEMPT)
         for name, slot in self._nodes.eligible.items():
             current.ask(name, slot)
-        current.wait(now, deadline_length(self._settings.deadline_s, current.attempt))
+        current.wait(now, deadline_length(self._settings, self.version, current.attempt))
         self._count("round extended")
         self._announce()
 
@@ -348,17 +370,19 @@ class ServerMachine:
             self._count("unexpected answer")
             return
         current.entry = Entry(self.version, current.terms, self._head, event.digest)
-        self._effects.append(e.CommitEntry(current.entry, current.judged, len(current.asked), current.overdue))
+        self._effects.append(current.commit(current.entry))
 
     def _on_entry_committed(self, event: e.EntryCommitted) -> None:
-        entry = self._open.entry if self._open is not None else None
-        if entry is None or event.version != entry.version:
+        current = self._open
+        entry = current.entry if current is not None else None
+        if current is None or entry is None or event.version != entry.version:
             self._count("unexpected answer")
             return
         self._entries = newest_that_fit([*self._entries, entry])
         self._head = entry.hash(self._settings.run_id)
         self._base = self._base if entry.digest == NO_DIGEST else entry.digest
         self.version += 1
+        self._early.remember(current.judgements)
         self._open = None
         self._remember(event.records)
         if snapshot_due(self.version, self._settings):
@@ -383,5 +407,5 @@ class ServerMachine:
     def _announce(self) -> None:
         """Publish the round, unless it is closing: the next one is soon there."""
         if self._open is None or not self._open.closing:
-            frame = round_frame(self._header(), self._settings, self._open, self._entries)
+            frame = round_frame(self._header(), self._settings, self._early, self._open, self._entries)
             self._effects.append(e.PublishRound(frame))

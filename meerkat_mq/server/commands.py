@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -16,6 +17,7 @@ from meerkat_mq.observe.figures import duration
 from meerkat_mq.observe.tables import (
     RoundShown,
     RunShown,
+    StepShown,
     UpdateShown,
     json_line,
     path_table,
@@ -24,13 +26,16 @@ from meerkat_mq.observe.tables import (
     say,
     status_line,
     status_table,
+    step_table,
 )
-from meerkat_mq.server.inspect import path_shown, round_shown, rounds_shown, run_shown
+from meerkat_mq.server.inspect import path_shown, round_shown, rounds_shown, run_shown, steps_shown
 from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
-from meerkat_mq.server.verify import verify_folder
+from meerkat_mq.server.rebuild import rebuilt_path
+from meerkat_mq.server.verify import mask_of, run_of, verify_folder
 
 REFRESH_S = 1.0
 PIPE_WIDTH = 200
+STEPS_A_PAGE = 500
 HIGHEST = 2**32 - 1
 
 StateDir = Annotated[Path, typer.Argument(help="The server's state_dir.", show_default=False)]
@@ -56,9 +61,10 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Again each second, until the run is finished.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show how a run stands: round, pace, loss, and each node with its last verdict.
+    """Show how a run stands: round, pace, loss, and each node with its last verdict and what its virtual path shows.
 
-    A node's updates are the messages that came with one, repeated ones too; its bytes are all that came from it.
+    A node's updates are the messages that came with one, repeated ones too; its bytes are all that came from it;
+    its GradIP is the mean size over the recent rounds.
     """
     console = _console()
     with _ledger(state_dir) as ledger:
@@ -96,14 +102,25 @@ def ledger(
     count: Annotated[int, typer.Option(min=1, help="How many, with --from.")] = 20,
     version: Annotated[int | None, typer.Option("--round", min=0, max=HIGHEST, help="One round whole.")] = None,
     node: Annotated[str | None, typer.Option(help="What one node gave to these rounds.")] = None,
+    gradip: Annotated[bool, typer.Option("--gradip", help="GradIP of each step, of all nodes or of --node.")] = False,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="The virtual path of --node in --round, from theta.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what a run's ledger holds: rounds, newest last; one round whole; or one node's path."""
-    if version is not None and node is not None:
-        raise ConfigError("--node", "is for many rounds, --round for one", "give one of the two")
+    """Show what a run's ledger holds: rounds, newest last; one round whole; one node's path; GradIP."""
+    if rebuild and (version is None or node is None):
+        raise ConfigError("--rebuild", "is for one node in one round", "give --round and --node too")
+    if version is not None and node is not None and not (gradip or rebuild):
+        raise ConfigError("--node", "is for many rounds, --round for one", "give one of the two, or --rebuild too")
     with _ledger(state_dir) as opened:
         start, number = (max(0, opened.version - last), last) if first is None else (first, count)
-        if version is not None:
+        if rebuild and version is not None and node is not None:
+            _show_steps(_rebuilt(opened, state_dir, version, node), as_json=as_json)
+        elif gradip:
+            start, number = (start, number) if version is None else (version, 1)
+            _show_steps(steps_shown(opened, node, start, number), as_json=as_json)
+        elif version is not None:
             _show([round_shown(opened, version)], round_pages, as_json=as_json)
         elif node is not None:
             _show(path_shown(opened, node, start, number), path_table, as_json=as_json)
@@ -120,6 +137,38 @@ def _show(rows: Iterable[ShownT], table: Callable[[Iterable[ShownT]], Renderable
         say(console, json_line(row))
 
 
+def _show_steps(steps: Iterable[StepShown], *, as_json: bool) -> None:
+    """As many as there are, in pages."""
+    console, rows, head = _console(), iter(steps), True
+    while page := list(islice(rows, STEPS_A_PAGE)):
+        if as_json:
+            for row in page:
+                say(console, json_line(row))
+        else:
+            console.print(step_table(page, head=head))
+        head = False
+
+
+def _rebuilt(ledger: Ledger, folder: Path, version: int, node: str) -> Iterator[StepShown]:
+    mask = mask_of(folder, run_of(ledger))
+    with _progress("rebuilding theta") as progress:
+        path = rebuilt_path(ledger, mask, version, node, progress)
+        first = next(path)
+    return chain([first], path)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error, where somebody sees it; to be told how many are done, of how many."""
+    errors = Console(stderr=True)
+    with Progress(
+        TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=errors, transient=True, disable=not errors.is_terminal,
+    ) as bar:  # fmt: skip
+        task = bar.add_task(what)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 def verify(
     state_dir: StateDir,
     *,
@@ -130,19 +179,9 @@ def verify(
     """Prove that the model is what the ledger says: rebuild it from the mask, and recompute every entry."""
     if (model is None) != (base is None):
         raise ConfigError("--model", "and --base belong together", "give both, or neither")
-    began, errors = time.monotonic(), Console(stderr=True)
-    with Progress(
-        TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        console=errors, transient=True, disable=not errors.is_terminal,
-    ) as bar:  # fmt: skip
-        task = bar.add_task("verifying")
-        found = verify_folder(
-            state_dir,
-            mask=mask,
-            model=model,
-            base=base,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+    began = time.monotonic()
+    with _progress("verifying") as progress:
+        found = verify_folder(state_dir, mask=mask, model=model, base=base, progress=progress)
     also = f"; {', '.join(found.files)} too" if found.files else ""
     said = f"{found.rounds:,} rounds and {found.updates:,} updates are as they must be{also}"
     say(Console(), f"{state_dir}: {said}; digest {found.digest.hex()}, {duration(time.monotonic() - began)}")

@@ -1,17 +1,21 @@
-"""Looks into a ledger for people: how the run stands, closed rounds, one node's path. Only reads."""
+"""Looks into a ledger for people: how the run stands, closed rounds, nodes' paths and GradIP. Only reads."""
 
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
+from meerkat_mq.core.gradip import gradip
 from meerkat_mq.core.path import NO_DIGEST, seed_for
 from meerkat_mq.errors import RunMismatch
-from meerkat_mq.observe.tables import NodeShown, RoundShown, RunShown, TermShown, UpdateShown
-from meerkat_mq.rounds.events import UpdateRecord, Verdict
-from meerkat_mq.rounds.guards import Guard
+from meerkat_mq.observe.tables import NodeShown, RoundShown, RunShown, StepShown, TermShown, UpdateShown
+from meerkat_mq.rounds.events import Judgement, UpdateRecord, Verdict
+from meerkat_mq.rounds.guards import NOT_REFUSED, Guard
 from meerkat_mq.rounds.policy import lane_of
-from meerkat_mq.server.ledger import Closed, Ledger, NodeRow
-from meerkat_mq.server.verify import run_of, settings_of
+from meerkat_mq.server.ledger import Ledger
+from meerkat_mq.server.ledger_rows import Closed, NodeRow
+from meerkat_mq.server.run import early_stopping_in_words, settings_of
+from meerkat_mq.server.verify import run_of
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.messages import in_words
 
@@ -19,7 +23,7 @@ PAGE = 200
 
 
 def run_shown(ledger: Ledger, now: float | None = None) -> RunShown:
-    """The run as it stands. What it costs does not grow with the number of rounds.
+    """The run as it stands. What it costs does not grow with the number of rounds, only with that of calibrations.
 
     Args:
         ledger: of a run.
@@ -27,12 +31,18 @@ def run_shown(ledger: Ledger, now: float | None = None) -> RunShown:
     """
     now = time.time() if now is None else now
     run, version = run_of(ledger), ledger.version
-    guards = settings_of(run, ledger.rules).guards
+    settings = settings_of(run, ledger.rules)
+    guards = settings.guards
     past = ledger.past(guards.window)
     flagged = Guard(guards, run.directions, past).flagged
     closed = [entry.closed for entry in ledger.closed(max(0, version - guards.window), guards.window)]
     newest = ledger.terms()[-1:]
     heard = ledger.records(version)
+    paths = _Paths(
+        _mean_gradip(ledger, run, past),
+        {judgement.node: judgement for judgement in ledger.newest_judgements()},
+        ledger.early_stopped_since(),
+    )
     last = {record.node: record for records in (*past, heard) for record in records}
     return RunShown(
         federation=run.federation,
@@ -46,19 +56,50 @@ def run_shown(ledger: Ledger, now: float | None = None) -> RunShown:
         closed_s=now - closed[-1] if closed else None,
         round_s=(closed[-1] - closed[0]) / (len(closed) - 1) if len(closed) > 1 else None,
         loss=_loss(past[-1]) if past else None,
-        nodes=tuple(_node_shown(node, last.get(node.node), version, flagged, now) for node in ledger.nodes()),
+        early_stopping=early_stopping_in_words(settings),
+        nodes=tuple(
+            _node_shown(node, last.get(node.node), version, flagged, paths=paths, now=now) for node in ledger.nodes()
+        ),
     )
+
+
+@dataclass(frozen=True)
+class _Paths:
+    """What virtual paths show, by node."""
+
+    gradip: Mapping[str, float]
+    judgements: Mapping[str, Judgement]
+    early_stopped_since: Mapping[str, int]
+
+
+def _mean_gradip(ledger: Ledger, run: RunDescriptor, rounds: Iterable[Sequence[UpdateRecord]]) -> dict[str, float]:
+    """Node to its mean |GradIP| over the steps that were not refused."""
+    sizes: dict[str, list[float]] = {}
+    for records in rounds:
+        products = ledger.products(records[0].version, run.directions)
+        for record in _not_refused(records) if products else ():
+            sizes.setdefault(record.node, []).extend(map(abs, _gradip(run, record, products or ())))
+    return {node: math.fsum(found) / len(found) for node, found in sizes.items()}
+
+
+def _not_refused(records: Iterable[UpdateRecord]) -> list[UpdateRecord]:
+    return [record for record in records if record.verdict in NOT_REFUSED]
+
+
+def _gradip(run: RunDescriptor, record: UpdateRecord, products: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    return gradip(record.scalars, products[lane_of(record.slot, run.directions)])
 
 
 def _loss(records: Iterable[UpdateRecord]) -> float | None:
     """Mean over the accepted ones."""
-    losses = [record.loss for record in records if record.verdict is Verdict.ACCEPTED]
+    losses = [record.loss for record in _not_refused(records)]
     return math.fsum(losses) / len(losses) if losses else None
 
 
 def _node_shown(
-    node: NodeRow, last: UpdateRecord | None, version: int, flagged: Mapping[str, Verdict], now: float
+    node: NodeRow, last: UpdateRecord | None, version: int, flagged: Mapping[str, Verdict], *, paths: _Paths, now: float
 ) -> NodeShown:
+    judgement = paths.judgements.get(node.node)
     return NodeShown(
         node=node.node,
         slot=node.slot,
@@ -72,6 +113,11 @@ def _node_shown(
         behind=None if last is None else max(0, version - last.version - 1),
         verdict="" if last is None else in_words(last.verdict),
         flagged=in_words(flagged[node.node]) if node.node in flagged else "",
+        gradip=paths.gradip.get(node.node),
+        judged=judgement.version if judgement else None,
+        rho_later=judgement.rho_later if judgement else None,
+        rho_quiet=judgement.rho_quiet if judgement else None,
+        early_stopped_since=paths.early_stopped_since.get(node.node),
     )
 
 
@@ -103,14 +149,46 @@ def path_shown(ledger: Ledger, node: str, first: int, count: int) -> Iterator[Up
     Raises:
         RunMismatch: the ledger knows no such node.
     """
-    run, slots = run_of(ledger), ledger.slots()
-    if node not in slots:
-        known = ", ".join(sorted(slots)[:5]) or "none"
-        raise RunMismatch(f"node {node}", "is not in the ledger", f"it knows {known}" + ", …" * (len(slots) > 5))
+    run = run_of(ledger)
+    _check_known(ledger, node)
     for version in range(first, min(first + count, ledger.version + 1)):
         for record in ledger.records(version):
             if record.node == node:
                 yield _update_shown(run, record)
+
+
+def _check_known(ledger: Ledger, node: str) -> None:
+    slots = ledger.slots()
+    if node not in slots:
+        known = ", ".join(sorted(slots)[:5]) or "none"
+        raise RunMismatch(f"node {node}", "is not in the ledger", f"it knows {known}" + ", …" * (len(slots) > 5))
+
+
+def steps_shown(ledger: Ledger, node: str | None, first: int, count: int) -> Iterator[StepShown]:
+    """GradIP of closed rounds, of one node or of all: of at most `count` rounds from version `first` on.
+
+    Updates that were refused are left out, and rounds that closed under a server that did not keep GradIP.
+
+    Raises:
+        RunMismatch: the ledger knows no such node, or the run does not measure GradIP.
+    """
+    run, end = run_of(ledger), min(first + count, ledger.version)
+    if node is not None:
+        _check_known(ledger, node)
+    if ledger.version and not ledger.products(ledger.version - 1, run.directions):
+        problem = "is not measured in this run: its mask has no pre-training gradient"
+        raise RunMismatch("GradIP", problem, "score the mask of the next one: `meerkat mask`")
+    for version in range(first, end):
+        products = ledger.products(version, run.directions)
+        for record in _not_refused(ledger.records(version)) if products else ():
+            if node in (None, record.node):
+                yield from _steps_shown(run, record, _gradip(run, record, products or ()))
+
+
+def _steps_shown(run: RunDescriptor, record: UpdateRecord, measured: Sequence[float]) -> Iterator[StepShown]:
+    version, lane = record.version, lane_of(record.slot, run.directions)
+    for step, (g, value) in enumerate(zip(record.scalars, measured, strict=False)):
+        yield StepShown(version, record.node, lane, step, _seed(run, version, lane, step), g, value)
 
 
 def _round_shown(run: RunDescriptor, closed: Closed, records: Sequence[UpdateRecord]) -> RoundShown:

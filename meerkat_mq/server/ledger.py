@@ -5,17 +5,31 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Self
 
-from meerkat_mq.config import GuardsConfig, RoundsConfig, check_config
+from meerkat_mq.config import EarlyStoppingConfig, GuardsConfig, RoundsConfig, check_config
 from meerkat_mq.core.path import Entry
 from meerkat_mq.errors import AnotherServer
-from meerkat_mq.rounds.events import UpdateRecord
+from meerkat_mq.rounds.events import Judgement, UpdateRecord
 from meerkat_mq.server import ledger_file
-from meerkat_mq.server.ledger_rows import Row, RowT, from_row, update_record, update_row
+from meerkat_mq.server.ledger_rows import (
+    Closed,
+    KeptSnapshot,
+    NodeRow,
+    Products,
+    Row,
+    RowT,
+    Sighting,
+    Term,
+    from_row,
+    judgement,
+    pack_products,
+    unpack_products,
+    update_record,
+    update_row,
+)
 from meerkat_mq.wire.descriptor import RunDescriptor, decode_control
 from meerkat_mq.wire.frames import decode_entry, encode_entry
 
@@ -26,80 +40,20 @@ _UPDATES = """
     SELECT version, node, updates.slot, updates.boot, weight, scalars, loss, verdict
     FROM updates LEFT JOIN nodes USING (slot) WHERE version >= ? AND version < ? ORDER BY version, updates.slot
 """
+_JUDGED = """
+    SELECT version, node, judgements.slot, rho_later, rho_quiet, early_stopped
+    FROM judgements LEFT JOIN nodes USING (slot)
+"""
+_EARLY_STOPPED_SINCE = """
+    WITH cleared AS (SELECT slot, MAX(version) AS last FROM judgements WHERE NOT early_stopped GROUP BY slot)
+    SELECT node, MIN(version) FROM judgements JOIN nodes USING (slot) LEFT JOIN cleared USING (slot)
+    WHERE version > COALESCE(last, -1) GROUP BY slot
+"""
 _NEWEST_TERM = "SELECT term, server_id, host FROM terms ORDER BY term DESC LIMIT 1"
 _SIGHTING = """
     UPDATE nodes SET boot = ?, host = ?, status = ?, rows = ?, first_seen = COALESCE(first_seen, ?), last_seen = ?,
                      updates = updates + ?, packet_bytes = packet_bytes + ? WHERE node = ?
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Term:
-    """A term that a server took; `taken` in seconds since 1970."""
-
-    term: int
-    server_id: str
-    host: str
-    taken: float
-
-
-@dataclass(frozen=True, slots=True)
-class Closed:
-    """An entry and how its round closed; `closed` in seconds since 1970."""
-
-    entry: Entry
-    term: int
-    closed: float
-    asked: int
-    overdue: bool
-
-
-@dataclass(frozen=True, slots=True)
-class KeptSnapshot:
-    """A snapshot file: theta's version, the blob's hash and size."""
-
-    version: int
-    hash: bytes
-    size: int
-
-
-@dataclass(frozen=True, slots=True)
-class NodeRow:
-    """What is known of a node that has a slot.
-
-    Attributes:
-        slot_version: theta's version when it got its slot.
-        status: the last word of its status topic; None before the first sighting.
-        first_seen: seconds since 1970.
-        updates: update messages that came from it, duplicates too.
-        packet_bytes: all MQTT packets that came from it.
-    """
-
-    node: str
-    slot: int
-    slot_version: int
-    boot: int | None
-    host: str | None
-    status: str | None
-    rows: int | None
-    first_seen: float | None
-    last_seen: float | None
-    updates: int
-    packet_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Sighting:
-    """News of a node; `updates` and `packet_bytes` count what came since the last sighting."""
-
-    node: str
-    boot: int
-    host: str
-    status: str
-    rows: int
-    seen: float
-    updates: int = 0
-    packet_bytes: int = 0
 
 
 class Ledger:
@@ -207,19 +161,40 @@ class Ledger:
         """Keep updates, refused ones too."""
         self._write("INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?)", *map(update_row, records))
 
-    def commit_entry(self, entry: Entry, records: Sequence[UpdateRecord], asked: int, overdue: bool) -> None:
-        """Keep an entry, and the final verdicts on its updates; one that was kept too late for the entry goes."""
+    def commit_entry(
+        self,
+        entry: Entry,
+        records: Sequence[UpdateRecord],
+        asked: int,
+        overdue: bool,
+        *,
+        products: Products = (),
+        judgements: Sequence[Judgement] = (),
+    ) -> None:
+        """Keep an entry, and the final verdicts on its updates; one that was kept too late for the entry goes.
+
+        Args:
+            entry: of the ledger's version.
+            records: every update of its round.
+            asked: how many nodes were asked.
+            overdue: whether the deadline closed the round.
+            products: ⟨g_p, z⟩ by lane and step; empty where the run does not measure GradIP.
+            judgements: what a calibration round showed of nodes in `records`.
+        """
         assert entry.version == self.version
         term = self._mine[0] if self._mine else 0
         with self.group():
-            row = (entry.version, term, time.time(), asked, overdue, encode_entry(entry))
-            self._write("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?)", row)
-            counted = {record.slot for record in records}
+            row = (entry.version, term, time.time(), asked, overdue, encode_entry(entry), pack_products(products))
+            self._write("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+            slots = {record.node: record.slot for record in records}
+            counted = set(slots.values())
+            judged = [(j.version, slots[j.node], j.rho_later, j.rho_quiet, j.early_stopped) for j in judgements]
+            self._write("INSERT INTO judgements VALUES (?, ?, ?, ?, ?)", *judged)
             kept = self._rows("SELECT slot FROM updates WHERE version = ?", entry.version)
             late = [(entry.version, slot) for (slot,) in kept if slot not in counted]
             self._write("DELETE FROM updates WHERE version = ? AND slot = ?", *late)
-            refused = [(record.verdict, record.version, record.slot) for record in records if record.verdict]
-            self._write("UPDATE updates SET verdict = ? WHERE version = ? AND slot = ?", *refused)
+            verdicts = [(record.verdict, record.version, record.slot) for record in records if record.verdict]
+            self._write("UPDATE updates SET verdict = ? WHERE version = ? AND slot = ?", *verdicts)
 
     def commit_snapshot(self, version: int, blob_hash: bytes, size: int) -> None:
         """Keep the hash of a snapshot file, and forget all but the newest two."""
@@ -263,7 +238,7 @@ class Ledger:
 
     @property
     def rules(self) -> dict[str, Any]:
-        """The rules of the run's first start; none before `begin`."""
+        """The rules of the run's first start; none before `begin`. Sections that are newer than the run: defaults."""
         row = self._row("SELECT rules FROM run")
         if not row:
             return {}
@@ -271,7 +246,9 @@ class Ledger:
             rules = dict(json.loads(row[0]))
             rounds = check_config(rules.get("rounds"), RoundsConfig, where="rounds")
             guards = check_config(rules.get("guards"), GuardsConfig, where="guards")
-            return {"rounds": rounds.model_dump(mode="json"), "guards": guards.model_dump(mode="json")}
+            early = check_config(rules.get("early_stopping", {}), EarlyStoppingConfig, where="early_stopping")
+            sections = {"rounds": rounds, "guards": guards, "early_stopping": early}
+            return {name: section.model_dump(mode="json") for name, section in sections.items()}
 
     @property
     def created(self) -> float:
@@ -313,6 +290,36 @@ class Ledger:
         rows = self._rows(_UPDATES, first, end)
         with ledger_file.decoding(self.path, f"in versions {first} to {end - 1} an update"):
             return tuple(map(update_record, rows))
+
+    def products(self, version: int, lanes: int) -> Products | None:
+        """⟨g_p, z⟩ of an entry, by lane and step; empty where nothing was measured, None where nothing was kept.
+
+        Nothing was kept by servers older than schema 2, and of a round that did not close.
+        """
+        packed = next(iter(self._row("SELECT products FROM entries WHERE version = ?", version)), None)
+        with ledger_file.decoding(self.path, "products"):
+            return None if packed is None else unpack_products(packed, lanes)
+
+    def judgements(self, version: int) -> tuple[Judgement, ...]:
+        """What a calibration round showed of the nodes, by slot; nothing of any other round."""
+        return self._judged(f"{_JUDGED} WHERE version = ? ORDER BY judgements.slot", version)
+
+    def newest_judgements(self) -> tuple[Judgement, ...]:
+        """The newest of each node, by slot."""
+        newest = "SELECT MAX(version), slot FROM judgements GROUP BY slot"
+        where = f"WHERE (version, judgements.slot) IN ({newest})"
+        return self._judged(f"{_JUDGED} {where} ORDER BY judgements.slot")
+
+    def _judged(self, query: str, *values: object) -> tuple[Judgement, ...]:
+        rows = self._rows(query, *values)
+        with ledger_file.decoding(self.path, "a judgement"):
+            return tuple(map(judgement, rows))
+
+    def early_stopped_since(self) -> dict[str, int]:
+        """Early-stopped node to the calibration round from which on every one said so."""
+        rows = self._rows(_EARLY_STOPPED_SINCE)
+        with ledger_file.decoding(self.path, "judgements"):
+            return {str(node): int(version) for node, version in rows}
 
     def open_updates(self) -> tuple[UpdateRecord, ...]:
         """The updates of the open round."""

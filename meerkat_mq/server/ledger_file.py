@@ -3,7 +3,7 @@
 import os
 import sqlite3
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
@@ -27,10 +27,24 @@ MIGRATIONS = [
     CREATE TABLE snapshots (version INTEGER PRIMARY KEY, hash BLOB NOT NULL, bytes INTEGER NOT NULL);
     CREATE TABLE metrics (version INTEGER NOT NULL, name TEXT NOT NULL, value REAL NOT NULL,
                           PRIMARY KEY (version, name)) WITHOUT ROWID;
+    """,
     """
+    ALTER TABLE entries ADD COLUMN products BLOB;
+    CREATE TABLE judgements (version INTEGER NOT NULL, slot INTEGER NOT NULL, rho_later REAL NOT NULL,
+                             rho_quiet REAL NOT NULL, early_stopped INTEGER NOT NULL,
+                             PRIMARY KEY (version, slot)) WITHOUT ROWID;
+    """,
 ]
 SCHEMA = len(MIGRATIONS)  # the newest version of the schema
 
+_SHOWN_AS_NEWEST = [  # by schema, what makes a file that must not be written look like one of the next schema
+    "",
+    """
+    CREATE TEMP VIEW entries AS SELECT *, NULL AS products FROM main.entries;
+    CREATE TEMP VIEW judgements AS SELECT 0 AS version, 0 AS slot, 0.0 AS rho_later, 0.0 AS rho_quiet,
+                                          0 AS early_stopped WHERE FALSE;
+    """,
+]
 _MAGIC = b"SQLite format 3\0"
 _HEADER_BYTES = 100
 _RESTORE = "restore it from a backup, or name another state_dir for a new run"
@@ -92,7 +106,7 @@ def open_to_write(path: Path) -> sqlite3.Connection:
 
 
 def open_to_read(path: Path) -> sqlite3.Connection:
-    """Open a ledger that nobody or another process writes.
+    """Open a ledger that nobody or another process writes; one of an older schema reads like one of the newest.
 
     Raises:
         LedgerError: there is none, or it cannot be read.
@@ -101,7 +115,13 @@ def open_to_read(path: Path) -> sqlite3.Connection:
         raise LedgerError(str(path), "there is no ledger", "give the state_dir of a server that was started")
     _look(path, thorough=False)
     with in_words(path):
-        return _reader(path)
+        connection = _reader(path)
+        try:
+            _run(connection, _SHOWN_AS_NEWEST[_schema(connection) :])
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
 
 def migrate(connection: sqlite3.Connection) -> bool:
@@ -109,12 +129,21 @@ def migrate(connection: sqlite3.Connection) -> bool:
 
     Writes in any case, so shows whether one can; returns whether there is anything to keep.
     """
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    for script in MIGRATIONS[version:]:
+    schema = _schema(connection)
+    _run(connection, MIGRATIONS[schema:])
+    connection.execute(f"PRAGMA user_version = {SCHEMA}")
+    return schema < SCHEMA
+
+
+def _schema(connection: sqlite3.Connection) -> int:
+    return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+
+def _run(connection: sqlite3.Connection, scripts: Iterable[str]) -> None:
+    """Statement by statement: `executescript` would commit the caller's transaction."""
+    for script in scripts:
         for statement in filter(str.strip, script.split(";")):
             connection.execute(statement)
-    connection.execute(f"PRAGMA user_version = {SCHEMA}")
-    return bool(version < SCHEMA)
 
 
 def _exists(path: Path) -> bool:
@@ -205,7 +234,7 @@ def _look(path: Path, *, thorough: bool) -> None:
     if int.from_bytes(head[68:72], "big") != APPLICATION_ID:
         raise LedgerError(str(path), "is a SQLite file of another program", "name another state_dir")
     with in_words(path), closing(_reader(path)) as connection:
-        (schema,) = connection.execute("PRAGMA user_version").fetchone()
+        schema = _schema(connection)
         if schema > SCHEMA:
             problem = f"was written by a newer Meerkat-MQ (schema {schema}, this one knows {SCHEMA})"
             raise LedgerError(str(path), problem, "update Meerkat-MQ on this machine")

@@ -2,14 +2,87 @@
 
 import math
 import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar, get_type_hints
 
-from meerkat_mq.rounds.events import UpdateRecord, Verdict
+from meerkat_mq.core.path import Entry
+from meerkat_mq.rounds.events import Judgement, UpdateRecord, Verdict
 
 _FLOAT = struct.Struct("<f")
 Row = tuple[Any, ...]
+Products = tuple[tuple[float, ...], ...]
 RowT = TypeVar("RowT")
 LATEST = 1e11  # seconds since 1970, in the year 5138
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """A term that a server took; `taken` in seconds since 1970."""
+
+    term: int
+    server_id: str
+    host: str
+    taken: float
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """An entry and how its round closed; `closed` in seconds since 1970."""
+
+    entry: Entry
+    term: int
+    closed: float
+    asked: int
+    overdue: bool
+
+
+@dataclass(frozen=True, slots=True)
+class KeptSnapshot:
+    """A snapshot file: theta's version, the blob's hash and size."""
+
+    version: int
+    hash: bytes
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRow:
+    """What is known of a node that has a slot.
+
+    Attributes:
+        slot_version: theta's version when it got its slot.
+        status: the last word of its status topic; None before the first sighting.
+        first_seen: seconds since 1970.
+        updates: update messages that came from it, duplicates too.
+        packet_bytes: all MQTT packets that came from it.
+    """
+
+    node: str
+    slot: int
+    slot_version: int
+    boot: int | None
+    host: str | None
+    status: str | None
+    rows: int | None
+    first_seen: float | None
+    last_seen: float | None
+    updates: int
+    packet_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """News of a node; `updates` and `packet_bytes` count what came since the last sighting."""
+
+    node: str
+    boot: int
+    host: str
+    status: str
+    rows: int
+    seen: float
+    updates: int = 0
+    packet_bytes: int = 0
 
 
 def from_row(kind: type[RowT], row: Row) -> RowT:
@@ -54,3 +127,44 @@ def update_record(row: Row) -> UpdateRecord:
     if isinstance(loss, bytes):
         (loss,) = _FLOAT.unpack(loss)
     return UpdateRecord(version, node, slot, boot, weight, scalars, loss, Verdict(verdict))
+
+
+def pack_products(products: Sequence[Sequence[float]]) -> bytes:
+    """⟨g_p, z⟩ by lane and step, as little-endian float32; empty where there are none."""
+    return b"".join(struct.pack(f"<{len(lane)}f", *lane) for lane in products)
+
+
+def unpack_products(packed: bytes, lanes: int) -> Products:
+    """What was packed.
+
+    Raises:
+        TypeError: it is not bytes.
+        ValueError: it has not as many floats for each lane.
+    """
+    if not isinstance(packed, bytes):
+        raise TypeError(f"products are {packed!r:.50}")
+    steps, rest = divmod(len(packed), 4 * lanes)
+    if rest:
+        raise ValueError(f"products have {len(packed)} bytes for {lanes} lanes")
+    floats = struct.unpack(f"<{lanes * steps}f", packed)
+    return tuple(floats[lane * steps : (lane + 1) * steps] for lane in range(lanes)) if steps else ()
+
+
+def judgement(row: Row) -> Judgement:
+    """From version, node, slot, rho_later, rho_quiet, early_stopped.
+
+    Raises:
+        TypeError: a value is not of its column's type, or nobody has the slot.
+    """
+    version, node, slot, rho_later, rho_quiet, early_stopped = row
+    if node is None:
+        raise TypeError(f"no node has slot {slot}")
+    for name, value, kind in (
+        ("version", version, int),
+        ("rho_later", rho_later, float),
+        ("rho_quiet", rho_quiet, float),
+        ("early_stopped", early_stopped, int),
+    ):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} is {value!r:.50}")
+    return Judgement(version, node, rho_later, rho_quiet, bool(early_stopped))

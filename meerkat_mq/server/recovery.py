@@ -74,6 +74,7 @@ def resumed(ledger: Ledger, run: Run, *, term: int, server_id: str) -> ServerMac
         entries=entries,
         updates=ledger.open_updates(),
         past=ledger.past(run.settings.guards.window),
+        judgements=ledger.newest_judgements(),
     )
 
 

@@ -1,11 +1,14 @@
 """A run before it starts: settings, mask and task become a run descriptor and the chunks of its mask."""
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from meerkat_mq.config import GuardsConfig, RoundsConfig, ServerConfig
+from pydantic import ValidationError
+
+from meerkat_mq.config import EarlyStoppingConfig, GuardsConfig, RoundsConfig, ServerConfig
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.toy import toy_mask
 from meerkat_mq.errors import ConfigError, RunMismatch, within
@@ -17,7 +20,8 @@ from meerkat_mq.wire.frames import Chunk, Header
 
 _MAY_DIFFER = {"mask_bytes", "mask_chunks", "model"}  # how a mask is compressed and where a model lies; hashes say what
 _RENAMED = {"rounds": "rounds.count", "weights": "toy_weights"} | {
-    key: f"rounds.{key}" for key in ("stream", "local_steps", "directions", "lr", "eps", "batch_size", "digest_every")
+    key: f"rounds.{key}"
+    for key in ("stream", "local_steps", "directions", "lr", "eps", "perturbations", "batch_size", "digest_every")
 }
 _HASHES = {"mask", "fingerprint", "tokenizer"}  # say less than what else differs with them
 _FIXED_RULES = ("aggregate", "trim", "weigh_by_rows")
@@ -47,7 +51,7 @@ def prepare_run(config: ServerConfig, begun: RunDescriptor | None = None) -> Run
     """Load what the configuration names; draw a run id, unless the ledger describes a run already.
 
     Raises:
-        ConfigError: mask or task is missing, or more lanes than nodes are asked for.
+        ConfigError: mask or task is missing, more lanes than nodes are asked for, or more steps than a round takes.
         MaskError: the mask file cannot be used.
         TaskError: the task is unknown or its file wrong.
     """
@@ -58,38 +62,57 @@ def prepare_run(config: ServerConfig, begun: RunDescriptor | None = None) -> Run
     lanes = rounds.directions or by_default
     blob = encode_mask(mask)
     chunks = split(Header.of(run_id, 0, 0, mask.hash), mask.hash, blob)
-    descriptor = RunDescriptor(
-        federation=config.federation,
-        run=run_id.hex(),
-        engine=config.engine,
-        model=config.model.source if config.model else "",
-        task=_task(config),
-        dtype=config.dtype,
-        fingerprint=mask.fingerprint.hex(),
-        tokenizer=mask.tokenizer_fingerprint.hex(),
-        mask=mask.hash.hex(),
-        mask_bytes=len(blob),
-        mask_chunks=len(chunks),
-        weights=mask.size,
-        stream=rounds.stream,
-        rounds=rounds.count,
-        local_steps=rounds.local_steps,
-        directions=lanes,
-        lr=rounds.lr,
-        eps=rounds.eps,
-        batch_size=rounds.batch_size,
-        digest_every=rounds.digest_every,
-    )
-    rules = {"rounds": rounds.model_dump(mode="json"), "guards": config.guards.model_dump(mode="json")}
-    return Run(descriptor, round_settings(descriptor, rounds, config.guards), mask, blob, rules)
+    with _in_words():
+        descriptor = RunDescriptor(
+            federation=config.federation,
+            run=run_id.hex(),
+            engine=config.engine,
+            model=config.model.source if config.model else "",
+            task=_task(config),
+            dtype=config.dtype,
+            fingerprint=mask.fingerprint.hex(),
+            tokenizer=mask.tokenizer_fingerprint.hex(),
+            mask=mask.hash.hex(),
+            mask_bytes=len(blob),
+            mask_chunks=len(chunks),
+            weights=mask.size,
+            stream=rounds.stream,
+            rounds=rounds.count,
+            local_steps=rounds.local_steps,
+            directions=lanes,
+            lr=rounds.lr,
+            eps=rounds.eps,
+            perturbations=rounds.perturbations,
+            batch_size=rounds.batch_size,
+            digest_every=rounds.digest_every,
+        )
+    sections = {"rounds": rounds, "guards": config.guards, "early_stopping": config.early_stopping}
+    rules = {name: section.model_dump(mode="json") for name, section in sections.items()}
+    return Run(descriptor, settings_of(descriptor, rules, measured=bool(mask.g_p.any())), mask, blob, rules)
 
 
-def round_settings(run: RunDescriptor, rounds: RoundsConfig, guards: GuardsConfig) -> RoundSettings:
-    """What rules a run's rounds: the descriptor says what is fixed, the configuration the rest.
+@contextmanager
+def _in_words() -> Iterator[None]:
+    """Make a ConfigError of what a descriptor does not take: each key is right, but not all together."""
+    try:
+        yield
+    except ValidationError as error:
+        problem = str(error.errors(include_url=False)[0]["msg"]).removeprefix("Value error, ")
+        raise ConfigError("rounds", problem, "lower one of them") from error
+
+
+def settings_of(run: RunDescriptor, rules: Mapping[str, Any], *, measured: bool = True) -> RoundSettings:
+    """What rules a run's rounds: the descriptor says what is fixed, the rules the rest.
+
+    Args:
+        run: the run.
+        rules: as the ledger keeps them.
+        measured: whether the mask's g_p is other than zero; who only reads a ledger need not know.
 
     Raises:
-        ConfigError: more lanes than nodes are asked for.
+        ConfigError: the rules do not go together: more lanes than nodes, or more steps than a round takes.
     """
+    rounds, guards = RoundsConfig(**rules["rounds"]), GuardsConfig(**rules["guards"])
     return RoundSettings(
         run_id=run.run_id,
         mask_hash=run.mask_hash,
@@ -109,7 +132,21 @@ def round_settings(run: RunDescriptor, rounds: RoundsConfig, guards: GuardsConfi
         snapshot_every=rounds.snapshot_every,
         digest_every=run.digest_every,
         guards=guards,
+        perturbations=run.perturbations,
+        early_stopping=EarlyStoppingConfig(**rules["early_stopping"]),
+        measured=measured,
     )
+
+
+def early_stopping_in_words(settings: RoundSettings) -> str:
+    """What early stopping does in this run; "" where it is off."""
+    config = settings.early_stopping
+    if config.by == "off":
+        return ""
+    if not settings.early_stops:
+        return f"by {config.by}: filtering changes nothing at local_steps = {settings.steps}"
+    again = f", again every {config.every} rounds" if config.every else ""
+    return f"by {config.by}, judged in round 0 by {config.calibration_steps} local steps{again}"
 
 
 def check_same(run: Run, begun: RunDescriptor, rules: Mapping[str, Any], ledger: str) -> None:
@@ -122,6 +159,9 @@ def check_same(run: Run, begun: RunDescriptor, rules: Mapping[str, Any], ledger:
     keys = sorted((was | now).keys() - _MAY_DIFFER, key=lambda key: (key in _HASHES, key))
     found = [(_RENAMED.get(key, key), was.get(key), now.get(key)) for key in keys]
     found += [(f"rounds.{key}", rules["rounds"][key], run.rules["rounds"][key]) for key in _FIXED_RULES]
+    was, now = rules["early_stopping"], run.rules["early_stopping"]
+    if (was["by"], now["by"]) != ("off", "off"):
+        found += [(f"early_stopping.{key}", was[key], now[key]) for key in now]
     for key, old, new in found:
         if old != new:
             raise RunMismatch(

@@ -13,7 +13,8 @@ from meerkat_mq.core.path import Entry
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.server import ServerMachine
-from meerkat_mq.server.ledger import Ledger, Sighting
+from meerkat_mq.server.ledger import Ledger
+from meerkat_mq.server.ledger_rows import Sighting
 from meerkat_mq.server.recovery import follow, resumed
 from meerkat_mq.server.run import Run
 from meerkat_mq.server.snapshots import Snapshots
@@ -166,7 +167,8 @@ class Scribe:
                 desk.handle(e.SlotCommitted(now, work.node))
             elif isinstance(work, e.CommitEntry):
                 self.committed = (work.entry.version + 1, self._replica.theta)
-                desk.handle(e.EntryCommitted(now, work.entry.version, work.records))
+                kept = e.EntryCommitted(now, work.entry.version, work.records, work.products, work.judgements)
+                desk.handle(kept)
 
     def _write(self, records: tuple[e.UpdateRecord, ...], group: Sequence[Commit]) -> None:
         ledger = self._ledger
@@ -178,8 +180,8 @@ class Scribe:
                 ledger.commit_updates(records)
             for work in group:
                 match work:
-                    case e.CommitEntry(entry, of, asked, overdue):
-                        ledger.commit_entry(entry, of, asked, overdue)
+                    case e.CommitEntry(entry, of, asked, overdue, products, judgements):
+                        ledger.commit_entry(entry, of, asked, overdue, products=products, judgements=judgements)
                     case KeepSightings(sightings):
                         ledger.commit_sightings(sightings)
                     case KeepMetrics(version, metrics):

@@ -23,7 +23,8 @@ from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.alarm import Alarm
 from meerkat_mq.rounds.server import HIGHEST_TERM, ServerMachine
 from meerkat_mq.server.files import DIFFERENCE_FILE
-from meerkat_mq.server.run import Run
+from meerkat_mq.server.measure import Measurer
+from meerkat_mq.server.run import Run, early_stopping_in_words
 from meerkat_mq.server.scribe import KeepMetrics, KeepSightings, Scribe
 from meerkat_mq.server.watch import Watch
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState, decode_control
@@ -53,6 +54,7 @@ class Server:
         self._run = run
         self._scribe = scribe
         self._server_id = scribe.server_id
+        self._measurer = Measurer(run)
         self._watch = watch
         self._observe = observer
         self._replace = replace
@@ -88,7 +90,7 @@ class Server:
         try:
             async with asyncio.TaskGroup() as tasks:
                 coroutines = (self._session.run(), self._alarm.run(), self._write(), self._keep_sightings(),
-                              self._watch.run(self._keep_metrics))  # fmt: skip
+                              self._measurer.run(self.handle), self._watch.run(self._keep_metrics))  # fmt: skip
                 work = [tasks.create_task(coroutine) for coroutine in coroutines]
                 if self._config.once:
                     await self._wait_for_nodes()
@@ -204,6 +206,8 @@ class Server:
             "in charge", term=term, weights=self._run.mask.size, round=machine.version, rounds=self._config.rounds.count
         )
         if first:
+            if said := early_stopping_in_words(self._run.settings):
+                self._log.info("early stopping", how=said)
             self._observe(RunStarted(self._run.descriptor, term))
             self._watch.stood(*self._scribe.committed)
         self._session.renew()  # for a will that holds this term; then `_on_connected` greets
@@ -323,6 +327,8 @@ class Server:
         match effect:
             case e.CommitSlot() | e.CommitUpdate() | e.ApplyTerms() | e.CommitEntry() | e.KeepSnapshot():
                 self._scribe.put(effect)
+            case e.MeasureDirections():
+                self._measurer.put(effect)
             case e.TakeTerm(above):
                 self._take_term(above)
             case e.PublishRound(frame):

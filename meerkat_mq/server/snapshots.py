@@ -12,7 +12,8 @@ from meerkat_mq.core.path import digest, digest_due, short_hash
 from meerkat_mq.errors import LedgerError, WireError
 from meerkat_mq.rounds.catch_up import Stretch, snapshot_is_cheaper
 from meerkat_mq.server.files import snapshot_file
-from meerkat_mq.server.ledger import KeptSnapshot, Ledger
+from meerkat_mq.server.ledger import Ledger
+from meerkat_mq.server.ledger_rows import KeptSnapshot
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.frames import MAX_CHUNK_BYTES
 from meerkat_mq.wire.messages import Chunk, Header, Offer, Want

@@ -6,28 +6,30 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
-from meerkat_mq.config import GuardsConfig, RoundsConfig
 from meerkat_mq.core.directions import Float32Array
+from meerkat_mq.core.gradip import inner_products
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import MAX_WEIGHT, Entry, Term, digest
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.toy import toy_mask
 from meerkat_mq.errors import LedgerError, MaskError, MeerkatError, ModelError, RunMismatch, WireError
-from meerkat_mq.rounds.events import UpdateRecord, Verdict
+from meerkat_mq.rounds.early_stopping import EarlyStopping, judgements_of, with_verdicts
+from meerkat_mq.rounds.events import Judgement, UpdateRecord, Verdict
 from meerkat_mq.rounds.guards import on_arrival
 from meerkat_mq.rounds.policy import RoundSettings, terms_of
 from meerkat_mq.server.files import DIFFERENCE_FILE, mask_file, snapshot_file
-from meerkat_mq.server.ledger import LEDGER_FILE, KeptSnapshot, Ledger
-from meerkat_mq.server.run import round_settings
+from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
+from meerkat_mq.server.ledger_rows import KeptSnapshot, Products
+from meerkat_mq.server.run import settings_of
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.difference import Difference
 from meerkat_mq.wire.messages import in_words
 from meerkat_mq.wire.snapshot import decode_snapshot
 
 ALTERED = "it was altered or damaged after it was written: restore a backup"
-JUDGED = {Verdict.ACCEPTED, Verdict.OUTLIER, Verdict.AGAINST}  # by other updates; the rest shows in the update alone
+# by other updates, or by the path; the rest shows in the update alone
+JUDGED = {Verdict.ACCEPTED, Verdict.OUTLIER, Verdict.AGAINST, Verdict.EARLY_STOPPED}
 
 Look = Callable[[Float32Array, bytes], None]  # takes theta of a version, and the hash of the entry before it
 Progress = Callable[[int, int], None]
@@ -58,6 +60,8 @@ def verify_ledger(
 ) -> Verified:
     """Rebuild theta entry by entry, and recompute all that an entry says. Memory does not grow with the ledger.
 
+    Where the run measures GradIP, so are the products and what they show of nodes: each direction is drawn twice.
+
     A server may write on meanwhile: the entries present at the start are verified.
 
     Args:
@@ -70,10 +74,11 @@ def verify_ledger(
         RunMismatch: names the first entry that does not hold, and what is wrong with it.
     """
     run = run_of(ledger)
-    settings = settings_of(run, ledger.rules)
-    if mask.hash != run.mask_hash:
-        raise RunMismatch("mask", f"has hash {mask.hash.hex()}, the run's is {run.mask}", "give the run's mask file")
+    g_p = mask.g_p
+    settings = settings_of(run, ledger.rules, measured=bool(g_p.any()))
+    check_mask(mask, run)
     replica = Replica(mask, run_id=run.run_id, stream=run.stream, digest_every=run.digest_every)
+    early, kept = EarlyStopping(settings), False
     head, term, updates = mask.hash, 0, 0
     rounds = ledger.version
     for version in range(rounds + 1):
@@ -84,7 +89,14 @@ def verify_ledger(
             with _entry(version):
                 entry, term = _entry_at(ledger, version, head, term)
                 records = ledger.records(version)
-                _check_records(records, settings)
+                _check_records(records, settings, early)
+                products = ledger.products(version, settings.lanes)
+                if products is not None or kept or settings.calibrates(version):  # else older than schema 2
+                    kept = True
+                    _check_products(products, version, g_p, run.stream, settings)
+                judgements = ledger.judgements(version)
+                _check_judgements(judgements, version, records, products or (), settings)
+                early.remember(judgements)
                 _check_terms(entry.terms, terms_of(records, settings))
                 _same("digest", entry.digest.hex(), replica.apply(entry.terms).hex(), "its terms give")
             head, updates = entry.hash(run.run_id), updates + len(records)
@@ -101,11 +113,6 @@ def run_of(ledger: Ledger) -> RunDescriptor:
     if run is None:
         raise LedgerError(str(ledger.path), "holds no run yet", "start its server")
     return run
-
-
-def settings_of(run: RunDescriptor, rules: Mapping[str, Any]) -> RoundSettings:
-    """The settings of a run's rounds, from what its ledger keeps."""
-    return round_settings(run, RoundsConfig(**rules["rounds"]), GuardsConfig(**rules["guards"]))
 
 
 @contextmanager
@@ -138,18 +145,63 @@ def _entry_at(ledger: Ledger, version: int, head: bytes, term: int) -> tuple[Ent
     return entry, found[0].term
 
 
-def _check_records(records: Sequence[UpdateRecord], settings: RoundSettings) -> None:
+def _check_records(records: Sequence[UpdateRecord], settings: RoundSettings, early: EarlyStopping) -> None:
     if len({record.node for record in records}) < len(records):
         raise RunMismatch("updates", "a node is in its updates twice")
     for record in records:
         where = f"its update of {record.node}"
-        if not 1 <= len(record.scalars) <= settings.steps:
-            raise RunMismatch("updates", f"{where} has {len(record.scalars)} steps, a round {settings.steps}")
+        asked = settings.perturbations * early.steps_of(record.version, record.node)
+        if len(record.scalars) != asked:
+            problem = f"{where} has {len(record.scalars)} projected gradients, but was asked for {asked}"
+            raise RunMismatch("updates", problem)
         if not 1 <= record.weight <= MAX_WEIGHT:
             raise RunMismatch("updates", f"{where} weighs {record.weight}")
         verdict = on_arrival(record.scalars, record.loss, settings.lr)
         if verdict is not record.verdict and not {verdict, record.verdict} <= JUDGED:
             raise RunMismatch("updates", f"{where} is kept as {in_words(record.verdict)}, but is {in_words(verdict)}")
+
+
+def _check_products(
+    found: Products | None, version: int, g_p: Float32Array, stream: str, settings: RoundSettings
+) -> None:
+    expected: Products = ()
+    if settings.measured:
+        steps = settings.perturbations * settings.steps_of(version)
+        expected = inner_products(g_p, settings.run_id, version, lanes=settings.lanes, steps=steps, stream=stream)
+    if found is None or [len(lane) for lane in found] != [len(lane) for lane in expected]:
+        size = "no products" if found is None else f"products of {sum(map(len, found))} directions"
+        raise RunMismatch("products", f"it has {size}; the mask gives those of {sum(map(len, expected))}")
+    for lane, (products, recomputed) in enumerate(zip(found, expected, strict=True)):
+        for step, (product, true) in enumerate(zip(products, recomputed, strict=True)):
+            _same(f"product of lane {lane}, step {step}", product, true, "the mask gives")
+
+
+def _check_judgements(
+    found: Sequence[Judgement],
+    version: int,
+    records: Sequence[UpdateRecord],
+    products: Products,
+    settings: RoundSettings,
+) -> None:
+    """That they, and the verdicts that follow, are what the updates of the round show."""
+    judged = [
+        replace(record, verdict=Verdict.ACCEPTED) if record.verdict is Verdict.EARLY_STOPPED else record
+        for record in records
+    ]
+    expected = judgements_of(version, judged, products, settings)
+    for judgement, recomputed in zip_longest(found, expected):
+        _same("judgement", _judgement_words(judgement), _judgement_words(recomputed), "its updates give")
+    for record, true in zip(records, with_verdicts(judged, expected), strict=True):
+        if record.verdict is not true.verdict:
+            problem = f"its update of {record.node} is kept as {in_words(record.verdict)}, but is"
+            raise RunMismatch("updates", f"{problem} {in_words(true.verdict)}")
+
+
+def _judgement_words(judgement: Judgement | None) -> str:
+    if judgement is None:
+        return "none"
+    verdict = "early-stopped" if judgement.early_stopped else "not early-stopped"
+    return f"{judgement.node} {verdict}, rho_later {judgement.rho_later!r}, rho_quiet {judgement.rho_quiet!r}"
 
 
 def _check_terms(found: Sequence[Term], expected: Sequence[Term]) -> None:
@@ -191,7 +243,7 @@ def verify_folder(
     """
     with closing(Ledger.read(folder / LEDGER_FILE)) as ledger:
         run = run_of(ledger)
-        found = _find_mask(folder, run, mask)
+        found = mask_of(folder, run, mask)
         looks, snapshots, files = defaultdict[int, list[Look]](list), list[str](), list[str]()
         for kept in ledger.snapshots():
             looks[kept.version].append(_snapshot_look(snapshot_file(folder, kept.version), kept, run, snapshots))
@@ -206,13 +258,28 @@ def verify_folder(
         return replace(verify_ledger(ledger, found, progress, looks), files=(*snapshots, *files))
 
 
-def _find_mask(folder: Path, run: RunDescriptor, named: Path | None) -> Mask:
+def mask_of(folder: Path, run: RunDescriptor, named: Path | None = None) -> Mask:
+    """The mask of the run in a state_dir: the file named, or the copy in the folder.
+
+    Raises:
+        MaskError: there is no such file, or it cannot be read.
+    """
     if named is None and run.engine == "toy":
         return toy_mask(run.weights)
     file = named or mask_file(folder, run.mask_hash)
     if not file.exists():
         raise MaskError(str(file), "is missing", "name the run's mask file with --mask")
     return Mask.load(file)
+
+
+def check_mask(mask: Mask, run: RunDescriptor) -> None:
+    """Refuse the mask of another run.
+
+    Raises:
+        RunMismatch: names both hashes.
+    """
+    if mask.hash != run.mask_hash:
+        raise RunMismatch("mask", f"has hash {mask.hash.hex()}, the run's is {run.mask}", "give the run's mask file")
 
 
 def _snapshot_look(file: Path, kept: KeptSnapshot, run: RunDescriptor, files: list[str]) -> Look:

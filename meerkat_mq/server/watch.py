@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING
 import structlog
 
 from meerkat_mq.core.directions import Float32Array
+from meerkat_mq.core.gradip import gradip
 from meerkat_mq.core.path import digest
 from meerkat_mq.mqtt import Count
 from meerkat_mq.observe.events import Evaluated, Observer, RoundClosed, RunFinished
-from meerkat_mq.rounds.events import EntryCommitted, Verdict
-from meerkat_mq.server.ledger import Sighting
+from meerkat_mq.rounds.events import EntryCommitted
+from meerkat_mq.rounds.guards import NOT_REFUSED
+from meerkat_mq.rounds.policy import lane_of
+from meerkat_mq.server.ledger_rows import Sighting
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor
 from meerkat_mq.wire.frames import MAX_SLOTS
 
@@ -60,10 +63,12 @@ class Watch:
 
     def closed(self, commit: EntryCommitted, online: int, bytes_up: int) -> None:
         """A round was committed."""
-        losses = [record.loss for record in commit.records if record.verdict is Verdict.ACCEPTED]
-        loss = sum(losses) / max(1, len(losses))
+        records, products = [found for found in commit.records if found.verdict in NOT_REFUSED], commit.products
+        loss = sum(record.loss for record in records) / max(1, len(records))
         event = RoundClosed(
-            commit.version + 1, self._seconds(), loss, len(commit.records), online, bytes_up
+            commit.version + 1, self._seconds(), loss, len(commit.records), online, bytes_up,
+            {found.node: gradip(found.scalars, products[lane_of(found.slot, len(products))])
+             for found in records if products}, commit.judgements,
         )  # fmt: skip
         self._log.info("round closed", round=event.version, loss=round(loss, 5), heard=event.heard, online=online)
         self._observe(event)

@@ -9,6 +9,7 @@ from meerkat_mq.errors import BadValue, TooLarge
 from meerkat_mq.wire.frames import MAX_LANES, MAX_STEPS, MAX_TERMS
 
 MAX_CONTROL_BYTES = 64 * 1024
+MAX_RUN_WEIGHTS = 2**26
 
 Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 U32 = Annotated[int, Field(ge=0, lt=2**32)]
@@ -69,6 +70,7 @@ class RunDescriptor(ControlMessage):
         mask_bytes: size of the encoded mask blob, in `mask_chunks` chunks.
         local_steps: T.
         directions: P, the lanes of a round.
+        perturbations: projected gradients a local step.
     """
 
     protocol: Literal[1] = 1
@@ -77,26 +79,31 @@ class RunDescriptor(ControlMessage):
     engine: Literal["transformers", "toy"]
     model: str
     task: Task | None = None
-    dtype: Literal["float32", "bfloat16"]
+    dtype: Literal["float32", "bfloat16", "float16"]
     fingerprint: Fingerprint
     tokenizer: Fingerprint
     mask: Hash
     mask_bytes: U32
     mask_chunks: Annotated[int, Field(ge=1, le=65536)]
-    weights: Annotated[int, Field(ge=1, le=2**26)]
+    weights: Annotated[int, Field(ge=1, le=MAX_RUN_WEIGHTS)]
     stream: Literal["mk1", "rademacher"]
     rounds: Annotated[int, Field(ge=1, lt=2**32)]
     local_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)]
     directions: Annotated[int, Field(ge=1, le=MAX_LANES)]
     lr: Annotated[float, Field(gt=0)]
     eps: Annotated[float, Field(gt=0)]
+    perturbations: Annotated[int, Field(ge=1, le=MAX_STEPS)] = 1
     batch_size: Annotated[int, Field(ge=1, le=65536)]
     digest_every: Annotated[int, Field(ge=1)]
 
     @model_validator(mode="after")
     def _entry_fits_a_frame(self) -> Self:
-        if self.directions * self.local_steps > MAX_TERMS:
-            raise ValueError(f"directions × local_steps = {self.directions * self.local_steps} exceeds {MAX_TERMS}")
+        scalars = self.local_steps * self.perturbations
+        if scalars > MAX_STEPS:
+            raise ValueError(f"local_steps × perturbations = {scalars} exceeds {MAX_STEPS}")
+        terms = self.directions * scalars
+        if terms > MAX_TERMS:
+            raise ValueError(f"directions × local_steps × perturbations = {terms} exceeds {MAX_TERMS}")
         return self
 
     @property

@@ -53,16 +53,20 @@ def _path(golden: Path) -> Found:
         place = (v["version"], v["lane"], v["step"])
         yield f"seed {place}", core.seed_for(bytes.fromhex(v["run_id"]), *place) == int(v["seed"], 16)
     for i, v in enumerate(file["coefficients"]):
-        made = core.coefficient(v["lr"], v["scalars"], v["total_weight"])
+        made = core.coefficient(v["lr"] / v["perturbations"], v["scalars"], v["total_weight"])
         yield f"coefficient {i}", struct.pack("<f", made) == struct.pack("<f", v["coefficient"])
     for i, v in enumerate(file["apply"]):
         theta, z = (core.floats(bytes.fromhex(v[key])) for key in ("theta", "z"))
         yield f"apply {i}", core.packed(core.apply(theta, z, v["c"])).hex() == v["result"]
+    for i, v in enumerate(file["inner_products"]):
+        made = core.inner_product(*(core.floats(bytes.fromhex(v[key])) for key in ("g_p", "z")))
+        yield f"inner product {i}", struct.pack("<f", made) == struct.pack("<f", v["product"])
     for i, v in enumerate(file["digests"]):
         yield f"digest {i}", core.digest(core.floats(bytes.fromhex(v["theta"]))).hex() == v["digest"]
     mask = (golden / "mask.bin").read_bytes()
     for v in file["runs"]:
         yield f"run on {v['stream']}", _replay(mask, v)
+        yield f"inner products of a round on {v['stream']}", _products(mask, v) == v["products"]
 
 
 def _replay(mask: bytes, run: dict[str, Any]) -> bool:
@@ -79,6 +83,15 @@ def _replay(mask: bytes, run: dict[str, Any]) -> bool:
         previous = core.entry_hash(run_id, entry).hex()
         holds &= previous == entry["hash"]
     return holds and core.packed(theta).hex() == run["theta"]
+
+
+def _products(mask: bytes, run: dict[str, Any]) -> list[list[float]]:
+    """Of round 1: two lanes, three directions each."""
+    g_p = core.floats(b"".join(bytes.fromhex(m["g_p"]) for m in core.decode_mask(mask)["matrices"]))
+    seeds = [[core.seed_for(bytes.fromhex(run["run_id"]), 1, lane, step) for step in range(3)] for lane in range(2)]
+    return [
+        [core.inner_product(g_p, core.direction(run["stream"], seed, 0, len(g_p))) for seed in lane] for lane in seeds
+    ]
 
 
 def _mask(golden: Path) -> Found:

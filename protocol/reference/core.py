@@ -94,6 +94,17 @@ def apply(theta: Sequence[float], z: Iterable[float], c: float) -> list[float]:
     return [float32(t - float32(c * value)) for t, value in zip(theta, z, strict=True)]
 
 
+def inner_product(g_p: Sequence[float], z: Iterable[float]) -> float:
+    """Exact products, padded with zeros to a power of two; the upper half is added to the lower until one is left."""
+    sums = [a * b for a, b in zip(g_p, z, strict=True)]
+    sums += [0.0] * ((1 << (len(sums) - 1).bit_length()) - len(sums))
+    while len(sums) > 1:
+        half = len(sums) // 2
+        sums = [a + b for a, b in zip(sums[:half], sums[half:], strict=True)]
+    largest = float.fromhex("0x1.fffffep+127")
+    return float32(min(max(sums[0], -largest), largest)) + 0.0
+
+
 def digest(theta: Sequence[float]) -> bytes:
     """Digest of theta."""
     return short_hash(packed(theta))

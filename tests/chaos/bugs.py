@@ -7,12 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from meerkat_mq.chaos.simulator.durable import Ledger, Theta
+from meerkat_mq.chaos.simulator import server as simulated
+from meerkat_mq.chaos.simulator.durable import Ledger, Theta, measured
 from meerkat_mq.chaos.simulator.server import Server
 from meerkat_mq.core.path import Term, short_hash
 from meerkat_mq.rounds import server as machine
-from meerkat_mq.rounds.events import ServerEvent, UpdateRecord
-from meerkat_mq.rounds.policy import RoundSettings, lane_of
+from meerkat_mq.rounds.events import (
+    CommitEntry,
+    ServerEvent,
+    UpdateRecord,
+    Verdict,
+)
+from meerkat_mq.rounds.policy import RoundSettings, counted, lane_of, terms_of
 from meerkat_mq.rounds.record import OpenRound
 from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.wire.messages import Reason, Update
@@ -45,9 +51,9 @@ def term_in_the_identity(patch: pytest.MonkeyPatch) -> None:
         for record in records:
             self.updates.setdefault((record.version, f"{record.node} {mine[0]}"), record)
 
-    def commit_entry(self: Ledger, mine: tuple[int, str], entry: Any, records: tuple[UpdateRecord, ...]) -> None:
-        every = tuple(record for (version, _), record in self.updates.items() if version == entry.version)
-        keep(self, mine, entry, every)
+    def commit_entry(self: Ledger, mine: tuple[int, str], closed: CommitEntry) -> None:
+        every = tuple(record for (version, _), record in self.updates.items() if version == closed.entry.version)
+        keep(self, mine, replace(closed, records=every))
 
     keep = Ledger.commit_entry
     patch.setattr(Ledger, "commit_updates", commit_updates)
@@ -102,15 +108,16 @@ def add_in_arrival_order(patch: pytest.MonkeyPatch) -> None:
     """Sums are made in float32, one after the other, as the updates lie."""
 
     def terms_of(records: Sequence[UpdateRecord], settings: RoundSettings) -> tuple[Term, ...]:
-        counted = [record for record in reversed(records) if not record.verdict]
-        total, terms = np.float32(sum(record.weight for record in counted)), []
+        heard = [found for record in reversed(records) if (found := counted(record, settings)) is not None]
+        total, terms = np.float32(sum(record.weight for record in heard)), []
+        lr = settings.lr / settings.perturbations
         for lane in range(settings.lanes):
-            members = [record for record in counted if lane_of(record.slot, settings.lanes) == lane]
-            for step in range(settings.steps if members else 0):
+            members = [record for record in heard if lane_of(record.slot, settings.lanes) == lane]
+            for step in range(max([len(record.scalars) for record in members], default=0)):
                 g = np.float32(0)
-                for record in members:
+                for record in [record for record in members if step < len(record.scalars)]:
                     g += np.float32(record.weight) * np.float32(record.scalars[step])
-                terms.append(Term(lane, step, float(np.float32(settings.lr) * (g / total))))
+                terms.append(Term(lane, step, float(np.float32(lr) * (g / total))))
         return tuple(terms)
 
     patch.setattr(machine, "terms_of", terms_of)
@@ -135,7 +142,8 @@ def non_atomic_snapshot(patch: pytest.MonkeyPatch) -> None:
         values = self._theta.values.copy()
         values[4:] = 0
         self.disk.files[f"raw-{version}"] = values.tobytes()
-        self.step()
+        for _ in range(8):  # the rest comes piece by piece
+            self.step()
         self.disk.files[f"snapshot-{version}"] = blob
         self.disk.files[f"raw-{version}"] = self._theta.values.tobytes()
 
@@ -151,12 +159,33 @@ def keep_an_update_that_came_too_late(patch: pytest.MonkeyPatch) -> None:
     """An update that is committed after its round was decided counts as one of the round's."""
     keep = Ledger.commit_entry
 
-    def commit_entry(self: Ledger, mine: tuple[int, str], entry: Any, records: tuple[UpdateRecord, ...]) -> None:
-        every = {record.slot: record for (version, _), record in self.updates.items() if version == entry.version}
-        every |= {record.slot: record for record in records}
-        keep(self, mine, entry, tuple(every[slot] for slot in sorted(every)))
+    def commit_entry(self: Ledger, mine: tuple[int, str], closed: CommitEntry) -> None:
+        committed = self.updates.items()
+        every = {record.slot: record for (version, _), record in committed if version == closed.entry.version}
+        every |= {record.slot: record for record in closed.records}
+        keep(self, mine, replace(closed, records=tuple(every[slot] for slot in sorted(every))))
 
     patch.setattr(Ledger, "commit_entry", commit_entry)
+
+
+def lose_judgements_on_resume(patch: pytest.MonkeyPatch) -> None:
+    """A server that starts again asks everybody for all local steps."""
+    patch.setattr(Server, "resumed_judgements", lambda self: [])
+
+
+def count_all_steps_of_an_early_stopped_node(patch: pytest.MonkeyPatch) -> None:
+    """A virtual path counts whole, though its node is early-stopped."""
+    patch.setattr(machine, "terms_of", lambda records, settings: terms_of(_unmarked(records), settings))
+
+
+def _unmarked(records: Sequence[UpdateRecord]) -> list[UpdateRecord]:
+    stopped = Verdict.EARLY_STOPPED
+    return [replace(r, verdict=Verdict.ACCEPTED) if r.verdict is stopped else r for r in records]
+
+
+def measure_the_round_after(patch: pytest.MonkeyPatch) -> None:
+    """GradIP is made with the directions of another round."""
+    patch.setattr(simulated, "measured", lambda g_p, run, version, **shape: measured(g_p, run, version + 1, **shape))
 
 
 # Each with the faults that bring it to light.
@@ -171,4 +200,7 @@ BUGS: dict[Callable[[pytest.MonkeyPatch], None], tuple[str, ...]] = {
     skip_the_digest_check: ("hostile",),
     non_atomic_snapshot: ("crash",),
     keep_an_update_that_came_too_late: (),
+    lose_judgements_on_resume: ("crash",),
+    count_all_steps_of_an_early_stopped_node: (),
+    measure_the_round_after: (),
 }

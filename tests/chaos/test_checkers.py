@@ -7,10 +7,13 @@ import pytest
 
 from meerkat_mq.chaos.checkers import CHECKERS, check
 from meerkat_mq.chaos.history import CORRUPT_THETA, History, Injected
+from meerkat_mq.config import EarlyStoppingConfig
+from meerkat_mq.core.gradip import inner_products
 from meerkat_mq.core.path import Entry, digest
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.toy import toy_mask
-from meerkat_mq.rounds.events import UpdateRecord, Verdict
+from meerkat_mq.rounds.early_stopping import judgements_of
+from meerkat_mq.rounds.events import Judgement, UpdateRecord, Verdict
 from meerkat_mq.rounds.policy import terms_of
 from meerkat_mq.wire.messages import Round, Update
 from tests.rounds.support import RUN, header, settings, state, status
@@ -34,7 +37,7 @@ def frame(history: History, version: int, heard: frozenset[int] = frozenset()) -
 
 def right() -> History:
     """Two nodes, four rounds, one server."""
-    history = History(RUN, MASK, "mk1", 1, settings(mask_hash=MASK.hash, count=ROUNDS))
+    history = History(RUN, MASK, "mk1", 1, settings(mask_hash=MASK.hash, count=ROUNDS, measured=True))
     extend(history, ROUNDS)
     history.terms = [(1, "5" * 16)]
     history.states = [(0.0, state())]
@@ -60,6 +63,9 @@ def extend(history: History, until: int, scale: float = 1.0) -> None:
         terms = terms_of(records, history.settings)
         history.entries.append(Entry(version, terms, head, replica.apply(terms)))
         history.records.append(records)
+        products = inner_products(MASK.g_p, RUN, version, lanes=1, steps=1, stream="mk1")
+        history.products.append(products)
+        history.judgements.append(judgements_of(version, records, products, history.settings))
         history.entry_terms.append(1)
     history.rounds.append((10.0 * until, frame(history, until)))
 
@@ -70,7 +76,7 @@ def found(history: History) -> list[str]:
 
 def test_nothing_is_found_in_a_history_that_is_right() -> None:
     assert found(right()) == []
-    assert len(CHECKERS) == 6
+    assert len(CHECKERS) == 8
 
 
 Damage = Callable[[History], None]
@@ -89,12 +95,18 @@ def counted_twice(history: History) -> None:
     history.records[2] += (history.records[2][0],)
 
 
+def cut(history: History, version: int) -> None:
+    """The ledger ends there."""
+    for kept in (history.entries, history.records, history.products, history.judgements, history.entry_terms):
+        del kept[version:]
+
+
 def lost(history: History) -> None:
-    del history.entries[-1], history.records[-1], history.entry_terms[-1]
+    cut(history, ROUNDS - 1)
 
 
 def rewritten(history: History) -> None:
-    del history.entries[2:], history.records[2:], history.entry_terms[2:]
+    cut(history, 2)
     rounds, updates, claims = history.rounds[:], history.updates[:], history.claims[:]
     extend(history, ROUNDS, scale=2.0)
     history.rounds, history.updates, history.claims = rounds, updates, claims
@@ -114,6 +126,21 @@ def from_elsewhere(history: History) -> None:
         (time, node, replace(update, base=bytes(8)) if node == "n1" else update)
         for time, node, update in history.updates
     ]
+
+
+def flagged_before(history: History) -> None:
+    """As if a calibration of two steps had flagged the first node."""
+    config = EarlyStoppingConfig(by="vpcs").model_copy(update={"calibration_steps": 1})
+    history.settings = replace(history.settings, steps=2, early_stopping=config)
+    history.judgements[0] = (Judgement(0, "n0", 9.0, 1.0, early_stopped=True),)
+
+
+def another_product(history: History) -> None:
+    history.products[1] = ((1.0,),)
+
+
+def nothing_measured(history: History) -> None:
+    history.products.clear()
 
 
 def two_servers(history: History) -> None:
@@ -147,6 +174,12 @@ def unfinished(history: History) -> None:
         (change(1, scalars=(9.0,)), "coefficients recomputable"),
         (change(1, verdict=Verdict.OUTLIER), "coefficients recomputable"),
         (change(1, scalars=(float("nan"),)), "coefficients recomputable"),
+        (change(1, scalars=(2.0, 2.0)), "as many scalars as asked"),
+        (flagged_before, "as many scalars as asked"),
+        (flagged_before, "judgements recomputable"),
+        (another_product, "judgements recomputable"),
+        (nothing_measured, "judgements recomputable"),
+        (change(1, verdict=Verdict.EARLY_STOPPED), "judgements recomputable"),
         (two_servers, "one writer a term"),
         (untaken, "one writer a term"),
         (backwards, "one writer a term"),

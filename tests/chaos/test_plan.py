@@ -148,6 +148,7 @@ def test_a_toy_federation_has_rounds_that_last(load: Any) -> None:
     assert (plan.server.engine, plan.server.federation, plan.server.rounds.min_nodes) == ("toy", FEDERATION, 3)
     assert plan.server.rounds.count >= 100 / 0.4
     assert load("[federation.rounds]\ncount = 7", KILL).server.rounds.count == 7
+    assert load('[federation.early_stopping]\nby = "vpcs"', KILL).server.early_stopping.by == "vpcs"
 
 
 def test_a_federation_of_files(tmp_path: Path, load: Any) -> None:

@@ -1,5 +1,6 @@
 """Schedules by the hundred: nothing that must hold is violated, and a schedule can be repeated to the bit."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -25,6 +26,17 @@ def test_schedules_span_what_they_should() -> None:
     assert {schedule.nodes for schedule in schedules} >= {3, 4, 20}
     assert all(3 <= schedule.nodes <= 20 and schedule.rounds >= 50 for schedule in schedules)
     assert len({fault.name for schedule in schedules for fault in schedule.faults}) == 15
+    assert {schedule.early_stopping for schedule in schedules} == {"off", "vpcs", "random"}
+    assert {schedule.perturbations for schedule in schedules} == {1, 2}
+
+
+@pytest.mark.parametrize("by", ["vpcs", "random"])
+def test_schedules_flag_some_nodes_and_not_others(by: str) -> None:
+    flagged = Counter[bool]()
+    for schedule in [schedule for seed in range(30) if (schedule := make_schedule(seed)).early_stopping == by]:
+        history, _ = judge(schedule)
+        flagged.update(judgement.early_stopped for found in history.judgements for judgement in found)
+    assert min(flagged[True], flagged[False]) > 10
 
 
 def test_the_same_seed_gives_the_same_history() -> None:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from meerkat_mq.core.directions import Float32Array, direction
-from meerkat_mq.core.step import Row, projected_gradient
+from meerkat_mq.core.path import apply, coefficient
+from meerkat_mq.core.step import Row, local_steps, projected_gradient
 from meerkat_mq.core.toy import QuadraticEngine
 from meerkat_mq.errors import RunError
 
@@ -67,3 +68,30 @@ def test_the_toy_learns() -> None:
         theta -= np.float32(0.5 * g) * z
         losses.append(loss)
     assert losses[-1] < 0.85 * losses[0]
+
+
+@pytest.mark.parametrize(("steps", "perturbations"), [(1, 1), (3, 1), (1, 4), (3, 4)])
+def test_a_step_measures_k_gradients_at_one_point_and_moves_by_their_mean(steps: int, perturbations: int) -> None:
+    engine, lr, eps = QuadraticEngine(N), 0.5, 1e-3
+    theta = direction("mk1", 9, 0, N)
+    seeds = [100 + number for number in range(steps * perturbations)]
+    batches = [[{"seed": step}, {"seed": step + 50}] for step in range(steps)]
+    walker, expected, losses = theta.copy(), list[float](), list[float]()
+    for step, rows in enumerate(batches):
+        here, batch = walker.copy(), engine.prepare(rows)
+        for number in range(perturbations):
+            z = direction("mk1", seeds[step * perturbations + number], 0, N)
+            g, loss = projected_gradient(engine, here, z, eps, batch)
+            expected.append(g)
+            losses.append(loss)
+            apply(walker, z, coefficient(lr / perturbations, [(1, g)], 1), np.empty_like(z))
+    before = theta.copy()
+    found = local_steps(engine, theta, seeds, batches, stream="mk1", eps=eps, lr=lr)
+    assert found == (tuple(expected), sum(losses) / len(losses))
+    assert np.array_equal(theta, before)
+
+
+def test_the_last_step_goes_nowhere_so_that_a_huge_gradient_reaches_the_server() -> None:
+    engine = Fixed([3e38], [0.0])
+    (g,), _ = local_steps(engine, np.zeros(1, np.float32), [1], [[{}]], stream="mk1", eps=1.0, lr=1e30)
+    assert g == float(np.float32(1.5e38))

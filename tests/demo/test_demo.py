@@ -20,12 +20,16 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.timeout(300)
 def test_the_demo_ends_by_itself_with_equal_digests_and_a_model_to_export(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    done = run("demo", "--nodes", "2", "--rounds", "6", "--out", str(out))
+    chosen = ("--nodes", "2", "--rounds", "6", "--local-steps", "2", "--early-stopping", "random")
+    done = run("demo", *chosen, "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert "all 2 nodes hold the server's weights, bit for bit" in done.stdout
     assert re.search(r"accuracy +5\d\.\d %", done.stdout)
+    assert re.search(r"stopped +1 of 2 nodes, by random: node-[01]", done.stdout)
     assert "\x1b" not in done.stdout
-    assert "<svg" in (out / "report.html").read_text(encoding="utf-8")
+    report = (out / "report.html").read_text(encoding="utf-8")
+    assert "<svg" in report
+    assert len(re.findall(r'class="curve c\d( stopped)?"', report)) == 2
     difference = Difference.load(out / "server" / "difference.mkd")
     assert difference.version == 6
 

@@ -22,6 +22,25 @@ def test_without_choices_the_demo_runs_its_own_model() -> None:
     assert not lines & {row["line"] for row in plan.held_out}
 
 
+@pytest.mark.parametrize(
+    ("choices", "count"),
+    [
+        ({"local_steps": 10}, 30),
+        ({"local_steps": 10, "early_stopping": "vpcs"}, 16),
+        ({"local_steps": 100, "early_stopping": "random"}, 2),
+        ({"local_steps": 500}, 1),
+        ({"local_steps": 500, "early_stopping": "vpcs"}, 2),
+        ({"early_stopping": "vpcs"}, DEMO.rounds),
+        ({"local_steps": 10, "rounds": 4}, 4),
+    ],
+)
+def test_more_local_steps_make_fewer_rounds_of_as_many_steps(choices: dict[str, Any], count: int) -> None:
+    plan = make_plan(Choices(**choices))
+    assert plan.rounds.count == count
+    assert plan.rounds.local_steps == choices.get("local_steps", 1)
+    assert plan.early_stopping.by == choices.get("early_stopping", "off")
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_first_node_holds_one_label_and_no_row_is_lost(seed: int) -> None:
     rows = triage_rows(seed, 400, "train")
@@ -40,6 +59,8 @@ def test_the_first_node_holds_one_label_and_no_row_is_lost(seed: int) -> None:
         ({"lr": 0.0}, r"lr: .* not 0\.0"),
         ({"directions": 0}, "directions: .* not 0"),
         ({"directions": 5}, "--directions: 5 lanes for 4 nodes"),
+        ({"local_steps": 0}, "local_steps: .* not 0"),
+        ({"local_steps": 1001}, "local_steps: .* not 1001"),
         ({"nodes": 1}, "--nodes: 1 is below 2"),
         ({"nodes": 70_000}, "1600 rows of 4 labels are too few for 70000 nodes"),
         ({"density": 1.5}, r"--density: 1\.5 is outside"),

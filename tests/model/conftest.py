@@ -22,6 +22,7 @@ SHARED = Path(os.environ.get("MEERKAT_SHARED", Path(__file__).parents[3] / "shar
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))  # read when it is first imported
     torch.set_num_threads(1)
 
 

@@ -55,8 +55,8 @@ def test_dtype_and_whether_it_is_exact(load: Load, name: str, dtype: str, exact:
 
 
 def test_unknown_dtype(load: Load) -> None:
-    with pytest.raises(ModelError, match="dtype: 'float16' is unknown; use one of float32, bfloat16"):
-        load("llama", dtype="float16")
+    with pytest.raises(ModelError, match="dtype: 'float8' is unknown; use one of float32, bfloat16, float16"):
+        load("llama", dtype="float8")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")

@@ -13,10 +13,11 @@ from hypothesis.extra import numpy as hnp
 
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.errors import MaskError
+from meerkat_mq.model.adapter import new_adapter
 from meerkat_mq.model.calibration import CalibrationBatch, calibration_batches, calibration_loss, each_gradient
 from meerkat_mq.model.data import read_texts
 from meerkat_mq.model.load import LoadedModel, linear_layers, load_model
-from meerkat_mq.model.masks import METHODS, _counts, best, make_mask
+from meerkat_mq.model.masks import METHODS, Method, _counts, _weights, best, make_mask
 from tests.model import tiny
 
 Load = Callable[..., LoadedModel]
@@ -28,16 +29,24 @@ def batches_of(loaded: LoadedModel, name: str) -> list[CalibrationBatch]:
     return calibration_batches(loaded, tiny.TEXTS, seed=0, sequences=6, length=32, batch_size=BATCH[name])
 
 
-def gradients(loaded: LoadedModel, name: str) -> list[dict[str, torch.Tensor]]:
+def gradients(loaded: LoadedModel, name: str, method: Method = "sensitivity") -> list[dict[str, torch.Tensor]]:
     """By hand: the gradient of each matrix for each calibration batch."""
-    weights = {key: layer.weight for key, layer in linear_layers(loaded.model).items()}
+    loaded = new_adapter(loaded, 8) if method == "lora" else loaded
+    weights = _weights(loaded, method)
     for weight in weights.values():
         weight.requires_grad_(True)
     found = []
     for batch in batches_of(loaded, name):
-        loss = calibration_loss(loaded, batch)
+        loss = loss_by_hand(loaded, batch)
         found.append(dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True)))
     return found
+
+
+def loss_by_hand(loaded: LoadedModel, batch: CalibrationBatch) -> torch.Tensor:
+    if not isinstance(batch, torch.Tensor):
+        return calibration_loss(loaded, batch)
+    loss: torch.Tensor = loaded.model(input_ids=batch, labels=batch).loss
+    return loss
 
 
 def lowest_kept_and_highest_left(scores: torch.Tensor, indices: np.ndarray) -> tuple[float, float]:
@@ -58,7 +67,7 @@ def test_sensitivity_is_the_mean_of_squared_gradients(load: Load, name: str) -> 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", BATCH)
 def test_g_p_is_the_mean_signed_gradient(load: Load, name: str, method: Any) -> None:
-    mask, by_hand = make_mask(load(name), tiny.TEXTS, method, **SMALL), gradients(load(name), name)
+    mask, by_hand = make_mask(load(name), tiny.TEXTS, method, **SMALL), gradients(load(name), name, method)
     for matrix in mask.matrices:
         mean = torch.stack([batch[matrix.name] for batch in by_hand]).mean(dim=0).flatten()
         np.testing.assert_allclose(matrix.g_p, mean[matrix.indices.astype(np.int64)], rtol=1e-3, atol=1e-6)
@@ -142,7 +151,7 @@ def test_gradients_do_not_pile_up(load: Load, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(
         "meerkat_mq.model.masks.each_gradient",
-        lambda model, batches, visit, tick: each_gradient(model, batches, count(visit), tick),
+        lambda model, batches, weights, visit, tick: each_gradient(model, batches, weights, count(visit), tick),
     )
     make_mask(loaded, tiny.TEXTS, **SMALL)
     assert len(alive) == 2 * 6 * 14
@@ -176,7 +185,7 @@ def test_counts_are_exact_floors_of_decimals(density: float, count: int) -> None
             return None
 
     loaded = LoadedModel(Model(), None, "causal", Path(), bytes(32), bytes(32), exact=True, max_tokens=8)
-    assert _counts(loaded, "magnitude", density) == {"blocks.0.weight": count}
+    assert _counts(_weights(loaded, "magnitude"), density) == {"blocks.0.weight": count}
 
 
 def test_density_one_is_dense(load: Load) -> None:

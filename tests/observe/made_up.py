@@ -2,10 +2,13 @@
 
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
+from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.observe.events import Evaluated, RoundClosed
 from meerkat_mq.observe.report import NodeReport, Report
+from meerkat_mq.rounds.events import Judgement
 from meerkat_mq.wire.descriptor import RunDescriptor, Task
 
 DIGEST = "0f" * 16
@@ -48,8 +51,34 @@ def a_descriptor(**changes: Any) -> RunDescriptor:
     return RunDescriptor(**(settings | changes))
 
 
-def a_round(version: int, *, loss: float = 1.0, seconds: float | None = None) -> RoundClosed:
-    return RoundClosed(version, 0.37 * version if seconds is None else seconds, loss, 4, 4, 208 * version)
+def a_round(version: int, *, loss: float = 1.0, seconds: float | None = None, **changes: Any) -> RoundClosed:
+    seconds = 0.37 * version if seconds is None else seconds
+    return replace(RoundClosed(version, seconds, loss, 4, 4, 208 * version), **changes)
+
+
+def a_judgement(node: str, *, early_stopped: bool, version: int = 0, rho_later: float | None = None) -> Judgement:
+    found = (4.25, 0.62) if early_stopped else (0.71, 0.14)
+    return Judgement(version, node, found[0] if rho_later is None else rho_later, found[1], early_stopped)
+
+
+def calibrated(stopped: str, *others: str) -> dict[str, Any]:
+    """What a report has of a run with early stopping: the path of `stopped` decays and ends early."""
+    noise = random.Random(11)
+
+    def size(step: int, decay: float) -> float:
+        return abs(noise.gauss(0, 0.004)) * math.exp(-step * decay)
+
+    names = (stopped, *others)
+    return {
+        "magnitudes": {
+            name: [
+                (step, size(step, 0.05 if name == stopped else 0)) for step in range(1, 121 if name == stopped else 301)
+            ]
+            for name in names
+        },
+        "judgements": {name: a_judgement(name, early_stopped=name == stopped) for name in names},
+        "early_stopping": EarlyStoppingConfig(by="vpcs"),
+    }
 
 
 def an_evaluation(version: int, accuracy: float, *, majority: float = 0.31) -> Evaluated:

@@ -5,6 +5,7 @@ from meerkat_mq.observe.figures import (
     duration,
     human_bytes,
     human_factor,
+    named,
     percent,
     points,
     printable,
@@ -62,3 +63,17 @@ def test_the_moving_average_begins_at_the_first_value_and_forgets() -> None:
     average = Smoother(10)
     average.add(100.0)
     assert [average.add(0.0) for _ in range(50)][-1] < 0.01
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        ([], "none"),
+        (["a", "b"], "a, b"),
+        (list("abcde"), "a, b, c, d, e"),
+        (list("abcdefg"), "a, b, c, d, e and 2 more"),
+        (["\x1b[2J"], "�[2J"),
+    ],
+)
+def test_a_few_names_are_named(names: list[str], shown: str) -> None:
+    assert named(names) == shown

@@ -4,9 +4,9 @@ import pytest
 from rich.console import Console
 
 from meerkat_mq.mqtt.message import Count
-from meerkat_mq.observe.events import RunFinished, RunStarted
+from meerkat_mq.observe.events import RoundClosed, RunFinished, RunStarted
 from meerkat_mq.observe.live import Live
-from tests.observe.made_up import DIGEST, a_descriptor, a_round, an_evaluation
+from tests.observe.made_up import DIGEST, a_descriptor, a_judgement, a_round, an_evaluation
 
 
 def a_run(live: Live, rounds: int, *, every: int) -> None:
@@ -38,6 +38,33 @@ def test_without_a_terminal_every_line_says_its_figures() -> None:
         "round 2 of 2: accuracy 70.0 % (from 58.1 %) on 1,000 held-out rows",
         f"2 rounds in 1.0 s, theta's digest {DIGEST}",
     ]
+
+
+def judged() -> list[RoundClosed]:
+    found = tuple(a_judgement(f"node-{index}", early_stopped=index == 2) for index in range(4))
+    return [a_round(1, judgements=found), a_round(2)]
+
+
+def test_early_stopped_nodes_are_named_when_they_are_found_and_from_then_on() -> None:
+    console = Console(file=io.StringIO(), width=40)
+    with Live(console, rounds=2, nodes=4) as live:
+        for event in judged():
+            live(event)
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().splitlines() == [
+        "round 1 of 2: 4 nodes calibrated, early-stopped: node-2",
+        "round 1 of 2 (50%): loss 1.0000, 4 of 4 nodes online, 208 B up, 0.4 s, early-stopped: node-2",
+        "round 2 of 2 (100%): loss 1.0000, 4 of 4 nodes online, 416 B up, 0.7 s, early-stopped: node-2",
+    ]
+
+
+def test_on_a_terminal_the_last_picture_names_them() -> None:
+    console = on_a_terminal()
+    with Live(console, rounds=2, nodes=4) as live:
+        for event in judged():
+            live(event)
+    assert isinstance(console.file, io.StringIO)
+    assert " · 0.7 s · early-stopped: node-2" in console.file.getvalue()
 
 
 @pytest.mark.parametrize("rounds", [20, 110, 1000])

@@ -1,3 +1,4 @@
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -5,8 +6,19 @@ from typing import Any
 
 import pytest
 
+from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.observe.page import MEANINGS, write_report
-from tests.observe.made_up import TASK, a_descriptor, a_node, a_report, a_round, an_evaluation
+from meerkat_mq.rounds.events import Judgement
+from tests.observe.made_up import (
+    TASK,
+    a_descriptor,
+    a_judgement,
+    a_node,
+    a_report,
+    a_round,
+    an_evaluation,
+    calibrated,
+)
 
 VOID = {"meta"}
 
@@ -78,6 +90,7 @@ def test_hostile_names_are_text(page: Any) -> None:
         classes=[HOSTILE] * 4,
         nodes={HOSTILE: a_node()},
         counts={HOSTILE: 1},
+        **calibrated(HOSTILE, HOSTILE + "2"),
         descriptor=a_descriptor().model_copy(update={"task": task}),
     )
     assert checker.tags.isdisjoint({"script"})
@@ -105,6 +118,10 @@ def test_hostile_names_are_text(page: Any) -> None:
         {"descriptor": a_descriptor(task=None, engine="toy")},
         {"classes": [f"class {index}" for index in range(100)], "nodes": {"node-0": a_node(labels=range(100))}},
         {"counts": {}, "covered": None},
+        {"magnitudes": {"node-0": [(1, 0.0)], "node-1": []}},
+        {"magnitudes": {"node-0": [(512, 0.25)]}},
+        {"judgements": {"node-0": a_judgement("node-0", early_stopped=True, rho_later=math.inf)}},
+        {"magnitudes": {f"node-{index}": [(1, 0.5), (2, 0.1)] for index in range(40)}},
     ],
     ids="+".join,
 )
@@ -137,6 +154,43 @@ def test_a_node_that_differs_is_marked(page: Any) -> None:
     text = page(nodes={"a": a_node(), "b": a_node(digest="aa" * 16)})[1].text
     assert "✗ 1 of 2" in text
     assert "✗ differs" in text
+
+
+def test_gradip_is_a_line_a_node_and_early_stopped_ones_are_marked(page: Any) -> None:
+    html, checker = page(**calibrated("node-3", "node-0", "node-1", "node-2"))
+    assert len(re.findall(r'class="curve c\d( stopped)?"', html)) == 4
+    assert len(re.findall(r'class="curve c\d stopped"', html)) == 1
+    assert 'class="band calibration"' in html
+    text = checker.text
+    for words in (" node-3: early-stopped", " node-0", "rho_later (≥ 3)", "rho_quiet (≥ 0.5)", "4.25", "0.62"):
+        assert words in text, words
+    assert text.count("✗ early-stopped") == 1
+    assert text.count("✓ all local steps") == 3
+    assert "1 of 4 nodes early-stopped" in " ".join(text)
+
+
+def test_of_many_nodes_the_early_stopped_ones_are_drawn(page: Any) -> None:
+    text = page(**calibrated("node-99", *(f"node-{index}" for index in range(30))))[1].text
+    assert " node-99: early-stopped" in text
+    assert " … and 15 more" in text
+
+
+def test_without_gradip_nothing_speaks_of_it(page: Any) -> None:
+    text = " ".join(page()[1].text)
+    assert "GradIP" not in text
+    assert "arly-stopped" not in text
+
+
+def test_random_early_stopping_has_no_thresholds(page: Any) -> None:
+    judgements = {"a": Judgement(0, "a", 0.0, 0.0, True), "b": Judgement(0, "b", 0.0, 0.0, False)}
+    text = page(judgements=judgements, early_stopping=EarlyStoppingConfig(by="random"))[1].text
+    assert {"rho_later", "verdict by random", "✗ early-stopped"} <= set(text)
+
+
+def test_where_early_stopping_changes_nothing_the_page_says_so(page: Any) -> None:
+    magnitudes = {"node-0": [(step, 0.1) for step in range(1, 10)]}
+    html, _ = page(magnitudes=magnitudes, early_stopping=EarlyStoppingConfig(by="vpcs"))
+    assert "Early stopping changes nothing at T = 1" in html
 
 
 def test_counts_are_explained(page: Any) -> None:

@@ -3,8 +3,9 @@ from typing import Any
 
 from rich.console import Console
 
+from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.observe.summary import print_summary
-from tests.observe.made_up import a_descriptor, a_node, a_report, a_round, an_evaluation
+from tests.observe.made_up import a_descriptor, a_node, a_report, a_round, an_evaluation, calibrated
 
 
 def summary(*, width: int = 80, terminal: bool = False, **changes: Any) -> str:
@@ -106,3 +107,12 @@ def test_hostile_names_are_shown_as_they_are() -> None:
     assert "[red]a" in text
     assert "[b]x�" in text
     assert "\x1b" not in text
+
+
+def test_early_stopped_nodes_are_named_with_their_figures() -> None:
+    text = summary(**calibrated("node-3", "node-0", "node-1", "node-2"))
+    assert "stopped   1 of 4 nodes, by vpcs: node-3\n          node-3: rho_later 4.25, rho_quiet 0.62\n" in text
+
+
+def test_where_early_stopping_changes_nothing_the_summary_says_so() -> None:
+    assert "stopped   Early stopping changes nothing at T = 1" in summary(early_stopping=EarlyStoppingConfig(by="vpcs"))

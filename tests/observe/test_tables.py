@@ -10,8 +10,10 @@ from rich.console import Console, RenderableType
 from meerkat_mq.observe.tables import (
     MOST_SHOWN,
     NodeShown,
+    RebuiltShown,
     RoundShown,
     RunShown,
+    StepShown,
     TermShown,
     UpdateShown,
     json_line,
@@ -20,10 +22,11 @@ from meerkat_mq.observe.tables import (
     round_table,
     status_line,
     status_table,
+    step_table,
 )
 
-NODE = NodeShown("n0", 0, "pi", "online", 2.0, 0xABC, 1200, 40, 3520, 0, "accepted", "")
-RUN = RunShown("f", "ab" * 16, 3, "5" * 16, "here", 40, 100, 1, 0.5, 0.012, 0.25, (NODE,))
+NODE = NodeShown("n0", 0, "pi", "online", 2.0, 0xABC, 1200, 40, 3520, 0, "accepted", "", None, None, None, None, None)
+RUN = RunShown("f", "ab" * 16, 3, "5" * 16, "here", 40, 100, 1, 0.5, 0.012, 0.25, "", (NODE,))
 UPDATE = UpdateShown(7, "n0", 0, 0, 0xABC, 1, ("0" * 16, "f" * 16), (1.25, float("inf")), float("nan"), "not finite")
 ROUND = RoundShown(
     7, 3, 0.0, 4, True, None, "", "cd" * 16, "ef" * 16, (TermShown(0, 0, "0" * 16, -0.1),), (UPDATE,)
@@ -105,3 +108,43 @@ def test_json_has_no_nan() -> None:
     assert shown["updates"][0]["scalars"] == [1.25, None]
     assert (shown["updates"][0]["loss"], shown["loss"], shown["terms"][0]["coefficient"]) == (None, None, -0.1)
     assert json.loads(json_line(RUN))["nodes"][0]["packet_bytes"] == 3520
+
+
+# --- virtual paths ---
+
+JUDGED = replace(NODE, node="n1", gradip=2.5, judged=40, rho_later=float("inf"), rho_quiet=0.75, early_stopped_since=20)
+STEP = StepShown(7, "n0", 0, 3, "0" * 16, 1.25, -0.5)
+
+
+def test_a_judged_path_has_its_verdict_and_the_numbers_behind_it() -> None:
+    run = replace(RUN, early_stopping="by vpcs", nodes=(NODE, JUDGED, replace(JUDGED, early_stopped_since=None)))
+    lines = text(status_table(run), width=200).splitlines()
+    assert lines[5].split() == ["early", "stopping", "by", "vpcs"]
+    assert lines[-4].split()[-3:] == ["GradIP", "virtual", "path"]
+    assert lines[-3].split()[-2:] == ["–", "–"]
+    assert "2.5  early-stopped since round 20: rho_later inf, rho_quiet 0.75 (round 40)" in lines[-2]
+    assert "2.5  rho_later inf, rho_quiet 0.75 (round 40)" in lines[-1]
+    assert status_line(run).endswith("early-stopped: n1")
+
+
+def test_what_is_not_measured_has_no_column() -> None:
+    shown = text(status_table(RUN))
+    assert "GradIP" not in shown
+    assert "virtual path" not in shown
+    assert "early" not in shown
+
+
+def test_an_early_stopped_update_counts_as_accepted() -> None:
+    updates = (replace(UPDATE, verdict="early stopped"), replace(UPDATE, verdict="accepted"), UPDATE)
+    assert replace(ROUND, updates=updates).accepted == 2
+
+
+def test_steps_page_by_page_stand_below_each_other() -> None:
+    pages = text(step_table([STEP])) + text(step_table([replace(STEP, gradip=None)], head=False))
+    head, first, second = pages.splitlines()
+    assert head.split()[-2:] == ["g", "GradIP"]
+    assert (first.split()[-2:], second.split()[-2:]) == (["1.25", "-0.5"], ["1.25", "–"])
+    assert first.index("1.25") == second.index("1.25")
+    rebuilt = RebuiltShown(7, "n0", 0, 3, "0" * 16, 1.25, -0.5, 0.125)
+    assert text(step_table([rebuilt])).split()[-2:] == ["-0.5", "0.125"]
+    assert json.loads(json_line(rebuilt))["distance"] == 0.125

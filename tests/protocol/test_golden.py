@@ -149,6 +149,8 @@ def test_the_core_check_agrees() -> None:
         ("directions.json", '"float32": "', '"float32": "00'),
         ("path.json", '"seed": "0x5e', '"seed": "0x5f'),
         ("path.json", '"coefficient": 0.0002192999963881448', '"coefficient": 0.00021929998183622956'),
+        ("path.json", '"product": -1.2543830871582031', '"product": -1.2543832063674927'),
+        ("path.json", '"perturbations": 2', '"perturbations": 1'),
         ("mask.json", '"hash": "c', '"hash": "d'),
         ("frames.json", '"loss": 1.38', '"loss": 1.39'),
         ("frames.json", '"error": "UnknownFlags"', '"error": "BadValue"'),

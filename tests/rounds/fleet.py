@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from meerkat_mq.core.gradip import inner_products
 from meerkat_mq.core.path import digest
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.toy import QuadraticEngine, toy_mask
+from meerkat_mq.rounds.early_stopping import judgements_of
+from meerkat_mq.rounds.events import Judgement
 from meerkat_mq.rounds.memory import Deliver, MemoryFederation, MemoryNode, instantly
 from meerkat_mq.rounds.policy import fewest_needed, terms_of
 from meerkat_mq.wire.frames import Frame
@@ -90,8 +93,22 @@ def check_ledger(federation: MemoryFederation) -> None:
         assert {record.version for record in records} == {version}
         assert len({record.node for record in records}) == len({r.slot for r in records}) == len(records)
         assert len(records) >= fewest_needed(rules)
+    check_judgements(federation)
     if federation.replica.version == replica.version:  # not so while an entry is being committed
         assert digest(federation.replica.theta) == digest(replica.theta)
+
+
+def check_judgements(federation: MemoryFederation) -> None:
+    """The ledger's products are those of the seeds, and its judgements those of products and updates."""
+    rules, mask, judged = federation.settings, toy_mask(WEIGHTS), list[Judgement]()
+    for version, (records, products) in enumerate(zip(federation.records, federation.products, strict=True)):
+        steps = rules.perturbations * rules.steps_of(version)
+        expected = inner_products(
+            mask.g_p, rules.run_id, version, lanes=rules.lanes, steps=steps, stream=federation.stream
+        )
+        assert products == (expected if rules.measured else ())
+        judged += judgements_of(version, records, products, rules)
+    assert federation.judgements == judged
 
 
 def check_nodes(federation: MemoryFederation) -> None:

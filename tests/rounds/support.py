@@ -62,7 +62,7 @@ def status(word: str = "online", boot: int = 1, link: int = 1, rows: int = 0, ru
 
 
 class Desk:
-    """A server machine whose ledger answers at once, save for the kinds of effects in `slow`.
+    """A server machine whose ledger answers at once, save for the kinds of effects in `slow`; ⟨g_p, z⟩ is always 1.
 
     Attributes:
         seen: every effect so far.
@@ -103,6 +103,8 @@ class Desk:
                 return e.TermsApplied(now, version, base_after(version) if due else NO_DIGEST)
             case e.CommitEntry(entry, records):
                 return e.EntryCommitted(now, entry.version, records)
+            case e.MeasureDirections(version, lanes, steps):
+                return e.DirectionsMeasured(now, version, ((1.0,) * steps,) * lanes)
         return None
 
     def answer(self, now: float) -> list[e.ServerEffect]:

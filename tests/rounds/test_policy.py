@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meerkat_mq.core.path import Term
+from meerkat_mq.config import EarlyStoppingConfig
+from meerkat_mq.core.path import Entry, Term
 from meerkat_mq.errors import ConfigError
 from meerkat_mq.rounds.events import UpdateRecord, Verdict
 from meerkat_mq.rounds.policy import (
+    NEWEST_ENTRY_BYTES,
     applicable,
     deadline_length,
     default_lanes,
@@ -37,6 +39,10 @@ def refused(slot: int, *scalars: float, verdict: Verdict = Verdict.NOT_FINITE) -
     return record(slot, *scalars, verdict=verdict)
 
 
+def early(slot: int, *scalars: float) -> UpdateRecord:
+    return record(slot, *scalars, verdict=Verdict.EARLY_STOPPED)
+
+
 @pytest.mark.parametrize(
     ("part", "count", "expected"),
     [(0.55, 100, 55), (0.07, 100, 7), (0.28, 25, 7), (0.5, 3, 2), (1.0, 7, 7), (1e-12, 5, 1), (0.34, 3, 2)],
@@ -57,7 +63,16 @@ def test_over_many_rounds_every_slot_is_sampled_about_equally_often() -> None:
 
 
 def test_the_deadline_doubles_to_ten_times() -> None:
-    assert [deadline_length(3.0, attempt) for attempt in (0, 1, 2, 3, 4, 5, 2**16)] == [3, 6, 12, 24, 30, 30, 30]
+    rules, attempts = settings(deadline_s=3.0), (0, 1, 2, 3, 4, 5, 2**16)
+    assert [deadline_length(rules, 0, attempt) for attempt in attempts] == [3, 6, 12, 24, 30, 30, 30]
+
+
+@pytest.mark.parametrize(("calibration_steps", "deadline_s"), [(40, 12.0), (4, 3.0)])
+def test_a_calibration_may_take_as_much_longer_as_it_has_more_steps(calibration_steps: int, deadline_s: float) -> None:
+    config = EarlyStoppingConfig(by="random", calibration_steps=calibration_steps)
+    rules = settings(deadline_s=3.0, steps=10, early_stopping=config)
+    assert [deadline_length(rules, version, 0) for version in (0, 1)] == [deadline_s, 3.0]
+    assert deadline_length(rules, 0, 9) == 10 * deadline_s
 
 
 def test_the_fewest_that_a_round_may_need() -> None:
@@ -82,9 +97,20 @@ def test_what_can_be_applied(scalar: float, fits: bool) -> None:
         ({"lanes": 2}, [record(0, 1.0), refused(1, 1e9, verdict=Verdict.OUTLIER)], [(0, 0, 0.5)]),
         ({}, [refused(0, 1.0, verdict=Verdict.AGAINST), refused(1, math.inf)], []),
         ({}, [], []),
+        ({"steps": 3}, [record(0, 1.0, 2.0, 3.0), early(1, 3.0, 8.0, 9.0)], [(0, 0, 1.0), (0, 1, 0.5), (0, 2, 0.75)]),
+        ({"steps": 2, "lanes": 2}, [early(0, 4.0, 9.0), early(1, 8.0, 9.0)], [(0, 0, 1.0), (1, 0, 2.0)]),
+        ({"perturbations": 2}, [record(0, 1.0, 4.0), record(1, 3.0, 8.0)], [(0, 0, 0.5), (0, 1, 1.5)]),
+        (
+            {"perturbations": 2, "steps": 2},
+            [record(0, 1.0, 2.0, 3.0, 4.0), early(1, 3.0, 2.0, 1.0, 4.0)],
+            [(0, 0, 0.5), (0, 1, 0.5), (0, 2, 0.375), (0, 3, 0.5)],
+        ),
     ],
-    ids=["mean", "lanes", "empty lane", "zero", "short", "weights", "NaN", "refused", "all refused", "nobody"],
-)
+    ids=[
+        "mean", "lanes", "empty lane", "zero", "short", "weights", "NaN", "refused", "all refused", "nobody",
+        "early-stopped", "all early-stopped", "two perturbations", "early-stopped with two perturbations",
+    ],
+)  # fmt: skip
 def test_terms(changes: dict[str, Any], records: list[UpdateRecord], expected: list[tuple[int, int, float]]) -> None:
     assert terms_of(records, settings(**changes)) == tuple(Term(*term) for term in expected)
 
@@ -125,7 +151,9 @@ def test_a_trimmed_mean(
 
 
 single = st.floats(-(2.0**100), 2.0**100, width=32)
-fleets = st.lists(st.tuples(single, st.integers(1, 2**24), st.sampled_from(Verdict)), min_size=1, max_size=12)
+verdicts = st.sampled_from(Verdict)
+fleets = st.lists(st.tuples(single, st.integers(1, 2**24), verdicts), min_size=1, max_size=12)
+COUNT = {Verdict.ACCEPTED, Verdict.EARLY_STOPPED}
 aggregates = st.sampled_from(["mean", "trimmed-mean"])
 
 
@@ -136,9 +164,9 @@ def test_terms_do_not_depend_on_order_nor_on_the_refused(
     rules = settings(lanes=lanes, min_nodes=lanes, aggregate=aggregate, trim=trim)
     records = [record(slot, g, weight=weight, verdict=verdict) for slot, (g, weight, verdict) in enumerate(fleet)]
     changed = [
-        found if found.verdict == Verdict.ACCEPTED else replace(found, scalars=(math.nan,), weight=1)
+        found if found.verdict in COUNT else replace(found, scalars=(math.nan,), weight=1)
         for found in records
-        if found.verdict == Verdict.ACCEPTED or rng.random() < 0.5
+        if found.verdict in COUNT or rng.random() < 0.5
     ]
     rng.shuffle(changed)
     assert terms_of(changed, rules) == terms_of(records, rules)
@@ -164,7 +192,18 @@ def test_the_newest_entries_that_fit() -> None:
     size = len(encode_entry(ledger[0]))
     assert newest_that_fit(ledger, 3 * size) == tuple(ledger[2:])
     assert newest_that_fit(ledger, 3 * size - 1) == tuple(ledger[3:])
-    assert newest_that_fit(ledger, size - 1) == ()
+    assert newest_that_fit(ledger, size - 1) == tuple(ledger[4:])
+    assert newest_that_fit([]) == ()
+
+
+@pytest.mark.parametrize(("terms", "fits"), [(130, True), (2043, True), (2044, False)])
+def test_the_newest_entry_fits_up_to_16_kib_and_brings_no_others(terms: int, fits: bool) -> None:
+    (first,) = chain(1)
+    long = Entry(1, (Term(0, 0, 1.0),) * terms, first.hash(RUN), bytes(16))
+    assert (len(encode_entry(long)) <= NEWEST_ENTRY_BYTES) is fits
+    assert newest_that_fit([first, long]) == ((long,) if fits else ())
+    (after,) = chain(1, start=2, previous=long.hash(RUN))
+    assert newest_that_fit([first, long, after]) == (after,)  # a node that is one round late asks
 
 
 def test_more_lanes_than_nodes_are_refused_in_words() -> None:
@@ -177,3 +216,32 @@ def test_more_lanes_than_nodes_are_refused_in_words() -> None:
 )
 def test_each_lane_has_three_nodes_by_default(nodes: int, fraction: float, lanes: int) -> None:
     assert default_lanes(nodes, fraction) == lanes
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"steps": 600, "perturbations": 2}, r"rounds\.local_steps: 600 × 2 perturbations"),
+        ({"steps": 1000, "lanes": 13, "min_nodes": 13}, r"rounds\.local_steps: 1000 × 1 perturbations × 13 lanes"),
+        (
+            {"steps": 2, "perturbations": 11, "early_stopping": EarlyStoppingConfig(by="random")},
+            r"early_stopping\.calibration_steps: 100 × 11",
+        ),
+        ({"steps": 2, "early_stopping": EarlyStoppingConfig(by="vpcs")}, r"early_stopping\.by: vpcs needs"),
+    ],
+)
+def test_rounds_that_cannot_be_are_refused_in_words(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        settings(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"perturbations": 1000},
+        {"lanes": 1000, "min_nodes": 1000},
+        {"perturbations": 11, "early_stopping": EarlyStoppingConfig(by="random")},
+    ],
+)
+def test_the_length_of_a_calibration_that_never_comes_matters_to_nobody(changes: dict[str, Any]) -> None:
+    assert settings(**changes).steps_of(0) == 1

@@ -6,6 +6,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.node import NodeMachine
 from meerkat_mq.rounds.server import ServerMachine
@@ -42,6 +43,7 @@ statuses = st.builds(
 updates = st.builds(Update, headers, small, digests.map(lambda d: d[:8]), loss, scalars, seeds)
 wants = st.builds(Want, headers, small, st.booleans(), st.none() | small)
 records = st.lists(st.builds(e.UpdateRecord, small, names, small, small, st.just(1), scalars, loss), max_size=2)
+products = st.sampled_from([(), ((1.0,) * 4,) * 2])
 rounds = st.builds(
     Round, headers, st.booleans(), st.just(2), st.integers(1, 2), st.just(2.0**-10), st.just(1000), small, slots, slots,
     st.sampled_from([(), ((0, 1), (2, 1))]), entries,
@@ -63,6 +65,7 @@ server_junk = st.one_of(
     st.builds(e.UpdatesCommitted, st.just(0.0), records.map(tuple)),
     st.builds(e.TermsApplied, st.just(0.0), small, digests),
     st.builds(e.EntryCommitted, st.just(0.0), small, records.map(tuple)),
+    st.builds(e.DirectionsMeasured, st.just(0.0), small, products),
 )
 node_junk = st.one_of(
     st.builds(e.Connected, st.just(0.0)),
@@ -80,13 +83,20 @@ def machine_wakes_later(machine: ServerMachine | NodeMachine, now: float) -> Non
     assert machine.wake_at is None or machine.wake_at > now
 
 
+# As short as updates here are; the configuration itself wants four steps.
+CALIBRATION = EarlyStoppingConfig(every=2).model_copy(update={"by": "vpcs", "calibration_steps": 2})
+MEASURED = {"steps": 2, "measured": True, "early_stopping": CALIBRATION}
+stopping = [MEASURED, MEASURED | {"quorum": 0.5, "lanes": 2}, {"perturbations": 2, "measured": True}]
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(server_junk | helpful | helpful, max_size=60),
-    st.sampled_from([{}, {"lanes": 2}, {"quorum": 0.5}, {"min_nodes": 1, "steps": 2}, {"fraction": 0.5}]),
+    st.sampled_from([{}, {"lanes": 2}, {"quorum": 0.5}, {"min_nodes": 1, "steps": 2}, {"fraction": 0.5}, *stopping]),
 )
 def test_no_order_of_events_upsets_the_server(moves: list[Any], changes: dict[str, Any]) -> None:
-    desk = s.desk(e.CommitSlot, e.CommitUpdate, e.ApplyTerms, e.CommitEntry, deadline_s=10.0, grace_s=3.0, **changes)
+    slow = (e.CommitSlot, e.CommitUpdate, e.ApplyTerms, e.CommitEntry, e.MeasureDirections)
+    desk = s.desk(*slow, deadline_s=10.0, grace_s=3.0, **changes)
     now = 0.0
     for move in moves:
         match move:

@@ -10,16 +10,19 @@ from typing import Any, Literal
 
 import numpy as np
 
-from meerkat_mq.config import GuardsConfig, RoundsConfig
+from meerkat_mq.config import EarlyStoppingConfig, GuardsConfig, RoundsConfig
+from meerkat_mq.core.gradip import inner_products
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Entry, short_hash
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.toy import toy_mask
-from meerkat_mq.rounds.events import UpdateRecord, Verdict
+from meerkat_mq.rounds.early_stopping import EarlyStopping, judgements_of, with_verdicts
+from meerkat_mq.rounds.events import Judgement, UpdateRecord, Verdict
 from meerkat_mq.rounds.policy import terms_of
 from meerkat_mq.server.files import DIFFERENCE_FILE, snapshot_file
-from meerkat_mq.server.ledger import LEDGER_FILE, Ledger, Sighting
-from meerkat_mq.server.verify import settings_of
+from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
+from meerkat_mq.server.ledger_rows import Sighting
+from meerkat_mq.server.run import settings_of
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.difference import Difference
 from meerkat_mq.wire.frames import encode_entry
@@ -45,9 +48,11 @@ class Writer:
     nodes: int = 3
     lanes: int = 1
     steps: int = 1
+    perturbations: int = 1
     digest_every: int = 1
     weigh_by_rows: bool = False
     aggregate: Literal["mean", "trimmed-mean"] = "mean"
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     mask: Mask = field(default_factory=lambda: toy_mask(WEIGHTS))
     engine: str = "toy"
     absent: Collection[tuple[int, int]] = ()
@@ -57,11 +62,15 @@ class Writer:
         self.folder.mkdir(parents=True, exist_ok=True)
         rounds = RoundsConfig(
             count=self.count, min_nodes=self.nodes, directions=self.lanes, local_steps=self.steps, lr=2.0,
+            perturbations=self.perturbations,
             digest_every=self.digest_every, weigh_by_rows=self.weigh_by_rows, aggregate=self.aggregate,
         )  # fmt: skip
         self.run = descriptor(self.mask, rounds, self.engine)
-        rules = {"rounds": rounds.model_dump(mode="json"), "guards": GuardsConfig().model_dump(mode="json")}
-        self.settings = settings_of(self.run, rules)
+        sections = {"rounds": rounds, "guards": GuardsConfig(), "early_stopping": self.early_stopping}
+        rules = {name: section.model_dump(mode="json") for name, section in sections.items()}
+        self.settings = settings_of(self.run, rules, measured=bool(self.mask.g_p.any()))
+        self.early = EarlyStopping(self.settings)
+        self.judgements: list[tuple[Judgement, ...]] = []
         self.replica = Replica(self.mask, run_id=RUN, stream=self.run.stream, digest_every=self.digest_every)
         self.entries: list[Entry] = []
         self.ledger = Ledger.open(self.folder / LEDGER_FILE)
@@ -83,12 +92,15 @@ class Writer:
     def _record(self, version: int, slot: int) -> UpdateRecord:
         draw = random.Random(1000 * version + slot)
         verdict = self.refused.get((version, slot), Verdict.ACCEPTED)
-        scalars = [float(np.float32(draw.gauss(0, 1))) for _ in range(self.steps)]
+        scalars = [float(np.float32(draw.gauss(0, 1))) for _ in range(self._asked(version, slot))]
         scalars[0] = VALUES.get(verdict, scalars[0])
         scalars = [float(np.float32(value)) for value in scalars]
         weight = draw.randrange(1, 100) if self.weigh_by_rows else 1
         loss = float(np.float32(1 + draw.random()))
         return UpdateRecord(version, f"n{slot}", slot, 7, weight, tuple(scalars), loss, verdict)
+
+    def _asked(self, version: int, slot: int) -> int:
+        return self.perturbations * self.early.steps_of(version, f"n{slot}")
 
     def hear(self) -> tuple[UpdateRecord, ...]:
         """The updates of the open round come."""
@@ -98,12 +110,25 @@ class Writer:
 
     def round(self) -> None:
         """The open round is heard and closes."""
-        records = self.hear()
+        version, heard = len(self.entries), self.hear()
+        products = self.products(version)
+        judgements = judgements_of(version, heard, products, self.settings)
+        records = with_verdicts(heard, judgements)
         terms = terms_of(records, self.settings)
-        version = len(self.entries)
         entry = Entry(version, terms, self.head, self.replica.apply(terms))
-        self.ledger.commit_entry(entry, records, asked=self.nodes, overdue=len(records) < self.nodes)
+        self.ledger.commit_entry(
+            entry, records, self.nodes, overdue=len(records) < self.nodes, products=products, judgements=judgements
+        )
         self.entries.append(entry)
+        self.judgements.append(judgements)
+        self.early.remember(judgements)
+
+    def products(self, version: int) -> tuple[tuple[float, ...], ...]:
+        """⟨g_p, z⟩ of a round's directions, where the mask has a g_p."""
+        if not self.settings.measured:
+            return ()
+        steps = self.perturbations * self.settings.steps_of(version)
+        return inner_products(self.mask.g_p, RUN, version, lanes=self.lanes, steps=steps, stream=self.run.stream)
 
     def snapshot(self) -> Path:
         """Keep theta as it stands."""
@@ -139,7 +164,7 @@ def descriptor(mask: Mask, rounds: RoundsConfig, engine: str) -> RunDescriptor:
         "fingerprint": mask.fingerprint.hex(), "tokenizer": mask.tokenizer_fingerprint.hex(), "mask": mask.hash.hex(),
         "mask_bytes": 1, "mask_chunks": 1, "weights": mask.size, "stream": rounds.stream, "rounds": rounds.count,
         "local_steps": rounds.local_steps, "directions": rounds.directions, "lr": rounds.lr, "eps": rounds.eps,
-        "batch_size": rounds.batch_size, "digest_every": rounds.digest_every,
+        "perturbations": rounds.perturbations, "batch_size": rounds.batch_size, "digest_every": rounds.digest_every,
     }  # fmt: skip
     return RunDescriptor.model_validate(fields)
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.core.path import seed_for
 from meerkat_mq.errors import LedgerError, RunMismatch
 from meerkat_mq.rounds.events import Verdict
 from meerkat_mq.server import inspect
-from meerkat_mq.server.inspect import path_shown, round_shown, rounds_shown, run_shown
+from meerkat_mq.server.inspect import path_shown, round_shown, rounds_shown, run_shown, steps_shown
 from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
 from tests.server.ledgers import RUN, Writer, alter, close_all
 
@@ -148,3 +149,73 @@ def test_a_ledger_without_a_run(tmp_path: Path) -> None:
     with pytest.raises(LedgerError, match="holds no run yet"):
         run_shown(ledger)
     ledger.close()
+
+
+# --- virtual paths ---
+
+
+def measured(folder: Path) -> Writer:
+    """Six rounds, two of which calibrate; each flags one node of four, but not the same."""
+    early = EarlyStoppingConfig(
+        by="vpcs", steps=2, calibration_steps=12, every=4, rho_later=3.3, rho_quiet=0.4, require="either"
+    )
+    writer = Writer(folder, nodes=4, lanes=2, steps=5, early_stopping=early, refused={(2, 0): Verdict.OUTLIER})
+    for _ in range(6):
+        writer.round()
+    return writer
+
+
+def test_nodes_by_their_virtual_paths(tmp_path: Path) -> None:
+    writer = measured(tmp_path)
+    shown = run_shown(writer.ledger)
+    assert shown.early_stopping == "by vpcs, judged in round 0 by 12 local steps, again every 4 rounds"
+    judged = writer.judgements[4]
+    assert [(node.judged, node.rho_later, node.rho_quiet) for node in shown.nodes] == [
+        (4, judgement.rho_later, judgement.rho_quiet) for judgement in judged
+    ]
+    since = [node.early_stopped_since for node in shown.nodes]
+    assert since == [4 if judgement.early_stopped else None for judgement in judged]
+    assert since.count(4) == 1
+    assert writer.judgements[0][since.index(4)].early_stopped is False
+    for slot, node in enumerate(shown.nodes):
+        sizes = [
+            abs(g * product)
+            for version in range(6)
+            for g, product in zip(
+                writer.ledger.records(version)[slot].scalars, writer.products(version)[slot % 2], strict=False
+            )
+            if (version, slot) != (2, 0)
+        ]
+        assert node.gradip == pytest.approx(sum(sizes) / len(sizes), rel=1e-12)
+
+
+def test_gradip_of_nodes_and_steps(tmp_path: Path) -> None:
+    writer = measured(tmp_path)
+    steps = list(steps_shown(writer.ledger, None, 0, 100))
+    assert [len([step for step in steps if step.version == version]) for version in (0, 2)] == [48, 15 - 3]
+    assert {step.version for step in steps if step.node == "n0"} == {0, 1, 3, 4, 5}  # of round 2 it was refused
+    for step in steps_shown(writer.ledger, "n3", 2, 3):
+        assert (step.node, step.lane) == ("n3", 1)
+        assert int(step.seed, 16) == seed_for(RUN, step.version, 1, step.step)
+        assert step.gradip == step.g * writer.products(step.version)[1][step.step]
+    assert sorted({step.version for step in steps_shown(writer.ledger, "n3", 2, 3)}) == [2, 3, 4]
+    with pytest.raises(RunMismatch, match="node x: is not in the ledger"):
+        list(steps_shown(writer.ledger, "x", 0, 10))
+
+
+def test_rounds_before_gradip_was_kept_are_passed_over(tmp_path: Path) -> None:
+    writer = measured(tmp_path)
+    alter(tmp_path, "UPDATE entries SET products = NULL WHERE version < 3")
+    assert {step.version for step in steps_shown(writer.ledger, None, 0, 100)} == {3, 4, 5}
+    alter(tmp_path, "UPDATE entries SET products = x''")
+    with pytest.raises(RunMismatch, match="GradIP: is not measured in this run: its mask has no pre-training gradient"):
+        list(steps_shown(writer.ledger, None, 0, 100))
+    assert [node.gradip for node in run_shown(writer.ledger).nodes] == [None] * 4
+
+
+def test_at_one_local_step_the_run_says_that_filtering_changes_nothing(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, early_stopping=EarlyStoppingConfig(by="vpcs"))
+    writer.round()
+    shown = run_shown(writer.ledger)
+    assert shown.early_stopping == "by vpcs: filtering changes nothing at local_steps = 1"
+    assert [node.judged for node in shown.nodes] == [None] * 3

@@ -64,7 +64,8 @@ def test_an_update_that_was_kept_too_late_for_its_entry_goes(tmp_path: Path) -> 
     writer.ledger.commit_updates(early)
     terms = terms_of(early, writer.settings)
     writer.ledger.commit_updates(late)  # on its way when the deadline came
-    writer.ledger.commit_entry(Entry(0, terms, writer.head, writer.replica.apply(terms)), early, asked=3, overdue=True)
+    entry = Entry(0, terms, writer.head, writer.replica.apply(terms))
+    writer.ledger.commit_entry(entry, early, asked=3, overdue=True, products=writer.products(0))
     assert writer.ledger.records(0) == early
     verify_ledger(writer.ledger, writer.mask)
     writer.ledger.close()

@@ -20,7 +20,8 @@ from meerkat_mq.core.path import Entry, Term
 from meerkat_mq.errors import AnotherServer, LedgerError
 from meerkat_mq.rounds.events import UpdateRecord, Verdict
 from meerkat_mq.server import ledger_file
-from meerkat_mq.server.ledger import Ledger, Sighting
+from meerkat_mq.server.ledger import Ledger
+from meerkat_mq.server.ledger_rows import Sighting
 from meerkat_mq.server.run import prepare_run
 
 IMPORTS = "import sys; from pathlib import Path; from meerkat_mq.server.ledger import Ledger"
@@ -201,7 +202,7 @@ def cut_short(path: Path) -> None:
 
 BAD: list[tuple[Callable[[Path], object], str]] = [
     (foreign, "is a SQLite file of another program; name another state_dir"),
-    (newer, r"was written by a newer Meerkat-MQ \(schema 99, this one knows 1\); update Meerkat-MQ"),
+    (newer, r"was written by a newer Meerkat-MQ \(schema 99, this one knows 2\); update Meerkat-MQ"),
     (truncated, "is damaged .*restore it from a backup"),
     (scribbled, "is damaged .*restore it from a backup"),
     (cut_short, "is not a SQLite file"),
@@ -281,14 +282,15 @@ def test_an_older_schema_is_brought_up_to_date_in_one_step(path: Path, monkeypat
         begin(opened)
         round_(opened, 0)
     with monkeypatch.context() as patched:
-        patched.setattr(ledger_file, "SCHEMA", 2)
-        patched.setattr(ledger_file, "MIGRATIONS", [*ledger_file.MIGRATIONS, "CREATE TABLE extra (x); SELECT nonsense"])
+        migrations, newer = ledger_file.MIGRATIONS, ledger_file.SCHEMA + 1
+        patched.setattr(ledger_file, "SCHEMA", newer)
+        patched.setattr(ledger_file, "MIGRATIONS", [*migrations, "CREATE TABLE extra (x); SELECT nonsense"])
         with pytest.raises(LedgerError, match="no such column: nonsense"):
             Ledger.open(path)
-        patched.setattr(ledger_file, "MIGRATIONS", [*ledger_file.MIGRATIONS[:1], "CREATE TABLE extra (x)"])
+        patched.setattr(ledger_file, "MIGRATIONS", [*migrations, "CREATE TABLE extra (x)"])
         with closing(Ledger.open(path)) as opened:
             assert opened.version == 1
-    with pytest.raises(LedgerError, match=r"newer Meerkat-MQ \(schema 2, this one knows 1\)"):
+    with pytest.raises(LedgerError, match=rf"newer Meerkat-MQ \(schema {newer}, this one knows {newer - 1}\)"):
         Ledger.open(path)
 
 

@@ -76,7 +76,7 @@ async def test_a_killed_server_goes_on_from_a_snapshot(federation: Federation) -
 async def test_a_damaged_snapshot_is_passed_over(federation: Federation, harm: Any) -> None:
     nodes = start_nodes(federation)
     first = server(federation, rounds=ROUNDS | {"count": 60})
-    await first.says("run finished")
+    await first.says("model saved")  # after all that was queued, the snapshot too
     first.kill()
     await all_end(*nodes)
     harm(federation.folder / "server" / "snapshot-60.mks")

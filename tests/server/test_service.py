@@ -178,7 +178,7 @@ async def test_a_new_term_takes_theta_back_to_what_is_committed_and_leaves_the_o
 
 
 async def test_what_cannot_be_committed_is_told_to_nobody(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise LedgerError("ledger.sqlite", "there is no space left")
 
     task = asyncio.create_task(office.scribe.run(office.desk))

@@ -10,7 +10,8 @@ import numpy as np
 from meerkat_mq.config import ServerConfig
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.mqtt import Count
-from meerkat_mq.observe.events import Evaluated, RunEvent
+from meerkat_mq.observe.events import Evaluated, RoundClosed, RunEvent
+from meerkat_mq.rounds.events import EntryCommitted, Judgement, UpdateRecord, Verdict
 from meerkat_mq.server.run import prepare_run
 from meerkat_mq.server.watch import Watch
 from meerkat_mq.wire.descriptor import NodeStatus
@@ -80,3 +81,23 @@ async def test_evaluations_go_to_the_ledger(tmp_path: Any) -> None:
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task
+
+
+async def test_a_closed_round_tells_gradip_and_judgements(tmp_path: Any) -> None:
+    told: list[RunEvent] = []
+    records = tuple(
+        UpdateRecord(0, node, slot, 1, 1, (2.0, -4.0)[:steps], loss, verdict)
+        for slot, (node, steps, loss, verdict) in enumerate(
+            [("a", 2, 1.0, Verdict.ACCEPTED), ("b", 2, 9.0, Verdict.OUTLIER), ("c", 1, 3.0, Verdict.EARLY_STOPPED)]
+        )
+    )
+    judgements = (Judgement(0, "c", 4.0, 0.5, True),)
+    eye = watch(tmp_path, told=told)
+    eye.closed(EntryCommitted(0.0, 0, records, ((0.5, 0.25), (0.0, 0.0)), judgements), 3, 156)
+    eye.closed(EntryCommitted(0.0, 1, records), 3, 156)
+    first, second = told
+    assert isinstance(first, RoundClosed)
+    assert isinstance(second, RoundClosed)
+    assert (first.gradip, first.judgements) == ({"a": (1.0, -1.0), "c": (1.0,)}, judgements)
+    assert (first.loss, first.heard) == (2.0, 3)
+    assert (second.gradip, second.judgements) == ({}, ())

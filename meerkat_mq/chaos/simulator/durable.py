@@ -8,12 +8,21 @@ from functools import lru_cache
 import numpy as np
 
 from meerkat_mq.core.directions import Float32Array, direction
+from meerkat_mq.core.gradip import inner_products
 from meerkat_mq.core.path import Entry, Term, apply, digest, seed_for
 from meerkat_mq.errors import AnotherServer
-from meerkat_mq.rounds.events import UpdateRecord
+from meerkat_mq.rounds.events import CommitEntry, Judgement, UpdateRecord
 
 _direction = lru_cache(16_384)(direction)
 _seed_for = lru_cache(16_384)(seed_for)
+
+
+@lru_cache(4096)
+def measured(
+    g_p: bytes, run_id: bytes, version: int, *, lanes: int, steps: int, stream: str
+) -> tuple[tuple[float, ...], ...]:
+    """⟨g_p, z⟩ of a round's directions, by lane and step; g_p as float32 bytes."""
+    return inner_products(np.frombuffer(g_p, np.float32), run_id, version, lanes=lanes, steps=steps, stream=stream)
 
 
 class Theta:
@@ -44,6 +53,8 @@ class Ledger:
     """The ledger as SQLite keeps it: each method is one transaction, which a crash leaves done or undone.
 
     Attributes:
+        products: ⟨g_p, z⟩ of each entry's directions, by lane and step.
+        judgements: of each entry.
         updates: committed, of the open round; the first of a node in a version wins.
         snapshots: version to blob hash.
     """
@@ -51,6 +62,8 @@ class Ledger:
     entries: list[Entry] = field(default_factory=list)
     entry_terms: list[int] = field(default_factory=list)
     records: list[tuple[UpdateRecord, ...]] = field(default_factory=list)
+    products: list[tuple[tuple[float, ...], ...]] = field(default_factory=list)
+    judgements: list[tuple[Judgement, ...]] = field(default_factory=list)
     terms: list[tuple[int, str]] = field(default_factory=list)
     slots: dict[str, int] = field(default_factory=dict)
     updates: dict[tuple[int, str], UpdateRecord] = field(default_factory=dict)
@@ -88,13 +101,15 @@ class Ledger:
         for record in records:
             self.updates.setdefault((record.version, record.node), record)
 
-    def commit_entry(self, mine: tuple[int, str], entry: Entry, records: tuple[UpdateRecord, ...]) -> None:
+    def commit_entry(self, mine: tuple[int, str], closed: CommitEntry) -> None:
         """Keep an entry and its updates with their verdicts; an update committed too late for it is dropped."""
         self._fence(mine)
-        self.entries.append(entry)
+        self.entries.append(closed.entry)
         self.entry_terms.append(mine[0])
-        self.records.append(records)
-        self.updates = {key: record for key, record in self.updates.items() if key[0] > entry.version}
+        self.records.append(closed.records)
+        self.products.append(closed.products)
+        self.judgements.append(closed.judgements)
+        self.updates = {key: record for key, record in self.updates.items() if key[0] > closed.entry.version}
 
     def commit_snapshot(self, mine: tuple[int, str], version: int, blob_hash: bytes) -> None:
         """Keep a snapshot's hash; those of the two newest stay."""

@@ -211,6 +211,7 @@ def _hostile(federation: Federation, fault: Fault) -> None:
 
 def _nasty(federation: Federation, node: Node, choose: Callable[..., float]) -> Update:
     settings, header = federation.history.settings, federation.history.rounds[-1][1].header
+    whole = settings.perturbations * settings.steps_of(header.version)
     entries = federation.disk.ledger.entries
     right = next((entry.digest for entry in reversed(entries) if any(entry.digest)), federation.theta_0.digest)
     odd = choose((math.nan, math.inf, -math.inf, 1e30, 3e38, 1.0, 5.0, 1e-30))
@@ -223,8 +224,8 @@ def _nasty(federation: Federation, node: Node, choose: Callable[..., float]) -> 
         node.boot,
         right[:8] if choose((0, 0, 1)) == 0 else bytes(8),
         choose((1.0, 1.0, math.nan)),
-        (odd,) * int(choose((settings.steps, settings.steps, settings.steps, 2, 0))),
-        (1,) * settings.steps if choose((0, 0, 0, 1)) else None,
+        (odd,) * int(choose((whole, whole, whole, 2, 0))),
+        (1,) * whole if choose((0, 0, 0, 1)) else None,
     )
 
 

@@ -10,6 +10,7 @@ from meerkat_mq.chaos.simulator.node import Node
 from meerkat_mq.chaos.simulator.schedule import Fault, Schedule
 from meerkat_mq.chaos.simulator.server import Disk, Server
 from meerkat_mq.chaos.simulator.world import Clock, Process
+from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.toy import toy_mask
 from meerkat_mq.rounds.policy import RoundSettings
@@ -17,6 +18,8 @@ from meerkat_mq.rounds.policy import RoundSettings
 RUN = bytes(range(16))
 WEIGHTS = 8
 STREAM = "mk1"
+# Thresholds that about half of the made-up paths pass, so that there is something to get wrong.
+THRESHOLDS = EarlyStoppingConfig(initial=0.5, later=0.5, rho_later=1.0, rho_quiet=0.25, quiet=0.7, random_share=0.4)
 
 
 @cache
@@ -44,6 +47,15 @@ def settings_of(schedule: Schedule) -> RoundSettings:
         aggregate=schedule.aggregate,
         snapshot_every=schedule.snapshot_every,
         digest_every=schedule.digest_every,
+        perturbations=schedule.perturbations,
+        early_stopping=THRESHOLDS.model_copy(
+            update={
+                "by": schedule.early_stopping,
+                "calibration_steps": schedule.calibration_steps,
+                "every": schedule.every,
+            }
+        ),
+        measured=schedule.measure_s is not None,
     )
 
 
@@ -100,6 +112,7 @@ class Federation:
             disk=self.disk,
             theta_0=self.theta_0,
             commit_s=self.schedule.commit_s,
+            measure_s=self.schedule.measure_s or 0.0,
         )
         self._servers.append(self.server)
         self.server.start()
@@ -161,6 +174,7 @@ class Federation:
         history, ledger = self.history, self.disk.ledger
         history.entries, history.records, history.terms = ledger.entries, ledger.records, ledger.terms
         history.entry_terms = ledger.entry_terms
+        history.products, history.judgements = ledger.products, ledger.judgements
         history.open_updates = tuple(ledger.updates.values())
         history.finished = self.finished
         return history

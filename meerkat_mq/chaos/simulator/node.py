@@ -174,7 +174,8 @@ class Node(Process):
         self.later(self._step_s, self._steps_done, effect)
 
     def _steps_done(self, effect: e.StartSteps) -> None:
-        scalars = tuple(self._scalar(effect, step) for step in range(effect.steps))
+        count = effect.steps * self._history.settings.perturbations
+        scalars = tuple(self._scalar(effect, step) for step in range(count))
         self._handle(e.StepsDone(self.clock.now, effect.version, scalars, 1.0))
 
     def _scalar(self, effect: e.StartSteps, step: int) -> float:

@@ -11,7 +11,7 @@ LAST_WORDS_S = 1.0
 
 def patience(schedule: Schedule) -> float:
     """Virtual seconds within which a healed federation finishes, whatever it went through."""
-    a_round = 2.0 + (3.0 * schedule.deadline_s if schedule.slow else 0.0)
+    a_round = 2.0 + (schedule.measure_s or 0.0) + (3.0 * schedule.deadline_s if schedule.slow else 0.0)
     return 30.0 + 12 * schedule.deadline_s + a_round * schedule.rounds
 
 

@@ -35,6 +35,11 @@ class Schedule:
     """A federation and its faults; see `RoundSettings` for the rules of rounds.
 
     Attributes:
+        perturbations: projected gradients a local step.
+        early_stopping: who does fewer local steps after a calibration; "off" also where that would be everybody.
+        calibration_steps: local steps of a calibration.
+        every: rounds from one calibration to the next; 0: the first round only.
+        measure_s: virtual seconds that the inner products of a round's directions take; None: they are not measured.
         step_s: virtual seconds of a round's local steps, on the fastest node.
         commit_s: virtual seconds of one commit.
         wire: whether each frame goes through its encoding.
@@ -57,6 +62,11 @@ class Schedule:
     snapshot_every: int
     weigh_by_rows: bool
     aggregate: Literal["mean", "trimmed-mean"]
+    perturbations: int
+    early_stopping: Literal["off", "vpcs", "random"]
+    calibration_steps: int
+    every: int
+    measure_s: float | None
     step_s: float
     commit_s: float
     wire: bool
@@ -114,13 +124,16 @@ def make_schedule(seed: int, names: Collection[str] = ()) -> Schedule:
     fraction = draw.choice((1.0, 1.0, 1.0, 0.6))
     step_s, commit_s = draw.choice((0.05, 0.2, 0.4)), draw.choice((0.0, 0.005, 0.05, 0.3))
     deadline_s, slow = draw.choice((2.0, 4.0, 8.0)), draw.random() < 0.1
-    calm_s = rounds * (deadline_s if slow else 1.3 * step_s + 3 * commit_s + 0.1)  # about what an undisturbed run takes
+    by: Literal["off", "vpcs", "random"] = draw.choice(("off", "off", "vpcs", "vpcs", "random"))
+    measure_s = draw.choice((0.0, 0.01, 0.3, 2.5)) if by == "vpcs" or draw.random() < 0.5 else None
+    a_round = deadline_s if slow else max(1.3 * step_s, measure_s or 0.0) + 3 * commit_s + 0.1
+    calm_s = rounds * a_round  # about what an undisturbed run takes
     return Schedule(
         seed=seed,
         nodes=nodes,
         rounds=rounds,
         lanes=draw.choice((1, 1, min(2, share(fraction, min_nodes)))),
-        steps=draw.choice((1, 1, 1, 1, 3)),
+        steps=draw.choice((1, 1, 1, 1, 3)) if by == "off" else draw.choice((2, 3)),
         min_nodes=min_nodes,
         fraction=fraction,
         quorum=draw.choice((0.5, 0.75, 1.0)),
@@ -130,6 +143,11 @@ def make_schedule(seed: int, names: Collection[str] = ()) -> Schedule:
         snapshot_every=draw.choice((6, 10, 20)),
         weigh_by_rows=draw.random() < 0.3,
         aggregate=draw.choice(("mean", "mean", "mean", "trimmed-mean")),
+        perturbations=draw.choice((1, 1, 1, 2)),
+        early_stopping=by,
+        calibration_steps=draw.choice((4, 6)),
+        every=draw.choice((0, 7, 20)),
+        measure_s=measure_s,
         step_s=step_s,
         commit_s=commit_s,
         wire=draw.random() < 0.05,

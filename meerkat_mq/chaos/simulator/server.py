@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from meerkat_mq.chaos.history import History
 from meerkat_mq.chaos.simulator.broker import Broker, Client, Message, Topic
-from meerkat_mq.chaos.simulator.durable import Ledger, Theta
+from meerkat_mq.chaos.simulator.durable import Ledger, Theta, measured
 from meerkat_mq.chaos.simulator.world import Clock, Process
 from meerkat_mq.core.path import NO_DIGEST, digest_due, short_hash
 from meerkat_mq.errors import WireError
@@ -44,6 +44,7 @@ class Server(Process):
         disk: Disk,
         theta_0: Theta,
         commit_s: float,
+        measure_s: float,
     ) -> None:
         super().__init__("server", clock)
         self.server_id = server_id
@@ -53,6 +54,7 @@ class Server(Process):
         self._history = history
         self._theta_0 = self._theta = theta_0
         self._commit_s = commit_s
+        self._measure_s = measure_s
         self._mine = (0, server_id)
         self._rival: ServerState | None = None
         self._statuses: dict[str, NodeStatus] = {}
@@ -107,7 +109,12 @@ class Server(Process):
             entries=ledger.entries[-64:],
             updates=self.resumed_updates(),
             past=ledger.records[-settings.guards.window :],
+            judgements=self.resumed_judgements(),
         )
+
+    def resumed_judgements(self) -> Sequence[e.Judgement]:
+        """All that was found of any node, oldest first."""
+        return [judgement for found in self.disk.ledger.judgements for judgement in found]
 
     def resumed_updates(self) -> Sequence[e.UpdateRecord]:
         """The committed updates of the open round."""
@@ -228,12 +235,21 @@ class Server(Process):
                 self._handle(e.TermsApplied(self.clock.now, version, self._theta.digest if due else NO_DIGEST))
             case e.CommitEntry(entry, records):
                 self.carry_out(
-                    lambda: ledger.commit_entry(self._mine, entry, records),
+                    lambda: ledger.commit_entry(self._mine, work),
                     lambda: e.EntryCommitted(self.clock.now, entry.version, records),
                 )
             case e.KeepSnapshot(version, head):
                 self.step()
                 self.keep_snapshot(version, head)
+
+    def _measure(self, effect: e.MeasureDirections) -> None:
+        """Off the loop: it takes its time, and its answer may find another machine."""
+        history, g_p = self._history, self._history.mask.g_p.tobytes()
+        products = measured(
+            g_p, history.run_id, effect.version, lanes=effect.lanes, steps=effect.steps, stream=history.stream
+        )
+        event = lambda: self._handle(e.DirectionsMeasured(self.clock.now, effect.version, products))  # noqa: E731
+        self.later(self._measure_s, event)
 
     def carry_out(self, commit: Callable[[], None], event: Callable[[], e.ServerEvent]) -> None:
         """Commit first, then say so."""
@@ -301,6 +317,7 @@ class Server(Process):
         e.CommitSlot: _put,
         e.CommitUpdate: _put,
         e.ApplyTerms: _put,
+        e.MeasureDirections: _measure,
         e.CommitEntry: _put,
         e.KeepSnapshot: _put,
         e.PublishRound: _publish_round,

@@ -30,6 +30,7 @@ def _smaller(schedule: Schedule) -> Iterator[Schedule]:
     plain = {
         "wire": False, "slow": False, "leftovers": False, "fickle": False, "weigh_by_rows": False, "fraction": 1.0,
         "steps": 1, "lanes": 1, "digest_every": 1, "aggregate": "mean", "commit_s": 0.0,
+        "early_stopping": "off", "every": 0, "perturbations": 1,
     }  # fmt: skip
     for name, value in plain.items():
         if getattr(schedule, name) != value:

@@ -1,0 +1,125 @@
+"""The method's table: the sweeps behind benchmarks/README.md, by name.
+
+    python -m benchmarks.sweeps agnews-tuning             learning rates, on rows split off the training file
+    python -m benchmarks.sweeps agnews                    and so on; without a name: their list
+
+Rows and tables go to `--out` (default runs/sweeps/NAME); a second start goes on where the first one stopped. MiniLM and
+the data sets are found as in `benchmarks.minilm_agnews`.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.minilm_agnews import SHARED, minilm
+from meerkat_mq.config import check_config
+from meerkat_mq.sweep.plan import SweepPlan
+from meerkat_mq.sweep.run import check_plan, run_sweep
+
+Table = dict[str, Any]
+
+C4 = SHARED / "data/text/c4_sample.jsonl"
+WIKITEXT = SHARED / "data/text/wikitext2_valid.txt"
+DIRICHLET = [{"how": "dirichlet", "alpha": 0.5}]
+
+
+def task(name: str, **others: Any) -> Table:
+    folder = SHARED / "data" / name
+    return {"name": name, "train": folder / "train.jsonl", "validation": folder / "validation.jsonl", **others}
+
+
+def on_minilm(methods: list[Table], **others: Any) -> Table:
+    """A plan on real weights and AG News: 8 nodes, Dirichlet(0.5), T = 10, 240 forward passes a node, three seeds."""
+    plan: Table = {
+        "model": minilm(), "text": C4, "calibration_tokens": 128, "nodes": 8, "passes": 240, "batch_size": 4,
+        "max_tokens": 24, "eval_rows": 1000, "local_steps": [10], "splits": DIRICHLET, "seeds": [0, 1, 2],
+        "tasks": [task("agnews")],
+    }  # fmt: skip
+    return plan | others | {"methods": methods}
+
+
+def tuning(methods: list[Table], **others: Any) -> Table:
+    """The same on rows split off the training file, one seed of its own."""
+    return on_minilm(methods, evaluate_on="tuning", tune_rows=1000, eval_rows=600, seeds=[100], **others)
+
+
+def method(name: str, lr: float | list[float], **others: Any) -> Table:
+    return {"name": name, "lr": lr, **others}
+
+
+def meerkat(lr: float | list[float], **others: Any) -> Table:
+    return method("MEERKAT", lr, **others)
+
+
+def tuned() -> list[Table]:
+    """Half the budget, learning rates around what a first look showed; dense runs move 2,000 times as many weights."""
+    return [
+        meerkat([5e-4, 1e-3, 2e-3, 4e-3]),
+        method("magnitude-activation", [1e-3, 4e-3, 1.6e-2], mask="magnitude-activation"),
+        method("magnitude", [1e-3, 5e-3, 2.5e-2], mask="magnitude"),
+        method("random", [1e-3, 5e-3, 2.5e-2], mask="random"),
+        method("dense ZO", [1e-6, 5e-6, 2.5e-5], mask="dense"),
+        method("LoRA-ZO", [3e-4, 3e-3, 3e-2], mask="lora"),
+        method("first-order", [1e-4, 3e-4, 1e-3], optimiser="first-order"),
+    ]
+
+
+def chosen() -> dict[str, Table]:
+    """Each method at the learning rate that was best on the tuning rows."""
+    return {
+        "meerkat": meerkat(2e-3),
+        "dense": method("dense ZO", 5e-6, mask="dense"),
+        "first-order": method("first-order", 3e-4, optimiser="first-order"),
+    }
+
+
+def early_stopping(lr: float, calibration: int) -> list[Table]:
+    """Meerkat, Meerkat-vp, and the control: as many nodes, drawn at random, after the same calibration round."""
+    stopping = {"by": "vpcs", "calibration_steps": calibration}
+    drawn = {"by": "random", "calibration_steps": calibration, "random_share": 0.25}
+    return [
+        meerkat(lr),
+        method("Meerkat-vp", lr, early_stopping=stopping),
+        method("random early stopping", lr, early_stopping=drawn),
+    ]
+
+
+EXTREME = {"how": "extreme", "nodes": 2}
+
+SWEEPS: dict[str, Callable[[], Table]] = {
+    "agnews-tuning": lambda: tuning(tuned(), passes=120),
+    "decomfl-tuning": lambda: tuning(
+        [method("DeComFL", [5e-6, 2e-5, 8e-5], mask="dense", perturbations=10)], passes=120, local_steps=[1]
+    ),
+    "agnews-t1": lambda: on_minilm(list(chosen().values()), local_steps=[1]),
+    "agnews-one-label": lambda: on_minilm(list(chosen().values()), splits=[{"how": "one-label"}]),
+    "agnews-t1-iid": lambda: on_minilm([chosen()["meerkat"]], local_steps=[1], splits=[{"how": "iid"}]),
+    "tasks": lambda: on_minilm(
+        [method("untrained", [], mask="none"), chosen()["meerkat"], chosen()["first-order"]],
+        max_tokens=96,
+        seeds=[0],
+        tasks=[task(name) for name in ("sst2", "rte", "boolq", "wic")],
+    ),
+    "early-stopping": lambda: on_minilm(
+        early_stopping(2e-3, 100), passes=400, local_steps=[10, 30, 50], splits=[EXTREME]
+    ),
+    "minority": lambda: on_minilm(early_stopping(2e-3, 100), passes=400, splits=[EXTREME | {"exclusive": True}]),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=sorted(SWEEPS))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--processes", type=int, default=2)
+    args = parser.parse_args()
+    plan = check_config(SWEEPS[args.name](), SweepPlan, where=args.name)
+    check_plan(plan)
+    run_sweep(plan, args.out or Path("runs/sweeps") / args.name, args.processes, Console())
+
+
+if __name__ == "__main__":
+    main()

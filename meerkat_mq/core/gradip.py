@@ -1,0 +1,64 @@
+"""GradIP: the inner product of the pre-training gradient and a node's step (specification, section 2).
+
+The ledger keeps ⟨g_p, z⟩ of each direction, so its sum has one order, the same on every machine.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from meerkat_mq.core.directions import Float32Array, direction
+from meerkat_mq.core.path import seeds_of
+
+Float64Array = npt.NDArray[np.float64]
+LARGEST = float(np.finfo(np.float32).max)
+
+
+def tree_sum(values: Float64Array) -> float:
+    """The sum in float64, halves added to halves: `values` is padded with zeros to a power of two, then folded.
+
+    Args:
+        values: float64 (m,), m ≥ 1; overwritten.
+    """
+    count = values.size
+    while count > 1:
+        half = 1 << ((count - 1).bit_length() - 1)
+        values[: count - half] += values[half:count]
+        count = half
+    return float(values[0])
+
+
+def inner_product(g_p: Float32Array, z: Float32Array) -> float:
+    """⟨g_p, z⟩: exact products in float64, `tree_sum`, rounded once to float32; float32 (n,) each.
+
+    Beyond float32 it is the largest float32 of its sign, and a zero is +0: what the ledger keeps is finite.
+    """
+    total = tree_sum(np.multiply(g_p, z, dtype=np.float64))
+    return float(np.float32(min(max(total, -LARGEST), LARGEST))) + 0.0
+
+
+def inner_products(
+    g_p: Float32Array, run_id: bytes, version: int, *, lanes: int, steps: int, stream: str
+) -> tuple[tuple[float, ...], ...]:
+    """⟨g_p, z⟩ of every direction of a round, by lane and step; each exactly a float32.
+
+    Args:
+        g_p: float32 (n,), the mean signed pre-training gradient on the mask.
+        run_id: 16 bytes.
+        version: of the round.
+        lanes: P.
+        steps: directions a lane.
+        stream: direction stream.
+    """
+    return tuple(
+        tuple(
+            inner_product(g_p, direction(stream, seed, 0, g_p.size)) for seed in seeds_of(run_id, version, lane, steps)
+        )
+        for lane in range(lanes)
+    )
+
+
+def gradip(scalars: Sequence[float], products: Sequence[float]) -> tuple[float, ...]:
+    """GradIP_k^t = ⟨g_p, g_k^t·z_t⟩ = g_k^t·⟨g_p, z_t⟩ of each step of a node's path, MEERKAT (arXiv 2506.03337)."""
+    return tuple(scalar * product for scalar, product in zip(scalars, products, strict=False))

@@ -1,0 +1,114 @@
+"""Meerkat-vp: which nodes' virtual paths show extremely skewed data (docs/early-stopping.md)."""
+
+import hashlib
+import math
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from meerkat_mq.config import EarlyStoppingConfig
+from meerkat_mq.core.gradip import gradip
+from meerkat_mq.rounds.events import Judgement, UpdateRecord, Verdict
+from meerkat_mq.rounds.guards import NOT_REFUSED
+from meerkat_mq.rounds.policy import RoundSettings, lane_of, share
+
+
+class EarlyStopping:
+    """Who is early-stopped: the newest judgement of each node, which the ledger keeps."""
+
+    def __init__(self, settings: RoundSettings, judgements: Iterable[Judgement] = ()) -> None:
+        self._settings = settings
+        self._newest: dict[str, Judgement] = {}
+        self.remember(judgements)
+
+    def remember(self, judgements: Iterable[Judgement]) -> None:
+        """A calibration round was committed with these."""
+        self._newest |= {judgement.node: judgement for judgement in judgements}
+
+    @property
+    def nodes(self) -> frozenset[str]:
+        """Those that are early-stopped."""
+        return frozenset(node for node, judgement in self._newest.items() if judgement.early_stopped)
+
+    def steps_of(self, version: int, node: str) -> int:
+        """Local steps that round `version` asks of a node."""
+        settings, judgement = self._settings, self._newest.get(node)
+        if judgement is None or not judgement.early_stopped or settings.calibrates(version):
+            return settings.steps_of(version)
+        return settings.early_stopping.steps
+
+
+def judgements_of(
+    version: int,
+    records: Sequence[UpdateRecord],
+    products: Sequence[Sequence[float]],
+    settings: RoundSettings,
+) -> tuple[Judgement, ...]:
+    """What a calibration round shows of its accepted updates, in their order; nothing of any other round.
+
+    The records as they stand after that show the same, so the ledger's updates and products prove its judgements.
+
+    Args:
+        version: of the round.
+        records: its updates with the guards' verdicts, by slot.
+        products: ⟨g_p, z⟩ by lane and step.
+        settings: of the run.
+    """
+    if not settings.calibrates(version):
+        return ()
+    config = settings.early_stopping
+    accepted = [record for record in records if record.verdict in NOT_REFUSED]
+    drawn = _drawn(version, [record.slot for record in accepted], settings)
+    found = []
+    for record in accepted:
+        lane = lane_of(record.slot, settings.lanes)
+        rhos = path_ratios(gradip(record.scalars, products[lane]), config) if products else (0.0, 0.0)
+        stopped = record.slot in drawn if config.by == "random" else is_extreme(*rhos, config)
+        found.append(Judgement(version, record.node, *rhos, stopped))
+    return tuple(found)
+
+
+def path_ratios(path: Sequence[float], config: EarlyStoppingConfig) -> tuple[float, float]:
+    """(rho_later, rho_quiet) of a virtual path's GradIP, MEERKAT (arXiv 2506.03337), section on VPCS.
+
+    rho_later = mean |GradIP| of the initial part ÷ that of the later part; infinite where only the latter is 0, and 0
+    where both are, since a path of zeros shows no decay.
+    rho_quiet = share of the later part's steps with |GradIP| < σ, σ = `quiet` · mean |GradIP| of the initial part.
+
+    Args:
+        path: GradIP by step, at least one.
+        config: how long the parts are.
+    """
+    sizes = [abs(value) for value in path]
+    initial, later = sizes[: share(config.initial, len(sizes))], sizes[-share(config.later, len(sizes)) :]
+    first, last = math.fsum(initial) / len(initial), math.fsum(later) / len(later)
+    level = config.quiet * first
+    quiet = sum(size < level for size in later) / len(later)
+    if last > 0:
+        return first / last, quiet
+    return (math.inf if first > 0 else 0.0), quiet
+
+
+def is_extreme(rho_later: float, rho_quiet: float, config: EarlyStoppingConfig) -> bool:
+    """Whether both conditions hold, or, where that is required, either."""
+    holds = (rho_later >= config.rho_later, rho_quiet >= config.rho_quiet)
+    return all(holds) if config.require == "both" else any(holds)
+
+
+def with_verdicts(records: Sequence[UpdateRecord], judgements: Iterable[Judgement]) -> tuple[UpdateRecord, ...]:
+    """The records, those of early-stopped nodes marked: only their first steps count."""
+    stopped = {judgement.node for judgement in judgements if judgement.early_stopped}
+    return tuple(
+        replace(record, verdict=Verdict.EARLY_STOPPED) if record.node in stopped else record for record in records
+    )
+
+
+def _drawn(version: int, slots: Sequence[int], settings: RoundSettings) -> frozenset[int]:
+    """The control's slots: those with the lowest SHA-256(run id ‖ "early" ‖ u32 version ‖ u32 slot)."""
+    if settings.early_stopping.by != "random":
+        return frozenset()
+
+    def rank(slot: int) -> bytes:
+        return hashlib.sha256(settings.run_id + b"early" + struct.pack("<II", version, slot)).digest()
+
+    return frozenset(sorted(slots, key=rank)[: share(settings.early_stopping.random_share, len(slots))])

@@ -1,0 +1,75 @@
+"""A node's virtual path of one round, rebuilt from the mask and the ledger alone."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from meerkat_mq.core.directions import Float32Array
+from meerkat_mq.core.gradip import gradip
+from meerkat_mq.core.mask import Mask
+from meerkat_mq.core.path import seeds_of, virtual_path
+from meerkat_mq.core.replica import Replica
+from meerkat_mq.errors import RunMismatch
+from meerkat_mq.observe.tables import RebuiltShown
+from meerkat_mq.rounds.policy import lane_of
+from meerkat_mq.server.ledger import Ledger
+from meerkat_mq.server.verify import check_mask, run_of
+
+AT_ONCE = 100
+
+
+def rebuilt_path(
+    ledger: Ledger, mask: Mask, version: int, node: str, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Iterator[RebuiltShown]:
+    """A node's projected gradients of a closed round, and how far from theta_v each local step led it.
+
+    Args:
+        ledger: of a run.
+        mask: of the run.
+        version: of the round.
+        node: its id.
+        progress: is told how many entries are applied, of how many.
+
+    Raises:
+        RunMismatch: it is another run's mask, the round did not close, or the node gave nothing to it.
+        BadValue: the node sent a projected gradient that leads nowhere: it was refused.
+    """
+    run = run_of(ledger)
+    check_mask(mask, run)
+    if version >= ledger.version:
+        raise RunMismatch(f"round {version}", f"did not close; {ledger.version} rounds have", "name an earlier one")
+    record = next((record for record in ledger.records(version) if record.node == node), None)
+    if record is None:
+        raise RunMismatch(f"node {node}", f"gave nothing to round {version}", "`meerkat ledger --round` says who did")
+    theta, lane = theta_of(ledger, mask, version, progress), lane_of(record.slot, run.directions)
+    seeds, perturbations = seeds_of(run.run_id, version, lane, len(record.scalars)), run.perturbations
+    products = ledger.products(version, run.directions)
+    measured = gradip(record.scalars, products[lane]) if products else (None,) * len(seeds)
+    walk = virtual_path(
+        theta, record.scalars, seeds, perturbations=perturbations, stream=run.stream, lr=run.lr
+    )  # fmt: skip
+    for step, walker in enumerate(walk):
+        away = distance(walker, theta)
+        for index in range(step * perturbations, (step + 1) * perturbations):
+            seed, scalar = f"{seeds[index]:016x}", record.scalars[index]
+            yield RebuiltShown(version, node, lane, index, seed, scalar, measured[index], away)
+
+
+def theta_of(ledger: Ledger, mask: Mask, version: int, progress: Callable[[int, int], None]) -> Float32Array:
+    """theta of a version, float32 (n,): theta_0 and the entries up to there; digests are left to verification."""
+    run = run_of(ledger)
+    replica = Replica(mask, run_id=run.run_id, stream=run.stream, digest_every=run.rounds + 1)
+    while replica.version < version:
+        progress(replica.version, version)
+        entries = ledger.entries(replica.version, min(AT_ONCE, version - replica.version))
+        if [entry.version for entry in entries] != list(range(replica.version, replica.version + len(entries))):
+            raise RunMismatch(f"entry {replica.version}", "is missing, or one after it", "`meerkat verify` says more")
+        replica.replay([entry.terms for entry in entries])
+    progress(version, version)
+    return replica.theta
+
+
+def distance(walker: Float32Array, theta: Float32Array) -> float:
+    """‖walker − theta‖; float32 (n,) each."""
+    return math.sqrt(float(np.square(np.subtract(walker, theta, dtype=np.float64)).sum()))

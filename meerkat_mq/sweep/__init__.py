@@ -1,0 +1,1 @@
+"""`meerkat sweep`: a grid of simulated federations on this machine, resumable, with one tidy file of results."""

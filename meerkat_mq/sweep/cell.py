@@ -1,0 +1,196 @@
+"""What a worker does: score a mask, evaluate the untrained model, train and evaluate one cell."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from meerkat_mq.core.files import write_atomically
+from meerkat_mq.core.mask import Mask, MaskedMatrix
+from meerkat_mq.core.path import digest
+from meerkat_mq.core.step import Row
+from meerkat_mq.demo.settings import WEIGHTS
+from meerkat_mq.model.checkpoint import fingerprint
+from meerkat_mq.model.engine import TransformersEngine
+from meerkat_mq.model.evaluate import Evaluation, evaluate
+from meerkat_mq.model.load import LoadedModel, find_folder, linear_layers, load_model
+from meerkat_mq.model.masks import make_mask
+from meerkat_mq.observe.process import peak_rss_mib
+from meerkat_mq.sweep.energy import EnergyMeter
+from meerkat_mq.sweep.grid import Cell
+from meerkat_mq.sweep.plan import OWN_MODEL, SweepPlan
+from meerkat_mq.sweep.rows import calibration, rows_of, shards_of
+from meerkat_mq.sweep.training import Federated, Report, Trained, diverged, train_first_order
+
+SECONDS_DIGITS = 3
+
+
+def save_evaluation(path: Path, evaluation: Evaluation) -> None:
+    """Keep an evaluation in a file."""
+    write_atomically(path, json.dumps(asdict(evaluation)).encode())
+
+
+def load_evaluation(path: Path) -> Evaluation:
+    """Read what `save_evaluation` wrote."""
+    table = json.loads(path.read_text(encoding="utf-8"))
+    return Evaluation(**table | {"recalls": tuple(table["recalls"])})
+
+
+def source_of(plan: SweepPlan) -> str:
+    """The model's folder or hub id."""
+    return str(WEIGHTS) if plan.model == OWN_MODEL else plan.model
+
+
+def identify(plan: SweepPlan, _: Report) -> str:
+    """Fetch a plan's model, where it is not here yet; returns its fingerprint in hex."""
+    return fingerprint(find_folder(source_of(plan))).hex()
+
+
+def make_cell_mask(cell: Cell, path: Path, report: Report) -> None:
+    """Score a cell's mask and keep it."""
+    plan, method = cell.plan, cell.method
+    assert method.mask != "none"
+    texts, sequences, length = calibration(cell)
+    mask = make_mask(
+        load_model(source_of(plan), device=plan.device),
+        texts,
+        method.mask,
+        density=method.density,
+        rank=method.rank,
+        seed=cell.mask_seed,
+        sequences=sequences,
+        length=length,
+        progress=lambda done, total: report(done / total),
+    )
+    mask.save(path)
+
+
+def make_baseline(cell: Cell, path: Path, report: Report) -> None:
+    """Evaluate the untrained model on a cell's rows and keep the outcome."""
+    loaded = _load(cell.plan)
+    engine = TransformersEngine(loaded, _one_weight(loaded), cell.described)
+    save_evaluation(path, evaluate(engine, rows_of(cell).evaluation))
+    report(1.0)
+
+
+def run_cell(cell: Cell, mask: Path | None, baseline: Path, report: Report) -> dict[str, Any]:
+    """Train and evaluate one cell; returns its figures, as in `results.jsonl`."""
+    before = load_evaluation(baseline)
+    rows = rows_of(cell)
+    field, classes = cell.described.label_field, len(cell.described.label_words)
+    shards = shards_of(rows.train, cell.plan.nodes, cell.split, seed=cell.seed, label_field=field)
+    counts = [[sum(row[field] == label for row in shard) for label in range(classes)] for shard in shards]
+    if mask is None:
+        return _figures(before, before, counts) | {"forward_passes": 0}
+    loaded, found = _load(cell.plan), Mask.load(mask)
+    meter = EnergyMeter()
+    engine = TransformersEngine(loaded, found, cell.described)
+    trained = _train(cell, engine, found, shards, evaluation=rows.evaluation, report=report, sample=meter.sample)
+    energy = meter.used(trained.cpu_seconds, cell.plan.watts)
+    memory = peak_rss_mib()
+    engine.write(trained.theta)
+    with np.errstate(all="ignore"):  # what diverged may hold anything
+        after = evaluate(engine, rows.evaluation)
+    return (
+        _figures(before, after, counts)
+        | {"diverged": diverged(trained, after, before, classes), "ended": trained.ended}
+        | {
+            "weights": found.size,
+            "rounds": trained.rounds,
+            "forward_passes": trained.passes,
+            "cpu_seconds": round(trained.cpu_seconds, SECONDS_DIGITS),
+            "wall_seconds": round(trained.wall_seconds, SECONDS_DIGITS),
+            "bytes_up": round(trained.bytes_up, 1),
+            "bytes_down": round(trained.bytes_down, 1),
+            "peak_memory_mib": memory,
+            "energy_joules": round(energy.joules, 2),
+            "energy_source": energy.source,
+            "refused": trained.refused,
+            "judgements": [asdict(judgement) for judgement in trained.judgements],
+            "gradips": [asdict(gradip) for gradip in trained.gradips],
+            "digest": digest(trained.theta).hex(),
+            "curve": trained.curve,
+        }
+    )
+
+
+def _train(
+    cell: Cell,
+    engine: TransformersEngine,
+    mask: Mask,
+    shards: Sequence[Sequence[Row]],
+    *,
+    evaluation: Sequence[Row],
+    report: Report,
+    sample: Callable[[], None],
+) -> Trained:
+    plan = cell.plan
+    if cell.method.federated:
+        measured = cell.method.early_stopping.by == "vpcs" and bool(mask.g_p.any())
+        return Federated(
+            engine=engine,
+            mask=mask,
+            settings=cell.settings(mask.hash, measured=measured),
+            shards=shards,
+            batch_size=plan.batch_size,
+            evaluation=evaluation,
+            every=plan.evaluate_every,
+            report=report,
+            sample=sample,
+        ).train()
+    assert cell.lr is not None
+    return train_first_order(
+        engine,
+        mask,
+        [row for shard in shards for row in shard],
+        nodes=plan.nodes,
+        batch_size=plan.batch_size,
+        steps=cell.gradient_steps,
+        lr=cell.lr,
+        seed=cell.seed,
+        report=report,
+        sample=sample,
+    )
+
+
+def _figures(before: Evaluation, after: Evaluation, counts: Sequence[Sequence[int]]) -> dict[str, Any]:
+    own = [own_mix(after.recalls, labels) for labels in counts]
+    return {
+        "accuracy": after.accuracy,
+        "loss": after.loss if math.isfinite(after.loss) else None,
+        "accuracy_before": before.accuracy,
+        "loss_before": before.loss,
+        "majority": before.majority,
+        "own_mix_mean": sum(own) / len(own),
+        "own_mix_min": min(own),
+        "recalls": after.recalls,
+        "labels": counts,
+    }
+
+
+def own_mix(recalls: Sequence[float | None], labels: Sequence[int]) -> float:
+    """Accuracy on a node's own label mix: Σ_c share_c · recall_c, over the classes that were evaluated.
+
+    Args:
+        recalls: by class; None where none of its rows were evaluated.
+        labels: the node's rows by class.
+    """
+    known = [(count, recall) for count, recall in zip(labels, recalls, strict=True) if recall is not None]
+    total = sum(count for count, _ in known)
+    return sum(count * recall for count, recall in known) / total if total else 0.0
+
+
+def _load(plan: SweepPlan) -> LoadedModel:
+    return load_model(source_of(plan), dtype=plan.dtype, device=plan.device)
+
+
+def _one_weight(loaded: LoadedModel) -> Mask:
+    """The smallest mask: an engine needs one, and nothing is written."""
+    name, layer = next(iter(linear_layers(loaded.model).items()))
+    first = np.array([float(layer.weight.flatten()[0])], np.float32)
+    matrix = MaskedMatrix(name, tuple(layer.weight.shape), np.zeros(1, np.uint32), first, np.zeros(1, np.float32))
+    return Mask((matrix,), loaded.fingerprint, loaded.tokenizer_fingerprint)

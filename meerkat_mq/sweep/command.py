@@ -1,0 +1,35 @@
+"""`meerkat sweep`: a grid from the command line."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from meerkat_mq.config import load_config
+from meerkat_mq.errors import within
+from meerkat_mq.sweep.plan import SweepPlan
+from meerkat_mq.sweep.run import Interrupted, check_plan, run_sweep
+
+SIGNALLED = 128
+
+
+def command(
+    plan: Annotated[Path, typer.Argument(help="The plan's TOML file.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results, masks and baselines; default: the plan's below runs/sweep.")
+    ] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="Cells at a time; default: one a CPU.")] = None,
+) -> None:
+    """Run a grid of simulated federations; started again with the same folder, it goes on where it was."""
+    console = Console()
+    folder = out or Path("runs/sweep") / plan.stem
+    loaded = load_config(plan, SweepPlan)
+    with within(str(plan)):
+        check_plan(loaded)
+    try:
+        run_sweep(loaded, folder, processes or os.cpu_count() or 1, console)
+    except Interrupted as signal:
+        console.print(f"Interrupted; the same command goes on from {folder}", soft_wrap=True, highlight=False)
+        raise typer.Exit(SIGNALLED + signal.number) from None

@@ -1,0 +1,89 @@
+"""Energy of a stretch of work: measured by the processor (RAPL) where it may be read, else estimated."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+POWERCAP = Path("/sys/class/powercap")
+STAT = Path("/proc/stat")
+_IDLE = (3, 4)  # columns of /proc/stat: idle, iowait
+_COLUMNS = 8  # guests are counted in "user" already
+_TICKS = 100  # a second, in /proc/stat, on every Linux
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Joules, and whether they were measured ("rapl") or come from CPU-seconds ("estimate")."""
+
+    joules: float
+    source: Literal["rapl", "estimate"]
+
+
+@dataclass
+class EnergyMeter:
+    """Counts from its making on; `sample` at least once in half an hour, since the counters wrap around.
+
+    Attributes:
+        microjoules: of all processor packages so far; None where no counter can be read.
+    """
+
+    powercap: Path = POWERCAP
+    stat: Path = STAT
+    microjoules: int | None = 0
+    _last: dict[Path, int] = field(default_factory=dict)
+    _busy: float | None = None
+
+    def __post_init__(self) -> None:
+        """Start counting."""
+        self._last = _counters(self.powercap)
+        self._busy = _busy_seconds(self.stat)
+        if not self._last:
+            self.microjoules = None
+
+    def sample(self) -> None:
+        """Add what the counters have moved since the last look."""
+        if self.microjoules is None:
+            return
+        now = _counters(self.powercap)
+        if now.keys() != self._last.keys():
+            self.microjoules = None
+            return
+        for package, value in now.items():
+            moved = value - self._last[package]
+            self.microjoules += moved if moved >= 0 else moved + _range(package)
+        self._last = now
+
+    def used(self, cpu_seconds: float, watts: float) -> Energy:
+        """Of a process that worked so long: its share of the packages' energy by CPU time, or CPU time × watts."""
+        self.sample()
+        if not self.microjoules:
+            return Energy(cpu_seconds * watts, "estimate")
+        busy = _busy_seconds(self.stat)
+        all_busy = busy - self._busy if busy is not None and self._busy is not None else cpu_seconds
+        share = min(1.0, cpu_seconds / all_busy) if all_busy > 0 else 1.0
+        return Energy(share * self.microjoules / 1e6, "rapl")
+
+
+def _counters(powercap: Path) -> dict[Path, int]:
+    """Microjoules of each package; empty where one cannot be read."""
+    try:
+        packages = sorted(path for path in powercap.glob("intel-rapl:*") if path.name.count(":") == 1)
+        return {package: int((package / "energy_uj").read_text()) for package in packages}
+    except (OSError, ValueError):
+        return {}
+
+
+def _range(package: Path) -> int:
+    try:
+        return int((package / "max_energy_range_uj").read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def _busy_seconds(stat: Path) -> float | None:
+    """CPU-seconds of the whole machine since it started."""
+    try:
+        ticks = [int(word) for word in stat.read_text().split("\n", 1)[0].split()[1 : 1 + _COLUMNS]]
+    except (OSError, ValueError):
+        return None
+    return sum(count for column, count in enumerate(ticks) if column not in _IDLE) / _TICKS

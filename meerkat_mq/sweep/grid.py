@@ -1,0 +1,232 @@
+"""The cells of a grid: what each one is, what it costs, and the key by which it is found again."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from meerkat_mq.core.path import short_hash
+from meerkat_mq.errors import ConfigError, DataError
+from meerkat_mq.model.tasks import load_task
+from meerkat_mq.rounds.policy import RoundSettings
+from meerkat_mq.sweep.plan import (
+    PASSES_OF_A_GRADIENT,
+    PASSES_OF_A_SCALAR,
+    MethodPlan,
+    SplitPlan,
+    SweepPlan,
+    TaskPlan,
+)
+from meerkat_mq.wire.descriptor import Task
+
+DEADLINE_S = 60.0
+_NOT_DECIDING = {"tasks", "methods", "local_steps", "splits", "seeds", "watts", "device", "text", "model"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the grid.
+
+    Attributes:
+        task: None: the demo's own.
+        local_steps: T; None where there are no rounds.
+        lr: None where nothing is trained.
+        contents: hashes of the model and of every file, by what they are.
+    """
+
+    plan: SweepPlan
+    method: MethodPlan
+    task: TaskPlan | None
+    described: Task
+    split: SplitPlan
+    local_steps: int | None
+    seed: int
+    lr: float | None
+    contents: tuple[tuple[str, str], ...]
+
+    @property
+    def setting_key(self) -> str:
+        """Hash of all that decides but its place in the grid: rows of one line of the table agree in it."""
+        return hash_of(
+            self.plan.model_dump(mode="json", exclude=_NOT_DECIDING),
+            self.method.model_dump(mode="json", exclude={"lr", "text"}),
+            self.described.model_dump(mode="json"),
+            self.contents,
+        )
+
+    @property
+    def key(self) -> str:
+        """Hash of everything that decides the cell's figures."""
+        split = self.split.model_dump(mode="json")
+        return hash_of(self.setting_key, split, self.local_steps, self.seed, self.lr)
+
+    @property
+    def mask_seed(self) -> int:
+        """The cell's, where the mask is a choice among weights."""
+        return 0 if self.method.mask in ("dense", "lora") else self.seed
+
+    @property
+    def mask_key(self) -> str:
+        """Hash of everything that decides the mask: cells share masks."""
+        kinds = {"model", "text"} | ({"train"} if self.method.text == "task" else set())
+        held_out = self.plan.tune_rows if self.method.text == "task" else 0
+        return hash_of(
+            self.method.model_dump(mode="json", include={"mask", "density", "rank"}),
+            self.plan.model_dump(mode="json", include={"calibration_sequences", "calibration_tokens"}),
+            (self.mask_seed, held_out, [item for item in self.contents if item[0] in kinds]),
+            self.described.model_dump(mode="json", include={"text", "fields"}) if self.method.text == "task" else None,
+        )
+
+    @property
+    def baseline_key(self) -> str:
+        """Hash of everything that decides the accuracy before training."""
+        evaluation = {"dtype", "eval_rows", "evaluate_on"} | ({"tune_rows"} if self.plan.tune_rows else set())
+        return hash_of(
+            self.plan.model_dump(mode="json", include=evaluation),
+            self.described.model_dump(mode="json"),
+            [item for item in self.contents if item[0] in ("model", "train", "validation")],
+        )
+
+    @property
+    def run_id(self) -> bytes:
+        """16 bytes, of the seed alone: methods see the same batches, along the same random streams."""
+        return short_hash(f"sweep {self.seed}".encode())
+
+    @property
+    def axes(self) -> dict[str, Any]:
+        """The cell's place in the grid, as in its row."""
+        return {
+            "method": self.method.name,
+            "task": self.described.name if self.task is None else self.task.name,
+            "split": self.split.shown,
+            "local_steps": self.local_steps,
+            "lr": self.lr,
+            "seed": self.seed,
+        }
+
+    @property
+    def shown(self) -> str:
+        """The place in the grid, for people."""
+        axes = self.axes
+        steps = "" if self.local_steps is None else f", T = {self.local_steps}"
+        rate = "" if self.lr is None else f", lr {self.lr:g}"
+        return f"{axes['method']}, {axes['task']}, {axes['split']}{steps}{rate}, seed {self.seed}"
+
+    def settings(self, mask_hash: bytes, *, measured: bool) -> RoundSettings:
+        """The rounds of a federated cell: as many as the budget holds, calibration rounds at their own length.
+
+        Raises:
+            ConfigError: the budget does not hold one round.
+        """
+        assert self.lr is not None
+        assert self.local_steps is not None
+        one = RoundSettings(
+            run_id=self.run_id,
+            mask_hash=mask_hash,
+            count=1,
+            steps=self.local_steps,
+            lanes=self.method.directions,
+            lr=self.lr,
+            eps=self.method.eps,
+            min_nodes=self.plan.nodes,
+            fraction=1.0,
+            quorum=1.0,
+            deadline_s=DEADLINE_S,
+            grace_s=0.0,
+            weigh_by_rows=False,
+            perturbations=self.method.perturbations,
+            early_stopping=self.method.early_stopping,
+            measured=measured,
+        )
+        count = self.plan.rounds or self._rounds_within(one, self.plan.passes or 0)
+        return replace(one, count=count, digest_every=count)
+
+    def _rounds_within(self, settings: RoundSettings, passes: int) -> int:
+        left, count = passes // (PASSES_OF_A_SCALAR * self.method.perturbations), 0
+        while (left := left - settings.steps_of(count)) >= 0:
+            count += 1
+        if not count:
+            raise ConfigError(
+                "passes", f"{passes} do not hold one round of {self.shown}", "raise passes, or lower local_steps"
+            )
+        return count
+
+    @property
+    def gradient_steps(self) -> int:
+        """Steps of first-order training: a batch of every node's a step, so that all methods see as many rows."""
+        if self.plan.passes is not None:
+            return max(1, self.plan.passes // PASSES_OF_A_GRADIENT)
+        assert self.plan.rounds is not None
+        return self.plan.rounds
+
+
+def hash_of(*parts: Any) -> str:
+    """A short name for what decides a result."""
+    return short_hash(json.dumps(parts, sort_keys=True).encode()).hex()
+
+
+def cells_of(plan: SweepPlan, model: str, own: Task) -> list[Cell]:
+    """Every cell of a plan, one seed after the other, so that an interrupted grid has whole comparisons.
+
+    Args:
+        plan: checked.
+        model: the checkpoint's fingerprint.
+        own: the demo's task.
+
+    Raises:
+        ConfigError: a task has no learning rate, or a budget holds no round.
+        TaskError, DataError: a task or file cannot be read.
+    """
+    cells = []
+    for seed, task, split in product(plan.seeds, plan.tasks or (None,), plan.splits):
+        described = described_task(plan, task, own)
+        for method in plan.methods:
+            contents = tuple(_contents(plan, method, task, model).items())
+            for steps, lr in _points(plan, method, described.name if task is None else task.name):
+                cells.append(Cell(plan, method, task, described, split, steps, seed, lr, contents))
+    for cell in cells:
+        if cell.method.federated:
+            cell.settings(bytes(16), measured=True)
+    return list({cell.key: cell for cell in cells}.values())
+
+
+def _points(plan: SweepPlan, method: MethodPlan, task: str) -> Iterator[tuple[int | None, float | None]]:
+    """(T, learning rate) of a method on a task."""
+    rates = method.rates(task)
+    if not rates and method.mask != "none":
+        raise ConfigError(f"methods.{method.name}.lr", f"names none for task {task}", "add one")
+    yield from product(plan.local_steps if method.federated else (None,), rates or (None,))
+
+
+def described_task(plan: SweepPlan, task: TaskPlan | None, own: Task) -> Task:
+    """How a task's rows become text, with the plan's length.
+
+    Raises:
+        TaskError: neither built in nor a task file.
+    """
+    found = own if task is None else load_task(task.task or task.name)
+    limit = (task.max_tokens if task is not None else None) or plan.max_tokens
+    return found if limit is None else found.model_copy(update={"max_tokens": limit})
+
+
+def _contents(plan: SweepPlan, method: MethodPlan, task: TaskPlan | None, model: str) -> Mapping[str, str]:
+    text = method.text or plan.text
+    files = {
+        "text": text if isinstance(text, Path) else None,
+        "train": task.train if task is not None else None,
+        "validation": task.validation if task is not None else None,
+    }
+    named = {kind: _file_hash(path) if path is not None else "" for kind, path in files.items()}
+    return {"model": model, **named, "task text": str(text == "task")}
+
+
+@cache
+def _file_hash(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise DataError(str(path), f"cannot be read ({error.strerror})", "give the path of a file") from error

@@ -1,0 +1,183 @@
+"""What a sweep leaves: `results.jsonl`, a row a cell, and `results.md`, the mean and spread over seeds."""
+
+import json
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from meerkat_mq.core.files import write_atomically
+from meerkat_mq.errors import DataError
+from meerkat_mq.observe.figures import DASH, human_bytes, printable
+
+RESULTS_FILE = "results.jsonl"
+TABLE_FILE = "results.md"
+
+Row = Mapping[str, Any]
+
+_LEGEND = (
+    "Mean ± standard deviation over seeds; own mix: accuracy on each node's own label mix, mean and least over nodes; "
+    "passes of all nodes; bytes of a node."
+)
+_AXES = ("method", "task", "split", "local_steps", "lr", "evaluated_on", "budget")
+_HEADINGS = {"local_steps": "T", "evaluated_on": "evaluated on"}
+
+
+class Results:
+    """The rows of `results.jsonl`, appended one by one.
+
+    Attributes:
+        rows: the newest of each key, in the order of the file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read the file, and cut off a last line that a crash tore.
+
+        Raises:
+            DataError: a line in the file is damaged, or the file cannot be used.
+        """
+        self._file, self._table = folder / RESULTS_FILE, folder / TABLE_FILE
+        self.rows: dict[str, Row] = {}
+        try:
+            data = self._file.read_bytes() if self._file.exists() else b""
+            whole = data.rfind(b"\n") + 1
+            if whole < len(data):
+                os.truncate(self._file, whole)
+        except OSError as error:
+            raise DataError(str(self._file), f"cannot be used ({error.strerror})", "name another folder") from error
+        for number, line in enumerate(data[:whole].decode(errors="replace").splitlines(), start=1):
+            self._take(_parsed(line, f"{self._file}:{number}"))
+
+    def _take(self, row: Row) -> None:
+        self.rows.pop(row["key"], None)
+        self.rows[row["key"]] = row
+
+    def finished(self, key: str) -> bool:
+        """Whether a cell has a row that is no failure."""
+        return key in self.rows and "failed" not in self.rows[key]
+
+    def add(self, row: Row) -> None:
+        """Append a row, durably, then write the table anew.
+
+        Raises:
+            DataError: the file cannot be written.
+        """
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        try:
+            with self._file.open("ab") as file:
+                file.write(line.encode())
+                file.flush()
+                os.fsync(file.fileno())
+            self._take(row)
+            write_atomically(self._table, table(self.rows.values()).encode(), durable=False)
+        except OSError as error:
+            raise DataError(str(self._file), f"cannot be written ({error.strerror})", "name another folder") from error
+
+
+def _parsed(line: str, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(where, f"is not JSON ({error})", "remove the line") from error
+    if not isinstance(row, dict) or not isinstance(row.get("key"), str):
+        raise DataError(where, "is no row of a sweep", "remove the line")
+    return row
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Rows as a Markdown table: a line for each place in the grid, mean ± standard deviation over its seeds.
+
+    Axes with one value in the whole grid are named above the table instead of in a column. Rows that agree in all axes
+    but not in other settings have a line each, told apart by a hash.
+    """
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((*(row.get(axis) for axis in _AXES), row["setting"][:8]), []).append(row)
+    values = {axis: {group[place] for group in groups} for place, axis in enumerate(_AXES)}
+    shown = [axis for axis in _AXES if len(values[axis]) > 1 or axis == "method"]
+    same = [f"{_HEADINGS.get(axis, axis)} {_plain(next(iter(values[axis])))}" for axis in _AXES if axis not in shown]
+    if len({group[:-1] for group in groups}) < len(groups):
+        shown.append("setting")
+    heads = [_HEADINGS.get(axis, axis) for axis in shown] + [name for name, _ in _COLUMNS]
+    lines = [
+        "# Results of a sweep",
+        "",
+        f"Same in all lines: {', '.join(same)}. {_LEGEND}",
+        "",
+        _line(heads),
+        _line(["---"] * len(heads)),
+    ]
+    methods = list(dict.fromkeys(group[0] for group in groups))
+    for group, members in sorted(groups.items(), key=lambda item: _order(item[0], methods)):
+        place = dict(zip((*_AXES, "setting"), group, strict=True))
+        finished = [row for row in members if "failed" not in row]
+        lines.append(_line([*(_plain(place[axis]) for axis in shown), *(cell(finished) for _, cell in _COLUMNS)]))
+    failed = [row for members in groups.values() for row in members if "failed" in row]
+    if failed:
+        lines += ["", "Failed, tried again at the next start:", ""]
+        lines += [f"- {row['method']}, {row['task']}, seed {row['seed']}: {row['failed']}" for row in failed]
+    return "\n".join(lines) + "\n"
+
+
+def _order(group: tuple[Any, ...], methods: Sequence[str]) -> tuple[Any, ...]:
+    return methods.index(group[0]), *((value is not None, value or 0) for value in group[1:])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(printable(cell).replace("|", "¦") for cell in cells) + " |"
+
+
+def _plain(value: object) -> str:
+    return DASH if value is None else f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
+def _values(rows: Sequence[Row], name: str) -> list[float]:
+    return [float(row[name]) for row in rows if row.get(name) is not None]
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean ± sample standard deviation, one value as it is, none as a dash."""
+    if not values:
+        return DASH
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def _seeds(rows: Sequence[Row]) -> str:
+    broken = sum(bool(row.get("diverged")) for row in rows)
+    return f"{len(rows)}" + (f" ({broken} diverged)" if broken else "")
+
+
+def _mean(name: str, write: str = "{:,.0f}") -> Any:
+    def cell(rows: Sequence[Row]) -> str:
+        values = _values(rows, name)
+        return write.format(statistics.fmean(values)) if values else DASH
+
+    return cell
+
+
+def _bytes(rows: Sequence[Row]) -> str:
+    up, down = _values(rows, "bytes_up"), _values(rows, "bytes_down")
+    return f"{human_bytes(statistics.fmean(up))} / {human_bytes(statistics.fmean(down))}" if up and down else DASH
+
+
+def _energy(rows: Sequence[Row]) -> str:
+    joules = _values(rows, "energy_joules")
+    estimated = any(row.get("energy_source") == "estimate" for row in rows)
+    return f"{statistics.fmean(joules):,.0f} J" + (" (estimate)" if estimated else "") if joules else DASH
+
+
+_COLUMNS: tuple[tuple[str, Any], ...] = (
+    ("seeds", _seeds),
+    ("accuracy before", lambda rows: spread(_values(rows, "accuracy_before"), 3)),
+    ("accuracy", lambda rows: spread(_values(rows, "accuracy"), 3)),
+    ("own mix", lambda rows: spread(_values(rows, "own_mix_mean"), 3)),
+    ("own mix, least", lambda rows: spread(_values(rows, "own_mix_min"), 3)),
+    ("loss", lambda rows: spread(_values(rows, "loss"), 3)),
+    ("passes", _mean("forward_passes")),
+    ("CPU s", _mean("cpu_seconds")),
+    ("bytes up / down", _bytes),
+    ("peak memory", _mean("peak_memory_mib", "{:,.0f} MiB")),
+    ("energy", _energy),
+)

@@ -1,0 +1,138 @@
+"""A sweep from its plan to its results: masks and baselines once, then cell by cell, in worker processes."""
+
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from meerkat_mq.demo.corpus import TASK
+from meerkat_mq.errors import ConfigError, ModelError, RunError
+from meerkat_mq.sweep.grid import Cell, cells_of
+from meerkat_mq.sweep.plan import SweepPlan
+from meerkat_mq.sweep.prepared import FOLDER, Prepared
+from meerkat_mq.sweep.progress import SweepProgress
+from meerkat_mq.sweep.results import TABLE_FILE, Results
+from meerkat_mq.sweep.rows import rows_of, shards_of
+from meerkat_mq.sweep.workers import Job, Workers
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(number)
+
+
+def run_sweep(plan: SweepPlan, out: Path, processes: int, console: Console) -> None:
+    """Run every cell that `out` has no row of, in `processes` processes at a time.
+
+    Raises:
+        MeerkatError: the plan, a file of it or `out` cannot be used.
+        RunError: the grid is done, but for cells that failed.
+        Interrupted: by a signal; no process is left, and every file is whole.
+    """
+    with _locked(out), _interruptible(), Workers(processes) as workers:
+        (outcome,) = workers.run([Job("model", "identify", (plan,))])
+        if outcome.error is not None:
+            raise ModelError("model", outcome.error)
+        cells, results = cells_of(plan, outcome.value, TASK), Results(out)
+        with SweepProgress(console, cells, results.rows, processes) as progress:
+            _run(cells, Prepared(out / FOLDER), workers, results, progress)
+    failed = sum(not results.finished(cell.key) for cell in cells)
+    console.print(f"Results: {out / TABLE_FILE}", soft_wrap=True, highlight=False, markup=False)
+    if failed:
+        raise RunError(
+            str(out), f"{failed} of {len(cells)} cells failed", f"see {TABLE_FILE}; the same command tries them again"
+        )
+
+
+def check_plan(plan: SweepPlan) -> None:
+    """Find what is wrong with a plan's files and budgets, before the model is looked for.
+
+    Raises:
+        MeerkatError: names the key or the file.
+    """
+    seen = set[tuple[str, str]]()
+    for cell in cells_of(plan, "", TASK):
+        place = (cell.axes["task"], cell.axes["split"])
+        if place not in seen:
+            seen.add(place)
+            train, label = rows_of(cell).train, cell.described.label_field
+            shards_of(train, plan.nodes, cell.split, seed=cell.seed, label_field=label)
+
+
+def _run(cells: Sequence[Cell], shared: Prepared, workers: Workers, results: Results, progress: SweepProgress) -> None:
+    waiting = {cell.key: cell for cell in cells if not results.finished(cell.key)}
+    for outcome in workers.run(shared.jobs(waiting.values()), lambda: progress.look(workers.shares)):
+        shared.take(outcome)
+        if outcome.error is None:
+            progress.prepared(shared.what(outcome.job), outcome.seconds)
+    jobs = list[Job]()
+    for key, cell in waiting.items():
+        error = shared.error(cell)
+        if error is None:
+            jobs.append(Job(key, "run_cell", (cell, shared.mask(cell), shared.baseline(cell))))
+        else:
+            results.add(row_of(cell, {"failed": error}))
+            progress.finished(cell, results.rows[key], {})
+    for outcome in workers.run(jobs, lambda: progress.look(workers.shares)):
+        cell = waiting[outcome.job.name]
+        figures = outcome.value if outcome.error is None else {"failed": outcome.error}
+        results.add(row_of(cell, figures | {"seconds": round(outcome.seconds, 2)}))
+        progress.finished(cell, results.rows[cell.key], workers.shares)
+
+
+def row_of(cell: Cell, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of `results.jsonl`: where in the grid, how it was run, what it came to."""
+    plan, method = cell.plan, cell.method
+    return {
+        "key": cell.key,
+        **cell.axes,
+        "evaluated_on": plan.evaluate_on,
+        "budget": f"{plan.rounds} rounds" if plan.passes is None else f"{plan.passes} passes",
+        "setting": cell.setting_key,
+        "optimiser": method.optimiser,
+        "mask": method.mask,
+        "density": method.density,
+        "eps": method.eps,
+        "directions": method.directions,
+        "perturbations": method.perturbations,
+        "early_stopping": method.early_stopping.by,
+        "nodes": plan.nodes,
+        "batch_size": plan.batch_size,
+        "dtype": plan.dtype,
+        **figures,
+    }
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with FileLock(out / "lock").acquire(timeout=0):
+            yield
+    except Timeout:
+        raise ConfigError(f"--out {out}", "is in use by another sweep", "wait, or name another folder") from None
+    except OSError as error:
+        raise ConfigError(f"--out {out}", f"cannot be written ({error.strerror})", "choose another folder") from error
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Make SIGTERM and SIGINT an exception: a file is written whole or not at all, workers end."""
+
+    def end(number: int, _: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

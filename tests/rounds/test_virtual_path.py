@@ -1,0 +1,138 @@
+"""Virtual paths: how GradIP tells a node with extreme data, and what the guards make of such paths."""
+
+import math
+from dataclasses import replace
+from itertools import product
+from random import Random
+from typing import Any
+
+import pytest
+
+from meerkat_mq.config import EarlyStoppingConfig, GuardsConfig
+from meerkat_mq.rounds.early_stopping import is_extreme, path_ratios
+from meerkat_mq.rounds.events import Verdict
+from meerkat_mq.rounds.guards import Guard
+from meerkat_mq.rounds.memory import MemoryFederation
+from meerkat_mq.rounds.policy import terms_of
+from tests.rounds.fleet import check, fleet, run
+from tests.rounds.support import settings as rules_of
+from tests.rounds.test_early_stopping import CALIBRATING, DECAYING, STEADY, VPCS, records_of
+
+# --- the verdict on a path --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "ratios", "both", "either"),
+    [
+        (DECAYING, (math.inf, 1.0), True, True),
+        (STEADY, (8 / 7.4, 0.0), False, False),
+        ((8.0, 8.0, 0.0, 0.0, 0.0, 4.0, 0.0, 0.0, 0.0, 4.0), (5.0, 0.6), True, True),
+        ((9.0, 9.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0), (9.0, 0.0), False, True),
+        ((8.0, 8.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 16.0, 16.0), (1.25, 0.6), False, True),
+        ((0.0,) * 10, (0.0, 0.0), False, False),
+        ((0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0), (0.0, 0.0), False, False),
+        ((4.0,), (1.0, 0.0), False, False),
+        ((8.0, 1.0), (8.0, 0.0), False, True),
+        ((8.0, 8.0, 0.0), (2.0, 0.5), False, True),  # 20 % and 50 % of three steps, rounded up: one and two
+        ((1e38, 1e38, *[0.0] * 8), (math.inf, 1.0), True, True),
+    ],
+)
+def test_how_a_path_is_judged(
+    path: tuple[float, ...], ratios: tuple[float, float], *, both: bool, either: bool
+) -> None:
+    assert path_ratios(path, VPCS) == pytest.approx(ratios)
+    assert path_ratios([-value for value in path], VPCS) == path_ratios(path, VPCS)
+    assert is_extreme(*path_ratios(path, VPCS), VPCS) is both
+    assert is_extreme(*path_ratios(path, VPCS), VPCS.model_copy(update={"require": "either"})) is either
+
+
+def test_thresholds_are_reached_from_below() -> None:
+    assert is_extreme(3.0, 0.5, VPCS)
+    assert not is_extreme(2.999, 0.5, VPCS)
+    assert not is_extreme(3.0, 0.499, VPCS)
+
+
+# --- guards -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("quiet", "lanes", "seed"), [*product([1.0, 0.1, 0.0], [1, 2], range(3))])
+def test_no_guard_flags_a_node_for_being_short_or_quiet(quiet: float, lanes: int, seed: int) -> None:
+    rng, guard = Random(seed), Guard(GuardsConfig(), lanes)
+    rules = rules_of(**CALIBRATING | {"lanes": lanes, "min_nodes": 8, "steps": 10})
+    for version in range(200):
+        steps = 100 if version == 0 else 10
+        common = [[rng.gauss(0, 1) for _ in range(steps)] for _ in range(lanes)]
+        paths = {}
+        for slot in range(8):
+            path = [g + rng.gauss(0, 0.7) for g in common[slot % lanes]]
+            if slot in (2, 5):
+                decay = [quiet + (1 - quiet) * math.exp(-step / 15) for step in range(steps)]
+                path = [g * part for g, part in zip(path, decay, strict=True)] if version == 0 else [quiet * path[0]]
+            paths[slot] = tuple(path)
+        judged = guard.judge(records_of(paths, version))
+        assert [record.verdict for record in judged] == [Verdict.ACCEPTED] * 8
+        if version == 0:
+            judged = tuple(
+                replace(record, verdict=Verdict.EARLY_STOPPED) if record.slot in (2, 5) else record for record in judged
+            )
+        guard.remember(judged)
+        assert len(terms_of(judged, rules)) == steps * lanes
+    assert dict(guard.flagged) == {}
+
+
+# --- the phenomenon ---------------------------------------------------------------------------------------------------
+
+
+def skewed(seed: int, extreme: int, size: int = 6, **changes: Any) -> MemoryFederation:
+    """A fleet whose first nodes have the rows of one seed each, and the others those of many."""
+    config = EarlyStoppingConfig(by="vpcs", calibration_steps=200)
+    plain: dict[str, Any] = {
+        "steps": 10,
+        "lr": 1.0,
+        "measured": True,
+        "early_stopping": config,
+        "count": 3,
+        "run_id": bytes([seed] * 16),
+    }
+    federation = fleet(size, **plain | changes)
+    for number, node in enumerate(federation.nodes.values()):
+        own = 1000 * (size * seed + number)
+        node.rows = [{"seed": own + (0 if number < extreme else row)} for row in range(40)]
+    return federation
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("extreme", [0, 2])
+def test_gradip_of_nodes_with_extreme_data_decays_and_vpcs_tells_them(extreme: int, seed: int) -> None:
+    federation = skewed(seed, extreme)
+    federation.start()
+    run(federation)
+    check(federation)
+    assert {found.node for found in federation.judgements if found.early_stopped} == {f"n{k}" for k in range(extreme)}
+    lengths = [{record.node: len(record.scalars) for record in records} for records in federation.records]
+    assert set(lengths[0].values()) == {200}
+    for later in lengths[1:]:
+        assert later == {f"n{k}": 1 if k < extreme else 10 for k in range(6)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"perturbations": 3},
+        {"lanes": 2, "aggregate": "trimmed-mean"},
+        {"early_stopping": EarlyStoppingConfig(by="random", calibration_steps=20, every=2)},
+        {"steps": 1},
+    ],
+    ids=str,
+)
+def test_a_server_that_crashes_in_a_calibration_changes_nothing(changes: dict[str, Any]) -> None:
+    steady, stopped = (skewed(1, 2, count=5, commit_s=0.002, **changes) for _ in range(2))
+    stopped.at(0.016, stopped.crash_server)
+    stopped.at(0.5, stopped.start_server)
+    for federation in (steady, stopped):
+        federation.start()
+        run(federation)
+        check(federation)
+    assert stopped.term == 2
+    assert stopped.entries == steady.entries
+    assert stopped.judgements == steady.judgements

@@ -1,0 +1,104 @@
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from meerkat_mq.model.evaluate import Evaluation
+from meerkat_mq.sweep.cell import load_evaluation, own_mix, save_evaluation
+from tests.sweep import grids
+
+COSTS = ("cpu_seconds", "wall_seconds", "energy_joules", "peak_memory_mib")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def one(folder: Path, model: Path, method: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    chosen = {"name": "chosen", "mask": "magnitude", "density": 0.1, "lr": 0.01} | method
+    (cell,) = grids.cells(grids.plan(folder, model, seeds=[0], methods=[chosen], **changes))
+    return grids.figures(cell, folder)
+
+
+def test_own_mix() -> None:
+    assert own_mix([1.0, 0.5], [3, 1]) == pytest.approx(0.75 * 1.0 + 0.25 * 0.5)
+    assert own_mix([1.0, 0.5], [0, 9]) == 0.5
+    assert own_mix([1.0, None, 0.0], [1, 5, 3]) == pytest.approx(0.25)
+    assert own_mix([None, 1.0], [4, 0]) == 0.0
+
+
+def test_a_cell_repeats_to_the_bit(tmp_path: Path, tiny_llama: Path) -> None:
+    rows = [one(tmp_path, tiny_llama, {}) for _ in range(2)]
+    first, second = ({key: value for key, value in row.items() if key not in COSTS} for row in rows)
+    assert first == second
+    assert first["rounds"] == 4
+    assert first["forward_passes"] == 3 * 8
+    assert first["bytes_up"] == 4 * 52
+    assert not first["diverged"]
+
+
+def test_another_seed_is_another_path(tmp_path: Path, tiny_llama: Path) -> None:
+    made = grids.plan(tmp_path, tiny_llama)
+    rows = [grids.figures(cell, tmp_path) for cell in grids.cells(made) if cell.method.name == "chosen"]
+    assert rows[0]["digest"] != rows[1]["digest"]
+
+
+def test_what_a_row_says_of_the_labels(tmp_path: Path, tiny_llama: Path) -> None:
+    row = one(tmp_path, tiny_llama, {}, splits=[{"how": "one-label"}])
+    assert [sum(count > 0 for count in node) for node in row["labels"]] == [1, 1, 1]
+    assert row["own_mix_min"] == min(row["recalls"])
+    assert row["own_mix_min"] <= row["own_mix_mean"] <= 1
+
+
+def test_first_order_spends_the_same_budget(tmp_path: Path, tiny_llama: Path) -> None:
+    row = one(tmp_path, tiny_llama, {"optimiser": "first-order"}, passes=12)
+    assert row["forward_passes"] == 3 * 12
+    assert row["bytes_up"] == 0
+    assert row["loss"] < row["loss_before"]
+
+
+def test_perturbations_spend_the_same_budget(tmp_path: Path, tiny_llama: Path) -> None:
+    row = one(tmp_path, tiny_llama, {"mask": "dense", "perturbations": 2})
+    assert (row["rounds"], row["forward_passes"]) == (2, 3 * 8)
+
+
+def test_training_that_breaks_is_a_row(tmp_path: Path, tiny_llama: Path) -> None:
+    row = one(tmp_path, tiny_llama, {"lr": 1e30})
+    assert row["diverged"]
+    assert row["ended"] is not None
+    assert row["forward_passes"] <= 3 * 8
+
+
+def test_nothing_trained(tmp_path: Path, tiny_llama: Path) -> None:
+    row = one(tmp_path, tiny_llama, {"mask": "none", "lr": {}})
+    assert row["accuracy"] == row["accuracy_before"]
+    assert row["forward_passes"] == 0
+
+
+def test_a_curve(tmp_path: Path, tiny_llama: Path) -> None:
+    row = one(tmp_path, tiny_llama, {}, evaluate_every=3)
+    assert [point[0] for point in row["curve"]] == [3, 4]
+    assert row["curve"][-1][1:] == (row["accuracy"], row["loss"])
+    assert row["digest"] == one(tmp_path, tiny_llama, {})["digest"]
+
+
+def test_early_stopping_leaves_its_judgements_and_gradips(tmp_path: Path, tiny_llama: Path) -> None:
+    early = {"by": "vpcs", "calibration_steps": 6, "rho_later": 1e-9, "quiet": 1e9}
+    row = one(tmp_path, tiny_llama, {"early_stopping": early}, passes=20, local_steps=[2])
+    assert [judgement["early_stopped"] for judgement in row["judgements"]] == [True] * 3
+    assert [len(gradip["values"]) for gradip in row["gradips"]] == [6] * 3
+    assert row["rounds"] == 3
+    assert row["forward_passes"] == 3 * 2 * (6 + 1 + 1)
+
+
+def test_an_evaluation_is_kept(tmp_path: Path) -> None:
+    kept = Evaluation(rows=3, loss=math.log(2), accuracy=1 / 3, majority=2 / 3, recalls=(0.5, None))
+    save_evaluation(tmp_path / "before.json", kept)
+    assert load_evaluation(tmp_path / "before.json") == kept

@@ -1,0 +1,75 @@
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meerkat_mq.config import Section, check_config
+from meerkat_mq.errors import ConfigError
+from meerkat_mq.sweep.plan import MethodPlan, SweepPlan, TaskPlan
+
+PAGE = Path(__file__).parents[2] / "docs/sweep.md"
+METHOD = {"name": "MEERKAT", "lr": 0.1}
+LEAST = {"model": "demo", "passes": 8, "methods": [METHOD]}
+
+
+def check(**changes: Any) -> SweepPlan:
+    return check_config(LEAST | changes, SweepPlan, where="plan.toml")
+
+
+def test_one_learning_rate_is_an_axis_of_one() -> None:
+    assert check().methods[0].rates("any task") == (0.1,)
+
+
+def test_learning_rates_by_task() -> None:
+    method = check(methods=[METHOD | {"lr": {"sst2": [1e-3, 1e-2], "rte": 0.5}}]).methods[0]
+    assert [method.rates(task) for task in ("sst2", "rte", "wic")] == [(1e-3, 1e-2), (0.5,), ()]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"passes": None}, "needs either passes or rounds"),
+        ({"rounds": 3}, "needs either passes or rounds"),
+        ({"methods": []}, "plan.toml: methods"),
+        ({"methods": [METHOD, METHOD]}, "methods have a name twice"),
+        ({"methods": [{"name": "x"}]}, 'needs lr, unless mask = "none"'),
+        ({"methods": [METHOD | {"mask": "sensitivty"}]}, "plan.toml: methods.0.mask"),
+        ({"methods": [METHOD | {"directions": 9}]}, "9 directions for 8 nodes"),
+        (
+            {"methods": [METHOD | {"optimiser": "first-order", "early_stopping": {"by": "vpcs"}}]},
+            "early_stopping needs",
+        ),
+        ({"methods": [METHOD | {"lr": 0}]}, "plan.toml: methods.0.lr.every task.0: input should be greater than 0"),
+        ({"methods": [METHOD | {"lr": {"rte": ["x"]}}]}, "plan.toml: methods.0.lr.rte.0"),
+        ({"evaluate_on": "tuning"}, "needs tune_rows"),
+        ({"model": "some/model"}, "needs [[tasks]]"),
+        ({"splits": [{"how": "extreme", "nodes": 9}]}, "9 extreme nodes of 8"),
+        ({"local_stpes": [1]}, "plan.toml: local_stpes: is unknown"),
+    ],
+)
+def test_what_is_wrong_is_named(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        check(**changes)
+
+
+def test_a_mask_needs_text() -> None:
+    task = {"name": "sst2", "train": "t.jsonl", "validation": "v.jsonl"}
+    with pytest.raises(ConfigError, match="MEERKAT needs text"):
+        check(model="some/model", tasks=[task])
+    check(model="some/model", tasks=[task], methods=[METHOD | {"text": "task"}])
+
+
+def test_the_page_has_every_key_and_a_valid_example() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    plan, method = text.split("\n## The plan\n")[1].split("\n## ")[0].split("\nA method:\n")
+    documented = set(
+        re.findall(r"`(?:\[\[)?([a-z_]+)(?:\]\])?`", "\n".join(re.findall(r"^\|([^|]+)\|", plan, re.MULTILINE)))
+    )
+    assert documented == set(SweepPlan.model_fields)
+    keys: type[Section]
+    for part, keys in ((method, MethodPlan), (plan, TaskPlan)):
+        assert set(keys.model_fields) <= set(re.findall(r"`([a-z_]+)`", part))
+    (example,) = re.findall(r"^```toml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    check_config(tomllib.loads(example), SweepPlan, where="docs/sweep.md")
