@@ -3,6 +3,7 @@
     python -m benchmarks.gradip --model minilm --lr 1e-3 --seeds 20 --out paths.jsonl      one calibration round a seed
     python -m benchmarks.gradip --report paths.jsonl --rho-later 2 --rho-quiet 0.3         what VPCS makes of them
     python -m benchmarks.gradip --choose tuning.jsonl                                      thresholds, on other seeds
+    python -m benchmarks.gradip --draw paths.jsonl --seed 1 > docs/gradip.svg              the curves of one seed
 
 A seed is one federation of ten nodes on the in-memory transport: 0 to 7 hold IID shards, 8 and 9 one label each. The
 machines run its calibration round (100 local steps, one lane) as they would over MQTT. A node is judged by its own path
@@ -32,6 +33,7 @@ from meerkat_mq.model.engine import TransformersEngine
 from meerkat_mq.model.load import load_model
 from meerkat_mq.model.masks import make_mask
 from meerkat_mq.rounds.early_stopping import is_extreme, path_ratios
+from meerkat_mq.rounds.guards import NOT_REFUSED
 from meerkat_mq.rounds.memory import MemoryFederation, MemoryNode
 from meerkat_mq.rounds.policy import RoundSettings
 
@@ -97,6 +99,7 @@ def calibrate(found: Stage, shards: Sequence[Sequence[Row]], seed: int, args: ar
     federation.start()
     federation.run(until=1e6)
     assert len(federation.entries) == 1, federation.errors
+    assert all(record.verdict in NOT_REFUSED for record in federation.records[0])
     (products,) = federation.products[0]
     return [Path100(seed, int(r.node[5:]), gradip(r.scalars, products)) for r in federation.records[0]]
 
@@ -160,6 +163,32 @@ def describe(config: EarlyStoppingConfig, rate: Rates) -> str:
     )
 
 
+def draw(paths: Sequence[Path100], span: int = 15) -> str:
+    """|GradIP| of one seed's nodes as SVG: running means over `span` steps, log scale; the extreme nodes in colour."""
+    curves = {p.node: np.convolve(np.abs(p.path), np.full(span, 1 / span), mode="valid") for p in paths}
+    low = float(np.log10(min(curve.min() for curve in curves.values())))
+    high = float(np.log10(max(curve.max() for curve in curves.values())))
+    parts = [
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 300" font-family="sans-serif" font-size="12">',
+        '<rect width="720" height="300" fill="white"/>',
+    ]
+    ticks = (digit * 10.0**power for power in range(-6, 7) for digit in (1, 2, 5))
+    for tick in ticks:
+        if 10**low <= tick <= 10**high:
+            y = 260 - 240 * (np.log10(tick) - low) / (high - low)
+            parts.append(f'<path d="M50 {y:.0f}H700" stroke="#ddd"/><text x="8" y="{y + 4:.0f}">{tick:g}</text>')
+    for node, curve in curves.items():
+        points = " ".join(
+            f"{50 + 650 * index / len(curve):.1f},{260 - 240 * (np.log10(value) - low) / (high - low):.1f}"
+            for index, value in enumerate(curve)
+        )
+        style = 'stroke="#c0392b" stroke-width="2.5"' if node in EXTREME else 'stroke="#7f8c8d" stroke-width="1.2"'
+        parts.append(f'<polyline points="{points}" fill="none" {style}/>')
+    parts.append(f'<text x="50" y="285">local steps of the calibration, 1 to {len(paths[0].path)}; |GradIP|, ')
+    parts.append(f"mean over {span} steps; red: one label, grey: IID</text></svg>")
+    return "\n".join(parts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["minilm", "demo"], default="minilm")
@@ -173,11 +202,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/gradip.jsonl"))
     parser.add_argument("--report", type=Path, help="judge these paths at the thresholds of the options")
     parser.add_argument("--choose", type=Path, help="show the best thresholds for these paths")
+    parser.add_argument("--draw", type=Path, help="draw the curves of a seed of these paths")
+    parser.add_argument("--seed", type=int, default=1)
     defaults = EarlyStoppingConfig()
     for name in ("initial", "later", "quiet", "rho_later", "rho_quiet"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(defaults, name))
     args = parser.parse_args()
-    if args.choose is not None:
+    if args.draw is not None:
+        print(draw([p for p in read(args.draw) if p.seed == args.seed]))
+    elif args.choose is not None:
         for _, config, rate in choose(read(args.choose))[:15]:
             print(describe(config, rate))
     elif args.report is not None:

@@ -15,7 +15,8 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.minilm_agnews import SHARED, minilm
-from meerkat_mq.config import check_config
+from meerkat_mq.config import EarlyStoppingConfig, check_config
+from meerkat_mq.demo.settings import DEMO
 from meerkat_mq.sweep.plan import SweepPlan
 from meerkat_mq.sweep.run import check_plan, run_sweep
 
@@ -32,9 +33,9 @@ def task(name: str, **others: Any) -> Table:
 
 
 def on_minilm(methods: list[Table], **others: Any) -> Table:
-    """A plan on real weights and AG News: 8 nodes, Dirichlet(0.5), T = 10, 240 forward passes a node, three seeds."""
+    """A plan on real weights and AG News: 8 nodes, Dirichlet(0.5), T = 10, 160 forward passes a node, three seeds."""
     plan: Table = {
-        "model": minilm(), "text": C4, "calibration_tokens": 128, "nodes": 8, "passes": 240, "batch_size": 4,
+        "model": minilm(), "text": C4, "calibration_tokens": 128, "nodes": 8, "passes": 160, "batch_size": 4,
         "max_tokens": 24, "eval_rows": 1000, "local_steps": [10], "splits": DIRICHLET, "seeds": [0, 1, 2],
         "tasks": [task("agnews")],
     }  # fmt: skip
@@ -58,33 +59,52 @@ def tuned() -> list[Table]:
     """Half the budget, learning rates around what a first look showed; dense runs move 2,000 times as many weights."""
     return [
         meerkat([5e-4, 1e-3, 2e-3, 4e-3]),
-        method("magnitude-activation", [1e-3, 4e-3, 1.6e-2], mask="magnitude-activation"),
-        method("magnitude", [1e-3, 5e-3, 2.5e-2], mask="magnitude"),
-        method("random", [1e-3, 5e-3, 2.5e-2], mask="random"),
-        method("dense ZO", [1e-6, 5e-6, 2.5e-5], mask="dense"),
+        method("magnitude-activation", [1e-3, 4e-3, 1.6e-2, 6.4e-2], mask="magnitude-activation"),
+        method("magnitude", [1e-3, 5e-3, 2.5e-2, 1e-1, 5e-1], mask="magnitude"),
+        method("random", [5e-3, 2.5e-2, 1e-1, 5e-1], mask="random"),
+        method("dense ZO", [1e-6, 5e-6, 2.5e-5, 1e-4], mask="dense"),
         method("LoRA-ZO", [3e-4, 3e-3, 3e-2], mask="lora"),
         method("first-order", [1e-4, 3e-4, 1e-3], optimiser="first-order"),
     ]
 
 
 def chosen() -> dict[str, Table]:
-    """Each method at the learning rate that was best on the tuning rows."""
+    """Each method at the learning rate that gave the lowest loss on the tuning rows."""
     return {
         "meerkat": meerkat(2e-3),
-        "dense": method("dense ZO", 5e-6, mask="dense"),
-        "first-order": method("first-order", 3e-4, optimiser="first-order"),
+        "magnitude-activation": method("magnitude-activation", 1.6e-2, mask="magnitude-activation"),
+        "magnitude": method("magnitude", 0.1, mask="magnitude"),
+        "random": method("random", 0.1, mask="random"),
+        "dense": method("dense ZO", 2.5e-5, mask="dense"),
+        "lora": method("LoRA-ZO", 3e-3, mask="lora"),
+        "decomfl": method("DeComFL", 1e-4, mask="dense", perturbations=10),
+        "first-order": method("first-order", 1e-3, optimiser="first-order"),
     }
 
 
-def early_stopping(lr: float, calibration: int) -> list[Table]:
-    """Meerkat, Meerkat-vp, and the control: as many nodes, drawn at random, after the same calibration round."""
-    stopping = {"by": "vpcs", "calibration_steps": calibration}
-    drawn = {"by": "random", "calibration_steps": calibration, "random_share": 0.25}
+def of(*names: str) -> list[Table]:
+    """Those of the chosen methods."""
+    return [chosen()[name] for name in names]
+
+
+def early_stopping(lr: float, settings: EarlyStoppingConfig, **others: Any) -> list[Table]:
+    """Meerkat; with a calibration round and nobody stopped; Meerkat-vp; and the control, two nodes drawn at random."""
+    given = settings.model_dump(mode="json")
     return [
-        meerkat(lr),
-        method("Meerkat-vp", lr, early_stopping=stopping),
-        method("random early stopping", lr, early_stopping=drawn),
+        meerkat(lr, **others),
+        method("calibration alone", lr, early_stopping=given | {"by": "vpcs", "rho_later": 1e9}, **others),
+        method("Meerkat-vp", lr, early_stopping=given | {"by": "vpcs"}, **others),
+        method("random early stopping", lr, early_stopping=given | {"by": "random", "random_share": 0.25}, **others),
     ]
+
+
+def on_demo(splits: list[Table], steps: list[int]) -> Table:
+    """A plan on the demo's Llama: 250 calibration steps and 150 others, or 400, a node."""
+    methods = early_stopping(DEMO.lr, DEMO.early_stopping, directions=4, eps=DEMO.eps)
+    return {
+        "model": "demo", "nodes": 8, "passes": 800, "batch_size": 8, "eval_rows": 1000, "local_steps": steps,
+        "splits": splits, "seeds": [0, 1, 2], "methods": methods,
+    }  # fmt: skip
 
 
 EXTREME = {"how": "extreme", "nodes": 2}
@@ -92,21 +112,36 @@ EXTREME = {"how": "extreme", "nodes": 2}
 SWEEPS: dict[str, Callable[[], Table]] = {
     "agnews-tuning": lambda: tuning(tuned(), passes=120),
     "decomfl-tuning": lambda: tuning(
-        [method("DeComFL", [5e-6, 2e-5, 8e-5], mask="dense", perturbations=10)], passes=120, local_steps=[1]
+        [method("DeComFL", [1e-4, 4e-4], mask="dense", perturbations=10)], passes=120, local_steps=[1]
     ),
-    "agnews-t1": lambda: on_minilm(list(chosen().values()), local_steps=[1]),
-    "agnews-one-label": lambda: on_minilm(list(chosen().values()), splits=[{"how": "one-label"}]),
-    "agnews-t1-iid": lambda: on_minilm([chosen()["meerkat"]], local_steps=[1], splits=[{"how": "iid"}]),
+    "agnews-masks": lambda: on_minilm(of("meerkat", "magnitude-activation", "magnitude", "random")),
+    "agnews-lora": lambda: on_minilm(of("lora", "first-order")),
+    "agnews-dense": lambda: on_minilm(of("dense")),
+    "agnews-decomfl": lambda: on_minilm(of("decomfl"), local_steps=[1]),
+    "agnews-t1": lambda: on_minilm(of("meerkat"), local_steps=[1], splits=[*DIRICHLET, {"how": "iid"}]),
+    "agnews-t1-dense": lambda: on_minilm(of("dense"), local_steps=[1]),
+    "agnews-one-label": lambda: on_minilm(of("meerkat", "first-order"), splits=[{"how": "one-label"}]),
+    "agnews-one-label-dense": lambda: on_minilm(of("dense"), splits=[{"how": "one-label"}]),
+    "transfer": lambda: on_minilm(
+        [
+            method("WikiText mask", 2e-3, text=WIKITEXT),
+            method("task-data mask", 2e-3, text="task"),
+            method("u = 1e-2", 2e-4, density=1e-2),
+            method("u = 1e-4", 6e-3, density=1e-4),
+        ],
+        seeds=[0],
+    ),
     "tasks": lambda: on_minilm(
-        [method("untrained", [], mask="none"), chosen()["meerkat"], chosen()["first-order"]],
+        [{"name": "untrained", "mask": "none"}, *of("meerkat", "first-order")],
         max_tokens=96,
         seeds=[0],
         tasks=[task(name) for name in ("sst2", "rte", "boolq", "wic")],
     ),
-    "early-stopping": lambda: on_minilm(
-        early_stopping(2e-3, 100), passes=400, local_steps=[10, 30, 50], splits=[EXTREME]
+    "early-stopping": lambda: on_demo([EXTREME], [10, 30, 50]),
+    "minority": lambda: on_demo([EXTREME | {"exclusive": True}], [10]),
+    "early-stopping-minilm": lambda: on_minilm(
+        early_stopping(2e-3, EarlyStoppingConfig()), passes=500, splits=[EXTREME]
     ),
-    "minority": lambda: on_minilm(early_stopping(2e-3, 100), passes=400, splits=[EXTREME | {"exclusive": True}]),
 }
 
 

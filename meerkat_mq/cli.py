@@ -118,8 +118,14 @@ def mask(
     method: Annotated[
         Method, typer.Option(help="How weights are scored; or all of them, or an adapter.")
     ] = "sensitivity",
-    density: Annotated[float, typer.Option(help="Share u of each linear matrix that is trained, 0 < u ≤ 1.")] = 1e-3,
-    rank: Annotated[int, typer.Option(help="Of the adapter, with --method lora.")] = 8,
+    density: Annotated[
+        float | None,
+        typer.Option(
+            help="Share u of each linear matrix that is trained, 0 < u ≤ 1; not of dense and lora.",
+            show_default="0.001",
+        ),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Of the adapter, with --method lora.", show_default="8")] = None,
     sequences: Annotated[int, typer.Option(help="Sequences of calibration text.")] = 100,
     length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="Order of the text, and the random mask.")] = 0,
@@ -133,6 +139,12 @@ def mask(
     from meerkat_mq.model.load import load_model  # noqa: PLC0415
     from meerkat_mq.model.masks import make_mask  # noqa: PLC0415
 
+    for option, unused in (
+        ("--density", density is not None and method in ("dense", "lora")),
+        ("--rank", rank is not None and method != "lora"),
+    ):
+        if unused:
+            raise ConfigError(option, f"means nothing to --method {method}", "leave it out")
     if out.is_dir() or not out.parent.is_dir():
         raise ConfigError(f"--out {out}", "is not a file in a folder that exists", "make the folder, name the file")
     check_config({"source": model, "device": device}, ModelConfig, where="command line")
@@ -145,8 +157,8 @@ def mask(
             loaded,
             texts,
             method,
-            density=density,
-            rank=rank,
+            density=1e-3 if density is None else density,
+            rank=8 if rank is None else rank,
             seed=seed,
             sequences=sequences,
             length=length,

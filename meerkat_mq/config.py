@@ -50,6 +50,7 @@ DataSource = Annotated[Path | str, PlainValidator(data_source)]
 
 
 _NAMES_OR_PATHS = ("model", "source", "task")  # a hub id or built-in name, unless there is such a file or folder
+_DATA = ("data", "train", "validation")
 
 
 class Section(BaseModel):
@@ -65,7 +66,7 @@ class Section(BaseModel):
             return value
         if isinstance(value, str) and info.field_name in _NAMES_OR_PATHS and (folder / value).exists():
             return str(folder / value)
-        if isinstance(value, str) and info.field_name == "data" and (match := HUB_DATA.fullmatch(value)):
+        if isinstance(value, str) and info.field_name in _DATA and (match := HUB_DATA.fullmatch(value)):
             path = folder / match["path"]
             return f"hf:{path if path.exists() else match['path']}{value[match.end('path') :]}"
         return folder / value if isinstance(value, Path) else value
@@ -202,7 +203,7 @@ class EarlyStoppingConfig(Section):
         by: "vpcs" judges each node by the GradIP of its virtual path; "random", the control, draws nodes; "off".
         steps: local steps a round of an early-stopped node.
         calibration_steps: local steps, of every node, in a round that calibrates: the first one.
-        every: rounds from one calibration to the next; 0: never again.
+        every: rounds from one calibration to the next, at least 2; 0: never again.
         initial: share of the calibration steps that are its initial part.
         later: share of them, from the end, that are its later part.
         rho_later: least ratio of mean |GradIP| in the initial part to that in the later part.
@@ -214,15 +215,22 @@ class EarlyStoppingConfig(Section):
 
     by: Literal["off", "vpcs", "random"] = "off"
     steps: Annotated[int, Field(ge=1, le=1000)] = 1
-    calibration_steps: Annotated[int, Field(ge=4, le=1000)] = 100
+    calibration_steps: Annotated[int, Field(ge=4, le=1000)] = 150
     every: Annotated[int, Field(ge=0)] = 0
     initial: Annotated[float, Field(gt=0, le=0.5)] = 0.2
     later: Annotated[float, Field(gt=0, le=0.5)] = 0.5
-    rho_later: Annotated[float, Field(gt=0)] = 3.0
+    rho_later: Annotated[float, Field(gt=0)] = 2.5
     rho_quiet: Share = 0.5
-    quiet: Annotated[float, Field(gt=0)] = 0.1
+    quiet: Annotated[float, Field(gt=0)] = 0.2
     require: Literal["both", "either"] = "both"
     random_share: Share = 0.25
+
+    @field_validator("every")
+    @classmethod
+    def _not_always(cls, every: int) -> int:
+        if every == 1:
+            raise ValueError("must be 0, or at least 2: where every round calibrates, nobody does fewer steps")
+        return every
 
 
 class EvaluationConfig(Section):

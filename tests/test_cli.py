@@ -121,6 +121,9 @@ def test_a_wrong_command_line_for_a_mask(meerkat: Meerkat, rows: Path, tiny_llam
     fails(2, f"--out {tmp_path}: is not a file in a folder that exists", out=tmp_path)
     fails(2, "is not a file in a folder that exists; make the folder", out=tmp_path / "none" / "m.mkm")
     fails(2, "command line: device: ", "not 'gpu'", device="gpu")
+    fails(2, "--density: means nothing to --method dense; leave it out", method="dense", density=0.5)
+    fails(2, "--density: means nothing to --method lora; leave it out", method="lora", rank=3, density=0.5)
+    fails(2, "--rank: means nothing to --method magnitude; leave it out", method="magnitude", rank=8)
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "x"}\n{"text": \n')
     fails(3, "broken.jsonl:2: is not JSON", text=broken)

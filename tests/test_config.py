@@ -101,6 +101,14 @@ def test_broker_addresses(tmp_path: Path, url: str, host: str, port: int, tls: b
         (ServerConfig, SERVER + "[rounds]\nquorum = 0\n", ["rounds.quorum: ", "greater than 0", "not 0"]),
         (ServerConfig, SERVER + "[rounds]\nlr = nan\n", ["rounds.lr: ", "finite", "not nan"]),
         (ServerConfig, SERVER + "[rounds]\nround = 3\n", ["rounds.round: is unknown"]),
+        (
+            ServerConfig,
+            SERVER + "[early_stopping]\nevery = 1\n",
+            [
+                "early_stopping.every: must be 0, or at least 2: where every round calibrates, nobody does fewer",
+                "not 1",
+            ],
+        ),
         (ServerConfig, SERVER + "[evaluation]\nevery = 3\n", ["evaluation.data: is missing"]),
         (ServerConfig, "federation = \n", ["is not TOML", "line 1", "docs/configuration.md"]),
     ],

@@ -127,6 +127,7 @@ def read_history(seen: Observed, state_dir: Path, faults: list[Injected], *, fin
     with closing(Ledger.read(state_dir / LEDGER_FILE)) as ledger:
         run = run_of(ledger)
         mask = toy_mask(run.weights) if run.engine == "toy" else Mask.load(mask_file(state_dir, run.mask_hash))
+        settings = settings_of(run, ledger.rules, measured=bool(mask.g_p.any()))
         version = ledger.version  # an attached server goes on meanwhile
         starts = range(0, version, _READ_AT_ONCE)
         closed = [found for first in starts for found in ledger.closed(first, _READ_AT_ONCE)][:version]
@@ -135,10 +136,10 @@ def read_history(seen: Observed, state_dir: Path, faults: list[Injected], *, fin
             mask=mask,
             stream=run.stream,
             digest_every=run.digest_every,
-            settings=settings_of(run, ledger.rules, measured=bool(mask.g_p.any())),
+            settings=settings,
             entries=[found.entry for found in closed],
             records=[ledger.records(number) for number in range(version)],
-            products=[ledger.products(number, run.directions) or () for number in range(version)],
+            products=[ledger.products(number, settings) or () for number in range(version)],
             judgements=[ledger.judgements(number) for number in range(version)],
             open_updates=ledger.records(version),
             terms=[(term.term, term.server_id) for term in ledger.terms()],

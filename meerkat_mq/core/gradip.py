@@ -3,7 +3,7 @@
 The ledger keeps ⟨g_p, z⟩ of each direction, so its sum has one order, the same on every machine.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -51,12 +51,17 @@ def inner_products(
         steps: directions a lane.
         stream: direction stream.
     """
-    return tuple(
-        tuple(
-            inner_product(g_p, direction(stream, seed, 0, g_p.size)) for seed in seeds_of(run_id, version, lane, steps)
-        )
-        for lane in range(lanes)
-    )
+    found = tuple(each_inner_product(g_p, run_id, version, lanes=lanes, steps=steps, stream=stream))
+    return tuple(found[lane * steps : (lane + 1) * steps] for lane in range(lanes))
+
+
+def each_inner_product(
+    g_p: Float32Array, run_id: bytes, version: int, *, lanes: int, steps: int, stream: str
+) -> Iterator[float]:
+    """The same one by one, lane after lane: each is computed when it is asked for."""
+    for lane in range(lanes):
+        for seed in seeds_of(run_id, version, lane, steps):
+            yield inner_product(g_p, direction(stream, seed, 0, g_p.size))
 
 
 def gradip(scalars: Sequence[float], products: Sequence[float]) -> tuple[float, ...]:

@@ -1,6 +1,7 @@
 """theta at a version: what a mask and the entries since make of it, on the server, on a node and in verification."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -54,3 +55,38 @@ class Replica:
             digests.append(digest(theta) if digest_due(version, self._digest_every) else NO_DIGEST)
         self.theta, self.version = theta, version
         return tuple(digests)
+
+
+@dataclass
+class NewestTheta:
+    """What the first of all replicas to apply an entry came to: one theta for all of them."""
+
+    start: Float32Array
+    before: Float32Array | None = None
+    terms: Sequence[Term] = ()
+    after: Float32Array | None = None
+    digest: bytes = NO_DIGEST
+
+
+class SharedReplica(Replica):
+    """A replica that applies no entry that another one has just applied to the same theta."""
+
+    def __init__(self, mask: Mask, run_id: bytes, stream: str, digest_every: int, newest: NewestTheta) -> None:
+        super().__init__(mask, run_id=run_id, stream=stream, digest_every=digest_every)
+        self._newest = newest
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to theta_0."""
+        self.load(self._newest.start, 0)
+
+    def apply(self, terms: Sequence[Term]) -> bytes:
+        """Apply the terms of entry `version`; returns what `Replica.apply` returns."""
+        newest = self._newest
+        if newest.before is not self.theta or newest.terms != terms or newest.after is None:
+            newest.before, newest.terms = self.theta, terms
+            newest.digest = super().apply(terms)
+            newest.after = self.theta
+        else:
+            self.load(newest.after, self.version + 1)
+        return newest.digest

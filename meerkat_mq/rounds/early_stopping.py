@@ -33,7 +33,8 @@ class EarlyStopping:
     def steps_of(self, version: int, node: str) -> int:
         """Local steps that round `version` asks of a node."""
         settings, judgement = self._settings, self._newest.get(node)
-        if judgement is None or not judgement.early_stopped or settings.calibrates(version):
+        stopped = judgement is not None and judgement.early_stopped and settings.early_stops
+        if not stopped or settings.calibrates(version):
             return settings.steps_of(version)
         return settings.early_stopping.steps
 

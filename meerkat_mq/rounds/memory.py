@@ -13,11 +13,11 @@ from functools import lru_cache, partial
 from typing import Any
 
 from meerkat_mq.core.batches import batch_rows
-from meerkat_mq.core.directions import Float32Array, direction
+from meerkat_mq.core.directions import direction
 from meerkat_mq.core.gradip import inner_products
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.core.path import NO_DIGEST, Entry, Term, digest, seeds_of
-from meerkat_mq.core.replica import Replica
+from meerkat_mq.core.path import NO_DIGEST, Entry, digest, seeds_of
+from meerkat_mq.core.replica import NewestTheta, Replica, SharedReplica
 from meerkat_mq.core.step import Engine, Row, local_steps
 from meerkat_mq.errors import MeerkatError
 from meerkat_mq.rounds import events as e
@@ -59,41 +59,6 @@ class MemoryNode:
     held: list[e.NodeEvent] | None = None
     machine: NodeMachine = field(init=False)
     replica: Replica = field(init=False)
-
-
-@dataclass
-class _Newest:
-    """What the first of all replicas to apply an entry came to: one theta for all of them."""
-
-    start: Float32Array
-    before: Float32Array | None = None
-    terms: Sequence[Term] = ()
-    after: Float32Array | None = None
-    digest: bytes = NO_DIGEST
-
-
-class _SharedReplica(Replica):
-    """A replica that applies no entry that another one has just applied to the same theta."""
-
-    def __init__(self, mask: Mask, run_id: bytes, stream: str, digest_every: int, newest: _Newest) -> None:
-        super().__init__(mask, run_id=run_id, stream=stream, digest_every=digest_every)
-        self._newest = newest
-        self.reset()
-
-    def reset(self) -> None:
-        """Back to theta_0."""
-        self.load(self._newest.start, 0)
-
-    def apply(self, terms: Sequence[Term]) -> bytes:
-        """Apply the terms of entry `version`; returns what `Replica.apply` returns."""
-        newest = self._newest
-        if newest.before is not self.theta or newest.terms != terms or newest.after is None:
-            newest.before, newest.terms = self.theta, terms
-            newest.digest = super().apply(terms)
-            newest.after = self.theta
-        else:
-            self.load(newest.after, self.version + 1)
-        return newest.digest
 
 
 class MemoryFederation:
@@ -144,14 +109,14 @@ class MemoryFederation:
         self._order = itertools.count()
         self._retained: Round | None = None
         self._wake: dict[str, float] = {}
-        self._newest = _Newest(mask.theta_0)
+        self._newest = NewestTheta(mask.theta_0)
         self._draw = lru_cache(maxsize=min(1024, DRAWN_BYTES // (4 * mask.size)))(direction)
         self.replica = self._fresh_replica()
         self.server = self._resumed_server()
         self.server_up = False
 
     def _fresh_replica(self) -> Replica:
-        return _SharedReplica(self._mask, self.settings.run_id, self.stream, self.digest_every, self._newest)
+        return SharedReplica(self._mask, self.settings.run_id, self.stream, self.digest_every, self._newest)
 
     # --- the clock ---
 

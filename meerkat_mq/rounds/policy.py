@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from meerkat_mq.config import EarlyStoppingConfig, GuardsConfig
-from meerkat_mq.core.path import Entry, Term, coefficient
+from meerkat_mq.core.path import Entry, Term, coefficient, seeds_of
 from meerkat_mq.errors import ConfigError
 from meerkat_mq.rounds.events import UpdateRecord, Verdict
-from meerkat_mq.wire.frames import MAX_STEPS, MAX_TERMS, entry_bytes
+from meerkat_mq.wire.frames import MAX_STEPS, MAX_TERMS, Reason, Update, entry_bytes
 
 DEADLINE_CAP = 10
 ANNOUNCE_AT = (0.25, 0.5, 0.75)
@@ -88,6 +88,14 @@ class RoundSettings:
         """Local steps that round `version` asks of a node that is not early-stopped."""
         return self.early_stopping.calibration_steps if self.calibrates(version) else self.steps
 
+    def directions_of(self, version: int) -> int:
+        """Directions of round `version` in each lane."""
+        return self.perturbations * self.steps_of(version)
+
+    def fraction_of(self, version: int) -> float:
+        """Share of the nodes at hand that round `version` asks: a calibration, which judges each node, asks all."""
+        return 1.0 if self.calibrates(version) else self.fraction
+
 
 def default_lanes(min_nodes: int, fraction: float) -> int:
     """As many lanes as leave each three nodes, which robust statistics inside a lane want; at least one."""
@@ -119,9 +127,32 @@ def needed(asked: int, quorum: float) -> int:
     return share(quorum, asked)
 
 
-def fewest_needed(settings: RoundSettings) -> int:
-    """What a round of `min_nodes` nodes would need: leaves do not take a quorum below it."""
-    return needed(share(settings.fraction, settings.min_nodes), settings.quorum)
+def fewest_needed(settings: RoundSettings, version: int) -> int:
+    """What round `version` of `min_nodes` nodes would need: leaves do not take a quorum below it."""
+    return needed(share(settings.fraction_of(version), settings.min_nodes), settings.quorum)
+
+
+def why_refused(
+    update: Update, settings: RoundSettings, version: int, *, base: bytes, slot: int, steps: int
+) -> Reason | None:
+    """What is wrong with an update to round `version`, before its numbers are looked at; None: nothing.
+
+    Args:
+        update: of this version.
+        settings: of the run.
+        version: theta's.
+        base: 8 bytes, the beginning of theta's newest due digest.
+        slot: the node's.
+        steps: local steps that the node was asked for.
+    """
+    if update.base != base:
+        return Reason.RESYNCHRONISE
+    count = settings.perturbations * steps
+    if len(update.scalars) != count:
+        return Reason.WRONG_STEPS
+    lane = lane_of(slot, settings.lanes)
+    derived = update.seeds is None or update.seeds == seeds_of(settings.run_id, version, lane, count)
+    return None if derived else Reason.WRONG_SEEDS
 
 
 def applicable(scalars: Iterable[float], lr: float) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from meerkat_mq.core.path import MAX_WEIGHT, NO_DIGEST, Entry, seeds_of
+from meerkat_mq.core.path import MAX_WEIGHT, NO_DIGEST, Entry
 from meerkat_mq.errors import AnotherServer
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.early_stopping import EarlyStopping, judgements_of, with_verdicts
@@ -11,12 +11,12 @@ from meerkat_mq.rounds.policy import (
     RoundSettings,
     deadline_length,
     fewest_needed,
-    lane_of,
     needed,
     newest_that_fit,
     sample,
     snapshot_due,
     terms_of,
+    why_refused,
 )
 from meerkat_mq.rounds.record import KnownNode, OpenRound, Roster, round_frame
 from meerkat_mq.wire.descriptor import NodeStatus
@@ -197,7 +197,7 @@ class ServerMachine:
         self._count("left" if left else "died", name)
         if left and current is not None and name in current.asked and name not in current.taken:
             current.forget(name)
-            fewer = max(needed(len(current.asked), self._settings.quorum), fewest_needed(self._settings))
+            fewer = max(needed(len(current.asked), self._settings.quorum), fewest_needed(self._settings, self.version))
             current.needed = min(current.needed, fewer)
         self._close_if_due(now)
 
@@ -280,17 +280,8 @@ class ServerMachine:
         return "duplicate" if name in current.taken else None
 
     def _why_refused(self, name: str, update: Update) -> Reason | None:
-        if update.base != self._base[:8]:
-            return Reason.RESYNCHRONISE
-        count = self._settings.perturbations * self._early.steps_of(self.version, name)
-        if len(update.scalars) != count:
-            return Reason.WRONG_STEPS
-        derived = update.seeds is None or update.seeds == self._seeds(name, count)
-        return None if derived else Reason.WRONG_SEEDS
-
-    def _seeds(self, name: str, count: int) -> tuple[int, ...]:
-        lane = lane_of(self._nodes[name].slot, self._settings.lanes)
-        return seeds_of(self._settings.run_id, self.version, lane, count)
+        slot, steps = self._nodes[name].slot, self._early.steps_of(self.version, name)
+        return why_refused(update, self._settings, self.version, base=self._base[:8], slot=slot, steps=steps)
 
     def _on_updates_committed(self, event: e.UpdatesCommitted) -> None:
         current = self._open
@@ -311,18 +302,17 @@ class ServerMachine:
 
     def _proceed(self, now: float) -> None:
         """Open the next round if there is one, and nodes for it."""
-        settings, eligible = self._settings, self._nodes.eligible
+        version, settings, eligible = self.version, self._settings, self._nodes.eligible
         if self.finished or len(eligible) < settings.min_nodes:
             return
-        chosen = sample(settings.run_id, self.version, eligible.values(), settings.fraction)
+        chosen = sample(settings.run_id, version, eligible.values(), settings.fraction_of(version))
         asked = {name: slot for name, slot in eligible.items() if slot in chosen}
         heard, self._resumed = self._resumed, {}
         asked |= {name: record.slot for name, record in heard.items()}
         self._open = OpenRound(asked, needed(len(asked), settings.quorum), heard, None if settings.measured else ())
-        self._open.wait(now, deadline_length(settings, self.version, 0))
+        self._open.wait(now, deadline_length(settings, version, 0))
         if settings.measured:
-            steps = settings.perturbations * settings.steps_of(self.version)
-            self._effects.append(e.MeasureDirections(self.version, settings.lanes, steps))
+            self._effects.append(e.MeasureDirections(version, settings.lanes, settings.directions_of(version)))
         self._close_if_due(now)
 
     def _on_directions_measured(self, event: e.DirectionsMeasured) -> None:
@@ -347,9 +337,8 @@ class ServerMachine:
             self._extend(current, now)
 
     def _close(self, current: OpenRound, products: Sequence[Sequence[float]], *, overdue: bool) -> None:
-        heard = current.records
-        judged = self._guard.judge(heard)
-        self._count_refused(new for old, new in zip(heard, judged, strict=True) if new.verdict != old.verdict)
+        judged = self._guard.judge(current.records)
+        self._count_refused(record for record in judged if record.verdict != current.heard[record.node].verdict)
         current.judgements = judgements_of(self.version, judged, products, self._settings)
         current.judged, current.overdue = with_verdicts(judged, current.judgements), overdue
         current.terms = terms_of(current.judged, self._settings)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from meerkat_mq.core.gradip import gradip
 from meerkat_mq.core.path import NO_DIGEST, seed_for
-from meerkat_mq.errors import RunMismatch
+from meerkat_mq.errors import LedgerError, RunMismatch
 from meerkat_mq.observe.tables import NodeShown, RoundShown, RunShown, StepShown, TermShown, UpdateShown
 from meerkat_mq.rounds.events import Judgement, UpdateRecord, Verdict
 from meerkat_mq.rounds.guards import NOT_REFUSED, Guard
-from meerkat_mq.rounds.policy import lane_of
+from meerkat_mq.rounds.policy import RoundSettings, lane_of
 from meerkat_mq.server.ledger import Ledger
-from meerkat_mq.server.ledger_rows import Closed, NodeRow
+from meerkat_mq.server.ledger_rows import Closed, NodeRow, Products
 from meerkat_mq.server.run import early_stopping_in_words, settings_of
 from meerkat_mq.server.verify import run_of
 from meerkat_mq.wire.descriptor import RunDescriptor
@@ -39,11 +39,12 @@ def run_shown(ledger: Ledger, now: float | None = None) -> RunShown:
     newest = ledger.terms()[-1:]
     heard = ledger.records(version)
     paths = _Paths(
-        _mean_gradip(ledger, run, past),
+        _mean_gradip(ledger, settings, past),
         {judgement.node: judgement for judgement in ledger.newest_judgements()},
         ledger.early_stopped_since(),
     )
     last = {record.node: record for records in (*past, heard) for record in records}
+    nodes = ledger.nodes()
     return RunShown(
         federation=run.federation,
         run=run.run,
@@ -56,11 +57,15 @@ def run_shown(ledger: Ledger, now: float | None = None) -> RunShown:
         closed_s=now - closed[-1] if closed else None,
         round_s=(closed[-1] - closed[0]) / (len(closed) - 1) if len(closed) > 1 else None,
         loss=_loss(past[-1]) if past else None,
-        early_stopping=early_stopping_in_words(settings),
-        nodes=tuple(
-            _node_shown(node, last.get(node.node), version, flagged, paths=paths, now=now) for node in ledger.nodes()
-        ),
+        early_stopping=_early_stopping(settings, sum(node.node not in paths.judgements for node in nodes)),
+        nodes=tuple(_node_shown(node, last.get(node.node), version, flagged, paths=paths, now=now) for node in nodes),
     )
+
+
+def _early_stopping(settings: RoundSettings, waiting: int) -> str:
+    """What it does, and how many nodes no calibration has judged yet; "" where it is off."""
+    words = early_stopping_in_words(settings)
+    return f"{words}; {waiting:,} not judged yet" if settings.early_stops and waiting else words
 
 
 @dataclass(frozen=True)
@@ -72,13 +77,13 @@ class _Paths:
     early_stopped_since: Mapping[str, int]
 
 
-def _mean_gradip(ledger: Ledger, run: RunDescriptor, rounds: Iterable[Sequence[UpdateRecord]]) -> dict[str, float]:
+def _mean_gradip(ledger: Ledger, settings: RoundSettings, rounds: Iterable[Sequence[UpdateRecord]]) -> dict[str, float]:
     """Node to its mean |GradIP| over the steps that were not refused."""
     sizes: dict[str, list[float]] = {}
     for records in rounds:
-        products = ledger.products(records[0].version, run.directions)
+        products = ledger.products(records[0].version, settings)
         for record in _not_refused(records) if products else ():
-            sizes.setdefault(record.node, []).extend(map(abs, _gradip(run, record, products or ())))
+            sizes.setdefault(record.node, []).extend(map(abs, gradip_of(ledger, record, products or ())))
     return {node: math.fsum(found) / len(found) for node, found in sizes.items()}
 
 
@@ -86,8 +91,17 @@ def _not_refused(records: Iterable[UpdateRecord]) -> list[UpdateRecord]:
     return [record for record in records if record.verdict in NOT_REFUSED]
 
 
-def _gradip(run: RunDescriptor, record: UpdateRecord, products: Sequence[Sequence[float]]) -> tuple[float, ...]:
-    return gradip(record.scalars, products[lane_of(record.slot, run.directions)])
+def gradip_of(ledger: Ledger, record: UpdateRecord, products: Products) -> tuple[float, ...]:
+    """GradIP of each projected gradient of an update.
+
+    Raises:
+        LedgerError: it has more of them than its round had directions.
+    """
+    lane = products[lane_of(record.slot, len(products))]
+    if len(record.scalars) > len(lane):
+        problem = f"holds {len(record.scalars)} projected gradients of {record.node} in round {record.version}"
+        raise LedgerError(str(ledger.path), f"{problem}, of {len(lane)} directions", "`meerkat verify` says more")
+    return gradip(record.scalars, lane)
 
 
 def _loss(records: Iterable[UpdateRecord]) -> float | None:
@@ -171,18 +185,20 @@ def steps_shown(ledger: Ledger, node: str | None, first: int, count: int) -> Ite
 
     Raises:
         RunMismatch: the ledger knows no such node, or the run does not measure GradIP.
+        LedgerError: what is kept of a round has not the size that it must have.
     """
     run, end = run_of(ledger), min(first + count, ledger.version)
+    settings = settings_of(run, ledger.rules)
     if node is not None:
         _check_known(ledger, node)
-    if ledger.version and not ledger.products(ledger.version - 1, run.directions):
+    if ledger.version and not ledger.products(ledger.version - 1, settings):
         problem = "is not measured in this run: its mask has no pre-training gradient"
         raise RunMismatch("GradIP", problem, "score the mask of the next one: `meerkat mask`")
     for version in range(first, end):
-        products = ledger.products(version, run.directions)
+        products = ledger.products(version, settings)
         for record in _not_refused(ledger.records(version)) if products else ():
             if node in (None, record.node):
-                yield from _steps_shown(run, record, _gradip(run, record, products or ()))
+                yield from _steps_shown(run, record, gradip_of(ledger, record, products or ()))
 
 
 def _steps_shown(run: RunDescriptor, record: UpdateRecord, measured: Sequence[float]) -> Iterator[StepShown]:

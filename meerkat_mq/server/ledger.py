@@ -13,6 +13,7 @@ from meerkat_mq.config import EarlyStoppingConfig, GuardsConfig, RoundsConfig, c
 from meerkat_mq.core.path import Entry
 from meerkat_mq.errors import AnotherServer
 from meerkat_mq.rounds.events import Judgement, UpdateRecord
+from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.server import ledger_file
 from meerkat_mq.server.ledger_rows import (
     Closed,
@@ -41,7 +42,8 @@ _UPDATES = """
     FROM updates LEFT JOIN nodes USING (slot) WHERE version >= ? AND version < ? ORDER BY version, updates.slot
 """
 _JUDGED = """
-    SELECT version, node, judgements.slot, rho_later, rho_quiet, early_stopped
+    SELECT version, node, judgements.slot, rho_later, rho_quiet, early_stopped,
+           EXISTS (SELECT 1 FROM entries WHERE entries.version = judgements.version)
     FROM judgements LEFT JOIN nodes USING (slot)
 """
 _EARLY_STOPPED_SINCE = """
@@ -291,21 +293,33 @@ class Ledger:
         with ledger_file.decoding(self.path, f"in versions {first} to {end - 1} an update"):
             return tuple(map(update_record, rows))
 
-    def products(self, version: int, lanes: int) -> Products | None:
+    def products(self, version: int, settings: RoundSettings) -> Products | None:
         """⟨g_p, z⟩ of an entry, by lane and step; empty where nothing was measured, None where nothing was kept.
 
         Nothing was kept by servers older than schema 2, and of a round that did not close.
+
+        Args:
+            version: of the entry.
+            settings: of the run: how many lanes a round has, and how many directions each.
+
+        Raises:
+            LedgerError: they are of another number of directions.
         """
         packed = next(iter(self._row("SELECT products FROM entries WHERE version = ?", version)), None)
         with ledger_file.decoding(self.path, "products"):
-            return None if packed is None else unpack_products(packed, lanes)
+            directions = settings.directions_of(version)
+            return None if packed is None else unpack_products(packed, settings.lanes, directions)
 
     def judgements(self, version: int) -> tuple[Judgement, ...]:
         """What a calibration round showed of the nodes, by slot; nothing of any other round."""
         return self._judged(f"{_JUDGED} WHERE version = ? ORDER BY judgements.slot", version)
 
     def newest_judgements(self) -> tuple[Judgement, ...]:
-        """The newest of each node, by slot."""
+        """The newest of each node, by slot.
+
+        Raises:
+            LedgerError: one of them is of a round that did not close.
+        """
         newest = "SELECT MAX(version), slot FROM judgements GROUP BY slot"
         where = f"WHERE (version, judgements.slot) IN ({newest})"
         return self._judged(f"{_JUDGED} {where} ORDER BY judgements.slot")
@@ -314,6 +328,11 @@ class Ledger:
         rows = self._rows(query, *values)
         with ledger_file.decoding(self.path, "a judgement"):
             return tuple(map(judgement, rows))
+
+    def judged_while_open(self) -> object | None:
+        """The version of a judgement whose round did not close; None: there is none, as no server writes one."""
+        row = self._row("SELECT version FROM judgements WHERE version NOT IN (SELECT version FROM entries) LIMIT 1")
+        return next(iter(row), None)
 
     def early_stopped_since(self) -> dict[str, int]:
         """Early-stopped node to the calibration round from which on every one said so."""

@@ -71,7 +71,8 @@ def in_words(path: Path) -> Iterator[None]:
     except sqlite3.Error as error:
         name = getattr(error, "sqlite_errorname", "")
         words = next((words for code, words in _PROBLEMS.items() if name.startswith(code)), _DAMAGED)
-        raise LedgerError(str(path), f"{words[0]} ({error})", words[1]) from error
+        said = str(error).partition(" with text ")[0]  # after that come all bytes of what should be text
+        raise LedgerError(str(path), f"{words[0]} ({said})", words[1]) from error
 
 
 @contextmanager
@@ -80,7 +81,7 @@ def decoding(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     except (ConfigError, WireError, ValueError, TypeError, struct.error) as error:
-        raise LedgerError(str(path), f"holds {what} that is none ({error})", _RESTORE) from error
+        raise LedgerError(str(path), f"holds {what} that no server writes ({error})", _RESTORE) from error
 
 
 def open_to_write(path: Path) -> sqlite3.Connection:

@@ -117,7 +117,7 @@ def update_record(row: Row) -> UpdateRecord:
     """
     version, node, slot, boot, weight, packed, loss, verdict = row
     if node is None:
-        raise TypeError(f"no node has slot {slot}")
+        raise TypeError(f"no node has slot {slot!s:.50}")
     for name, value in (("slot", slot), ("boot", boot), ("weight", weight), ("verdict", verdict)):
         if not isinstance(value, int):
             raise TypeError(f"{name} is {value!r:.50}")
@@ -134,31 +134,34 @@ def pack_products(products: Sequence[Sequence[float]]) -> bytes:
     return b"".join(struct.pack(f"<{len(lane)}f", *lane) for lane in products)
 
 
-def unpack_products(packed: bytes, lanes: int) -> Products:
-    """What was packed.
+def unpack_products(packed: bytes, lanes: int, steps: int) -> Products:
+    """What was packed, of `steps` directions a lane.
 
     Raises:
         TypeError: it is not bytes.
-        ValueError: it has not as many floats for each lane.
+        ValueError: it has another size, and is not empty either.
     """
     if not isinstance(packed, bytes):
-        raise TypeError(f"products are {packed!r:.50}")
-    steps, rest = divmod(len(packed), 4 * lanes)
-    if rest:
-        raise ValueError(f"products have {len(packed)} bytes for {lanes} lanes")
+        raise TypeError(f"{packed!r:.50}")
+    if not packed:
+        return ()
+    size = 4 * lanes * steps
+    if len(packed) != size:
+        raise ValueError(f"{len(packed)} bytes; {lanes} × {steps} directions have {size}")
     floats = struct.unpack(f"<{lanes * steps}f", packed)
-    return tuple(floats[lane * steps : (lane + 1) * steps] for lane in range(lanes)) if steps else ()
+    return tuple(floats[lane * steps : (lane + 1) * steps] for lane in range(lanes))
 
 
 def judgement(row: Row) -> Judgement:
-    """From version, node, slot, rho_later, rho_quiet, early_stopped.
+    """From version, node, slot, rho_later, rho_quiet, early_stopped, and whether the round closed.
 
     Raises:
         TypeError: a value is not of its column's type, or nobody has the slot.
+        ValueError: early_stopped is neither 0 nor 1, or the round did not close.
     """
-    version, node, slot, rho_later, rho_quiet, early_stopped = row
+    version, node, slot, rho_later, rho_quiet, early_stopped, closed = row
     if node is None:
-        raise TypeError(f"no node has slot {slot}")
+        raise TypeError(f"no node has slot {slot!s:.50}")
     for name, value, kind in (
         ("version", version, int),
         ("rho_later", rho_later, float),
@@ -167,4 +170,8 @@ def judgement(row: Row) -> Judgement:
     ):
         if not isinstance(value, kind):
             raise TypeError(f"{name} is {value!r:.50}")
+    if early_stopped not in (0, 1):
+        raise ValueError(f"early_stopped is {early_stopped}")
+    if not closed:
+        raise ValueError(f"round {version} did not close")
     return Judgement(version, node, rho_later, rho_quiet, bool(early_stopped))

@@ -2,14 +2,16 @@
 
 import asyncio
 from collections.abc import Callable
+from itertools import takewhile
 
-from meerkat_mq.core.gradip import inner_products
+from meerkat_mq.core.gradip import each_inner_product
 from meerkat_mq.rounds import events as e
+from meerkat_mq.server.ledger_rows import Products
 from meerkat_mq.server.run import Run
 
 
 class Measurer:
-    """Measures what it was asked for last; what that superseded is not answered."""
+    """Measures what it was asked for last; what that superseded is given up at the next direction."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -24,18 +26,25 @@ class Measurer:
 
     async def run(self, tell: Callable[[e.DirectionsMeasured], None]) -> None:
         """Work until cancelled; `tell` is called on the event loop."""
-        while True:
-            await self._asked.wait()
-            self._asked.clear()
-            order = self._newest
-            assert order is not None
-            products = await asyncio.to_thread(self._measure, order)
-            if order is self._newest:
-                tell(e.DirectionsMeasured(asyncio.get_running_loop().time(), order.version, products))
+        try:
+            while True:
+                await self._asked.wait()
+                self._asked.clear()
+                order = self._newest
+                assert order is not None
+                products = await asyncio.to_thread(self._measure, order)
+                if order is self._newest and products is not None:
+                    tell(e.DirectionsMeasured(asyncio.get_running_loop().time(), order.version, products))
+        finally:
+            self._newest = None  # the process ends no sooner than its threads
 
-    def _measure(self, order: e.MeasureDirections) -> tuple[tuple[float, ...], ...]:
+    def _measure(self, order: e.MeasureDirections) -> Products | None:
         run = self._run.descriptor
         assert self._g_p is not None
-        return inner_products(
+        each = each_inner_product(
             self._g_p, run.run_id, order.version, lanes=order.lanes, steps=order.steps, stream=run.stream
         )
+        found = tuple(takewhile(lambda _: order is self._newest, each))
+        if order is not self._newest:
+            return None
+        return tuple(found[lane * order.steps : (lane + 1) * order.steps] for lane in range(order.lanes))

@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from meerkat_mq.core.directions import Float32Array
-from meerkat_mq.core.gradip import gradip
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import seeds_of, virtual_path
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.errors import RunMismatch
 from meerkat_mq.observe.tables import RebuiltShown
 from meerkat_mq.rounds.policy import lane_of
+from meerkat_mq.server.inspect import gradip_of
 from meerkat_mq.server.ledger import Ledger
+from meerkat_mq.server.run import settings_of
 from meerkat_mq.server.verify import check_mask, run_of
 
 AT_ONCE = 100
@@ -33,6 +34,7 @@ def rebuilt_path(
 
     Raises:
         RunMismatch: it is another run's mask, the round did not close, or the node gave nothing to it.
+        LedgerError: what is kept of the round has not the size that it must have.
         BadValue: the node sent a projected gradient that leads nowhere: it was refused.
     """
     run = run_of(ledger)
@@ -44,8 +46,8 @@ def rebuilt_path(
         raise RunMismatch(f"node {node}", f"gave nothing to round {version}", "`meerkat ledger --round` says who did")
     theta, lane = theta_of(ledger, mask, version, progress), lane_of(record.slot, run.directions)
     seeds, perturbations = seeds_of(run.run_id, version, lane, len(record.scalars)), run.perturbations
-    products = ledger.products(version, run.directions)
-    measured = gradip(record.scalars, products[lane]) if products else (None,) * len(seeds)
+    products = ledger.products(version, settings_of(run, ledger.rules))
+    measured = gradip_of(ledger, record, products) if products else (None,) * len(seeds)
     walk = virtual_path(
         theta, record.scalars, seeds, perturbations=perturbations, stream=run.stream, lr=run.lr
     )  # fmt: skip

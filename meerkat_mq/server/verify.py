@@ -71,7 +71,7 @@ def verify_ledger(
         looks: by version, who wants to see theta there.
 
     Raises:
-        RunMismatch: names the first entry that does not hold, and what is wrong with it.
+        RunMismatch: names the first entry that does not hold, and what is wrong with it; or a judgement of no entry.
     """
     run = run_of(ledger)
     g_p = mask.g_p
@@ -90,7 +90,7 @@ def verify_ledger(
                 entry, term = _entry_at(ledger, version, head, term)
                 records = ledger.records(version)
                 _check_records(records, settings, early)
-                products = ledger.products(version, settings.lanes)
+                products = ledger.products(version, settings)
                 if products is not None or kept or settings.calibrates(version):  # else older than schema 2
                     kept = True
                     _check_products(products, version, g_p, run.stream, settings)
@@ -100,6 +100,8 @@ def verify_ledger(
                 _check_terms(entry.terms, terms_of(records, settings))
                 _same("digest", entry.digest.hex(), replica.apply(entry.terms).hex(), "its terms give")
             head, updates = entry.hash(run.run_id), updates + len(records)
+    if (judged := ledger.judged_while_open()) is not None:
+        raise RunMismatch(f"round {judged!r:.50}", "has judgements, but did not close", ALTERED)
     return Verified(rounds, updates, digest(replica.theta))
 
 
@@ -166,8 +168,8 @@ def _check_products(
 ) -> None:
     expected: Products = ()
     if settings.measured:
-        steps = settings.perturbations * settings.steps_of(version)
-        expected = inner_products(g_p, settings.run_id, version, lanes=settings.lanes, steps=steps, stream=stream)
+        lanes, steps = settings.lanes, settings.directions_of(version)
+        expected = inner_products(g_p, settings.run_id, version, lanes=lanes, steps=steps, stream=stream)
     if found is None or [len(lane) for lane in found] != [len(lane) for lane in expected]:
         size = "no products" if found is None else f"products of {sum(map(len, found))} directions"
         raise RunMismatch("products", f"it has {size}; the mask gives those of {sum(map(len, expected))}")

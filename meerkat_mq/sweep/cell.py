@@ -1,7 +1,6 @@
 """What a worker does: score a mask, evaluate the untrained model, train and evaluate one cell."""
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -90,7 +89,7 @@ def run_cell(cell: Cell, mask: Path | None, baseline: Path, report: Report) -> d
     meter = EnergyMeter()
     engine = TransformersEngine(loaded, found, cell.described)
     trained = _train(cell, engine, found, shards, evaluation=rows.evaluation, report=report, sample=meter.sample)
-    energy = meter.used(trained.cpu_seconds, cell.plan.watts)
+    energy = meter.used(trained.cpu_seconds, cell.plan.watts, cell.plan.device)
     memory = peak_rss_mib()
     engine.write(trained.theta)
     with np.errstate(all="ignore"):  # what diverged may hold anything
@@ -130,11 +129,10 @@ def _train(
 ) -> Trained:
     plan = cell.plan
     if cell.method.federated:
-        measured = cell.method.early_stopping.by == "vpcs" and bool(mask.g_p.any())
         return Federated(
             engine=engine,
             mask=mask,
-            settings=cell.settings(mask.hash, measured=measured),
+            settings=cell.settings(mask.hash, measured=bool(mask.g_p.any())),
             shards=shards,
             batch_size=plan.batch_size,
             evaluation=evaluation,
@@ -161,7 +159,7 @@ def _figures(before: Evaluation, after: Evaluation, counts: Sequence[Sequence[in
     own = [own_mix(after.recalls, labels) for labels in counts]
     return {
         "accuracy": after.accuracy,
-        "loss": after.loss if math.isfinite(after.loss) else None,
+        "loss": after.loss,
         "accuracy_before": before.accuracy,
         "loss_before": before.loss,
         "majority": before.majority,

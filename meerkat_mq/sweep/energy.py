@@ -13,10 +13,10 @@ _TICKS = 100  # a second, in /proc/stat, on every Linux
 
 @dataclass(frozen=True)
 class Energy:
-    """Joules, and whether they were measured ("rapl") or come from CPU-seconds ("estimate")."""
+    """Joules, and whether they were measured ("rapl"), come from CPU-seconds ("estimate") or leave a GPU out."""
 
     joules: float
-    source: Literal["rapl", "estimate"]
+    source: Literal["rapl", "estimate", "cpu only"]
 
 
 @dataclass
@@ -53,15 +53,21 @@ class EnergyMeter:
             self.microjoules += moved if moved >= 0 else moved + _range(package)
         self._last = now
 
-    def used(self, cpu_seconds: float, watts: float) -> Energy:
-        """Of a process that worked so long: its share of the packages' energy by CPU time, or CPU time × watts."""
+    def used(self, cpu_seconds: float, watts: float, device: str = "cpu") -> Energy:
+        """Of a process that worked so long: its share of the packages' energy by CPU time, or CPU time × watts.
+
+        Args:
+            cpu_seconds: since the meter was made.
+            watts: of one busy core.
+            device: where the model was; the energy of any but "cpu" is not in it.
+        """
         self.sample()
         if not self.microjoules:
-            return Energy(cpu_seconds * watts, "estimate")
+            return Energy(cpu_seconds * watts, "estimate" if device == "cpu" else "cpu only")
         busy = _busy_seconds(self.stat)
         all_busy = busy - self._busy if busy is not None and self._busy is not None else cpu_seconds
         share = min(1.0, cpu_seconds / all_busy) if all_busy > 0 else 1.0
-        return Energy(share * self.microjoules / 1e6, "rapl")
+        return Energy(share * self.microjoules / 1e6, "rapl" if device == "cpu" else "cpu only")
 
 
 def _counters(powercap: Path) -> dict[Path, int]:

@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.core.path import short_hash
 from meerkat_mq.errors import ConfigError, DataError
 from meerkat_mq.model.tasks import load_task
@@ -24,7 +25,7 @@ from meerkat_mq.sweep.plan import (
 from meerkat_mq.wire.descriptor import Task
 
 DEADLINE_S = 60.0
-_NOT_DECIDING = {"tasks", "methods", "local_steps", "splits", "seeds", "watts", "device", "text", "model"}
+_NOT_DECIDING = {"tasks", "methods", "local_steps", "splits", "seeds", "watts", "text", "model"}
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,10 @@ class Cell:
     @property
     def setting_key(self) -> str:
         """Hash of all that decides but its place in the grid: rows of one line of the table agree in it."""
+        off = {"early_stopping"} if self.method.early_stopping.by == "off" else set()
         return hash_of(
             self.plan.model_dump(mode="json", exclude=_NOT_DECIDING),
-            self.method.model_dump(mode="json", exclude={"lr", "text"}),
+            self.method.model_dump(mode="json", exclude={"lr", "text", *self.method.idle, *off}),
             self.described.model_dump(mode="json"),
             self.contents,
         )
@@ -75,8 +77,8 @@ class Cell:
         kinds = {"model", "text"} | ({"train"} if self.method.text == "task" else set())
         held_out = self.plan.tune_rows if self.method.text == "task" else 0
         return hash_of(
-            self.method.model_dump(mode="json", include={"mask", "density", "rank"}),
-            self.plan.model_dump(mode="json", include={"calibration_sequences", "calibration_tokens"}),
+            self.method.model_dump(mode="json", include={"mask", "density", "rank"} - self.method.idle.keys()),
+            self.plan.model_dump(mode="json", include={"calibration_sequences", "calibration_tokens", "device"}),
             (self.mask_seed, held_out, [item for item in self.contents if item[0] in kinds]),
             self.described.model_dump(mode="json", include={"text", "fields"}) if self.method.text == "task" else None,
         )
@@ -84,7 +86,7 @@ class Cell:
     @property
     def baseline_key(self) -> str:
         """Hash of everything that decides the accuracy before training."""
-        evaluation = {"dtype", "eval_rows", "evaluate_on"} | ({"tune_rows"} if self.plan.tune_rows else set())
+        evaluation = {"dtype", "device", "eval_rows", "evaluate_on"} | ({"tune_rows"} if self.plan.tune_rows else set())
         return hash_of(
             self.plan.model_dump(mode="json", include=evaluation),
             self.described.model_dump(mode="json"),
@@ -93,7 +95,7 @@ class Cell:
 
     @property
     def run_id(self) -> bytes:
-        """16 bytes, of the seed alone: methods see the same batches, along the same random streams."""
+        """16 bytes, of the seed alone: local step i of a node sees the same rows in every zeroth-order method."""
         return short_hash(f"sweep {self.seed}".encode())
 
     @property
@@ -119,11 +121,17 @@ class Cell:
     def settings(self, mask_hash: bytes, *, measured: bool) -> RoundSettings:
         """The rounds of a federated cell: as many as the budget holds, calibration rounds at their own length.
 
+        Args:
+            measured: whether the mask has a g_p; GradIP is measured only where early stopping needs it.
+
         Raises:
             ConfigError: the budget does not hold one round.
         """
         assert self.lr is not None
         assert self.local_steps is not None
+        stopping = self.method.early_stopping
+        if stopping.steps >= self.local_steps:
+            stopping = EarlyStoppingConfig()  # it would change nothing
         one = RoundSettings(
             run_id=self.run_id,
             mask_hash=mask_hash,
@@ -139,8 +147,8 @@ class Cell:
             grace_s=0.0,
             weigh_by_rows=False,
             perturbations=self.method.perturbations,
-            early_stopping=self.method.early_stopping,
-            measured=measured,
+            early_stopping=stopping,
+            measured=measured and stopping.by == "vpcs",
         )
         count = self.plan.rounds or self._rounds_within(one, self.plan.passes or 0)
         return replace(one, count=count, digest_every=count)
@@ -157,11 +165,9 @@ class Cell:
 
     @property
     def gradient_steps(self) -> int:
-        """Steps of first-order training: a batch of every node's a step, so that all methods see as many rows."""
-        if self.plan.passes is not None:
-            return max(1, self.plan.passes // PASSES_OF_A_GRADIENT)
-        assert self.plan.rounds is not None
-        return self.plan.rounds
+        """Steps of first-order training: as many as a node's budget of passes holds."""
+        assert self.plan.passes is not None
+        return self.plan.passes // PASSES_OF_A_GRADIENT
 
 
 def hash_of(*parts: Any) -> str:
@@ -214,13 +220,13 @@ def described_task(plan: SweepPlan, task: TaskPlan | None, own: Task) -> Task:
 
 
 def _contents(plan: SweepPlan, method: MethodPlan, task: TaskPlan | None, model: str) -> Mapping[str, str]:
-    text = method.text or plan.text
-    files = {
+    text = None if method.mask == "none" else method.text or plan.text
+    sources = {
         "text": text if isinstance(text, Path) else None,
         "train": task.train if task is not None else None,
         "validation": task.validation if task is not None else None,
     }
-    named = {kind: _file_hash(path) if path is not None else "" for kind, path in files.items()}
+    named = {kind: _file_hash(source) if isinstance(source, Path) else source or "" for kind, source in sources.items()}
     return {"model": model, **named, "task text": str(text == "task")}
 
 

@@ -1,10 +1,12 @@
 """What a sweep's plan file may say."""
 
+import math
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from meerkat_mq.config import Device, Dtype, EarlyStoppingConfig, LocalPath, Section
+from meerkat_mq.config import DataSource, Device, Dtype, EarlyStoppingConfig, LocalPath, Section
 
 OWN_MODEL = "demo"
 EVERY_TASK = "every task"
@@ -18,10 +20,15 @@ def _several(value: object) -> object:
 
 
 def _by_task(value: object) -> object:
-    return value if isinstance(value, dict) else {EVERY_TASK: value}
+    if isinstance(value, dict):
+        return value
+    rates = value if isinstance(value, list | tuple) else (value,)
+    if not rates or not all(type(rate) in (int, float) and 0 < rate < math.inf for rate in rates):
+        raise ValueError("must be a number above 0, a list of such, or a table of either by task")
+    return {EVERY_TASK: rates}
 
 
-Rate = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, strict=True)]
 Rates = Annotated[tuple[Rate, ...], BeforeValidator(_several), Field(min_length=1)]
 Label = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^|\n]+$")]
 
@@ -37,15 +44,22 @@ class SplitPlan(Section):
     """
 
     how: Literal["iid", "dirichlet", "one-label", "extreme"]
-    alpha: Annotated[float, Field(gt=0)] = 0.5
-    nodes: Annotated[int, Field(ge=1, le=1000)] = 1
-    exclusive: bool = False
+    alpha: Annotated[float, Field(gt=0, strict=True)] = 0.5
+    nodes: Annotated[int, Field(ge=1, le=1000, strict=True)] = 1
+    exclusive: Annotated[bool, Field(strict=True)] = False
 
     @property
     def shown(self) -> str:
         """For people: "dirichlet 0.5"."""
         extreme = f" {self.nodes}" + " exclusive" * self.exclusive
         return self.how + {"dirichlet": f" {self.alpha:g}", "extreme": extreme}.get(self.how, "")
+
+    @model_validator(mode="after")
+    def _says_nothing_idle(self) -> Self:
+        for key, how in (("alpha", "dirichlet"), ("nodes", "extreme"), ("exclusive", "extreme")):
+            if key in self.model_fields_set and self.how != how:
+                raise ValueError(f'{key} does nothing with how = "{self.how}", only with "{how}"')
+        return self
 
 
 class TaskPlan(Section):
@@ -54,16 +68,16 @@ class TaskPlan(Section):
     Attributes:
         name: in the results, and of the built-in task.
         task: another built-in task's name, or a task's TOML file.
-        train: JSONL file.
-        validation: JSONL file.
+        train: file of rows, or hf:… (docs/tasks.md).
+        validation: likewise.
         max_tokens: instead of the plan's.
     """
 
     name: Label
-    train: LocalPath
-    validation: LocalPath
+    train: DataSource
+    validation: DataSource
     task: str | None = None
-    max_tokens: Annotated[int, Field(ge=8, le=8192)] | None = None
+    max_tokens: Annotated[int, Field(ge=8, le=8192, strict=True)] | None = None
 
 
 class MethodPlan(Section):
@@ -71,7 +85,7 @@ class MethodPlan(Section):
 
     Attributes:
         name: in the results.
-        optimiser: "zo" (the federation) or "first-order" (AdamW on all nodes' rows together, the bound).
+        optimiser: "zo" (the federation) or "first-order" (AdamW, a bound: all nodes' rows in one place).
         mask: how weights are chosen; "none" trains nothing.
         density: u, of a mask that chooses.
         rank: of "lora".
@@ -84,12 +98,12 @@ class MethodPlan(Section):
     name: Label
     optimiser: Literal["zo", "first-order"] = "zo"
     mask: Literal["sensitivity", "magnitude-activation", "magnitude", "random", "dense", "lora", "none"] = "sensitivity"
-    density: Annotated[float, Field(gt=0, le=1)] = 1e-3
-    rank: Annotated[int, Field(ge=1, le=1024)] = 8
+    density: Annotated[float, Field(gt=0, le=1, strict=True)] = 1e-3
+    rank: Annotated[int, Field(ge=1, le=1024, strict=True)] = 8
     lr: Annotated[dict[str, Rates], BeforeValidator(_by_task)] = Field(default_factory=dict)
-    eps: Annotated[float, Field(gt=0)] = 1e-3
-    directions: Annotated[int, Field(ge=1, le=4096)] = 1
-    perturbations: Annotated[int, Field(ge=1, le=1000)] = 1
+    eps: Annotated[float, Field(gt=0, strict=True)] = 1e-3
+    directions: Annotated[int, Field(ge=1, le=4096, strict=True)] = 1
+    perturbations: Annotated[int, Field(ge=1, le=1000, strict=True)] = 1
     text: Literal["task"] | LocalPath | None = None
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
 
@@ -97,6 +111,21 @@ class MethodPlan(Section):
     def federated(self) -> bool:
         """Whether it runs rounds."""
         return self.mask != "none" and self.optimiser == "zo"
+
+    @property
+    def idle(self) -> Mapping[str, str]:
+        """Settings that decide nothing here, each with what makes it so."""
+        mask, idle = f'mask = "{self.mask}"', dict[str, str]()
+        if self.mask in ("dense", "lora", "none"):
+            idle["density"] = mask
+        if self.mask != "lora":
+            idle["rank"] = mask
+        if not self.federated:
+            why = mask if self.mask == "none" else f'optimiser = "{self.optimiser}"'
+            idle |= dict.fromkeys(("eps", "directions", "perturbations"), why)
+        if self.mask == "none":
+            idle |= dict.fromkeys(("optimiser", "text"), mask)
+        return idle
 
     def rates(self, task: str) -> tuple[float, ...]:
         """Learning rates for a task; none where nothing is trained or the table leaves the task out."""
@@ -108,6 +137,9 @@ class MethodPlan(Section):
             raise ValueError('needs lr, unless mask = "none"')
         if self.early_stopping.by != "off" and not self.federated:
             raise ValueError("early_stopping needs rounds of the zeroth-order optimiser")
+        for key, why in self.idle.items():
+            if key in self.model_fields_set:
+                raise ValueError(f"{key} does nothing with {why}; remove it")
         return self
 
 
@@ -141,21 +173,21 @@ class SweepPlan(Section):
     dtype: Dtype = "float32"
     device: Device = "cpu"
     text: LocalPath | None = None
-    calibration_sequences: Annotated[int, Field(ge=1)] | None = None
-    calibration_tokens: Annotated[int, Field(ge=8)] | None = None
-    nodes: Annotated[int, Field(ge=1, le=1000)] = 8
-    passes: Annotated[int, Field(ge=1)] | None = None
-    rounds: Annotated[int, Field(ge=1)] | None = None
-    batch_size: Annotated[int, Field(ge=1, le=65536)] = 16
-    max_tokens: Annotated[int, Field(ge=8, le=8192)] | None = None
-    eval_rows: Annotated[int, Field(ge=1)] = 1000
+    calibration_sequences: Annotated[int, Field(ge=1, strict=True)] | None = None
+    calibration_tokens: Annotated[int, Field(ge=8, strict=True)] | None = None
+    nodes: Annotated[int, Field(ge=1, le=1000, strict=True)] = 8
+    passes: Annotated[int, Field(ge=1, strict=True)] | None = None
+    rounds: Annotated[int, Field(ge=1, strict=True)] | None = None
+    batch_size: Annotated[int, Field(ge=1, le=65536, strict=True)] = 16
+    max_tokens: Annotated[int, Field(ge=8, le=8192, strict=True)] | None = None
+    eval_rows: Annotated[int, Field(ge=1, strict=True)] = 1000
     evaluate_on: Literal["validation", "tuning"] = "validation"
-    tune_rows: Annotated[int, Field(ge=0)] = 0
-    evaluate_every: Annotated[int, Field(ge=0)] = 0
-    local_steps: Annotated[tuple[Annotated[int, Field(ge=1, le=1000)], ...], Field(min_length=1)] = (1,)
+    tune_rows: Annotated[int, Field(ge=0, strict=True)] = 0
+    evaluate_every: Annotated[int, Field(ge=0, strict=True)] = 0
+    local_steps: Annotated[tuple[Annotated[int, Field(ge=1, le=1000, strict=True)], ...], Field(min_length=1)] = (1,)
     splits: Annotated[tuple[SplitPlan, ...], Field(min_length=1)] = (SplitPlan(how="dirichlet"),)
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(min_length=1)] = (0,)
-    watts: Annotated[float, Field(gt=0)] = 15.0
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32, strict=True)], ...], Field(min_length=1)] = (0,)
+    watts: Annotated[float, Field(gt=0, strict=True)] = 15.0
     tasks: tuple[TaskPlan, ...] = ()
     methods: Annotated[tuple[MethodPlan, ...], Field(min_length=1)]
 
@@ -165,6 +197,8 @@ class SweepPlan(Section):
             raise ValueError("needs either passes or rounds")
         if self.evaluate_on == "tuning" and not self.tune_rows:
             raise ValueError('evaluate_on = "tuning" needs tune_rows')
+        if self.evaluate_on == "tuning" and "eval_rows" in self.model_fields_set and self.eval_rows > self.tune_rows:
+            raise ValueError(f"eval_rows = {self.eval_rows} are more than tune_rows = {self.tune_rows}")
         if not self.tasks and self.model != OWN_MODEL:
             raise ValueError('needs [[tasks]], unless model = "demo"')
         for axis, names in (("methods", self.methods), ("tasks", self.tasks)):
@@ -183,6 +217,11 @@ class SweepPlan(Section):
     @model_validator(mode="after")
     def _rounds_can_be(self) -> Self:
         for method in self.methods:
+            if method.optimiser == "first-order" and (self.passes or 0) < PASSES_OF_A_GRADIENT:
+                raise ValueError(
+                    f"method {method.name} is first-order and has no rounds: "
+                    f"it needs passes, {PASSES_OF_A_GRADIENT} at least"
+                )
             if method.federated and method.directions > self.nodes:
                 raise ValueError(f"method {method.name} has {method.directions} directions for {self.nodes} nodes")
             for split in self.splits:

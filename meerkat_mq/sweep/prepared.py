@@ -16,11 +16,11 @@ class Prepared:
     """The folder of what cells share.
 
     Attributes:
-        errors: why a file could not be made, by its path.
+        failed: why a file could not be made, by its path.
     """
 
     folder: Path
-    errors: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, Outcome] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Make the folder.
@@ -56,7 +56,7 @@ class Prepared:
     def take(self, outcome: Outcome) -> None:
         """A job is done."""
         if outcome.error is not None:
-            self.errors[outcome.job.name] = outcome.error
+            self.failed[outcome.job.name] = outcome
 
     @staticmethod
     def what(job: Job) -> str:
@@ -67,7 +67,7 @@ class Prepared:
             return f"before training: {axes['task']}"
         return f"mask of {axes['method']}, seed {cell.mask_seed}"
 
-    def error(self, cell: Cell) -> str | None:
+    def failure(self, cell: Cell) -> Outcome | None:
         """Why a cell cannot run."""
-        found = [self.errors.get(str(path)) for path in (self.baseline(cell), self.mask(cell))]
-        return next((error for error in found if error is not None), None)
+        found = [self.failed.get(str(path)) for path in (self.baseline(cell), self.mask(cell))]
+        return next((outcome for outcome in found if outcome is not None), None)

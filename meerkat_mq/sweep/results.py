@@ -1,9 +1,10 @@
 """What a sweep leaves: `results.jsonl`, a row a cell, and `results.md`, the mean and spread over seeds."""
 
 import json
+import math
 import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,20 @@ TABLE_FILE = "results.md"
 
 Row = Mapping[str, Any]
 
+_SMALL = 10.0
 _LEGEND = (
     "Mean ± standard deviation over seeds; own mix: accuracy on each node's own label mix, mean and least over nodes; "
     "passes of all nodes; bytes of a node."
 )
 _AXES = ("method", "task", "split", "local_steps", "lr", "evaluated_on", "budget")
-_HEADINGS = {"local_steps": "T", "evaluated_on": "evaluated on"}
+_SETTINGS = (
+    "optimiser", "mask", "density", "rank", "eps", "directions", "perturbations", "early_stopping", "nodes",
+    "batch_size", "max_tokens", "eval_rows", "tune_rows", "model", "dtype", "device",
+)  # fmt: skip
+_HEADINGS = {
+    "local_steps": "T", "evaluated_on": "evaluated on", "early_stopping": "early stopping", "batch_size": "batch size",
+    "max_tokens": "tokens", "eval_rows": "rows evaluated", "tune_rows": "rows for tuning",
+}  # fmt: skip
 
 
 class Results:
@@ -46,7 +55,8 @@ class Results:
                 os.truncate(self._file, whole)
         except OSError as error:
             raise DataError(str(self._file), f"cannot be used ({error.strerror})", "name another folder") from error
-        for number, line in enumerate(data[:whole].decode(errors="replace").splitlines(), start=1):
+        lines = data[:whole].decode(errors="replace").split("\n")[:-1]  # a name may hold another line separator
+        for number, line in enumerate(lines, start=1):
             self._take(_parsed(line, f"{self._file}:{number}"))
 
     def _take(self, row: Row) -> None:
@@ -58,11 +68,12 @@ class Results:
         return key in self.rows and "failed" not in self.rows[key]
 
     def add(self, row: Row) -> None:
-        """Append a row, durably, then write the table anew.
+        """Append a row, durably, then write the table anew; what is not finite becomes null.
 
         Raises:
             DataError: the file cannot be written.
         """
+        row = _finite(row)
         line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
         try:
             with self._file.open("ab") as file:
@@ -73,6 +84,14 @@ class Results:
             write_atomically(self._table, table(self.rows.values()).encode(), durable=False)
         except OSError as error:
             raise DataError(str(self._file), f"cannot be written ({error.strerror})", "name another folder") from error
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _parsed(line: str, where: str) -> Row:
@@ -89,17 +108,18 @@ def table(rows: Iterable[Row]) -> str:
     """Rows as a Markdown table: a line for each place in the grid, mean ± standard deviation over its seeds.
 
     Axes with one value in the whole grid are named above the table instead of in a column. Rows that agree in all axes
-    but not in other settings have a line each, told apart by a hash.
+    but not in other settings have a line each, and columns for the settings that differ.
     """
+    rows = list(rows)
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault((*(row.get(axis) for axis in _AXES), row["setting"][:8]), []).append(row)
+        groups.setdefault((*(row.get(axis) for axis in _AXES), row["setting"]), []).append(row)
     values = {axis: {group[place] for group in groups} for place, axis in enumerate(_AXES)}
     shown = [axis for axis in _AXES if len(values[axis]) > 1 or axis == "method"]
     same = [f"{_HEADINGS.get(axis, axis)} {_plain(next(iter(values[axis])))}" for axis in _AXES if axis not in shown]
-    if len({group[:-1] for group in groups}) < len(groups):
-        shown.append("setting")
-    heads = [_HEADINGS.get(axis, axis) for axis in shown] + [name for name, _ in _COLUMNS]
+    shown += _telling(groups)
+    columns = [*_COLUMNS, *((name, cell) for name, key, cell in _SOMETIMES if any(row.get(key) for row in rows))]
+    heads = [_HEADINGS.get(axis, axis) for axis in shown] + [name for name, _ in columns]
     lines = [
         "# Results of a sweep",
         "",
@@ -109,15 +129,23 @@ def table(rows: Iterable[Row]) -> str:
         _line(["---"] * len(heads)),
     ]
     methods = list(dict.fromkeys(group[0] for group in groups))
-    for group, members in sorted(groups.items(), key=lambda item: _order(item[0], methods)):
-        place = dict(zip((*_AXES, "setting"), group, strict=True))
+    for _, members in sorted(groups.items(), key=lambda item: _order(item[0], methods)):
         finished = [row for row in members if "failed" not in row]
-        lines.append(_line([*(_plain(place[axis]) for axis in shown), *(cell(finished) for _, cell in _COLUMNS)]))
+        place = [_plain(members[0].get(axis)) for axis in shown]
+        lines.append(_line([*place, *(cell(finished) for _, cell in columns)]))
     failed = [row for members in groups.values() for row in members if "failed" in row]
     if failed:
         lines += ["", "Failed, tried again at the next start:", ""]
-        lines += [f"- {row['method']}, {row['task']}, seed {row['seed']}: {row['failed']}" for row in failed]
+        lines += [printable(f"- {row['method']}, {row['task']}, seed {row['seed']}: {row['failed']}") for row in failed]
     return "\n".join(lines) + "\n"
+
+
+def _telling(groups: Mapping[tuple[Any, ...], Sequence[Row]]) -> list[str]:
+    """Settings in which lines of one place differ."""
+    places: dict[tuple[Any, ...], list[Row]] = {}
+    for group, members in groups.items():
+        places.setdefault(group[:-1], []).append(members[0])
+    return [name for name in _SETTINGS if any(len({row.get(name) for row in same}) > 1 for same in places.values())]
 
 
 def _order(group: tuple[Any, ...], methods: Sequence[str]) -> tuple[Any, ...]:
@@ -149,10 +177,14 @@ def _seeds(rows: Sequence[Row]) -> str:
     return f"{len(rows)}" + (f" ({broken} diverged)" if broken else "")
 
 
-def _mean(name: str, write: str = "{:,.0f}") -> Any:
+def _rounded(value: float) -> str:
+    return f"{value:,.1f}" if value < _SMALL else f"{value:,.0f}"
+
+
+def _mean(name: str, write: Callable[[float], str]) -> Any:
     def cell(rows: Sequence[Row]) -> str:
         values = _values(rows, name)
-        return write.format(statistics.fmean(values)) if values else DASH
+        return write(statistics.fmean(values)) if values else DASH
 
     return cell
 
@@ -164,8 +196,18 @@ def _bytes(rows: Sequence[Row]) -> str:
 
 def _energy(rows: Sequence[Row]) -> str:
     joules = _values(rows, "energy_joules")
-    estimated = any(row.get("energy_source") == "estimate" for row in rows)
-    return f"{statistics.fmean(joules):,.0f} J" + (" (estimate)" if estimated else "") if joules else DASH
+    sources = sorted({row["energy_source"] for row in rows if row.get("energy_source")} - {"rapl"})
+    return f"{_rounded(statistics.fmean(joules))} J" + f" ({', '.join(sources)})" * bool(sources) if joules else DASH
+
+
+def _early_stopped(rows: Sequence[Row]) -> str:
+    newest = [
+        {found["node"]: found["early_stopped"] for found in row["judgements"]} for row in rows if "judgements" in row
+    ]
+    if not any(newest):
+        return DASH
+    stopped = statistics.fmean(sum(nodes.values()) for nodes in newest)
+    return f"{stopped:.1f} of {statistics.fmean(map(len, newest)):.3g}"
 
 
 _COLUMNS: tuple[tuple[str, Any], ...] = (
@@ -175,9 +217,13 @@ _COLUMNS: tuple[tuple[str, Any], ...] = (
     ("own mix", lambda rows: spread(_values(rows, "own_mix_mean"), 3)),
     ("own mix, least", lambda rows: spread(_values(rows, "own_mix_min"), 3)),
     ("loss", lambda rows: spread(_values(rows, "loss"), 3)),
-    ("passes", _mean("forward_passes")),
-    ("CPU s", _mean("cpu_seconds")),
+    ("passes", _mean("forward_passes", "{:,.0f}".format)),
+    ("CPU s", _mean("cpu_seconds", _rounded)),
     ("bytes up / down", _bytes),
-    ("peak memory", _mean("peak_memory_mib", "{:,.0f} MiB")),
+    ("peak memory", _mean("peak_memory_mib", "{:,.0f} MiB".format)),
     ("energy", _energy),
+)
+_SOMETIMES: tuple[tuple[str, str, Any], ...] = (
+    ("refused", "refused", _mean("refused", "{:,.1f}".format)),
+    ("early-stopped", "judgements", _early_stopped),
 )

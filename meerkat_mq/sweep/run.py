@@ -75,15 +75,15 @@ def _run(cells: Sequence[Cell], shared: Prepared, workers: Workers, results: Res
             progress.prepared(shared.what(outcome.job), outcome.seconds)
     jobs = list[Job]()
     for key, cell in waiting.items():
-        error = shared.error(cell)
-        if error is None:
+        failed = shared.failure(cell)
+        if failed is None:
             jobs.append(Job(key, "run_cell", (cell, shared.mask(cell), shared.baseline(cell))))
         else:
-            results.add(row_of(cell, {"failed": error}))
+            results.add(row_of(cell, failed.failure))
             progress.finished(cell, results.rows[key], {})
     for outcome in workers.run(jobs, lambda: progress.look(workers.shares)):
         cell = waiting[outcome.job.name]
-        figures = outcome.value if outcome.error is None else {"failed": outcome.error}
+        figures = outcome.value if outcome.error is None else outcome.failure
         results.add(row_of(cell, figures | {"seconds": round(outcome.seconds, 2)}))
         progress.finished(cell, results.rows[cell.key], workers.shares)
 
@@ -91,22 +91,23 @@ def _run(cells: Sequence[Cell], shared: Prepared, workers: Workers, results: Res
 def row_of(cell: Cell, figures: Mapping[str, Any]) -> dict[str, Any]:
     """A row of `results.jsonl`: where in the grid, how it was run, what it came to."""
     plan, method = cell.plan, cell.method
+    names = ("optimiser", "mask", "density", "rank", "eps", "directions", "perturbations")
     return {
         "key": cell.key,
         **cell.axes,
         "evaluated_on": plan.evaluate_on,
         "budget": f"{plan.rounds} rounds" if plan.passes is None else f"{plan.passes} passes",
         "setting": cell.setting_key,
-        "optimiser": method.optimiser,
-        "mask": method.mask,
-        "density": method.density,
-        "eps": method.eps,
-        "directions": method.directions,
-        "perturbations": method.perturbations,
+        **{name: None if name in method.idle else getattr(method, name) for name in names},
         "early_stopping": method.early_stopping.by,
         "nodes": plan.nodes,
         "batch_size": plan.batch_size,
+        "max_tokens": cell.described.max_tokens,
+        "eval_rows": plan.eval_rows,
+        "tune_rows": plan.tune_rows,
+        "model": plan.model,
         "dtype": plan.dtype,
+        "device": plan.device,
         **figures,
     }
 

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.gradip import gradip
 from meerkat_mq.core.mask import Mask
@@ -21,7 +23,8 @@ from meerkat_mq.sweep.plan import PASSES_OF_A_GRADIENT
 from meerkat_mq.wire.frames import Frame, Update, encode
 
 LOOK_S = 0.004  # virtual: between two looks at the federation, less than a round lasts
-WORSE = 1.1
+WORSE_THAN_A_GUESS = 1.1
+WORSE_THAN_BEFORE = 1.5
 
 Report = Callable[[float], None]
 
@@ -159,7 +162,8 @@ class Federated:
                 break
             if self.every:
                 self.engine.write(federation.replica.theta)
-                found = evaluate(self.engine, self.evaluation)
+                with np.errstate(all="ignore"):  # what diverges may hold anything
+                    found = evaluate(self.engine, self.evaluation)
                 curve.append((target, found.accuracy, found.loss))
         verdicts = Counter(record.verdict for records in federation.records for record in records)
         return Trained(
@@ -221,7 +225,10 @@ def train_first_order(
     report: Report,
     sample: Callable[[], None],
 ) -> Trained:
-    """AdamW with back-propagation, a batch of every node's a step."""
+    """AdamW with back-propagation on all nodes' rows in one place: a bound, no federation.
+
+    A step takes the next nodes × batch_size rows of one shuffled order of them all, whoever's they are.
+    """
 
     def progress(done: int, total: int) -> None:
         report(done / total)
@@ -237,9 +244,14 @@ def train_first_order(
 
 
 def diverged(trained: Trained, after: Evaluation, before: Evaluation, classes: int) -> bool:
-    """Whether training broke the model: it ended before its time, or left a loss above both chance and beginning."""
+    """Whether training broke the model.
+
+    It ended before its time; or left a loss that is not finite, or over 1.1 × that before and that of a guess, ln C; or
+    one over 1.5 × that before, with a lower accuracy than before.
+    """
     return (
         trained.ended is not None
         or not math.isfinite(after.loss)
-        or after.loss > WORSE * max(before.loss, math.log(classes))
+        or after.loss > WORSE_THAN_A_GUESS * max(before.loss, math.log(classes))
+        or (after.loss > WORSE_THAN_BEFORE * before.loss and after.accuracy < before.accuracy)
     )

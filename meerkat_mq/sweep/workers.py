@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ WORK = "meerkat_mq.sweep.cell"
 _CONTEXT = multiprocessing.get_context("forkserver")
 _LOOK_S = 0.5
 _REPORT_S = 0.5
+_TRACE_LINES = 12
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TOKENIZERS_PARALLELISM")
 
 
@@ -40,12 +42,24 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job came to: its value, or the error that ended it, in words."""
+    """What a job came to: its value, or the error that ended it.
+
+    Attributes:
+        error: in words.
+        trace: the last lines of the traceback of an error that is not of our own tree.
+    """
 
     job: Job
     value: Any = None
     error: str | None = None
+    trace: str | None = None
     seconds: float = 0.0
+
+    @property
+    def failure(self) -> dict[str, str]:
+        """What a row says of the error."""
+        found = {"failed": self.error, "trace": self.trace}
+        return {column: text for column, text in found.items() if text is not None}
 
 
 @dataclass
@@ -127,8 +141,9 @@ def _hear(running: _Running) -> Outcome | None:
     if kind == "value":
         return Outcome(running.job, value=value, seconds=seconds)
     if value is None:
-        value = f"its process ended with exit code {running.process.exitcode}; -9 is mostly for want of memory"
-    return Outcome(running.job, error=value, seconds=seconds)
+        value = (f"its process ended with exit code {running.process.exitcode}; -9 is mostly for want of memory", None)
+    error, trace = value
+    return Outcome(running.job, error=error, trace=trace, seconds=seconds)
 
 
 # --- in the worker's process ---
@@ -150,10 +165,8 @@ def _work(job: Job, connection: Connection) -> None:
     try:
         work = getattr(importlib.import_module(WORK), job.function)
         answer = ("value", work(*job.arguments, report))
-    except MeerkatError as error:
-        answer = ("error", str(error))
     except Exception as error:  # a cell may fail in any way; the grid goes on
-        answer = ("error", _one_line(error))
+        answer = ("error", in_words(error))
     with contextlib.suppress(OSError):
         connection.send(answer)
 
@@ -172,6 +185,10 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _one_line(error: Exception) -> str:
+def in_words(error: Exception) -> tuple[str, str | None]:
+    """An error in one line, and the last lines of its traceback, where the one line does not say it all."""
+    if isinstance(error, MeerkatError):
+        return str(error), None
     text = str(error).strip().split("\n", 1)[0]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    trace = "".join(traceback.format_exception(error)).rstrip().split("\n")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__, "\n".join(trace[-_TRACE_LINES:])

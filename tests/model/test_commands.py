@@ -24,12 +24,14 @@ def rows(tmp_path: Path) -> Path:
     return tmp_path / "rows"
 
 
-@pytest.mark.parametrize("method", ["dense", "lora"])
-def test_mask_and_export(meerkat: Meerkat, tmp_path: Path, folders: dict[str, Path], method: str) -> None:
+@pytest.mark.parametrize("method", [("dense",), ("lora", "--rank", 2)], ids=["dense", "lora"])
+def test_mask_and_export(
+    meerkat: Meerkat, tmp_path: Path, folders: dict[str, Path], method: tuple[object, ...]
+) -> None:
     (tmp_path / "t.csv").write_text("".join(["text\n", *(f"{text}\n" for text in tiny.TEXTS)]))
     made = meerkat(
         *("mask", "--model", folders["llama-bf16"], "--text", tmp_path / "t.csv", "--out", tmp_path / "m.mkm"),
-        *("--method", method, "--rank", 2, "--sequences", 2, "--length", 32, "--dtype", "bfloat16"),
+        *("--method", *method, "--sequences", 2, "--length", 32, "--dtype", "bfloat16"),
     )
     assert made.code == 0, made
     mask = Mask.load(tmp_path / "m.mkm")

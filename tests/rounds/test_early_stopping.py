@@ -17,7 +17,7 @@ from meerkat_mq.wire.frames import Reason, Refusal
 from tests.rounds.support import Desk, chain, desk, only, reasons
 from tests.rounds.support import settings as rules_of
 
-VPCS = EarlyStoppingConfig(by="vpcs", calibration_steps=10)
+VPCS = EarlyStoppingConfig(by="vpcs", calibration_steps=10, rho_later=3.0, quiet=0.1)
 DECAYING = (8.0, -8.0, 2.0, -1.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0)
 STEADY = (8.0, -8.0, 7.0, 6.0, -8.0, 8.0, -7.0, 8.0, 6.0, -8.0)
 CALIBRATING: dict[str, Any] = {"steps": 3, "lr": 1.0, "measured": True, "early_stopping": VPCS}
@@ -155,11 +155,37 @@ def test_verdicts_are_re_examined_as_often_as_asked() -> None:
     assert short(server) == {0: 1}
 
 
-@pytest.mark.parametrize("every", [0, 1, 3])
+@pytest.mark.parametrize("every", [0, 2, 3])
 def test_which_rounds_calibrate(every: int) -> None:
     rules = rules_of(**CALIBRATING | {"early_stopping": VPCS.model_copy(update={"every": every})})
-    expected = {0: [0], 1: list(range(7)), 3: [0, 3, 6]}[every]
+    expected = {0: [0], 2: [0, 2, 4, 6], 3: [0, 3, 6]}[every]
     assert [version for version in range(7) if rules.calibrates(version)] == expected
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0.5])
+def test_a_calibration_asks_every_node_whatever_the_fraction(fraction: float) -> None:
+    every = VPCS.model_copy(update={"every": 2})
+    server = ready(nodes="abcdefgh", fraction=fraction, quorum=0.5, early_stopping=every)
+    counts = []
+    for version in range(3):
+        asked = server.round.asked
+        counts.append(len(asked))
+        for slot in sorted(asked):
+            server.update(version, "abcdefgh"[slot], *STEADY[: server.round.steps])
+    assert counts == [8, 8 * fraction, 8]
+    assert [len(closed.judgements) for closed in server.entries] == [8, 0, 8]
+
+
+def test_a_calibrations_quorum_is_of_all_nodes() -> None:
+    server = ready(nodes="abcdefgh", fraction=0.25, quorum=0.75)
+    for node in "abcde":
+        server.update(1, node, *STEADY)
+    server.gone(2, "f", "stopped")
+    server.gone(2, "g", "stopped")
+    assert reasons(server.tick(2000)) == ["round extended"]
+    assert server.entries == []
+    server.update(2001, "h", *STEADY)
+    assert len(server.entries[0].judgements) == 6
 
 
 # --- the directions are measured off the loop -------------------------------------------------------------------------
@@ -242,11 +268,17 @@ def test_the_newest_judgement_of_each_node_outlives_the_server() -> None:
     assert (server.round.steps, short(server)) == (3, {1: 1})
 
 
-def test_a_node_once_flagged_is_asked_for_all_steps_where_early_stopping_is_off() -> None:
-    flagged = [Judgement(0, "a", 9.0, 1.0, early_stopped=True)]
-    assert EarlyStopping(rules_of(**CALIBRATING), flagged).steps_of(1, "a") == 1
-    assert EarlyStopping(rules_of(**CALIBRATING), flagged).steps_of(0, "a") == 10
-    assert EarlyStopping(rules_of(**CALIBRATING), flagged).steps_of(1, "b") == 3
+def test_a_flagged_node_is_asked_for_fewer_steps_except_in_a_calibration() -> None:
+    early = EarlyStopping(rules_of(**CALIBRATING), [Judgement(0, "a", 9.0, 1.0, early_stopped=True)])
+    assert [early.steps_of(version, "a") for version in (0, 1, 2)] == [10, 1, 1]
+    assert [early.steps_of(version, "b") for version in (0, 1, 2)] == [10, 3, 3]
+
+
+@pytest.mark.parametrize("changes", [{"early_stopping": EarlyStoppingConfig()}, {"steps": 1}], ids=["off", "T = 1"])
+def test_where_early_stopping_is_off_the_flagged_do_as_many_steps_as_everybody(changes: dict[str, Any]) -> None:
+    rules = rules_of(**CALIBRATING | changes)
+    early = EarlyStopping(rules, [Judgement(0, "a", 9.0, 1.0, early_stopped=True)])
+    assert [early.steps_of(version, "a") for version in (0, 1)] == [rules.steps] * 2
 
 
 # --- the control ------------------------------------------------------------------------------------------------------
@@ -271,10 +303,10 @@ def test_the_control_draws_its_share_of_the_nodes_whatever_their_paths(part: flo
 
 
 def test_each_calibration_of_the_control_draws_others_and_every_slot_about_equally_often() -> None:
-    config = EarlyStoppingConfig(by="random", calibration_steps=4, every=1)
+    config = EarlyStoppingConfig(by="random", calibration_steps=4, every=2)
     rules = rules_of(**CALIBRATING | {"early_stopping": config})
     counts = [0] * 8
-    for version in range(400):
+    for version in range(0, 800, 2):
         for judgement in judgements_of(version, records_of(dict.fromkeys(range(8), (1.0,) * 4), version), (), rules):
             counts[int(judgement.node[1:])] += judgement.early_stopped
     assert sum(counts) == 800

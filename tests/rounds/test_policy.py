@@ -76,7 +76,9 @@ def test_a_calibration_may_take_as_much_longer_as_it_has_more_steps(calibration_
 
 
 def test_the_fewest_that_a_round_may_need() -> None:
-    assert fewest_needed(settings(min_nodes=10, fraction=0.5, quorum=0.6)) == 3
+    config = EarlyStoppingConfig(by="random", calibration_steps=10)
+    rules = settings(min_nodes=10, fraction=0.5, quorum=0.6, steps=5, early_stopping=config)
+    assert [fewest_needed(rules, version) for version in (0, 1)] == [6, 3]  # all ten are asked to calibrate
 
 
 @pytest.mark.parametrize(("scalar", "fits"), [(0.0, True), (-1e38, True), (2e38, False), (-2e38, False)])
@@ -225,7 +227,7 @@ def test_each_lane_has_three_nodes_by_default(nodes: int, fraction: float, lanes
         ({"steps": 1000, "lanes": 13, "min_nodes": 13}, r"rounds\.local_steps: 1000 × 1 perturbations × 13 lanes"),
         (
             {"steps": 2, "perturbations": 11, "early_stopping": EarlyStoppingConfig(by="random")},
-            r"early_stopping\.calibration_steps: 100 × 11",
+            r"early_stopping\.calibration_steps: 150 × 11",
         ),
         ({"steps": 2, "early_stopping": EarlyStoppingConfig(by="vpcs")}, r"early_stopping\.by: vpcs needs"),
     ],

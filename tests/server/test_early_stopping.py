@@ -13,7 +13,8 @@ from meerkat_mq.core.mask import Mask, MaskedMatrix
 from meerkat_mq.errors import ConfigError, RunMismatch
 from meerkat_mq.rounds.events import Verdict
 from meerkat_mq.server.inspect import run_shown
-from meerkat_mq.server.run import Run, check_same, early_stopping_in_words, prepare_run
+from meerkat_mq.server.run import Run, check_same, early_stopping_in_words, prepare_run, settings_of
+from meerkat_mq.server.verify import run_of
 from tests.server.federation import Federation, Service, all_end
 from tests.server.replay import verified
 from tests.server.test_kills import ALL, start_nodes
@@ -46,7 +47,7 @@ async def test_a_server_killed_in_or_after_a_calibration_goes_on_with_its_judgem
     second = start(federation, "--once", early=early)
     assert await all_end(second, *nodes) == [0] * 4, [service.plain for service in (second, *nodes)]
     with federation.ledger() as ledger:
-        theta = verified(ledger)
+        theta, rules = verified(ledger), settings_of(run_of(ledger), ledger.rules)
         stopped = [{found.node for found in ledger.judgements(version) if found.early_stopped} for version in range(9)]
         assert [len(nodes) for nodes in stopped] == [flagged, 0, 0, 0, 0, 0, flagged, 0, 0]
         for version in range(9):
@@ -56,7 +57,7 @@ async def test_a_server_killed_in_or_after_a_calibration_goes_on_with_its_judgem
                 assert len(record.scalars) == (20 if calibrates else 2 if is_short else 10), (version, record.node)
                 early_stopped = record.verdict is Verdict.EARLY_STOPPED
                 assert early_stopped == (calibrates and record.node in stopped[version])
-        assert [len(ledger.products(version, 2) or ()) for version in range(9)] == [2] * 9
+        assert [len(ledger.products(version, rules) or ()) for version in range(9)] == [2] * 9
         since = {node: 0 if node in stopped[0] else 6 for node in stopped[6]}
         assert ledger.early_stopped_since() == since
         shown = run_shown(ledger)
@@ -72,8 +73,8 @@ async def test_a_server_killed_in_or_after_a_calibration_goes_on_with_its_judgem
     [
         ({}, 10, ""),
         ({"by": "random", "steps": 10}, 10, "by random: filtering changes nothing at local_steps = 10"),
-        ({"by": "vpcs"}, 2, "by vpcs, judged in round 0 by 100 local steps"),
-        ({"by": "vpcs", "every": 50}, 2, "by vpcs, judged in round 0 by 100 local steps, again every 50 rounds"),
+        ({"by": "vpcs"}, 2, "by vpcs, judged in round 0 by 150 local steps"),
+        ({"by": "vpcs", "every": 50}, 2, "by vpcs, judged in round 0 by 150 local steps, again every 50 rounds"),
     ],
 )
 def test_what_early_stopping_does_in_words(tmp_path: Path, early: dict[str, Any], steps: int, words: str) -> None:
@@ -89,7 +90,7 @@ def prepared(folder: Path, rounds: dict[str, Any], early: dict[str, Any]) -> Run
     ("rounds", "early", "words"),
     [
         ({}, {"by": "off"}, "early_stopping.by: the run was begun with 'vpcs', the configuration says 'off'"),
-        ({}, {"by": "vpcs", "quiet": 0.2}, "early_stopping.quiet: the run was begun with 0.1, the configuration"),
+        ({}, {"by": "vpcs", "quiet": 0.3}, "early_stopping.quiet: the run was begun with 0.2, the configuration"),
         ({}, {"by": "vpcs", "every": 5}, "early_stopping.every: the run was begun with 0, "),
         ({"perturbations": 2}, {"by": "vpcs"}, "rounds.perturbations: the run was begun with 1, "),
     ],
@@ -104,7 +105,7 @@ def test_its_rules_are_fixed(tmp_path: Path, rounds: dict[str, Any], early: dict
 
 
 def test_where_it_is_off_its_thresholds_may_change(tmp_path: Path) -> None:
-    begun, now = prepared(tmp_path, {}, {}), prepared(tmp_path, {}, {"quiet": 0.2})
+    begun, now = prepared(tmp_path, {}, {}), prepared(tmp_path, {}, {"quiet": 0.3})
     same = replace(now, descriptor=now.descriptor.model_copy(update={"run": begun.descriptor.run}))
     check_same(same, begun.descriptor, begun.rules, "l")
 

@@ -219,3 +219,12 @@ def test_at_one_local_step_the_run_says_that_filtering_changes_nothing(tmp_path:
     shown = run_shown(writer.ledger)
     assert shown.early_stopping == "by vpcs: filtering changes nothing at local_steps = 1"
     assert [node.judged for node in shown.nodes] == [None] * 3
+
+
+def test_how_many_nodes_are_not_judged_yet(tmp_path: Path) -> None:
+    early = EarlyStoppingConfig(by="random", steps=2, calibration_steps=8)
+    writer = Writer(tmp_path, nodes=4, steps=4, early_stopping=early, absent={(0, 1)})
+    how = "by random, judged in round 0 by 8 local steps"
+    assert run_shown(writer.ledger).early_stopping == f"{how}; 4 not judged yet"
+    writer.round()
+    assert run_shown(writer.ledger).early_stopping == f"{how}; 1 not judged yet"

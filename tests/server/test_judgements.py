@@ -18,8 +18,11 @@ from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
 from meerkat_mq.server.ledger_rows import pack_products, unpack_products
 from meerkat_mq.server.recovery import resumed
 from meerkat_mq.server.run import Run
+from tests.rounds.support import settings
 from tests.server.ledgers import Writer, alter, close_all
 from tests.server.test_ledger import ENTRY, begin, record
+
+RULES = settings(lanes=2, steps=2)
 
 
 @pytest.fixture
@@ -52,8 +55,8 @@ def test_what_is_kept_comes_back(ledger: Ledger) -> None:
     close(ledger, 2, True)
     with closing(Ledger.read(ledger.path)) as reader:
         for found in (ledger, reader):
-            assert found.products(1, 2) == ((0.5, -1.5), (2.0**-149, 1.0))
-            assert found.products(3, 2) is None
+            assert found.products(1, RULES) == ((0.5, -1.5), (2.0**-149, 1.0))
+            assert found.products(3, RULES) is None
             assert [found.judgements(version) for version in range(3)] == [judged(0, True, False), (), judged(2, True)]
             assert found.newest_judgements() == (*judged(2, True), judged(0, True, False)[1])
             assert found.early_stopped_since() == {"node-b": 0}
@@ -79,7 +82,7 @@ def test_any_ratio_comes_back(ledger: Ledger, ratio: float) -> None:
 def test_products_come_back(lanes: int, steps: int, data: st.DataObject) -> None:
     lane = st.tuples(*[st.floats(width=32, allow_nan=False)] * steps)
     products = data.draw(st.tuples(*[lane] * lanes))
-    assert unpack_products(pack_products(products), lanes) == (products if steps else ())
+    assert unpack_products(pack_products(products), lanes, steps) == (products if steps else ())
 
 
 def test_entry_products_and_judgements_are_kept_together_or_not_at_all(ledger: Ledger) -> None:
@@ -87,17 +90,23 @@ def test_entry_products_and_judgements_are_kept_together_or_not_at_all(ledger: L
     ledger._connection.execute("CREATE TRIGGER t BEFORE INSERT ON judgements BEGIN SELECT RAISE(ABORT, 'no'); END")
     with pytest.raises(LedgerError, match="no"):
         close(ledger, 1, True, True)
-    assert (ledger.version, ledger.products(1, 2), ledger.judgements(1)) == (1, None, ())
+    assert (ledger.version, ledger.products(1, RULES), ledger.judgements(1)) == (1, None, ())
 
 
 @pytest.mark.parametrize(
     ("statement", "words"),
     [
-        ("UPDATE judgements SET version = 'x'", "holds a judgement that is none .version is 'x'"),
-        ("UPDATE judgements SET rho_quiet = x'00'", "holds a judgement that is none .rho_quiet is b"),
-        ("UPDATE judgements SET slot = slot + 9", "holds a judgement that is none .no node has slot 9"),
-        ("UPDATE entries SET products = x'00000000'", "holds products that is none .products have 4 bytes for 2 lanes"),
-        ("UPDATE entries SET products = 3", "holds products that is none .products are 3"),
+        ("UPDATE judgements SET version = 'x'", "holds a judgement that no server writes .version is 'x'"),
+        ("UPDATE judgements SET early_stopped = 2", "holds a judgement that no server writes .early_stopped is 2"),
+        ("UPDATE judgements SET version = 50", "holds a judgement that no server writes .round 50 did not close"),
+        ("INSERT INTO judgements VALUES (1, 0, 1.0, 1.0, 1)", "that no server writes .round 1 did not close"),
+        ("UPDATE judgements SET rho_quiet = x'00'", "holds a judgement that no server writes .rho_quiet is b"),
+        ("UPDATE judgements SET slot = slot + 9", "holds a judgement that no server writes .no node has slot 9"),
+        (
+            "UPDATE entries SET products = x'00000000'",
+            "holds products that no server writes .4 bytes; 2 × 2 directions have 16",
+        ),
+        ("UPDATE entries SET products = 3", "holds products that no server writes .3."),
         ("DROP TABLE judgements", "is damaged .no such table: judgements"),
     ],
 )
@@ -106,14 +115,14 @@ def test_rows_that_no_server_writes(ledger: Ledger, statement: str, words: str) 
     with closing(sqlite3.connect(ledger.path)) as connection, connection:
         connection.execute(statement)
     with closing(Ledger.read(ledger.path)) as reader, pytest.raises(LedgerError, match=words) as caught:
-        print(reader.newest_judgements(), reader.early_stopped_since(), reader.products(0, 2))  # noqa: T201
+        print(reader.newest_judgements(), reader.early_stopped_since(), reader.products(0, RULES))  # noqa: T201
     assert caught.value.where == str(ledger.path)
 
 
 def test_a_judgement_of_a_version_that_is_none(ledger: Ledger) -> None:
     close(ledger, 0, True, True)
     alter(ledger.path.parent, "UPDATE judgements SET version = 'x'")
-    with pytest.raises(LedgerError, match="holds judgements that is none"):
+    with pytest.raises(LedgerError, match="holds judgements that no server writes"):
         ledger.early_stopped_since()
 
 

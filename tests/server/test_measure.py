@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,16 +22,17 @@ def run(tmp_path: Path) -> Run:
 
 
 class Slow:
-    """`inner_products` that waits; keeps what was begun."""
+    """`each_inner_product` that waits at each direction; keeps the versions of those that were begun."""
 
     def __init__(self) -> None:
         self.begun: list[int] = []
         self.free = threading.Event()
 
-    def __call__(self, g_p: object, run_id: bytes, version: int, **how: object) -> tuple[tuple[float, ...], ...]:
-        self.begun.append(version)
-        assert self.free.wait(30)
-        return ((float(version),),)
+    def __call__(self, g_p: object, run_id: bytes, version: int, *, steps: int, **how: object) -> Iterator[float]:
+        for _ in range(steps):
+            self.begun.append(version)
+            assert self.free.wait(30)
+            yield float(version)
 
 
 async def measured(
@@ -64,27 +65,29 @@ async def test_of_what_comes_meanwhile_the_newest_is_measured_and_alone_answered
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow = Slow()
-    monkeypatch.setattr(measure, "inner_products", slow)
+    monkeypatch.setattr(measure, "each_inner_product", slow)
 
     async def act(measurer: Measurer, told: list[e.DirectionsMeasured]) -> None:
-        measurer.put(e.MeasureDirections(0, 1, 1))
+        measurer.put(e.MeasureDirections(0, 1, 2))
         await until(lambda: slow.begun)
         for version in (1, 2, 3):
-            measurer.put(e.MeasureDirections(version, 1, 1))
+            measurer.put(e.MeasureDirections(version, 1, 2))
         slow.free.set()
         await until(lambda: told)
 
     assert [answer.version for answer in await measured(run, act)] == [3]
-    assert slow.begun == [0, 3]
+    assert slow.begun == [0, 3, 3]  # of what is out of date, no further direction
 
 
 async def test_it_ends_at_once_although_a_measurement_is_under_way(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Slow()
-    monkeypatch.setattr(measure, "inner_products", slow)
+    monkeypatch.setattr(measure, "each_inner_product", slow)
 
     async def act(measurer: Measurer, told: list[e.DirectionsMeasured]) -> None:
-        measurer.put(e.MeasureDirections(0, 1, 1))
+        measurer.put(e.MeasureDirections(0, 1, 400))
         await until(lambda: slow.begun)
 
     assert await measured(run, act) == []
     slow.free.set()
+    await asyncio.get_running_loop().shutdown_default_executor()  # as the process does, and waits for the thread
+    assert slow.begun == [0]

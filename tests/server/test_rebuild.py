@@ -10,8 +10,9 @@ from meerkat_mq.core.path import seeds_of, virtual_path
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.step import local_steps
 from meerkat_mq.core.toy import QuadraticEngine, toy_mask
-from meerkat_mq.errors import BadValue, RunMismatch
+from meerkat_mq.errors import BadValue, LedgerError, RunMismatch
 from meerkat_mq.rounds.events import Verdict
+from meerkat_mq.server.inspect import steps_shown
 from meerkat_mq.server.rebuild import rebuilt_path, theta_of
 from tests.server.ledgers import RUN, Writer, alter, close_all
 
@@ -92,6 +93,28 @@ def test_a_path_is_rebuilt_without_what_older_servers_did_not_keep(tmp_path: Pat
     writer = rounds(tmp_path, 1, steps=2)
     alter(tmp_path, "UPDATE entries SET products = NULL")
     assert [step.gradip for step in rebuilt_path(writer.ledger, writer.mask, 0, "n1")] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("statement", "words"),
+    [
+        (
+            "UPDATE entries SET products = zeroblob(8) WHERE version = 1",
+            r"holds products .* \(8 bytes; 1 × 4 directions ",
+        ),
+        (
+            "UPDATE updates SET scalars = zeroblob(20) WHERE version = 1",
+            "holds 5 projected gradients of n0 in round 1, of 4 directions; `meerkat verify` says more",
+        ),
+    ],
+)
+def test_a_damaged_ledger_is_an_error_in_words(tmp_path: Path, statement: str, words: str) -> None:
+    writer = rounds(tmp_path, 2, steps=4)
+    alter(tmp_path, statement)
+    with pytest.raises(LedgerError, match=words):
+        list(rebuilt_path(writer.ledger, writer.mask, 1, "n0"))
+    with pytest.raises(LedgerError, match=words):
+        list(steps_shown(writer.ledger, "n0", 0, 2))
 
 
 def test_what_cannot_be_rebuilt(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_a_reader_changes_nothing(writer: Writer, tmp_path: Path) -> None:
         assert ledger.rules == writer.ledger.rules
         assert ledger.run == writer.ledger.run
         assert ledger.entries(0, 9) == tuple(writer.entries)
-        assert [ledger.products(version, 1) for version in range(4)] == [None] * 4
+        assert [ledger.products(version, writer.settings) for version in range(4)] == [None] * 4
         assert (ledger.judgements(0), ledger.newest_judgements(), ledger.early_stopped_since()) == ((), (), {})
         assert [node.gradip for node in run_shown(ledger).nodes] == [None] * 3
     assert verify_folder(folder).rounds == 3
@@ -100,7 +100,7 @@ def go_on(writer: Writer, folder: Path) -> None:
 def test_a_server_migrates_it_and_goes_on(writer: Writer, tmp_path: Path) -> None:
     folder = in_schema_1(writer, tmp_path / "old")
     go_on(writer, folder)
-    found = [writer.ledger.products(version, 1) for version in range(6)]
+    found = [writer.ledger.products(version, writer.settings) for version in range(6)]
     assert found == [None] * 3 + [writer.products(version) for version in (3, 4, 5)]
     assert writer.ledger.nodes()[0].last_seen == 5.0
     assert verify_ledger(writer.ledger, writer.mask).rounds == 6

@@ -87,7 +87,7 @@ def test_the_control_needs_no_gradient(tmp_path: Path) -> None:
 def test_the_product_of_a_direction_is_what_anybody_would_compute(tmp_path: Path) -> None:
     writer = Writer(tmp_path, **PATHS)
     writer.round()
-    found = writer.ledger.products(0, 2)
+    found = writer.ledger.products(0, writer.settings)
     assert found is not None
     z = direction("mk1", seed_for(RUN, 0, 1, 3), 0, writer.mask.size).astype(np.float64)
     assert found[1][3] == pytest.approx(float(np.dot(z, writer.mask.g_p.astype(np.float64))), rel=1e-6)
@@ -111,9 +111,10 @@ def test_a_bit_of_a_product(tmp_path: Path, at: int) -> None:
     [
         ("NULL", "it has no products; the mask gives those of 10"),
         ("x''", "it has products of 0 directions; the mask gives those of 10"),
-        ("zeroblob(32)", "it has products of 8 directions; the mask gives those of 10"),
-        ("zeroblob(12)", "products that is none (products have 12 bytes for 2 lanes)"),
-        ("'text'", "products that is none (products are 'text')"),
+        ("zeroblob(32)", "holds products that no server writes (32 bytes; 2 × 5 directions have 40)"),
+        ("zeroblob(12)", "holds products that no server writes (12 bytes; 2 × 5 directions have 40)"),
+        ("'text'", "products that no server writes ('text')"),
+        ("CAST(randomblob(400) || x'ff' AS TEXT)", "is damaged (Could not decode to UTF-8 column 'products')"),
     ],
 )
 def test_products_that_are_none(tmp_path: Path, products: str, words: str) -> None:
@@ -138,9 +139,10 @@ def test_a_calibration_round_without_products(tmp_path: Path) -> None:
         ("UPDATE judgements SET rho_later = rho_later + 1e-9", "its judgement is n0 "),
         ("UPDATE judgements SET rho_quiet = 0.25", "its judgement is n0 "),
         ("UPDATE judgements SET early_stopped = NOT early_stopped", "its judgement is n0 "),
-        ("UPDATE judgements SET rho_later = 'high'", "a judgement that is none (rho_later is 'high')"),
-        ("UPDATE judgements SET early_stopped = 'yes'", "a judgement that is none (early_stopped is 'yes')"),
-        ("UPDATE judgements SET slot = slot + 9", "a judgement that is none (no node has slot 9)"),
+        ("UPDATE judgements SET rho_later = 'high'", "a judgement that no server writes (rho_later is 'high')"),
+        ("UPDATE judgements SET early_stopped = 'yes'", "a judgement that no server writes (early_stopped is 'yes')"),
+        ("UPDATE judgements SET early_stopped = 2", "a judgement that no server writes (early_stopped is 2)"),
+        ("UPDATE judgements SET slot = slot + 9", "a judgement that no server writes (no node has slot 9)"),
         ("DELETE FROM judgements", "its judgement is n1 "),
     ],
 )
@@ -154,6 +156,14 @@ def test_a_judgement_where_none_is_due(tmp_path: Path) -> None:
     write(tmp_path, **PATHS, early_stopping=early())
     alter(tmp_path, "INSERT INTO judgements VALUES (3, 1, 2.0, 1.0, 1)")
     fails(tmp_path, 3, "its judgement is n1 early-stopped, rho_later 2.0, rho_quiet 1.0; its updates give none")
+
+
+@pytest.mark.parametrize("version", ["6", "8", "50", "-1", "'x'"])
+def test_a_judgement_of_a_round_that_did_not_close(tmp_path: Path, version: str) -> None:
+    write(tmp_path, **PATHS, early_stopping=early())
+    alter(tmp_path, f"INSERT INTO judgements VALUES ({version}, 0, 1.0, 1.0, 1)")
+    with pytest.raises(RunMismatch, match=f"round {version}: has judgements, but did not close"):
+        verify_folder(tmp_path)
 
 
 def test_a_verdict(tmp_path: Path) -> None:

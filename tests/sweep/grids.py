@@ -95,7 +95,7 @@ class WorkersHere:
             self.done.append(job.function)
             look()
             if job.function in self.failing:
-                yield Outcome(job, error="no luck today", seconds=0.1)
+                yield Outcome(job, error="no luck today", trace="line 1\nline 2", seconds=0.1)
             else:
                 value = getattr(jobs, job.function)(*job.arguments, lambda _: None)
                 yield Outcome(job, value=value, seconds=0.1)

@@ -1,13 +1,16 @@
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from meerkat_mq.model.evaluate import Evaluation
 from meerkat_mq.sweep.cell import load_evaluation, own_mix, save_evaluation
+from meerkat_mq.sweep.training import Trained, diverged
 from tests.sweep import grids
 
 COSTS = ("cpu_seconds", "wall_seconds", "energy_joules", "peak_memory_mib")
@@ -23,7 +26,8 @@ def _one_thread() -> Iterator[None]:
 
 def one(folder: Path, model: Path, method: dict[str, Any], **changes: Any) -> dict[str, Any]:
     chosen = {"name": "chosen", "mask": "magnitude", "density": 0.1, "lr": 0.01} | method
-    (cell,) = grids.cells(grids.plan(folder, model, seeds=[0], methods=[chosen], **changes))
+    said = {key: value for key, value in chosen.items() if value is not None}
+    (cell,) = grids.cells(grids.plan(folder, model, seeds=[0], methods=[said], **changes))
     return grids.figures(cell, folder)
 
 
@@ -65,7 +69,7 @@ def test_first_order_spends_the_same_budget(tmp_path: Path, tiny_llama: Path) ->
 
 
 def test_perturbations_spend_the_same_budget(tmp_path: Path, tiny_llama: Path) -> None:
-    row = one(tmp_path, tiny_llama, {"mask": "dense", "perturbations": 2})
+    row = one(tmp_path, tiny_llama, {"mask": "dense", "density": None, "perturbations": 2})
     assert (row["rounds"], row["forward_passes"]) == (2, 3 * 8)
 
 
@@ -76,8 +80,26 @@ def test_training_that_breaks_is_a_row(tmp_path: Path, tiny_llama: Path) -> None
     assert row["forward_passes"] <= 3 * 8
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "broken"),
+    [
+        ((0.77, 0.732), (1.38, 0.292), True),
+        ((0.77, 0.732), (1.38, 0.75), False),
+        ((0.77, 0.732), (1.0, 0.7), False),
+        ((1.38, 0.25), (1.6, 0.25), True),
+        ((3.0, 0.25), (3.2, 0.25), False),
+        ((1.38, 0.25), (math.nan, 0.25), True),
+    ],
+)
+def test_what_has_diverged(before: tuple[float, float], after: tuple[float, float], broken: bool) -> None:
+    first, last = (Evaluation(8, loss, accuracy, majority=0.25) for loss, accuracy in (before, after))
+    done = Trained(np.zeros(1, np.float32), rounds=1, passes=2, cpu_seconds=0.1, wall_seconds=0.1)
+    assert diverged(done, last, first, classes=4) == broken
+    assert diverged(replace(done, ended="no round closed"), first, first, classes=4)
+
+
 def test_nothing_trained(tmp_path: Path, tiny_llama: Path) -> None:
-    row = one(tmp_path, tiny_llama, {"mask": "none", "lr": {}})
+    row = one(tmp_path, tiny_llama, {"mask": "none", "density": None, "lr": None})
     assert row["accuracy"] == row["accuracy_before"]
     assert row["forward_passes"] == 0
 

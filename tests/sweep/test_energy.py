@@ -69,6 +69,15 @@ def test_without_counters_it_is_an_estimate(tmp_path: Path) -> None:
     assert Machine(tmp_path, packages=0).meter().used(cpu_seconds=3.0, watts=15) == Energy(45.0, "estimate")
 
 
+def test_a_gpu_is_not_in_it(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, packages=1)
+    meter = machine.meter()
+    machine.count(0, 500_000)
+    machine.busy(2.0)
+    assert meter.used(cpu_seconds=2.0, watts=15, device="cuda") == Energy(0.5, "cpu only")
+    assert EnergyMeter(tmp_path / "none").used(2.0, 15, "cuda:1") == Energy(30.0, "cpu only")
+
+
 def test_counters_that_may_not_be_read(tmp_path: Path) -> None:
     machine = Machine(tmp_path, packages=1)
     (machine.powercap / "intel-rapl:0" / "energy_uj").unlink()

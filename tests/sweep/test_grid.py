@@ -1,8 +1,10 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.errors import ConfigError, DataError
 from meerkat_mq.sweep.grid import Cell, cells_of
 from meerkat_mq.sweep.plan import SplitPlan
@@ -42,10 +44,47 @@ def test_a_key_depends_on_what_decides_the_cell(tmp_path: Path) -> None:
         {"nodes": 4},
         {"max_tokens": 8},
         {"dtype": "bfloat16"},
+        {"device": "cuda"},
+        {"methods": [method(eps=0.1)]},
+        {"methods": [method(density=0.2)]},
     ]
     assert len({first, *(key(**change) for change in others)}) == 1 + len(others)
     made = grids.plan(tmp_path, NOWHERE)
     assert cells_of(made, "another model", OWN_TASK)[0].key != first
+
+
+@pytest.mark.parametrize(
+    ("made", "idle"),
+    [
+        ({}, {"rank": 3}),
+        ({}, {"early_stopping": EarlyStoppingConfig(steps=7)}),
+        ({"mask": "dense"}, {"density": 0.5, "rank": 3}),
+        ({"mask": "lora"}, {"density": 0.5}),
+        ({"optimiser": "first-order"}, {"eps": 0.5, "directions": 2, "perturbations": 2, "rank": 3}),
+        ({"mask": "none", "lr": {}}, {"density": 0.5, "eps": 0.5, "text": NOWHERE}),
+    ],
+)
+def test_what_decides_nothing_is_in_no_key(tmp_path: Path, made: dict[str, Any], idle: dict[str, Any]) -> None:
+    cell = cells(tmp_path, methods=[method(**made)])[0]
+    other = replace(cell, method=cell.method.model_copy(update=idle))
+    assert (other.key, other.mask_key) == (cell.key, cell.mask_key)
+
+
+def test_a_data_set_counts_by_its_name(tmp_path: Path) -> None:
+    def key(name: str) -> str:
+        task = grids.table(tmp_path, NOWHERE)["tasks"][0] | {"train": f"hf:{name}:train"}
+        return cells(tmp_path, tasks=[task])[0].key
+
+    assert key("some/set") == key("some/set") != key("another/set")
+
+
+@pytest.mark.parametrize(
+    ("by", "steps", "measured"), [("off", 10, False), ("random", 10, False), ("vpcs", 1, False), ("vpcs", 10, True)]
+)
+def test_gradip_is_measured_only_where_it_judges(tmp_path: Path, by: str, steps: int, measured: bool) -> None:
+    early = {"by": by, "calibration_steps": 20}
+    cell = cells(tmp_path, passes=80, local_steps=[steps], methods=[method(early_stopping=early)])[0]
+    assert cell.settings(bytes(16), measured=True).measured == measured
 
 
 @pytest.mark.parametrize(

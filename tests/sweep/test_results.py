@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,20 @@ def test_a_torn_last_line_is_cut_off(tmp_path: Path) -> None:
     assert list(Results(tmp_path).rows) == ["a", "b"]
 
 
+def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    judged = {"node": "node-0", "rho_later": math.inf, "early_stopped": True}
+    Results(tmp_path).add(row("a", loss=math.nan, curve=[(2, 0.5, -math.inf), (4, 0.5, 1.0)], judgements=(judged,)))
+    found = Results(tmp_path).rows["a"]
+    assert (found["loss"], found["curve"]) == (None, [[2, 0.5, None], [4, 0.5, 1.0]])
+    assert found["judgements"] == [judged | {"rho_later": None}]
+
+
+def test_line_separators_in_names(tmp_path: Path) -> None:
+    name = "one\u2028two\x85three"
+    Results(tmp_path).add(row("a", method=name))
+    assert Results(tmp_path).rows["a"]["method"] == name
+
+
 @pytest.mark.parametrize("line", ["{", "[]", '{"accuracy": 1}'])
 def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
     Results(tmp_path).add(row("a"))
@@ -59,6 +74,10 @@ def test_spread() -> None:
 
 def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def shown_cells(rows: list[dict[str, Any]]) -> list[list[str]]:
+    return [cells(line) for line in table(rows).splitlines() if line.startswith("|")]
 
 
 def test_a_line_for_each_place_and_the_spread_over_seeds() -> None:
@@ -81,10 +100,31 @@ def test_axes_that_differ_are_columns() -> None:
 
 
 def test_other_settings_are_told_apart() -> None:
-    lines = table([row("a"), row("b", setting="0123456789abcdef")]).splitlines()
-    shown = [cells(line) for line in lines if line.startswith("|")]
-    assert shown[0][1] == "setting"
-    assert {line[1] for line in shown[2:]} == {"abcdef01", "01234567"}
+    rows = [row("a", eps=1e-3, nodes=8, mask="lora"), row("b", eps=1e-2, nodes=8, mask="lora", setting="other")]
+    shown = shown_cells([*rows, row("c", method="dense", eps=None, mask="dense")])
+    assert shown[0][:3] == ["method", "eps", "seeds"]
+    assert [line[:2] for line in shown[2:]] == [["MEERKAT", "0.001"], ["MEERKAT", "0.01"], ["dense", "–"]]
+    files_differ = shown_cells([row("a"), row("b", setting="other")])
+    assert len(files_differ) == 2 + 2
+
+
+def test_small_figures_keep_a_decimal() -> None:
+    costs = {"cpu_seconds": 0.42, "energy_joules": 6.25, "energy_source": "cpu only"}
+    heads, _, line = shown_cells([row("a", **costs)])
+    found = dict(zip(heads, line, strict=True))
+    assert (found["CPU s"], found["energy"]) == ("0.4", "6.2 J (cpu only)")
+    (*_, line) = shown_cells([row("a", cpu_seconds=1234.5)])
+    assert "1,234" in line
+
+
+def test_refused_updates_and_early_stopped_nodes_have_columns_where_there_are_any() -> None:
+    assert not {"refused", "early-stopped"} & set(shown_cells([row("a", refused=0, judgements=[])])[0])
+    judged = [
+        {"node": f"node-{node}", "early_stopped": stopped} for node, stopped in ((0, True), (1, False), (1, True))
+    ]
+    rows = [row("a", refused=3, judgements=judged), row("b", seed=1, refused=0, judgements=judged[:2])]
+    heads, _, line = shown_cells(rows)
+    assert dict(zip(heads[-2:], line[-2:], strict=True)) == {"refused": "1.5", "early-stopped": "1.5 of 2"}
 
 
 def test_names_cannot_break_the_table() -> None:

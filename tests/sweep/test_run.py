@@ -15,13 +15,13 @@ import pytest
 from rich.console import Console
 
 from meerkat_mq.config import load_config, to_toml
-from meerkat_mq.errors import ConfigError, ModelError, RunError
+from meerkat_mq.errors import ConfigError, DataError, ModelError, RunError
 from meerkat_mq.sweep import run
 from meerkat_mq.sweep.plan import SweepPlan
 from meerkat_mq.sweep.progress import Estimate
 from meerkat_mq.sweep.results import RESULTS_FILE, TABLE_FILE
 from meerkat_mq.sweep.run import Interrupted, check_plan, run_sweep
-from meerkat_mq.sweep.workers import Job
+from meerkat_mq.sweep.workers import Job, in_words
 from tests.support.command import Meerkat
 from tests.support.waiting import until
 from tests.sweep import grids
@@ -99,7 +99,7 @@ def test_a_failing_cell_is_tried_again(tmp_path: Path, workers: grids.WorkersHer
     workers.failing = {"run_cell"}
     with pytest.raises(RunError, match="4 of 4 cells failed"):
         sweep()
-    assert [row["failed"] for row in rows(tmp_path)] == ["no luck today"] * 4
+    assert [(row["failed"], row["trace"]) for row in rows(tmp_path)] == [("no luck today", "line 1\nline 2")] * 4
     workers.failing = set()
     sweep()
     assert ["failed" in row for row in rows(tmp_path)] == [True] * 4 + [False] * 4
@@ -112,6 +112,7 @@ def test_cells_without_their_mask_fail_alone(
     with pytest.raises(RunError, match="2 of 4 cells failed"):
         sweep()
     assert {row["method"]: "failed" in row for row in rows(tmp_path)} == {"chosen": True, "nothing": False}
+    assert {row.get("trace") for row in rows(tmp_path)} == {"line 1\nline 2", None}
 
 
 def test_a_model_that_is_not_there(workers: grids.WorkersHere, sweep: Callable[..., str]) -> None:
@@ -134,6 +135,19 @@ def test_a_split_that_cannot_be_is_found_before_the_model(tmp_path: Path) -> Non
     plan = grids.plan(tmp_path, tmp_path / "no-model", nodes=60)
     with pytest.raises(Exception, match="60 nodes"):
         check_plan(plan)
+
+
+def test_only_an_unexpected_error_leaves_a_trace() -> None:
+    def fall() -> None:
+        raise ValueError("no such thing\nmore of it")
+
+    with pytest.raises(ValueError, match="no such thing") as raised:
+        fall()
+    words, trace = in_words(raised.value)
+    assert words == "ValueError: no such thing"
+    assert trace is not None
+    assert "in fall" in trace
+    assert in_words(DataError("rows.jsonl", "is empty")) == ("rows.jsonl: is empty", None)
 
 
 def test_the_time_left() -> None:
