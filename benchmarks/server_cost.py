@@ -38,7 +38,7 @@ def records_of(nodes: int, steps: int, version: int) -> tuple[UpdateRecord, ...]
 
 
 def measure(mask: Mask, nodes: int, steps: int, lanes: int, rounds: int) -> dict[str, float]:
-    early = EarlyStoppingConfig(by="vpcs", calibration_steps=steps, steps=1, every=1)
+    early = EarlyStoppingConfig(by="vpcs", calibration_steps=steps, steps=1)
     settings = RoundSettings(
         run_id=RUN, mask_hash=mask.hash, count=rounds, steps=steps, lanes=lanes, lr=1e-6, eps=1e-3, min_nodes=nodes,
         fraction=1.0, quorum=1.0, deadline_s=60, grace_s=2, weigh_by_rows=False, early_stopping=early, measured=True,
@@ -58,7 +58,7 @@ def measure(mask: Mask, nodes: int, steps: int, lanes: int, rounds: int) -> dict
         products = inner_products(g_p, RUN, version, lanes=lanes, steps=steps, stream="mk1")
         now = lap("GradIP: directions and inner products", now)
         judged = guard.judge(records)
-        judgements = judgements_of(version, judged, products, settings)
+        judgements = judgements_of(0, judged, products, settings)  # as if each calibrated
         guard.remember(judged)
         now = lap("guards and VPCS", now)
         terms = terms_of(judged, settings)

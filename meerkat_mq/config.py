@@ -202,7 +202,7 @@ class EarlyStoppingConfig(Section):
     Attributes:
         by: "vpcs" judges each node by the GradIP of its virtual path; "random", the control, draws nodes; "off".
         steps: local steps a round of an early-stopped node.
-        calibration_steps: local steps, of every node, in a round that calibrates: the first one.
+        calibration_steps: local steps, of every node, in a round that calibrates, the first one; a round's count.
         every: rounds from one calibration to the next, at least 2; 0: never again.
         initial: share of the calibration steps that are its initial part.
         later: share of them, from the end, that are its later part.

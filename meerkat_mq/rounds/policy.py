@@ -187,7 +187,8 @@ def terms_of(records: Sequence[UpdateRecord], settings: RoundSettings) -> tuple[
     the sum over those kept: the trimmed lane's weighted mean, with the weight that the whole lane has in the mean.
     The quotient N·B/A of integers is rounded once to float64; where nothing is left out it is N, and c as of "mean".
 
-    Of an early-stopped record, the first `early_stopping.steps` steps count. With K perturbations a step, lr is lr/K.
+    Of a calibration the first `steps` steps count, of an early-stopped record the first `early_stopping.steps`. With K
+    perturbations a step, lr is lr/K.
     Without an accepted record there are no terms.
     """
     accepted = [found for record in records if (found := counted(record, settings)) is not None]
@@ -210,10 +211,14 @@ def terms_of(records: Sequence[UpdateRecord], settings: RoundSettings) -> tuple[
 
 
 def counted(record: UpdateRecord, settings: RoundSettings) -> UpdateRecord | None:
-    """What of an update enters the entry; None: nothing."""
+    """What of an update enters the entry: no more than a round's local steps, also of a calibration; None: nothing."""
     if record.verdict is Verdict.EARLY_STOPPED:
-        return replace(record, scalars=record.scalars[: settings.early_stopping.steps * settings.perturbations])
-    return record if record.verdict is Verdict.ACCEPTED else None
+        return _cut(record, settings.early_stopping.steps * settings.perturbations)
+    return _cut(record, settings.steps * settings.perturbations) if record.verdict is Verdict.ACCEPTED else None
+
+
+def _cut(record: UpdateRecord, scalars: int) -> UpdateRecord:
+    return record if len(record.scalars) <= scalars else replace(record, scalars=record.scalars[:scalars])
 
 
 def trimmed(records: Sequence[UpdateRecord], step: int, trim: float) -> Sequence[UpdateRecord]:

@@ -65,7 +65,7 @@ def test_who_is_flagged_counts_with_its_first_steps_alone_and_does_fewer_from_th
         (Verdict.ACCEPTED, STEADY),
         (Verdict.EARLY_STOPPED, DECAYING),
     ]
-    means = [8.0, *(g / 2 for g in STEADY[1:])]
+    means = [8.0, *(g / 2 for g in STEADY[1:3])]  # of the calibration's ten steps, a round's three count
     assert closed.entry.terms == tuple(Term(0, step, c) for step, c in enumerate(means))
     assert not any(reason.startswith(("refused", "flagged")) for reason in reasons(effects))
     assert (server.round.steps, short(server)) == (3, {1: 1})
