@@ -108,7 +108,8 @@ class Workers:
         waiting = deque(jobs)
         while waiting or self._running:
             while waiting and len(self._running) < self._processes:
-                self._running.append(_start(waiting.popleft()))
+                with _undisturbed():
+                    self._running.append(_start(waiting.popleft()))
             ready = wait([running.connection for running in self._running], timeout=_LOOK_S)
             for running in [running for running in self._running if running.connection in ready]:
                 outcome = _hear(running)
@@ -116,6 +117,23 @@ class Workers:
                     self._running.remove(running)
                     yield outcome
             look()
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Put SIGINT and SIGTERM off for a moment: a process that is half started would end with a traceback."""
+    came: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for late in came[:1]:
+            signal.raise_signal(late)
 
 
 def _start(job: Job) -> _Running:

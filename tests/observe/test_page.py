@@ -162,7 +162,7 @@ def test_gradip_is_a_line_a_node_and_early_stopped_ones_are_marked(page: Any) ->
     assert len(re.findall(r'class="curve c\d stopped"', html)) == 1
     assert 'class="band calibration"' in html
     text = checker.text
-    for words in (" node-3: early-stopped", " node-0", "rho_later (≥ 3)", "rho_quiet (≥ 0.5)", "4.25", "0.62"):
+    for words in (" node-3: early-stopped", " node-0", "rho_later (≥ 2.5)", "rho_quiet (≥ 0.5)", "4.25", "0.62"):
         assert words in text, words
     assert text.count("✗ early-stopped") == 1
     assert text.count("✓ all local steps") == 3
