@@ -51,8 +51,7 @@ def inner_products(
         steps: directions a lane.
         stream: direction stream.
     """
-    found = tuple(each_inner_product(g_p, run_id, version, lanes=lanes, steps=steps, stream=stream))
-    return tuple(found[lane * steps : (lane + 1) * steps] for lane in range(lanes))
+    return by_lane(tuple(each_inner_product(g_p, run_id, version, lanes=lanes, steps=steps, stream=stream)), lanes)
 
 
 def each_inner_product(
@@ -62,6 +61,12 @@ def each_inner_product(
     for lane in range(lanes):
         for seed in seeds_of(run_id, version, lane, steps):
             yield inner_product(g_p, direction(stream, seed, 0, g_p.size))
+
+
+def by_lane(values: tuple[float, ...], lanes: int) -> tuple[tuple[float, ...], ...]:
+    """Values that stand lane after lane, as many a lane, by lane and step."""
+    steps = len(values) // lanes
+    return tuple(values[lane * steps : (lane + 1) * steps] for lane in range(lanes))
 
 
 def gradip(scalars: Sequence[float], products: Sequence[float]) -> tuple[float, ...]:

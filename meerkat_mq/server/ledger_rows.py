@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_type_hints
 
+from meerkat_mq.core.gradip import by_lane
 from meerkat_mq.core.path import Entry
 from meerkat_mq.rounds.events import Judgement, UpdateRecord, Verdict
 
@@ -148,8 +149,7 @@ def unpack_products(packed: bytes, lanes: int, steps: int) -> Products:
     size = 4 * lanes * steps
     if len(packed) != size:
         raise ValueError(f"{len(packed)} bytes; {lanes} × {steps} directions have {size}")
-    floats = struct.unpack(f"<{lanes * steps}f", packed)
-    return tuple(floats[lane * steps : (lane + 1) * steps] for lane in range(lanes))
+    return by_lane(struct.unpack(f"<{lanes * steps}f", packed), lanes)
 
 
 def judgement(row: Row) -> Judgement:

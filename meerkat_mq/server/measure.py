@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 from itertools import takewhile
 
-from meerkat_mq.core.gradip import each_inner_product
+from meerkat_mq.core.gradip import by_lane, each_inner_product
 from meerkat_mq.rounds import events as e
 from meerkat_mq.server.ledger_rows import Products
 from meerkat_mq.server.run import Run
@@ -45,6 +45,4 @@ class Measurer:
             self._g_p, run.run_id, order.version, lanes=order.lanes, steps=order.steps, stream=run.stream
         )
         found = tuple(takewhile(lambda _: order is self._newest, each))
-        if order is not self._newest:
-            return None
-        return tuple(found[lane * order.steps : (lane + 1) * order.steps] for lane in range(order.lanes))
+        return by_lane(found, order.lanes) if order is self._newest else None
