@@ -64,8 +64,8 @@ def each_inner_product(
 
 
 def by_lane(values: tuple[float, ...], lanes: int) -> tuple[tuple[float, ...], ...]:
-    """Values that stand lane after lane, as many a lane, by lane and step."""
-    steps = len(values) // lanes
+    """Values that stand lane after lane, as many a lane, by lane and step; no lanes give ()."""
+    steps = len(values) // max(lanes, 1)
     return tuple(values[lane * steps : (lane + 1) * steps] for lane in range(lanes))
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meerkat_mq.core.directions import direction
-from meerkat_mq.core.gradip import LARGEST, gradip, inner_product, inner_products, tree_sum
+from meerkat_mq.core.gradip import LARGEST, by_lane, gradip, inner_product, inner_products, tree_sum
 from meerkat_mq.core.path import seed_for
 
 RUN = bytes(range(16))
@@ -79,3 +79,8 @@ def test_the_products_of_a_round_are_those_of_its_seeds() -> None:
 
 def test_gradip_is_the_scalar_times_the_product_as_far_as_the_path_goes() -> None:
     assert gradip((2.0, -3.0), (0.5, 4.0, 9.0)) == (1.0, -12.0)
+
+
+def test_a_round_that_is_not_measured_has_no_products() -> None:
+    assert by_lane((), 0) == ()
+    assert by_lane((1.0, 2.0, 3.0, 4.0), 2) == ((1.0, 2.0), (3.0, 4.0))
