@@ -107,6 +107,38 @@ def on_demo(methods: list[Table], splits: list[Table], steps: list[int]) -> Tabl
     }  # fmt: skip
 
 
+def demo_table(methods: list[Table], **others: Any) -> Table:
+    """The method's table on the demo's Llama: 8 nodes, Dirichlet(0.5), T = 10, one lane, 300 forward passes a node."""
+    given = [m if m.get("optimiser") == "first-order" else m | {"eps": DEMO.eps} for m in methods]
+    return on_demo(given, DIRICHLET, [10]) | {"passes": 300} | others
+
+
+def demo_tuning(methods: list[Table], **others: Any) -> Table:
+    """The same on rows split off, half the budget, one seed of its own."""
+    return demo_table(methods, passes=150, evaluate_on="tuning", tune_rows=300, eval_rows=300, seeds=[100], **others)
+
+
+DEMO_GRID = [
+    meerkat([1e-2, 3e-2, 0.1, 0.2, 0.4]),
+    method("magnitude-activation", [3e-2, 0.1, 0.3, 1.0], mask="magnitude-activation"),
+    method("magnitude", [3e-2, 0.1, 0.3, 1.0, 3.0], mask="magnitude"),
+    method("random", [3e-2, 0.1, 0.3, 1.0, 3.0], mask="random"),
+    method("dense ZO", [1e-4, 3e-4, 1e-3, 3e-3], mask="dense"),
+    method("LoRA-ZO", [1e-3, 1e-2, 3e-2, 0.1], mask="lora"),
+    method("first-order", [1e-3, 3e-3, 1e-2, 3e-2, 0.1], optimiser="first-order"),
+]
+DEMO_DECOMFL = method("DeComFL", [1e-4, 3e-4, 1e-3, 3e-3, 1e-2], mask="dense", perturbations=10)
+
+DEMO_CHOSEN = [
+    meerkat(0.2),
+    method("dense ZO", 3e-4, mask="dense"),
+    method("magnitude-activation", 0.3, mask="magnitude-activation"),
+    method("magnitude", 0.3, mask="magnitude"),
+    method("random", 0.3, mask="random"),
+    method("LoRA-ZO", 1e-2, mask="lora"),
+    method("first-order", 0.1, optimiser="first-order"),
+]
+
 EXTREME = {"how": "extreme", "nodes": 2}
 PLAIN, VP, RANDOM = early_stopping(DEMO.lr, DEMO.early_stopping, directions=4, eps=DEMO.eps)
 
@@ -140,6 +172,12 @@ SWEEPS: dict[str, Callable[[], Table]] = {
         seeds=[0],
         tasks=[task(name) for name in ("sst2", "rte", "boolq", "wic")],
     ),
+    "demo-tuning": lambda: demo_tuning(DEMO_GRID),
+    "demo-decomfl-tuning": lambda: demo_tuning([DEMO_DECOMFL], local_steps=[1]),
+    "demo": lambda: demo_table(DEMO_CHOSEN),
+    "demo-decomfl": lambda: demo_table([DEMO_DECOMFL | {"lr": 3e-3}], local_steps=[1]),
+    "demo-t1": lambda: demo_table(DEMO_CHOSEN[:2], local_steps=[1], splits=[*DIRICHLET, {"how": "iid"}]),
+    "demo-one-label": lambda: demo_table(DEMO_CHOSEN[:2], splits=[{"how": "one-label"}]),
     "early-stopping": lambda: on_demo([PLAIN, VP, RANDOM], [EXTREME], [10, 30, 50]),
     "minority": lambda: on_demo([PLAIN, VP], [EXTREME | {"exclusive": True}], [10]),
     "early-stopping-minilm": lambda: on_minilm(
