@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test check test-arm test-numpy mosquitto clean
+.PHONY: help demo test check test-arm test-brokers test-numpy mosquitto rabbitmq-server nats-server nodejs npm clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -17,7 +17,7 @@ help: ## show this
 demo: $(VENV)/.demo ## a federation on this machine, from nothing to a report; ARGS='--rounds 50' adds options
 	$(BIN)/meerkat demo $(ARGS)
 
-test: $(VENV)/.test mosquitto check ## all checks and tests; ARGS='-k mask' adds options of pytest
+test: $(VENV)/.test mosquitto nodejs npm check ## all checks and tests; ARGS='-k mask' adds options of pytest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 check: $(VENV)/.test ## format, lint, types, floors
@@ -28,6 +28,10 @@ check: $(VENV)/.test ## format, lint, types, floors
 
 test-arm: $(VENV)/.test ## golden vectors on aarch64, under qemu-user elsewhere
 	scripts/test-arm
+
+test-brokers: $(VENV)/.test rabbitmq-server nats-server ## the tests that need a broker, on RabbitMQ and on NATS; ARGS as above
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --timeout 200 --broker nats $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --timeout 200 --broker rabbitmq $(ARGS)
 
 test-numpy: $(VENV)/.test ## golden vectors on NumPy 2.0 and the newest
 	scripts/test-numpy
@@ -55,5 +59,8 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || scripts/apt-install python3-venv
 	@$(PYTHON) -m venv --clear $(VENV)
 
-mosquitto:
-	@PATH="$$PATH:/usr/sbin:/usr/local/sbin" command -v mosquitto >/dev/null || scripts/apt-install mosquitto
+mosquitto rabbitmq-server nats-server npm:
+	@PATH="$$PATH:/usr/sbin:/usr/local/sbin" command -v $@ >/dev/null || scripts/apt-install $@
+
+nodejs:
+	@command -v node >/dev/null || scripts/apt-install $@

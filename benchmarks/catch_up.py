@@ -103,8 +103,8 @@ class Maker:
     def _close_rounds(self, ledger: Ledger, stop: int) -> None:
         first = self._replica.version
         heard = [records(version, self._noise) for version in range(first, stop)]
-        terms = [terms_of(updates, self._run.settings) for updates in heard]
-        digests = self._replica.replay(terms)
+        terms = [terms_of(updates, self._run.settings, first + at) for at, updates in enumerate(heard)]
+        digests = self._replica.replay((made, None) for made in terms)
         with ledger.group():
             for version, updates, made, after in zip(range(first, stop), heard, terms, digests, strict=True):
                 entry = Entry(version, made, self._head, after)
@@ -263,7 +263,7 @@ async def measure(ledgers: Path, rounds: int, weights: int, absences: list[int])
 
 def constants(weights: int) -> dict[str, tuple[float, float]]:
     """(measured, as `rounds.catch_up` has it): CPU nanoseconds a weight."""
-    mask, terms = toy_mask(weights), [(Term(0, 0, 0.01),)] * 20
+    mask, terms = toy_mask(weights), [((Term(0, 0, 0.01),), None)] * 20
     plain, digesting = (Replica(mask, run_id=bytes(16), stream="mk1", digest_every=every) for every in (10**9, 1))
     replay = _ns(lambda: plain.replay(terms)) / len(terms) / weights
     both = _ns(lambda: digesting.replay(terms)) / len(terms) / weights

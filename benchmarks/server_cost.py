@@ -29,11 +29,10 @@ def mask_of(size: int) -> Mask:
     return Mask((MaskedMatrix("weight", (1000, size), indices, values, values[::-1].copy()),), bytes(32), bytes(32))
 
 
-def records_of(nodes: int, steps: int, version: int) -> tuple[UpdateRecord, ...]:
-    scalars = np.random.default_rng(version).standard_normal((nodes, steps)).astype(np.float32)
+def records_of(nodes: int, steps: int, seed: int) -> tuple[UpdateRecord, ...]:
+    scalars = np.random.default_rng(seed).standard_normal((nodes, steps)).astype(np.float32)
     return tuple(
-        UpdateRecord(version, f"node-{slot}", slot, 1, 1, tuple(map(float, row)), 0.5)
-        for slot, row in enumerate(scalars)
+        UpdateRecord(0, f"node-{slot}", slot, 1, 1, tuple(map(float, row)), 0.5) for slot, row in enumerate(scalars)
     )
 
 
@@ -61,7 +60,7 @@ def measure(mask: Mask, nodes: int, steps: int, lanes: int, rounds: int) -> dict
         judgements = judgements_of(0, judged, products, settings)  # as if each calibrated
         guard.remember(judged)
         now = lap("guards and VPCS", now)
-        terms = terms_of(judged, settings)
+        terms = terms_of(judged, settings, 0)
         now = lap("coefficients", now)
         replica.apply(terms)
         lap("theta and its digest", now)

@@ -114,28 +114,27 @@ def demo_table(methods: list[Table], **others: Any) -> Table:
 
 
 def demo_tuning(methods: list[Table], **others: Any) -> Table:
-    """The same on rows split off, half the budget, one seed of its own."""
-    return demo_table(methods, passes=150, evaluate_on="tuning", tune_rows=300, eval_rows=300, seeds=[100], **others)
+    """The same on rows split off, two seeds of its own; at half the budget, rates that diverge later look best."""
+    return demo_table(methods, evaluate_on="tuning", tune_rows=300, eval_rows=300, seeds=[100, 101], **others)
 
 
 DEMO_GRID = [
-    meerkat([1e-2, 3e-2, 0.1, 0.2, 0.4]),
-    method("magnitude-activation", [3e-2, 0.1, 0.3, 1.0], mask="magnitude-activation"),
-    method("magnitude", [3e-2, 0.1, 0.3, 1.0, 3.0], mask="magnitude"),
-    method("random", [3e-2, 0.1, 0.3, 1.0, 3.0], mask="random"),
-    method("dense ZO", [1e-4, 3e-4, 1e-3, 3e-3], mask="dense"),
-    method("LoRA-ZO", [1e-3, 1e-2, 3e-2, 0.1], mask="lora"),
-    method("first-order", [1e-3, 3e-3, 1e-2, 3e-2, 0.1], optimiser="first-order"),
+    meerkat([5e-2, 0.1, 0.2]),
+    method("magnitude-activation", [0.1, 0.3], mask="magnitude-activation"),
+    method("magnitude", [0.1, 0.3], mask="magnitude"),
+    method("random", [0.3, 1.0], mask="random"),
+    method("dense ZO", [1e-4, 3e-4], mask="dense"),
+    method("LoRA-ZO", [3e-3, 1e-2], mask="lora"),
+    method("first-order", [3e-2, 0.1], optimiser="first-order"),
 ]
-DEMO_DECOMFL = method("DeComFL", [1e-4, 3e-4, 1e-3, 3e-3, 1e-2], mask="dense", perturbations=10)
-
+DEMO_DECOMFL = method("DeComFL", [1e-3, 3e-3], mask="dense", perturbations=10)
 DEMO_CHOSEN = [
-    meerkat(0.2),
+    meerkat(0.1),
     method("dense ZO", 3e-4, mask="dense"),
-    method("magnitude-activation", 0.3, mask="magnitude-activation"),
+    method("magnitude-activation", 0.1, mask="magnitude-activation"),
     method("magnitude", 0.3, mask="magnitude"),
     method("random", 0.3, mask="random"),
-    method("LoRA-ZO", 1e-2, mask="lora"),
+    method("LoRA-ZO", 3e-3, mask="lora"),
     method("first-order", 0.1, optimiser="first-order"),
 ]
 

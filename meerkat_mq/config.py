@@ -26,6 +26,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
 Seconds = Annotated[float, Field(gt=0, le=86_400 * 7)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Codec = Literal["float32", "bfloat16", "int8"]
 LocalPath = Path  # relative paths are taken from the folder of the TOML file
 
 HUB_DATA = re.compile(r"hf:(?P<path>[^,:]+)(,(?P<config>[^,:]+))?:(?P<split>[^\[\]:]+(\[[^\[\]]+\])?)")
@@ -152,6 +153,12 @@ class RoundsConfig(Section):
         aggregate: how a lane's projected gradients become one.
         trim: share of a lane's nodes that "trimmed-mean" leaves out at each end.
         snapshot_every: theta is kept as a file every so many versions, for nodes and servers that come back.
+        mode: "synchronous": a round waits for its nodes; "buffered": it takes what comes, from newer and older theta
+            (docs/buffered.md).
+        buffer_size: updates that close a buffered round; at its deadline one suffices.
+        max_staleness: of a buffered run: how many versions old the theta of an update may be.
+        staleness: how a buffered run weighs updates from a theta τ versions old: "constant" 1, "polynomial" 1/(1+τ)^a.
+        staleness_exponent: a.
     """
 
     count: Annotated[int, Field(ge=1, lt=2**32)] = 100
@@ -172,6 +179,21 @@ class RoundsConfig(Section):
     aggregate: Literal["mean", "trimmed-mean"] = "mean"
     trim: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
     snapshot_every: Annotated[int, Field(ge=1)] = 500
+    mode: Literal["synchronous", "buffered"] = "synchronous"
+    buffer_size: Annotated[int, Field(ge=1, le=65535)] = 8
+    max_staleness: Annotated[int, Field(ge=0, le=1000)] = 20
+    staleness: Literal["constant", "polynomial"] = "polynomial"
+    staleness_exponent: Annotated[float, Field(gt=0, le=10)] = 0.5
+
+    @model_validator(mode="after")
+    def _buffered_rules_in_a_buffered_run(self) -> Self:
+        if self.mode == "synchronous":
+            for key in ("buffer_size", "max_staleness", "staleness", "staleness_exponent"):
+                if key in self.model_fields_set and getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f'{key} does nothing in a synchronous run: set mode = "buffered"')
+        elif self.fraction < 1:
+            raise ValueError("fraction is for synchronous rounds: a buffered one asks every node at hand")
+        return self
 
     @model_validator(mode="after")
     def _last_version_has_a_digest(self) -> Self:
@@ -233,6 +255,65 @@ class EarlyStoppingConfig(Section):
         return every
 
 
+class ServerValuesConfig(Section):
+    """Values nodes, as the server treats them (docs/values.md).
+
+    Attributes:
+        accept: whether nodes may send displacements instead of projected gradients; these cannot be replayed.
+        codec: how the mean displacement is encoded for everybody.
+    """
+
+    accept: bool = False
+    codec: Codec = "bfloat16"
+
+
+class NodeValuesConfig(Section):
+    """What a values node does and sends (docs/values.md).
+
+    Attributes:
+        optimiser: of the local steps on the masked weights; its state does not outlive a round.
+        lr: its learning rate; not the run's, which is that of projected gradients.
+        codec: how the displacement is encoded; what an encoding leaves out is added to the next one (error feedback).
+    """
+
+    optimiser: Literal["adamw", "sgd"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    codec: Codec = "int8"
+
+
+class ScheduleConfig(Section):
+    """When a duty-cycled node is awake (docs/duty-cycle.md).
+
+    Attributes:
+        every_s: from one waking to the next; up to a tenth less, at random.
+        awake_s: it goes to sleep after that long at the latest, unless it is catching up; sooner when its update is
+            heard. Local steps go on while it is asleep.
+    """
+
+    every_s: Annotated[float, Field(ge=1, le=86_400 * 7)]
+    awake_s: Annotated[float, Field(ge=1, le=86_400)] = 60.0
+
+    @model_validator(mode="after")
+    def _sleeps(self) -> Self:
+        if self.awake_s > self.every_s:
+            raise ValueError(f"awake_s = {self.awake_s:g} is more than every_s = {self.every_s:g}")
+        return self
+
+
+class LimitsConfig(Section):
+    """What a node leaves to others on its machine (docs/duty-cycle.md).
+
+    Attributes:
+        cpu_share: part of the time that local steps take; it rests for the other part after each step.
+        allow: a command and its arguments; local steps begin only while it exits with 0.
+        check_s: from one refusal of that command to the next try.
+    """
+
+    cpu_share: Share = 1.0
+    allow: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    check_s: Seconds = 30.0
+
+
 class EvaluationConfig(Section):
     """Evaluation on held-out data, on the server.
 
@@ -263,6 +344,7 @@ class ServerConfig(Section):
     rounds: RoundsConfig = RoundsConfig()
     guards: GuardsConfig = GuardsConfig()
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
+    values: ServerValuesConfig = ServerValuesConfig()
     engine: Literal["transformers", "toy"] = "transformers"
     toy_weights: Annotated[int, Field(ge=1, le=10_000_000)] = 1000
     mask: LocalPath | None = None
@@ -282,6 +364,7 @@ class NodeConfig(Section):
         model: local folder or hub id of the base model; not needed for engine "toy".
         dtype: default: the run's.
         threads: CPU threads for the model; default: torch's own choice.
+        uplink: "path": projected gradients; "values": a displacement, of first-order steps.
     """
 
     id: Identifier
@@ -294,6 +377,10 @@ class NodeConfig(Section):
     dtype: Dtype | None = None
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     exit_when_finished: bool = False
+    uplink: Literal["path", "values"] = "path"
+    values: NodeValuesConfig = NodeValuesConfig()
+    schedule: ScheduleConfig | None = None
+    limits: LimitsConfig = LimitsConfig()
 
     @field_validator("broker")
     @classmethod

@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from protocol import vectors_core, vectors_wire
+from protocol import vectors_core, vectors_node, vectors_wire
 from protocol.vectors_core import to_json
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -11,10 +11,10 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def build() -> dict[str, bytes]:
     """All golden files by name."""
-    made = {name: make() for files in (vectors_core.FILES, vectors_wire.FILES) for name, (_, make) in files.items()}
-    what = {name: what for files in (vectors_core.FILES, vectors_wire.FILES) for name, (what, _) in files.items()}
+    files = {**vectors_core.FILES, **vectors_wire.FILES, **vectors_node.FILES}
+    made = {name: make() for name, (_, make) in files.items()}
     listed = [
-        {"file": name, "what": what[name], "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        {"file": name, "what": files[name][0], "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         for name, data in made.items()
     ]
     return {**made, "manifest.json": to_json({"protocol": 1, "files": listed})}

@@ -105,6 +105,8 @@ _COEFFICIENTS: list[tuple[float, list[tuple[int, float]], int, int]] = [
     (3e-4, _EQUAL, 4, 2),
     (3e-4, _EQUAL, 4, 3),
     (0.1, [(5, _float32(2.5)), (7, _float32(-1.25))], 20, 10),
+    (3e-4, [(256, _float32(0.1)), (181, _float32(-0.25)), (148, _float32(3.3e-5))], 768, 1),  # staleness weights
+    (1e-3, [(2**32 - 1, _float32(0.1)), (2**32 - 257, _float32(-0.3))], 2**33, 1),  # these products are rounded
 ]
 
 
@@ -188,7 +190,7 @@ def golden_entries(mask: Mask, stream: str = "mk1", digest_every: int = 2) -> tu
     theta, previous, entries = mask.theta_0, mask.hash, []
     for version, terms_of in enumerate(steps):
         terms = tuple(Term(lane, step, _float32(c)) for lane, step, c in terms_of)
-        apply_terms(theta, terms, partial(seed_for, RUN_ID, version), stream)
+        apply_terms(theta, terms, partial(seed_of, version), stream)
         after = digest(theta) if digest_due(version + 1, digest_every) else NO_DIGEST
         entry = Entry(version, terms, previous, after)
         previous = entry.hash(RUN_ID)
@@ -196,34 +198,65 @@ def golden_entries(mask: Mask, stream: str = "mk1", digest_every: int = 2) -> tu
     return tuple(entries), theta
 
 
+def aged_entries(mask: Mask) -> tuple[tuple[Entry, ...], Float32Array]:
+    """A buffered run of three versions, as `golden_entries`: terms of updates from an older theta, and of none."""
+    steps = (
+        ((0, 0, 0, 2.5e-4),),
+        ((0, 0, 0, 1e-3), (0, 1, 0, -1.25e-3), (1, 0, 0, 3e-5)),
+        ((1, 0, 1, 5e-4), (2, 3, 0, 1e-2)),
+    )
+    theta, previous, entries = mask.theta_0, mask.hash, []
+    for version, terms_of in enumerate(steps):
+        terms = tuple(Term(lane, step, _float32(c), age) for age, lane, step, c in terms_of)
+        apply_terms(theta, terms, partial(seed_of, version), "mk1")
+        entry = Entry(version, terms, previous, digest(theta))
+        previous = entry.hash(RUN_ID)
+        entries.append(entry)
+    return tuple(entries), theta
+
+
+def seed_of(version: int, term: Term) -> int:
+    """The seed of a term of the golden run's entry `version`."""
+    return seed_for(RUN_ID, version - term.age, term.lane, term.step)
+
+
 def entry_meaning(entry: Entry) -> dict[str, object]:
     """An entry as JSON."""
-    terms = [{"lane": term.lane, "step": term.step, "coefficient": term.coefficient} for term in entry.terms]
+    terms = [
+        {"lane": term.lane, "step": term.step, "coefficient": term.coefficient, "age": term.age} for term in entry.terms
+    ]
+    added = entry.displacement
     return {
         "version": entry.version,
         "terms": terms,
         "previous": entry.previous.hex(),
         "digest": entry.digest.hex(),
+        "displacement": None if added is None else {"blob": added.blob.hex(), "size": added.size},
+    }
+
+
+def run_meaning(
+    name: str, entries: tuple[Entry, ...], theta: Float32Array, stream: str = "mk1", digest_every: int = 1
+) -> dict[str, object]:
+    """A run over the golden mask as JSON: its chain of entries, and where theta ends."""
+    return {
+        "name": name,
+        "run_id": RUN_ID.hex(),
+        "stream": stream,
+        "digest_every": digest_every,
+        "entries": [{**entry_meaning(entry), "hash": entry.hash(RUN_ID).hex()} for entry in entries],
+        "theta": hex_float32(theta),
     }
 
 
 def path() -> bytes:
     """Seeds, coefficients, apply, inner products, digests and a short run over the golden mask."""
     vectors = [np.zeros(1, np.float32), direction("mk1", 6, 0, 33), np.array([0.0, -0.0], np.float32)]
-    runs = []
+    mask, runs = golden_mask(), []
     for stream, every in (("mk1", 2), ("rademacher", 1)):
-        entries, theta = golden_entries(golden_mask(), stream, every)
-        chain = [{**entry_meaning(entry), "hash": entry.hash(RUN_ID).hex()} for entry in entries]
-        runs.append(
-            {
-                "run_id": RUN_ID.hex(),
-                "stream": stream,
-                "digest_every": every,
-                "entries": chain,
-                "theta": hex_float32(theta),
-                "products": inner_products(golden_mask().g_p, RUN_ID, 1, lanes=2, steps=3, stream=stream),
-            }
-        )
+        run = run_meaning(f"on {stream}", *golden_entries(mask, stream, every), stream, every)
+        runs.append({**run, "products": inner_products(mask.g_p, RUN_ID, 1, lanes=2, steps=3, stream=stream)})
+    runs.append(run_meaning("buffered", *aged_entries(mask)))
     return to_json(
         {
             "seeds": _seeds(),

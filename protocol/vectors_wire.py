@@ -10,7 +10,7 @@ import numpy as np
 import zstandard
 
 from meerkat_mq.core.directions import direction
-from meerkat_mq.core.path import digest, short_hash
+from meerkat_mq.core.path import Displacement, Entry, Term, digest, short_hash
 from meerkat_mq.wire.arrays import encode_array, encode_mask, read_array, split
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor, ServerState, Task, decode_control
 from meerkat_mq.wire.frames import (
@@ -23,6 +23,7 @@ from meerkat_mq.wire.frames import (
     Refusal,
     Round,
     Update,
+    Values,
     Want,
     Welcome,
     decode,
@@ -37,6 +38,9 @@ _MASK = golden_mask()
 _ENTRIES = golden_entries(_MASK)[0]
 _HEADER = Header(int.from_bytes(RUN_ID[:4], "little"), 3, 77, _MASK.hash[:8])
 _HIGH = Header(_TOP, _TOP, _TOP, b"\xff" * 8)
+_AGED = Entry(77, (Term(1, 0, 2.0**-10, 3), Term(0, 9, -(2.0**-9))), bytes(range(16)), bytes(16))
+_DISPLACED = Entry(78, (), bytes(range(16)), bytes(range(16, 32)), Displacement(bytes(range(32, 48)), 1_250_000))
+_BOTH = Entry(79, (Term(0, 0, 0.5, 79),), bytes(16), bytes(16), Displacement(b"\xff" * 16, _TOP))
 _BASE = bytes.fromhex("00112233445566ff")
 
 
@@ -77,6 +81,8 @@ def golden_frames() -> dict[str, Frame]:
         "update, edge values": Update(_HIGH, _TOP, bytes(8), _f(3.4028234663852886e38), (-0.0, _f(1e-45), _f(-1e38))),
         "update, not finite": Update(_HEADER, 1, _BASE, math.nan, (math.nan, math.inf, -math.inf, _f(0.5))),
         "update, loss infinite": Update(_HEADER, 1, _BASE, math.inf, (_f(0.5),)),
+        "update, values": Update(_HEADER, 7, _BASE, _f(0.5), (), values=Values(bytes(range(16)), 1_250_000, 10)),
+        "update, values, edge values": Update(_HIGH, 7, _BASE, math.nan, (), values=Values(b"\xff" * 16, _TOP, 1000)),
         "round, idle": Round(_HEADER, False, 1, 1, _f(1e-3), 0),
         "round, open, nobody heard": Round(_HEADER, True, 1, 2, _f(1e-3), 30_000, 0, frozenset(range(10))),
         "round, all fields": Round(
@@ -91,6 +97,10 @@ def golden_frames() -> dict[str, Frame]:
         "round, edge values": Round(
             _HIGH, True, 1000, 4096, _f(1e-45), _TOP, 65535, frozenset({255}), frozenset(), short
         ),
+        "round, buffered": Round(
+            _HEADER, True, 10, 1, _f(1e-3), 60_000, 0, frozenset(range(6)), frozenset({4}), ((1, 3),),
+            (_AGED, _DISPLACED), ((0, 1), (3, 20), (5, 1000)),
+        ),
         "want a welcome": Want(_HEADER, 5, welcome=True),
         "want entries": Want(_HEADER, 5, entries_from=0),
         "want chunks": Want(_HEADER, 5, blob=_MASK.hash, chunks=(0, 2, 65535)),
@@ -99,6 +109,7 @@ def golden_frames() -> dict[str, Frame]:
         "welcome, last slot": Welcome(_HIGH, _TOP, 65535),
         "entries": Entries(_HEADER, _ENTRIES),
         "entries, none": Entries(_HEADER, ()),
+        "entries, aged and displaced": Entries(_HEADER, (_AGED, _DISPLACED, _BOTH)),
         "chunk": chunks[0],
         "chunk, second of two": Chunk(_HEADER, _MASK.hash, 1, 2, 65_537, b"\x2a"),
         "offer": Offer(_HEADER, 500, bytes(range(16)), 3_408_939),
@@ -138,7 +149,10 @@ def hostile_frames() -> dict[str, bytes]:
         "body one byte too short": _sealed(update[:-5]),
         "update, no steps": _patched("update, T = 1", 12, b"\0\0"),
         "update, 1001 steps": _patched("update, T = 1", 12, (1001).to_bytes(2, "little")),
-        "update, unknown flag": _patched("update, T = 1", 14, b"\2\0"),
+        "update, unknown flag": _patched("update, T = 1", 14, b"\4\0"),
+        "update, seeds and values": _patched("update, values", 14, b"\3\0"),
+        "update, values of no bytes": _patched("update, values", 36, bytes(4)),
+        "update, values of no steps": _patched("update, values", 12, b"\0\0"),
         "update, another NaN as the loss": _patched("update, T = 1", 16, negative_nan),
         "update, another NaN as g": _patched("update, T = 1", 20, other_nan),
         "round, no steps": _patched("round, idle", 0, b"\0\0"),
@@ -152,17 +166,27 @@ def hostile_frames() -> dict[str, bytes]:
         "round, bitmap longer than its last slot": _patched("round, open, nobody heard", 23, b"\0"),
         "round, short list not ascending": _patched("round, all fields", 28, b"\x08\0\1\0\x08\0"),
         "round, short node does all steps": _patched("round, all fields", 30, b"\x0a\0"),
+        "round, nobody heard before": _sealed(_patched("round, idle", 14, b"\2\0")[:-4] + b"\0\0"),
+        "round, heard before and now": _patched("round, buffered", 34, b"\4\0"),
+        "round, heard before, not ascending": _patched("round, buffered", 34, b"\0\0"),
+        "round, heard before at age 0": _patched("round, buffered", 32, b"\0\0"),
+        "round, heard before at age 1001": _patched("round, buffered", 40, b"\xe9\3"),
         "want, unknown flag": _patched("want a welcome", 4, b"\x08"),
         "want, chunks of number 0": _patched("want chunks", 21, b"\0\0"),
         "entries, coefficient not finite": _patched("entries", 12, nan),
-        "entries, more terms than the limit": _patched("entries", 6, b"\xff\xff"),
+        "entries, more terms than the limit": _patched("entries", 6, b"\xff\x3f"),
+        "entries, more aged terms than the limit": _patched("entries, aged and displaced", 6, b"\x81\xa5"),
+        "entries, ages of 0": _patched("entries, aged and displaced", 8, bytes(2)),
+        "entries, an age above 1000": _patched("entries, aged and displaced", 8, b"\xe9\3"),
+        "entries, an age above the version": _patched("entries, aged and displaced", 8, b"\x4e\0"),
+        "entries, a displacement of no bytes": _patched("entries, aged and displaced", 82, bytes(4)),
         "chunk, index beyond count": _patched("chunk", 16, b"\1\0"),
         "chunk, longer than its blob": _patched("chunk", 20, b"\1\0\0\0"),
         "chunk, of no bytes": _sealed(_patched("chunk, second of two", 24, bytes(4))[:-5]),
         "offer, of no bytes": _patched("offer", 20, bytes(4)),
         "offer, cut short": _sealed(encode(golden_frames()["offer"])[:-5]),
         "refusal, reason 0": _patched("refusal, resynchronise", 4, b"\0"),
-        "refusal, unknown reason": _patched("refusal, resynchronise", 4, b"\x05"),
+        "refusal, unknown reason": _patched("refusal, resynchronise", 4, b"\x06"),
     }
 
 
@@ -297,14 +321,18 @@ def control() -> bytes:
         toy,
         toy.model_copy(update={"engine": "transformers", "task": task, "model": "TinyLlama"}),
         toy.model_copy(update={"dtype": "float16", "local_steps": 100, "perturbations": 10}),
+        toy.model_copy(update={"mode": "buffered", "max_staleness": 20, "values": True}),
         ServerState(status="online", run=run, term=1, server_id=server, link=7, host="hub", round=12, nodes=8),
         ServerState(status="lost", run=run, term=_TOP, server_id=server, link=_TOP, host="hub", round=12),
         NodeStatus(status="online", boot=1, link=2, host="pump-3", run=run, rows=800),
         NodeStatus(status="stopped", boot=_TOP, link=0, host=""),
+        NodeStatus(status="asleep", boot=1, link=2, host="pump-3", rows=800, version=12, digest=run, wakes_in_s=900),
     ]
     junk = ["", "null", "{", "[]", '{"status":"online"}', '{"status":"online","boot":"1","link":2,"host":""}',
             '{"status":"online","boot":1,"link":2,"host":"","extra":0}', '{"status":"up","boot":1,"link":2,"host":""}',
-            '{"status":"online","boot":4294967296,"link":2,"host":""}']  # fmt: skip
+            '{"status":"online","boot":4294967296,"link":2,"host":""}',
+            '{"status":"asleep","boot":1,"link":2,"host":""}',
+            '{"status":"online","boot":1,"link":2,"host":"","wakes_in_s":9}']  # fmt: skip
     for text in junk:
         refusal(lambda data: decode_control(data, NodeStatus), text.encode())
     return to_json(

@@ -8,22 +8,63 @@ import pytest
 import structlog
 from hypothesis import HealthCheck, settings
 
+from tests.support import waiting
+from tests.support.broker import Broker
 from tests.support.command import Meerkat, command
 from tests.support.mosquitto import Mosquitto
+from tests.support.nats import Nats
 from tests.support.proxy import Proxy
+from tests.support.rabbitmq import RabbitMQ
 
 # A busy machine is no failure; pytest's own time-out ends what hangs.
 settings.register_profile("meerkat", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("meerkat")
 
 
-@pytest.fixture
-def make_mosquitto(tmp_path: Path) -> Iterator[Callable[..., Mosquitto]]:
-    """Start a Mosquitto with more configuration lines; killed at the end."""
-    made: list[Mosquitto] = []
+def pytest_addoption(parser: pytest.Parser) -> None:
+    choices = ("mosquitto", "rabbitmq", "nats")
+    parser.addoption("--broker", choices=choices, default="mosquitto", help="on another one, only tests that use it")
 
-    def make(*lines: str, anonymous: bool = True) -> Mosquitto:
-        made.append(Mosquitto(tmp_path, *lines, anonymous=anonymous))
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--broker") == "rabbitmq":
+        waiting.patience = 3.0  # it takes ten seconds to start
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On another broker than Mosquitto: only what uses it. Skip what a broker cannot do."""
+    broker = config.getoption("--broker")
+    if broker != "mosquitto":
+        used = [item for item in items if {"make_mosquitto", "guarded"} & set(getattr(item, "fixturenames", ()))]
+        config.hook.pytest_deselected(items=[item for item in items if item not in used])
+        items[:] = used
+    for item in items:
+        for mark in item.iter_markers("not_on"):
+            if broker in mark.kwargs:
+                item.add_marker(pytest.mark.skip(reason=f"{broker}: {mark.kwargs[broker]}"))
+
+
+@pytest.fixture(scope="session")
+def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
+    """RabbitMQ takes ten seconds to start: one for all tests of a process."""
+    broker = RabbitMQ(tmp_path_factory.mktemp("rabbitmq"))
+    yield broker
+    broker.close()
+
+
+@pytest.fixture
+def make_mosquitto(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Broker]]:
+    """Start a Mosquitto with more configuration lines, or the broker that --broker names; killed at the end."""
+    made: list[Broker] = []
+    chosen = request.config.getoption("--broker")
+
+    def make(*lines: str, anonymous: bool = True) -> Broker:
+        if chosen != "mosquitto" and (lines or not anonymous):
+            pytest.skip(f"{chosen}: the test gives Mosquitto settings of its own (passwords, TLS)")
+        if chosen == "rabbitmq":
+            shared: RabbitMQ = request.getfixturevalue("rabbitmq")
+            return shared.fresh()
+        made.append(Nats(tmp_path) if chosen == "nats" else Mosquitto(tmp_path, *lines, anonymous=anonymous))
         return made[-1].start()
 
     yield make
@@ -32,13 +73,13 @@ def make_mosquitto(tmp_path: Path) -> Iterator[Callable[..., Mosquitto]]:
 
 
 @pytest.fixture
-def mosquitto(make_mosquitto: Callable[..., Mosquitto]) -> Mosquitto:
-    """A running Mosquitto of this test's own, on a free loopback port."""
+def mosquitto(make_mosquitto: Callable[..., Broker]) -> Broker:
+    """A running Mosquitto (or what --broker names) of this test's own, on a free loopback port."""
     return make_mosquitto()
 
 
 @pytest.fixture
-async def proxy(mosquitto: Mosquitto) -> AsyncIterator[Proxy]:
+async def proxy(mosquitto: Broker) -> AsyncIterator[Proxy]:
     """A fault-injecting proxy in front of `mosquitto`."""
     async with Proxy(mosquitto.port) as running:
         yield running

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from meerkat_mq.chaos.history import CORRUPT_THETA, History
+from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.gradip import inner_products
-from meerkat_mq.core.path import NO_DIGEST, digest
+from meerkat_mq.core.path import NO_DIGEST, Entry, digest
 from meerkat_mq.core.replica import Replica
-from meerkat_mq.errors import BadValue
+from meerkat_mq.core.values import mean_displacement, quantised
+from meerkat_mq.errors import BadValue, WireError
 from meerkat_mq.rounds.early_stopping import EarlyStopping, judgements_of
-from meerkat_mq.rounds.events import UpdateRecord, Verdict
-from meerkat_mq.rounds.policy import terms_of
+from meerkat_mq.rounds.events import Share, UpdateRecord, Verdict
+from meerkat_mq.rounds.policy import shares_of, terms_of
 from meerkat_mq.wire.messages import Header, Round, Update
+from meerkat_mq.wire.values import decode_values
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,29 +57,38 @@ def _checker(name: str) -> Callable[[Callable[[History], Found]], Checker]:
 
 @_checker("no update applied twice")
 def no_update_twice(history: History) -> Found:
-    """A node counts once a round, with a value that it sent for that round."""
-    sent = _sent(history)
+    """A node counts once a base version, in one entry, with a value that it sent from that version's theta."""
+    sent, counted = _sent(history), dict[tuple[int, str | int], int]()
+    for version, record in _all_records(history):
+        for who in (record.node, record.slot):
+            first = counted.setdefault((record.version, who), version)
+            if first != version:
+                yield f"entry {version}", f"holds an update of {who} for round {record.version}, as entry {first} does"
+        found = sent.get(_identity(record.node, record))
+        if found and record.version not in {update.header.version for update in found}:
+            at = ", ".join(str(update.header.version) for update in found)
+            yield f"entry {version}", f"holds an update that {record.node} sent for round {at}"
     for version, records in enumerate([*history.records, history.open_updates]):
         yield from _repeated(version, records)
-        for record in records:
-            found = sent.get(_identity(record.node, record))
-            if record.version != version:
-                yield f"entry {version}", f"holds an update of {record.node} for round {record.version}"
-            elif found and version not in {update.header.version for update in found}:
-                at = ", ".join(str(update.header.version) for update in found)
-                yield f"entry {version}", f"holds an update that {record.node} sent for round {at}"
+
+
+def _all_records(history: History) -> Iterator[tuple[int, UpdateRecord]]:
+    """Each with its entry; those that are in no entry yet with the next one."""
+    for version, records in enumerate([*history.records, history.open_updates]):
+        yield from ((version, record) for record in records)
 
 
 def _repeated(version: int, records: Sequence[UpdateRecord]) -> Found:
     for what in ("node", "slot"):
-        values = [getattr(record, what) for record in records]
-        for value in sorted({value for value in values if values.count(value) > 1}):
-            yield f"entry {version}", f"{what} {value} counts {values.count(value)} times"
+        values = [(record.version, getattr(record, what)) for record in records]
+        for base, value in sorted({value for value in values if values.count(value) > 1}):
+            yield f"entry {version}", f"{what} {value} counts {values.count((base, value))} times"
 
 
 def _identity(node: str, sent: Update | UpdateRecord) -> tuple[str, int, bytes]:
     values = (sent.loss, *sent.scalars)  # scalars alone repeat: those of poison, and a toy's, which are coarse
-    return node, sent.boot, struct.pack(f"<{len(values)}d", *values)
+    blob = sent.values.blob if sent.values is not None else b""
+    return node, sent.boot, struct.pack(f"<{len(values)}d", *values) + blob
 
 
 def _sent(history: History) -> Mapping[tuple[str, int, bytes], list[Update]]:
@@ -92,13 +104,26 @@ def _run(history: History) -> int:
     return Header.of(history.run_id, 0, 0, history.settings.mask_hash).run
 
 
+# --- no update too stale --------------------------------------------------------------------------------------------
+
+
+@_checker("no update too stale")
+def not_too_stale(history: History) -> Found:
+    """An update is from theta of its entry's version, or of one that is at most `max_staleness` older."""
+    oldest = history.settings.max_staleness
+    for version, record in _all_records(history):
+        age = version - record.version
+        if not 0 <= age <= oldest:
+            yield f"entry {version}", f"holds an update of {record.node} for round {record.version}, {age} versions old"
+
+
 # --- no committed round lost or changed -----------------------------------------------------------------------------
 
 
 @_checker("no committed round lost or changed")
 def nothing_lost(history: History) -> Found:
-    """What was ever published of the ledger, entries and heard bits, is in the final ledger."""
-    heard = [{record.slot for record in records} for records in [*history.records, history.open_updates]]
+    """What was ever published of the ledger, entries and whose updates are heard, is in the final ledger."""
+    kept = {(record.version, record.slot) for _, record in _all_records(history)}
     checked: set[Round] = set()
     for time, frame in history.rounds:
         if frame.header.run != _run(history) or frame in checked:
@@ -106,13 +131,13 @@ def nothing_lost(history: History) -> Found:
         checked.add(frame)
         yield from _entries_lost(history, time, frame)
         version = frame.header.version
-        kept = heard[version] if version < len(heard) else set()
-        if frame.heard - kept and not history.undone(time, version):
-            slots = ", ".join(str(slot) for slot in sorted(frame.heard - kept))
-            yield (
-                f"round {version}",
-                f"slots {slots} were heard at {time:.3f} s, but their updates are not in the ledger",
-            )
+        heard = {(version, slot) for slot in frame.heard} | {(version - age, slot) for slot, age in frame.heard_before}
+        for base, slot in sorted(heard - kept):
+            if not history.undone(time, base + history.settings.max_staleness):
+                yield (
+                    f"round {base}",
+                    f"slot {slot} was heard by {time:.3f} s, but its update is not in the ledger",
+                )
 
 
 def _entries_lost(history: History, time: float, frame: Round) -> Found:
@@ -136,7 +161,7 @@ def theta_is_the_replay(history: History) -> Found:
     )  # fmt: skip
     digests, head = {0: digest(replica.theta)}, history.settings.mask_hash
     for version, entry in enumerate(history.entries):
-        after = replica.apply(entry.terms)
+        after = replica.apply(entry.terms, _displacement(history, entry))
         if (entry.version, entry.previous) != (version, head):
             yield f"entry {version}", "does not extend the one before it"
         if entry.digest != after:
@@ -146,6 +171,18 @@ def theta_is_the_replay(history: History) -> Found:
         head = entry.hash(history.run_id)
     yield from _false_claims(history, digests)
     yield from _counted_from_elsewhere(history, digests)
+
+
+def _displacement(history: History, entry: Entry) -> Float32Array | None:
+    """What an entry's displacement decodes to; None where it has none, or where it is none, which others see."""
+    if entry.displacement is None:
+        return None
+    try:
+        return decode_values(
+            history.blobs.get(entry.displacement.blob, b""), entry.displacement.blob, history.mask.size
+        )
+    except WireError:
+        return None
 
 
 def _false_claims(history: History, digests: Mapping[int, bytes]) -> Found:
@@ -176,10 +213,10 @@ def _corrupt(history: History, node: str, time: float) -> bool:
 def _counted_from_elsewhere(history: History, digests: Mapping[int, bytes]) -> Found:
     sent = _sent(history)
     for version, records in enumerate(history.records):
-        base = digests.get(version - version % history.digest_every, b"")[:8]
         for record in records:
+            base = digests.get(record.version - record.version % history.digest_every, b"")[:8]
             found = sent.get(_identity(record.node, record), ())
-            bases = {update.base for update in found if update.header.version == version}
+            bases = {update.base for update in found if update.header.version == record.version}
             if bases and base not in bases:
                 yield f"entry {version}", f"holds an update that {record.node} made from another theta"
 
@@ -194,7 +231,7 @@ def coefficients_recomputable(history: History) -> Found:
         yield "ledger", f"{len(history.entries)} entries, but updates for {len(history.records)}"
     for entry, records in zip(history.entries, history.records, strict=False):
         try:
-            terms = terms_of(records, history.settings)
+            terms = terms_of(records, history.settings, entry.version)
         except BadValue as error:
             yield f"entry {entry.version}", f"its stored updates cannot be added ({error})"
             continue
@@ -202,18 +239,53 @@ def coefficients_recomputable(history: History) -> Found:
             yield f"entry {entry.version}", "its coefficients are not those of the stored updates"
 
 
+# --- displacements recomputable -------------------------------------------------------------------------------------
+
+
+@_checker("displacements recomputable")
+def displacements_recomputable(history: History) -> Found:
+    """The stored displacements of values nodes give each entry's, and there is none without them."""
+    for entry, records in zip(history.entries, history.records, strict=False):
+        shares = shares_of(records, history.settings, entry.version)
+        if bool(shares) != (entry.displacement is not None):
+            yield f"entry {entry.version}", f"has {'no' if shares else 'a'} displacement, against its stored updates"
+        elif entry.displacement is not None and (problem := _wrong_mean(history, entry, shares)):
+            yield f"entry {entry.version}", problem
+
+
+def _wrong_mean(history: History, entry: Entry, shares: Sequence[Share]) -> str | None:
+    size, found = history.mask.size, _displacement(history, entry)
+    try:
+        parts = [(share.weight, decode_values(history.blobs[share.blob], share.blob, size)) for share in shares]
+        mean = quantised(mean_displacement(parts, size), history.codec)
+    except (KeyError, WireError, BadValue):
+        return "lacks a displacement of its stored updates"
+    if found is None or found.tobytes() != mean.tobytes():
+        return "its displacement is not the mean of its stored updates'"
+    return None
+
+
 # --- as many scalars as asked ---------------------------------------------------------------------------------------
 
 
 @_checker("as many scalars as asked")
 def as_asked(history: History) -> Found:
-    """An update has as many scalars as its round asked of its node, by what was known of it before."""
+    """An update has as many scalars as its round asked of its node, by what was known of it before.
+
+    Of a buffered run, that many or those of fewer whole steps; of an older version, which asked when less was known,
+    at most those of any node. A displacement has none.
+    """
     settings, early = history.settings, EarlyStopping(history.settings)
     for version, records in enumerate([*history.records, history.open_updates]):
         for record in records:
-            asked, found = settings.perturbations * early.steps_of(version, record.node), len(record.scalars)
-            if found != asked:
+            present = record.version == version
+            steps = early.steps_of(version, record.node) if present else settings.steps_of(record.version)
+            asked, found = settings.perturbations * steps, len(record.scalars)
+            part = settings.buffered and 0 < found < asked and found % settings.perturbations == 0
+            if found != asked and not part and record.values is None:
                 yield f"entry {version}", f"asked {record.node} for {asked} scalars, and holds {found}"
+            elif found and record.values is not None:
+                yield f"entry {version}", f"holds scalars and a displacement of {record.node}"
         early.remember(judgement for found in history.judgements[version : version + 1] for judgement in found)
 
 
@@ -236,8 +308,8 @@ def judgements_recomputable(history: History) -> Found:
             yield f"entry {version}", "its inner products are not those of its directions"
         elif judgements != judgements_of(version, records, products, settings):
             yield f"entry {version}", "its judgements are not those of the stored paths"
-        stopped = {judgement.node for judgement in judgements if judgement.early_stopped}
-        if stopped != {record.node for record in records if record.verdict is Verdict.EARLY_STOPPED}:
+        stopped = {(version, judgement.node) for judgement in judgements if judgement.early_stopped}
+        if stopped != {(r.version, r.node) for r in records if r.verdict is Verdict.EARLY_STOPPED}:
             yield f"entry {version}", "its updates are not marked as its judgements say"
 
 

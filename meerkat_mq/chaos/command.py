@@ -30,11 +30,14 @@ def command(
     out: Annotated[
         Path | None, typer.Option(help="Folder for what the drill leaves; default: a new one below runs/chaos.")
     ] = None,
+    buffered: Annotated[
+        bool, typer.Option("--buffered", help="Rounds take what comes instead of waiting (docs/buffered.md).")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON.")] = False,
 ) -> None:
     """Inject faults into a federation and check what must hold; exit code 0 only if all of it does."""
     folder = (out or Path("runs/chaos") / f"{Path(plan).stem}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
-    loaded = load_plan(plan, out=folder, seconds=seconds)
+    loaded = load_plan(plan, out=folder, seconds=seconds, buffered=buffered)
     judged = list[Verdict]()
     code = run_service(lambda: _command(loaded, folder, as_json, judged))
     if code == 0 and not judged:

@@ -15,7 +15,7 @@ from meerkat_mq.chaos.stage import SERVER, Stage
 from meerkat_mq.chaos.verdict import Struck, Verdict
 from meerkat_mq.errors import ConfigError, DrillFailed, MeerkatError
 
-START_S = 90.0
+START_S = 300.0
 FURTHER_ROUNDS = 10  # of a federation that goes on without us
 HISTORY_FILE = "history.jsonl"
 LOOK_S = 0.25

@@ -1,7 +1,9 @@
 """What happened to a federation: all that the checkers see, filled by the simulator and by drills."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from meerkat_mq.config import Codec
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Entry
 from meerkat_mq.rounds.events import Judgement, UpdateRecord
@@ -35,7 +37,9 @@ class History:
         records: of the final ledger: the updates of each entry, refused ones too.
         products: of the final ledger: ⟨g_p, z⟩ of each entry's directions, by lane and step.
         judgements: of the final ledger: what each entry's round showed of its nodes.
-        open_updates: of the final ledger: the committed updates of the round that is still open.
+        open_updates: of the final ledger: the committed updates that are in no entry yet.
+        blobs: of the final ledger: displacements of its updates and entries, by hash.
+        codec: how mean displacements are encoded.
         terms: of the final ledger: (term, server id).
         entry_terms: of the final ledger: the term that wrote each entry.
         rounds: (time, frame) of every round frame published.
@@ -58,6 +62,8 @@ class History:
     products: list[tuple[tuple[float, ...], ...]] = field(default_factory=list)
     judgements: list[tuple[Judgement, ...]] = field(default_factory=list)
     open_updates: tuple[UpdateRecord, ...] = ()
+    blobs: Mapping[bytes, bytes] = field(default_factory=dict)
+    codec: Codec = "bfloat16"
     terms: list[tuple[int, str]] = field(default_factory=list)
     entry_terms: list[int] = field(default_factory=list)
     rounds: list[tuple[float, Round]] = field(default_factory=list)

@@ -96,17 +96,16 @@ def refused(happened: Sequence[tuple[Strike, Struck]], seen: Observed, history: 
         poison = strike.fault
         if not isinstance(poison, Poison) or struck.problem:
             continue
-        rounds = {
+        bases = {
             update.header.version
             for time, node, update in seen.updates
             if node == strike.target and struck.began <= time <= struck.ended
         }
         verdicts = [
             record.verdict
-            for version in sorted(rounds)
-            for records in history.records[version : version + 1]
+            for records in history.records
             for record in records
-            if record.node == strike.target and poison.may_be(record.scalars)
+            if record.version in bases and record.node == strike.target and poison.may_be(record.scalars)
         ]
         verdicts = verdicts[:FLAGGED_WITHIN]
         if not verdicts and not _held_up(strike, struck, happened, recover_s):

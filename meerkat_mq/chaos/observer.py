@@ -15,9 +15,10 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.toy import toy_mask
 from meerkat_mq.errors import WireError
 from meerkat_mq.mqtt import Message, Session
+from meerkat_mq.rounds.events import UpdateRecord
 from meerkat_mq.server.files import mask_file
 from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
-from meerkat_mq.server.run import settings_of
+from meerkat_mq.server.run import codec_of, settings_of
 from meerkat_mq.server.verify import run_of
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor, ServerState, decode_control
 from meerkat_mq.wire.frames import decode
@@ -141,7 +142,8 @@ def read_history(seen: Observed, state_dir: Path, faults: list[Injected], *, fin
             records=[ledger.records(number) for number in range(version)],
             products=[ledger.products(number, settings) or () for number in range(version)],
             judgements=[ledger.judgements(number) for number in range(version)],
-            open_updates=ledger.records(version),
+            open_updates=_open_updates(ledger, version),
+            codec=codec_of(ledger.rules),
             terms=[(term.term, term.server_id) for term in ledger.terms()],
             entry_terms=[found.term for found in closed],
             rounds=seen.rounds,
@@ -149,8 +151,18 @@ def read_history(seen: Observed, state_dir: Path, faults: list[Injected], *, fin
             faults=faults,
             finished=finished,
         )
+        named = [record.values.blob for records in history.records for record in records if record.values]
+        named += [entry.displacement.blob for entry in history.entries if entry.displacement]
+        history.blobs = {name: ledger.blob(name) or b"" for name in named}
     for time, node, update in seen.updates:
         history.saw_update(time, node, update)
     for time, node, status in seen.all_statuses:
         history.saw_status(time, node, status)
     return history
+
+
+def _open_updates(ledger: Ledger, version: int) -> tuple[UpdateRecord, ...]:
+    """What was in no entry at that version; an attached server may have closed entries with some of it meanwhile."""
+    found = list(ledger.open_updates())
+    found += [record for number in range(version, ledger.version) for record in ledger.records(number)]
+    return tuple({(record.version, record.node): record for record in found if record.version <= version}.values())

@@ -21,6 +21,7 @@ NODES = "nodes"
 
 _PLANS = resources.files("meerkat_mq.chaos") / "plans"
 _EARLIER = (1.0, 0.75, 0.5, 0.25, 0.0)  # drawn moments come so much earlier until all faults fit
+_BUFFERED = {"mode": "buffered", "max_staleness": 8}  # and a buffer of half the nodes
 _ROUNDS = {"lr": 0.05, "batch_size": 4, "deadline_s": 1.0, "grace_s": 0.5, "snapshot_every": 100}
 
 
@@ -71,13 +72,14 @@ def shipped() -> list[str]:
     return sorted(entry.name.removesuffix(".toml") for entry in _PLANS.iterdir() if entry.name.endswith(".toml"))
 
 
-def load_plan(name: str, *, out: Path, seconds: float | None = None) -> Plan:
+def load_plan(name: str, *, out: Path, seconds: float | None = None, buffered: bool = False) -> Plan:
     """Read and check a plan, and draw its schedule.
 
     Args:
         name: path of a TOML file, or a shipped plan's name.
         out: folder for everything that the drill leaves.
         seconds: the drill lasts so long instead of `duration_s`; moments scale with it, what heals a fault does not.
+        buffered: the federation's rounds take what comes, unless the plan says otherwise.
 
     Raises:
         ConfigError: names the file and the key.
@@ -90,6 +92,7 @@ def load_plan(name: str, *, out: Path, seconds: float | None = None) -> Plan:
             )
         path = Path(str(_PLANS / f"{name}.toml"))
     file = _scaled(load_config(path, PlanFile), seconds)
+    file = _taking_what_comes(file, path) if buffered else file
     folder = path.resolve().parent
     nodes = _node_names(file, folder)
     faults = [_checked(file, number, nodes, path) for number in range(len(file.faults))]
@@ -127,6 +130,15 @@ def _scaled(file: PlanFile, seconds: float | None) -> PlanFile:
     return file.model_copy(update={"duration_s": seconds, "faults": tuple(map(scale, file.faults))})
 
 
+def _taking_what_comes(file: PlanFile, path: Path) -> PlanFile:
+    plan = file.federation
+    if file.attach is not None or plan.config is not None:
+        problem = f"is for a federation that the drill configures, which {path} does not describe"
+        raise ConfigError("--buffered", problem, 'set rounds.mode = "buffered" in its federation.toml')
+    rounds = {**_BUFFERED, "buffer_size": max(1, plan.nodes // 2), **plan.rounds}
+    return file.model_copy(update={"federation": plan.model_copy(update={"rounds": rounds})})
+
+
 def _node_names(file: PlanFile, folder: Path) -> dict[str, NodeConfig | None]:
     if file.attach is not None:
         return dict.fromkeys(file.attach.nodes)
@@ -147,7 +159,10 @@ def _server(
     table = {**_ROUNDS, "min_nodes": max(1, nodes // 2), **plan.rounds}
     if "count" not in table:
         lasts = max([file.duration_s, *(strike.at + strike.for_s for strike in strikes)])
-        table["count"] = ceil(lasts / (4 * max(plan.pace_s, 0.005))) + SPARE_ROUNDS
+        a_round_s = 4 * max(plan.pace_s, 0.005)
+        if table.get("mode") == "buffered":
+            a_round_s *= 0.7 * min(1.0, table.get("buffer_size", nodes) / nodes)  # what comes meanwhile counts too
+        table["count"] = ceil(lasts / a_round_s) + SPARE_ROUNDS
     rounds = check_config(table, RoundsConfig, where=f"{path}: federation.rounds")
     _check_quorum(rounds, nodes, f"{path}: federation.rounds")
     return ServerConfig(

@@ -16,7 +16,8 @@ from meerkat_mq.errors import BadValue
 
 HASH_BYTES = 16
 NO_DIGEST = bytes(HASH_BYTES)
-MAX_WEIGHT = 2**24
+MAX_WEIGHT = 2**24  # of a node
+LARGEST_PRODUCT = 2**32  # of a node's weight and a staleness weight in 256ths
 
 
 def short_hash(data: bytes | memoryview) -> bytes:
@@ -38,12 +39,12 @@ def seeds_of(run_id: bytes, version: int, lane: int, count: int) -> tuple[int, .
 def coefficient(lr: float, scalars: Iterable[tuple[int, float]], total_weight: float) -> float:
     """The factor of one direction: float32(lr · (fsum(n_k · g_k) / total_weight)), computed in float64.
 
-    Every product of a float32 and an integer weight is exact and `math.fsum` rounds once, so the order of
-    arrival does not matter.
+    A product of a float32 and an integer weight up to 2**24 is exact, one with a larger weight is rounded once, and so
+    is the sum (`math.fsum`): the order of arrival does not matter.
 
     Args:
         lr: learning rate, finite.
-        scalars: (n_k, g_k) of the nodes that made this step; 1 ≤ n_k ≤ 2**24, g_k a float32.
+        scalars: (n_k, g_k) of the nodes that made this step; 1 ≤ n_k ≤ 2**32, g_k a float32.
         total_weight: of a mean, Σ n_k over all accepted nodes of the round, those of other lanes and with fewer steps
             included; of a trimmed mean, that reduced as the lane's weight is (`rounds.policy.terms_of`); ≥ 1.
 
@@ -55,8 +56,8 @@ def coefficient(lr: float, scalars: Iterable[tuple[int, float]], total_weight: f
     """
     products = []
     for weight, scalar in scalars:
-        if not 1 <= weight <= MAX_WEIGHT:
-            raise BadValue("weight", f"{weight} is outside 1…2**24")
+        if not 1 <= weight <= LARGEST_PRODUCT:
+            raise BadValue("weight", f"{weight} is outside 1…2**32")
         if not math.isfinite(scalar):
             raise BadValue("projected gradient", f"{scalar} is not finite")
         products.append(weight * scalar)
@@ -109,11 +110,29 @@ def virtual_path(
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One direction of an entry: theta -= coefficient · direction(seed of (version, lane, step))."""
+    """One direction of an entry: theta -= coefficient · direction(seed of (version − age, lane, step)).
+
+    Attributes:
+        age: by how many versions the update was stale, τ; 0 in a synchronous run.
+    """
 
     lane: int
     step: int
     coefficient: float
+    age: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Displacement:
+    """What values nodes add to an entry: theta += what the blob decodes to, after the terms.
+
+    Attributes:
+        blob: hash of the encoded mean displacement, 16 bytes.
+        size: bytes of the blob.
+    """
+
+    blob: bytes
+    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +147,31 @@ class Entry:
     terms: tuple[Term, ...]
     previous: bytes
     digest: bytes
+    displacement: Displacement | None = None
+
+    @property
+    def aged(self) -> bool:
+        """Whether the age of each term is written down: one of them is not 0."""
+        return any(term.age for term in self.terms)
 
     def hash(self, run_id: bytes) -> bytes:
-        """SHA-256(run id ‖ u32 version ‖ u32 number of terms ‖ terms ‖ previous ‖ digest), first 16 bytes."""
-        parts = [run_id, struct.pack("<II", self.version, len(self.terms))]
-        parts += [struct.pack("<HHf", term.lane, term.step, term.coefficient) for term in self.terms]
+        """SHA-256(run id ‖ u32 version ‖ u32 number of terms and flags ‖ terms ‖ displacement ‖ previous ‖ digest).
+
+        The first 16 bytes. Flags: bit 31 where terms have ages, bit 30 where there is a displacement
+        (protocol/SPECIFICATION.md, section 2.5).
+        """
+        flags = self.aged << 31 | (self.displacement is not None) << 30
+        parts = [run_id, struct.pack("<II", self.version, len(self.terms) | flags), pack_terms(self.terms, self.aged)]
+        if self.displacement is not None:
+            parts.append(self.displacement.blob + struct.pack("<I", self.displacement.size))
         return short_hash(b"".join([*parts, self.previous, self.digest]))
+
+
+def pack_terms(terms: Iterable[Term], aged: bool) -> bytes:
+    """u16 lane, u16 step, f32 coefficient each; with ages, a u16 age before each."""
+    if aged:
+        return b"".join(struct.pack("<HHHf", term.age, term.lane, term.step, term.coefficient) for term in terms)
+    return b"".join(struct.pack("<HHf", term.lane, term.step, term.coefficient) for term in terms)
 
 
 def digest_due(version: int, digest_every: int) -> bool:
@@ -144,11 +182,11 @@ def digest_due(version: int, digest_every: int) -> bool:
 def apply_terms(
     theta: Float32Array,
     terms: Iterable[Term],
-    seed: Callable[[int, int], int],
+    seed: Callable[[Term], int],
     stream: str,
     scratch: Float32Array | None = None,
 ) -> None:
-    """Apply terms in order to theta in place; `seed(lane, step)` names each direction; calls may share a scratch."""
+    """Apply terms in order to theta in place; `seed(term)` names each direction; calls may share a scratch."""
     scratch = np.empty_like(theta) if scratch is None else scratch
     for term in terms:
-        apply(theta, direction(stream, seed(term.lane, term.step), 0, theta.size), term.coefficient, scratch)
+        apply(theta, direction(stream, seed(term), 0, theta.size), term.coefficient, scratch)

@@ -10,6 +10,8 @@ from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import NO_DIGEST, Term, apply_terms, digest, digest_due, seed_for
 
+Change = tuple[Sequence[Term], Float32Array | None]
+
 
 class Replica:
     """One copy of theta.
@@ -37,24 +39,33 @@ class Replica:
         self.theta = theta
         self.version = version
 
-    def apply(self, terms: Sequence[Term]) -> bytes:
-        """Apply the terms of entry `version`; returns the digest after it, or 16 zero bytes where none is due."""
-        (after,) = self.replay([terms])
+    def apply(self, terms: Sequence[Term], displacement: Float32Array | None = None) -> bytes:
+        """Apply entry `version`: its terms, then what its displacement decodes to, float32 (n,).
+
+        Returns:
+            The digest after it, or 16 zero bytes where none is due.
+        """
+        (after,) = self.replay([(terms, displacement)])
         return after
 
-    def replay(self, rounds: Iterable[Sequence[Term]]) -> tuple[bytes, ...]:
-        """Apply the terms of entry `version` and those after it; returns what `apply` returns, for each.
+    def replay(self, changes: Iterable[Change]) -> tuple[bytes, ...]:
+        """Apply entry `version` and those after it; returns what `apply` returns, for each.
 
         Who holds an earlier theta keeps it: all work is on one copy.
         """
         theta, version, digests = self.theta.copy(), self.version, list[bytes]()
         scratch = np.empty_like(theta)
-        for terms in rounds:
-            apply_terms(theta, terms, partial(seed_for, self._run_id, version), self._stream, scratch)
+        for terms, displacement in changes:
+            apply_terms(theta, terms, partial(self._seed, version), self._stream, scratch)
+            if displacement is not None:
+                np.add(theta, displacement, out=theta)
             version += 1
             digests.append(digest(theta) if digest_due(version, self._digest_every) else NO_DIGEST)
         self.theta, self.version = theta, version
         return tuple(digests)
+
+    def _seed(self, version: int, term: Term) -> int:
+        return seed_for(self._run_id, version - term.age, term.lane, term.step)
 
 
 @dataclass
@@ -63,7 +74,7 @@ class NewestTheta:
 
     start: Float32Array
     before: Float32Array | None = None
-    terms: Sequence[Term] = ()
+    change: Change = ((), None)
     after: Float32Array | None = None
     digest: bytes = NO_DIGEST
 
@@ -80,12 +91,13 @@ class SharedReplica(Replica):
         """Back to theta_0."""
         self.load(self._newest.start, 0)
 
-    def apply(self, terms: Sequence[Term]) -> bytes:
-        """Apply the terms of entry `version`; returns what `Replica.apply` returns."""
+    def apply(self, terms: Sequence[Term], displacement: Float32Array | None = None) -> bytes:
+        """Apply entry `version`; returns what `Replica.apply` returns."""
         newest = self._newest
-        if newest.before is not self.theta or newest.terms != terms or newest.after is None:
-            newest.before, newest.terms = self.theta, terms
-            newest.digest = super().apply(terms)
+        same = newest.change[0] == terms and newest.change[1] is displacement
+        if newest.before is not self.theta or not same or newest.after is None:
+            newest.before, newest.change = self.theta, (terms, displacement)
+            newest.digest = super().apply(terms, displacement)
             newest.after = self.theta
         else:
             self.load(newest.after, self.version + 1)

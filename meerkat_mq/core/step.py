@@ -69,6 +69,7 @@ def local_steps(
     eps: float,
     lr: float,
     draw: Callable[[str, int, int, int], Float32Array] = direction,
+    stop: Callable[[], bool] = lambda: False,
 ) -> tuple[tuple[float, ...], float]:
     """A node's part of a round: one projected gradient a seed, each step from where the one before it ended.
 
@@ -84,9 +85,10 @@ def local_steps(
         eps: perturbation scale.
         lr: learning rate of the node's own walk.
         draw: makes directions; one that remembers them, where several nodes of a process walk one lane.
+        stop: asked after each local step; where it answers yes, that was the last one: a partial path.
 
     Returns:
-        (T·K projected gradients, mean loss).
+        (T·K projected gradients, fewer where it was stopped; mean loss).
 
     Raises:
         RunError: a loss is not finite.
@@ -104,5 +106,7 @@ def local_steps(
             losses.append(loss)
             if step + 1 < len(batches):
                 apply(ahead, z, coefficient(lr / perturbations, [(1, g)], 1), scratch)
+        if stop():
+            break
         np.copyto(walker, ahead)
     return tuple(scalars), sum(losses) / len(losses)

@@ -33,6 +33,11 @@ class QuadraticEngine:
         squares: npt.NDArray[np.float64] = np.square(self._theta[None, :] - batch, dtype=np.float64)
         return np.asarray(0.5 * squares.mean(axis=1), dtype=np.float32)
 
+    def gradient(self, batch: Float32Array) -> tuple[Float32Array, float]:
+        """(theta − mean target) / n, float32 (n,), and the mean loss."""
+        distance = self._theta - batch.mean(axis=0, dtype=np.float64)
+        return (distance / distance.size).astype(np.float32), float(np.mean(self.losses(batch), dtype=np.float64))
+
 
 def toy_mask(size: int) -> Mask:
     """A mask of `size` weights, all of one matrix "toy", that start at zero; its g_p is direction(mk1, 0)."""

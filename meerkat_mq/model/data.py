@@ -26,8 +26,9 @@ def read_rows(source: Path | str, task: Task) -> list[Row]:
     """Read rows: the task's fields as text, its label an integer.
 
     Args:
-        source: a JSONL file, one object a line; a CSV file with a header row, its name ending in .csv; or
-            `hf:<folder or hub id>[,<config>]:<split>`, for the `datasets` library. Blank lines are skipped.
+        source: a JSONL file, one object a line; a CSV file with a header row, its name ending in .csv; a folder of such
+            files, by name; or `hf:<folder or hub id>[,<config>]:<split>`, for the `datasets` library. Blank lines are
+            skipped.
         task: what a row must have.
 
     Raises:
@@ -37,6 +38,20 @@ def read_rows(source: Path | str, task: Task) -> list[Row]:
     if not rows:
         raise DataError(str(source), "holds no rows", "give a JSONL file with one object a line")
     return rows
+
+
+def data_files(source: Path) -> list[Path]:
+    """A folder's *.jsonl and *.csv files, by name; of anything else, itself.
+
+    Raises:
+        DataError: the folder cannot be read.
+    """
+    if not source.is_dir():
+        return [source]
+    try:
+        return sorted(file for file in source.iterdir() if file.suffix.lower() in (".jsonl", ".csv") and file.is_file())
+    except OSError as error:
+        raise DataError(str(source), f"cannot be read ({error.strerror})", "give a folder of data files") from error
 
 
 def read_texts(source: Path | str, field: str = "text") -> list[str]:
@@ -61,6 +76,9 @@ def _records(
     """Each row and where it is: file and line, or the data set's row."""
     if isinstance(source, str):
         yield from _hub_records(source, [*fields, label_field] if label_field else fields)
+    elif source.is_dir():
+        for file in data_files(source):
+            yield from _records(file, fields, label_field)
     elif source.suffix.lower() == ".csv":
         yield from _csv_records(source, label_field)
     else:

@@ -1,4 +1,4 @@
-"""The engine of torch and transformers: theta in, losses out."""
+"""The engine of torch and transformers: theta in, losses and gradients out."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -77,7 +77,7 @@ class Survival:
 
 
 class TransformersEngine:
-    """Implements `core.step.Engine` for a loaded model, a mask and a task.
+    """Implements `core.first_order.FirstOrderEngine` for a loaded model, a mask and a task.
 
     Args:
         loaded: the base model; its masked weights are overwritten by each `write`, those of an adapter in a copy of the
@@ -136,6 +136,18 @@ class TransformersEngine:
         """Cross-entropy over the classes, float32 (rows,)."""
         with torch.inference_mode():
             return _to_numpy(functional.cross_entropy(self.class_scores(batch), batch.labels, reduction="none"))
+
+    def gradient(self, batch: Prepared) -> tuple[Float32Array, float]:
+        """The gradient of the mean cross-entropy in theta, float32 (n,), and that loss."""
+        parameters = [target.parameter.requires_grad_(True) for target in self.targets]
+        try:
+            loss = functional.cross_entropy(self.class_scores(batch), batch.labels)
+            found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+        parts = [target.values(whole).float() for target, whole in zip(self.targets, found, strict=True)]
+        return _to_numpy(torch.cat(parts)), loss.item()
 
     def predict(self, batch: Prepared) -> npt.NDArray[np.int64]:
         """The class with the highest score, int64 (rows,)."""

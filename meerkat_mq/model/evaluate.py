@@ -4,16 +4,16 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
-from torch.nn import functional
 
+from meerkat_mq.config import NodeValuesConfig
 from meerkat_mq.core.directions import Float32Array
+from meerkat_mq.core.first_order import first_order_walk
 from meerkat_mq.core.step import Row
-from meerkat_mq.model.engine import Target, TransformersEngine
+from meerkat_mq.model.engine import TransformersEngine
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,17 +97,14 @@ def first_order(
     Returns:
         float32 (n,).
     """
-    leaf = torch.tensor(theta, requires_grad=True)
-    optimiser = torch.optim.AdamW([leaf], lr=lr, weight_decay=0.0)
     order = _endless(rows, batch_size, seed)
-    for step in range(steps):
-        engine.write(leaf.detach().numpy())
-        leaf.grad = _gradient(engine, next(order))
-        optimiser.step()
+    walk = first_order_walk(engine, theta, islice(order, steps), NodeValuesConfig(optimiser="adamw", lr=lr))
+    for step, (walker, _) in enumerate(walk, start=1):
+        theta = walker
         if progress is not None:
-            progress(step + 1, steps)
-    engine.write(leaf.detach().numpy())
-    return leaf.detach().numpy().copy()
+            progress(step, steps)
+    engine.write(theta)
+    return theta
 
 
 def _endless(rows: Sequence[Row], batch_size: int, seed: int) -> Iterator[list[Row]]:
@@ -118,24 +115,3 @@ def _endless(rows: Sequence[Row], batch_size: int, seed: int) -> Iterator[list[R
             queue += rng.permutation(len(rows)).tolist()
         yield [rows[index] for index in queue[:batch_size]]
         queue = queue[batch_size:]
-
-
-def _gradient(engine: TransformersEngine, rows: Sequence[Row]) -> Tensor:
-    """d loss / d theta, float32 (n,)."""
-    for target in engine.targets:
-        target.parameter.requires_grad_(True)
-    try:
-        batch = engine.prepare(rows)
-        torch.autograd.backward(functional.cross_entropy(engine.class_scores(batch), batch.labels))
-        return torch.cat([_masked(target) for target in engine.targets])
-    finally:
-        for target in engine.targets:
-            target.parameter.requires_grad_(False)
-            target.parameter.grad = None
-
-
-def _masked(target: Target) -> Tensor:
-    gradient = target.parameter.grad
-    if gradient is None:
-        return torch.zeros(target.part.stop - target.part.start)
-    return target.values(gradient).float().cpu()

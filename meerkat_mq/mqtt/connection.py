@@ -22,7 +22,7 @@ _DISCONNECT = b"\xe0\x00"
 _BAD_CLIENT_ID, _BAD_USER, _NOT_AUTHORISED = 133, 134, 135
 _REFUSED_SUBSCRIPTION = 0x80
 _MESSAGES_A_WAKE_UP = 64
-_CLOCK = ("expired", "not yet valid")  # a node without a clock battery gets over that
+_CLOCK = ("expired", "not yet valid")  # a clock that is set, or a renewed certificate, mends that
 
 
 class Lost(Exception):
@@ -210,6 +210,7 @@ class Connection:
             codes = await self._ready().subscribe(list(filters.items()))
         except aiomqtt.MqttError as error:
             raise Lost(f"no answer to SUBSCRIBE ({error})") from None
+        _heed_cancellation()
         for topic, code in zip(filters, codes, strict=True):
             if _number(code) >= _REFUSED_SUBSCRIPTION:
                 raise BrokerError(
@@ -226,6 +227,7 @@ class Connection:
             await self._ready().unsubscribe(topic)
         except aiomqtt.MqttError as error:
             raise Lost(f"no answer to UNSUBSCRIBE ({error})") from None
+        _heed_cancellation()
 
     async def publish(self, topic: str, payload: bytes, qos: int, *, retain: bool) -> None:
         """Publish and wait until the broker acknowledged it (QoS 0: until it is written).
@@ -322,10 +324,16 @@ class Connection:
 
     def _failure(self, text: str) -> Exception:
         """What the end of a connection means, told by the words of paho, ssl and the system."""
+        if "ALERT" in text and "CERTIFICATE_EXPIRED" in text:
+            remedy = "make a new one (meerkat certs … --renew) and put it in its place"
+            problem = f"refuses the client certificate {self._broker.cert_file}: it has expired"
+            return BadCredentials(self._where, problem, remedy)
         if "ALERT" in text and ("CERTIFICATE" in text or "UNKNOWN_CA" in text):
-            remedy = "set broker.cert_file and broker.key_file to a certificate that the broker's CA signed"
+            remedy = "set broker.cert_file, broker.key_file to a certificate of the broker's CA that has not expired"
             return BadCredentials(self._where, f"refuses the client certificate ({text})", remedy)
-        if "CERTIFICATE_VERIFY_FAILED" in text and not any(words in text for words in _CLOCK):
+        if "CERTIFICATE_VERIFY_FAILED" in text and any(words in text for words in _CLOCK):
+            return Lost(f"the broker's certificate is out of date, or the clock here is wrong ({text})")
+        if "CERTIFICATE_VERIFY_FAILED" in text:
             trusted = self._broker.ca_file or "the system's CAs"
             remedy = "set broker.ca_file to the CA that signed it, broker.url to a name that it holds"
             return BrokerError(self._where, f"its certificate does not verify against {trusted} ({text})", remedy)
@@ -337,11 +345,18 @@ class Connection:
 
     @property
     def _user(self) -> str:
-        return (
-            f"user {self._broker.username!r}"
-            if self._broker.username
-            else f"client {self._client_id!r} without a user name"
-        )
+        if self._broker.username:
+            return f"user {self._broker.username!r}"
+        if self._broker.cert_file:
+            return f"the holder of {self._broker.cert_file}"
+        return f"client {self._client_id!r} without a user name"
+
+
+def _heed_cancellation() -> None:
+    """Until Python 3.12, asyncio.wait_for swallows a cancellation that comes together with what it waits for."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def _number(code: object) -> int:

@@ -131,8 +131,12 @@ class Outbox:
         while len(self):
             await self._change()
 
+    def open(self) -> None:
+        """Take messages again after `close`."""
+        self._closed = None
+
     def close(self, error: MeerkatError) -> None:
-        """Drop everything, now and later; futures raise `error`."""
+        """Drop everything, now and until `open`; futures raise `error`."""
         self._closed = error
         for out in (*self._in_flight, *self._waiting):
             out.settle(error)

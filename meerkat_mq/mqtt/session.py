@@ -94,7 +94,8 @@ class Session:
     async def run(self) -> None:
         """Keep a connection until cancelled.
 
-        Cancelled: sends what waits and the farewell (at most `flush_s`), then DISCONNECT, so no will.
+        Cancelled: sends what waits and the farewell (at most `flush_s`), then DISCONNECT, so no will. It may be called
+        again then: subscriptions and counts stay; what is published in between is dropped.
 
         Raises:
             BadCredentials: the broker refuses us; trying again would not help.
@@ -103,6 +104,8 @@ class Session:
             Exception: whatever a callback raised.
         """
         clock = asyncio.get_running_loop().time
+        self._outbox.open()
+        self._back_off.reset()
         try:
             while True:
                 began, connects = clock(), self.connects

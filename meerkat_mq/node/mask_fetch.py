@@ -8,7 +8,7 @@ import structlog
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.errors import BadValue, WireError
 from meerkat_mq.mqtt import Session
-from meerkat_mq.node.blob_fetch import BlobFetch
+from meerkat_mq.mqtt.blob_fetch import BlobFetch
 from meerkat_mq.node.state import NodeState
 from meerkat_mq.wire.arrays import Assembly, decode_mask
 from meerkat_mq.wire.descriptor import RunDescriptor

@@ -4,17 +4,18 @@ import asyncio
 import secrets
 import socket
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar, TypeVarTuple
 
 import structlog
 
 from meerkat_mq.config import NodeConfig
-from meerkat_mq.errors import DataError, NodeReplaced, NotConnected, WireError, within
+from meerkat_mq.errors import DataError, NodeReplaced, RunMismatch, WireError, within
 from meerkat_mq.mqtt import Message, Presence, Session, Verdict, Will
-from meerkat_mq.node.blob_fetch import BlobFetch
+from meerkat_mq.node.blobs import Blobs
+from meerkat_mq.node.duty import DutyCycle
+from meerkat_mq.node.jobs import Jobs, in_worker
+from meerkat_mq.node.limits import Allowance
 from meerkat_mq.node.mask_fetch import check_descriptor, fetch_mask
 from meerkat_mq.node.state import NodeState
 from meerkat_mq.node.work import Work
@@ -24,14 +25,8 @@ from meerkat_mq.rounds.alarm import Alarm
 from meerkat_mq.rounds.node import NodeMachine
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor, ServerState, decode_control
 from meerkat_mq.wire.frames import decode, encode
-from meerkat_mq.wire.messages import Chunk, Entries, Header, Offer, Refusal, Round, Update, Want, Welcome
+from meerkat_mq.wire.messages import Chunk, Entries, Offer, Refusal, Round, Update, Want, Welcome
 from meerkat_mq.wire.topics import Topics
-
-Args = TypeVarTuple("Args")
-Result = TypeVar("Result")
-Job = e.ApplyEntries | e.FetchSnapshot | e.ResetTheta | e.StartSteps
-
-SILENCES = 5  # of a server that offered a snapshot
 
 
 async def run_node(config: NodeConfig) -> None:
@@ -41,16 +36,18 @@ async def run_node(config: NodeConfig) -> None:
         MeerkatError: with what to do about it.
     """
     with within("data"):
-        if isinstance(config.data, Path) and not config.data.is_file():
+        if isinstance(config.data, Path) and not config.data.exists():
             raise DataError(str(config.data), "there is no such file", "give the node its data: a JSONL file")
+    allowance = Allowance(config.limits)
     with NodeState(config.state_dir) as state, ThreadPoolExecutor(1, "model") as worker:
-        await _Node(config, state, worker).run()
+        await _Node(config, state, allowance, worker).run()
 
 
 class _Node:
-    def __init__(self, config: NodeConfig, state: NodeState, worker: ThreadPoolExecutor) -> None:
+    def __init__(self, config: NodeConfig, state: NodeState, allowance: Allowance, worker: ThreadPoolExecutor) -> None:
         self._config = config
         self._state = state
+        self._allowance = allowance
         self._worker = worker
         self._boot = secrets.randbits(32)
         self._log = structlog.get_logger().bind(node=config.id, federation=config.federation)
@@ -59,18 +56,17 @@ class _Node:
         self._presence = Presence(self._boot)
         self._machine: NodeMachine | None = None
         self._work: Work | None = None
-        self._fetch: BlobFetch | None = None
+        self._jobs: Jobs | None = None
+        self._blobs: Blobs | None = None
         self._descriptor: RunDescriptor | None = None
         self._news = asyncio.Event()
         self._server: ServerState | None = None
         self._round: Round | None = None
-        self._jobs: asyncio.Queue[Job] = asyncio.Queue()
         self._counts: Counter[str] = Counter()
         self._told_finished = False
         self._finished = asyncio.Event()
-        self._alarm = Alarm(
-            lambda: self._machine.wake_at if self._machine else None, lambda: self._handle(e.Tick(self._now()))
-        )
+        self._at_rest = False
+        self._alarm = Alarm(self._wake_at, lambda: self._handle(e.Tick(self._now())))
         topics = self._topics
         self._session = Session(
             config.broker,
@@ -80,19 +76,38 @@ class _Node:
             on_connected=self._on_connected,
             on_disconnected=lambda reason: self._presence.disconnected(),
             will=lambda link: Will(self._own_status, self._status("lost", link).encode()),
-            farewell=lambda link: Will(self._own_status, self._status("stopped", link).encode()),
+            farewell=lambda link: Will(self._own_status, self._farewell(link).encode()),
             kind_of=lambda topic: topic.removeprefix(f"{topics.root}/").removeprefix(f"up/{config.id}/").split("/")[0],
+        )
+        self._duty = (
+            None
+            if config.schedule is None
+            else DutyCycle(
+                config.schedule,
+                self._session,
+                may_sleep=self._may_sleep,
+                on_waking=self._on_waking,
+                on_sleep=self._presence.disconnected,
+            )
         )
 
     async def run(self) -> None:
+        attendance = self._session if self._duty is None else self._duty
         async with asyncio.TaskGroup() as tasks:
-            work = [tasks.create_task(coroutine) for coroutine in (self._session.run(), self._alarm.run())]
-            runs = tasks.create_task(self._follow_runs())
-            if not self._config.exit_when_finished:
-                await asyncio.Event().wait()
-            await self._finished.wait()
-            for task in (runs, *work):
+            parts = (attendance.run(), self._alarm.run(), self._follow_runs())
+            work = [tasks.create_task(part) for part in parts]
+            try:
+                if not self._config.exit_when_finished:
+                    await asyncio.Event().wait()
+                await self._finished.wait()
+            finally:
+                self._stop_steps()
+            for task in work:
                 task.cancel()
+
+    def _stop_steps(self) -> None:
+        if self._jobs is not None:
+            self._jobs.stop_steps()
 
     # --- runs ---
 
@@ -109,26 +124,39 @@ class _Node:
                 assert self._descriptor is not None
                 current = tasks.create_task(self._take_part(self._descriptor))
 
-    async def _take_part(self, descriptor: RunDescriptor) -> None:
-        self._told_finished = False
-        self._jobs = asyncio.Queue()
-        self._log = self._log.bind(run=descriptor.run[:8])
-        mask = await fetch_mask(
-            descriptor,
-            self._state,
-            self._session,
-            self._topics,
-            lambda name, size: self._begin_fetch(name, size, term=0),
-        )
-        self._fetch = None
-        work = self._work = await self._in_worker(Work, self._config, descriptor, mask, self._state)
+    async def _take_part(self, run: RunDescriptor) -> None:
+        config, self._told_finished = self._config, False
+        if config.uplink == "values" and not run.values:
+            problem = f'is "values", but run {run.run[:8]} takes projected gradients only'
+            raise RunMismatch("uplink", problem, 'set uplink = "path" here, or values.accept = true on the server')
+        self._log = self._log.bind(run=run.run[:8])
+        blobs = self._blobs = Blobs(run, self._boot, self._send)
+        mask = await fetch_mask(run, self._state, self._session, self._topics, blobs.begin)
+        blobs.end()
+        (self._session.subscribe if run.values else self._session.unsubscribe)(self._topics.values)
+        work = self._work = await in_worker(self._worker, Work, config, run, mask, self._state)
+        kept = await asyncio.to_thread(self._state.load_update, run)
         self._log.info("ready", weights=mask.size, rows=len(work.rows), peak_rss_mib=peak_rss_mib())
+        jobs = self._jobs = Jobs(
+            run,
+            work,
+            blobs,
+            self._state,
+            keeps=run.mode == "buffered" or config.schedule is not None,
+            kept=kept,
+            allowance=self._allowance,
+            worker=self._worker,
+            tell=self._on_job_done,
+            send=self._send,
+        )
         self._machine = NodeMachine(
-            run_id=descriptor.run_id,
-            mask_hash=descriptor.mask_hash,
+            run_id=run.run_id,
+            mask_hash=run.mask_hash,
             base=work.digest,
             boot=self._boot,
             now=self._now(),
+            max_staleness=run.max_staleness,
+            pending=kept.update if kept is not None else None,
         )
         if self._server is not None:
             self._handle(e.ServerCame(self._now(), self._server))
@@ -136,58 +164,42 @@ class _Node:
             self._handle(e.Connected(self._now()))
         if self._round is not None:
             self._handle(e.FrameCame(self._now(), self._round))
-        while True:
-            await self._do(await self._jobs.get(), work)
+        await jobs.run()
 
-    async def _do(self, job: Job, work: Work) -> None:
-        match job:
-            case e.ApplyEntries(entries):
-                digests = await self._in_worker(work.apply, entries)
-                work.digest = next((found for found in reversed(digests) if any(found)), work.digest)
-                self._handle(e.EntriesApplied(self._now(), entries, digests))
-            case e.FetchSnapshot(offer):
-                self._handle(await self._load_snapshot(offer, work))
-            case e.ResetTheta():
-                await self._in_worker(work.reset)
-            case e.StartSteps(version):
-                scalars, loss = await self._in_worker(work.step, job)
-                self._handle(e.StepsDone(self._now(), version, scalars, loss))
+    def _on_job_done(self, answer: e.NodeEvent | None) -> None:
+        if answer is not None:
+            self._handle(answer)
+        elif self._duty is not None:
+            self._duty.changed()
 
-    async def _load_snapshot(self, offer: Offer, work: Work) -> e.SnapshotLoaded | e.SnapshotMissed:
-        try:
-            work.check_offer(offer)
-            fetch = self._begin_fetch(offer.blob, offer.size, term=offer.header.term)
-            blob = await fetch.collect(silences=SILENCES)
-            head, work.digest = await self._in_worker(work.load, blob, offer)
-        except (NotConnected, WireError) as error:
-            self._log.warning("snapshot missed", round=offer.version, problem=str(error))
-            return e.SnapshotMissed(self._now(), offer.version)
-        finally:
-            self._fetch = None
-        self._log.info("snapshot loaded", round=offer.version, bytes=offer.size)
-        return e.SnapshotLoaded(self._now(), offer.version, head, work.digest)
+    def _send(self, frame: Update | Want | Chunk) -> None:
+        topic = self._topics.up(self._config.id, "want" if isinstance(frame, Want) else "update")
+        self._session.publish(topic, encode(frame))
 
-    def _begin_fetch(self, name: bytes, size: int, *, term: int) -> BlobFetch:
-        """From now on, chunks are taken for this blob."""
-        run = self._descriptor
-        assert run is not None
-        header = Header.of(run.run_id, term, 0, run.mask_hash)
+    # --- the duty cycle ---
 
-        def ask(chunks: tuple[int, ...]) -> None:
-            self._log.info("asking for chunks", blob=name.hex()[:8], first=chunks[0], count=len(chunks))
-            want = Want(header, self._boot, blob=name, chunks=chunks)
-            self._session.publish(self._topics.up(self._config.id, "want"), encode(want))
+    def _may_sleep(self, late: bool) -> bool:
+        jobs, blobs = self._jobs, self._blobs
+        if late and jobs is None:
+            return blobs is None or not blobs.arriving
+        return jobs is not None and not (jobs.catching_up if late else jobs.busy or not self._at_rest)
 
-        self._fetch = BlobFetch(name, size, ask)
-        return self._fetch
+    def _on_waking(self) -> None:
+        self._at_rest = False
+        self._alarm.changed()
 
-    async def _in_worker(self, function: Callable[[*Args], Result], *args: *Args) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._worker, function, *args)
+    def _wake_at(self) -> float | None:
+        asleep = self._duty is not None and self._duty.wakes_in_s is not None
+        return None if asleep or self._machine is None else self._machine.wake_at
 
     # --- connection and status ---
 
     def _on_connected(self, link: int) -> None:
         self._presence.connected(link)
+        if self._duty is not None:
+            self._duty.changed()
+            if self._duty.parting:
+                return
         if self._machine is None:
             self._publish_status("starting")
             if self._descriptor is None:
@@ -200,7 +212,11 @@ class _Node:
             payload = self._status(status, self._session.link).encode()
             self._session.publish(self._own_status, payload, retain=True)
 
-    def _status(self, status: str, link: int) -> NodeStatus:
+    def _farewell(self, link: int) -> NodeStatus:
+        wakes_in_s = self._duty.wakes_in_s if self._duty is not None else None
+        return self._status("stopped" if wakes_in_s is None else "asleep", link, wakes_in_s)
+
+    def _status(self, status: str, link: int, wakes_in_s: int | None = None) -> NodeStatus:
         machine, work = self._machine, self._work
         return NodeStatus.model_validate(
             {
@@ -212,12 +228,15 @@ class _Node:
                 "rows": len(work.rows) if work else 0,
                 "version": machine.version if machine else 0,
                 "digest": work.digest.hex() if work else None,
+                "wakes_in_s": wakes_in_s,
             }
         )
 
     # --- messages ---
 
     def _on_message(self, message: Message) -> None:
+        if self._duty is not None and self._duty.parting:
+            return
         try:
             if message.topic == self._own_status:
                 self._on_own_status(message)
@@ -260,7 +279,10 @@ class _Node:
             return
         check_descriptor(descriptor, self._config.federation)
         self._descriptor = descriptor
-        self._machine = self._work = self._round = None  # at once: what comes next is of the new run
+        self._stop_steps()
+        self._machine = self._work = self._jobs = None  # at once: what comes next is of the new run
+        if self._round is not None and self._round.header.run != int.from_bytes(descriptor.run_id[:4], "little"):
+            self._round = None  # else it overtook its run's descriptor: some brokers keep no order among topics
         self._news.set()
 
     def _on_frame(self, message: Message) -> None:
@@ -271,9 +293,10 @@ class _Node:
                 self._handle(e.FrameCame(self._now(), frame))
             case (Welcome() | Entries() | Offer() | Refusal()) as frame if message.topic == reply:
                 self._handle(e.FrameCame(self._now(), frame))
-            case Chunk() as chunk:
-                if self._fetch is not None:
-                    self._fetch.add(chunk)
+            case Chunk() as chunk if self._blobs is not None:
+                (self._blobs.take_pushed if message.topic == self._topics.values else self._blobs.take)(chunk)
+            case Want() as want if message.topic == reply and self._blobs is not None:
+                self._blobs.answer(want)
             case frame:
                 self._counts[f"misplaced: {type(frame).__name__}"] += 1
                 self._log.warning("frame out of place", topic=message.topic, frame=type(frame).__name__)
@@ -284,24 +307,31 @@ class _Node:
         return asyncio.get_running_loop().time()
 
     def _handle(self, event: e.NodeEvent) -> None:
-        if self._machine is None:
+        if self._machine is None or self._jobs is None:
             return
         for effect in self._machine.handle(event):
-            self._carry_out(effect)
-        self._alarm.changed()
+            self._carry_out(effect, self._jobs)
         self._finish_if_due(self._machine)
+        self._alarm.changed()
+        if self._duty is not None:
+            self._duty.changed()
 
-    def _carry_out(self, effect: e.NodeEffect) -> None:
+    def _carry_out(self, effect: e.NodeEffect, jobs: Jobs) -> None:
         match effect:
             case e.PublishStatus():
                 self._publish_status("online")
-            case e.Send(frame):
-                topic = self._topics.up(self._config.id, "update" if isinstance(frame, Update) else "want")
-                self._session.publish(topic, encode(frame))
-            case e.ApplyEntries() | e.FetchSnapshot() | e.ResetTheta() | e.StartSteps():
+            case e.Send(Update() as update):
+                jobs.put(update)
+            case e.Send(Want() as want):
+                self._send(want)
+            case e.ApplyEntries() | e.FetchSnapshot() | e.ResetTheta() | e.StartSteps() | e.Forget():
                 if isinstance(effect, e.ResetTheta) and self._work is not None:
                     self._work.digest = self._work.theta_0_digest  # the version that it says is 0 from now on
-                self._jobs.put_nowait(effect)
+                if isinstance(effect, e.StartSteps | e.Forget):
+                    self._at_rest = isinstance(effect, e.Forget) and effect.heard
+                jobs.put(effect)
+            case e.StopSteps():
+                jobs.stop_steps()
             case e.Count(reason):
                 self._counts[reason] += 1
                 self._log.info(reason, round=self._machine.version if self._machine else None)
@@ -311,7 +341,7 @@ class _Node:
     def _finish_if_due(self, machine: NodeMachine) -> None:
         if self._descriptor is None or machine.version != self._descriptor.rounds or self._told_finished:
             return
-        self._told_finished = True
+        self._told_finished = self._at_rest = True
         self._publish_status("online")
         self._log.info(
             "finished",

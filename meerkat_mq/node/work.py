@@ -1,36 +1,56 @@
 """A node's model work in one run: blocking, and called from one worker thread only."""
 
-import json
+import threading
 import time
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
 
 from meerkat_mq.config import NodeConfig
 from meerkat_mq.core.batches import batch_rows
-from meerkat_mq.core.directions import direction
+from meerkat_mq.core.directions import Float32Array, direction
+from meerkat_mq.core.first_order import FirstOrderEngine, first_order_steps
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.core.path import Entry, digest, seeds_of
-from meerkat_mq.core.replica import Replica
-from meerkat_mq.core.step import Engine, Row, local_steps
+from meerkat_mq.core.path import Entry, digest, seeds_of, short_hash
+from meerkat_mq.core.replica import Change, Replica
+from meerkat_mq.core.step import Row, local_steps
 from meerkat_mq.core.toy import QuadraticEngine
-from meerkat_mq.errors import BadValue, ConfigError, DataError, within
-from meerkat_mq.model.data import read_rows
+from meerkat_mq.core.values import Residual
+from meerkat_mq.errors import BadValue, ConfigError, within
+from meerkat_mq.node.limits import Pace
+from meerkat_mq.node.rows import LocalRows
 from meerkat_mq.node.state import NodeState
 from meerkat_mq.rounds.events import StartSteps
 from meerkat_mq.wire.descriptor import RunDescriptor, Task
-from meerkat_mq.wire.messages import Offer
+from meerkat_mq.wire.messages import Offer, Values
 from meerkat_mq.wire.snapshot import decode_snapshot
+from meerkat_mq.wire.values import encode_values
 
-_TOY_REMEDY = 'give JSON lines such as {"seed": 7}'
+Standing = tuple[Float32Array, int]  # theta and its version
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came of the local steps of a round.
+
+    Attributes:
+        scalars: projected gradients; () of a values node.
+        loss: mean.
+        values: names the displacement of a values node.
+        blob: the displacement, encoded; b"" without one.
+    """
+
+    scalars: tuple[float, ...]
+    loss: float
+    values: Values | None = None
+    blob: bytes = field(default=b"", repr=False)
 
 
 class Work:
     """Model, data and theta of one node in one run.
 
     Attributes:
-        rows: the node's data.
         digest: of the newest theta at or before the machine's version whose digest is due; belongs to the event loop.
         theta_0_digest: 16 bytes.
     """
@@ -44,19 +64,40 @@ class Work:
         self._descriptor = descriptor
         self._node = config.id
         self._state = state
+        self._pace = Pace(config.limits.cpu_share)
+        self._settings = config.values
+        self._residual = Residual(config.values.codec, mask.size) if config.uplink == "values" else None
         self._replica = Replica(
             mask, run_id=descriptor.run_id, stream=descriptor.stream, digest_every=descriptor.digest_every
         )
-        self.engine: Engine[Any]
-        if descriptor.engine == "toy":
-            self.rows, self.engine = _toy_rows(config), QuadraticEngine(mask.size)
-        else:
-            self.rows, self.engine = _load(config, descriptor, mask)
+        if descriptor.engine == "transformers" and config.model is None:
+            raise ConfigError("model", "is missing", "name the folder or hub id of the run's base model")
+        self._rows = LocalRows(config, descriptor.task if descriptor.engine == "transformers" else None)
+        self.engine: FirstOrderEngine[Any] = _engine(config, descriptor, mask)
         self.digest = self.theta_0_digest = digest(self._replica.theta)
 
-    def apply(self, entries: tuple[Entry, ...]) -> tuple[bytes, ...]:
-        """Apply entries to theta; returns the digests, zeros where none is due."""
-        return self._replica.replay(entry.terms for entry in entries)
+    @property
+    def rows(self) -> list[Row]:
+        """The node's data as it was before the last steps."""
+        return self._rows.rows
+
+    @property
+    def standing(self) -> Standing:
+        """Where `stand` leads back to."""
+        return self._replica.theta, self._replica.version
+
+    def stand(self, standing: Standing) -> None:
+        """Be where the node stood then."""
+        self._replica.load(*standing)
+
+    def apply(self, entries: tuple[Entry, ...], displacement: Float32Array | None) -> tuple[bytes, ...]:
+        """Apply entries to theta, the last one with what its displacement decodes to, float32 (n,).
+
+        Returns:
+            The digests, zeros where none is due.
+        """
+        changes: list[Change] = [(entry.terms, None) for entry in entries[:-1]]
+        return self._replica.replay([*changes, (entries[-1].terms, displacement)])
 
     def check_offer(self, offer: Offer) -> None:
         """Refuse, as BadValue, a snapshot that no server of this run can offer."""
@@ -80,62 +121,68 @@ class Work:
         """Back to theta_0."""
         self._replica.reset()
 
-    def step(self, order: StartSteps) -> tuple[tuple[float, ...], float]:
-        """The local steps of a round from the present theta: (projected gradients, mean loss)."""
+    def step(self, order: StartSteps, stop: threading.Event) -> Result:
+        """The local steps of a round from the present theta; once `stop` is set, the present one is the last.
+
+        Raises:
+            RunError: a loss, or where a step leads, is not finite.
+        """
         run = self._descriptor
+        self._rows.refresh()
         began, first = time.thread_time(), self._state.take_steps(run.run, order.steps)
         numbers = [
             batch_rows(run.run_id, self._node, len(self.rows), run.batch_size, step)
             for step in range(first, first + order.steps)
         ]
+        batches = [[self.rows[number] for number in batch] for batch in numbers]
+        self._pace.begin(order.steps, stop)
+        walk = self._walk if self._residual is None else self._displace
+        result = walk(order, batches, stop)
+        structlog.get_logger().debug(
+            "stepped", round=order.version, loss=round(result.loss, 5), cpu_s=round(time.thread_time() - began, 4)
+        )
+        return result
+
+    def _walk(self, order: StartSteps, batches: list[list[Row]], stop: threading.Event) -> Result:
+        run = self._descriptor
         scalars, loss = local_steps(
             self.engine,
             self._replica.theta,
             seeds_of(run.run_id, order.version, order.lane, order.steps * run.perturbations),
-            [[self.rows[number] for number in batch] for batch in numbers],
+            batches,
             stream=run.stream,
             eps=order.eps,
             lr=run.lr,
+            stop=lambda: self._pace.ends(stop),
         )
-        structlog.get_logger().debug(
-            "stepped", round=order.version, loss=round(loss, 5), cpu_s=round(time.thread_time() - began, 4)
+        return Result(scalars, loss)
+
+    def _displace(self, order: StartSteps, batches: list[list[Row]], stop: threading.Event) -> Result:
+        assert self._residual is not None
+        displacement, loss, steps = first_order_steps(
+            self.engine, self._replica.theta, batches, self._settings, lambda: self._pace.ends(stop)
         )
-        return scalars, loss
+        blob = encode_values(self._residual.add(order.version, displacement), self._settings.codec)
+        return Result((), loss, Values(short_hash(blob), len(blob), steps), blob)
+
+    def forget(self, version: int, heard: bool) -> None:
+        """The update from theta of `version` is heard, or came too late."""
+        if self._residual is not None:
+            self._residual.forget(version, heard=heard)
 
 
-def _toy_rows(config: NodeConfig) -> list[Row]:
-    try:
-        lines = enumerate(Path(config.data).read_text(encoding="utf-8").splitlines(), start=1)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"data: {config.data}", f"cannot be read ({error})", _TOY_REMEDY) from error
-    rows = [_toy_row(line, f"data: {config.data}:{number}") for number, line in lines if line.strip()]
-    if not rows:
-        raise DataError(f"data: {config.data}", "holds no rows", _TOY_REMEDY)
-    return rows
-
-
-def _toy_row(line: str, where: str) -> Row:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(where, f"is not JSON ({error})", _TOY_REMEDY) from error
-    if not isinstance(row, dict) or type(row.get("seed")) is not int or not 0 <= row["seed"] < 2**64:
-        raise DataError(where, "has no integer seed from 0 to 2**64 - 1", _TOY_REMEDY)
-    return row
-
-
-def _load(config: NodeConfig, descriptor: RunDescriptor, mask: Mask) -> tuple[list[Row], Engine[Any]]:
-    task = descriptor.task
-    assert task is not None
-    if config.model is None:
-        raise ConfigError("model", "is missing", "name the folder or hub id of the run's base model")
-    with within("data"):
-        rows = read_rows(config.data, task)
+def _engine(config: NodeConfig, descriptor: RunDescriptor, mask: Mask) -> FirstOrderEngine[Any]:
+    if descriptor.engine == "toy":
+        return QuadraticEngine(mask.size)
+    assert config.model is not None
+    assert descriptor.task is not None
     with within("model"):
-        return rows, _load_engine(config, config.model, task, descriptor, mask)
+        return _load_engine(config, config.model, descriptor.task, descriptor, mask)
 
 
-def _load_engine(config: NodeConfig, source: str, task: Task, descriptor: RunDescriptor, mask: Mask) -> Engine[Any]:
+def _load_engine(
+    config: NodeConfig, source: str, task: Task, descriptor: RunDescriptor, mask: Mask
+) -> FirstOrderEngine[Any]:
     import torch  # noqa: PLC0415 - a toy node never imports torch
 
     from meerkat_mq.model.engine import TransformersEngine  # noqa: PLC0415

@@ -1,9 +1,6 @@
-"""A ledger as people and programs read it: the run and its nodes, rounds, one node's path; tables, lines and JSON."""
+"""What people read of a ledger as tables and lines."""
 
-import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,170 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 from meerkat_mq.observe.figures import DASH, duration, human_bytes, printable
+from meerkat_mq.observe.shown import NodeShown, RebuiltShown, RoundShown, RunShown, StepShown, UpdateShown
 
 SHORT = 8
 MOST_SHOWN = 100
-
-
-@dataclass(frozen=True, slots=True)
-class NodeShown:
-    """A node as the ledger knows it.
-
-    Attributes:
-        status: its last word: "starting", "online", "stopped" or "lost".
-        seen_s: seconds since it was last heard of.
-        rows: size of its data.
-        updates: update messages that came from it, repeated ones too.
-        packet_bytes: all MQTT packets that came from it.
-        behind: closed rounds since the last that it contributed to; None if it is none of the recent ones.
-        verdict: on its last update among the recent ones.
-        flagged: why it stands out, or "".
-        gradip: mean |GradIP| of its recent accepted steps; None if there are none.
-        judged: the newest calibration round that judged its virtual path; None: none did.
-        rho_later, rho_quiet: what that round found; None: none did.
-        early_stopped_since: the calibration round from which on every one early-stopped it; None: it is not.
-    """
-
-    node: str
-    slot: int | None
-    host: str
-    status: str
-    seen_s: float | None
-    boot: int | None
-    rows: int
-    updates: int
-    packet_bytes: int
-    behind: int | None
-    verdict: str
-    flagged: str
-    gradip: float | None
-    judged: int | None
-    rho_later: float | None
-    rho_quiet: float | None
-    early_stopped_since: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class RunShown:
-    """A run as its ledger stands.
-
-    Attributes:
-        host: of the server that took the newest term.
-        version: rounds closed.
-        rounds: of the whole run.
-        heard: committed updates of the open round.
-        closed_s: seconds since the last round closed.
-        round_s: seconds a round, over the recent ones.
-        loss: mean over the accepted updates of the last round.
-        early_stopping: what it does, in words; "" where it is off.
-    """
-
-    federation: str
-    run: str
-    term: int
-    server_id: str
-    host: str
-    version: int
-    rounds: int
-    heard: int
-    closed_s: float | None
-    round_s: float | None
-    loss: float | None
-    early_stopping: str
-    nodes: tuple[NodeShown, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class UpdateShown:
-    """What a node gave to a round; `seeds` (16 hex digits) and `scalars` are one a local step."""
-
-    version: int
-    node: str
-    slot: int
-    lane: int
-    boot: int
-    weight: int
-    seeds: tuple[str, ...]
-    scalars: tuple[float, ...]
-    loss: float
-    verdict: str
-
-
-@dataclass(frozen=True, slots=True)
-class StepShown:
-    """A projected gradient of a node's virtual path, with GradIP = g·⟨g_p, z⟩; None where that is not measured."""
-
-    version: int
-    node: str
-    lane: int
-    step: int
-    seed: str
-    g: float
-    gradip: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class RebuiltShown(StepShown):
-    """The same, with ‖theta_k^t − theta_v‖ after its local step."""
-
-    distance: float
-
-
-@dataclass(frozen=True, slots=True)
-class TermShown:
-    """A direction of an entry."""
-
-    lane: int
-    step: int
-    seed: str
-    coefficient: float
-
-
-@dataclass(frozen=True, slots=True)
-class RoundShown:
-    """A closed round.
-
-    Attributes:
-        closed: Unix time.
-        asked: number of nodes asked.
-        overdue: whether the deadline closed it.
-        loss: mean over the accepted updates; None if there is none.
-        digest, previous, hash: hex; no digest where none is due.
-        updates: refused ones too, by slot.
-    """
-
-    version: int
-    term: int
-    closed: float
-    asked: int
-    overdue: bool
-    loss: float | None
-    digest: str
-    previous: str
-    hash: str
-    terms: tuple[TermShown, ...]
-    updates: tuple[UpdateShown, ...]
-
-    @property
-    def accepted(self) -> int:
-        """How many updates the entry is made of."""
-        return sum(update.verdict in ("accepted", "early stopped") for update in self.updates)
-
-
-def json_line(shown: RunShown | RoundShown | UpdateShown | StepShown) -> str:
-    """One JSON object; numbers that are not finite become null."""
-    return json.dumps(_finite(asdict(shown)), allow_nan=False)
-
-
-def _finite(value: object) -> object:
-    match value:
-        case float() if not math.isfinite(value):
-            return None
-        case Mapping():
-            return {key: _finite(inner) for key, inner in value.items()}
-        case list() | tuple():
-            return [_finite(inner) for inner in value]
-    return value
 
 
 def say(console: Console, text: str) -> None:
@@ -195,7 +32,8 @@ def status_line(run: RunShown) -> str:
         f"round {run.version:,} of {run.rounds:,}",
         f"loss {_number(run.loss)}",
         f"{_span(run.round_s)} a round",
-        f"{online} of {len(run.nodes)} nodes online",
+        f"{online} of {len(run.nodes)} nodes online" + f", {run.asleep} asleep" * bool(run.asleep),
+        *([f"{_number(run.staleness)} versions stale"] if run.mode and run.staleness is not None else []),
         *([f"flagged: {', '.join(flagged)}"] if flagged else []),
         *([f"early-stopped: {', '.join(early)}"] if early else []),
     ]
@@ -213,6 +51,8 @@ def status_table(run: RunShown) -> RenderableType:
         ("round", f"{run.version:,} of {run.rounds:,}, {_progress(run)}"),
         ("pace", f"{_span(run.round_s)} a round, the last closed {_ago(run.closed_s)}"),
         ("loss", _number(run.loss)),
+        *([("mode", run.mode), ("staleness", f"{_number(run.staleness)} versions in the mean")] if run.mode else []),
+        *([("asleep", f"{run.asleep:,} of {len(run.nodes):,} nodes")] if run.asleep else []),
         *([("early stopping", run.early_stopping)] if run.early_stopping else []),
     ):
         figures.add_row(label, _text(text))
@@ -235,6 +75,7 @@ def _node_table(nodes: Iterable[NodeShown], *, measured: bool, judged: bool) -> 
     table = _table(*heads, *([">GradIP"] if measured else []), *(["virtual path"] if judged else []))
     for node in nodes:
         verdict = f"flagged: {node.flagged}" if node.flagged else node.verdict
+        verdict += f", displacement of {human_bytes(node.displacement)}" if node.displacement else ""
         table.add_row(
             _text(node.node),
             DASH if node.slot is None else f"{node.slot}",
@@ -298,24 +139,37 @@ def _round_page(shown: RoundShown) -> RenderableType:
         ("round", f"{shown.version:,}, closed {_clock(shown.closed)} {how}, under term {shown.term}"),
         ("asked", f"{shown.asked:,} nodes; {shown.accepted:,} of {len(shown.updates):,} updates accepted"),
         ("loss", _number(shown.loss)),
+        *([("displacement", _displacement(shown))] if shown.displacement else []),
         ("digest", shown.digest or "none due"),
         ("previous", shown.previous),
         ("hash", shown.hash),
     ):
         figures.add_row(label, text)
-    terms = _table(">lane", ">step", "seed", ">coefficient")
+    aged = any(term.age for term in shown.terms)
+    terms = _table(*([">age"] if aged else []), ">lane", ">step", "seed", ">coefficient")
     for term in shown.terms:
-        terms.add_row(f"{term.lane}", f"{term.step}", term.seed, f"{term.coefficient:.9g}")
+        age = [f"{term.age}"] if aged else []
+        terms.add_row(*age, f"{term.lane}", f"{term.step}", term.seed, f"{term.coefficient:.9g}")
     return Group(figures, Text(), terms, Text(), path_table(shown.updates, by_node=True))
 
 
+def _displacement(shown: RoundShown | UpdateShown) -> str:
+    return f"{shown.displacement}, {human_bytes(shown.size)}"
+
+
 def path_table(updates: Iterable[UpdateShown], *, by_node: bool = False) -> Table:
-    """Updates, a line a local step: of one node over the rounds, or `by_node` of one round."""
+    """Updates, a line a local step or displacement: of one node over the rounds, or `by_node` of one round."""
+    updates = list(updates)
+    aged = any(update.age for update in updates)
     first = ("node", ">slot", ">boot") if by_node else (">round", ">boot")
-    table = _table(*first, ">weight", ">lane", ">step", "seed", ">g", ">loss", "verdict")
+    table = _table(*first, *([">age"] if aged else []), ">weight", ">lane", ">step", "seed", ">g", ">loss", "verdict")
     for update in updates:
         boot = f"{update.boot:08x}"
         head = [_text(update.node), f"{update.slot}", boot] if by_node else [f"{update.version:,}", boot]
+        head += [f"{update.age}"] if aged else []
+        if update.displacement:
+            whole = [f"{update.weight:,}", DASH, DASH, f"displacement {_displacement(update)}", DASH]
+            table.add_row(*head, *whole, f"{update.loss:.5g}", update.verdict)
         for step, (seed, scalar) in enumerate(zip(update.seeds, update.scalars, strict=True)):
             whole = [f"{update.weight:,}", f"{update.lane}", f"{step}", seed, f"{scalar:.9g}"]
             table.add_row(*head, *whole, *([f"{update.loss:.5g}", update.verdict] if step == 0 else ["", ""]))

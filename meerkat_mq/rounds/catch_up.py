@@ -20,10 +20,12 @@ class Stretch:
     Attributes:
         entries: how many.
         size: their encoded bytes.
+        displaced: bytes of their displacements.
     """
 
     entries: int
     size: int
+    displaced: int = 0
 
     @property
     def terms(self) -> int:
@@ -33,7 +35,7 @@ class Stretch:
     def seconds(self, weights: int, digest_every: int) -> float:
         """What it takes a node to receive and apply them."""
         replay_ns = weights * (REPLAY_NS * self.terms + DIGEST_NS * (self.entries // digest_every))
-        return self.size / LINK_BYTES_A_SECOND + replay_ns * 1e-9
+        return (self.size + self.displaced) / LINK_BYTES_A_SECOND + replay_ns * 1e-9
 
 
 def snapshot_is_cheaper(

@@ -58,7 +58,11 @@ def judgements_of(
     if not settings.calibrates(version):
         return ()
     config = settings.early_stopping
-    accepted = [record for record in records if record.verdict in NOT_REFUSED]
+    accepted = [
+        record
+        for record in records
+        if record.verdict in NOT_REFUSED and record.version == version and record.values is None
+    ]
     drawn = _drawn(version, [record.slot for record in accepted], settings)
     found = []
     for record in accepted:
@@ -97,10 +101,11 @@ def is_extreme(rho_later: float, rho_quiet: float, config: EarlyStoppingConfig) 
 
 
 def with_verdicts(records: Sequence[UpdateRecord], judgements: Iterable[Judgement]) -> tuple[UpdateRecord, ...]:
-    """The records, those of early-stopped nodes marked: only their first steps count."""
-    stopped = {judgement.node for judgement in judgements if judgement.early_stopped}
+    """The records, those that show a node to be early-stopped marked: only their first steps count."""
+    stopped = {(judgement.version, judgement.node) for judgement in judgements if judgement.early_stopped}
     return tuple(
-        replace(record, verdict=Verdict.EARLY_STOPPED) if record.node in stopped else record for record in records
+        replace(record, verdict=Verdict.EARLY_STOPPED) if (record.version, record.node) in stopped else record
+        for record in records
     )
 
 

@@ -7,10 +7,10 @@ the asyncio services, or the in-memory federation.
 from dataclasses import dataclass
 from enum import IntEnum
 
-from meerkat_mq.core.path import Entry, Term
+from meerkat_mq.core.path import Displacement, Entry, Term
 from meerkat_mq.errors import MeerkatError
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState
-from meerkat_mq.wire.frames import Entries, Offer, Refusal, Round, Update, Want, Welcome
+from meerkat_mq.wire.frames import Entries, Offer, Refusal, Round, Update, Values, Want, Welcome
 
 # --- events of the server -------------------------------------------------------------------------------------------
 
@@ -67,12 +67,41 @@ class UpdatesCommitted:
 
 
 @dataclass(frozen=True, slots=True)
+class ValuesCame:
+    """The displacement that an update announced is there, decoded without error, and kept.
+
+    Attributes:
+        verdict: ACCEPTED, or what is wrong with its numbers.
+    """
+
+    now: float
+    node: str
+    update: Update
+    verdict: "Verdict"
+
+
+@dataclass(frozen=True, slots=True)
+class ValuesMissed:
+    """The displacement that an update announced did not come, or is none: the node may send its update again."""
+
+    now: float
+    node: str
+    update: Update
+
+
+@dataclass(frozen=True, slots=True)
 class TermsApplied:
-    """The server's theta took the terms of entry `version`; `digest` is that after it (zeros where none is due)."""
+    """The server's theta took entry `version`.
+
+    Attributes:
+        digest: of theta after it; zeros where none is due.
+        displacement: the encoded mean of the shares, kept; None without shares.
+    """
 
     now: float
     version: int
     digest: bytes
+    displacement: Displacement | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,13 +184,27 @@ class EntriesApplied:
 
 
 @dataclass(frozen=True, slots=True)
+class EntriesMissed:
+    """A displacement of these entries did not come; theta is as it was."""
+
+    now: float
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StepsDone:
-    """The local steps of a round are done."""
+    """The local steps of a round are done, or as many as were made before StopSteps.
+
+    Attributes:
+        scalars: () with `values`; () without: not now, the node's limits do not allow any.
+        values: of a values node.
+    """
 
     now: float
     version: int
     scalars: tuple[float, ...]
     loss: float
+    values: Values | None = None
 
 
 # --- for both -------------------------------------------------------------------------------------------------------
@@ -205,7 +248,11 @@ class Verdict(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class UpdateRecord:
-    """An update as the ledger keeps it: the first of its node in its version, accepted or refused."""
+    """An update as the ledger keeps it: the first of its node from theta of its version, accepted or refused.
+
+    Attributes:
+        values: the displacement of a values node, whose scalars are ().
+    """
 
     version: int
     node: str
@@ -215,6 +262,7 @@ class UpdateRecord:
     scalars: tuple[float, ...]
     loss: float
     verdict: Verdict = Verdict.ACCEPTED
+    values: Values | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,11 +313,33 @@ class CommitUpdate:
 
 
 @dataclass(frozen=True, slots=True)
+class FetchValues:
+    """Get, check and keep the displacement that an update announces; answered by ValuesCame or ValuesMissed."""
+
+    node: str
+    update: Update
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What part of the mean displacement a kept displacement is."""
+
+    blob: bytes
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
 class ApplyTerms:
-    """Apply the terms of entry `version` to the server's theta; answered by TermsApplied."""
+    """Apply entry `version` to the server's theta; answered by TermsApplied.
+
+    Attributes:
+        shares: of the mean displacement, in the order in which they are added; it is encoded once, kept, and what it
+            decodes to is applied after the terms.
+    """
 
     version: int
     terms: tuple[Term, ...]
+    shares: tuple[Share, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,7 +347,7 @@ class CommitEntry:
     """Keep an entry, and the verdicts on its updates; answered by EntryCommitted.
 
     Attributes:
-        records: every update of the round, refused ones too, by slot.
+        records: every update that closed with the round, refused ones too, by version and slot.
         asked: how many nodes were asked.
         overdue: whether the deadline closed the round.
         products: ⟨g_p, z⟩ by lane and step; empty where the run does not measure GradIP.
@@ -362,7 +432,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class ApplyEntries:
-    """Apply entries to the node's theta; answered by EntriesApplied."""
+    """Get the displacements of entries, apply all to the node's theta; answered by EntriesApplied or EntriesMissed."""
 
     entries: tuple[Entry, ...]
 
@@ -389,6 +459,21 @@ class StartSteps:
     eps: float
 
 
+@dataclass(frozen=True, slots=True)
+class StopSteps:
+    """End the local steps after the one that is being made: what there is will do; answered by their StepsDone."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """The update from theta of `version` is heard, or came too late: what was kept to send it again can go."""
+
+    version: int
+    heard: bool
+
+
 ServerEvent = (
     StatusCame
     | UpdateCame
@@ -396,6 +481,8 @@ ServerEvent = (
     | ServerSeen
     | SlotCommitted
     | UpdatesCommitted
+    | ValuesCame
+    | ValuesMissed
     | TermsApplied
     | DirectionsMeasured
     | EntryCommitted
@@ -404,6 +491,7 @@ ServerEvent = (
 ServerEffect = (
     CommitSlot
     | CommitUpdate
+    | FetchValues
     | ApplyTerms
     | MeasureDirections
     | CommitEntry
@@ -418,6 +506,16 @@ ServerEffect = (
     | End
 )
 NodeEvent = (
-    Connected | ServerCame | FrameCame | EntriesApplied | SnapshotLoaded | SnapshotMissed | StepsDone | Tick
-)  # fmt: skip
-NodeEffect = PublishStatus | Send | ApplyEntries | FetchSnapshot | ResetTheta | StartSteps | Count | End
+    Connected
+    | ServerCame
+    | FrameCame
+    | EntriesApplied
+    | EntriesMissed
+    | SnapshotLoaded
+    | SnapshotMissed
+    | StepsDone
+    | Tick
+)
+NodeEffect = (
+    PublishStatus | Send | ApplyEntries | FetchSnapshot | ResetTheta | StartSteps | StopSteps | Forget | Count | End
+)

@@ -23,6 +23,12 @@ AGREES = 0.7
 AGREEING = 0.75
 ACCEPTED = Verdict.ACCEPTED
 NOT_REFUSED = {ACCEPTED, Verdict.EARLY_STOPPED}
+Place = tuple[int, int]  # base version and slot: which update of an entry
+
+
+def place(record: UpdateRecord) -> Place:
+    """Which update of an entry it is."""
+    return record.version, record.slot
 
 
 def on_arrival(scalars: Sequence[float], loss: float, lr: float) -> Verdict:
@@ -152,15 +158,15 @@ class Guard:
 
     def judge(self, records: Sequence[UpdateRecord]) -> tuple[UpdateRecord, ...]:
         """The round's records, in their order, with final verdicts; keeps nothing."""
-        verdicts: dict[int, Verdict] = {}
+        verdicts: dict[Place, Verdict] = {}
         for members in self._by_lane(records).values():
             verdicts |= self._against(members)
-        candidates = [record for record in _accepted(records) if record.slot not in verdicts]
+        candidates = [record for record in _accepted(records) if not record.values and place(record) not in verdicts]
         verdicts |= dict.fromkeys(self._outliers(candidates), Verdict.OUTLIER)
         if not verdicts:
             return tuple(records)
         return tuple(
-            replace(record, verdict=verdicts.get(record.slot, ACCEPTED)) if record.verdict == ACCEPTED else record
+            replace(record, verdict=verdicts.get(place(record), ACCEPTED)) if record.verdict == ACCEPTED else record
             for record in records
         )
 
@@ -171,10 +177,12 @@ class Guard:
         self._rounds.append(records)
         values = _scalars(_accepted(records))
         self._typical.append(median_magnitude(values) if values else None)
+        comparisons: dict[Place, Comparison | None] = {}
         for members in self._by_lane(records).values():
             columns = _columns(_accepted(members))
-            for record in members:
-                self._nodes.setdefault(record.node, NodePast()).add(record, _compare(record, columns))
+            comparisons |= {place(record): _compare(record, columns) for record in members}
+        for record in records:
+            self._nodes.setdefault(record.node, NodePast()).add(record, comparisons.get(place(record)))
 
     @property
     def flagged(self) -> Mapping[str, Verdict]:
@@ -193,16 +201,18 @@ class Guard:
             if not past.records:
                 del self._nodes[record.node]
 
-    def _by_lane(self, records: Sequence[UpdateRecord]) -> dict[int, list[UpdateRecord]]:
-        lanes: dict[int, list[UpdateRecord]] = {}
+    def _by_lane(self, records: Iterable[UpdateRecord]) -> dict[tuple[int, int], list[UpdateRecord]]:
+        """Projected gradients along the same directions: by base version and lane; displacements have none."""
+        lanes: dict[tuple[int, int], list[UpdateRecord]] = {}
         for record in records:
-            lanes.setdefault(lane_of(record.slot, self._lanes), []).append(record)
+            if record.values is None:
+                lanes.setdefault((record.version, lane_of(record.slot, self._lanes)), []).append(record)
         return lanes
 
-    def _against(self, members: Sequence[UpdateRecord]) -> dict[int, Verdict]:
-        """Slots of nodes that work against a lane that otherwise agrees."""
+    def _against(self, members: Sequence[UpdateRecord]) -> dict[Place, Verdict]:
+        """Updates of nodes that work against a lane that otherwise agrees."""
         known = [
-            (record.slot, past)
+            (place(record), past)
             for record in members
             if (past := self._nodes.get(record.node)) is not None and past.comparable
         ]
@@ -210,13 +220,13 @@ class Guard:
         if agreeing < max(FEWEST_IN_LANE, AGREEING * (len(known) - 1)):
             return {}
         return {
-            slot: Verdict.AGAINST
-            for slot, past in known
+            where: Verdict.AGAINST
+            for where, past in known
             if past.opposed > past.agreed and past.correlation() < self._config.against
         }
 
-    def _outliers(self, candidates: Sequence[UpdateRecord]) -> list[int]:
-        """Slots of updates with outliers."""
+    def _outliers(self, candidates: Sequence[UpdateRecord]) -> list[Place]:
+        """Updates with outliers."""
         window = sorted([typical for typical in self._typical if typical is not None])
         typical = median(window) if window else 0.0
         overall = self._overall(candidates, typical, len(window))
@@ -225,7 +235,7 @@ class Guard:
             spreads = [
                 Spread.of(column, typical) if len(column) >= FEWEST_IN_LANE else overall for column in _columns(members)
             ]
-            found += [record.slot for record in members if self._is_outlier(record, spreads)]
+            found += [place(record) for record in members if self._is_outlier(record, spreads)]
         return found
 
     def _overall(self, candidates: Sequence[UpdateRecord], typical: float, rounds: int) -> Spread | None:

@@ -4,30 +4,35 @@ Every message passes through its wire encoding. `deliver` decides the fate of ea
 copy that arrives; an empty list loses it.
 """
 
-import heapq
 import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Literal
 
-from meerkat_mq.core.batches import batch_rows
+from meerkat_mq.config import Codec
 from meerkat_mq.core.directions import direction
 from meerkat_mq.core.gradip import inner_products
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.core.path import NO_DIGEST, Entry, digest, seeds_of
+from meerkat_mq.core.path import NO_DIGEST, Entry, digest
 from meerkat_mq.core.replica import NewestTheta, Replica, SharedReplica
-from meerkat_mq.core.step import Engine, Row, local_steps
 from meerkat_mq.errors import MeerkatError
 from meerkat_mq.rounds import events as e
+from meerkat_mq.rounds.guards import on_arrival
+from meerkat_mq.rounds.memory_clock import VirtualClock
+from meerkat_mq.rounds.memory_node import Displacements, MemoryNode, Walk
 from meerkat_mq.rounds.node import NodeMachine
 from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.rounds.server import ServerMachine
-from meerkat_mq.wire.descriptor import NodeStatus, ServerState
-from meerkat_mq.wire.frames import Entries, Frame, Round, Update, Want, decode, encode
+from meerkat_mq.wire.descriptor import ServerState
+from meerkat_mq.wire.frames import Entries, Frame, Round, Update, Values, Want, decode, encode
+
+__all__ = ["SERVER", "Deliver", "MemoryFederation", "MemoryNode", "instantly"]
 
 SERVER = "server"
+FETCH_S = 0.002
+MISSED_S = 2.0
 DRAWN_BYTES = 2**30  # of directions that are kept for the other nodes of a lane
 Deliver = Callable[[str, str, Frame], Sequence[float]]
 
@@ -37,41 +42,17 @@ def instantly(sender: str, receiver: str, frame: Frame) -> Sequence[float]:
     return (0.001,)
 
 
-@dataclass
-class MemoryNode:
-    """One node: its machine, its theta, its data.
-
-    Attributes:
-        step_s: virtual seconds that a round's local steps take.
-        alive: False from `crash` until it is started again.
-        held: what came while it is frozen; None while it is not.
-    """
-
-    name: str
-    engine: Engine[Any]
-    rows: Sequence[Row]
-    batch_size: int
-    step_s: float = 0.01
-    alive: bool = False
-    boot: int = 0
-    link: int = 0
-    steps_done: int = 0
-    held: list[e.NodeEvent] | None = None
-    machine: NodeMachine = field(init=False)
-    replica: Replica = field(init=False)
-
-
-class MemoryFederation:
+class MemoryFederation(VirtualClock):
     """Server and nodes on one virtual clock.
 
     Attributes:
-        now: virtual seconds.
         term: that of the server, one more with each start.
         entries: the ledger.
         records: update records of each entry.
         products: ⟨g_p, z⟩ of each entry's directions, by lane and step.
         judgements: of all calibration rounds, oldest first.
-        updates: committed updates of the open round.
+        updates: committed updates that are in no entry yet.
+        displacements: of nodes and of entries.
         slots: (version of theta when it was given, node, slot).
         counts: (who, reason) of everything counted.
         errors: what ended a node or the server.
@@ -85,17 +66,19 @@ class MemoryFederation:
         *,
         stream: str = "mk1",
         digest_every: int = 1,
+        codec: Codec = "bfloat16",
         deliver: Deliver = instantly,
         commit_s: float = 0.0,
     ) -> None:
+        super().__init__()
         self.settings = settings
-        self.now = 0.0
         self.term = 0
         self.entries: list[Entry] = []
         self.records: list[tuple[e.UpdateRecord, ...]] = []
         self.products: list[tuple[tuple[float, ...], ...]] = []
         self.judgements: list[e.Judgement] = []
         self.updates: list[e.UpdateRecord] = []
+        self.displacements = Displacements(mask.size, codec)
         self.slots: list[tuple[int, str, int]] = []
         self.counts: Counter[tuple[str, str]] = Counter()
         self.errors: list[tuple[str, MeerkatError]] = []
@@ -105,8 +88,6 @@ class MemoryFederation:
         self.stream = stream
         self.digest_every = digest_every
         self._commit_s = commit_s
-        self._agenda: list[tuple[float, int, Callable[[], None]]] = []
-        self._order = itertools.count()
         self._retained: Round | None = None
         self._wake: dict[str, float] = {}
         self._newest = NewestTheta(mask.theta_0)
@@ -118,30 +99,17 @@ class MemoryFederation:
     def _fresh_replica(self) -> Replica:
         return SharedReplica(self._mask, self.settings.run_id, self.stream, self.digest_every, self._newest)
 
-    # --- the clock ---
-
-    def at(self, time: float, action: Callable[[], None]) -> None:
-        """Do something at a virtual time."""
-        heapq.heappush(self._agenda, (time, next(self._order), action))
-
     def run(self, until: float) -> None:
         """Let virtual time pass, until the run is finished or it is `until`."""
-        while not self.server.finished and self._agenda and self._agenda[0][0] <= until:
-            self._next()
+        self.pass_until(until, lambda: self.server.finished)
         if not self.server.finished:
             self.now = max(self.now, until)
 
     def settle(self, seconds: float) -> None:
         """Let virtual time pass, also after the run is finished."""
         until = self.now + seconds
-        while self._agenda and self._agenda[0][0] <= until:
-            self._next()
+        self.pass_until(until, lambda: False)
         self.now = until
-
-    def _next(self) -> None:
-        time, _, action = heapq.heappop(self._agenda)
-        self.now = max(self.now, time)
-        action()
 
     # --- people's hands ---
 
@@ -165,13 +133,17 @@ class MemoryFederation:
             self._to_node(node, lambda now: e.ServerCame(now, self._state()))
 
     def _resumed_server(self) -> ServerMachine:
-        self.replica = self._fresh_replica()
-        due = [found for entry in self.entries if (found := self.replica.apply(entry.terms)) != NO_DIGEST]
+        self.replica, bases = self._fresh_replica(), {0: digest(self._mask.theta_0)}
+        for version, entry in enumerate(self.entries):
+            after = self.replica.apply(entry.terms, self.displacements.of(entry))
+            bases[version + 1] = bases[version] if after == NO_DIGEST else after
+        oldest = len(self.entries) - self.settings.max_staleness
+        known = sorted(itertools.chain(*self.records, self.updates), key=lambda record: record.version)
         return ServerMachine(
             self.settings,
             term=self.term,
             server_id="0" * 16,
-            base=due[-1] if due else digest(self._mask.theta_0),
+            base=bases[len(self.entries)],
             version=len(self.entries),
             head=self.entries[-1].hash(self.settings.run_id) if self.entries else None,
             slots={name: slot for _, name, slot in self.slots},
@@ -179,6 +151,8 @@ class MemoryFederation:
             updates=self.updates,
             past=self.records[-self.settings.guards.window :],
             judgements=self.judgements,
+            bases={version: base for version, base in bases.items() if version >= oldest},
+            heard={record.node: record.version for record in known},
         )
 
     def crash_server(self) -> None:
@@ -189,12 +163,14 @@ class MemoryFederation:
         """Start a node, anew if it crashed: it begins at theta_0 with another boot."""
         node = self.nodes[name]
         node.alive, node.held, node.boot, node.replica = True, None, node.boot + 1, self._fresh_replica()
+        node.begin(self._mask.size)
         node.machine = NodeMachine(
             run_id=self.settings.run_id,
             mask_hash=self.settings.mask_hash,
             base=digest(self._mask.theta_0),
             boot=node.boot,
             now=self.now,
+            max_staleness=self.settings.max_staleness,
         )
         self._wake.pop(name, None)
         self._connect(node)
@@ -212,15 +188,11 @@ class MemoryFederation:
             self._to_node(node, partial(e.FrameCame, frame=self._retained))
 
     def _state(self) -> ServerState:
+        status: Literal["online", "lost"] = "online" if self.server_up else "lost"
+        run, link, head = self.settings.run_id.hex(), self.term, len(self.entries)
         return ServerState(
-            status="online" if self.server_up else "lost",
-            run=self.settings.run_id.hex(),
-            term=self.term,
-            server_id="0" * 16,
-            link=self.term,
-            host="memory",
-            round=len(self.entries),
-        )
+            status=status, run=run, term=self.term, server_id="0" * 16, link=link, host="memory", round=head
+        )  # fmt: skip
 
     def freeze(self, name: str) -> None:
         """Stop a node as SIGSTOP does: what comes waits until `thaw`."""
@@ -272,7 +244,11 @@ class MemoryFederation:
         self.records.append(closed.records)
         self.products.append(closed.products)
         self.judgements += closed.judgements
-        self.updates.clear()
+        taken = {(record.version, record.node) for record in closed.records}
+        oldest = len(self.entries) - self.settings.max_staleness
+        self.updates[:] = [
+            record for record in self.updates if record.version >= oldest and (record.version, record.node) not in taken
+        ]
 
     def _server_effect(self, effect: e.ServerEffect) -> None:
         match effect:
@@ -286,9 +262,12 @@ class MemoryFederation:
                     self._mask.g_p, self.settings.run_id, version, lanes=lanes, steps=steps, stream=self.stream
                 )
                 self.at(self.now, self._in_term(lambda: e.DirectionsMeasured(self.now, version, products)))
-            case e.ApplyTerms(version, terms):
-                after = self.replica.apply(terms)
-                self.at(self.now, self._in_term(lambda: e.TermsApplied(self.now, version, after)))
+            case e.FetchValues():
+                self._fetch(effect)
+            case e.ApplyTerms(version, terms, shares):
+                added = self.displacements.mean(shares)
+                after = self.replica.apply(terms, self.displacements.get(added))
+                self.at(self.now, self._in_term(lambda: e.TermsApplied(self.now, version, after, added)))
             case e.CommitEntry(entry, records):
                 keep = partial(self._keep_entry, effect)
                 self._commit(keep, lambda: e.EntryCommitted(self.now, entry.version, records))
@@ -301,12 +280,29 @@ class MemoryFederation:
                 header = self._retained.header if self._retained else None
                 if header is not None and self.entries[first:]:
                     self._send(SERVER, Entries(header, tuple(self.entries[first : first + 1000])), name)
+            case _:
+                self._take_note(effect)
+
+    def _take_note(self, effect: e.ServerEffect) -> None:
+        match effect:
             case e.Count(reason, name):
                 self.counts[name or SERVER, reason] += 1
             case e.End(error):
                 self.errors.append((SERVER, error))
-            case e.PublishState() | e.SendChunks():
-                pass
+
+    def _fetch(self, effect: e.FetchValues) -> None:
+        """The displacement comes where neither the question nor the answer is lost."""
+        values, node = effect.update.values, self.nodes[effect.node]
+        assert values is not None
+        want = Want(effect.update.header, effect.update.boot, blob=values.blob, chunks=(0,))
+        arrives = self.deliver(SERVER, node.name, want) and self.deliver(node.name, SERVER, effect.update)
+        if arrives and node.alive and node.held is None and values.blob in self.displacements.arrays:
+            verdict = on_arrival((self.displacements.largest(values.blob),), effect.update.loss, 1.0)
+            came = self._in_term(lambda: e.ValuesCame(self.now, effect.node, effect.update, verdict))
+            self.at(self.now + FETCH_S, came)
+        else:
+            missed = self._in_term(lambda: e.ValuesMissed(self.now, effect.node, effect.update))
+            self.at(self.now + MISSED_S, missed)
 
     # --- a node's effects ---
 
@@ -332,45 +328,47 @@ class MemoryFederation:
             case e.Send(frame):
                 self._send(node.name, frame, SERVER)
             case e.ApplyEntries(entries):
-                digests = tuple(node.replica.apply(entry.terms) for entry in entries)
+                digests = tuple(node.replica.apply(entry.terms, self.displacements.of(entry)) for entry in entries)
                 self.at(self.now, lambda: self._to(node, boot, e.EntriesApplied(self.now, entries, digests)))
             case e.ResetTheta():
                 node.replica.reset()
-            case e.StartSteps(version, lane, steps, eps):
-                scalars, loss = self._walk(node, version, lane, steps, eps)
-                done = lambda: self._to(node, boot, e.StepsDone(self.now, version, scalars, loss))  # noqa: E731
-                self.at(self.now + node.step_s, done)
+            case e.StartSteps():
+                self.at(node.walk_from(effect, self.now), partial(self._walked, node, boot, node.walk))
+            case e.StopSteps():
+                self.at(node.stop(self.now), partial(self._walked, node, boot, node.walk))
+            case e.Forget(version, was_heard):
+                node.forget(version, was_heard)
             case e.Count(reason, _):
                 self.counts[node.name, reason] += 1
             case e.End(error):
                 self.errors.append((node.name, error))
                 node.alive = False
 
+    def _walked(self, node: MemoryNode, boot: int, walk: Walk | None) -> None:
+        """The time that local steps take is over; theta is what it was when they began."""
+        if walk is None or not node.alive or node.boot != boot or node.walk is not walk:
+            return
+        task, _, made = walk
+        node.walk, values = None, None
+        scalars: tuple[float, ...] = ()
+        if node.values is None:
+            scalars, loss = self._walk(node, task.version, task.lane, made, task.eps)
+        else:
+            blob, loss = node.displace(self.settings.run_id, task.version, made)
+            kept = self.displacements.keep(blob)
+            values = Values(kept.blob, kept.size, made)
+        node.steps_done += task.steps - made
+        self._to(node, boot, e.StepsDone(self.now, task.version, scalars, loss, values))
+
     def _walk(
         self, node: MemoryNode, version: int, lane: int, steps: int, eps: float
     ) -> tuple[tuple[float, ...], float]:  # fmt: skip
-        run_id, first = self.settings.run_id, node.steps_done
-        node.steps_done += steps
-        numbers = [
-            batch_rows(run_id, node.name, len(node.rows), node.batch_size, step) for step in range(first, first + steps)
-        ]
-        return local_steps(
-            node.engine,
-            node.replica.theta,
-            seeds_of(run_id, version, lane, steps * self.settings.perturbations),
-            [[node.rows[number] for number in batch] for batch in numbers],
-            stream=self.stream,
-            eps=eps,
-            lr=self.settings.lr,
-            draw=self._draw,
-        )
+        return node.path(self.settings, version, lane, steps, eps, stream=self.stream, draw=self._draw)
 
     # --- the transport ---
 
     def _status(self, node: MemoryNode, status: str, delay: float = 0.001) -> None:
-        message = NodeStatus.model_validate(
-            {"status": status, "boot": node.boot, "link": node.link, "host": "memory", "rows": len(node.rows)}
-        )
+        message = node.status(status)
         self.at(self.now + delay, lambda: self._to_server(e.StatusCame(self.now, node.name, message)))
 
     def _send(self, sender: str, frame: Frame, *receivers: str) -> None:

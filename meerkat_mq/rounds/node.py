@@ -6,7 +6,7 @@ from meerkat_mq.core.path import NO_DIGEST, Entry
 from meerkat_mq.errors import RunMismatch
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.policy import lane_of
-from meerkat_mq.wire.frames import Entries, Header, Offer, Reason, Refusal, Round, Update, Want, Welcome
+from meerkat_mq.wire.frames import Entries, Header, Offer, Reason, Refusal, Round, Update, Values, Want, Welcome
 from meerkat_mq.wire.messages import in_words
 
 RETRY_S = 2.0
@@ -15,9 +15,27 @@ RESYNCHRONISATIONS = 3
 
 @dataclass(frozen=True, slots=True)
 class _Done:
-    task: e.StartSteps
+    """Finished steps, to be sent until they are heard.
+
+    Attributes:
+        task: whose they are; None of an update that another process of this node has made.
+        boot: of the process that made them.
+        base: first 8 bytes of the digest that they began from.
+    """
+
+    version: int
+    task: e.StartSteps | None
+    boot: int
+    base: bytes
     scalars: tuple[float, ...]
     loss: float
+    values: Values | None
+    seeds: tuple[int, ...] | None = None
+
+    def update(self, header: Header) -> Update:
+        """The frame to send."""
+        at_base = replace(header, version=self.version)
+        return Update(at_base, self.boot, self.base, self.loss, self.scalars, self.seeds, self.values)
 
 
 class NodeMachine:
@@ -28,7 +46,17 @@ class NodeMachine:
         slot: given by the welcome of the present server.
     """
 
-    def __init__(self, *, run_id: bytes, mask_hash: bytes, base: bytes, boot: int, now: float) -> None:
+    def __init__(
+        self,
+        *,
+        run_id: bytes,
+        mask_hash: bytes,
+        base: bytes,
+        boot: int,
+        now: float,
+        max_staleness: int = 0,
+        pending: Update | None = None,
+    ) -> None:
         """A node that stands at theta_0.
 
         Args:
@@ -37,6 +65,8 @@ class NodeMachine:
             base: 16 bytes, the digest of theta_0.
             boot: random u32 of this process.
             now: present time.
+            max_staleness: how many versions old the theta of an update may be.
+            pending: an update of this run that an earlier process kept; its seeds say which lane it walked.
         """
         self._run_id = run_id
         self._mask_hash = mask_hash
@@ -48,7 +78,14 @@ class NodeMachine:
         self._frame: Round | None = None
         self._uninformed = True
         self._answered = False
+        self._max_staleness = max_staleness
         self._done: _Done | None = None
+        if pending is not None:
+            p = pending
+            self._done = _Done(p.header.version, None, p.boot, p.base, p.scalars, p.loss, p.values, p.seeds)
+        self._stopping = False
+        self._sent = pending is not None
+        self._heard_version: int | None = None
         self._busy: e.ApplyEntries | e.FetchSnapshot | e.StartSteps | None = None
         self._greet_at = now + RETRY_S
         self._ask_at = now
@@ -61,6 +98,11 @@ class NodeMachine:
         self.version = 0
         self._head = self._mask_hash
         self._base = self._theta_0
+
+    @property
+    def term(self) -> int:
+        """The highest that it has seen."""
+        return self._rank[0]
 
     @property
     def wake_at(self) -> float | None:
@@ -95,6 +137,8 @@ class NodeMachine:
                 self._on_frame_came(event)
             case e.EntriesApplied():
                 self._on_entries_applied(event)
+            case e.EntriesMissed():
+                self._on_entries_missed(event)
             case e.StepsDone():
                 self._on_steps_done(event)
             case e.Tick():
@@ -146,7 +190,7 @@ class NodeMachine:
 
     def _follow_server(self, now: float) -> None:
         """Forget what another server said: its slots and its round."""
-        self._frame = self.slot = self._link = None
+        self._frame = self.slot = self._link = self._heard_version = None
         self._uninformed = True
         self._introduce(now)
 
@@ -202,11 +246,13 @@ class NodeMachine:
             self._effects.append(self._busy)
 
     def _take_refusal(self, frame: Refusal) -> None:
-        done = self._done is not None and self._done.task.version == frame.header.version == self.version
-        if frame.boot != self._boot or not done or self._busy is not None:
+        done = self._done
+        if done is None or (frame.boot, frame.header.version) != (done.boot, done.version):
             return
         self._count(f"refused: {in_words(frame.reason)}")
-        if frame.reason is Reason.RESYNCHRONISE:
+        if done.version < self.version or done.task is None:
+            self._forget()
+        elif frame.reason is Reason.RESYNCHRONISE and self._busy is None:
             self._digest_refused("the server refused this node's digest")
 
     # --- following the ledger ---
@@ -237,7 +283,7 @@ class NodeMachine:
 
     def _start_over(self) -> None:
         self._effects += [e.Count("resynchronised"), e.ResetTheta()]
-        self._done = None
+        self._forget()
         self._ask_at = float("-inf")
         self._stand_at_theta_0()
 
@@ -267,12 +313,22 @@ class NodeMachine:
         self._ask_at = float("-inf")
         self._base = next((digest for digest in reversed(event.digests) if digest != NO_DIGEST), self._base)
 
+    def _on_entries_missed(self, event: e.EntriesMissed) -> None:
+        if self._busy != e.ApplyEntries(event.entries):
+            self._count("unexpected answer")
+            return
+        self._count("entries missed")
+        self._busy = None
+        self._ask_at = event.now + RETRY_S
+        if self._frame is not None:
+            self._frame = replace(self._frame, entries=())  # the server is asked, in a while, not this frame again
+
     def _on_snapshot_loaded(self, event: e.SnapshotLoaded) -> None:
         task = self._busy
         if not isinstance(task, e.FetchSnapshot) or task.offer.version != event.version:
             self._count("unexpected answer")
             return
-        self._busy = self._done = None
+        self._busy = None
         self._trusted_term = task.offer.header.term
         self.version, self._head, self._base = event.version, event.head, event.digest
         self._ask_at = float("-inf")
@@ -291,24 +347,29 @@ class NodeMachine:
         if not isinstance(task, e.StartSteps) or task.version != event.version:
             self._count("unexpected answer")
             return
-        self._busy, self._answered = None, False
-        self._done = _Done(task, event.scalars, event.loss)
-        if self._behind:
-            self._count("late step")
+        self._busy, self._stopping = None, False
+        if not event.scalars and event.values is None:
+            return  # none was made: the present round is asked about again
+        self._forget()
+        self._answered, self._sent, base = False, False, self._base[:8]
+        self._done = _Done(task.version, task, self._boot, base, event.scalars, event.loss, event.values)
+        self._drop_if_late()
 
     # --- what next ---
 
     def _advance(self, now: float) -> None:
-        """Greet, catch up, ask for what lacks, or step."""
+        """Greet, send what is done, catch up, ask for what lacks, or step."""
         if self._unknown and now >= self._greet_at:
             self._introduce(now)
             self._effects.append(e.Send(Want(self._header(), self._boot, welcome=True)))
+        self._drop_if_late()
         if self._busy is None and self._frame is not None:
             self._catch_up(self._frame)
+        self._send_done()
         if self._busy is not None:
-            return
-        if not self._behind:
-            self._answer()
+            self._stop_if_late(self._busy)
+        elif not self._behind:
+            self._step()
         elif now >= self._ask_at:
             self._ask_at = now + RETRY_S
             self._effects.append(e.Send(Want(self._header(), self._boot, entries_from=self.version)))
@@ -327,24 +388,76 @@ class NodeMachine:
             else:
                 self._trusted_term = term
 
-    def _answer(self) -> None:
-        """Do the steps that the round asks of this node; once done, send them at each announcement until heard."""
+    def _step(self) -> None:
+        """Do the steps that the round asks of this node, unless they are done."""
         task = self._task()
-        if task is None:
-            return
-        if self._done is None or self._done.task != task:
+        if task is not None and not self._has_done(task):
             self._busy = task
             self._effects.append(task)
-        elif not self._answered:
-            self._answered = True
-            done = self._done
-            self._effects.append(e.Send(Update(self._header(), self._boot, self._base[:8], done.loss, done.scalars)))
+
+    def _has_done(self, task: e.StartSteps) -> bool:
+        done = self._done
+        return done is not None and done.version == task.version and done.task in (None, task)
+
+    def _stop_if_late(self, busy: e.ApplyEntries | e.FetchSnapshot | e.StartSteps) -> None:
+        """The next version would be too far from the one that the steps began from: send what there is."""
+        if isinstance(busy, e.StartSteps) and not self._stopping and self._age(busy.version) >= self._oldest:
+            self._stopping = True
+            self._effects.append(e.StopSteps(busy.version))
+
+    @property
+    def _oldest(self) -> int:
+        return max(1, self._max_staleness)
+
+    def _age(self, version: int) -> int:
+        """How many versions the head is ahead."""
+        return self._frame.header.version - version if self._frame is not None else 0
+
+    def _send_done(self) -> None:
+        """Send finished steps at each announcement until they are heard."""
+        done, frame = self._done, self._frame
+        if done is None or frame is None or self._answered or self.slot is None or not frame.is_open:
+            return
+        if self._heard(done.version, frame):
+            self._forget(heard=True)
+        elif self.slot in frame.asked and self._still_asked(done, frame, self.slot):
+            self._answered = self._sent = True
+            self._effects.append(e.Send(done.update(self._header())))
+
+    def _still_asked(self, done: _Done, frame: Round, slot: int) -> bool:
+        """Whether the server can use finished steps: not those of a slot in another lane."""
+        if done.task is None or done.version != frame.header.version:
+            same_lane = done.task is None or done.task.lane == lane_of(slot, frame.lanes)
+            return same_lane and done.version <= frame.header.version
+        return done.task == self._task()
+
+    def _heard(self, version: int, frame: Round) -> bool:
+        """Whether the server has committed this node's update from theta of `version`."""
+        if self.slot in frame.heard:
+            return version <= frame.header.version
+        age = dict(frame.heard_before).get(self.slot) if self.slot is not None else None
+        return age is not None and version <= frame.header.version - age
+
+    def _drop_if_late(self) -> None:
+        """No entry will take finished steps any more."""
+        done, frame = self._done, self._frame
+        if done is not None and frame is not None and self._age(done.version) > self._max_staleness:
+            heard = self._heard(done.version, frame)
+            if not heard and not self._sent:
+                self._count("late step")
+            self._forget(heard=heard)
+
+    def _forget(self, *, heard: bool = False) -> None:
+        if self._done is not None:
+            self._effects.append(e.Forget(self._done.version, heard))
+            self._heard_version = self._done.version if heard else None
+            self._done = None
 
     def _task(self) -> e.StartSteps | None:
         frame = self._frame
         if frame is None or not frame.is_open or frame.header.version != self.version:
             return None
-        if self.slot is None or self.slot not in frame.asked - frame.heard:
+        if self.slot is None or self.slot not in frame.asked - frame.heard or self._heard_version == self.version:
             return None
         steps = dict(frame.short).get(self.slot, frame.steps)
         return e.StartSteps(self.version, lane_of(self.slot, frame.lanes), steps, frame.eps)

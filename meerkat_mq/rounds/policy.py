@@ -10,10 +10,11 @@ from typing import Literal
 from meerkat_mq.config import EarlyStoppingConfig, GuardsConfig
 from meerkat_mq.core.path import Entry, Term, coefficient, seeds_of
 from meerkat_mq.errors import ConfigError
-from meerkat_mq.rounds.events import UpdateRecord, Verdict
-from meerkat_mq.wire.frames import MAX_STEPS, MAX_TERMS, Reason, Update, entry_bytes
+from meerkat_mq.rounds.events import Share, UpdateRecord, Verdict
+from meerkat_mq.wire.frames import MAX_STEPS, Reason, Update, entry_bytes, most_terms
 
 DEADLINE_CAP = 10
+WHOLE = 256  # a staleness weight of 1
 ANNOUNCE_AT = (0.25, 0.5, 0.75)
 ROUND_ENTRY_BYTES = 1024
 NEWEST_ENTRY_BYTES = 16 * 1024
@@ -49,6 +50,12 @@ class RoundSettings:
     perturbations: int = 1
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     measured: bool = False
+    mode: Literal["synchronous", "buffered"] = "synchronous"
+    buffer_size: int = 8
+    max_staleness: int = 0
+    staleness: Literal["constant", "polynomial"] = "polynomial"
+    staleness_exponent: float = 0.5
+    values_accepted: bool = False
 
     def __post_init__(self) -> None:
         """Refuse, as ConfigError, what no round can be: more lanes than nodes, more directions than a frame holds."""
@@ -67,17 +74,47 @@ class RoundSettings:
         if self.early_stops:
             asked["early_stopping.calibration_steps"] = self.early_stopping.calibration_steps
         for name, steps in asked.items():
-            if steps * self.perturbations > MAX_STEPS or self.lanes * steps * self.perturbations > MAX_TERMS:
+            directions = steps * self.perturbations
+            if directions > MAX_STEPS or self.lanes * directions * (self.max_staleness + 1) > most_terms(
+                self.max_staleness
+            ):
+                versions = f" × {self.max_staleness + 1} versions" * self.buffered
                 raise ConfigError(
                     name,
-                    f"{steps} × {self.perturbations} perturbations × {self.lanes} lanes do not fit a round",
-                    f"an update holds {MAX_STEPS} projected gradients, an entry {MAX_TERMS} terms",
+                    f"{steps} × {self.perturbations} perturbations × {self.lanes} lanes{versions} do not fit a round",
+                    f"an update holds {MAX_STEPS} projected gradients, an entry {most_terms(self.max_staleness)} terms",
                 )
+
+    @property
+    def buffered(self) -> bool:
+        """Whether versions take what comes instead of waiting for their nodes."""
+        return self.mode == "buffered"
+
+    def staleness_weight(self, age: int) -> int:
+        """s(τ) in 256ths, of an update from a theta that is `age` = τ versions old; 0 where that is too old.
+
+        Constant: 1. Polynomial: 1/(1+τ)^a (FedAsync, arXiv 1903.03934), rounded to a whole number of 256ths, so that
+        no difference in the last bit of a power can matter.
+        """
+        if age > self.max_staleness:
+            return 0
+        if self.staleness == "constant":
+            return WHOLE
+        return max(1, round(WHOLE * math.pow(1 + age, -self.staleness_exponent)))
 
     @property
     def early_stops(self) -> bool:
         """Whether early stopping changes anything."""
         return self.early_stopping.by != "off" and self.early_stopping.steps < self.steps
+
+    def takes_what_comes(self, version: int) -> bool:
+        """Whether version `version` closes by its buffer; a calibration, which judges each node, waits for them."""
+        return self.buffered and not self.calibrates(version)
+
+    @property
+    def acknowledged(self) -> int:
+        """Up to which age a round says whose updates are heard; a values node wants to know that its last one was."""
+        return max(self.max_staleness, int(self.values_accepted))
 
     def calibrates(self, version: int) -> bool:
         """Whether round `version` is one that shows how skewed each node's data is."""
@@ -132,27 +169,32 @@ def fewest_needed(settings: RoundSettings, version: int) -> int:
     return needed(share(settings.fraction_of(version), settings.min_nodes), settings.quorum)
 
 
-def why_refused(
-    update: Update, settings: RoundSettings, version: int, *, base: bytes, slot: int, steps: int
-) -> Reason | None:
-    """What is wrong with an update to round `version`, before its numbers are looked at; None: nothing.
+def why_refused(update: Update, settings: RoundSettings, *, base: bytes, slot: int, steps: int) -> Reason | None:
+    """What is wrong with an update, before its numbers are looked at; None: nothing.
 
     Args:
-        update: of this version.
+        update: from theta of its header's version.
         settings: of the run.
-        version: theta's.
-        base: 8 bytes, the beginning of theta's newest due digest.
+        base: 8 bytes, the beginning of the newest due digest at or before that version.
         slot: the node's.
         steps: local steps that the node was asked for.
     """
     if update.base != base:
         return Reason.RESYNCHRONISE
-    count = settings.perturbations * steps
-    if len(update.scalars) != count:
+    if update.values is not None:
+        return None if settings.values_accepted else Reason.NO_VALUES
+    count, version = len(update.scalars), update.header.version
+    if not steps_fit(count, steps, settings):
         return Reason.WRONG_STEPS
     lane = lane_of(slot, settings.lanes)
     derived = update.seeds is None or update.seeds == seeds_of(settings.run_id, version, lane, count)
     return None if derived else Reason.WRONG_SEEDS
+
+
+def steps_fit(scalars: int, steps: int, settings: RoundSettings) -> bool:
+    """Whether so many projected gradients are what a node was asked for; in a buffered run, a part of whole steps."""
+    made, rest = divmod(scalars, settings.perturbations)
+    return rest == 0 and (made == steps or (settings.buffered and 1 <= made < steps))
 
 
 def applicable(scalars: Iterable[float], lr: float) -> bool:
@@ -175,39 +217,62 @@ def snapshot_due(version: int, settings: RoundSettings) -> bool:
     return version % step == 0 and version // every != (version - step) // every
 
 
-def terms_of(records: Sequence[UpdateRecord], settings: RoundSettings) -> tuple[Term, ...]:
-    """FedAvg of the accepted nodes' end points as directions: one term a lane and step, zero coefficients left out.
+def terms_of(records: Sequence[UpdateRecord], settings: RoundSettings, version: int) -> tuple[Term, ...]:
+    """FedAvg of the accepted nodes' end points as directions: one term an age, lane and step; zeros left out.
 
-    Σ_k p_k·theta_k^T = theta_v − lr·Σ_t (Σ_k p_k g_k^t)·z_t (DESIGN section 2): p_k = n_k ÷ N with N = Σ n over the
-    accepted nodes of all lanes, and a node that did fewer steps counts in N and adds nothing to the later ones.
+    Σ_k p_k·theta_k^T = theta_v − lr·Σ_t (Σ_k p_k g_k^t)·z_t (DESIGN section 2): p_k = n_k·s(τ_k) ÷ N with N = Σ n over
+    the accepted nodes of all lanes, and a node that did fewer steps counts in N and adds nothing to the later ones.
+    s(τ) is the staleness weight of an update from theta of `version` − τ, 1 in a synchronous run (FedBuff, arXiv
+    2106.06639); values nodes count in N too.
 
-    "mean": c = float32(lr · (fsum(n_k·g_k) / N)). "trimmed-mean": of the m accepted nodes that walked the lane's step,
-    sorted by (g, slot), the first and the last ⌊trim·m⌋ are left out (trim·m rounded to nine decimals first; at least
-    one node stays). With A = Σ n over the m and B = Σ n over those kept, c = float32(lr · (fsum(n_k·g_k) / (N·B/A))),
-    the sum over those kept: the trimmed lane's weighted mean, with the weight that the whole lane has in the mean.
-    The quotient N·B/A of integers is rounded once to float64; where nothing is left out it is N, and c as of "mean".
+    "mean": c = float32(lr · (fsum(n_k·s·g_k) / N)), s in 256ths and so N · 256. "trimmed-mean": of the m accepted nodes
+    that walked the lane's step, sorted by (g, slot), the first and the last ⌊trim·m⌋ are left out (trim·m rounded to
+    nine decimals first; at least one node stays). With A = Σ n over the m and B = Σ n over those kept, c = float32(lr ·
+    (fsum(n_k·s·g_k) / (N·B/A))), the sum over those kept: the trimmed lane's weighted mean, with the weight that the
+    whole lane has in the mean. The quotient N·B/A of integers is rounded once to float64; where nothing is left out it
+    is N, and c as of "mean".
 
     Of a calibration the first `steps` steps count, of an early-stopped record the first `early_stopping.steps`. With K
     perturbations a step, lr is lr/K.
     Without an accepted record there are no terms.
+
+    Args:
+        records: of the entry, with their verdicts.
+        settings: of the run.
+        version: of the entry.
     """
     accepted = [found for record in records if (found := counted(record, settings)) is not None]
-    total = sum(record.weight for record in accepted)
+    total = WHOLE * sum(record.weight for record in accepted)
     trim = settings.trim if settings.aggregate == "trimmed-mean" else 0.0
-    lanes: dict[int, list[UpdateRecord]] = {}
+    lanes: dict[tuple[int, int], list[UpdateRecord]] = {}
     for record in accepted:
-        lanes.setdefault(lane_of(record.slot, settings.lanes), []).append(record)
+        if record.values is None:
+            place = (version - record.version, lane_of(record.slot, settings.lanes))
+            lanes.setdefault(place, []).append(record)
     terms = []
-    for lane, members in sorted(lanes.items()):
+    for (age, lane), members in sorted(lanes.items()):
+        part = settings.staleness_weight(age)
         for step in range(max(len(record.scalars) for record in members)):
             walked = [record for record in members if step < len(record.scalars)]
             kept = trimmed(walked, step, trim)
             lane_weight, kept_weight = sum(record.weight for record in walked), sum(record.weight for record in kept)
-            scalars = [(record.weight, record.scalars[step]) for record in kept]
+            scalars = [(record.weight * part, record.scalars[step]) for record in kept]
             c = coefficient(settings.lr / settings.perturbations, scalars, total * kept_weight / lane_weight)
             if c != 0.0:
-                terms.append(Term(lane, step, c))
+                terms.append(Term(lane, step, c, age))
     return tuple(terms)
+
+
+def shares_of(records: Sequence[UpdateRecord], settings: RoundSettings, version: int) -> tuple[Share, ...]:
+    """The parts of the mean displacement: n_k·s(τ_k) ÷ N, in float64, by version and slot; as in `terms_of`."""
+    accepted = [found for record in records if (found := counted(record, settings)) is not None]
+    total = WHOLE * sum(record.weight for record in accepted)
+    ordered = sorted(accepted, key=lambda record: (record.version, record.slot))
+    return tuple(
+        Share(record.values.blob, record.weight * settings.staleness_weight(version - record.version) / total)
+        for record in ordered
+        if record.values is not None
+    )
 
 
 def counted(record: UpdateRecord, settings: RoundSettings) -> UpdateRecord | None:

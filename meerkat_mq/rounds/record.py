@@ -12,7 +12,11 @@ from meerkat_mq.wire.frames import MAX_SLOTS, Header, Round
 
 @dataclass(slots=True)
 class KnownNode:
-    """A node; while it is offline, nobody waits for it from `dead_at` on."""
+    """A node; while it is offline, nobody waits for it from `dead_at` on.
+
+    Attributes:
+        asleep: it said when it would come back: until `dead_at`, it is asked as if it were online.
+    """
 
     slot: int
     welcomed: bool = False
@@ -20,11 +24,16 @@ class KnownNode:
     link: int = 0
     weight: int = 1
     online: bool = False
+    asleep: bool = False
     dead_at: float = float("-inf")
 
     def dead(self, now: float) -> bool:
         """Whether it has been offline for its grace."""
         return not self.online and now >= self.dead_at
+
+    def at_hand(self, now: float) -> bool:
+        """Whether a round can ask it."""
+        return self.welcomed and (self.online or (self.asleep and now < self.dead_at))
 
 
 class Roster:
@@ -61,17 +70,16 @@ class Roster:
         self._nodes[name].online = True
         self._offline.discard(name)
 
-    def vanished(self, name: str, dead_at: float) -> None:
-        """The node went offline."""
+    def vanished(self, name: str, dead_at: float, *, asleep: bool = False) -> None:
+        """The node went offline, for ever or to sleep."""
         node = self._nodes[name]
         self.online -= node.online
-        node.online, node.dead_at = False, dead_at
+        node.online, node.asleep, node.dead_at = False, asleep, dead_at
         self._offline.add(name)
 
-    @property
-    def eligible(self) -> dict[str, int]:
+    def eligible(self, now: float) -> dict[str, int]:
         """Those that a round can ask, with their slots."""
-        return {name: node.slot for name, node in self._nodes.items() if node.online and node.welcomed}
+        return {name: node.slot for name, node in self._nodes.items() if node.at_hand(now)}
 
     def dead(self, among: Set[str], now: float) -> int:
         """How many of these nobody waits for any more."""
@@ -85,15 +93,16 @@ class Roster:
 
 @dataclass(slots=True)
 class OpenRound:
-    """The open round.
+    """The open version: who is asked, and what came.
 
     Attributes:
+        version: of theta.
         asked: node to slot.
-        needed: how many updates it takes to close.
-        heard: committed updates, refused ones too.
-        taken: nodes whose update is taken, committed or not.
-        awaited: nodes asked and not heard.
+        needed: how many updates from theta of this version it takes to close; of a buffered one, its buffer's size.
+        heard: committed updates that close with it, refused ones too, by base version and node.
         products: ⟨g_p, z⟩ by lane and step; None until they are measured.
+        taken: how many updates are taken, committed or not, that will close with it.
+        awaited: nodes asked whose update from theta of this version is not committed.
         attempt: how often the deadline was doubled.
         judged: the updates with their final verdicts, once the round closes.
         judgements: what it showed of the nodes, where it calibrates.
@@ -102,11 +111,12 @@ class OpenRound:
         entry: set when the terms are applied.
     """
 
+    version: int
     asked: dict[str, int]
     needed: int
-    heard: dict[str, UpdateRecord]
+    heard: dict[tuple[int, str], UpdateRecord]
     products: tuple[tuple[float, ...], ...] | None
-    taken: set[str] = field(init=False)
+    taken: int = field(init=False)
     awaited: set[str] = field(init=False)
     deadline_at: float = 0.0
     deadline_s: float = 0.0
@@ -120,8 +130,8 @@ class OpenRound:
 
     def __post_init__(self) -> None:
         """Those heard need not be awaited."""
-        self.taken = set(self.heard)
-        self.awaited = self.asked.keys() - self.heard.keys()
+        self.taken = len(self.heard)
+        self.awaited = self.asked.keys() - {name for version, name in self.heard if version == self.version}
 
     @property
     def closing(self) -> bool:
@@ -129,9 +139,14 @@ class OpenRound:
         return self.terms is not None
 
     @property
+    def answers(self) -> int:
+        """How many of the nodes asked were heard."""
+        return len(self.asked) - len(self.awaited)
+
+    @property
     def records(self) -> tuple[UpdateRecord, ...]:
-        """The committed updates, by slot."""
-        return tuple(sorted(self.heard.values(), key=lambda record: record.slot))
+        """The committed updates, by base version and slot."""
+        return tuple(sorted(self.heard.values(), key=lambda record: (record.version, record.slot)))
 
     def commit(self, entry: Entry) -> CommitEntry:
         """What the ledger keeps of the round, once it is closed."""
@@ -143,7 +158,8 @@ class OpenRound:
         if name in self.asked:
             return False
         self.asked[name] = slot
-        self.awaited.add(name)
+        if (self.version, name) not in self.heard:
+            self.awaited.add(name)
         return True
 
     def forget(self, name: str) -> None:
@@ -153,8 +169,9 @@ class OpenRound:
 
     def hear(self, record: UpdateRecord) -> None:
         """Its update is committed."""
-        self.heard.setdefault(record.node, record)
-        self.awaited.discard(record.node)
+        self.heard.setdefault((record.version, record.node), record)
+        if record.version == self.version:
+            self.awaited.discard(record.node)
 
     def wait(self, now: float, deadline_s: float) -> None:
         """Give the nodes this long from now, and plan the announcements on the way."""
@@ -174,9 +191,20 @@ def round_frame(
     settings: RoundSettings,
     early: EarlyStopping,
     current: OpenRound | None,
+    *,
+    acknowledged: Mapping[int, int],
     entries: tuple[Entry, ...],
 ) -> Round:
-    """The round as nodes see it; `current` is None while none is open."""
+    """The round as nodes see it.
+
+    Args:
+        header: of its version.
+        settings: of the run.
+        early: who does fewer steps.
+        current: None while none is open.
+        acknowledged: slot to the newest base version of a committed update.
+        entries: the newest.
+    """
     version = header.version
     steps, asked = settings.steps_of(version), current.asked if current else {}
     deadline_s = current.deadline_s if current else deadline_length(settings, version, 0)
@@ -190,7 +218,14 @@ def round_frame(
         deadline_ms=min(round(1000 * deadline_s), 2**32 - 1),
         attempt=current.attempt if current else 0,
         asked=frozenset(asked.values()),
-        heard=frozenset(record.slot for record in current.heard.values()) if current else frozenset(),
+        heard=frozenset(slot for slot, base in acknowledged.items() if base == version),
         short=tuple(pair for pair in fewer if pair[1] < steps),
         entries=entries,
+        heard_before=_ages(acknowledged, version, settings.acknowledged),
     )
+
+
+def _ages(acknowledged: Mapping[int, int], version: int, oldest: int) -> tuple[tuple[int, int], ...]:
+    """(slot, age) of those heard before `version`, up to an age, by slot."""
+    ages = ((slot, version - base) for slot, base in acknowledged.items()) if oldest else ()
+    return tuple(sorted((slot, age) for slot, age in ages if 1 <= age <= oldest))

@@ -1,8 +1,10 @@
 """The server's machine: opens rounds, hears updates, closes rounds; commits before it publishes."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
-from meerkat_mq.core.path import MAX_WEIGHT, NO_DIGEST, Entry
+from meerkat_mq.core.path import MAX_WEIGHT, Entry
 from meerkat_mq.errors import AnotherServer
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.early_stopping import EarlyStopping, judgements_of, with_verdicts
@@ -14,11 +16,13 @@ from meerkat_mq.rounds.policy import (
     needed,
     newest_that_fit,
     sample,
+    shares_of,
     snapshot_due,
     terms_of,
     why_refused,
 )
 from meerkat_mq.rounds.record import KnownNode, OpenRound, Roster, round_frame
+from meerkat_mq.rounds.window import Window
 from meerkat_mq.wire.descriptor import NodeStatus
 from meerkat_mq.wire.frames import Header, Reason, Refusal, Update, Welcome
 from meerkat_mq.wire.messages import in_words
@@ -49,6 +53,8 @@ class ServerMachine:
         updates: Sequence[e.UpdateRecord] = (),
         past: Iterable[Sequence[e.UpdateRecord]] = (),
         judgements: Iterable[e.Judgement] = (),
+        bases: Mapping[int, bytes] | None = None,
+        heard: Mapping[str, int] | None = None,
     ) -> None:
         """Resume from what the ledger holds.
 
@@ -61,17 +67,21 @@ class ServerMachine:
             head: hash of the newest entry; None before the first.
             slots: node to slot.
             entries: the newest entries.
-            updates: the committed updates of round `version`: they stay heard.
+            updates: the committed updates that no entry holds yet, from theta of `version` or up to `max_staleness`
+                versions older: they stay heard.
             past: the updates of the newest `guards.window` closed rounds, oldest first.
             judgements: the newest of each node.
+            bases: of a buffered run, by version up to `max_staleness` older, the newest due digest at or before it.
+            heard: node to the newest base version of its committed updates, `updates` included.
         """
         self._settings = settings
         self._rank = (term, server_id)
-        self._base = base
+        self._window = Window(version, settings.max_staleness, {**(bases or {}), version: base}, updates)
         self._head = head or settings.mask_hash
         self._entries = newest_that_fit(entries)
         self._nodes = Roster(slots or {})
-        self._resumed = {record.node: record for record in updates if record.version == version}
+        for node, newest in (heard or {}).items():
+            self._window.heard(node, self._nodes[node].slot, newest)
         self._guard = Guard(settings.guards, settings.lanes, past)
         self._flagged = dict(self._guard.flagged)
         self._early = EarlyStopping(settings, judgements)
@@ -133,6 +143,10 @@ class ServerMachine:
                 self._on_want_came(event)
             case e.Tick():
                 self._on_tick(event)
+            case e.ValuesCame():
+                self._on_values_came(event)
+            case e.ValuesMissed():
+                self._on_values_missed(event)
             case e.TermsApplied():
                 self._on_terms_applied(event)
             case e.DirectionsMeasured():
@@ -151,12 +165,21 @@ class ServerMachine:
         if status.status == "online" and status.run in (None, self._settings.run_id.hex()):
             if node is None or not node.online or (status.boot, status.link) != (node.boot, node.link):
                 self._born(event.now, event.node, status)
+        elif self._is_late_death(node, status):
+            self._count("late death", event.node)
+        elif status.status == "asleep" and node is not None and status.wakes_in_s is not None:
+            node.boot, node.link = status.boot, status.link
+            self._nodes.vanished(event.node, event.now + status.wakes_in_s + self._settings.grace_s, asleep=True)
+            self._close_if_due(event.now)
         elif node is None or not node.online:
             return
-        elif status.status in ("stopped", "lost") and status.link != node.link:
-            self._count("late death", event.node)
         else:
             self._gone(event.now, event.node, left=status.status == "stopped")
+
+    def _is_late_death(self, node: KnownNode | None, status: NodeStatus) -> bool:
+        """Whether a connection ended, or a node fell asleep, before its present connection."""
+        ended = status.status in ("asleep", "stopped", "lost")
+        return ended and node is not None and node.online and status.link != node.link
 
     def _born(self, now: float, name: str, status: NodeStatus) -> None:
         node = self._nodes.get(name)
@@ -187,7 +210,8 @@ class ServerMachine:
             self._proceed(now)
             opened = self._open is not None
         else:
-            opened = current.attempt > 0 and node.online and not current.closing and current.ask(name, node.slot)
+            joins = current.attempt > 0 or self._settings.takes_what_comes(self.version)
+            opened = joins and node.online and not current.closing and current.ask(name, node.slot)
         if opened:  # a frame that says nothing new, for each of a thousand births, would go a million times
             self._announce()
 
@@ -195,10 +219,11 @@ class ServerMachine:
         current = self._open
         self._nodes.vanished(name, now + self._settings.grace_s)
         self._count("left" if left else "died", name)
-        if left and current is not None and name in current.asked and name not in current.taken:
+        if left and current is not None and name in current.asked and not self._window.took(name, self.version):
             current.forget(name)
             fewer = max(needed(len(current.asked), self._settings.quorum), fewest_needed(self._settings, self.version))
-            current.needed = min(current.needed, fewer)
+            if not self._settings.takes_what_comes(self.version):
+                current.needed = min(current.needed, fewer)
         self._close_if_due(now)
 
     def _on_want_came(self, event: e.WantCame) -> None:
@@ -241,25 +266,52 @@ class ServerMachine:
             self._count(reason, name)
             return
         refused = self._why_refused(name, update)
-        verdict = on_arrival(update.scalars, update.loss, self._settings.lr)
-        if refused is None:
-            self._take(name, update, verdict)
-            refused = None if verdict is e.Verdict.ACCEPTED else Reason.OUT_OF_RANGE
-        else:
-            self._count(f"refused: {in_words(refused)}", name)
         if refused is not None:
-            self._effects.append(e.Reply(name, Refusal(self._header(), update.boot, refused)))
+            self._refuse(name, update, refused)
+        elif update.values is not None:
+            self._window.fetch(name, update.header.version)
+            self._effects.append(e.FetchValues(name, update))
+        else:
+            self._take(name, update, on_arrival(update.scalars, update.loss, self._settings.lr))
+
+    def _on_values_came(self, event: e.ValuesCame) -> None:
+        name, update = event.node, event.update
+        expected = self._window.fetched(name, update.header.version)
+        reason = self._why_dropped(name, update) if expected else "unexpected answer"
+        if reason is not None:
+            self._count(reason, name)
+        elif event.verdict is e.Verdict.ACCEPTED and not math.isfinite(update.loss):
+            self._take(name, update, e.Verdict.NOT_FINITE)
+        else:
+            self._take(name, update, event.verdict)
+
+    def _on_values_missed(self, event: e.ValuesMissed) -> None:
+        expected = self._window.fetched(event.node, event.update.header.version)
+        self._count("values missed" if expected else "unexpected answer", event.node)
+
+    def _refuse(self, name: str, update: Update, reason: Reason) -> None:
+        self._count(f"refused: {in_words(reason)}", name)
+        self._reply_refusal(name, update, reason)
+
+    def _reply_refusal(self, name: str, update: Update, reason: Reason) -> None:
+        header = replace(self._header(), version=update.header.version)
+        self._effects.append(e.Reply(name, Refusal(header, update.boot, reason)))
 
     def _take(self, name: str, update: Update, verdict: e.Verdict) -> None:
-        """Keep the update, also one that the guards refuse: it is this node's only one for this version."""
-        assert self._open is not None
-        self._open.taken.add(name)
+        """Keep the update, also one that the guards refuse: it is this node's only one from this version's theta."""
+        current, base = self._open, update.header.version
+        assert current is not None
+        self._window.take(name, base)
         node = self._nodes[name]
         record = e.UpdateRecord(
-            self.version, name, node.slot, update.boot, node.weight, update.scalars, update.loss, verdict
+            base, name, node.slot, update.boot, node.weight, update.scalars, update.loss, verdict, update.values
         )  # fmt: skip
         self._count_refused([record])
-        self._effects.append(e.CommitUpdate(record, last=len(self._open.taken) == len(self._open.asked)))
+        current.taken += not current.closing
+        enough = current.needed if self._settings.takes_what_comes(self.version) else len(current.asked)
+        self._effects.append(e.CommitUpdate(record, last=current.taken >= enough))
+        if verdict is not e.Verdict.ACCEPTED:
+            self._reply_refusal(name, update, Reason.OUT_OF_RANGE)
 
     def _count_refused(self, records: Iterable[e.UpdateRecord]) -> None:
         for record in records:
@@ -273,22 +325,30 @@ class ServerMachine:
         self._compare(header)
         if header.term != mine.term:
             return "of another term"
-        if header.version != self.version or current is None or current.closing:
-            return "early" if header.version > self.version else "late"
-        if name not in current.asked:
-            return "not asked"
-        return "duplicate" if name in current.taken else None
+        if current is None:
+            return "late"
+        late = self._window.why_late(name, header.version, self.version + current.closing)
+        return late or (None if name in current.asked else "not asked")
 
     def _why_refused(self, name: str, update: Update) -> Reason | None:
-        slot, steps = self._nodes[name].slot, self._early.steps_of(self.version, name)
-        return why_refused(update, self._settings, self.version, base=self._base[:8], slot=slot, steps=steps)
+        slot, base = self._nodes[name].slot, update.header.version
+        # who was asked when an older version was open may have been early-stopped since
+        steps = self._early.steps_of(base, name) if base == self.version else self._settings.steps_of(base)
+        digest = self._window.base(base)
+        assert digest is not None
+        return why_refused(update, self._settings, base=digest[:8], slot=slot, steps=steps)
 
     def _on_updates_committed(self, event: e.UpdatesCommitted) -> None:
         current = self._open
-        if current is None or current.closing:
-            return
+        closing = current is not None and current.closing
         for record in event.records:
-            if record.version == self.version and record.node in current.taken:
+            if not self._window.spans(record.version, self.version + closing):
+                self._count("late", record.node)  # no entry takes it, so nobody may be told that it was heard
+                continue
+            self._window.committed(record)
+            if current is None or closing:
+                self._window.wait(record)
+            else:
                 current.hear(record)
         self._close_if_due(event.now)
 
@@ -302,14 +362,17 @@ class ServerMachine:
 
     def _proceed(self, now: float) -> None:
         """Open the next round if there is one, and nodes for it."""
-        version, settings, eligible = self.version, self._settings, self._nodes.eligible
+        version, settings, eligible = self.version, self._settings, self._nodes.eligible(now)
         if self.finished or len(eligible) < settings.min_nodes:
             return
         chosen = sample(settings.run_id, version, eligible.values(), settings.fraction_of(version))
         asked = {name: slot for name, slot in eligible.items() if slot in chosen}
-        heard, self._resumed = self._resumed, {}
-        asked |= {name: record.slot for name, record in heard.items()}
-        self._open = OpenRound(asked, needed(len(asked), settings.quorum), heard, None if settings.measured else ())
+        heard = self._window.open()
+        asked |= {record.node: record.slot for record in heard.values() if record.version == version}
+        enough = needed(len(asked), settings.quorum)
+        if settings.takes_what_comes(version):
+            enough = settings.buffer_size
+        self._open = OpenRound(version, asked, enough, heard, None if settings.measured else ())
         self._open.wait(now, deadline_length(settings, version, 0))
         if settings.measured:
             self._effects.append(e.MeasureDirections(version, settings.lanes, settings.directions_of(version)))
@@ -328,9 +391,12 @@ class ServerMachine:
         if current is None or current.closing:
             return
         overdue = now >= current.deadline_at
-        dead = self._nodes.dead(current.awaited, now)
-        enough = len(current.heard) >= current.needed
-        if enough and (overdue or dead == len(current.awaited)):
+        nobody_to_wait_for = self._nodes.dead(current.awaited, now) == len(current.awaited)
+        if self._settings.takes_what_comes(self.version):
+            due = len(current.heard) >= (1 if overdue or nobody_to_wait_for else current.needed)
+        else:
+            due = current.answers >= current.needed and (overdue or nobody_to_wait_for)
+        if due:
             if current.products is not None:  # else it closes as soon as they are measured
                 self._close(current, current.products, overdue=overdue)
         elif overdue:
@@ -338,16 +404,18 @@ class ServerMachine:
 
     def _close(self, current: OpenRound, products: Sequence[Sequence[float]], *, overdue: bool) -> None:
         judged = self._guard.judge(current.records)
-        self._count_refused(record for record in judged if record.verdict != current.heard[record.node].verdict)
+        before = zip(current.records, judged, strict=True)
+        self._count_refused(record for was, record in before if record.verdict != was.verdict)
         current.judgements = judgements_of(self.version, judged, products, self._settings)
         current.judged, current.overdue = with_verdicts(judged, current.judgements), overdue
-        current.terms = terms_of(current.judged, self._settings)
-        self._effects.append(e.ApplyTerms(self.version, current.terms))
+        current.terms = terms_of(current.judged, self._settings, self.version)
+        shares = shares_of(current.judged, self._settings, self.version)
+        self._effects.append(e.ApplyTerms(self.version, current.terms, shares))
 
     def _extend(self, current: OpenRound, now: float) -> None:
         """Below quorum: nothing is written; ask everybody at hand, and wait longer."""
         current.attempt = min(current.attempt + 1, LAST_ATTEMPT)
-        for name, slot in self._nodes.eligible.items():
+        for name, slot in self._nodes.eligible(now).items():
             current.ask(name, slot)
         current.wait(now, deadline_length(self._settings, self.version, current.attempt))
         self._count("round extended")
@@ -358,7 +426,7 @@ class ServerMachine:
         if current is None or current.terms is None or current.entry is not None or event.version != self.version:
             self._count("unexpected answer")
             return
-        current.entry = Entry(self.version, current.terms, self._head, event.digest)
+        current.entry = Entry(self.version, current.terms, self._head, event.digest, event.displacement)
         self._effects.append(current.commit(current.entry))
 
     def _on_entry_committed(self, event: e.EntryCommitted) -> None:
@@ -369,8 +437,8 @@ class ServerMachine:
             return
         self._entries = newest_that_fit([*self._entries, entry])
         self._head = entry.hash(self._settings.run_id)
-        self._base = self._base if entry.digest == NO_DIGEST else entry.digest
         self.version += 1
+        self._window.advance(entry)
         self._early.remember(current.judgements)
         self._open = None
         self._remember(event.records)
@@ -396,5 +464,12 @@ class ServerMachine:
     def _announce(self) -> None:
         """Publish the round, unless it is closing: the next one is soon there."""
         if self._open is None or not self._open.closing:
-            frame = round_frame(self._header(), self._settings, self._early, self._open, self._entries)
+            frame = round_frame(
+                self._header(),
+                self._settings,
+                self._early,
+                self._open,
+                acknowledged=self._window.acknowledged,
+                entries=self._entries,
+            )
             self._effects.append(e.PublishRound(frame))

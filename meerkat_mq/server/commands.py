@@ -14,20 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from meerkat_mq.errors import ConfigError
 from meerkat_mq.observe.figures import duration
-from meerkat_mq.observe.tables import (
-    RoundShown,
-    RunShown,
-    StepShown,
-    UpdateShown,
-    json_line,
-    path_table,
-    round_pages,
-    round_table,
-    say,
-    status_line,
-    status_table,
-    step_table,
-)
+from meerkat_mq.observe.shown import RoundShown, RunShown, StepShown, UpdateShown, json_line
+from meerkat_mq.observe.tables import path_table, round_pages, round_table, say, status_line, status_table, step_table
 from meerkat_mq.server.inspect import path_shown, round_shown, rounds_shown, run_shown, steps_shown
 from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
 from meerkat_mq.server.rebuild import rebuilt_path

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+from meerkat_mq.config import ServerConfig
+from meerkat_mq.errors import ConfigError
+
 DIFFERENCE_FILE = "difference.mkd"
 
 
@@ -13,3 +16,10 @@ def snapshot_file(folder: Path, version: int) -> Path:
 def mask_file(folder: Path, mask_hash: bytes) -> Path:
     """The server's copy of the run's mask: with it, the folder is all that verification needs."""
     return folder / f"mask-{mask_hash.hex()}.mkm"
+
+
+def unusable(config: ServerConfig, error: OSError) -> ConfigError:
+    """The state folder cannot be written."""
+    return ConfigError(
+        f"state_dir {config.state_dir}", f"cannot be used ({error.strerror})", "name a folder that can be written"
+    )

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from meerkat_mq.core.gradip import gradip
 from meerkat_mq.core.path import NO_DIGEST, seed_for
 from meerkat_mq.errors import LedgerError, RunMismatch
-from meerkat_mq.observe.tables import NodeShown, RoundShown, RunShown, StepShown, TermShown, UpdateShown
+from meerkat_mq.observe.shown import NodeShown, RoundShown, RunShown, StepShown, TermShown, UpdateShown
 from meerkat_mq.rounds.events import Judgement, UpdateRecord, Verdict
 from meerkat_mq.rounds.guards import NOT_REFUSED, Guard
 from meerkat_mq.rounds.policy import RoundSettings, lane_of
 from meerkat_mq.server.ledger import Ledger
 from meerkat_mq.server.ledger_rows import Closed, NodeRow, Products
-from meerkat_mq.server.run import early_stopping_in_words, settings_of
+from meerkat_mq.server.run import early_stopping_in_words, mode_in_words, settings_of
 from meerkat_mq.server.verify import run_of
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.messages import in_words
@@ -37,13 +37,14 @@ def run_shown(ledger: Ledger, now: float | None = None) -> RunShown:
     flagged = Guard(guards, run.directions, past).flagged
     closed = [entry.closed for entry in ledger.closed(max(0, version - guards.window), guards.window)]
     newest = ledger.terms()[-1:]
-    heard = ledger.records(version)
+    heard = ledger.open_updates()
     paths = _Paths(
         _mean_gradip(ledger, settings, past),
         {judgement.node: judgement for judgement in ledger.newest_judgements()},
         ledger.early_stopped_since(),
     )
-    last = {record.node: record for records in (*past, heard) for record in records}
+    given = sorted((record for records in (*past, heard) for record in records), key=lambda record: record.version)
+    last = {record.node: record for record in given}
     nodes = ledger.nodes()
     return RunShown(
         federation=run.federation,
@@ -59,6 +60,8 @@ def run_shown(ledger: Ledger, now: float | None = None) -> RunShown:
         loss=_loss(past[-1]) if past else None,
         early_stopping=_early_stopping(settings, sum(node.node not in paths.judgements for node in nodes)),
         nodes=tuple(_node_shown(node, last.get(node.node), version, flagged, paths=paths, now=now) for node in nodes),
+        mode=mode_in_words(settings),
+        staleness=ledger.staleness(guards.window),
     )
 
 
@@ -81,10 +84,19 @@ def _mean_gradip(ledger: Ledger, settings: RoundSettings, rounds: Iterable[Seque
     """Node to its mean |GradIP| over the steps that were not refused."""
     sizes: dict[str, list[float]] = {}
     for records in rounds:
-        products = ledger.products(records[0].version, settings)
-        for record in _not_refused(records) if products else ():
-            sizes.setdefault(record.node, []).extend(map(abs, gradip_of(ledger, record, products or ())))
-    return {node: math.fsum(found) / len(found) for node, found in sizes.items()}
+        for record, measured in _measured(ledger, settings, records):
+            sizes.setdefault(record.node, []).extend(map(abs, measured))
+    return {node: math.fsum(found) / len(found) for node, found in sizes.items() if found}
+
+
+def _measured(
+    ledger: Ledger, settings: RoundSettings, records: Sequence[UpdateRecord]
+) -> Iterator[tuple[UpdateRecord, tuple[float, ...]]]:
+    """The updates of a round that were not refused, each with its GradIP; not those whose version has no products."""
+    products = {version: ledger.products(version, settings) for version in {record.version for record in records}}
+    for record in _not_refused(records):
+        if found := products[record.version]:
+            yield record, gradip_of(ledger, record, found)
 
 
 def _not_refused(records: Iterable[UpdateRecord]) -> list[UpdateRecord]:
@@ -132,6 +144,7 @@ def _node_shown(
         rho_later=judgement.rho_later if judgement else None,
         rho_quiet=judgement.rho_quiet if judgement else None,
         early_stopped_since=paths.early_stopped_since.get(node.node),
+        displacement=last.values.size if last is not None and last.values is not None else 0,
     )
 
 
@@ -158,17 +171,18 @@ def round_shown(ledger: Ledger, version: int) -> RoundShown:
 
 
 def path_shown(ledger: Ledger, node: str, first: int, count: int) -> Iterator[UpdateShown]:
-    """What a node gave to the rounds from version `first` on, at most `count` of them, the open one included.
+    """What a node gave from theta of version `first` on, of at most `count` versions, the open one included.
 
     Raises:
         RunMismatch: the ledger knows no such node.
     """
     run = run_of(ledger)
     _check_known(ledger, node)
-    for version in range(first, min(first + count, ledger.version + 1)):
-        for record in ledger.records(version):
-            if record.node == node:
-                yield _update_shown(run, record)
+    for start in range(first, first + count, PAGE):
+        for entry, record in ledger.given_by(node, start, min(start + PAGE, first + count)):
+            yield _update_shown(run, record, entry)
+        if start > ledger.version:
+            return
 
 
 def _check_known(ledger: Ledger, node: str) -> None:
@@ -195,10 +209,9 @@ def steps_shown(ledger: Ledger, node: str | None, first: int, count: int) -> Ite
         problem = "is not measured in this run: its mask has no pre-training gradient"
         raise RunMismatch("GradIP", problem, "score the mask of the next one: `meerkat mask`")
     for version in range(first, end):
-        products = ledger.products(version, settings)
-        for record in _not_refused(ledger.records(version)) if products else ():
+        for record, measured in _measured(ledger, settings, ledger.records(version)):
             if node in (None, record.node):
-                yield from _steps_shown(run, record, gradip_of(ledger, record, products or ()))
+                yield from _steps_shown(run, record, measured)
 
 
 def _steps_shown(run: RunDescriptor, record: UpdateRecord, measured: Sequence[float]) -> Iterator[StepShown]:
@@ -220,14 +233,19 @@ def _round_shown(run: RunDescriptor, closed: Closed, records: Sequence[UpdateRec
         previous=entry.previous.hex(),
         hash=entry.hash(run.run_id).hex(),
         terms=tuple(
-            TermShown(term.lane, term.step, _seed(run, entry.version, term.lane, term.step), term.coefficient)
+            TermShown(
+                term.lane, term.step, _seed(run, entry.version - term.age, term.lane, term.step), term.coefficient,
+                term.age,
+            )
             for term in entry.terms
         ),
-        updates=tuple(_update_shown(run, record) for record in records),
-    )
+        updates=tuple(_update_shown(run, record, entry.version) for record in records),
+        displacement=entry.displacement.blob.hex() if entry.displacement else "",
+        size=entry.displacement.size if entry.displacement else 0,
+    )  # fmt: skip
 
 
-def _update_shown(run: RunDescriptor, record: UpdateRecord) -> UpdateShown:
+def _update_shown(run: RunDescriptor, record: UpdateRecord, entry: int | None) -> UpdateShown:
     lane = lane_of(record.slot, run.directions)
     return UpdateShown(
         version=record.version,
@@ -240,6 +258,9 @@ def _update_shown(run: RunDescriptor, record: UpdateRecord) -> UpdateShown:
         scalars=record.scalars,
         loss=record.loss,
         verdict=in_words(record.verdict),
+        entry=entry,
+        displacement=record.values.blob.hex() if record.values else "",
+        size=record.values.size if record.values else 0,
     )
 
 

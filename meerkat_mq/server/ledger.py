@@ -5,60 +5,38 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Self
 
-from meerkat_mq.config import EarlyStoppingConfig, GuardsConfig, RoundsConfig, check_config
-from meerkat_mq.core.path import Entry
+from meerkat_mq.core.path import Entry, short_hash
 from meerkat_mq.errors import AnotherServer
 from meerkat_mq.rounds.events import Judgement, UpdateRecord
-from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.server import ledger_file
-from meerkat_mq.server.ledger_rows import (
-    Closed,
-    KeptSnapshot,
-    NodeRow,
-    Products,
-    Row,
-    RowT,
-    Sighting,
-    Term,
-    from_row,
-    judgement,
-    pack_products,
-    unpack_products,
-    update_record,
-    update_row,
-)
-from meerkat_mq.wire.descriptor import RunDescriptor, decode_control
-from meerkat_mq.wire.frames import decode_entry, encode_entry
+from meerkat_mq.server.ledger_reader import LedgerReader
+from meerkat_mq.server.ledger_rows import Products, Sighting, pack_products, update_row
+from meerkat_mq.wire.descriptor import RunDescriptor
+from meerkat_mq.wire.frames import encode_entry
 
 LEDGER_FILE = "ledger.sqlite"
 SNAPSHOTS_KEPT = 2
 
-_UPDATES = """
-    SELECT version, node, updates.slot, updates.boot, weight, scalars, loss, verdict
-    FROM updates LEFT JOIN nodes USING (slot) WHERE version >= ? AND version < ? ORDER BY version, updates.slot
-"""
-_JUDGED = """
-    SELECT version, node, judgements.slot, rho_later, rho_quiet, early_stopped,
-           EXISTS (SELECT 1 FROM entries WHERE entries.version = judgements.version)
-    FROM judgements LEFT JOIN nodes USING (slot)
-"""
-_EARLY_STOPPED_SINCE = """
-    WITH cleared AS (SELECT slot, MAX(version) AS last FROM judgements WHERE NOT early_stopped GROUP BY slot)
-    SELECT node, MIN(version) FROM judgements JOIN nodes USING (slot) LEFT JOIN cleared USING (slot)
-    WHERE version > COALESCE(last, -1) GROUP BY slot
-"""
 _NEWEST_TERM = "SELECT term, server_id, host FROM terms ORDER BY term DESC LIMIT 1"
 _SIGHTING = """
     UPDATE nodes SET boot = ?, host = ?, status = ?, rows = ?, first_seen = COALESCE(first_seen, ?), last_seen = ?,
                      updates = updates + ?, packet_bytes = packet_bytes + ? WHERE node = ?
 """
+_UPDATE = """
+    INSERT INTO updates (version, slot, boot, weight, scalars, loss, verdict, blob, size, steps)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+"""
+_TOO_OLD = "FROM updates WHERE version BETWEEN ? AND ? AND entry IS NULL"
+_UNNAMED = """
+    NOT EXISTS (SELECT 1 FROM updates WHERE blob = blobs.hash)
+    AND NOT EXISTS (SELECT 1 FROM displacements WHERE hash = blobs.hash)
+"""
 
 
-class Ledger:
+class Ledger(LedgerReader):
     """A run's ledger. Every method blocks; one thread at a time may call them.
 
     Each commit is a transaction of its own, or part of the `group` around it; it returns when what it was given would
@@ -68,9 +46,9 @@ class Ledger:
     """
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
-        self.path = path
-        self._connection = connection
+        super().__init__(path, connection)
         self._mine: tuple[int, str] | None = None
+        self._loose = set[bytes]()  # displacements kept since the last entry
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -89,12 +67,6 @@ class Ledger:
             LedgerError: there is none, or it cannot be used.
         """
         return cls(path, ledger_file.open_to_read(path))
-
-    def close(self) -> None:
-        """Leave one whole file."""
-        self._connection.close()
-
-    # --- writing ---
 
     @contextmanager
     def group(self) -> Iterator[None]:
@@ -148,10 +120,14 @@ class Ledger:
             self._write("INSERT INTO run VALUES (1, ?, ?, ?, ?)", row)
 
     def take_term(self, above: int, server_id: str, host: str) -> int:
-        """Take, for this server, the term after the ledger's newest and `above`; fences all earlier servers."""
+        """Take, for this server, the term after the ledger's newest and `above`; fences all earlier servers.
+
+        Displacements that an earlier server kept, but whose updates it did not, go.
+        """
         with self.group():
             term = 1 + max(above, self.term)
             self._write("INSERT INTO terms VALUES (?, ?, ?, ?)", (term, server_id, host, time.time()))
+            self._write(f"DELETE FROM blobs WHERE {_UNNAMED}", ())  # noqa: S608
         self._mine = (term, server_id)
         return term
 
@@ -161,7 +137,17 @@ class Ledger:
 
     def commit_updates(self, records: Iterable[UpdateRecord]) -> None:
         """Keep updates, refused ones too."""
-        self._write("INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?)", *map(update_row, records))
+        self._write(_UPDATE, *map(update_row, records))
+
+    def keep_blob(self, blob: bytes) -> bytes:
+        """Keep a displacement, a node's or that of the next entry; returns its hash.
+
+        The next `commit_entry` forgets it, unless an update or that entry names it by then.
+        """
+        name = short_hash(blob)
+        self._write("INSERT OR IGNORE INTO blobs VALUES (?, ?)", (name, blob))
+        self._loose.add(name)
+        return name
 
     def commit_entry(
         self,
@@ -173,11 +159,11 @@ class Ledger:
         products: Products = (),
         judgements: Sequence[Judgement] = (),
     ) -> None:
-        """Keep an entry, and the final verdicts on its updates; one that was kept too late for the entry goes.
+        """Keep an entry, and which updates closed with it, with what verdicts; those now too old for any entry go.
 
         Args:
             entry: of the ledger's version.
-            records: every update of its round.
+            records: every update that closed with it.
             asked: how many nodes were asked.
             overdue: whether the deadline closed the round.
             products: ⟨g_p, z⟩ by lane and step; empty where the run does not measure GradIP.
@@ -188,15 +174,23 @@ class Ledger:
         with self.group():
             row = (entry.version, term, time.time(), asked, overdue, encode_entry(entry), pack_products(products))
             self._write("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+            if entry.displacement is not None:
+                self._write("INSERT INTO displacements VALUES (?, ?)", (entry.version, entry.displacement.blob))
             slots = {record.node: record.slot for record in records}
-            counted = set(slots.values())
             judged = [(j.version, slots[j.node], j.rho_later, j.rho_quiet, j.early_stopped) for j in judgements]
             self._write("INSERT INTO judgements VALUES (?, ?, ?, ?, ?)", *judged)
-            kept = self._rows("SELECT slot FROM updates WHERE version = ?", entry.version)
-            late = [(entry.version, slot) for (slot,) in kept if slot not in counted]
-            self._write("DELETE FROM updates WHERE version = ? AND slot = ?", *late)
-            verdicts = [(record.verdict, record.version, record.slot) for record in records if record.verdict]
-            self._write("UPDATE updates SET verdict = ? WHERE version = ? AND slot = ?", *verdicts)
+            closed = [(entry.version, record.verdict, record.version, record.slot) for record in records]
+            self._write("UPDATE updates SET entry = ?, verdict = ? WHERE version = ? AND slot = ?", *closed)
+            self._forget_too_old(entry.version - self.window)
+
+    def _forget_too_old(self, version: int) -> None:
+        """Forget the updates in no entry from theta of this version, and displacements that nobody names now."""
+        oldest = version - 1  # one of that version may have been on its way when its last entry closed
+        self._loose |= {blob for (blob,) in self._rows(f"SELECT blob {_TOO_OLD}", oldest, version) if blob}
+        self._write(f"DELETE {_TOO_OLD}", (oldest, version))
+        if self._loose:
+            self._write(f"DELETE FROM blobs WHERE hash = ? AND {_UNNAMED}", *((name,) for name in self._loose))  # noqa: S608
+            self._loose.clear()
 
     def commit_snapshot(self, version: int, blob_hash: bytes, size: int) -> None:
         """Keep the hash of a snapshot file, and forget all but the newest two."""
@@ -216,159 +210,3 @@ class Ledger:
         """Keep what theta of a version was found to be worth."""
         rows = [(version, name, value) for name, value in metrics.items()]
         self._write("INSERT OR REPLACE INTO metrics VALUES (?, ?, ?)", *rows)
-
-    # --- reading ---
-
-    def _rows(self, query: str, *values: object) -> list[Row]:
-        with ledger_file.in_words(self.path):
-            return self._connection.execute(query, values).fetchall()
-
-    def _row(self, query: str, *values: object) -> Row:
-        return next(iter(self._rows(query, *values)), ())
-
-    def _all(self, kind: type[RowT], what: str, query: str) -> tuple[RowT, ...]:
-        rows = self._rows(query)
-        with ledger_file.decoding(self.path, what):
-            return tuple(from_row(kind, row) for row in rows)
-
-    @property
-    def run(self) -> RunDescriptor | None:
-        """The run as it was described at its first start; None before `begin`."""
-        row = self._row("SELECT descriptor FROM run")
-        with ledger_file.decoding(self.path, "a run"):
-            return decode_control(str(row[0]).encode(), RunDescriptor) if row else None
-
-    @property
-    def rules(self) -> dict[str, Any]:
-        """The rules of the run's first start; none before `begin`. Sections that are newer than the run: defaults."""
-        row = self._row("SELECT rules FROM run")
-        if not row:
-            return {}
-        with ledger_file.decoding(self.path, "rules of a run"):
-            rules = dict(json.loads(row[0]))
-            rounds = check_config(rules.get("rounds"), RoundsConfig, where="rounds")
-            guards = check_config(rules.get("guards"), GuardsConfig, where="guards")
-            early = check_config(rules.get("early_stopping", {}), EarlyStoppingConfig, where="early_stopping")
-            sections = {"rounds": rounds, "guards": guards, "early_stopping": early}
-            return {name: section.model_dump(mode="json") for name, section in sections.items()}
-
-    @property
-    def created(self) -> float:
-        """Seconds since 1970 of the run's first start; 0 before."""
-        row = self._row("SELECT created FROM run")
-        return float(row[0]) if row else 0.0
-
-    @property
-    def version(self) -> int:
-        """Number of entries, theta's committed version."""
-        return int(self._row("SELECT COALESCE(MAX(version) + 1, 0) FROM entries")[0])
-
-    @property
-    def term(self) -> int:
-        """The newest term; 0 before the first."""
-        return int(self._row("SELECT COALESCE(MAX(term), 0) FROM terms")[0])
-
-    def entries(self, first: int, limit: int) -> tuple[Entry, ...]:
-        """At most `limit` entries from version `first` on."""
-        return tuple(closed.entry for closed in self.closed(first, limit))
-
-    def closed(self, first: int, limit: int) -> tuple[Closed, ...]:
-        """The same, with how their rounds closed."""
-        query = "SELECT entry, term, closed, asked, overdue FROM entries WHERE version >= ? ORDER BY version LIMIT ?"
-        rows = self._rows(query, first, limit)
-        with ledger_file.decoding(self.path, "an entry"):
-            return tuple(from_row(Closed, (decode_entry(row[0]), *row[1:4], bool(row[4]))) for row in rows)
-
-    def stretch(self, first: int) -> tuple[int, int]:
-        """How many entries there are from version `first` on, and their encoded bytes."""
-        count, size = self._row("SELECT COUNT(*), TOTAL(LENGTH(entry)) FROM entries WHERE version >= ?", first)
-        return int(count), int(size)
-
-    def records(self, version: int) -> tuple[UpdateRecord, ...]:
-        """The updates of a version, by slot."""
-        return self._updates(version, version + 1)
-
-    def _updates(self, first: int, end: int) -> tuple[UpdateRecord, ...]:
-        rows = self._rows(_UPDATES, first, end)
-        with ledger_file.decoding(self.path, f"in versions {first} to {end - 1} an update"):
-            return tuple(map(update_record, rows))
-
-    def products(self, version: int, settings: RoundSettings) -> Products | None:
-        """⟨g_p, z⟩ of an entry, by lane and step; empty where nothing was measured, None where nothing was kept.
-
-        Nothing was kept by servers older than schema 2, and of a round that did not close.
-
-        Args:
-            version: of the entry.
-            settings: of the run: how many lanes a round has, and how many directions each.
-
-        Raises:
-            LedgerError: they are of another number of directions.
-        """
-        packed = next(iter(self._row("SELECT products FROM entries WHERE version = ?", version)), None)
-        with ledger_file.decoding(self.path, "products"):
-            directions = settings.directions_of(version)
-            return None if packed is None else unpack_products(packed, settings.lanes, directions)
-
-    def judgements(self, version: int) -> tuple[Judgement, ...]:
-        """What a calibration round showed of the nodes, by slot; nothing of any other round."""
-        return self._judged(f"{_JUDGED} WHERE version = ? ORDER BY judgements.slot", version)
-
-    def newest_judgements(self) -> tuple[Judgement, ...]:
-        """The newest of each node, by slot.
-
-        Raises:
-            LedgerError: one of them is of a round that did not close.
-        """
-        newest = "SELECT MAX(version), slot FROM judgements GROUP BY slot"
-        where = f"WHERE (version, judgements.slot) IN ({newest})"
-        return self._judged(f"{_JUDGED} {where} ORDER BY judgements.slot")
-
-    def _judged(self, query: str, *values: object) -> tuple[Judgement, ...]:
-        rows = self._rows(query, *values)
-        with ledger_file.decoding(self.path, "a judgement"):
-            return tuple(map(judgement, rows))
-
-    def judged_while_open(self) -> object | None:
-        """The version of a judgement whose round did not close; None: there is none, as no server writes one."""
-        row = self._row("SELECT version FROM judgements WHERE version NOT IN (SELECT version FROM entries) LIMIT 1")
-        return next(iter(row), None)
-
-    def early_stopped_since(self) -> dict[str, int]:
-        """Early-stopped node to the calibration round from which on every one said so."""
-        rows = self._rows(_EARLY_STOPPED_SINCE)
-        with ledger_file.decoding(self.path, "judgements"):
-            return {str(node): int(version) for node, version in rows}
-
-    def open_updates(self) -> tuple[UpdateRecord, ...]:
-        """The updates of the open round."""
-        return self.records(self.version)
-
-    def past(self, window: int) -> list[tuple[UpdateRecord, ...]]:
-        """The updates of the newest closed rounds, oldest first."""
-        version = self.version
-        records = self._updates(version - window, version)
-        return [tuple(group) for _, group in groupby(records, key=lambda record: record.version)]
-
-    def slots(self) -> dict[str, int]:
-        """Node to slot."""
-        return {node.node: node.slot for node in self.nodes()}
-
-    def nodes(self) -> tuple[NodeRow, ...]:
-        """All nodes that have a slot, by slot."""
-        return self._all(NodeRow, "a node", "SELECT * FROM nodes WHERE slot IS NOT NULL ORDER BY slot")
-
-    def terms(self) -> tuple[Term, ...]:
-        """All terms, oldest first."""
-        return self._all(Term, "a term", "SELECT * FROM terms ORDER BY term")
-
-    def snapshots(self) -> tuple[KeptSnapshot, ...]:
-        """Snapshot files, newest first."""
-        return self._all(KeptSnapshot, "a snapshot", "SELECT * FROM snapshots ORDER BY version DESC")
-
-    def metrics(self) -> dict[int, dict[str, float]]:
-        """Version to what was found, by name."""
-        found: dict[int, dict[str, float]] = {}
-        for version, name, value in self._rows("SELECT version, name, value FROM metrics ORDER BY version, name"):
-            found.setdefault(version, {})[name] = value
-        return found

@@ -34,6 +34,16 @@ MIGRATIONS = [
                              rho_quiet REAL NOT NULL, early_stopped INTEGER NOT NULL,
                              PRIMARY KEY (version, slot)) WITHOUT ROWID;
     """,
+    """
+    ALTER TABLE updates ADD COLUMN entry INTEGER;
+    ALTER TABLE updates ADD COLUMN blob BLOB;
+    ALTER TABLE updates ADD COLUMN size INTEGER;
+    ALTER TABLE updates ADD COLUMN steps INTEGER;
+    UPDATE updates SET entry = version WHERE version IN (SELECT version FROM entries);
+    CREATE INDEX updates_by_blob ON updates (blob) WHERE blob IS NOT NULL;
+    CREATE TABLE blobs (hash BLOB PRIMARY KEY, data BLOB NOT NULL);
+    CREATE TABLE displacements (version INTEGER PRIMARY KEY, hash BLOB NOT NULL);
+    """,
 ]
 SCHEMA = len(MIGRATIONS)  # the newest version of the schema
 
@@ -43,6 +53,12 @@ _SHOWN_AS_NEWEST = [  # by schema, what makes a file that must not be written lo
     CREATE TEMP VIEW entries AS SELECT *, NULL AS products FROM main.entries;
     CREATE TEMP VIEW judgements AS SELECT 0 AS version, 0 AS slot, 0.0 AS rho_later, 0.0 AS rho_quiet,
                                           0 AS early_stopped WHERE FALSE;
+    """,
+    """
+    CREATE TEMP VIEW updates AS SELECT *, CASE WHEN version IN (SELECT version FROM main.entries) THEN version END
+                                       AS entry, NULL AS blob, NULL AS size, NULL AS steps FROM main.updates;
+    CREATE TEMP VIEW blobs AS SELECT x'' AS hash, x'' AS data WHERE FALSE;
+    CREATE TEMP VIEW displacements AS SELECT 0 AS version, x'' AS hash WHERE FALSE;
     """,
 ]
 _MAGIC = b"SQLite format 3\0"

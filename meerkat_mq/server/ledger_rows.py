@@ -3,12 +3,13 @@
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, TypeVar, get_type_hints
 
 from meerkat_mq.core.gradip import by_lane
 from meerkat_mq.core.path import Entry
 from meerkat_mq.rounds.events import Judgement, UpdateRecord, Verdict
+from meerkat_mq.wire.messages import Values
 
 _FLOAT = struct.Struct("<f")
 Row = tuple[Any, ...]
@@ -102,21 +103,25 @@ def from_row(kind: type[RowT], row: Row) -> RowT:
 
 
 def update_row(record: UpdateRecord) -> Row:
-    """Version, slot, boot, weight, scalars, loss, verdict; SQLite makes NULL of a NaN, so that one goes as bytes."""
+    """Version, slot, boot, weight, scalars, loss, verdict, blob, size, steps; the last three NULL for a path.
+
+    SQLite makes NULL of a NaN, so that one goes as bytes.
+    """
     scalars = struct.pack(f"<{len(record.scalars)}f", *record.scalars)
     loss = _FLOAT.pack(record.loss) if math.isnan(record.loss) else record.loss
-    return record.version, record.slot, record.boot, record.weight, scalars, loss, int(record.verdict)
+    values = (None, None, None) if record.values is None else astuple(record.values)
+    return record.version, record.slot, record.boot, record.weight, scalars, loss, int(record.verdict), *values
 
 
 def update_record(row: Row) -> UpdateRecord:
-    """From version, node, slot, boot, weight, scalars, loss, verdict.
+    """From version, node, slot, boot, weight, scalars, loss, verdict, blob, size, steps.
 
     Raises:
         TypeError: a value is not of its column's type, or nobody has the slot.
-        ValueError: there is no such verdict.
+        ValueError: there is no such verdict, or it is a displacement with projected gradients.
         struct.error: scalars or loss do not have whole floats.
     """
-    version, node, slot, boot, weight, packed, loss, verdict = row
+    version, node, slot, boot, weight, packed, loss, verdict, *described = row
     if node is None:
         raise TypeError(f"no node has slot {slot!s:.50}")
     for name, value in (("slot", slot), ("boot", boot), ("weight", weight), ("verdict", verdict)):
@@ -127,7 +132,16 @@ def update_record(row: Row) -> UpdateRecord:
     scalars = struct.unpack(f"<{len(packed) // 4}f", packed)
     if isinstance(loss, bytes):
         (loss,) = _FLOAT.unpack(loss)
-    return UpdateRecord(version, node, slot, boot, weight, scalars, loss, Verdict(verdict))
+    values = None if described == [None, None, None] else _values(*described)
+    if values is not None and scalars:
+        raise ValueError("a displacement has projected gradients")
+    return UpdateRecord(version, node, slot, boot, weight, scalars, loss, Verdict(verdict), values)
+
+
+def _values(blob: object, size: object, steps: object) -> Values:
+    if not (isinstance(blob, bytes) and isinstance(size, int) and isinstance(steps, int)):
+        raise TypeError(f"a displacement is {blob!r:.50}, {size!r:.50}, {steps!r:.50}")
+    return Values(blob, size, steps)
 
 
 def pack_products(products: Sequence[Sequence[float]]) -> bytes:

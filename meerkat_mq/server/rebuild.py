@@ -10,7 +10,7 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import seeds_of, virtual_path
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.errors import RunMismatch
-from meerkat_mq.observe.tables import RebuiltShown
+from meerkat_mq.observe.shown import RebuiltShown
 from meerkat_mq.rounds.policy import lane_of
 from meerkat_mq.server.inspect import gradip_of
 from meerkat_mq.server.ledger import Ledger
@@ -23,17 +23,18 @@ AT_ONCE = 100
 def rebuilt_path(
     ledger: Ledger, mask: Mask, version: int, node: str, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Iterator[RebuiltShown]:
-    """A node's projected gradients of a closed round, and how far from theta_v each local step led it.
+    """A node's projected gradients from theta of a version, and how far from there each local step led it.
 
     Args:
         ledger: of a run.
         mask: of the run.
-        version: of the round.
+        version: theta's, of a closed round.
         node: its id.
         progress: is told how many entries are applied, of how many.
 
     Raises:
-        RunMismatch: it is another run's mask, the round did not close, or the node gave nothing to it.
+        RunMismatch: it is another run's mask, the round did not close, or the node gave nothing from its theta, or a
+            displacement.
         LedgerError: what is kept of the round has not the size that it must have.
         BadValue: the node sent a projected gradient that leads nowhere: it was refused.
     """
@@ -41,9 +42,12 @@ def rebuilt_path(
     check_mask(mask, run)
     if version >= ledger.version:
         raise RunMismatch(f"round {version}", f"did not close; {ledger.version} rounds have", "name an earlier one")
-    record = next((record for record in ledger.records(version) if record.node == node), None)
+    record = next((record for _, record in ledger.given_by(node, version, version + 1)), None)
     if record is None:
         raise RunMismatch(f"node {node}", f"gave nothing to round {version}", "`meerkat ledger --round` says who did")
+    if record.values is not None:
+        problem = f"gave a displacement to round {version}: how it came to that cannot be rebuilt"
+        raise RunMismatch(f"node {node}", problem, "name a node that sends projected gradients")
     theta, lane = theta_of(ledger, mask, version, progress), lane_of(record.slot, run.directions)
     seeds, perturbations = seeds_of(run.run_id, version, lane, len(record.scalars)), run.perturbations
     products = ledger.products(version, settings_of(run, ledger.rules))
@@ -67,7 +71,7 @@ def theta_of(ledger: Ledger, mask: Mask, version: int, progress: Callable[[int, 
         entries = ledger.entries(replica.version, min(AT_ONCE, version - replica.version))
         if [entry.version for entry in entries] != list(range(replica.version, replica.version + len(entries))):
             raise RunMismatch(f"entry {replica.version}", "is missing, or one after it", "`meerkat verify` says more")
-        replica.replay([entry.terms for entry in entries])
+        replica.replay(ledger.changes(entries, mask.size))
     progress(version, version)
     return replica.theta
 

@@ -47,7 +47,7 @@ def follow(ledger: Ledger, run: Run, replica: Replica) -> None:
     head = before[0].hash(run.descriptor.run_id) if before else run.mask.hash
     while replica.version < version:
         entries = ledger.entries(replica.version, AT_ONCE)
-        digests = replica.replay([entry.terms for entry in entries])
+        digests = replica.replay(ledger.changes(entries, run.mask.size))
         for entry, found in zip(entries, digests, strict=True):
             if entry.previous != head or entry.digest != found:
                 problem = f"entry {entry.version} does not follow from those before it"
@@ -60,14 +60,15 @@ def follow(ledger: Ledger, run: Run, replica: Replica) -> None:
 
 
 def resumed(ledger: Ledger, run: Run, *, term: int, server_id: str) -> ServerMachine:
-    """A machine that goes on where the ledger stands, the open round's committed updates included."""
+    """A machine that goes on where the ledger stands, the committed updates that no entry holds yet included."""
     version = ledger.version
+    bases = _bases(ledger, run, version)
     entries = ledger.entries(max(0, version - NEWEST), NEWEST)
     return ServerMachine(
         run.settings,
         term=term,
         server_id=server_id,
-        base=_base(ledger, run, version),
+        base=bases[version],
         version=version,
         head=entries[-1].hash(run.descriptor.run_id) if entries else None,
         slots=ledger.slots(),
@@ -75,12 +76,17 @@ def resumed(ledger: Ledger, run: Run, *, term: int, server_id: str) -> ServerMac
         updates=ledger.open_updates(),
         past=ledger.past(run.settings.guards.window),
         judgements=ledger.newest_judgements(),
+        bases=bases,
+        heard=ledger.heard(),
     )
 
 
-def _base(ledger: Ledger, run: Run, version: int) -> bytes:
-    """The newest due digest of theta."""
-    due = version - version % run.descriptor.digest_every
-    found = ledger.entries(due - 1, 1)[0].digest if due else digest(run.mask.theta_0)
-    assert found != NO_DIGEST
-    return found
+def _bases(ledger: Ledger, run: Run, version: int) -> dict[int, bytes]:
+    """By version that an update's theta may be of, the newest due digest at or before it."""
+    versions = range(max(0, version - run.descriptor.max_staleness), version + 1)
+    due = {found: found - found % run.descriptor.digest_every for found in versions}
+    first = max(0, min(due.values()) - 1)
+    digests = {entry.version + 1: entry.digest for entry in ledger.entries(first, version - first)}
+    digests[0] = digest(run.mask.theta_0)
+    assert all(digests[at] != NO_DIGEST for at in due.values())
+    return {found: digests[at] for found, at in due.items()}

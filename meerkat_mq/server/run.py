@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from meerkat_mq.config import EarlyStoppingConfig, GuardsConfig, RoundsConfig, ServerConfig
+from meerkat_mq.config import Codec, EarlyStoppingConfig, GuardsConfig, RoundsConfig, ServerConfig, ServerValuesConfig
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.toy import toy_mask
 from meerkat_mq.errors import ConfigError, RunMismatch, within
@@ -19,12 +19,15 @@ from meerkat_mq.wire.descriptor import RunDescriptor, Task
 from meerkat_mq.wire.frames import Chunk, Header
 
 _MAY_DIFFER = {"mask_bytes", "mask_chunks", "model"}  # how a mask is compressed and where a model lies; hashes say what
-_RENAMED = {"rounds": "rounds.count", "weights": "toy_weights"} | {
+_RENAMED = {"rounds": "rounds.count", "weights": "toy_weights", "values": "values.accept"} | {
     key: f"rounds.{key}"
-    for key in ("stream", "local_steps", "directions", "lr", "eps", "perturbations", "batch_size", "digest_every")
-}
+    for key in (
+        "stream", "local_steps", "directions", "lr", "eps", "perturbations", "batch_size", "digest_every", "mode",
+        "max_staleness",
+    )
+}  # fmt: skip
 _HASHES = {"mask", "fingerprint", "tokenizer"}  # say less than what else differs with them
-_FIXED_RULES = ("aggregate", "trim", "weigh_by_rows")
+_FIXED_RULES = ("aggregate", "trim", "weigh_by_rows", "staleness", "staleness_exponent")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,11 @@ class Run:
     mask: Mask
     blob: bytes
     rules: Mapping[str, Any]
+
+    @property
+    def codec(self) -> Codec:
+        """How mean displacements are encoded."""
+        return codec_of(self.rules)
 
     def chunks(self, term: int) -> list[Chunk]:
         """The mask's chunks as a server of this term publishes them."""
@@ -85,8 +93,13 @@ def prepare_run(config: ServerConfig, begun: RunDescriptor | None = None) -> Run
             perturbations=rounds.perturbations,
             batch_size=rounds.batch_size,
             digest_every=rounds.digest_every,
+            mode=rounds.mode,
+            max_staleness=rounds.max_staleness if rounds.mode == "buffered" else 0,
+            values=config.values.accept,
         )
-    sections = {"rounds": rounds, "guards": config.guards, "early_stopping": config.early_stopping}
+    sections = {
+        "rounds": rounds, "guards": config.guards, "early_stopping": config.early_stopping, "values": config.values,
+    }  # fmt: skip
     rules = {name: section.model_dump(mode="json") for name, section in sections.items()}
     return Run(descriptor, settings_of(descriptor, rules, measured=bool(mask.g_p.any())), mask, blob, rules)
 
@@ -135,6 +148,28 @@ def settings_of(run: RunDescriptor, rules: Mapping[str, Any], *, measured: bool 
         perturbations=run.perturbations,
         early_stopping=EarlyStoppingConfig(**rules["early_stopping"]),
         measured=measured,
+        mode=run.mode,
+        buffer_size=rounds.buffer_size,
+        max_staleness=run.max_staleness,
+        staleness=rounds.staleness,
+        staleness_exponent=rounds.staleness_exponent,
+        values_accepted=run.values,
+    )
+
+
+def codec_of(rules: Mapping[str, Any]) -> Codec:
+    """How mean displacements are encoded, under rules as the ledger keeps them."""
+    return ServerValuesConfig(**rules["values"]).codec
+
+
+def mode_in_words(settings: RoundSettings) -> str:
+    """How a buffered run closes its versions; "" of a synchronous one."""
+    if not settings.buffered:
+        return ""
+    weight = f"1/(1+τ)^{settings.staleness_exponent:g}" if settings.staleness == "polynomial" else "1"
+    return (
+        f"buffered: {settings.buffer_size} updates close a version, from theta up to {settings.max_staleness} versions "
+        f"old; one that is τ versions old weighs {weight}"
     )
 
 
@@ -159,6 +194,8 @@ def check_same(run: Run, begun: RunDescriptor, rules: Mapping[str, Any], ledger:
     keys = sorted((was | now).keys() - _MAY_DIFFER, key=lambda key: (key in _HASHES, key))
     found = [(_RENAMED.get(key, key), was.get(key), now.get(key)) for key in keys]
     found += [(f"rounds.{key}", rules["rounds"][key], run.rules["rounds"][key]) for key in _FIXED_RULES]
+    if begun.values and run.descriptor.values:
+        found.append(("values.codec", rules["values"]["codec"], run.rules["values"]["codec"]))
     was, now = rules["early_stopping"], run.rules["early_stopping"]
     if (was["by"], now["by"]) != ("off", "off"):
         found += [(f"early_stopping.{key}", was[key], now[key]) for key in now]

@@ -9,17 +9,21 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, TypeVarTuple
 
-from meerkat_mq.core.path import Entry
+from meerkat_mq.core.path import Displacement, Entry, Term
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.server import ServerMachine
+from meerkat_mq.server.displacement import mean_of
 from meerkat_mq.server.ledger import Ledger
 from meerkat_mq.server.ledger_rows import Sighting
 from meerkat_mq.server.recovery import follow, resumed
 from meerkat_mq.server.run import Run
-from meerkat_mq.server.snapshots import Snapshots
-from meerkat_mq.wire.frames import MAX_FRAME_BYTES, entry_bytes
+from meerkat_mq.server.snapshots import CHUNKS_A_WANT, Snapshots
+from meerkat_mq.wire.arrays import split
+from meerkat_mq.wire.frames import MAX_FRAME_BYTES, Update, entry_bytes
 from meerkat_mq.wire.messages import Chunk, Entries, Header, Offer
+from meerkat_mq.wire.messages import Want as WantFrame
+from meerkat_mq.wire.values import decode_values, encode_values
 
 REPLY_BYTES = MAX_FRAME_BYTES // 2
 REPLY_ENTRIES = 1000
@@ -47,12 +51,22 @@ class KeepMetrics:
 
 
 @dataclass(frozen=True, slots=True)
+class KeepValues:
+    """Keep the displacement that an update announced; answered by ValuesCame."""
+
+    node: str
+    update: Update
+    blob: bytes
+    verdict: e.Verdict
+
+
+@dataclass(frozen=True, slots=True)
 class _Wanted:
     """A want was added to those that wait."""
 
 
 Commit = e.CommitSlot | e.CommitUpdate | e.CommitEntry | KeepSightings | KeepMetrics
-Task = e.ApplyTerms | e.KeepSnapshot | e.TakeTerm
+Task = e.ApplyTerms | e.KeepSnapshot | e.TakeTerm | KeepValues
 Want = e.SendEntries | e.SendChunks
 Work = Commit | Task | _Wanted
 
@@ -63,8 +77,11 @@ class Desk(Protocol):
     def handle(self, event: e.ServerEvent) -> None:
         """Something is kept, or applied."""
 
-    def reply(self, node: str, frame: Entries | Offer | Chunk) -> None:
-        """An answer to a node's want."""
+    def reply(self, node: str, frame: Entries | Offer | Chunk | WantFrame) -> None:
+        """An answer to a node's want, or a want of the server's."""
+
+    def distribute(self, blob: bytes) -> None:
+        """The displacement of the entry that was committed last."""
 
     def header(self) -> Header:
         """The header of answers."""
@@ -93,6 +110,7 @@ class Scribe:
         self._snapshots = snapshots
         self._worker = worker
         self._term_at = float("-inf")
+        self._newest_blob = b""  # of the last displacement that was applied
         self._queue: asyncio.Queue[Work] = asyncio.Queue()
         self._wants: dict[tuple[type[Want], str], Want] = {}
 
@@ -169,6 +187,8 @@ class Scribe:
                 self.committed = (work.entry.version + 1, self._replica.theta)
                 kept = e.EntryCommitted(now, work.entry.version, work.records, work.products, work.judgements)
                 desk.handle(kept)
+                if work.entry.displacement is not None:
+                    desk.distribute(self._newest_blob)
 
     def _write(self, records: tuple[e.UpdateRecord, ...], group: Sequence[Commit]) -> None:
         ledger = self._ledger
@@ -192,15 +212,27 @@ class Scribe:
     async def _do(self, desk: Desk, task: Task) -> None:
         now = asyncio.get_running_loop().time
         match task:
-            case e.ApplyTerms(version, terms):
-                after = await self._off_the_loop(self._replica.apply, terms)
-                desk.handle(e.TermsApplied(now(), version, after))
+            case e.ApplyTerms(version, terms, shares):
+                after, displacement = await self._off_the_loop(self._apply, terms, shares)
+                desk.handle(e.TermsApplied(now(), version, after, displacement))
+            case KeepValues(node, update, blob, verdict):
+                await self._off_the_loop(self._ledger.keep_blob, blob)
+                desk.handle(e.ValuesCame(now(), node, update, verdict))  # it commits the update at once, or never
             case e.KeepSnapshot(version, head):
                 await self._off_the_loop(self._snapshots.keep, version, head, self._replica.theta)
             case e.TakeTerm(above):
                 await asyncio.sleep(self._term_at - now())
                 self._term_at = now() + TERM_PAUSE_S
                 desk.took_term(*await self._off_the_loop(self._take_term, above))
+
+    def _apply(self, terms: Sequence[Term], shares: Sequence[e.Share]) -> tuple[bytes, Displacement | None]:
+        """Apply an entry to theta; the digest after it, and its displacement, which is kept."""
+        if not shares:
+            return self._replica.apply(terms), None
+        size = self._run.mask.size
+        blob = self._newest_blob = encode_values(mean_of(shares, self._ledger, size), self._run.codec)
+        name = self._ledger.keep_blob(blob)
+        return self._replica.apply(terms, decode_values(blob, name, size)), Displacement(name, len(blob))
 
     async def _answer(self, desk: Desk, want: Want) -> None:
         match want:
@@ -209,8 +241,16 @@ class Scribe:
                 if answer is not None:
                     desk.reply(node, answer)
             case e.SendChunks(node, request):
-                for chunk in await self._off_the_loop(list, self._snapshots.chunks(desk.header(), request)):
+                for chunk in await self._off_the_loop(self._chunks, desk.header(), request):
                     desk.reply(node, chunk)
+
+    def _chunks(self, header: Header, want: WantFrame) -> list[Chunk]:
+        """Of a snapshot or of an entry's displacement, at most 64; none of anything else."""
+        blob = self._ledger.displacement(want.blob) if want.blob is not None else None
+        if want.blob is None or blob is None:
+            return list(self._snapshots.chunks(header, want))
+        chunks = split(header, want.blob, blob)
+        return [chunks[index] for index in sorted(set(want.chunks) & set(range(len(chunks))))[:CHUNKS_A_WANT]]
 
     def _help(self, header: Header, first: int) -> Entries | Offer | None:
         """A snapshot's offer where that is cheaper, else as many entries as a reply takes."""

@@ -8,9 +8,9 @@ from contextlib import suppress
 import structlog
 
 from meerkat_mq.config import ServerConfig
+from meerkat_mq.core.path import short_hash
 from meerkat_mq.errors import (
     AnotherServer,
-    ConfigError,
     MeerkatError,
     NotConnected,
     RunMismatch,
@@ -22,11 +22,13 @@ from meerkat_mq.observe.events import Observer, RunStarted
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.alarm import Alarm
 from meerkat_mq.rounds.server import HIGHEST_TERM, ServerMachine
-from meerkat_mq.server.files import DIFFERENCE_FILE
+from meerkat_mq.server.fetches import Fetches
+from meerkat_mq.server.files import DIFFERENCE_FILE, unusable
 from meerkat_mq.server.measure import Measurer
-from meerkat_mq.server.run import Run, early_stopping_in_words
+from meerkat_mq.server.run import Run, early_stopping_in_words, mode_in_words
 from meerkat_mq.server.scribe import KeepMetrics, KeepSightings, Scribe
 from meerkat_mq.server.watch import Watch
+from meerkat_mq.wire.arrays import split
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState, decode_control
 from meerkat_mq.wire.difference import Difference
 from meerkat_mq.wire.frames import decode, encode
@@ -35,13 +37,6 @@ from meerkat_mq.wire.topics import Topics
 
 OUTBOX_BYTES = 64 * 2**20
 SIGHTINGS_EVERY_S = 1.0
-
-
-def unusable(config: ServerConfig, error: OSError) -> ConfigError:
-    """The state folder cannot be written."""
-    return ConfigError(
-        f"state_dir {config.state_dir}", f"cannot be used ({error.strerror})", "name a folder that can be written"
-    )
 
 
 class Server:
@@ -55,6 +50,7 @@ class Server:
         self._scribe = scribe
         self._server_id = scribe.server_id
         self._measurer = Measurer(run)
+        self._fetches = Fetches(run.mask.size, self, scribe.put)
         self._watch = watch
         self._observe = observer
         self._replace = replace
@@ -90,7 +86,8 @@ class Server:
         try:
             async with asyncio.TaskGroup() as tasks:
                 coroutines = (self._session.run(), self._alarm.run(), self._write(), self._keep_sightings(),
-                              self._measurer.run(self.handle), self._watch.run(self._keep_metrics))  # fmt: skip
+                              self._measurer.run(self.handle), self._fetches.run(),
+                              self._watch.run(self._keep_metrics))  # fmt: skip
                 work = [tasks.create_task(coroutine) for coroutine in coroutines]
                 if self._config.once:
                     await self._wait_for_nodes()
@@ -195,6 +192,7 @@ class Server:
     def _take_term(self, above: int) -> None:
         """Take a term above another; until then the present machine, if there is one, hears and says nothing."""
         self._taking_term = True
+        self._fetches.forget()
         self._scribe.put(e.TakeTerm(above))
 
     def took_term(self, term: int, machine: ServerMachine) -> None:
@@ -206,6 +204,8 @@ class Server:
             "in charge", term=term, weights=self._run.mask.size, round=machine.version, rounds=self._config.rounds.count
         )
         if first:
+            if said := mode_in_words(self._run.settings):
+                self._log.info("mode", how=said)
             if said := early_stopping_in_words(self._run.settings):
                 self._log.info("early stopping", how=said)
             self._observe(RunStarted(self._run.descriptor, term))
@@ -276,6 +276,8 @@ class Server:
         match decode(payload):
             case Update() as update if kind == "update":
                 self.handle(e.UpdateCame(self._now(), node, update))
+            case Chunk() as chunk if kind == "update" and chunk.header.run == self.header().run:
+                self._fetches.add(node, chunk)
             case Want() as want if kind == "want" and want.header.run != self.header().run:
                 self._watch.counts["of another run"] += 1
                 self._publish_run()
@@ -325,8 +327,11 @@ class Server:
 
     def _carry_out(self, effect: e.ServerEffect) -> None:
         match effect:
-            case e.CommitSlot() | e.CommitUpdate() | e.ApplyTerms() | e.CommitEntry() | e.KeepSnapshot():
+            case (e.CommitSlot() | e.CommitUpdate() | e.ApplyTerms() | e.CommitEntry() | e.KeepSnapshot()
+                  | e.SendEntries()):  # fmt: skip
                 self._scribe.put(effect)
+            case e.FetchValues():
+                self._fetches.put(effect)
             case e.MeasureDirections():
                 self._measurer.put(effect)
             case e.TakeTerm(above):
@@ -340,17 +345,22 @@ class Server:
                     self._enough_nodes.set()
             case e.Reply(node, reply):
                 self.reply(node, reply)
-            case e.SendChunks(node, want) if want.blob == self._run.mask.hash:
-                for index in sorted(set(want.chunks) & set(range(len(self._chunks)))):
-                    self.reply(node, self._chunks[index])
-            case e.SendEntries() | e.SendChunks():
-                self._scribe.put(effect)
+            case e.SendChunks():
+                self._send_chunks(effect)
             case e.Count(reason, node):
                 self._watch.counts[reason] += 1
                 self._log.info(reason, node=node or None, round=self._machine.version if self._machine else None)
             case e.End(error):
                 self._session.disown()
                 raise error
+
+    def _send_chunks(self, effect: e.SendChunks) -> None:
+        want = effect.want
+        if want.blob != self._run.mask.hash:
+            self._scribe.put(effect)
+            return
+        for index in sorted(set(want.chunks) & set(range(len(self._chunks)))):
+            self.reply(effect.node, self._chunks[index])
 
     def _publish_round(self, frame: Round) -> None:
         self._is_open = frame.is_open
@@ -366,7 +376,15 @@ class Server:
             self._log.info("waiting for nodes", online=online, min_nodes=self._config.rounds.min_nodes)
         self._awaited = online
 
-    def reply(self, node: str, frame: Welcome | Refusal | Entries | Offer | Chunk) -> None:
+    def distribute(self, blob: bytes) -> None:
+        """Publish an entry's displacement, which the round frame has just named; who lacks a part of it asks."""
+        try:
+            for chunk in split(self.header(), short_hash(blob), blob):
+                self._session.publish(self._topics.values, encode(chunk))
+        except NotConnected:
+            self._watch.counts["displacement not published: the outbox is full"] += 1
+
+    def reply(self, node: str, frame: Welcome | Refusal | Entries | Offer | Chunk | Want) -> None:
         """Answer a node; where too much waits for the broker already, it has to ask again."""
         try:
             self._session.publish(self._topics.reply(node), encode(frame))

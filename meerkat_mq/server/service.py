@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 from meerkat_mq.config import ServerConfig
 from meerkat_mq.observe.events import Observer
-from meerkat_mq.server.files import mask_file
+from meerkat_mq.server.files import mask_file, unusable
 from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
 from meerkat_mq.server.recovery import recovered
 from meerkat_mq.server.run import Run, check_same, prepare_run
 from meerkat_mq.server.scribe import Scribe
-from meerkat_mq.server.server import Server, unusable
+from meerkat_mq.server.server import Server
 from meerkat_mq.server.snapshots import Snapshots
 from meerkat_mq.server.watch import Watch
 

@@ -97,8 +97,8 @@ class Snapshots:
     def _stretch(self, first: int) -> Stretch:
         """The entries from `first` on; where they are many, as large as the newest are in the mean."""
         count = max(0, self._ledger.version - first)
-        looked_at, size = self._ledger.stretch(max(first, self._ledger.version - LOOKED_AT))
-        return Stretch(count, round(size * count / max(1, looked_at)))
+        looked_at, *sizes = self._ledger.stretch(max(first, self._ledger.version - LOOKED_AT))
+        return Stretch(count, *(round(size * count / max(1, looked_at)) for size in sizes))
 
     def _is_whole(self, kept: KeptSnapshot) -> bool:
         """Whether its file is there and undamaged: a node would ask for the other kind for ever."""

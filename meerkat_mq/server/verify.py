@@ -7,21 +7,24 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
+from meerkat_mq.config import Codec
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.gradip import inner_products
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import MAX_WEIGHT, Entry, Term, digest
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.toy import toy_mask
+from meerkat_mq.core.values import quantised
 from meerkat_mq.errors import LedgerError, MaskError, MeerkatError, ModelError, RunMismatch, WireError
 from meerkat_mq.rounds.early_stopping import EarlyStopping, judgements_of, with_verdicts
-from meerkat_mq.rounds.events import Judgement, UpdateRecord, Verdict
+from meerkat_mq.rounds.events import Judgement, Share, UpdateRecord, Verdict
 from meerkat_mq.rounds.guards import on_arrival
-from meerkat_mq.rounds.policy import RoundSettings, terms_of
+from meerkat_mq.rounds.policy import RoundSettings, shares_of, steps_fit, terms_of
+from meerkat_mq.server.displacement import mean_of, verdict_on
 from meerkat_mq.server.files import DIFFERENCE_FILE, mask_file, snapshot_file
 from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
 from meerkat_mq.server.ledger_rows import KeptSnapshot, Products
-from meerkat_mq.server.run import settings_of
+from meerkat_mq.server.run import codec_of, settings_of
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.difference import Difference
 from meerkat_mq.wire.messages import in_words
@@ -75,7 +78,7 @@ def verify_ledger(
     """
     run = run_of(ledger)
     g_p = mask.g_p
-    settings = settings_of(run, ledger.rules, measured=bool(g_p.any()))
+    settings, codec = settings_of(run, ledger.rules, measured=bool(g_p.any())), codec_of(ledger.rules)
     check_mask(mask, run)
     replica = Replica(mask, run_id=run.run_id, stream=run.stream, digest_every=run.digest_every)
     early, kept = EarlyStopping(settings), False
@@ -89,7 +92,8 @@ def verify_ledger(
             with _entry(version):
                 entry, term = _entry_at(ledger, version, head, term)
                 records = ledger.records(version)
-                _check_records(records, settings, early)
+                _check_records(records, version, settings, early)
+                _check_values(ledger, records, settings, mask.size)
                 products = ledger.products(version, settings)
                 if products is not None or kept or settings.calibrates(version):  # else older than schema 2
                     kept = True
@@ -97,11 +101,14 @@ def verify_ledger(
                 judgements = ledger.judgements(version)
                 _check_judgements(judgements, version, records, products or (), settings)
                 early.remember(judgements)
-                _check_terms(entry.terms, terms_of(records, settings))
-                _same("digest", entry.digest.hex(), replica.apply(entry.terms).hex(), "its terms give")
+                _check_terms(entry.terms, terms_of(records, settings, version))
+                added = _displacement(ledger, entry, shares_of(records, settings, version), codec, mask.size)
+                _same("digest", entry.digest.hex(), replica.apply(entry.terms, added).hex(), "its terms give")
             head, updates = entry.hash(run.run_id), updates + len(records)
     if (judged := ledger.judged_while_open()) is not None:
         raise RunMismatch(f"round {judged!r:.50}", "has judgements, but did not close", ALTERED)
+    if (astray := ledger.astray()) is not None:
+        raise RunMismatch(f"version {astray!r:.50}", "an update from its theta is in no entry where it can be", ALTERED)
     return Verified(rounds, updates, digest(replica.theta))
 
 
@@ -147,20 +154,61 @@ def _entry_at(ledger: Ledger, version: int, head: bytes, term: int) -> tuple[Ent
     return entry, found[0].term
 
 
-def _check_records(records: Sequence[UpdateRecord], settings: RoundSettings, early: EarlyStopping) -> None:
-    if len({record.node for record in records}) < len(records):
+def _check_records(
+    records: Sequence[UpdateRecord], version: int, settings: RoundSettings, early: EarlyStopping
+) -> None:
+    if len({(record.version, record.node) for record in records}) < len(records):
         raise RunMismatch("updates", "a node is in its updates twice")
     for record in records:
         where = f"its update of {record.node}"
-        asked = settings.perturbations * early.steps_of(record.version, record.node)
-        if len(record.scalars) != asked:
-            problem = f"{where} has {len(record.scalars)} projected gradients, but was asked for {asked}"
-            raise RunMismatch("updates", problem)
         if not 1 <= record.weight <= MAX_WEIGHT:
             raise RunMismatch("updates", f"{where} weighs {record.weight}")
-        verdict = on_arrival(record.scalars, record.loss, settings.lr)
-        if verdict is not record.verdict and not {verdict, record.verdict} <= JUDGED:
-            raise RunMismatch("updates", f"{where} is kept as {in_words(record.verdict)}, but is {in_words(verdict)}")
+        if record.values is not None:
+            continue
+        # who was early-stopped when an older version was open may not be now
+        steps = early.steps_of(version, record.node) if record.version == version else settings.steps_of(record.version)
+        if not steps_fit(len(record.scalars), steps, settings):
+            asked = settings.perturbations * steps
+            problem = f"{where} has {len(record.scalars)} projected gradients, but was asked for {asked}"
+            raise RunMismatch("updates", problem)
+        _check_verdict(record, on_arrival(record.scalars, record.loss, settings.lr))
+
+
+def _check_verdict(record: UpdateRecord, verdict: Verdict) -> None:
+    """That it is kept as what can be said of it alone, or as what only other updates show."""
+    if verdict is not record.verdict and not {verdict, record.verdict} <= JUDGED:
+        problem = f"its update of {record.node} is kept as {in_words(record.verdict)}, but is {in_words(verdict)}"
+        raise RunMismatch("updates", problem)
+
+
+def _check_values(ledger: Ledger, records: Sequence[UpdateRecord], settings: RoundSettings, weights: int) -> None:
+    for record in records:
+        if record.values is None:
+            continue
+        if not settings.values_accepted:
+            raise RunMismatch("updates", f"its update of {record.node} is a displacement; this run takes none")
+        found = ledger.values(record.values.blob, weights)
+        _check_size(ledger.blob(record.values.blob), record.values.size)
+        _check_verdict(record, verdict_on(found, record.loss))
+
+
+def _check_size(blob: bytes | None, size: int) -> None:
+    _same("displacement", f"of {len(blob or b'')} bytes", f"of {size} bytes", "it is said to be")
+
+
+def _displacement(
+    ledger: Ledger, entry: Entry, shares: Sequence[Share], codec: Codec, weights: int
+) -> Float32Array | None:
+    """What the entry's displacement decodes to, which is what its updates give."""
+    added = entry.displacement
+    if added is None or not shares:
+        _same("displacement", "none" if added is None else "one", "one" if shares else "none", "its updates give")
+        return None
+    _check_size(ledger.displacement(added.blob), added.size)
+    found = ledger.values(added.blob, weights)
+    if found.tobytes() != quantised(mean_of(shares, ledger, weights), codec).tobytes():
+        raise RunMismatch("displacement", "its displacement is not the mean of its updates'")
+    return found
 
 
 def _check_products(
@@ -212,7 +260,10 @@ def _check_terms(found: Sequence[Term], expected: Sequence[Term]) -> None:
 
 
 def _words(term: Term | None) -> str:
-    return "none" if term is None else f"lane {term.lane}, step {term.step}, coefficient {term.coefficient:.9g}"
+    if term is None:
+        return "none"
+    age = f"age {term.age}, " if term.age else ""
+    return f"{age}lane {term.lane}, step {term.step}, coefficient {term.coefficient:.9g}"
 
 
 # --- a state folder -------------------------------------------------------------------------------------------------

@@ -13,10 +13,10 @@ from meerkat_mq.core.gradip import gradip
 from meerkat_mq.core.path import digest
 from meerkat_mq.mqtt import Count
 from meerkat_mq.observe.events import Evaluated, Observer, RoundClosed, RunFinished
-from meerkat_mq.rounds.events import EntryCommitted
+from meerkat_mq.rounds.events import EntryCommitted, UpdateRecord
 from meerkat_mq.rounds.guards import NOT_REFUSED
 from meerkat_mq.rounds.policy import lane_of
-from meerkat_mq.server.ledger_rows import Sighting
+from meerkat_mq.server.ledger_rows import Products, Sighting
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor
 from meerkat_mq.wire.frames import MAX_SLOTS
 
@@ -41,6 +41,8 @@ class Watch:
         self._evaluator = evaluator
         self._every = every
         self._rounds = run.rounds
+        self._window = run.max_staleness
+        self._products: dict[int, Products] = {}
         self._log = structlog.get_logger().bind(federation=run.federation, run=run.run[:8])
         self._began: float | None = None
         self._snapshots: asyncio.Queue[tuple[int, float, Float32Array]] = asyncio.Queue()
@@ -63,15 +65,23 @@ class Watch:
 
     def closed(self, commit: EntryCommitted, online: int, bytes_up: int) -> None:
         """A round was committed."""
-        records, products = [found for found in commit.records if found.verdict in NOT_REFUSED], commit.products
+        records = [found for found in commit.records if found.verdict in NOT_REFUSED]
         loss = sum(record.loss for record in records) / max(1, len(records))
+        recent = {
+            version: found for version, found in self._products.items() if version >= commit.version - self._window
+        }
+        self._products = recent | {commit.version: commit.products}
+        paths = {found.node: path for found in records if (path := self._gradip(found))}
         event = RoundClosed(
-            commit.version + 1, self._seconds(), loss, len(commit.records), online, bytes_up,
-            {found.node: gradip(found.scalars, products[lane_of(found.slot, len(products))])
-             for found in records if products}, commit.judgements,
-        )  # fmt: skip
+            commit.version + 1, self._seconds(), loss, len(commit.records), online, bytes_up, paths, commit.judgements
+        )
         self._log.info("round closed", round=event.version, loss=round(loss, 5), heard=event.heard, online=online)
         self._observe(event)
+
+    def _gradip(self, record: UpdateRecord) -> tuple[float, ...]:
+        """Of an update, along the directions of its own version; () where these are not measured, or not known here."""
+        products = self._products.get(record.version, ())
+        return gradip(record.scalars, products[lane_of(record.slot, len(products))]) if products else ()
 
     def heard_from(self, node: str, status: NodeStatus) -> None:
         """A node said where it stands."""
@@ -83,7 +93,7 @@ class Watch:
             self._spoken.set()
 
     def _has_spoken(self, status: NodeStatus) -> bool:
-        return status.status in ("lost", "stopped") or status.version == self._rounds
+        return status.status in ("lost", "stopped", "asleep") or status.version == self._rounds
 
     def sightings(self, received: Mapping[str, Count]) -> tuple[Sighting, ...]:
         """What is new of nodes since the last call; `received` counts by "kind/node"."""

@@ -46,12 +46,17 @@ def read_array(reader: Reader, dtype: str, count: int) -> npt.NDArray[np.generic
         raise UnknownType("array", f"dtype code {code} is unknown")
     if _DTYPES[code] != np.dtype(dtype) or found != count:
         raise BadValue("array", f"is {found} × {_DTYPES[code]}, expected {count} × {dtype}")
-    raw = _decompress(reader.take(length), count * _DTYPES[code].itemsize)
+    raw = decompress(reader.take(length), count * _DTYPES[code].itemsize)
     planes = np.frombuffer(raw, np.uint8).reshape(_DTYPES[code].itemsize, count)
     return np.ascontiguousarray(planes.T).reshape(-1).view(_DTYPES[code])
 
 
-def _decompress(packed: memoryview, size: int) -> bytes:
+def decompress(packed: memoryview, size: int) -> bytes:
+    """What one zstd frame holds, which must be so many bytes.
+
+    Raises:
+        WireError: it is damaged, declares or holds another size, or something is behind it.
+    """
     if size > MAX_RATIO * len(packed):
         raise TooLarge("array", f"{size} bytes cannot come of {len(packed)}")
     try:

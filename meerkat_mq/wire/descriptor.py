@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from meerkat_mq.errors import BadValue, TooLarge
-from meerkat_mq.wire.frames import MAX_LANES, MAX_STEPS, MAX_TERMS
+from meerkat_mq.wire.frames import MAX_LANES, MAX_STALENESS, MAX_STEPS, most_terms
 
 MAX_CONTROL_BYTES = 64 * 1024
 MAX_RUN_WEIGHTS = 2**26
@@ -71,6 +71,9 @@ class RunDescriptor(ControlMessage):
         local_steps: T.
         directions: P, the lanes of a round.
         perturbations: projected gradients a local step.
+        mode: whether rounds wait for their nodes, or take what comes (docs/buffered.md).
+        max_staleness: how many versions old an update's theta may be; 0 in a synchronous run.
+        values: whether nodes may send displacements (docs/values.md).
     """
 
     protocol: Literal[1] = 1
@@ -95,15 +98,25 @@ class RunDescriptor(ControlMessage):
     perturbations: Annotated[int, Field(ge=1, le=MAX_STEPS)] = 1
     batch_size: Annotated[int, Field(ge=1, le=65536)]
     digest_every: Annotated[int, Field(ge=1)]
+    mode: Literal["synchronous", "buffered"] = "synchronous"
+    max_staleness: Annotated[int, Field(ge=0, le=MAX_STALENESS)] = 0
+    values: bool = False
+
+    @model_validator(mode="after")
+    def _stale_only_in_a_buffered_run(self) -> Self:
+        if self.mode == "synchronous" and self.max_staleness:
+            raise ValueError(f"max_staleness = {self.max_staleness} in a synchronous run")
+        return self
 
     @model_validator(mode="after")
     def _entry_fits_a_frame(self) -> Self:
         scalars = self.local_steps * self.perturbations
         if scalars > MAX_STEPS:
             raise ValueError(f"local_steps × perturbations = {scalars} exceeds {MAX_STEPS}")
-        terms = self.directions * scalars
-        if terms > MAX_TERMS:
-            raise ValueError(f"directions × local_steps × perturbations = {terms} exceeds {MAX_TERMS}")
+        terms, most = self.directions * scalars * (self.max_staleness + 1), most_terms(self.max_staleness)
+        if terms > most:
+            product = "directions × local_steps × perturbations" + " × (max_staleness + 1)" * bool(self.max_staleness)
+            raise ValueError(f"{product} = {terms} exceeds {most}")
         return self
 
     @property
@@ -144,15 +157,17 @@ class NodeStatus(ControlMessage):
     """Birth and death of a node; retained on `…/up/<id>/status`.
 
     Attributes:
-        status: "starting" is connected but not ready to step; "lost" is the will.
+        status: "starting" is connected but not ready to step; "asleep" will come back (docs/duty-cycle.md); "lost" is
+            the will.
         boot: random u32, one a process.
         link: random u32, one a connection.
         rows: size of its data.
         version: theta's version on this node when it said this.
         digest: of that theta, where one is due.
+        wakes_in_s: of "asleep", seconds until it comes back at the latest.
     """
 
-    status: Literal["starting", "online", "stopped", "lost"]
+    status: Literal["starting", "online", "asleep", "stopped", "lost"]
     boot: U32
     link: U32
     host: Annotated[str, Field(max_length=255)]
@@ -160,6 +175,13 @@ class NodeStatus(ControlMessage):
     rows: U32 = 0
     version: U32 = 0
     digest: Hash | None = None
+    wakes_in_s: Annotated[int, Field(ge=1, le=7 * 86_400)] | None = None
+
+    @model_validator(mode="after")
+    def _says_when_it_wakes(self) -> Self:
+        if (self.status == "asleep") != (self.wakes_in_s is not None):
+            raise ValueError('wakes_in_s belongs to "asleep", and only to it')
+        return self
 
 
 ControlT = TypeVar("ControlT", bound=ControlMessage)

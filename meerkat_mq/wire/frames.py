@@ -12,7 +12,7 @@ from enum import IntFlag
 from functools import lru_cache
 from itertools import pairwise
 
-from meerkat_mq.core.path import HASH_BYTES, Entry, Term
+from meerkat_mq.core.path import HASH_BYTES
 from meerkat_mq.errors import (
     BadChecksum,
     BadMagic,
@@ -23,14 +23,39 @@ from meerkat_mq.errors import (
     UnknownType,
     UnknownVersion,
 )
-from meerkat_mq.wire.messages import Chunk, Entries, Frame, Header, Offer, Reason, Refusal, Round, Update, Want, Welcome
-from meerkat_mq.wire.reader import Reader
+from meerkat_mq.wire.entries import (
+    BLOB,
+    MAX_STALENESS,
+    MAX_TERMS,
+    check_blob,
+    decode_entry,
+    encode_entry,
+    entry_bytes,
+    most_terms,
+    read_entry,
+)
+from meerkat_mq.wire.messages import (
+    Chunk,
+    Entries,
+    Frame,
+    Header,
+    Offer,
+    Reason,
+    Refusal,
+    Round,
+    Update,
+    Values,
+    Want,
+    Welcome,
+)
+from meerkat_mq.wire.reader import Reader, check, finite
 
 __all__ = [
     "MAX_CHUNK_BYTES",
     "MAX_FRAME_BYTES",
     "MAX_LANES",
     "MAX_SLOTS",
+    "MAX_STALENESS",
     "MAX_STEPS",
     "MAX_TERMS",
     "Chunk",
@@ -42,6 +67,7 @@ __all__ = [
     "Refusal",
     "Round",
     "Update",
+    "Values",
     "Want",
     "Welcome",
     "decode",
@@ -49,6 +75,7 @@ __all__ = [
     "encode",
     "encode_entry",
     "entry_bytes",
+    "most_terms",
 ]
 
 MAGIC = b"MK"
@@ -58,15 +85,11 @@ MAX_FRAME_BYTES = 96 * 1024
 MAX_STEPS = 1000
 MAX_LANES = 4096
 MAX_SLOTS = 65536
-MAX_TERMS = 12000  # an entry of them fits a frame
 MAX_CHUNK_BYTES = 64 * 1024
-KNOWN_ENTRY_BYTES = 1024
 
 _HEADER = struct.Struct("<2sBBIII8s")
 _UPDATE = struct.Struct("<I8sHH4s")
 _ROUND = struct.Struct("<HHfIHHHHH")
-_ENTRY = struct.Struct("<IH")
-_TERM = struct.Struct("<HHf")
 _WANT = struct.Struct("<IB")
 _CHUNKS = struct.Struct("<16sH")
 _CHUNK = struct.Struct("<16sHHII")
@@ -78,10 +101,12 @@ _NAN = struct.pack("<f", math.nan)  # the one encoding of what is not a number
 
 class _UpdateFlag(IntFlag):
     EXPLICIT_SEEDS = 1
+    VALUES = 2
 
 
 class _RoundFlag(IntFlag):
     OPEN = 1
+    HEARD_BEFORE = 2
 
 
 class _WantFlag(IntFlag):
@@ -100,7 +125,7 @@ def encode(frame: Frame) -> bytes:
     kind = type(frame)
     header = frame.header
     try:
-        _check(len(header.mask) == 8, "mask", "hash is not cut to 8 bytes")
+        check(len(header.mask) == 8, "mask", "hash is not cut to 8 bytes")
         body = _ENCODERS[kind](frame)
         head = _HEADER.pack(MAGIC, VERSION, _TYPES[kind], header.run, header.term, header.version, header.mask)
     except (struct.error, OverflowError) as error:
@@ -137,52 +162,39 @@ def decode(payload: bytes) -> Frame:
     return frame
 
 
-def entry_bytes(entry: Entry) -> int:
-    """The length of `encode_entry`'s result."""
-    return _ENTRY.size + _TERM.size * len(entry.terms) + 2 * HASH_BYTES
-
-
-def encode_entry(entry: Entry) -> bytes:
-    """u32 version, u16 terms, (u16 lane, u16 step, f32 coefficient) each, 16 previous, 16 digest."""
-    _check(len(entry.terms) <= MAX_TERMS, "terms", f"{len(entry.terms)} are more than {MAX_TERMS}")
-    _check(len(entry.previous) == len(entry.digest) == HASH_BYTES, "entry", "has a hash that is not 16 bytes")
-    terms = b"".join(_TERM.pack(t.lane, t.step, _finite("coefficient", t.coefficient)) for t in entry.terms)
-    return _ENTRY.pack(entry.version, len(entry.terms)) + terms + entry.previous + entry.digest
-
-
-def _finite(name: str, value: float) -> float:
-    if not math.isfinite(value):
-        raise BadValue(name, f"{value} is not finite")
-    return value
-
-
 def _flags(value: int, known: type[IntFlag]) -> int:
     if value & ~sum(known):
         raise UnknownFlags(known.__name__.removeprefix("_"), f"bits {value:#x} are unknown", "update this side")
     return value
 
 
-def _check(holds: bool, name: str, problem: str) -> None:
-    if not holds:
-        raise BadValue(name, problem)
-
-
 def _encode_update(frame: Update) -> bytes:
-    count = len(frame.scalars)
-    _check(1 <= count <= MAX_STEPS, "steps", f"{count} is outside 1…{MAX_STEPS}")
-    _check(frame.seeds is None or len(frame.seeds) == count, "seeds", "are not one a step")
-    _check(len(frame.base) == 8, "base digest", "is not 8 bytes")
-    flags = 0 if frame.seeds is None else _UpdateFlag.EXPLICIT_SEEDS
+    values, seeds = frame.values, frame.seeds
+    count = len(frame.scalars) if values is None else values.steps
+    check(1 <= count <= MAX_STEPS, "steps", f"{count} is outside 1…{MAX_STEPS}")
+    check(len(frame.base) == 8, "base digest", "is not 8 bytes")
+    flags = _UpdateFlag.EXPLICIT_SEEDS if seeds is not None else _UpdateFlag(0)
+    if values is not None:
+        flags |= _UpdateFlag.VALUES
     head = _UPDATE.pack(frame.boot, frame.base, count, flags, _pack_scalars((frame.loss,)))
-    seeds = struct.pack(f"<{count}Q", *frame.seeds) if frame.seeds is not None else b""
-    return head + seeds + _pack_scalars(frame.scalars)
+    if values is not None:
+        check(not frame.scalars and seeds is None, "values", "go without projected gradients and seeds")
+        check_blob("values", values.blob, values.size)
+        return head + BLOB.pack(values.blob, values.size)
+    check(seeds is None or len(seeds) == count, "seeds", "are not one a step")
+    return head + (struct.pack(f"<{count}Q", *seeds) if seeds is not None else b"") + _pack_scalars(frame.scalars)
 
 
 def _decode_update(header: Header, reader: Reader) -> Update:
     boot, base, count, flags, packed_loss = reader.unpack(_UPDATE)
     (loss,) = _unpack_scalars("loss", packed_loss)
-    _check(1 <= count <= MAX_STEPS, "steps", f"{count} is outside 1…{MAX_STEPS}")
+    check(1 <= count <= MAX_STEPS, "steps", f"{count} is outside 1…{MAX_STEPS}")
     explicit = _flags(flags, _UpdateFlag) & _UpdateFlag.EXPLICIT_SEEDS
+    if flags & _UpdateFlag.VALUES:
+        check(not explicit, "values", "go without projected gradients and seeds")
+        blob, size = reader.unpack(BLOB)
+        check_blob("values", blob, size)
+        return Update(header, boot, base, loss, (), values=Values(blob, size, count))
     seeds = reader.numbers("Q", count) if explicit else None
     scalars = _unpack_scalars("projected gradient", reader.take(4 * count))
     return Update(header, boot, base, loss, scalars, seeds)
@@ -217,80 +229,73 @@ def _encode_round(frame: Round) -> bytes:
     _check_round(frame.steps, frame.lanes, frame.eps, frame.short)
     slots = frame.asked | frame.heard
     length = max(slots, default=-1) // 8 + 1
-    _check(length <= MAX_SLOTS // 8 and min(slots, default=0) >= 0, "slot", f"is outside 0…{MAX_SLOTS - 1}")
-    flags = _RoundFlag.OPEN if frame.is_open else 0
+    check(length <= MAX_SLOTS // 8 and min(slots, default=0) >= 0, "slot", f"is outside 0…{MAX_SLOTS - 1}")
+    flags = _RoundFlag.OPEN if frame.is_open else _RoundFlag(0)
+    earlier = b""
+    if frame.heard_before:
+        _check_heard_before(frame.heard_before, frame.heard)
+        flags |= _RoundFlag.HEARD_BEFORE
+        earlier = struct.pack("<H", len(frame.heard_before)) + _pack_pairs(frame.heard_before)
     head = _ROUND.pack(
         frame.steps, frame.lanes, frame.eps, frame.deadline_ms, frame.attempt, flags,
         length, len(frame.short), len(frame.entries),
     )  # fmt: skip
-    short = b"".join(struct.pack("<HH", slot, steps) for slot, steps in frame.short)
     entries = b"".join(map(encode_entry, frame.entries))
-    return head + _bitmap(frame.asked, length) + _bitmap(frame.heard, length) + short + entries
+    bitmaps = _bitmap(frame.asked, length) + _bitmap(frame.heard, length)
+    return head + bitmaps + _pack_pairs(frame.short) + earlier + entries
+
+
+def _pack_pairs(pairs: Iterable[tuple[int, int]]) -> bytes:
+    return b"".join(struct.pack("<HH", *pair) for pair in pairs)
+
+
+def _pairs(reader: Reader, count: int) -> tuple[tuple[int, int], ...]:
+    numbers = reader.numbers("H", 2 * count)
+    return tuple(zip(numbers[::2], numbers[1::2], strict=True))
 
 
 def _decode_round(header: Header, reader: Reader) -> Round:
     steps, lanes, eps, deadline_ms, attempt, flags, length, short_count, entry_count = reader.unpack(_ROUND)
-    _check(length <= MAX_SLOTS // 8, "bitmap", f"{length} bytes are more than {MAX_SLOTS // 8}")
+    check(length <= MAX_SLOTS // 8, "bitmap", f"{length} bytes are more than {MAX_SLOTS // 8}")
     is_open = bool(_flags(flags, _RoundFlag) & _RoundFlag.OPEN)
     asked, heard = reader.take(length), reader.take(length)
-    _check(length == 0 or bool(asked[-1] | heard[-1]), "bitmap", "is longer than its last slot")
-    numbers = reader.numbers("H", 2 * short_count)
-    short = tuple(zip(numbers[::2], numbers[1::2], strict=True))
+    check(length == 0 or bool(asked[-1] | heard[-1]), "bitmap", "is longer than its last slot")
+    short = _pairs(reader, short_count)
     _check_round(steps, lanes, eps, short)
-    entries = tuple(_decode_entry(reader) for _ in range(entry_count))
     slots = _slots(bytes(asked)), _slots(bytes(heard))
-    return Round(header, is_open, steps, lanes, eps, deadline_ms, attempt, *slots, short, entries)
+    earlier: tuple[tuple[int, int], ...] = ()
+    if flags & _RoundFlag.HEARD_BEFORE:
+        (count,) = reader.unpack(struct.Struct("<H"))
+        check(count > 0, "heard before", "is empty")
+        earlier = _pairs(reader, count)
+        _check_heard_before(earlier, slots[1])
+    entries = tuple(read_entry(reader) for _ in range(entry_count))
+    return Round(header, is_open, steps, lanes, eps, deadline_ms, attempt, *slots, short, entries, earlier)
+
+
+def _check_heard_before(pairs: tuple[tuple[int, int], ...], heard: frozenset[int]) -> None:
+    check(all(a[0] < b[0] for a, b in pairwise(pairs)), "heard before", "slots are not ascending")
+    check(heard.isdisjoint(slot for slot, _ in pairs), "heard before", "names a slot that is heard")
+    check(all(1 <= age <= MAX_STALENESS for _, age in pairs), "heard before", f"an age is outside 1…{MAX_STALENESS}")
 
 
 def _check_round(steps: int, lanes: int, eps: float, short: tuple[tuple[int, int], ...]) -> None:
-    _check(1 <= steps <= MAX_STEPS, "steps", f"{steps} is outside 1…{MAX_STEPS}")
-    _check(1 <= lanes <= MAX_LANES, "lanes", f"{lanes} is outside 1…{MAX_LANES}")
-    _check(_finite("eps", eps) > 0, "eps", f"{eps} is not above 0")
-    _check(all(a[0] < b[0] for a, b in pairwise(short)), "short", "slots are not ascending")
-    _check(all(1 <= fewer < steps for _, fewer in short), "short", f"steps are outside 1…{steps - 1}")
-
-
-def _decode_entry(reader: Reader) -> Entry:
-    count = int.from_bytes(reader.peek(_ENTRY.size)[4:], "little")
-    _check(count <= MAX_TERMS, "terms", f"{count} are more than {MAX_TERMS}")
-    data = bytes(reader.take(_ENTRY.size + _TERM.size * count + 2 * HASH_BYTES))
-    return _known_entry(data) if len(data) <= KNOWN_ENTRY_BYTES else _entry(data)
-
-
-@lru_cache(maxsize=64)  # a round repeats the entries of the rounds before it
-def _known_entry(data: bytes) -> Entry:
-    return _entry(data)
-
-
-def _entry(data: bytes) -> Entry:
-    reader = Reader(data)
-    version, count = reader.unpack(_ENTRY)
-    packed = reader.take(_TERM.size * count)
-    terms = tuple(Term(lane, step, _finite("coefficient", c)) for lane, step, c in _TERM.iter_unpack(packed))
-    return Entry(version, terms, bytes(reader.take(HASH_BYTES)), bytes(reader.take(HASH_BYTES)))
-
-
-def decode_entry(data: bytes) -> Entry:
-    """The inverse of `encode_entry`.
-
-    Raises:
-        WireError: the bytes are no entry.
-    """
-    reader = Reader(data)
-    entry = _decode_entry(reader)
-    reader.end()
-    return entry
+    check(1 <= steps <= MAX_STEPS, "steps", f"{steps} is outside 1…{MAX_STEPS}")
+    check(1 <= lanes <= MAX_LANES, "lanes", f"{lanes} is outside 1…{MAX_LANES}")
+    check(finite("eps", eps) > 0, "eps", f"{eps} is not above 0")
+    check(all(a[0] < b[0] for a, b in pairwise(short)), "short", "slots are not ascending")
+    check(all(1 <= fewer < steps for _, fewer in short), "short", f"steps are outside 1…{steps - 1}")
 
 
 def _encode_want(frame: Want) -> bytes:
     flags = _WantFlag.WELCOME if frame.welcome else _WantFlag(0)
-    _check(frame.blob is not None or not frame.chunks, "chunks", "are of no blob")
+    check(frame.blob is not None or not frame.chunks, "chunks", "are of no blob")
     body = b""
     if frame.entries_from is not None:
         flags |= _WantFlag.ENTRIES
         body += struct.pack("<I", frame.entries_from)
     if frame.blob is not None:
-        _check(len(frame.blob) == HASH_BYTES and len(frame.chunks) > 0, "chunks", "need a 16-byte hash and an index")
+        check(len(frame.blob) == HASH_BYTES and len(frame.chunks) > 0, "chunks", "need a 16-byte hash and an index")
         flags |= _WantFlag.CHUNKS
         body += _CHUNKS.pack(frame.blob, len(frame.chunks)) + struct.pack(f"<{len(frame.chunks)}H", *frame.chunks)
     return _WANT.pack(frame.boot, flags) + body
@@ -304,7 +309,7 @@ def _decode_want(header: Header, reader: Reader) -> Want:
         (first,) = reader.unpack(struct.Struct("<I"))
     if flags & _WantFlag.CHUNKS:
         blob, count = reader.unpack(_CHUNKS)
-        _check(count > 0, "chunks", "are none")
+        check(count > 0, "chunks", "are none")
         chunks = reader.numbers("H", count)
     return Want(header, boot, bool(flags & _WantFlag.WELCOME), first, blob, chunks)
 
@@ -315,11 +320,11 @@ def _encode_entries(frame: Entries) -> bytes:
 
 def _decode_entries(header: Header, reader: Reader) -> Entries:
     (count,) = reader.unpack(struct.Struct("<H"))
-    return Entries(header, tuple(_decode_entry(reader) for _ in range(count)))
+    return Entries(header, tuple(read_entry(reader) for _ in range(count)))
 
 
 def _encode_chunk(frame: Chunk) -> bytes:
-    _check(len(frame.blob) == HASH_BYTES, "blob", "hash is not 16 bytes")
+    check(len(frame.blob) == HASH_BYTES, "blob", "hash is not 16 bytes")
     _check_chunk(frame.index, frame.count, frame.size, len(frame.data))
     return _CHUNK.pack(frame.blob, frame.index, frame.count, frame.size, len(frame.data)) + frame.data
 
@@ -331,18 +336,18 @@ def _decode_chunk(header: Header, reader: Reader) -> Chunk:
 
 
 def _check_chunk(index: int, count: int, size: int, length: int) -> None:
-    _check(index < count, "chunk", f"{index} of {count} does not exist")
-    _check(0 < length <= MAX_CHUNK_BYTES and length <= size, "chunk", f"{length} bytes of {size} are out of range")
+    check(index < count, "chunk", f"{index} of {count} does not exist")
+    check(0 < length <= MAX_CHUNK_BYTES and length <= size, "chunk", f"{length} bytes of {size} are out of range")
 
 
 def _encode_offer(frame: Offer) -> bytes:
-    _check(len(frame.blob) == HASH_BYTES and frame.size > 0, "offer", "needs a 16-byte hash and a size")
+    check(len(frame.blob) == HASH_BYTES and frame.size > 0, "offer", "needs a 16-byte hash and a size")
     return _OFFER.pack(frame.version, frame.blob, frame.size)
 
 
 def _decode_offer(header: Header, reader: Reader) -> Offer:
     version, blob, size = reader.unpack(_OFFER)
-    _check(size > 0, "offer", "is of no bytes")
+    check(size > 0, "offer", "is of no bytes")
     return Offer(header, version, blob, size)
 
 

@@ -29,15 +29,32 @@ class Header:
 
 
 @dataclass(frozen=True, slots=True)
+class Values:
+    """A displacement that a node has for the server, which asks for it chunk by chunk.
+
+    Attributes:
+        blob: hash of the encoded displacement, 16 bytes.
+        size: bytes of the blob.
+        steps: local steps that led to it.
+    """
+
+    blob: bytes
+    size: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
 class Update:
-    """A node's projected gradients for the round of version `header.version`.
+    """A node's projected gradients, or its displacement, from theta of version `header.version`.
 
     Attributes:
         boot: the sending process.
         base: first 8 bytes of the node's own digest of the newest theta at or before that version whose digest is due.
         loss: mean loss of the steps.
-        scalars: one projected gradient a local step, each exactly a float32; hostile ones may be NaN or infinite.
-        seeds: the explicit seed list, one a step; None where both sides derive it.
+        scalars: one projected gradient a direction, each exactly a float32; hostile ones may be NaN or infinite; ()
+            with `values`. Fewer than the round's in a buffered run: a partial path.
+        seeds: the explicit seed list, one a scalar; None where both sides derive it.
+        values: the displacement of a values node.
     """
 
     header: Header
@@ -46,6 +63,7 @@ class Update:
     loss: float
     scalars: tuple[float, ...]
     seeds: tuple[int, ...] | None = None
+    values: Values | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +78,9 @@ class Round:
         deadline_ms: from opening to closing.
         attempt: counts doublings of the deadline and reopenings.
         asked: slots of the nodes asked.
-        heard: slots whose updates are committed: the acknowledgement.
+        heard: slots whose updates from theta of this version are committed: the acknowledgement.
+        heard_before: (slot, age) of nodes whose newest committed update is from theta of version − age, by slot; only
+            ages up to the run's max_staleness, and not of slots in `heard`.
         short: (slot, local steps) of nodes that do fewer than T, by slot.
         entries: the newest ledger entries, oldest first.
     """
@@ -76,11 +96,12 @@ class Round:
     heard: frozenset[int] = frozenset()
     short: tuple[tuple[int, int], ...] = ()
     entries: tuple[Entry, ...] = ()
+    heard_before: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """What a node asks of the server.
+    """What a node asks of the server; of a node, the server asks only for chunks of a displacement.
 
     Attributes:
         welcome: asks for its slot.
@@ -152,6 +173,7 @@ class Reason(IntEnum):
     WRONG_SEEDS = 2
     WRONG_STEPS = 3
     OUT_OF_RANGE = 4  # a projected gradient or the loss is not finite, or too large to apply
+    NO_VALUES = 5  # this run takes projected gradients only
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,10 @@
 """A bounded cursor over untrusted bytes."""
 
+import math
 import struct
 from typing import Any
 
-from meerkat_mq.errors import Truncated
+from meerkat_mq.errors import BadValue, Truncated
 
 
 class Reader:
@@ -54,3 +55,16 @@ class Reader:
         """Raises Truncated where bytes are left over: the frame's lengths do not add up."""
         if self.left:
             raise Truncated("frame", f"has {self.left} bytes too many")
+
+
+def check(holds: bool, name: str, problem: str) -> None:
+    """Refuse, as BadValue, what does not hold."""
+    if not holds:
+        raise BadValue(name, problem)
+
+
+def finite(name: str, value: float) -> float:
+    """The value; BadValue where it is infinite or NaN."""
+    if not math.isfinite(value):
+        raise BadValue(name, f"{value} is not finite")
+    return value

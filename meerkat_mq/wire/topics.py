@@ -50,6 +50,11 @@ class Topics:
         """Retained round frame."""
         return f"{self.root}/round"
 
+    @property
+    def values(self) -> str:
+        """Chunks of the newest entry's displacement, not retained."""
+        return f"{self.root}/values"
+
     def blob(self, blob: bytes, index: int) -> str:
         """Retained chunk of a content-addressed blob."""
         return f"{self.root}/blob/{blob.hex()}/{index}"

@@ -2,32 +2,28 @@
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from protocol.reference import core, frames
+from protocol.reference import core, frames, toy, values
 from protocol.reference.core import Refused
-
-try:
-    import zstandard
-except ImportError:
-    zstandard = None  # type: ignore[assignment]
 
 Found = Iterator[tuple[str, bool]]
 
 
 def check(golden: Path) -> Found:
     """A (name, holds) of each vector."""
-    for part in (_directions, _path, _mask, _frames, _arrays):
+    for part in (_directions, _path, _mask, _frames, _arrays, _toy):
         yield from part(golden)
 
 
 def skipped() -> str:
     """Why something was not checked, or nothing."""
-    return "" if zstandard else "arrays were not checked: this Python has no zstandard"
+    return "" if values.AVAILABLE else "arrays were not checked: this Python has no zstandard"
 
 
 def _read(golden: Path, name: str) -> Any:
@@ -65,8 +61,9 @@ def _path(golden: Path) -> Found:
         yield f"digest {i}", core.digest(core.floats(bytes.fromhex(v["theta"]))).hex() == v["digest"]
     mask = (golden / "mask.bin").read_bytes()
     for v in file["runs"]:
-        yield f"run on {v['stream']}", _replay(mask, v)
-        yield f"inner products of a round on {v['stream']}", _products(mask, v) == v["products"]
+        yield f"run: {v['name']}", _replay(mask, v)
+        if "products" in v:
+            yield f"inner products of a round on {v['stream']}", _products(mask, v) == v["products"]
 
 
 def _replay(mask: bytes, run: dict[str, Any]) -> bool:
@@ -76,8 +73,12 @@ def _replay(mask: bytes, run: dict[str, Any]) -> bool:
     run_id, previous, holds = bytes.fromhex(run["run_id"]), core.short_hash(mask).hex(), True
     for entry in run["entries"]:
         for term in entry["terms"]:
-            seed = core.seed_for(run_id, entry["version"], term["lane"], term["step"])
+            seed = core.seed_for(run_id, entry["version"] - term["age"], term["lane"], term["step"])
             theta = core.apply(theta, core.direction(run["stream"], seed, 0, len(theta)), term["coefficient"])
+        if entry["displacement"]:
+            blob = bytes.fromhex(run["blobs"][entry["displacement"]["blob"]])
+            holds &= len(blob) == entry["displacement"]["size"]
+            theta = core.add(theta, values.decode(blob, core.short_hash(blob), len(theta)))
         due = (entry["version"] + 1) % run["digest_every"] == 0
         holds &= entry["digest"] == (core.digest(theta) if due else bytes(16)).hex() and entry["previous"] == previous
         previous = core.entry_hash(run_id, entry).hex()
@@ -123,24 +124,39 @@ def _frames(golden: Path) -> Found:
 
 
 def _arrays(golden: Path) -> Found:
-    if zstandard is None:
+    if not values.AVAILABLE:
         return
-    codes = {"float32": 4, "uint32": 4, "uint16": 2}
     for v in _read(golden, "arrays.json")["arrays"]:
-        yield (
-            f"array: {v['name']}",
-            _array(frames.Bytes(bytes.fromhex(v["encoded"])), codes[v["dtype"]]).hex() == v["values"],
-        )
+        found = values.array(frames.Bytes(bytes.fromhex(v["encoded"])), v["dtype"], v["count"])
+        yield f"array: {v['name']}", found.hex() == v["values"]
     mask = (golden / "mask.bin").read_bytes()
     yield "mask blob", _unblob((golden / "mask.blob").read_bytes()) == mask
     yield from _snapshot((golden / "snapshot.blob").read_bytes(), _read(golden, "snapshot.json"))
+    yield from _values(_read(golden, "values.json"), mask)
+
+
+def _values(file: dict[str, Any], mask: bytes) -> Found:
+    for v in file["blobs"]:
+        found = values.decode(bytes.fromhex(v["encoded"]), bytes.fromhex(v["hash"]), v["count"])
+        made = values.quantise(core.floats(bytes.fromhex(v["values"])), v["codec"])
+        same = made == values.parts(bytes.fromhex(v["encoded"]), v["codec"], v["count"])
+        yield f"values: {v['name']}", same and core.packed(found).hex() == v["decoded"]
+    for i, v in enumerate(file["means"]):
+        parts = [core.floats(bytes.fromhex(part)) for part in v["values"]]
+        mean = core.mean_displacement([float.fromhex(weight) for weight in v["weights"]], parts)
+        yield f"mean displacement {i}", core.packed(mean).hex() == v["mean"]
+    for v in file["refused"]:
+        refused = _refusal(lambda data: values.decode(data, core.short_hash(data), file["refused_of"]), v["hex"])
+        yield f"values refused: {v['name']}", refused == v["error"]
+    for v in file["runs"]:
+        yield f"run: {v['name']}", _replay(mask, v)
 
 
 def _snapshot(blob: bytes, said: dict[str, Any]) -> Found:
     """Hash, header, theta and its digest."""
     body = frames.Bytes(blob)
     magic, run_id, version, head, digest, size = body.read("<8s16sI16s16sI")
-    theta = core.floats(_array(body, 4))
+    theta = core.floats(values.array(body, "float32", size))
     yield "snapshot hash", core.short_hash(blob).hex() == said["hash"]
     yield "snapshot magic and size", magic == b"MKSNAP\x01\n" and size == len(theta) and not body.data
     place = {"run_id": run_id.hex(), "version": version, "head": head.hex(), "digest": digest.hex()}
@@ -148,18 +164,12 @@ def _snapshot(blob: bytes, said: dict[str, Any]) -> Found:
     yield "snapshot theta", core.packed(theta).hex() == said["theta"] and core.digest(theta) == digest
 
 
-def _array(body: frames.Bytes, width: int) -> bytes:
-    _, count, length = body.read("<BII")
-    planes = zstandard.ZstdDecompressor().decompress(body.take(length), max_output_size=width * count)
-    return b"".join(planes[i::count] for i in range(count))
-
-
 def _unblob(blob: bytes) -> bytes:
     """The mask file of a mask blob: gaps summed up within each matrix."""
     body = frames.Bytes(blob)
     head_bytes, size = body.read("<II")
     head = body.take(head_bytes)
-    gaps = iter(struct.unpack(f"<{size}I", _array(body, 4)))
+    gaps = iter(struct.unpack(f"<{size}I", values.array(body, "uint32", size)))
     indices, at = b"", 76
     for _ in range(*struct.unpack_from("<I", head, 72)):
         name_bytes, dimensions, count = struct.unpack_from("<HBI", head, at)
@@ -168,4 +178,17 @@ def _unblob(blob: bytes) -> bytes:
         for gap in islice(gaps, count):
             index += gap
             indices += struct.pack("<I", index)
-    return head + indices + _array(body, 4) + _array(body, 4)
+    return head + indices + values.array(body, "float32", size) + values.array(body, "float32", size)
+
+
+def _toy(golden: Path) -> Found:
+    file = _read(golden, "toy.json")
+    for v in file["batches"]:
+        made = toy.batch_rows(bytes.fromhex(v["run_id"]), v["node"], v["rows"], v["batch_size"], v["step"])
+        yield f"batch {v['step']} of {v['rows']} rows", made == v["numbers"]
+    for v in file["gradients"]:
+        theta, z = (core.floats(bytes.fromhex(v[key])) for key in ("theta", "z"))
+        targets = [list(core.direction("mk1", int(seed, 16), 0, len(theta))) for seed in v["rows"]]
+        g, loss = toy.projected_gradient(theta, z, v["eps"], targets)
+        near = abs(g - v["g"]) <= v["tolerance"] and math.isclose(loss, v["loss"], rel_tol=1e-6)
+        yield f"projected gradient of {len(targets)} rows", near

@@ -81,8 +81,8 @@ def seed_for(run_id: bytes, version: int, lane: int, step: int) -> int:
 
 
 def coefficient(lr: float, scalars: Iterable[tuple[int, float]], total_weight: int) -> float:
-    """The sum is exact, then rounded once to float64."""
-    exact = sum((Fraction(n) * Fraction(g) for n, g in scalars), Fraction(0))
+    """Each product is rounded to float64 (exact up to n = 2^24), and so is their exact sum."""
+    exact = sum((Fraction(n * g) for n, g in scalars), Fraction(0))
     value = float32(lr * (float(exact) / total_weight))
     if not math.isfinite(value):
         raise Refused("BadValue")
@@ -110,11 +110,43 @@ def digest(theta: Sequence[float]) -> bytes:
     return short_hash(packed(theta))
 
 
+def add(theta: Sequence[float], displacement: Sequence[float]) -> list[float]:
+    """theta + displacement, rounded to float32."""
+    return [float32(t + d) for t, d in zip(theta, displacement, strict=True)]
+
+
+def mean_displacement(weights: Sequence[float], displacements: Sequence[Sequence[float]]) -> list[float]:
+    """Products and sums in float64, in the order given; the result rounded to float32."""
+    total = [0.0] * len(displacements[0])
+    for weight, values in zip(weights, displacements, strict=True):
+        total = [t + weight * value for t, value in zip(total, values, strict=True)]
+    return [float32(t) for t in total]
+
+
+def is_aged(entry: dict[str, Any]) -> bool:
+    """Whether the age of each term is written down."""
+    return any(term["age"] for term in entry["terms"])
+
+
+def blob_bytes(blob: dict[str, Any]) -> bytes:
+    """Hash and size of a displacement."""
+    return struct.pack("<16sI", bytes.fromhex(blob["blob"]), blob["size"])
+
+
+def terms_and_displacement(entry: dict[str, Any]) -> bytes:
+    """As frames and hashes have them."""
+    out, aged = b"", is_aged(entry)
+    for t in entry["terms"]:
+        out += struct.pack("<H", t["age"]) if aged else b""
+        out += struct.pack("<HHf", t["lane"], t["step"], t["coefficient"])
+    return out + (blob_bytes(entry["displacement"]) if entry["displacement"] else b"")
+
+
 def entry_hash(run_id: bytes, entry: dict[str, Any]) -> bytes:
     """Hash of a ledger entry."""
-    terms = [struct.pack("<HHf", t["lane"], t["step"], t["coefficient"]) for t in entry["terms"]]
-    head = run_id + struct.pack("<II", entry["version"], len(terms))
-    return short_hash(head + b"".join(terms) + bytes.fromhex(entry["previous"]) + bytes.fromhex(entry["digest"]))
+    count = len(entry["terms"]) | is_aged(entry) << 31 | (entry["displacement"] is not None) << 30
+    head = run_id + struct.pack("<II", entry["version"], count) + terms_and_displacement(entry)
+    return short_hash(head + bytes.fromhex(entry["previous"]) + bytes.fromhex(entry["digest"]))
 
 
 # Section 3

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any
 
-from protocol.reference.core import Refused
+from protocol.reference.core import Refused, blob_bytes, is_aged, terms_and_displacement
 
 Meaning = dict[str, Any]
 
@@ -65,21 +65,34 @@ def encode(kind: str, meaning: Meaning) -> bytes:
 
 
 def decode_update(body: Bytes) -> Meaning:
-    """boot, base digest, steps, flags, loss, seeds if flag 1, projected gradients."""
-    boot, base, steps, flags, loss = body.read("<I8sHH4s")
-    need(flags < 2, "UnknownFlags")
-    need(1 <= steps <= 1000)
-    seeds = [f"0x{seed:016x}" for seed in body.read(f"<{steps}Q")] if flags & 1 else None
-    scalars = [scalar(body.take(4)) for _ in range(steps)]
-    return {"boot": boot, "base": base.hex(), "loss": scalar(loss), "scalars": scalars, "seeds": seeds}
+    """boot, base digest, count, flags, loss; then a displacement if flag 2, or seeds if flag 1 and scalars."""
+    boot, base, count, flags, loss = body.read("<I8sHH4s")
+    need(flags < 4, "UnknownFlags")
+    need(1 <= count <= 1000 and flags != 3)
+    meaning = {"boot": boot, "base": base.hex(), "loss": scalar(loss), "scalars": [], "seeds": None, "values": None}
+    if flags == 2:
+        return {**meaning, "values": {**decode_blob(body), "steps": count}}
+    seeds = [f"0x{seed:016x}" for seed in body.read(f"<{count}Q")] if flags else None
+    return {**meaning, "scalars": [scalar(body.take(4)) for _ in range(count)], "seeds": seeds}
 
 
 def encode_update(m: Meaning) -> bytes:
     """The inverse."""
-    seeds, steps = m["seeds"], len(m["scalars"])
-    out = struct.pack("<I8sHHf", m["boot"], bytes.fromhex(m["base"]), steps, seeds is not None, float(m["loss"]))
+    seeds, values = m["seeds"], m["values"]
+    count = values["steps"] if values else len(m["scalars"])
+    flags = 2 if values else seeds is not None
+    out = struct.pack("<I8sHHf", m["boot"], bytes.fromhex(m["base"]), count, flags, float(m["loss"]))
+    if values:
+        return out + blob_bytes(values)
     out += b"".join(struct.pack("<Q", int(seed, 16)) for seed in seeds or ())
-    return out + struct.pack(f"<{steps}f", *map(float, m["scalars"]))
+    return out + struct.pack(f"<{count}f", *map(float, m["scalars"]))
+
+
+def decode_blob(body: Bytes) -> Meaning:
+    """Hash and size of a displacement."""
+    blob, size = body.read("<16sI")
+    need(size > 0)
+    return {"blob": blob.hex(), "size": size}
 
 
 def scalar(packed: bytes) -> float | str:
@@ -92,29 +105,42 @@ def scalar(packed: bytes) -> float | str:
 
 
 def decode_round(body: Bytes) -> Meaning:
-    """T, lanes, eps, deadline, attempt, flags, three lengths; bitmaps asked and heard, short list, entries."""
+    """Numbers and three lengths; bitmaps asked and heard, short list, those heard before if flag 2, entries."""
     steps, lanes, eps, deadline, attempt, flags, length, shorts, entries = body.read("<HHfIHHHHH")
-    need(flags < 2, "UnknownFlags")
+    need(flags < 4, "UnknownFlags")
     need(1 <= steps <= 1000 and 1 <= lanes <= 4096 and math.isfinite(eps) and eps > 0 and length <= 8192)
     asked, heard = body.take(length), body.take(length)
     need(length == 0 or asked[-1] + heard[-1] > 0)
-    short = [list(body.read("<HH")) for _ in range(shorts)]
-    need(all(a[0] < b[0] for a, b in pairwise(short)) and all(1 <= s < steps for _, s in short))
+    short = pairs(body, shorts)
+    need(all(1 <= s < steps for _, s in short))
+    before = pairs(body, *body.read("<H")) if flags & 2 else []
+    need(bool(before) == bool(flags & 2) and all(1 <= age <= 1000 for _, age in before))
+    need(not {slot for slot, _ in before} & set(slots(heard)))
     return {
-        "is_open": bool(flags), "steps": steps, "lanes": lanes, "eps": eps, "deadline_ms": deadline,
+        "is_open": bool(flags & 1), "steps": steps, "lanes": lanes, "eps": eps, "deadline_ms": deadline,
         "attempt": attempt, "asked": slots(asked), "heard": slots(heard), "short": short,
-        "entries": [decode_entry(body) for _ in range(entries)],
+        "entries": [decode_entry(body) for _ in range(entries)], "heard_before": before,
     }  # fmt: skip
+
+
+def pairs(body: Bytes, count: int) -> list[list[int]]:
+    """(slot, number) each; slots ascend strictly."""
+    found = [list(body.read("<HH")) for _ in range(count)]
+    need(all(a[0] < b[0] for a, b in pairwise(found)))
+    return found
 
 
 def encode_round(m: Meaning) -> bytes:
     """The inverse; both bitmaps end with the byte of the highest slot in either."""
     length = max(m["asked"] + m["heard"], default=-1) // 8 + 1
-    numbers = (m["steps"], m["lanes"], m["eps"], m["deadline_ms"], m["attempt"], m["is_open"])
+    before = m["heard_before"]
+    numbers = (m["steps"], m["lanes"], m["eps"], m["deadline_ms"], m["attempt"], m["is_open"] + 2 * bool(before))
     out: bytes = struct.pack("<HHfIHHHHH", *numbers, length, len(m["short"]), len(m["entries"]))
     for bitmap in (m["asked"], m["heard"]):
         out += int(sum(1 << slot for slot in bitmap)).to_bytes(length, "little")
-    return out + b"".join(struct.pack("<HH", *pair) for pair in m["short"]) + encode_all(m["entries"])
+    out += b"".join(struct.pack("<HH", *pair) for pair in m["short"])
+    out += struct.pack("<H", len(before)) if before else b""
+    return out + b"".join(struct.pack("<HH", *pair) for pair in before) + encode_all(m["entries"])
 
 
 def slots(bitmap: bytes) -> list[int]:
@@ -123,20 +149,31 @@ def slots(bitmap: bytes) -> list[int]:
 
 
 def decode_entry(body: Bytes) -> Meaning:
-    """version, number of terms, (lane, step, coefficient) each, hash before, digest after."""
-    version, count = body.read("<IH")
-    need(count <= 12_000)
-    terms = [dict(zip(("lane", "step", "coefficient"), body.read("<HHf"), strict=True)) for _ in range(count)]
-    need(all(math.isfinite(term["coefficient"]) for term in terms))
-    return {"version": version, "terms": terms, "previous": body.take(16).hex(), "digest": body.take(16).hex()}
+    """version, number of terms and flags, terms, displacement if bit 14, hash before, digest after."""
+    version, head = body.read("<IH")
+    aged, displaced, count = head >> 15, head >> 14 & 1, head & 0x3FFF
+    need(count <= (9600 if aged else 12_000))
+    terms = [decode_term(body, aged) for _ in range(count)]
+    need(any(term["age"] for term in terms) == aged)
+    need(all(term["age"] <= min(1000, version) and math.isfinite(term["coefficient"]) for term in terms))
+    added = decode_blob(body) if displaced else None
+    hashes = {"previous": body.take(16).hex(), "digest": body.take(16).hex()}
+    return {"version": version, "terms": terms, **hashes, "displacement": added}
+
+
+def decode_term(body: Bytes, aged: int) -> Meaning:
+    """age if bit 15, lane, step, coefficient."""
+    age = body.read("<H")[0] if aged else 0
+    lane, step, c = body.read("<HHf")
+    return {"lane": lane, "step": step, "coefficient": c, "age": age}
 
 
 def encode_all(entries: Iterable[Meaning]) -> bytes:
     """Entries, one after the other."""
     out = b""
     for e in entries:
-        terms = [struct.pack("<HHf", t["lane"], t["step"], t["coefficient"]) for t in e["terms"]]
-        out += struct.pack("<IH", e["version"], len(terms)) + b"".join(terms)
+        head = len(e["terms"]) | is_aged(e) << 15 | (e["displacement"] is not None) << 14
+        out += struct.pack("<IH", e["version"], head) + terms_and_displacement(e)
         out += bytes.fromhex(e["previous"] + e["digest"])
     return out
 
@@ -202,7 +239,7 @@ def encode_chunk(m: Meaning) -> bytes:
 def decode_refusal(body: Bytes) -> Meaning:
     """boot, reason."""
     boot, reason = body.read("<IB")
-    need(1 <= reason <= 4, "UnknownType")
+    need(1 <= reason <= 5, "UnknownType")
     return {"boot": boot, "reason": reason}
 
 

@@ -15,14 +15,17 @@ from meerkat_mq.rounds import server as machine
 from meerkat_mq.rounds.events import (
     CommitEntry,
     ServerEvent,
+    Share,
     UpdateRecord,
     Verdict,
 )
-from meerkat_mq.rounds.policy import RoundSettings, counted, lane_of, terms_of
+from meerkat_mq.rounds.policy import RoundSettings, counted, lane_of, shares_of, terms_of
 from meerkat_mq.rounds.record import OpenRound
 from meerkat_mq.rounds.server import ServerMachine
+from meerkat_mq.rounds.window import Committed, Window
 from meerkat_mq.wire.messages import Reason, Update
 from meerkat_mq.wire.snapshot import encode_snapshot
+from meerkat_mq.wire.values import encode_values
 
 Machine = Any  # its private methods are what is broken here
 
@@ -36,7 +39,8 @@ def apply_a_duplicate(patch: pytest.MonkeyPatch) -> None:
         return None if reason == "duplicate" else reason
 
     def hear(self: OpenRound, record: UpdateRecord) -> None:
-        self.heard[f"{record.node} {len(self.heard)}" if record.node in self.heard else record.node] = record
+        name = record.node if (record.version, record.node) not in self.heard else f"{record.node} {len(self.heard)}"
+        self.heard[record.version, name] = record
         self.awaited.discard(record.node)
 
     patch.setattr(ServerMachine, "_why_dropped", broken)
@@ -52,7 +56,8 @@ def term_in_the_identity(patch: pytest.MonkeyPatch) -> None:
             self.updates.setdefault((record.version, f"{record.node} {mine[0]}"), record)
 
     def commit_entry(self: Ledger, mine: tuple[int, str], closed: CommitEntry) -> None:
-        every = tuple(record for (version, _), record in self.updates.items() if version == closed.entry.version)
+        among = {(record.version, record.node) for record in closed.records}
+        every = tuple(record for record in self.updates.values() if (record.version, record.node) in among)
         keep(self, mine, replace(closed, records=every))
 
     keep = Ledger.commit_entry
@@ -107,17 +112,18 @@ def lose_an_update_on_resume(patch: pytest.MonkeyPatch) -> None:
 def add_in_arrival_order(patch: pytest.MonkeyPatch) -> None:
     """Sums are made in float32, one after the other, as the updates lie."""
 
-    def terms_of(records: Sequence[UpdateRecord], settings: RoundSettings) -> tuple[Term, ...]:
+    def terms_of(records: Sequence[UpdateRecord], settings: RoundSettings, version: int) -> tuple[Term, ...]:
         heard = [found for record in reversed(records) if (found := counted(record, settings)) is not None]
         total, terms = np.float32(sum(record.weight for record in heard)), []
         lr = settings.lr / settings.perturbations
-        for lane in range(settings.lanes):
-            members = [record for record in heard if lane_of(record.slot, settings.lanes) == lane]
+        for age, lane in sorted({(version - r.version, lane_of(r.slot, settings.lanes)) for r in heard}):
+            place, part = (version - age, lane), np.float32(settings.staleness_weight(age) / 256)
+            members = [r for r in heard if (r.version, lane_of(r.slot, settings.lanes)) == place]
             for step in range(max([len(record.scalars) for record in members], default=0)):
                 g = np.float32(0)
                 for record in [record for record in members if step < len(record.scalars)]:
-                    g += np.float32(record.weight) * np.float32(record.scalars[step])
-                terms.append(Term(lane, step, float(np.float32(lr) * (g / total))))
+                    g += part * np.float32(record.weight) * np.float32(record.scalars[step])
+                terms.append(Term(lane, step, float(np.float32(lr) * (g / total)), age))
         return tuple(terms)
 
     patch.setattr(machine, "terms_of", terms_of)
@@ -128,7 +134,7 @@ def skip_the_digest_check(patch: pytest.MonkeyPatch) -> None:
     why_refused = ServerMachine._why_refused
 
     def broken(self: Machine, name: str, update: Update) -> Reason | None:
-        return why_refused(self, name, replace(update, base=self._base[:8]))
+        return why_refused(self, name, replace(update, base=self._window.base(update.header.version)[:8]))
 
     patch.setattr(ServerMachine, "_why_refused", broken)
 
@@ -160,10 +166,8 @@ def keep_an_update_that_came_too_late(patch: pytest.MonkeyPatch) -> None:
     keep = Ledger.commit_entry
 
     def commit_entry(self: Ledger, mine: tuple[int, str], closed: CommitEntry) -> None:
-        committed = self.updates.items()
-        every = {record.slot: record for (version, _), record in committed if version == closed.entry.version}
-        every |= {record.slot: record for record in closed.records}
-        keep(self, mine, replace(closed, records=tuple(every[slot] for slot in sorted(every))))
+        every = {(record.version, record.slot): record for record in (*self.updates.values(), *closed.records)}
+        keep(self, mine, replace(closed, records=tuple(every[place] for place in sorted(every))))
 
     patch.setattr(Ledger, "commit_entry", commit_entry)
 
@@ -175,7 +179,7 @@ def lose_judgements_on_resume(patch: pytest.MonkeyPatch) -> None:
 
 def count_all_steps_of_an_early_stopped_node(patch: pytest.MonkeyPatch) -> None:
     """A virtual path counts whole, though its node is early-stopped."""
-    patch.setattr(machine, "terms_of", lambda records, settings: terms_of(_unmarked(records), settings))
+    patch.setattr(machine, "terms_of", lambda records, *more: terms_of(_unmarked(records), *more))
 
 
 def _unmarked(records: Sequence[UpdateRecord]) -> list[UpdateRecord]:
@@ -186,6 +190,73 @@ def _unmarked(records: Sequence[UpdateRecord]) -> list[UpdateRecord]:
 def measure_the_round_after(patch: pytest.MonkeyPatch) -> None:
     """GradIP is made with the directions of another round."""
     patch.setattr(simulated, "measured", lambda g_p, run, version, **shape: measured(g_p, run, version + 1, **shape))
+
+
+# --- of buffered runs, and of values nodes --------------------------------------------------------------------------
+
+
+def count_an_update_in_two_entries(patch: pytest.MonkeyPatch) -> None:
+    """What came while an entry closed enters each later one, until it is too old."""
+
+    def open_again(self: Window) -> Committed:
+        return {place: record for place, record in self._waiting.items() if self.spans(record.version, self.head)}
+
+    patch.setattr(Window, "open", open_again)
+
+
+def weigh_by_the_wrong_age(patch: pytest.MonkeyPatch) -> None:
+    """An update weighs as if it were a version older than it is."""
+
+    def broken(records: Sequence[UpdateRecord], settings: RoundSettings, version: int) -> tuple[Term, ...]:
+        wider = replace(settings, mode="buffered", max_staleness=settings.max_staleness + 1)
+        return tuple(replace(term, age=term.age - 1) for term in terms_of(records, wider, version + 1))
+
+    patch.setattr(machine, "terms_of", broken)
+
+
+def draw_stale_directions_anew(patch: pytest.MonkeyPatch) -> None:
+    """A stale update's directions are drawn with the seeds of the entry's version."""
+    after = Theta.after
+
+    def broken(self: Theta, terms: tuple[Term, ...], *more: Any) -> Theta:
+        return after(self, tuple(replace(term, age=0) for term in terms), *more)
+
+    patch.setattr(Theta, "after", broken)
+
+
+def drop_stale_updates_on_resume(patch: pytest.MonkeyPatch) -> None:
+    """A server that starts again goes on with the head's updates alone."""
+    resumed = Server.resumed_updates
+
+    def broken(self: Machine) -> list[UpdateRecord]:
+        return [record for record in resumed(self) if record.version == len(self.disk.ledger.entries)]
+
+    patch.setattr(Server, "resumed_updates", broken)
+
+
+def forget_whom_it_heard_on_resume(patch: pytest.MonkeyPatch) -> None:
+    """A server that starts again takes what an entry holds already."""
+    patch.setattr(Ledger, "heard", lambda self: {})
+
+
+def open_the_window_too_wide(patch: pytest.MonkeyPatch) -> None:
+    """An update may be a version older than the run says."""
+    patch.setattr(Window, "spans", lambda self, base, entry: entry - self._max_staleness - 1 <= base <= entry)
+
+
+def distribute_the_mean_itself(patch: pytest.MonkeyPatch) -> None:
+    """The mean displacement is not encoded as the run says."""
+    patch.setattr(simulated, "encode_values", lambda values, codec: encode_values(values, "float32"))
+
+
+def weigh_displacements_alike(patch: pytest.MonkeyPatch) -> None:
+    """The mean displacement is the plain one, whatever the path nodes and the ages."""
+
+    def broken(*args: Any) -> tuple[Share, ...]:
+        shares = shares_of(*args)
+        return tuple(replace(share, weight=1 / len(shares)) for share in shares)
+
+    patch.setattr(machine, "shares_of", broken)
 
 
 # Each with the faults that bring it to light.
@@ -203,4 +274,12 @@ BUGS: dict[Callable[[pytest.MonkeyPatch], None], tuple[str, ...]] = {
     lose_judgements_on_resume: ("crash",),
     count_all_steps_of_an_early_stopped_node: (),
     measure_the_round_after: (),
+    count_an_update_in_two_entries: (),
+    weigh_by_the_wrong_age: (),
+    draw_stale_directions_anew: (),
+    drop_stale_updates_on_resume: ("crash",),
+    forget_whom_it_heard_on_resume: ("crash", "lose"),
+    open_the_window_too_wide: (),
+    distribute_the_mean_itself: (),
+    weigh_displacements_alike: (),
 }

@@ -9,13 +9,13 @@ from meerkat_mq.chaos.checkers import CHECKERS, check
 from meerkat_mq.chaos.history import CORRUPT_THETA, History, Injected
 from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.core.gradip import inner_products
-from meerkat_mq.core.path import Entry, digest
+from meerkat_mq.core.path import Displacement, Entry, digest
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.toy import toy_mask
 from meerkat_mq.rounds.early_stopping import judgements_of
 from meerkat_mq.rounds.events import Judgement, UpdateRecord, Verdict
 from meerkat_mq.rounds.policy import terms_of
-from meerkat_mq.wire.messages import Round, Update
+from meerkat_mq.wire.messages import Round, Update, Values
 from tests.rounds.support import RUN, header, settings, state, status
 
 NODES, ROUNDS = ("n0", "n1"), 4
@@ -60,7 +60,7 @@ def extend(history: History, until: int, scale: float = 1.0) -> None:
             )
         history.rounds.append((10.0 * version + 2, frame(history, version, frozenset({0, 1}))))
         head = history.entries[-1].hash(RUN) if history.entries else MASK.hash
-        terms = terms_of(records, history.settings)
+        terms = terms_of(records, history.settings, version)
         history.entries.append(Entry(version, terms, head, replica.apply(terms)))
         history.records.append(records)
         products = inner_products(MASK.g_p, RUN, version, lanes=1, steps=1, stream="mk1")
@@ -76,7 +76,7 @@ def found(history: History) -> list[str]:
 
 def test_nothing_is_found_in_a_history_that_is_right() -> None:
     assert found(right()) == []
-    assert len(CHECKERS) == 8
+    assert len(CHECKERS) == 10
 
 
 Damage = Callable[[History], None]
@@ -156,6 +156,27 @@ def backwards(history: History) -> None:
     history.entry_terms[1] = 2
 
 
+def stale(history: History) -> None:
+    """An update enters a later entry, which takes none so old."""
+    record, *others = history.records[1]
+    history.records[1], history.records[3] = tuple(others), (record, *history.records[3])
+
+
+def with_displacement(history: History) -> None:
+    """Entry 2 has a displacement that none of its updates gives."""
+    history.entries[2] = replace(history.entries[2], displacement=Displacement(bytes(16), 9))
+
+
+def without_displacement(history: History) -> None:
+    change(2, scalars=(), values=Values(bytes(16), 9, 1))(history)
+
+
+def acknowledged_and_lost(history: History) -> None:
+    """A later round said that the first node was heard in the round before."""
+    history.rounds.append((25.0, replace(frame(history, 2), heard_before=((0, 1),))))
+    history.records[1] = history.records[1][1:]
+
+
 def unfinished(history: History) -> None:
     history.finished = False
 
@@ -165,7 +186,13 @@ def unfinished(history: History) -> None:
     [
         (counted_twice, "no update applied twice"),
         (change(2, version=1), "no update applied twice"),
+        (change(2, version=1), "no update too stale"),
         (change(2, scalars=(1.0,)), "no update applied twice"),
+        (stale, "no update too stale"),
+        (acknowledged_and_lost, "no committed round lost or changed"),
+        (with_displacement, "displacements recomputable"),
+        (without_displacement, "displacements recomputable"),
+        (change(1, values=Values(bytes(16), 9, 1)), "as many scalars as asked"),
         (lost, "no committed round lost or changed"),
         (rewritten, "no committed round lost or changed"),
         (heard_and_lost, "no committed round lost or changed"),

@@ -60,6 +60,31 @@ def test_a_shipped_plan_is_valid_at_every_length(name: str, tmp_path: Path) -> N
         assert plan.strikes
 
 
+@pytest.mark.parametrize("name", shipped())
+def test_a_shipped_plan_can_take_what_comes(name: str, tmp_path: Path) -> None:
+    waits, takes = (load_plan(name, out=tmp_path, seconds=60, buffered=buffered) for buffered in (False, True))
+    assert waits.server is not None
+    assert takes.server is not None
+    rounds = takes.server.rounds
+    assert (rounds.mode, rounds.buffer_size, rounds.max_staleness) == ("buffered", 4, 8)
+    assert rounds.count > 2 * waits.server.rounds.count
+    assert takes.strikes == waits.strikes
+
+
+def test_what_a_plan_says_of_its_buffer_stays(tmp_path: Path) -> None:
+    text = '[federation.rounds]\nbuffer_size = 3\n[[faults]]\nfault = "sigkill"\nat = 1\n'
+    (tmp_path / "plan.toml").write_text(text)
+    plan = load_plan(str(tmp_path / "plan.toml"), out=tmp_path, buffered=True)
+    assert plan.server is not None
+    assert (plan.server.rounds.mode, plan.server.rounds.buffer_size) == ("buffered", 3)
+
+
+def test_a_federation_that_somebody_else_configured_is_not_changed(tmp_path: Path) -> None:
+    (tmp_path / "plan.toml").write_text(f'{ATTACH}nodes.a = {{ pid = 4711 }}\n[[faults]]\nfault = "sigkill"\nat = 1\n')
+    with pytest.raises(ConfigError, match="--buffered: is for a federation that the drill configures"):
+        load_plan(str(tmp_path / "plan.toml"), out=tmp_path, buffered=True)
+
+
 def test_everything_is_every_fault_even_within_a_minute(tmp_path: Path) -> None:
     plan = load_plan("everything", out=tmp_path, seconds=60)
     assert {strike.fault.name for strike in plan.strikes} == FAULTS.keys()

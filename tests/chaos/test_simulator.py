@@ -28,6 +28,9 @@ def test_schedules_span_what_they_should() -> None:
     assert len({fault.name for schedule in schedules for fault in schedule.faults}) == 15
     assert {schedule.early_stopping for schedule in schedules} == {"off", "vpcs", "random"}
     assert {schedule.perturbations for schedule in schedules} == {1, 2}
+    assert 0.45 < sum(schedule.mode == "buffered" for schedule in schedules) / len(schedules) < 0.55
+    assert {schedule.max_staleness for schedule in schedules} == set(range(6))
+    assert {schedule.values > 0 for schedule in schedules} == {schedule.sleepers > 0 for schedule in schedules}
 
 
 @pytest.mark.parametrize("by", ["vpcs", "random"])
@@ -37,6 +40,19 @@ def test_schedules_flag_some_nodes_and_not_others(by: str) -> None:
         history, _ = judge(schedule)
         flagged.update(judgement.early_stopped for found in history.judgements for judgement in found)
     assert min(flagged[True], flagged[False]) > 10
+
+
+def test_buffered_schedules_have_stale_updates_partial_paths_and_displacements() -> None:
+    ages, partial, displaced = Counter[int](), 0, 0
+    for schedule in [found for seed in range(40) if (found := make_schedule(seed)).mode == "buffered"]:
+        history, _ = judge(schedule)
+        whole = schedule.perturbations * schedule.steps
+        records = [(entry, record) for entry, found in enumerate(history.records) for record in found]
+        ages.update(entry - record.version for entry, record in records)
+        partial += sum(0 < len(record.scalars) < whole for _, record in records)
+        displaced += sum(entry.displacement is not None for entry in history.entries)
+    assert set(ages) == set(range(6))
+    assert min(partial, displaced) > 20
 
 
 def test_the_same_seed_gives_the_same_history() -> None:

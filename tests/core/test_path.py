@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from meerkat_mq.core.directions import direction
 from meerkat_mq.core.path import (
+    Displacement,
     Entry,
     Term,
     apply,
@@ -53,7 +54,7 @@ def test_a_coefficient_is_the_exact_mean_rounded(scalars: list[tuple[int, float]
     ("lr", "scalars", "total"),
     [
         (1.0, [(0, 1.0)], 1),
-        (1.0, [(2**24 + 1, 1.0)], 2**25),
+        (1.0, [(2**32 + 1, 1.0)], 2**33),
         (1.0, [], 0),
         (math.nan, [(1, 1.0)], 1),
         (math.inf, [(1, 1.0)], 1),
@@ -80,13 +81,13 @@ def test_terms_apply_in_order_zeros_included() -> None:
     start = direction("mk1", 1, 0, 100)
     terms = (Term(0, 0, 0.5), Term(1, 0, 0.0), Term(0, 1, -0.25))
     theta = start.copy()
-    apply_terms(theta, terms, lambda lane, step: 10 * lane + step, "mk1")
+    apply_terms(theta, terms, lambda term: 10 * term.lane + term.step, "mk1")
     expected = start - direction("mk1", 0, 0, 100) * np.float32(0.5)
     expected = expected - direction("mk1", 10, 0, 100) * np.float32(0)
     expected = expected - direction("mk1", 1, 0, 100) * np.float32(-0.25)
     assert np.array_equal(theta, expected)
     zeros = np.full(64, -0.0, np.float32)
-    apply_terms(zeros, (Term(0, 0, 0.0),), lambda lane, step: 0, "rademacher")
+    apply_terms(zeros, (Term(0, 0, 0.0),), lambda term: 0, "rademacher")
     assert np.array_equal(np.signbit(zeros), direction("rademacher", 0, 0, 64) > 0)
 
 
@@ -110,6 +111,12 @@ def test_every_field_of_an_entry_enters_its_hash() -> None:
         Entry(3, (Term(1, 2, -0.5),), entry.previous, entry.digest),
         Entry(3, entry.terms, b"\1" * 16, entry.digest),
         Entry(3, entry.terms, entry.previous, b"\1" * 16),
+        Entry(3, (Term(1, 2, 0.5, 1),), entry.previous, entry.digest),
+        Entry(3, (Term(1, 2, 0.5, 2),), entry.previous, entry.digest),
+        Entry(3, entry.terms, entry.previous, entry.digest, Displacement(bytes(16), 1)),
+        Entry(3, entry.terms, entry.previous, entry.digest, Displacement(bytes(16), 2)),
+        Entry(3, entry.terms, entry.previous, entry.digest, Displacement(b"\1" * 16, 1)),
+        Entry(3, (Term(1, 2, 0.5, 1),), entry.previous, entry.digest, Displacement(bytes(16), 1)),
     ]
     hashes = {other.hash(RUN) for other in others} | {entry.hash(RUN), entry.hash(bytes(16))}
     assert len(hashes) == len(others) + 2
@@ -117,3 +124,10 @@ def test_every_field_of_an_entry_enters_its_hash() -> None:
 
 def test_digests_are_due_at_multiples() -> None:
     assert [v for v in range(10) if digest_due(v, 3)] == [0, 3, 6, 9]
+
+
+@given(st.lists(st.tuples(st.integers(1, 2**24), st.floats(-(2.0**99), 2.0**99, width=32)), min_size=1, max_size=9))
+def test_a_staleness_weight_of_one_changes_no_bit(scalars: list[tuple[int, float]]) -> None:
+    total = sum(weight for weight, _ in scalars)
+    in_256ths = [(256 * weight, scalar) for weight, scalar in scalars]
+    assert coefficient(1e-3, in_256ths, 256 * total) == coefficient(1e-3, scalars, total)

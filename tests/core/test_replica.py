@@ -4,11 +4,17 @@ import numpy as np
 
 from meerkat_mq.core.directions import direction
 from meerkat_mq.core.path import NO_DIGEST, Term, apply, digest, seed_for
-from meerkat_mq.core.replica import Replica
+from meerkat_mq.core.replica import Change, Replica
 from meerkat_mq.core.toy import toy_mask
 
 RUN_ID = bytes(range(16))
-ROUNDS = [(Term(0, 0, 0.5), Term(1, 2, -0.25)), (), (Term(3, 0, 1e-3),), (Term(0, 0, 2.0),)]
+ADDED = np.linspace(-1, 1, 300, dtype=np.float32)
+ROUNDS: list[Change] = [
+    ((Term(0, 0, 0.5), Term(1, 2, -0.25)), None),
+    ((), None),
+    ((Term(3, 0, 1e-3), Term(3, 0, 0.5, 2)), ADDED),
+    ((Term(0, 0, 2.0, 1),), None),
+]
 
 
 def replica(digest_every: int = 1) -> Replica:
@@ -17,25 +23,27 @@ def replica(digest_every: int = 1) -> Replica:
 
 def test_replay_is_one_apply_after_the_other() -> None:
     one, all_at_once = replica(2), replica(2)
-    digests = tuple(one.apply(terms) for terms in ROUNDS)
+    digests = tuple(one.apply(*change) for change in ROUNDS)
     assert all_at_once.replay(ROUNDS) == digests
     assert [found == NO_DIGEST for found in digests] == [True, False, True, False]
     assert one.theta.tobytes() == all_at_once.theta.tobytes()
     assert one.version == all_at_once.version == len(ROUNDS)
 
 
-def test_each_term_is_the_direction_of_its_version_lane_and_step() -> None:
+def test_each_term_is_the_direction_of_its_base_version_lane_and_step() -> None:
     theta, scratch = np.zeros(300, np.float32), np.empty(300, np.float32)
-    for version, terms in enumerate(ROUNDS):
+    for version, (terms, displacement) in enumerate(ROUNDS):
         for term in terms:
-            z = direction("mk1", seed_for(RUN_ID, version, term.lane, term.step), 0, 300)
+            z = direction("mk1", seed_for(RUN_ID, version - term.age, term.lane, term.step), 0, 300)
             apply(theta, z, term.coefficient, scratch)
+        if displacement is not None:
+            theta += displacement
     assert replica().replay(ROUNDS)[-1] == digest(theta)
 
 
 def test_who_holds_an_earlier_theta_keeps_it() -> None:
     standing = replica()
-    standing.apply(ROUNDS[0])
+    standing.apply(*ROUNDS[0])
     held = standing.theta
     before = held.tobytes()
     standing.replay(ROUNDS[1:])

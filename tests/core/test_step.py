@@ -95,3 +95,18 @@ def test_the_last_step_goes_nowhere_so_that_a_huge_gradient_reaches_the_server()
     engine = Fixed([3e38], [0.0])
     (g,), _ = local_steps(engine, np.zeros(1, np.float32), [1], [[{}]], stream="mk1", eps=1.0, lr=1e30)
     assert g == float(np.float32(1.5e38))
+
+
+@pytest.mark.parametrize("perturbations", [1, 3])
+def test_a_stop_leaves_a_partial_path_of_whole_steps(perturbations: int) -> None:
+    engine, theta = QuadraticEngine(N), direction("mk1", 9, 0, N)
+    seeds, batches = list(range(4 * perturbations)), [[{"seed": step}] for step in range(4)]
+    whole, _ = local_steps(engine, theta, seeds, batches, stream="mk1", eps=1e-3, lr=0.5)
+    answers = iter([False, True])
+    found = local_steps(
+        engine, theta, seeds, batches, stream="mk1", eps=1e-3, lr=0.5, stop=lambda: next(answers)
+    )  # fmt: skip
+    assert found[0] == whole[: 2 * perturbations]
+    assert found == local_steps(
+        engine, theta, seeds[: 2 * perturbations], batches[:2], stream="mk1", eps=1e-3, lr=0.5
+    )  # fmt: skip

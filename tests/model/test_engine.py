@@ -117,14 +117,40 @@ def test_projected_gradient_is_the_slope_along_z(engine: MakeEngine, masks: dict
     batch, z = made.prepare(tiny.ROWS[:8]), (z_of(mask, 1) / np.sqrt(mask.size)).astype(np.float32)
     found, _ = projected_gradient(made, mask.theta_0, z, 1e-2, batch)
     made.write(mask.theta_0)
-    for target in made.targets:
-        target.parameter.requires_grad_(True)
-    loss = torch.nn.functional.cross_entropy(made.class_scores(batch), batch.labels)
-    gradients = torch.autograd.grad(loss, [target.parameter for target in made.targets])
-    slope = 0.0
-    for target, gradient in zip(made.targets, gradients, strict=True):
-        slope += float(gradient.flatten()[target.indices] @ torch.from_numpy(z[target.part]))
-    assert found == pytest.approx(slope, rel=0.02, abs=1e-4)
+    gradient, _ = made.gradient(batch)
+    assert found == pytest.approx(float(gradient @ z), rel=0.02, abs=1e-4)
+
+
+@pytest.mark.parametrize(("name", "dtype"), VARIANTS)
+def test_the_gradient_is_autograds_on_the_mask(load: Load, masks: dict[str, Mask], name: str, dtype: str) -> None:
+    mask, loaded, other = masks[name], load(name, dtype=dtype), load(name, dtype=dtype)
+    made, theta = TransformersEngine(loaded, mask, tiny.TASK), (mask.theta_0 + 0.1 * z_of(mask, 1)).astype(np.float32)
+    batch = made.prepare(tiny.ROWS[:8])
+    made.write(theta)
+    before = bits(loaded.model)
+    gradient, loss = made.gradient(batch)
+    assert bits(loaded.model) == before
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in loaded.model.parameters())
+    assert loss == pytest.approx(float(made.losses(batch).mean()), rel=1e-5)
+
+    plain = TransformersEngine(other, mask, tiny.TASK)
+    plain.write(theta)
+    other.model.requires_grad_(True)
+    batch = plain.prepare(tiny.ROWS[:8])
+    torch.autograd.backward(torch.nn.functional.cross_entropy(plain.class_scores(batch), batch.labels))
+    grads = {key: parameter.grad for key, parameter in other.model.named_parameters()}
+    expected = [grads[matrix.name].flatten()[matrix.indices.astype(np.int64)].float() for matrix in mask.matrices]
+    assert gradient.dtype == np.float32
+    np.testing.assert_array_equal(gradient, torch.cat(expected).numpy())
+    assert gradient.any()
+
+
+def test_a_gradient_that_fails_leaves_no_parameter_open(engine: MakeEngine) -> None:
+    made = engine("llama")
+    batch = made.prepare(tiny.ROWS[:2])
+    with pytest.raises(IndexError):
+        made.gradient(replace(batch, labels=batch.labels + 100))
+    assert not any(parameter.requires_grad for parameter in made.loaded.model.parameters())
 
 
 def test_encoder_descriptions_see_the_perturbation_too(engine: MakeEngine, masks: dict[str, Mask]) -> None:

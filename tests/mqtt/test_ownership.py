@@ -111,7 +111,7 @@ async def test_an_orderly_end_says_farewell_and_leaves_no_will(mosquitto: Mosqui
 
 
 async def test_what_waits_is_flushed_before_the_farewell(mosquitto: Mosquitto) -> None:
-    async with peer(mosquitto.config, "a", [("#", 1)]) as a:
+    async with peer(mosquitto.config, "a", [("x", 1), (STATUS, 1)]) as a:
         owner = Owner(mosquitto.config, 1, "here")
         await until(lambda: owner.session.link is not None)
         for i in range(200):
@@ -228,7 +228,8 @@ async def test_two_processes_with_one_id(mosquitto: Mosquitto, proxy: Proxy) -> 
         await asyncio.wait_for(new.session.publish("x", b"works on"), 5)
         assert not new.task.done()
         assert proxy.connections <= 5
-        assert observer.states.count(("lost", 1)) == 1  # when it was closed; leaving for good it fired no will
+        wills = observer.states.count(("lost", 1))  # when it was closed; leaving for good it fired none
+        assert wills == 1 or (wills == 0 and not mosquitto.wills_at_takeover)
         await new.leave()
 
 

@@ -163,6 +163,7 @@ async def test_a_half_open_link_is_noticed_by_the_missing_acknowledgement(mosqui
         await until(lambda: b"1" in a.payloads)
 
 
+@pytest.mark.not_on(nats="closes a silent connection before its client can notice anything")
 async def test_a_half_open_link_is_noticed_by_keep_alive(proxy: Proxy) -> None:
     config = BrokerConfig(url=proxy.config.url, keep_alive_s=2)
     async with peer(config, "a") as a:

@@ -8,8 +8,8 @@ import pytest
 
 from meerkat_mq.core.mask import Mask, MaskedMatrix
 from meerkat_mq.errors import BadValue, TooLarge
-from meerkat_mq.node import blob_fetch
-from meerkat_mq.node.blob_fetch import CHUNKS_A_WANT, BlobFetch
+from meerkat_mq.mqtt import blob_fetch
+from meerkat_mq.mqtt.blob_fetch import CHUNKS_A_WANT, BlobFetch
 from meerkat_mq.node.mask_fetch import check_descriptor, fetch_mask
 from meerkat_mq.node.state import NodeState
 from meerkat_mq.wire.arrays import encode_mask, split

@@ -14,8 +14,8 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Entry, Term, short_hash
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.toy import toy_mask
-from meerkat_mq.mqtt import Message
-from meerkat_mq.node import blob_fetch, run_node
+from meerkat_mq.mqtt import Message, blob_fetch
+from meerkat_mq.node import run_node
 from meerkat_mq.wire.arrays import encode_mask, split
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor, ServerState, decode_control
 from meerkat_mq.wire.frames import decode, encode
@@ -102,8 +102,8 @@ class Server:
         )
         for topic, payload in (
             (TOPICS.server, state.encode()),
-            (TOPICS.run, self.descriptor.encode()),
             (TOPICS.round, encode(Round(HEADER, False, 1, 1, 0.5, 0, entries=tuple(PAST.entries[-2:])))),
+            (TOPICS.run, self.descriptor.encode()),  # last: not every broker keeps the order among topics
         ):
             self.peer.session.publish(topic, payload, retain=True)
 

@@ -3,10 +3,14 @@
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
+from meerkat_mq.core.path import short_hash
 from meerkat_mq.core.toy import toy_mask
 from meerkat_mq.errors import ConfigError
-from meerkat_mq.node.state import NodeState
+from meerkat_mq.node.state import KeptUpdate, NodeState
+from meerkat_mq.wire.descriptor import RunDescriptor
+from meerkat_mq.wire.messages import Header, Update, Values
 
 
 def test_steps_go_on_where_the_last_process_stopped_and_start_again_with_a_run(tmp_path: Path) -> None:
@@ -58,3 +62,58 @@ def test_one_process_holds_the_folder(tmp_path: Path) -> None:
         pass
     with NodeState(tmp_path):
         pass
+
+
+# --- the update that is kept ---
+
+MASK, BLOB = toy_mask(10), bytes(range(100))
+RUN = RunDescriptor.model_validate(
+    {
+        "federation": "f", "run": "1" * 32, "engine": "toy", "model": "", "dtype": "float32", "fingerprint": "0" * 64,
+        "tokenizer": "0" * 64, "mask": MASK.hash.hex(), "mask_bytes": 1, "mask_chunks": 1, "weights": 10,
+        "stream": "mk1", "rounds": 1, "local_steps": 1, "directions": 1, "lr": 0.1, "eps": 0.1, "batch_size": 1,
+        "digest_every": 1,
+    }
+)  # fmt: skip
+HEADER = Header.of(RUN.run_id, 3, 7, MASK.hash)
+PATH = KeptUpdate(Update(HEADER, 5, bytes(8), 0.5, (0.25, -1.0)))
+DISPLACED = KeptUpdate(Update(HEADER, 5, bytes(8), 0.5, (), values=Values(short_hash(BLOB), len(BLOB), 3)), BLOB)
+
+
+@pytest.mark.parametrize("kept", [PATH, DISPLACED], ids=["path", "values"])
+def test_an_update_is_kept_until_it_is_forgotten(tmp_path: Path, kept: KeptUpdate) -> None:
+    with NodeState(tmp_path) as state:
+        assert state.load_update(RUN) is None
+        state.keep_update(RUN, PATH)
+        state.keep_update(RUN, kept)
+    with NodeState(tmp_path) as state:
+        assert [state.load_update(RUN), state.load_update(RUN)] == [kept, kept]
+        state.forget_update()
+        state.forget_update()
+        assert state.load_update(RUN) is None
+
+
+@pytest.mark.parametrize("other", [{"run": "2" * 32}, {"run": "1" * 8 + "2" * 24}, {"mask": "0" * 32}])
+def test_an_update_of_another_run_is_dropped_without_a_word(tmp_path: Path, other: dict[str, str]) -> None:
+    with NodeState(tmp_path) as state, capture_logs() as logs:
+        state.keep_update(RUN, PATH)
+        assert state.load_update(RUN.model_copy(update=other)) is None
+        assert state.load_update(RUN) is None
+    assert logs == []
+
+
+def spoiled(data: bytes) -> list[bytes]:
+    flipped = [data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] for at in (0, 25, 40, len(data) - 1)]
+    return [b"", data[:20], data[:-1], data + b"\0", *flipped, bytes(2**18), data[:24] + b"\xff" * 4 + data[28:]]
+
+
+@pytest.mark.parametrize("case", range(10))
+@pytest.mark.parametrize("kept", [PATH, DISPLACED], ids=["path", "values"])
+def test_a_damaged_update_is_a_warning(tmp_path: Path, kept: KeptUpdate, case: int) -> None:
+    file = tmp_path / "update"
+    with NodeState(tmp_path) as state, capture_logs() as logs:
+        state.keep_update(RUN, kept)
+        file.write_bytes(spoiled(file.read_bytes())[case])
+        assert state.load_update(RUN) is None
+        assert not file.exists()
+    assert [(line["log_level"], line["file"]) for line in logs] == [("warning", str(file))]

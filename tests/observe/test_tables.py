@@ -7,8 +7,8 @@ from io import StringIO
 import pytest
 from rich.console import Console, RenderableType
 
-from meerkat_mq.observe.tables import (
-    MOST_SHOWN,
+from meerkat_mq.observe.figures import human_bytes
+from meerkat_mq.observe.shown import (
     NodeShown,
     RebuiltShown,
     RoundShown,
@@ -17,6 +17,9 @@ from meerkat_mq.observe.tables import (
     TermShown,
     UpdateShown,
     json_line,
+)
+from meerkat_mq.observe.tables import (
+    MOST_SHOWN,
     path_table,
     round_pages,
     round_table,
@@ -48,6 +51,39 @@ def test_a_flagged_node_stands_out() -> None:
     assert "\x1b[1;31m" in line
     assert "flagged: against" in line
     assert status_line(run).endswith("2 of 2 nodes online, flagged: n1")
+
+
+def test_a_buffered_run_its_sleepers_and_its_displacements() -> None:
+    nodes = (NODE, replace(NODE, node="n1", status="asleep"), replace(NODE, node="n2", displacement=2048))
+    run = replace(RUN, nodes=nodes, mode="buffered: 8 updates close a version", staleness=1.25)
+    assert "2 of 3 nodes online, 1 asleep, 1.25 versions stale" in status_line(run)
+    shown = text(status_table(run))
+    for words in (
+        "buffered: 8 updates close a version",
+        "1.25 versions in the mean",
+        "1 of 3 nodes",
+        "asleep 2.0 s ago",
+    ):
+        assert words in shown
+    assert f"accepted, displacement of {human_bytes(2048)}" in shown
+    plain = text(status_table(RUN))
+    assert "staleness" not in plain
+    assert "asleep" not in plain
+
+
+def test_ages_and_displacements_are_shown_where_there_are_any() -> None:
+    values = replace(UPDATE, node="n1", seeds=(), scalars=(), displacement="ab" * 16, size=3000, loss=0.5, entry=9)
+    stale = replace(
+        ROUND, version=9, terms=(TermShown(0, 0, "0" * 16, -0.1, 2),), updates=(UPDATE, values),
+        displacement="cd" * 16, size=5000,
+    )  # fmt: skip
+    page = text(round_pages([stale]), width=200)
+    assert f"displacement {'ab' * 16}" in page
+    assert "cd" * 16 in page
+    assert page.count("age ") == 2
+    assert "age " not in text(round_pages([ROUND]))
+    found = json.loads(json_line(values))
+    assert (found["version"], found["entry"], found["displacement"], found["size"]) == (7, 9, "ab" * 16, 3000)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from meerkat_mq.core.toy import QuadraticEngine, toy_mask
 from meerkat_mq.rounds.early_stopping import judgements_of
 from meerkat_mq.rounds.events import Judgement
 from meerkat_mq.rounds.memory import Deliver, MemoryFederation, MemoryNode, instantly
-from meerkat_mq.rounds.policy import fewest_needed, terms_of
+from meerkat_mq.rounds.policy import fewest_needed, shares_of, terms_of
 from meerkat_mq.wire.frames import Frame
 from tests.rounds.support import settings
 
@@ -88,11 +88,14 @@ def check_ledger(federation: MemoryFederation) -> None:
     assert all(later.previous == entry.hash(rules.run_id) for entry, later in pairwise(entries))
     for version, (entry, records) in enumerate(zip(entries, federation.records, strict=True)):
         assert entry.version == version
-        assert entry.terms == terms_of(records, rules)
-        assert entry.digest == replica.apply(entry.terms)
-        assert {record.version for record in records} == {version}
-        assert len({record.node for record in records}) == len({r.slot for r in records}) == len(records)
-        assert len(records) >= fewest_needed(rules, version)
+        assert entry.terms == terms_of(records, rules, version)
+        assert entry.digest == replica.apply(entry.terms, federation.displacements.of(entry))
+        assert (entry.displacement is None) == (shares_of(records, rules, version) == ())
+        assert all(0 <= version - record.version <= rules.max_staleness for record in records)
+        assert len(records) >= (1 if rules.buffered else fewest_needed(rules, version))
+    for what in ("node", "slot"):
+        places = [(record.version, getattr(record, what)) for records in federation.records for record in records]
+        assert len(set(places)) == len(places)
     check_judgements(federation)
     if federation.replica.version == replica.version:  # not so while an entry is being committed
         assert digest(federation.replica.theta) == digest(replica.theta)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from meerkat_mq.core.path import NO_DIGEST, Entry, Term, short_hash
+from meerkat_mq.core.path import NO_DIGEST, Displacement, Entry, Term, short_hash
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.node import NodeMachine
 from meerkat_mq.rounds.policy import RoundSettings
@@ -55,10 +55,16 @@ def base_after(version: int) -> bytes:
     return short_hash(version.to_bytes(4, "little"))
 
 
-def status(word: str = "online", boot: int = 1, link: int = 1, rows: int = 0, run: str | None = None) -> NodeStatus:
-    return NodeStatus.model_validate(
-        {"status": word, "boot": boot, "link": link, "host": "there", "rows": rows, "run": run}
-    )
+def status(
+    word: str = "online",
+    boot: int = 1,
+    link: int = 1,
+    rows: int = 0,
+    run: str | None = None,
+    wakes_in_s: int | None = None,
+) -> NodeStatus:
+    said = {"status": word, "boot": boot, "link": link, "host": "there", "rows": rows}
+    return NodeStatus.model_validate(said | {"run": run, "wakes_in_s": wakes_in_s})
 
 
 class Desk:
@@ -98,9 +104,12 @@ class Desk:
                 return e.SlotCommitted(now, node)
             case e.CommitUpdate(record):
                 return e.UpdatesCommitted(now, (record,))
-            case e.ApplyTerms(version):
+            case e.FetchValues(node, update):
+                return e.ValuesCame(now, node, update, e.Verdict.ACCEPTED)
+            case e.ApplyTerms(version, _, shares):
                 due = (version + 1) % self._digest_every == 0
-                return e.TermsApplied(now, version, base_after(version) if due else NO_DIGEST)
+                digest = base_after(version) if due else NO_DIGEST
+                return e.TermsApplied(now, version, digest, Displacement(short_hash(b"mean"), 9) if shares else None)
             case e.CommitEntry(entry, records):
                 return e.EntryCommitted(now, entry.version, records)
             case e.MeasureDirections(version, lanes, steps):
@@ -127,9 +136,11 @@ class Desk:
 
     def update(self, now: float, node: str, *scalars: float, **changes: Any) -> list[e.ServerEffect]:
         """An update for the present version with the right base; `changes` replace fields, `term` and `version` too."""
-        at = header(changes.pop("version", self.machine.version), changes.pop("term", 1))
-        base = base_after(self.machine.version - 1) if self.machine.version else THETA_0
+        version = changes.pop("version", self.machine.version)
+        at, base = header(version, changes.pop("term", 1)), base_after(version - 1) if version else THETA_0
         fields: dict[str, Any] = {"header": at, "boot": 1, "base": base[:8], "loss": 1.0, "scalars": scalars or (1.0,)}
+        if "values" in changes:
+            fields["scalars"] = ()
         return self.give(e.UpdateCame(now, node, Update(**fields | changes)))
 
     @property
@@ -155,8 +166,8 @@ def desk(*slow: type[object], digest_every: int = 1, resume: dict[str, Any] | No
 # --- a node ---------------------------------------------------------------------------------------------------------
 
 
-def node_machine() -> NodeMachine:
-    return NodeMachine(run_id=RUN, mask_hash=MASK, base=THETA_0, boot=1, now=0.0)
+def node_machine(**more: Any) -> NodeMachine:
+    return NodeMachine(run_id=RUN, mask_hash=MASK, base=THETA_0, boot=1, now=0.0, **more)
 
 
 def chain(count: int, *, seed: int = 0, start: int = 0, previous: bytes = MASK) -> list[Entry]:
@@ -187,8 +198,8 @@ def refusal(reason: Any, version: int = 0, boot: int = 1) -> Refusal:
 class Hand:
     """A node machine whose theta takes entries at once and arrives where they say; steps wait for `step`."""
 
-    def __init__(self) -> None:
-        self.machine = node_machine()
+    def __init__(self, **more: Any) -> None:
+        self.machine = node_machine(**more)
         self.seen: list[e.NodeEffect] = []
         self.task: e.StartSteps | None = None
 
@@ -216,9 +227,9 @@ class Hand:
         return self.give(e.StepsDone(now, task.version, scalars or (1.0,), 1.0))
 
 
-def hand(*frames: Any) -> Hand:
-    """A connected and welcomed node that has seen these frames."""
-    made = Hand()
+def hand(*frames: Any, **more: Any) -> Hand:
+    """A connected and welcomed node that has seen these frames; `more` goes to the machine."""
+    made = Hand(**more)
     made.give(e.ServerCame(0.0, state()))
     made.frames(0.0, welcome(), *frames)
     return made

@@ -1,5 +1,7 @@
 """When a snapshot is the cheaper way back."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,3 +49,12 @@ def test_more_terms_and_more_digests_make_entries_dearer() -> None:
 def test_a_snapshot_that_spares_nothing_is_never_cheaper(missed: int, snapshot_bytes: int, weights: int) -> None:
     same = rounds(missed)
     assert not snapshot_is_cheaper(same, same, weights=weights, snapshot_bytes=snapshot_bytes, digest_every=1)
+
+
+def test_displacements_make_entries_dearer_by_their_bytes() -> None:
+    missed = rounds(10)
+    assert not snapshot_is_cheaper(
+        missed, rounds(0), weights=MILLION, snapshot_bytes=SNAPSHOT_BYTES, digest_every=1
+    )  # fmt: skip
+    displaced = replace(missed, displaced=10 * SNAPSHOT_BYTES)
+    assert snapshot_is_cheaper(displaced, rounds(0), weights=MILLION, snapshot_bytes=SNAPSHOT_BYTES, digest_every=1)

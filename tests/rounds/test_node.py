@@ -191,7 +191,7 @@ def test_entries_are_applied_from_the_head_on_only() -> None:
 
 def test_entries_that_come_while_the_node_is_busy_wait_for_the_next_answer() -> None:
     node, ledger = hand(announced()), tuple(chain(2))
-    assert node.frames(1.0, Entries(header(2), ledger), announced(2)) == []
+    assert node.frames(1.0, Entries(header(2), ledger), announced(2)) == [e.StopSteps(0)]
     assert reasons(node.step(2.0)) == ["late step"]
     (want,) = sent(node.seen, Want)
     assert want.entries_from == 0

@@ -114,7 +114,7 @@ def test_what_can_be_applied(scalar: float, fits: bool) -> None:
     ],
 )  # fmt: skip
 def test_terms(changes: dict[str, Any], records: list[UpdateRecord], expected: list[tuple[int, int, float]]) -> None:
-    assert terms_of(records, settings(**changes)) == tuple(Term(*term) for term in expected)
+    assert terms_of(records, settings(**changes), 0) == tuple(Term(*term) for term in expected)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_terms(changes: dict[str, Any], records: list[UpdateRecord], expected: l
 def test_a_trimmed_mean(
     changes: dict[str, Any], records: list[UpdateRecord], expected: list[tuple[int, int, float]]
 ) -> None:
-    found = terms_of(records, settings(**TRIMMED | changes))
+    found = terms_of(records, settings(**TRIMMED | changes), 0)
     assert found == tuple(Term(lane, step, float(np.float32(c))) for lane, step, c in expected)
 
 
@@ -171,14 +171,14 @@ def test_terms_do_not_depend_on_order_nor_on_the_refused(
         if found.verdict in COUNT or rng.random() < 0.5
     ]
     rng.shuffle(changed)
-    assert terms_of(changed, rules) == terms_of(records, rules)
+    assert terms_of(changed, rules, 0) == terms_of(records, rules, 0)
 
 
 @given(st.lists(st.floats(-1000, 1000, width=32), min_size=4, max_size=12), st.lists(single, max_size=3))
 def test_a_trimmed_mean_stays_among_the_honest(honest: list[float], poison: list[float]) -> None:
     records = [record(slot, g) for slot, g in enumerate([*poison, *honest])]
     trim = min(0.49, len(poison) / len(records) + 1e-6) if poison else 0.1
-    found = terms_of(records, settings(**TRIMMED, trim=trim))
+    found = terms_of(records, settings(**TRIMMED, trim=trim), 0)
     c = found[0].coefficient if found else 0.0
     assert np.float32(min(honest)) <= c <= np.float32(max(honest))
 
@@ -186,7 +186,7 @@ def test_a_trimmed_mean_stays_among_the_honest(honest: list[float], poison: list
 @given(st.lists(st.tuples(single, st.integers(1, 2**24)), min_size=1, max_size=9))
 def test_where_nothing_is_left_out_a_trimmed_mean_is_the_mean_to_the_bit(fleet: list[tuple[float, int]]) -> None:
     records = [record(slot, g, weight=weight) for slot, (g, weight) in enumerate(fleet)]
-    assert terms_of(records, settings(**TRIMMED, trim=0.1)) == terms_of(records, settings(lr=1.0))
+    assert terms_of(records, settings(**TRIMMED, trim=0.1), 0) == terms_of(records, settings(lr=1.0), 0)
 
 
 def test_the_newest_entries_that_fit() -> None:

@@ -246,7 +246,6 @@ def test_answers_that_nobody_waits_for_change_nothing() -> None:
         e.EntryCommitted(1, 0, ()),
     ):
         assert reasons(server.give(junk)) == ["unexpected answer"]
-    server.give(e.UpdatesCommitted(1, (record("b", 1, g=9.0), record("z", 7))))
     server.update(2, "a", 3.0)
     server.give(e.UpdatesCommitted(3, (record("a", 0, g=9.0),)))
     server.update(4, "b", 1.0)
@@ -256,6 +255,13 @@ def test_answers_that_nobody_waits_for_change_nothing() -> None:
     server.answer(7)
     assert [r.scalars for r in server.entries[0].records] == [(3.0,), (1.0,)]
     assert server.machine.version == 1
+
+
+def test_what_the_ledger_says_it_holds_counts_whoever_asked_for_it() -> None:
+    server = open_desk()
+    server.give(e.UpdatesCommitted(1, (record("b", 1, g=9.0), record("z", 7, g=2.0))))
+    server.update(2, "a", 3.0)
+    assert [r.scalars for r in server.entries[0].records] == [(3.0,), (9.0,), (2.0,)]
 
 
 # --- a new term -----------------------------------------------------------------------------------------------------

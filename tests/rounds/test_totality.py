@@ -10,7 +10,7 @@ from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.node import NodeMachine
 from meerkat_mq.rounds.server import ServerMachine
-from meerkat_mq.wire.frames import Entries, Header, Reason, Refusal, Round, Update, Want, Welcome, encode
+from meerkat_mq.wire.frames import Entries, Header, Reason, Refusal, Round, Update, Values, Want, Welcome, encode
 from tests.rounds import support as s
 
 names = st.sampled_from(["a", "b", "c"])
@@ -39,14 +39,19 @@ statuses = st.builds(
     link=small,
     rows=small,
     run=st.none() | runs.map(bytes.hex),
-)
-updates = st.builds(Update, headers, small, digests.map(lambda d: d[:8]), loss, scalars, seeds)
+) | st.builds(s.status, st.just("asleep"), boot=small, link=small, wakes_in_s=st.integers(1, 60))
+values = st.builds(Values, digests, st.just(50), st.just(1))
+announcements = st.builds(
+    Update, headers, small, digests.map(lambda d: d[:8]), loss, st.just(()), st.none(), values
+)  # fmt: skip
+updates = st.builds(Update, headers, small, digests.map(lambda d: d[:8]), loss, scalars, seeds) | announcements
+heard_before = st.sampled_from([(), ((4, 1),), ((4, 2), (5, 1))])
 wants = st.builds(Want, headers, small, st.booleans(), st.none() | small)
 records = st.lists(st.builds(e.UpdateRecord, small, names, small, small, st.just(1), scalars, loss), max_size=2)
 products = st.sampled_from([(), ((1.0,) * 4,) * 2])
 rounds = st.builds(
     Round, headers, st.booleans(), st.just(2), st.integers(1, 2), st.just(2.0**-10), st.just(1000), small, slots, slots,
-    st.sampled_from([(), ((0, 1), (2, 1))]), entries,
+    st.sampled_from([(), ((0, 1), (2, 1))]), entries, heard_before,
 )  # fmt: skip
 frames = (
     rounds
@@ -63,6 +68,8 @@ server_junk = st.one_of(
     st.builds(e.ServerSeen, st.just(0.0), states),
     st.builds(e.SlotCommitted, st.just(0.0), names),
     st.builds(e.UpdatesCommitted, st.just(0.0), records.map(tuple)),
+    st.builds(e.ValuesCame, st.just(0.0), names, announcements, st.sampled_from(e.Verdict)),
+    st.builds(e.ValuesMissed, st.just(0.0), names, announcements),
     st.builds(e.TermsApplied, st.just(0.0), small, digests),
     st.builds(e.EntryCommitted, st.just(0.0), small, records.map(tuple)),
     st.builds(e.DirectionsMeasured, st.just(0.0), small, products),
@@ -73,7 +80,9 @@ node_junk = st.one_of(
     st.builds(e.FrameCame, st.just(0.0), frames),
     st.builds(e.FrameCame, st.just(0.0), frames),
     st.builds(e.EntriesApplied, st.just(0.0), entries, st.lists(digests, max_size=4).map(tuple)),
-    st.builds(e.StepsDone, st.just(0.0), small, scalars, loss),
+    st.builds(e.EntriesMissed, st.just(0.0), entries),
+    st.builds(e.StepsDone, st.just(0.0), small, scalars | st.just(()), loss),
+    st.builds(e.StepsDone, st.just(0.0), small, st.just(()), loss, values),
 )
 # Beside junk: time passes, an update that fits comes, or the oldest effect is answered as a driver would.
 helpful = st.floats(0.0, 60.0) | st.tuples(names, scalars) | st.just("answer")
@@ -87,15 +96,21 @@ def machine_wakes_later(machine: ServerMachine | NodeMachine, now: float) -> Non
 CALIBRATION = EarlyStoppingConfig(every=2).model_copy(update={"by": "vpcs", "calibration_steps": 2})
 MEASURED = {"steps": 2, "measured": True, "early_stopping": CALIBRATION}
 stopping = [MEASURED, MEASURED | {"quorum": 0.5, "lanes": 2}, {"perturbations": 2, "measured": True}]
+BUFFERED: dict[str, Any] = {
+    "mode": "buffered", "buffer_size": 2, "max_staleness": 2, "min_nodes": 1, "values_accepted": True
+}  # fmt: skip
+buffered = [BUFFERED, BUFFERED | {"steps": 2, "max_staleness": 0}, BUFFERED | MEASURED]
 
 
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(server_junk | helpful | helpful, max_size=60),
-    st.sampled_from([{}, {"lanes": 2}, {"quorum": 0.5}, {"min_nodes": 1, "steps": 2}, {"fraction": 0.5}, *stopping]),
+    st.sampled_from(
+        [{}, {"lanes": 2}, {"quorum": 0.5}, {"min_nodes": 1, "steps": 2}, {"fraction": 0.5}, *stopping, *buffered]
+    ),
 )
 def test_no_order_of_events_upsets_the_server(moves: list[Any], changes: dict[str, Any]) -> None:
-    slow = (e.CommitSlot, e.CommitUpdate, e.ApplyTerms, e.CommitEntry, e.MeasureDirections)
+    slow = (e.CommitSlot, e.CommitUpdate, e.ApplyTerms, e.CommitEntry, e.MeasureDirections, e.FetchValues)
     desk = s.desk(*slow, deadline_s=10.0, grace_s=3.0, **changes)
     now = 0.0
     for move in moves:
@@ -116,9 +131,10 @@ def test_no_order_of_events_upsets_the_server(moves: list[Any], changes: dict[st
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(node_junk | node_junk | helpful, max_size=60))
-def test_no_order_of_events_upsets_a_node(moves: list[Any]) -> None:
-    machine, now, jobs = s.node_machine(), 0.0, list[e.NodeEffect]()
+@given(st.lists(node_junk | node_junk | helpful, max_size=60), small, st.none() | updates)
+def test_no_order_of_events_upsets_a_node(moves: list[Any], max_staleness: int, pending: Update | None) -> None:
+    machine = s.node_machine(max_staleness=max_staleness, pending=pending)
+    now, jobs = 0.0, list[e.NodeEffect]()
     for move in moves:
         event: e.NodeEvent
         match move:

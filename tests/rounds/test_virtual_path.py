@@ -76,7 +76,7 @@ def test_no_guard_flags_a_node_for_being_short_or_quiet(quiet: float, lanes: int
                 replace(record, verdict=Verdict.EARLY_STOPPED) if record.slot in (2, 5) else record for record in judged
             )
         guard.remember(judged)
-        assert len(terms_of(judged, rules)) == 10 * lanes
+        assert len(terms_of(judged, rules, version)) == 10 * lanes
     assert dict(guard.flagged) == {}
 
 

@@ -190,6 +190,7 @@ class Federation:
         It says that it stands at `version` already; with the last one, the server does not wait for its last words.
         """
         status = NodeStatus(status="online", boot=1, link=1, host="nowhere", version=version)
+        self.eye.ghosts[TOPICS.up(name, "status")] = status.encode()
         await self.eye.session.publish(TOPICS.up(name, "status"), status.encode(), retain=True)
 
 
@@ -203,6 +204,7 @@ class Eye(Peer):
         self.statuses: dict[str, list[NodeStatus]] = {}
         self.noise: set[bytes] = set()
         self.wants: dict[str, list[Want]] = {}
+        self.ghosts: dict[str, bytes] = {}
         filters = [TOPICS.server, TOPICS.run, TOPICS.round, TOPICS.up("+", "status"), TOPICS.up("+", "want")]
         super().__init__(broker, "eye", [(topic, 1) for topic in filters], react=self._see)
 
@@ -210,7 +212,11 @@ class Eye(Peer):
         if message.payload == b"" or message.payload in self.noise:
             return
         if message.topic == TOPICS.server:
-            self.states.append(decode_control(message.payload, ServerState))
+            state = decode_control(message.payload, ServerState)
+            if state.term > max((earlier.term for earlier in self.states), default=0):
+                for topic, birth in self.ghosts.items():  # as nodes do: not every broker kept it for the server
+                    self.session.publish(topic, birth, retain=True)
+            self.states.append(state)
         elif message.topic == TOPICS.run:
             self.runs.append(decode_control(message.payload, RunDescriptor))
         elif message.topic == TOPICS.round:

@@ -23,6 +23,7 @@ POINTS: dict[str, tuple[Any, str]] = {
     "term": (Ledger, "take_term"),
     "slot": (Ledger, "commit_slot"),
     "updates": (Ledger, "commit_updates"),
+    "blob": (Ledger, "keep_blob"),
     "entry": (Ledger, "commit_entry"),
     "sightings": (Ledger, "commit_sightings"),
     "snapshot row": (Ledger, "commit_snapshot"),

@@ -10,15 +10,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from meerkat_mq.config import EarlyStoppingConfig, GuardsConfig, RoundsConfig
+from meerkat_mq.config import Codec, EarlyStoppingConfig, GuardsConfig, RoundsConfig, ServerValuesConfig
 from meerkat_mq.core.gradip import inner_products
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.core.path import Entry, short_hash
+from meerkat_mq.core.path import Displacement, Entry, short_hash
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.toy import toy_mask
 from meerkat_mq.rounds.early_stopping import EarlyStopping, judgements_of, with_verdicts
 from meerkat_mq.rounds.events import Judgement, UpdateRecord, Verdict
-from meerkat_mq.rounds.policy import terms_of
+from meerkat_mq.rounds.policy import shares_of, terms_of
+from meerkat_mq.server.displacement import mean_of
 from meerkat_mq.server.files import DIFFERENCE_FILE, snapshot_file
 from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
 from meerkat_mq.server.ledger_rows import Sighting
@@ -26,7 +27,9 @@ from meerkat_mq.server.run import settings_of
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.difference import Difference
 from meerkat_mq.wire.frames import encode_entry
+from meerkat_mq.wire.messages import Values
 from meerkat_mq.wire.snapshot import encode_snapshot
+from meerkat_mq.wire.values import encode_values
 
 RUN = bytes(range(16))
 WEIGHTS = 40
@@ -41,6 +44,10 @@ class Writer:
     Attributes:
         absent: (version, slot) of updates that do not come.
         refused: (version, slot) of updates that are refused, and why.
+        max_staleness: of a buffered run; 0: a synchronous one.
+        ages: (version, slot) of updates that are from an older theta, and how much older.
+        partial: (version, slot) of updates that are partial paths, and how many steps they have.
+        values: slots of values nodes, and their codecs.
     """
 
     folder: Path
@@ -57,6 +64,10 @@ class Writer:
     engine: str = "toy"
     absent: Collection[tuple[int, int]] = ()
     refused: Mapping[tuple[int, int], Verdict] = field(default_factory=dict)
+    max_staleness: int = 0
+    ages: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    partial: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    values: Mapping[int, Codec] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -64,9 +75,14 @@ class Writer:
             count=self.count, min_nodes=self.nodes, directions=self.lanes, local_steps=self.steps, lr=2.0,
             perturbations=self.perturbations,
             digest_every=self.digest_every, weigh_by_rows=self.weigh_by_rows, aggregate=self.aggregate,
+            mode="buffered" if self.max_staleness else "synchronous", max_staleness=self.max_staleness or 20,
         )  # fmt: skip
-        self.run = descriptor(self.mask, rounds, self.engine)
-        sections = {"rounds": rounds, "guards": GuardsConfig(), "early_stopping": self.early_stopping}
+        values = ServerValuesConfig(accept=bool(self.values))
+        self.codec = values.codec
+        self.run = descriptor(self.mask, rounds, self.engine, accept=values.accept)
+        sections = {
+            "rounds": rounds, "guards": GuardsConfig(), "early_stopping": self.early_stopping, "values": values,
+        }  # fmt: skip
         rules = {name: section.model_dump(mode="json") for name, section in sections.items()}
         self.settings = settings_of(self.run, rules, measured=bool(self.mask.g_p.any()))
         self.early = EarlyStopping(self.settings)
@@ -85,26 +101,38 @@ class Writer:
         return self.entries[-1].hash(RUN) if self.entries else self.mask.hash
 
     def records(self, version: int) -> tuple[UpdateRecord, ...]:
-        return tuple(
-            self._record(version, slot) for slot in range(self.nodes) if (version, slot) not in self.absent
-        )  # fmt: skip
+        """What closes with an entry."""
+        came = [self._record(version, slot) for slot in range(self.nodes) if (version, slot) not in self.absent]
+        return tuple(sorted(came, key=lambda record: (record.version, record.slot)))
+
+    def displacement(self, version: int, slot: int) -> bytes:
+        """What a values node sends for an entry."""
+        drawn = np.random.default_rng(1000 * version + slot).normal(0, 0.01, self.mask.size)
+        return encode_values(drawn.astype(np.float32), self.values[slot])
 
     def _record(self, version: int, slot: int) -> UpdateRecord:
         draw = random.Random(1000 * version + slot)
         verdict = self.refused.get((version, slot), Verdict.ACCEPTED)
-        scalars = [float(np.float32(draw.gauss(0, 1))) for _ in range(self._asked(version, slot))]
+        base = version - self.ages.get((version, slot), 0)
+        asked = self.partial.get((version, slot), self.early.steps_of(base, f"n{slot}"))
+        scalars = [float(np.float32(draw.gauss(0, 1))) for _ in range(self.perturbations * asked)]
         scalars[0] = VALUES.get(verdict, scalars[0])
         scalars = [float(np.float32(value)) for value in scalars]
         weight = draw.randrange(1, 100) if self.weigh_by_rows else 1
         loss = float(np.float32(1 + draw.random()))
-        return UpdateRecord(version, f"n{slot}", slot, 7, weight, tuple(scalars), loss, verdict)
-
-    def _asked(self, version: int, slot: int) -> int:
-        return self.perturbations * self.early.steps_of(version, f"n{slot}")
+        if slot not in self.values:
+            return UpdateRecord(base, f"n{slot}", slot, 7, weight, tuple(scalars), loss, verdict)
+        blob = self.displacement(version, slot)
+        values = Values(short_hash(blob), len(blob), asked)
+        return UpdateRecord(base, f"n{slot}", slot, 7, weight, (), loss, verdict, values)
 
     def hear(self) -> tuple[UpdateRecord, ...]:
         """The updates of the open round come."""
-        records = self.records(len(self.entries))
+        version = len(self.entries)
+        records = self.records(version)
+        for record in records:
+            if record.values is not None:
+                self.ledger.keep_blob(self.displacement(version, record.slot))
         self.ledger.commit_updates(records)
         return records
 
@@ -114,14 +142,23 @@ class Writer:
         products = self.products(version)
         judgements = judgements_of(version, heard, products, self.settings)
         records = with_verdicts(heard, judgements)
-        terms = terms_of(records, self.settings)
-        entry = Entry(version, terms, self.head, self.replica.apply(terms))
+        terms, added = terms_of(records, self.settings, version), self._mean(records, version)
+        ((_, values),) = self.ledger.changes([Entry(version, terms, b"", b"", added)], self.mask.size)
+        entry = Entry(version, terms, self.head, self.replica.apply(terms, values), added)
         self.ledger.commit_entry(
             entry, records, self.nodes, overdue=len(records) < self.nodes, products=products, judgements=judgements
         )
         self.entries.append(entry)
         self.judgements.append(judgements)
         self.early.remember(judgements)
+
+    def _mean(self, records: tuple[UpdateRecord, ...], version: int) -> Displacement | None:
+        """Of the displacements among the records; it is kept."""
+        shares = shares_of(records, self.settings, version)
+        if not shares:
+            return None
+        blob = encode_values(mean_of(shares, self.ledger, self.mask.size), self.codec)
+        return Displacement(self.ledger.keep_blob(blob), len(blob))
 
     def products(self, version: int) -> tuple[tuple[float, ...], ...]:
         """⟨g_p, z⟩ of a round's directions, where the mask has a g_p."""
@@ -158,13 +195,15 @@ def write(folder: Path, **what: Any) -> Writer:
     return writer
 
 
-def descriptor(mask: Mask, rounds: RoundsConfig, engine: str) -> RunDescriptor:
+def descriptor(mask: Mask, rounds: RoundsConfig, engine: str, *, accept: bool = False) -> RunDescriptor:
     fields = {
         "federation": "f", "run": RUN.hex(), "engine": engine, "model": "", "dtype": "float32",
         "fingerprint": mask.fingerprint.hex(), "tokenizer": mask.tokenizer_fingerprint.hex(), "mask": mask.hash.hex(),
         "mask_bytes": 1, "mask_chunks": 1, "weights": mask.size, "stream": rounds.stream, "rounds": rounds.count,
         "local_steps": rounds.local_steps, "directions": rounds.directions, "lr": rounds.lr, "eps": rounds.eps,
         "perturbations": rounds.perturbations, "batch_size": rounds.batch_size, "digest_every": rounds.digest_every,
+        "mode": rounds.mode, "values": accept,
+        "max_staleness": rounds.max_staleness if rounds.mode == "buffered" else 0,
     }  # fmt: skip
     return RunDescriptor.model_validate(fields)
 

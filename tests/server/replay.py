@@ -30,8 +30,12 @@ def undisturbed(ledger: Ledger, seeds: Mapping[str, int]) -> bytes:
                 of_lane = [(1, scalars[step]) for its_lane, scalars in heard.values() if its_lane == lane]
                 c = coefficient(run.lr, of_lane, len(heard))
                 terms += [Term(lane, step, c)] if c else []
-        apply_terms(theta, terms, partial(seed_for, run.run_id, version), run.stream)
+        apply_terms(theta, terms, partial(_seed, run.run_id, version), run.stream)
     return digest(theta)
+
+
+def _seed(run_id: bytes, version: int, term: Term) -> int:
+    return seed_for(run_id, version, term.lane, term.step)
 
 
 def verified(ledger: Ledger) -> bytes:

@@ -62,7 +62,7 @@ def test_an_update_that_was_kept_too_late_for_its_entry_goes(tmp_path: Path) -> 
     writer = Writer(tmp_path)
     early, late = writer.records(0)[:2], writer.records(0)[2:]
     writer.ledger.commit_updates(early)
-    terms = terms_of(early, writer.settings)
+    terms = terms_of(early, writer.settings, 0)
     writer.ledger.commit_updates(late)  # on its way when the deadline came
     entry = Entry(0, terms, writer.head, writer.replica.apply(terms))
     writer.ledger.commit_entry(entry, early, asked=3, overdue=True, products=writer.products(0))

@@ -80,7 +80,7 @@ def test_what_is_kept_comes_back_also_to_another_reader(ledger: Ledger, path: Pa
             assert found.entries(4, 3) == (replace(ENTRY, version=4),)
             (closed,) = found.closed(4, 1)
             assert (closed.term, closed.asked, closed.overdue) == (1, 2, False)
-            assert found.stretch(3) == (2, 2 * 54)
+            assert found.stretch(3) == (2, 2 * 54, 0)
             assert found.records(2) == rounds[2]
             assert found.past(2) == rounds[3:]
             assert found.past(99) == rounds
@@ -202,7 +202,7 @@ def cut_short(path: Path) -> None:
 
 BAD: list[tuple[Callable[[Path], object], str]] = [
     (foreign, "is a SQLite file of another program; name another state_dir"),
-    (newer, r"was written by a newer Meerkat-MQ \(schema 99, this one knows 2\); update Meerkat-MQ"),
+    (newer, r"was written by a newer Meerkat-MQ \(schema 99, this one knows 3\); update Meerkat-MQ"),
     (truncated, "is damaged .*restore it from a backup"),
     (scribbled, "is damaged .*restore it from a backup"),
     (cut_short, "is not a SQLite file"),

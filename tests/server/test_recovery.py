@@ -95,7 +95,7 @@ async def test_a_finished_run_ends_at_once_and_its_model_stays(federation: Feder
     again = server(federation, "--once", rounds=rounds)
     assert await again.ended() == 0
     assert again.said("in charge")[0]["round"] == 20
-    assert (await federation.eye.state("finished")).term == 2
+    await until(lambda: (federation.eye.states[-1].term, federation.eye.states[-1].status) == (2, "finished"))
     assert (federation.folder / "server" / "difference.mkd").read_bytes() == model
     stays = server(federation, rounds=rounds)
     await stays.says("run finished")

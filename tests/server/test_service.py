@@ -8,22 +8,26 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from meerkat_mq.config import ServerConfig
-from meerkat_mq.core.path import Entry, Term
+from meerkat_mq.config import ServerConfig, ServerValuesConfig
+from meerkat_mq.core.path import Entry, Term, short_hash
+from meerkat_mq.core.values import quantised
 from meerkat_mq.errors import LedgerError, NotConnected
-from meerkat_mq.mqtt import Session
+from meerkat_mq.mqtt import Message, Session
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
 from meerkat_mq.server.recovery import recovered
 from meerkat_mq.server.run import Run, prepare_run
-from meerkat_mq.server.scribe import GROUP_S, WANTS, KeepMetrics, Scribe
+from meerkat_mq.server.scribe import GROUP_S, WANTS, KeepMetrics, KeepValues, Scribe
 from meerkat_mq.server.server import Server
 from meerkat_mq.server.snapshots import Snapshots
 from meerkat_mq.server.watch import Watch
-from meerkat_mq.wire.messages import Chunk, Entries, Header, Offer, Want
+from meerkat_mq.wire.frames import encode
+from meerkat_mq.wire.messages import Chunk, Entries, Header, Offer, Update, Values, Want
+from meerkat_mq.wire.values import decode_values, encode_values
 from tests.support.waiting import until
 
 
@@ -52,7 +56,8 @@ class Desk:
     def __init__(self, run: Run) -> None:
         self.told: list[e.ServerEvent] = []
         self.replied_before: list[int] = []
-        self.replies: list[tuple[str, Entries | Offer | Chunk]] = []
+        self.replies: list[tuple[str, Entries | Offer | Chunk | Want]] = []
+        self.distributed: list[bytes] = []
         self.terms: list[tuple[int, ServerMachine]] = []
         self._run = run
 
@@ -60,8 +65,11 @@ class Desk:
         self.told.append(event)
         self.replied_before.append(len(self.replies))
 
-    def reply(self, node: str, frame: Entries | Offer | Chunk) -> None:
+    def reply(self, node: str, frame: Entries | Offer | Chunk | Want) -> None:
         self.replies.append((node, frame))
+
+    def distribute(self, blob: bytes) -> None:
+        self.distributed.append(blob)
 
     def header(self) -> Header:
         return Header.of(self._run.descriptor.run_id, 1, 0, self._run.mask.hash)
@@ -74,7 +82,8 @@ class Office:
     """A scribe at work, on a ledger and for a desk."""
 
     def __init__(self, folder: Path, worker: ThreadPoolExecutor) -> None:
-        self.config = ServerConfig(federation="f", state_dir=folder, engine="toy", toy_weights=10)
+        values = ServerValuesConfig(accept=True, codec="int8")
+        self.config = ServerConfig(federation="f", state_dir=folder, engine="toy", toy_weights=10, values=values)
         self.ledger = BusyLedger.open(folder / LEDGER_FILE)
         self.run = prepare_run(self.config)
         self.snapshots = Snapshots(folder, self.ledger, self.run.descriptor)
@@ -177,6 +186,74 @@ async def test_a_new_term_takes_theta_back_to_what_is_committed_and_leaves_the_o
     assert working.ledger.open_updates() == (record(0),)
 
 
+# --- displacements ---
+
+
+def values_update(number: float) -> tuple[Update, bytes]:
+    """A values node's, and what it announces."""
+    blob = encode_values(np.arange(10, dtype=np.float32) * np.float32(number), "float32")
+    header = Header.of(bytes(16), 1, 0, bytes(16))
+    return Update(header, 1, bytes(8), 0.5, (), values=Values(short_hash(blob), len(blob), 5)), blob
+
+
+async def keep(office: Office, *numbers: float) -> tuple[e.Share, ...]:
+    """Values nodes' updates come and are committed, by slot; equal shares of them."""
+    names = []
+    for slot, number in enumerate(numbers):
+        update, blob = values_update(number)
+        assert update.values is not None
+        office.scribe.put(KeepValues(f"node-{slot}", update, blob, e.Verdict.ACCEPTED))
+        await office.scribe.idle()
+        office.scribe.put(e.CommitUpdate(replace(record(slot), scalars=(), values=update.values), last=True))
+        await office.scribe.idle()
+        names.append(update.values.blob)
+    return tuple(e.Share(name, 1 / len(names)) for name in names)
+
+
+async def test_a_displacement_is_kept_before_the_machine_hears_that_it_came(working: Office) -> None:
+    working.ledger.free.set()
+    update, blob = values_update(1.0)
+    working.scribe.put(KeepValues("node-0", update, blob, e.Verdict.TOO_LARGE))
+    await until(lambda: working.desk.told)
+    (came,) = working.desk.told
+    assert isinstance(came, e.ValuesCame)
+    assert (came.node, came.update, came.verdict) == ("node-0", update, e.Verdict.TOO_LARGE)
+    assert working.ledger.blob(short_hash(blob)) == blob
+
+
+async def test_the_mean_is_encoded_once_kept_applied_and_handed_out_after_its_entry(working: Office) -> None:
+    working.ledger.free.set()
+    desk, theta = working.desk, working.replica.theta.copy()
+    shares = await keep(working, 0.5, 1.25)
+    working.scribe.put(e.ApplyTerms(0, (), shares))
+    await working.scribe.idle()
+    applied = desk.told[-1]
+    assert isinstance(applied, e.TermsApplied)
+    assert applied.displacement is not None
+    blob = working.ledger.blob(applied.displacement.blob)
+    assert blob is not None
+    assert len(blob) == applied.displacement.size
+    mean = quantised((np.arange(10, dtype=np.float32) * np.float32(0.875)), "int8")
+    assert decode_values(blob, applied.displacement.blob, 10).tobytes() == mean.tobytes()
+    assert working.replica.theta.tobytes() == (theta + mean).tobytes()
+    assert (desk.distributed, working.ledger.displacement(applied.displacement.blob)) == ([], None)
+
+    records = working.ledger.open_updates()
+    entry = Entry(0, (), working.run.mask.hash, applied.digest, applied.displacement)
+    working.scribe.put(e.CommitEntry(entry, records, 3, overdue=False))
+    await working.scribe.idle()
+    assert isinstance(desk.told[-1], e.EntryCommitted)
+    assert desk.distributed == [blob]
+    for name in (applied.displacement.blob, shares[0].blob):
+        working.scribe.put(e.SendChunks("node-9", Want(desk.header(), 1, blob=name, chunks=(7, 0, 0))))
+        await working.scribe.idle()
+        await until(lambda: not working.scribe._wants)
+    await until(lambda: desk.replies)
+    ((node, chunk),) = desk.replies  # what a node sent is nobody else's business
+    assert isinstance(chunk, Chunk)
+    assert (node, chunk.data, chunk.count) == ("node-9", blob, 1)
+
+
 async def test_what_cannot_be_committed_is_told_to_nobody(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise LedgerError("ledger.sqlite", "there is no space left")
@@ -193,6 +270,16 @@ async def test_what_cannot_be_committed_is_told_to_nobody(office: Office, monkey
     assert office.ledger.slots() == {}
 
 
+async def test_chunks_that_nobody_asked_for_are_counted(office: Office) -> None:
+    watch = Watch(lambda event: None, None, 1, office.run.descriptor)
+    server = Server(office.config, office.run, office.scribe, watch, lambda event: None, replace=False)
+    ours = Header.of(office.run.descriptor.run_id, 0, 0, office.run.mask.hash)
+    for header, kind in ((ours, "update"), (replace(ours, run=ours.run ^ 1), "update"), (ours, "want")):
+        chunk = Chunk(header, bytes(16), 0, 1, 3, b"abc")
+        server._on_message(Message(f"meerkat/v1/f/up/node/{kind}", encode(chunk)))
+    assert watch.counts == {"undecodable: BadValue": 1, "misplaced: Chunk": 2}
+
+
 async def test_a_reply_that_does_not_fit_into_the_outbox_is_dropped_and_counted(
     office: Office, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +294,9 @@ async def test_a_reply_that_does_not_fit_into_the_outbox_is_dropped_and_counted(
         sent.append(topic)
 
     monkeypatch.setattr(Session, "publish", publish)
+    server.distribute(b"x" * 200_000)
+    assert watch.counts["displacement not published: the outbox is full"] == 1
+    assert sent.pop() == "meerkat/v1/f/values"
     want = Want(Header.of(run.descriptor.run_id, 0, 0, run.mask.hash), 1, blob=run.mask.hash, chunks=(0, 7, 0))
     for _ in range(3):
         server._carry_out(e.SendChunks("node", want))

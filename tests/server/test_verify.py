@@ -224,7 +224,7 @@ def test_a_weight(tmp_path: Path, by_rows: bool) -> None:
 
 def test_missing_and_extra_updates(tmp_path: Path) -> None:
     write(tmp_path, absent={(BAD, 0)})
-    alter(tmp_path, "INSERT INTO updates VALUES (3, 0, 7, 1, zeroblob(4), 1.0, 0)")
+    alter(tmp_path, "INSERT INTO updates VALUES (3, 0, 7, 1, zeroblob(4), 1.0, 0, 3, NULL, NULL, NULL)")
     fails(tmp_path, "entry 3", "its term 0 is", "its updates give")
     alter(tmp_path, "DELETE FROM updates WHERE version = 3 AND slot = 0")
     assert verify_folder(tmp_path).rounds == 6
@@ -234,7 +234,7 @@ def test_missing_and_extra_updates(tmp_path: Path) -> None:
 
 def test_an_update_of_a_slot_that_nobody_has(tmp_path: Path) -> None:
     write(tmp_path)
-    alter(tmp_path, "INSERT INTO updates VALUES (3, 9, 7, 1, zeroblob(4), 1.0, 0)")
+    alter(tmp_path, "INSERT INTO updates VALUES (3, 9, 7, 1, zeroblob(4), 1.0, 0, 3, NULL, NULL, NULL)")
     fails(tmp_path, "entry 3", "no node has slot 9")
 
 
@@ -461,7 +461,7 @@ def test_what_terms_skip(tmp_path: Path) -> None:
     """The maker of these ledgers leaves refused updates out, as the server does."""
     writer = Writer(tmp_path, refused={(0, 1): Verdict.NOT_FINITE})
     records = writer.records(0)
-    assert terms_of(records, writer.settings) == terms_of([records[0], records[2]], writer.settings)
+    assert terms_of(records, writer.settings, 0) == terms_of([records[0], records[2]], writer.settings, 0)
 
 
 def test_a_mask_that_is_damaged(tmp_path: Path) -> None:

@@ -166,6 +166,15 @@ def test_a_judgement_of_a_round_that_did_not_close(tmp_path: Path, version: str)
         verify_folder(tmp_path)
 
 
+@pytest.mark.parametrize("by", ["vpcs", "random"])
+def test_stale_updates_of_nodes_that_were_judged_since(tmp_path: Path, by: Literal["vpcs", "random"]) -> None:
+    late = {(5, 0): 2, (5, 1): 2, (6, 2): 3}
+    absent = {(version - age, slot) for (version, slot), age in late.items()}
+    writer = write(tmp_path, **PATHS, count=9, early_stopping=early(by), max_staleness=3, ages=late, absent=absent)
+    assert stopped(writer, 4) or stopped(writer, 0)
+    assert verify_folder(tmp_path).rounds == 9
+
+
 def test_a_verdict(tmp_path: Path) -> None:
     writer = write(tmp_path, **PATHS, early_stopping=early())
     slot = min(int(node[1:]) for node in stopped(writer, 4))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from meerkat_mq.config import ServerConfig
+from meerkat_mq.config import RoundsConfig, ServerConfig
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.mqtt import Count
 from meerkat_mq.observe.events import Evaluated, RoundClosed, RunEvent
@@ -16,6 +16,7 @@ from meerkat_mq.server.run import prepare_run
 from meerkat_mq.server.watch import Watch
 from meerkat_mq.wire.descriptor import NodeStatus
 from meerkat_mq.wire.frames import MAX_SLOTS
+from meerkat_mq.wire.messages import Values
 from tests.support.waiting import until
 
 
@@ -28,8 +29,8 @@ class Evaluator:
         return Found()
 
 
-def watch(tmp_path: Any, evaluator: Any = None, told: list[RunEvent] | None = None) -> Watch:
-    run = prepare_run(ServerConfig(federation="f", state_dir=tmp_path, engine="toy"))
+def watch(tmp_path: Any, evaluator: Any = None, told: list[RunEvent] | None = None, **rounds: Any) -> Watch:
+    run = prepare_run(ServerConfig(federation="f", state_dir=tmp_path, engine="toy", rounds=RoundsConfig(**rounds)))
     return Watch((told if told is not None else []).append, evaluator, 5, run.descriptor)
 
 
@@ -101,3 +102,22 @@ async def test_a_closed_round_tells_gradip_and_judgements(tmp_path: Any) -> None
     assert (first.gradip, first.judgements) == ({"a": (1.0, -1.0), "c": (1.0,)}, judgements)
     assert (first.loss, first.heard) == (2.0, 3)
     assert (second.gradip, second.judgements) == ({}, ())
+
+
+async def test_gradip_of_a_stale_update_is_along_the_directions_of_its_own_version(tmp_path: Any) -> None:
+    told: list[RunEvent] = []
+    eye = watch(tmp_path, told=told, mode="buffered", max_staleness=1)
+    stale = UpdateRecord(0, "a", 0, 1, 1, (2.0,), 1.0)
+    values = UpdateRecord(1, "b", 1, 1, 1, (), 1.0, values=Values(bytes(16), 100, 5))
+    eye.closed(EntryCommitted(0.0, 0, (), ((0.5,),)), 3, 156)
+    eye.closed(EntryCommitted(0.0, 1, (stale, values), ((0.25,),)), 3, 156)
+    eye.closed(EntryCommitted(0.0, 2, (stale,), ((0.25,),)), 3, 156)
+    found = [dict(event.gradip) for event in told if isinstance(event, RoundClosed)]
+    assert found == [{}, {"a": (1.0,)}, {}]
+
+
+async def test_nobody_waits_for_the_last_words_of_a_sleeper(tmp_path: Any) -> None:
+    eye = watch(tmp_path)
+    eye.heard_from("a", NodeStatus(status="asleep", boot=1, link=1, host="h", wakes_in_s=600))
+    async with asyncio.timeout(5):
+        await eye.finish(np.zeros(2, dtype=np.float32), {})

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meerkat_mq.core.path import Entry, Term
+from meerkat_mq.core.path import Displacement, Entry, Term
 from meerkat_mq.errors import BadChecksum, BadValue, TooLarge, WireError
 from meerkat_mq.wire.frames import (
     MAX_CHUNK_BYTES,
     MAX_FRAME_BYTES,
+    MAX_STALENESS,
     MAX_TERMS,
     Chunk,
     Entries,
@@ -26,10 +27,12 @@ from meerkat_mq.wire.frames import (
     Refusal,
     Round,
     Update,
+    Values,
     Want,
     Welcome,
     decode,
     encode,
+    most_terms,
 )
 from meerkat_mq.wire.topics import Topics
 from protocol.vectors_wire import meaning
@@ -43,7 +46,19 @@ HASH = st.binary(min_size=16, max_size=16)
 EIGHT = st.binary(min_size=8, max_size=8)
 HEADERS = st.builds(Header, U32, U32, U32, EIGHT)
 SLOTS = st.frozensets(st.one_of(st.integers(0, 40), U16), max_size=12)
-ENTRY = st.builds(Entry, U32, st.lists(st.builds(Term, U16, U16, F32), max_size=4).map(tuple), HASH, HASH)
+SIZE = st.integers(1, 2**32 - 1)
+
+
+@st.composite
+def entries(draw: st.DrawFn) -> Entry:
+    version = draw(U32)
+    ages = st.just(0) | st.integers(0, min(version, MAX_STALENESS))
+    terms = draw(st.lists(st.builds(Term, U16, U16, F32, ages), max_size=4))
+    displacement = draw(st.none() | st.builds(Displacement, HASH, SIZE))
+    return Entry(version, tuple(terms), draw(HASH), draw(HASH), displacement)
+
+
+ENTRY = entries()
 SOME_ENTRIES = st.lists(ENTRY, max_size=3).map(tuple)
 
 NANS = [bytes.fromhex(bits) for bits in ("0000c07f", "0000c0ff", "0100c07f", "0100807f", "ffffffff")]
@@ -53,6 +68,9 @@ NAMED = tuple(WireError.__subclasses__())
 @st.composite
 def updates(draw: st.DrawFn) -> Update:
     steps = draw(st.integers(1, 12))
+    if draw(st.booleans()):
+        values = Values(draw(HASH), draw(SIZE), steps)
+        return Update(draw(HEADERS), draw(U32), draw(EIGHT), draw(SCALAR), (), values=values)
     seeds = draw(st.none() | st.lists(U64, min_size=steps, max_size=steps).map(tuple))
     scalars = tuple(draw(st.lists(SCALAR, min_size=steps, max_size=steps)))
     return Update(draw(HEADERS), draw(U32), draw(EIGHT), draw(SCALAR), scalars, seeds)
@@ -64,9 +82,14 @@ def rounds(draw: st.DrawFn) -> Round:
     short = sorted(draw(st.dictionaries(U16, st.integers(1, steps - 1), max_size=4)).items()) if steps > 1 else ()
     eps = draw(st.floats(min_value=2.0**-149, width=32, allow_infinity=False))
     numbers = (steps, draw(st.integers(1, 4096)), eps, draw(U32), draw(U16))
-    return Round(
-        draw(HEADERS), draw(st.booleans()), *numbers, draw(SLOTS), draw(SLOTS), tuple(short), draw(SOME_ENTRIES)
+    asked, heard = draw(SLOTS), draw(SLOTS)
+    before = draw(
+        st.dictionaries(U16.filter(lambda slot: slot not in heard), st.integers(1, MAX_STALENESS), max_size=4)
     )
+    return Round(
+        draw(HEADERS), draw(st.booleans()), *numbers, asked, heard, tuple(short), draw(SOME_ENTRIES),
+        tuple(sorted(before.items())),
+    )  # fmt: skip
 
 
 @st.composite
@@ -206,6 +229,7 @@ def test_a_one_step_update_is_small() -> None:
 
 
 ENTRY_OF_ONE = Entry(0, (Term(0, 0, 0.5),), bytes(16), bytes(16))
+STALE = Entry(5000, (Term(0, 0, 0.5, 1),), bytes(16), bytes(16), Displacement(bytes(16), 7))
 IDLE = Round(HEADER, False, 10, 1, 0.5, 0)
 
 
@@ -222,6 +246,11 @@ IDLE = Round(HEADER, False, 10, 1, 0.5, 0)
         update(scalars=(1e39,)),
         update(seeds=(1, 2)),
         update(seeds=(2**64,)),
+        update(values=Values(bytes(16), 1, 1)),
+        update(scalars=(), values=Values(bytes(15), 1, 1)),
+        update(scalars=(), values=Values(bytes(16), 0, 1)),
+        update(scalars=(), values=Values(bytes(16), 1, 0)),
+        update(scalars=(), values=Values(bytes(16), 1, 1), seeds=(1,)),
         replace(IDLE, steps=0),
         replace(IDLE, steps=1001),
         replace(IDLE, lanes=0),
@@ -236,6 +265,10 @@ IDLE = Round(HEADER, False, 10, 1, 0.5, 0)
         replace(IDLE, short=((1, 1), (1, 2))),
         replace(IDLE, short=((1, 10),)),
         replace(IDLE, short=((1, 0),)),
+        replace(IDLE, heard_before=((2, 1), (1, 1))),
+        replace(IDLE, heard_before=((1, 0),)),
+        replace(IDLE, heard_before=((1, MAX_STALENESS + 1),)),
+        replace(IDLE, heard_before=((1, 1),), heard=frozenset({1})),
         Want(HEADER, 1, blob=bytes(16)),
         Want(HEADER, 1, blob=bytes(15), chunks=(1,)),
         Want(HEADER, 1, chunks=(1,)),
@@ -246,6 +279,11 @@ IDLE = Round(HEADER, False, 10, 1, 0.5, 0)
         Entries(HEADER, (replace(ENTRY_OF_ONE, terms=(Term(0, 0, float("nan")),)),)),
         Entries(HEADER, (replace(ENTRY_OF_ONE, terms=(Term(65536, 0, 0.5),)),)),
         Entries(HEADER, (replace(ENTRY_OF_ONE, terms=ENTRY_OF_ONE.terms * (MAX_TERMS + 1)),)),
+        Entries(HEADER, (replace(ENTRY_OF_ONE, terms=(Term(0, 0, 0.5, 1),)),)),
+        Entries(HEADER, (replace(STALE, terms=(Term(0, 0, 0.5, MAX_STALENESS + 1),)),)),
+        Entries(HEADER, (replace(STALE, terms=STALE.terms * (most_terms(1) + 1)),)),
+        Entries(HEADER, (replace(ENTRY_OF_ONE, displacement=Displacement(bytes(15), 1)),)),
+        Entries(HEADER, (replace(ENTRY_OF_ONE, displacement=Displacement(bytes(16), 0)),)),
         Chunk(HEADER, bytes(16), 1, 1, 5, b"x"),
         Chunk(HEADER, bytes(16), 0, 1, 5, b""),
         Chunk(HEADER, bytes(16), 0, 1, 5, b"longer"),
@@ -283,8 +321,14 @@ def test_every_nan_is_sent_as_the_one() -> None:
     assert wanted[40:48] == 2 * NANS[0]
 
 
-def test_the_largest_entry_fits_a_frame_and_more_does_not() -> None:
-    largest = replace(ENTRY_OF_ONE, terms=ENTRY_OF_ONE.terms * MAX_TERMS)
+LARGEST = [
+    replace(ENTRY_OF_ONE, terms=ENTRY_OF_ONE.terms * MAX_TERMS),
+    replace(STALE, terms=STALE.terms * most_terms(1)),
+]
+
+
+@pytest.mark.parametrize("largest", LARGEST, ids=["now", "stale"])
+def test_the_largest_entry_fits_a_frame_and_more_does_not(largest: Entry) -> None:
     assert decode(encode(Entries(HEADER, (largest,)))) == Entries(HEADER, (largest,))
     with pytest.raises(TooLarge):
         encode(Entries(HEADER, (largest, largest)))
@@ -295,6 +339,17 @@ def test_the_longest_payload_is_bounded() -> None:
         decode(bytes(MAX_FRAME_BYTES + 1))
     with pytest.raises(BadChecksum):
         decode(b"MK\x01\x01" + bytes(MAX_FRAME_BYTES - 4))
+
+
+def test_ages_stand_only_where_one_is_not_zero() -> None:
+    frame = encode(Entries(HEADER, (STALE,)))
+    body = bytearray(frame[:-4])
+    place = 24 + 2 + 6  # the header, the number of entries, and the entry's own head
+    assert body[place : place + 2] == b"\x01\x00"
+    body[place : place + 2] = b"\x00\x00"
+    with pytest.raises(BadValue, match="age"):
+        decode(seal(body))
+    assert len(frame) - len(encode(Entries(HEADER, (replace(STALE, terms=ENTRY_OF_ONE.terms),)))) == 2
 
 
 @pytest.mark.parametrize("count", [b"\xff\xff"])

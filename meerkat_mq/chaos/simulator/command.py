@@ -201,4 +201,5 @@ def _rounds(history: History) -> Lines:
 def _updates(history: History) -> Lines:
     for time, node, update in history.updates:
         at = f"round {update.header.version} of term {update.header.term}"
-        yield time, f"update   {node} boot {update.boot}: {at}, g {update.scalars}"
+        made = f"values {update.values.blob.hex()[:8]}" if update.values else f"g {update.scalars}"
+        yield time, f"update   {node} boot {update.boot}: {at}, {made}"

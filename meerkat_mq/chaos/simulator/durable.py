@@ -1,6 +1,6 @@
 """What survives a crash: the ledger, which commits atomically, and files, which do not; and every theta, made once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -9,9 +9,10 @@ import numpy as np
 
 from meerkat_mq.core.directions import Float32Array, direction
 from meerkat_mq.core.gradip import inner_products
-from meerkat_mq.core.path import Entry, Term, apply, digest, seed_for
+from meerkat_mq.core.path import NO_DIGEST, Entry, Term, apply, digest, seed_for, short_hash
 from meerkat_mq.errors import AnotherServer
 from meerkat_mq.rounds.events import CommitEntry, Judgement, UpdateRecord
+from meerkat_mq.wire.values import decode_values
 
 _direction = lru_cache(16_384)(direction)
 _seed_for = lru_cache(16_384)(seed_for)
@@ -34,17 +35,19 @@ class Theta:
         self.values = values
         self.version = version
         self.digest = digest(values)
-        self._next: dict[tuple[Term, ...], Theta] = {}
+        self._next: dict[tuple[tuple[Term, ...], bytes | None], Theta] = {}
 
-    def after(self, terms: tuple[Term, ...], run_id: bytes, stream: str) -> "Theta":
-        """The theta that the terms of entry `version` lead to."""
-        found = self._next.get(terms)
+    def after(self, terms: tuple[Term, ...], blob: bytes | None, run_id: bytes, stream: str) -> "Theta":
+        """The theta that entry `version` leads to, by its terms and the blob of its displacement."""
+        found = self._next.get((terms, blob))
         if found is None:
             values, scratch = self.values.copy(), np.empty_like(self.values)
             for term in terms:
-                seed = _seed_for(run_id, self.version, term.lane, term.step)
+                seed = _seed_for(run_id, self.version - term.age, term.lane, term.step)
                 apply(values, _direction(stream, seed, 0, values.size), term.coefficient, scratch)
-            found = self._next[terms] = Theta(values, self.version + 1)
+            if blob is not None:
+                np.add(values, decode_values(blob, None, values.size), out=values)
+            found = self._next[terms, blob] = Theta(values, self.version + 1)
         return found
 
 
@@ -55,10 +58,13 @@ class Ledger:
     Attributes:
         products: ⟨g_p, z⟩ of each entry's directions, by lane and step.
         judgements: of each entry.
-        updates: committed, of the open round; the first of a node in a version wins.
+        updates: committed, in no entry yet, by base version and node, of which the first one wins.
         snapshots: version to blob hash.
+        blobs: displacements, of nodes and of entries, by hash.
+        window: how many versions old an update's theta may be.
     """
 
+    window: int = 0
     entries: list[Entry] = field(default_factory=list)
     entry_terms: list[int] = field(default_factory=list)
     records: list[tuple[UpdateRecord, ...]] = field(default_factory=list)
@@ -68,6 +74,7 @@ class Ledger:
     slots: dict[str, int] = field(default_factory=dict)
     updates: dict[tuple[int, str], UpdateRecord] = field(default_factory=dict)
     snapshots: dict[int, bytes] = field(default_factory=dict)
+    blobs: dict[bytes, bytes] = field(default_factory=dict)
 
     def backup(self) -> "Ledger":
         """A copy, whole."""
@@ -101,15 +108,47 @@ class Ledger:
         for record in records:
             self.updates.setdefault((record.version, record.node), record)
 
+    def keep_blob(self, mine: tuple[int, str], blob: bytes) -> bytes:
+        """Keep a displacement; returns its hash."""
+        self._fence(mine)
+        name = short_hash(blob)
+        self.blobs[name] = blob
+        return name
+
+    def blob_of(self, entry: Entry) -> bytes | None:
+        """The blob of an entry's displacement."""
+        return None if entry.displacement is None else self.blobs[entry.displacement.blob]
+
+    def bases(self, theta_0: bytes) -> Mapping[int, bytes]:
+        """The newest due digest at or before each version that an update's theta may be of."""
+        digests, found, head = [theta_0, *(entry.digest for entry in self.entries)], dict[int, bytes](), theta_0
+        for version, known in enumerate(digests):
+            found[version] = head = head if known == NO_DIGEST else known
+        return {version: found[version] for version in sorted(found)[-1 - self.window :]}
+
+    def heard(self) -> Mapping[str, int]:
+        """Node to the newest base version of its committed updates, within the window."""
+        first = len(self.entries) - max(1, self.window)
+        newest = dict[str, int]()
+        for records in [*self.records[max(first, 0) :], tuple(self.updates.values())]:
+            for record in records:
+                if record.version >= first:
+                    newest[record.node] = max(record.version, newest.get(record.node, 0))
+        return newest
+
     def commit_entry(self, mine: tuple[int, str], closed: CommitEntry) -> None:
-        """Keep an entry and its updates with their verdicts; an update committed too late for it is dropped."""
+        """Keep an entry and its updates with their verdicts; what no later entry can take is dropped."""
         self._fence(mine)
         self.entries.append(closed.entry)
         self.entry_terms.append(mine[0])
         self.records.append(closed.records)
         self.products.append(closed.products)
         self.judgements.append(closed.judgements)
-        self.updates = {key: record for key, record in self.updates.items() if key[0] > closed.entry.version}
+        taken = {(record.version, record.node) for record in closed.records}
+        oldest = closed.entry.version + 1 - self.window
+        self.updates = {
+            place: record for place, record in self.updates.items() if place not in taken and record.version >= oldest
+        }
 
     def commit_snapshot(self, mine: tuple[int, str], version: int, blob_hash: bytes) -> None:
         """Keep a snapshot's hash; those of the two newest stay."""
@@ -117,3 +156,11 @@ class Ledger:
         self.snapshots[version] = blob_hash
         for old in sorted(self.snapshots)[:-2]:
             del self.snapshots[old]
+
+
+@dataclass(slots=True)
+class Disk:
+    """The server's state folder: the ledger, and snapshot files by name."""
+
+    ledger: Ledger = field(default_factory=Ledger)
+    files: dict[str, bytes] = field(default_factory=dict)

@@ -12,7 +12,7 @@ from meerkat_mq.chaos.simulator.schedule import ALL, SERVER, Fault
 from meerkat_mq.chaos.simulator.server import ROUND, STATE
 from meerkat_mq.chaos.simulator.world import Process
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState
-from meerkat_mq.wire.messages import Header, Round, Update
+from meerkat_mq.wire.messages import Header, Round, Update, Values
 
 CRASH_WITHIN = 40  # effects
 EARLIER_RUN = bytes(range(100, 116))
@@ -212,21 +212,20 @@ def _hostile(federation: Federation, fault: Fault) -> None:
 def _nasty(federation: Federation, node: Node, choose: Callable[..., float]) -> Update:
     settings, header = federation.history.settings, federation.history.rounds[-1][1].header
     whole = settings.perturbations * settings.steps_of(header.version)
-    entries = federation.disk.ledger.entries
+    version = max(header.version + int(choose((0, 0, 0, 0, -1, -2, 1, 7))), 0)
+    entries = federation.disk.ledger.entries[:version]
     right = next((entry.digest for entry in reversed(entries) if any(entry.digest)), federation.theta_0.digest)
     odd = choose((math.nan, math.inf, -math.inf, 1e30, 3e38, 1.0, 5.0, 1e-30))
-    return Update(
-        replace(
-            header,
-            term=header.term + int(choose((0, 0, 0, 0, 0, -1, 1, 5))),
-            version=max(header.version + int(choose((0, 0, 0, 0, -1, 1, 7))), 0),
-        ),
+    update = Update(
+        replace(header, term=header.term + int(choose((0, 0, 0, 0, 0, -1, 1, 5))), version=version),
         node.boot,
         right[:8] if choose((0, 0, 1)) == 0 else bytes(8),
         choose((1.0, 1.0, math.nan)),
         (odd,) * int(choose((whole, whole, whole, 2, 0))),
         (1,) * whole if choose((0, 0, 0, 1)) else None,
     )
+    nowhere = Values(bytes(16), 100, 1)
+    return replace(update, scalars=(), seeds=None, values=nowhere) if choose((0, 0, 0, 0, 1)) else update
 
 
 FAULTS: dict[str, Kind] = {

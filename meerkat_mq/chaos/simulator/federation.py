@@ -5,18 +5,19 @@ from itertools import takewhile
 
 from meerkat_mq.chaos.history import History
 from meerkat_mq.chaos.simulator.broker import Broker
-from meerkat_mq.chaos.simulator.durable import Ledger, Theta
-from meerkat_mq.chaos.simulator.node import Node
+from meerkat_mq.chaos.simulator.durable import Disk, Ledger, Theta
+from meerkat_mq.chaos.simulator.node import Habits, Node
 from meerkat_mq.chaos.simulator.schedule import Fault, Schedule
-from meerkat_mq.chaos.simulator.server import Disk, Server
+from meerkat_mq.chaos.simulator.server import Server
 from meerkat_mq.chaos.simulator.world import Clock, Process
-from meerkat_mq.config import EarlyStoppingConfig
+from meerkat_mq.config import Codec, EarlyStoppingConfig
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.toy import toy_mask
 from meerkat_mq.rounds.policy import RoundSettings
 
 RUN = bytes(range(16))
 WEIGHTS = 8
+CODECS: tuple[Codec, ...] = ("int8", "float32", "bfloat16")
 STREAM = "mk1"
 # Thresholds that about half of the made-up paths pass, so that there is something to get wrong.
 THRESHOLDS = EarlyStoppingConfig(initial=0.5, later=0.5, rho_later=1.0, rho_quiet=0.25, quiet=0.7, random_share=0.4)
@@ -56,6 +57,11 @@ def settings_of(schedule: Schedule) -> RoundSettings:
             }
         ),
         measured=schedule.measure_s is not None,
+        mode=schedule.mode,
+        buffer_size=schedule.buffer_size,
+        max_staleness=schedule.max_staleness if schedule.mode == "buffered" else 0,
+        staleness=schedule.staleness,
+        values_accepted=schedule.values > 0,
     )
 
 
@@ -71,8 +77,9 @@ class Federation:
         self.schedule = schedule
         self.clock = Clock(schedule.seed)
         self.broker = Broker(self.clock, wire=schedule.wire)
-        self.history = History(RUN, mask, STREAM, schedule.digest_every, settings_of(schedule))
-        self.disk = Disk()
+        settings = settings_of(schedule)
+        self.history = History(RUN, mask, STREAM, schedule.digest_every, settings)
+        self.disk = Disk(Ledger(settings.max_staleness))
         self.theta_0 = Theta(mask.theta_0, 0)
         self.nodes = {f"n{number}": self._node(number) for number in range(schedule.nodes)}
         self.server: Server
@@ -83,17 +90,18 @@ class Federation:
         chance, schedule = self.clock.random, self.schedule
         slow = schedule.slow and number == schedule.nodes - 1
         just_in_time = schedule.deadline_s - 0.04 - schedule.commit_s / 2  # the update comes, but is not yet committed
-        return Node(
-            f"n{number}",
-            self.clock,
-            self.broker,
-            self.history,
-            self.theta_0,
+        slower = schedule.spread ** (number / (schedule.nodes - 1))
+        habits = Habits(
             latency_s=chance.uniform(0.001, 0.05),
-            step_s=just_in_time if slow else schedule.step_s * chance.uniform(1.0, 1.5),
+            step_s=just_in_time if slow else schedule.step_s * chance.uniform(1.0, 1.5) * slower,
             rows=1 + 3 * number,
             fickle=schedule.fickle,
+            keeps=schedule.keeps,
+            reluctant=schedule.reluctant and number == 0,
+            codec=CODECS[number % len(CODECS)] if number < schedule.values else None,
+            every_s=schedule.every_s if number < schedule.sleepers else 0.0,
         )
+        return Node(f"n{number}", self.clock, self.broker, self.history, self.theta_0, habits=habits)
 
     def start(self) -> None:
         """Start a server, then every node."""
@@ -175,6 +183,6 @@ class Federation:
         history.entries, history.records, history.terms = ledger.entries, ledger.records, ledger.terms
         history.entry_terms = ledger.entry_terms
         history.products, history.judgements = ledger.products, ledger.judgements
-        history.open_updates = tuple(ledger.updates.values())
+        history.open_updates, history.blobs = tuple(ledger.updates.values()), ledger.blobs
         history.finished = self.finished
         return history

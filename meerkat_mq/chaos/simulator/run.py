@@ -4,6 +4,7 @@ from meerkat_mq.chaos.checkers import Violation, check
 from meerkat_mq.chaos.history import History
 from meerkat_mq.chaos.simulator.faults import inflict, leave_behind
 from meerkat_mq.chaos.simulator.federation import Federation
+from meerkat_mq.chaos.simulator.node import AWAKE_S
 from meerkat_mq.chaos.simulator.schedule import Schedule
 
 LAST_WORDS_S = 1.0
@@ -12,6 +13,7 @@ LAST_WORDS_S = 1.0
 def patience(schedule: Schedule) -> float:
     """Virtual seconds within which a healed federation finishes, whatever it went through."""
     a_round = 2.0 + (schedule.measure_s or 0.0) + (3.0 * schedule.deadline_s if schedule.slow else 0.0)
+    a_round += 1.5 * schedule.step_s * schedule.spread + (schedule.every_s + AWAKE_S if schedule.sleepers else 0.0)
     return 30.0 + 12 * schedule.deadline_s + a_round * schedule.rounds
 
 

@@ -42,6 +42,12 @@ class Schedule:
         measure_s: virtual seconds that the inner products of a round's directions take; None: they are not measured.
         step_s: virtual seconds of a round's local steps, on the fastest node.
         commit_s: virtual seconds of one commit.
+        spread: how many times as long as the fastest node the slowest takes.
+        values: how many nodes send displacements.
+        sleepers: how many nodes are duty-cycled.
+        every_s: virtual seconds that these sleep.
+        keeps: whether nodes keep updates that were not heard over a restart.
+        reluctant: whether the limits of the first node forbid some steps.
         wire: whether each frame goes through its encoding.
         slow: whether the last node's local steps take about as long as the deadline.
         fickle: whether a restarted node answers a round with other values than before.
@@ -67,6 +73,16 @@ class Schedule:
     calibration_steps: int
     every: int
     measure_s: float | None
+    mode: Literal["synchronous", "buffered"]
+    buffer_size: int
+    max_staleness: int
+    staleness: Literal["constant", "polynomial"]
+    spread: float
+    values: int
+    sleepers: int
+    every_s: float
+    keeps: bool
+    reluctant: bool
     step_s: float
     commit_s: float
     wire: bool
@@ -121,19 +137,22 @@ def make_schedule(seed: int, names: Collection[str] = ()) -> Schedule:
     nodes = draw.randint(8, 20) if draw.random() < 0.03 else draw.choice(_SIZES)
     rounds = draw.choice((50, 52, 54, 60))
     min_nodes = draw.randint(2, nodes)
-    fraction = draw.choice((1.0, 1.0, 1.0, 0.6))
+    buffered = draw.random() < 0.5
+    fraction = 1.0 if buffered else draw.choice((1.0, 1.0, 1.0, 0.6))
+    spread = draw.choice((1.0, 4.0, 20.0)) if buffered else 1.0
+    sleepers, every_s = draw.choice((0, 0, 0, 0, 0, 1, nodes // 2)), draw.choice((1.0, 3.0))
     step_s, commit_s = draw.choice((0.05, 0.2, 0.4)), draw.choice((0.0, 0.005, 0.05, 0.3))
     deadline_s, slow = draw.choice((2.0, 4.0, 8.0)), draw.random() < 0.1
     by: Literal["off", "vpcs", "random"] = draw.choice(("off", "off", "vpcs", "vpcs", "random"))
     measure_s = draw.choice((0.0, 0.01, 0.3, 2.5)) if by == "vpcs" or draw.random() < 0.5 else None
-    a_round = deadline_s if slow else max(1.3 * step_s, measure_s or 0.0) + 3 * commit_s + 0.1
+    a_round = deadline_s if slow and not buffered else max(1.3 * step_s, measure_s or 0.0) + 3 * commit_s + 0.1
     calm_s = rounds * a_round  # about what an undisturbed run takes
     return Schedule(
         seed=seed,
         nodes=nodes,
         rounds=rounds,
         lanes=draw.choice((1, 1, min(2, share(fraction, min_nodes)))),
-        steps=draw.choice((1, 1, 1, 1, 3)) if by == "off" else draw.choice((2, 3)),
+        steps=draw.choice((1, 1, 3) if buffered else (1, 1, 1, 1, 3)) if by == "off" else draw.choice((2, 3)),
         min_nodes=min_nodes,
         fraction=fraction,
         quorum=draw.choice((0.5, 0.75, 1.0)),
@@ -148,6 +167,16 @@ def make_schedule(seed: int, names: Collection[str] = ()) -> Schedule:
         calibration_steps=draw.choice((4, 6)),
         every=draw.choice((0, 7, 20)),
         measure_s=measure_s,
+        mode="buffered" if buffered else "synchronous",
+        buffer_size=draw.randint(1, nodes),
+        max_staleness=draw.randint(0, 5),
+        staleness=draw.choice(("constant", "polynomial", "polynomial")),
+        spread=spread,
+        values=draw.choice((0, 0, 0, 1, (nodes + 1) // 2)),
+        sleepers=sleepers,
+        every_s=every_s,
+        keeps=draw.random() < 0.5,
+        reluctant=draw.random() < 0.1,
         step_s=step_s,
         commit_s=commit_s,
         wire=draw.random() < 0.05,

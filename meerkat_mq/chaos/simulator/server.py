@@ -1,34 +1,39 @@
 """A server process: its machine, and the service around it, on a virtual clock."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from meerkat_mq.chaos.history import History
 from meerkat_mq.chaos.simulator.broker import Broker, Client, Message, Topic
-from meerkat_mq.chaos.simulator.durable import Ledger, Theta, measured
+from meerkat_mq.chaos.simulator.durable import Disk, Theta, measured
 from meerkat_mq.chaos.simulator.world import Clock, Process
-from meerkat_mq.core.path import NO_DIGEST, digest_due, short_hash
+from meerkat_mq.core.path import NO_DIGEST, Displacement, Entry, digest_due, short_hash
+from meerkat_mq.core.values import mean_displacement
 from meerkat_mq.errors import WireError
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.server import ServerMachine
+from meerkat_mq.server.displacement import verdict_on
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState
 from meerkat_mq.wire.messages import Chunk, Entries, Header, Offer, Update, Want
 from meerkat_mq.wire.snapshot import decode_snapshot, encode_snapshot
+from meerkat_mq.wire.values import decode_values, encode_values
 
 STATE: Topic = ("server", "")
 ROUND: Topic = ("round", "")
+VALUES: Topic = ("values", "")
 LATENCY_S = 0.004
 ENTRIES_A_REPLY = 12
 WORTH_A_SNAPSHOT = 8  # entries missed
+FETCH_S = 2.0
 
 
-@dataclass(slots=True)
-class Disk:
-    """The server's state folder: the ledger, and snapshot files by name."""
+@dataclass(frozen=True, slots=True)
+class KeepValues:
+    """Keep a displacement that a node announced."""
 
-    ledger: Ledger = field(default_factory=Ledger)
-    files: dict[str, bytes] = field(default_factory=dict)
+    order: e.FetchValues
+    blob: bytes
 
 
 class Server(Process):
@@ -60,6 +65,7 @@ class Server(Process):
         self._statuses: dict[str, NodeStatus] = {}
         self._queue: list[Any] = []
         self._writing = False
+        self._fetches: dict[str, e.FetchValues] = {}
         self.client = Client(
             hears=lambda topic: topic[0] in ("server", "status", "update", "want"),
             deliver=lambda topic, payload: self.call(self._on_message, topic, payload),
@@ -95,14 +101,15 @@ class Server(Process):
         self.step()
         self._mine = (ledger.take_term(above, self.server_id), self.server_id)
         self._queue = []
+        self._fetches = {}
         self.step()
         self._theta = self.resumed_theta()
-        due = [entry.digest for entry in ledger.entries if entry.digest != NO_DIGEST]
+        bases = ledger.bases(self._theta_0.digest)
         self.machine = ServerMachine(
             settings,
             term=self._mine[0],
             server_id=self.server_id,
-            base=due[-1] if due else self._theta_0.digest,
+            base=bases[len(ledger.entries)],
             version=len(ledger.entries),
             head=ledger.entries[-1].hash(settings.run_id) if ledger.entries else None,
             slots=ledger.slots,
@@ -110,6 +117,8 @@ class Server(Process):
             updates=self.resumed_updates(),
             past=ledger.records[-settings.guards.window :],
             judgements=self.resumed_judgements(),
+            bases=bases,
+            heard=ledger.heard(),
         )
 
     def resumed_judgements(self) -> Sequence[e.Judgement]:
@@ -117,7 +126,7 @@ class Server(Process):
         return [judgement for found in self.disk.ledger.judgements for judgement in found]
 
     def resumed_updates(self) -> Sequence[e.UpdateRecord]:
-        """The committed updates of the open round."""
+        """The committed updates that no entry holds yet."""
         return list(self.disk.ledger.updates.values())
 
     def resumed_theta(self) -> Theta:
@@ -129,11 +138,11 @@ class Server(Process):
                 theta = found
                 break
         for entry in ledger.entries[theta.version :]:
-            theta = self._after(theta, entry.terms)
+            theta = self._after(theta, entry.terms, ledger.blob_of(entry))
         return theta
 
-    def _after(self, theta: Theta, terms: tuple[Any, ...]) -> Theta:
-        return theta.after(terms, self._history.run_id, self._history.stream)
+    def _after(self, theta: Theta, terms: tuple[Any, ...], blob: bytes | None) -> Theta:
+        return theta.after(terms, blob, self._history.run_id, self._history.stream)
 
     # --- snapshots ---
 
@@ -173,6 +182,8 @@ class Server(Process):
             self._on_state(payload)
         elif kind == "update" and isinstance(payload, Update):
             self._handle(e.UpdateCame(self.clock.now, node, payload))
+        elif kind == "update" and isinstance(payload, Chunk):
+            self._on_chunk(node, payload)
         elif kind == "want" and isinstance(payload, Want) and payload.header.run == self._header().run:
             self._handle(e.WantCame(self.clock.now, node, payload))
 
@@ -229,18 +240,72 @@ class Server(Process):
                 self.carry_out(
                     lambda: ledger.commit_slot(self._mine, node, slot), lambda: e.SlotCommitted(self.clock.now, node)
                 )
-            case e.ApplyTerms(version, terms):
-                self._theta = self._after(self._theta, terms)
-                due = digest_due(self._theta.version, self._history.digest_every)
-                self._handle(e.TermsApplied(self.clock.now, version, self._theta.digest if due else NO_DIGEST))
+            case KeepValues():
+                self._keep_values(work)
+            case e.ApplyTerms(version, terms, shares):
+                blob = self._mean(shares) if shares else None
+                self._theta = self._after(self._theta, terms, blob)
+                digest = (
+                    self._theta.digest if digest_due(self._theta.version, self._history.digest_every) else NO_DIGEST
+                )
+                displacement = None if blob is None else Displacement(short_hash(blob), len(blob))
+                self._handle(e.TermsApplied(self.clock.now, version, digest, displacement))
             case e.CommitEntry(entry, records):
                 self.carry_out(
                     lambda: ledger.commit_entry(self._mine, work),
                     lambda: e.EntryCommitted(self.clock.now, entry.version, records),
                 )
+                self._distribute(entry)
             case e.KeepSnapshot(version, head):
                 self.step()
                 self.keep_snapshot(version, head)
+
+    # --- displacements ---
+
+    def _fetch_values(self, effect: e.FetchValues) -> None:
+        values = effect.update.values
+        assert values is not None
+        self._fetches[effect.node] = effect
+        self._reply(effect.node, Want(self._header(), effect.update.boot, blob=values.blob, chunks=(0,)))
+        self.later(FETCH_S, self._miss, effect)
+
+    def _miss(self, effect: e.FetchValues) -> None:
+        if self._fetches.get(effect.node) is effect:
+            self._handle(e.ValuesMissed(self.clock.now, effect.node, effect.update))
+
+    def _on_chunk(self, node: str, chunk: Chunk) -> None:
+        order = self._fetches.get(node)
+        if order is not None and order.update.values is not None and order.update.values.blob == chunk.blob:
+            del self._fetches[node]
+            self._put(KeepValues(order, chunk.data))
+
+    def _keep_values(self, work: KeepValues) -> None:
+        """Keep it, and have its update committed at once."""
+        update, node = work.order.update, work.order.node
+        assert update.values is not None
+        try:
+            values = decode_values(work.blob, update.values.blob, self._theta.values.size)
+        except WireError:
+            self._handle(e.ValuesMissed(self.clock.now, node, update))
+            return
+        self.carry_out(
+            lambda: self.disk.ledger.keep_blob(self._mine, work.blob),
+            lambda: e.ValuesCame(self.clock.now, node, update, verdict_on(values, update.loss)),
+        )
+
+    def _mean(self, shares: Sequence[e.Share]) -> bytes:
+        """The encoded mean displacement, which is kept."""
+        ledger, size = self.disk.ledger, self._theta.values.size
+        parts = [(share.weight, decode_values(ledger.blobs[share.blob], share.blob, size)) for share in shares]
+        blob = encode_values(mean_displacement(parts, size), self._history.codec)
+        ledger.keep_blob(self._mine, blob)
+        return blob
+
+    def _distribute(self, entry: Entry) -> None:
+        """The displacement of an entry that was just committed goes to everybody."""
+        if (blob := self.disk.ledger.blob_of(entry)) is not None:
+            chunk = Chunk(self._header(), short_hash(blob), 0, 1, len(blob), blob)
+            self._broker.publish(self.client, Message(VALUES, chunk, retain=False))
 
     def _measure(self, effect: e.MeasureDirections) -> None:
         """Off the loop: it takes its time, and its answer may find another machine."""
@@ -251,7 +316,7 @@ class Server(Process):
         event = lambda: self._handle(e.DirectionsMeasured(self.clock.now, effect.version, products))  # noqa: E731
         self.later(self._measure_s, event)
 
-    def carry_out(self, commit: Callable[[], None], event: Callable[[], e.ServerEvent]) -> None:
+    def carry_out(self, commit: Callable[[], object], event: Callable[[], e.ServerEvent]) -> None:
         """Commit first, then say so."""
         self.step()
         commit()
@@ -281,10 +346,13 @@ class Server(Process):
             self._reply(effect.node, Entries(self._header(), chosen))
 
     def _send_chunks(self, effect: e.SendChunks) -> None:
-        wanted = effect.want.blob or b""
-        for version, known in self.disk.ledger.snapshots.items():
-            blob = self.disk.files.get(f"snapshot-{version}")
-            if known == wanted and blob is not None:
+        """Of a snapshot that the ledger names, or of an entry's displacement."""
+        wanted, ledger = effect.want.blob or b"", self.disk.ledger
+        found = [self.disk.files.get(f"snapshot-{v}") for v, name in ledger.snapshots.items() if name == wanted]
+        if any(entry.displacement is not None and entry.displacement.blob == wanted for entry in ledger.entries):
+            found.append(ledger.blobs[wanted])
+        for blob in found:
+            if blob is not None:
                 self._reply(effect.node, Chunk(self._header(), wanted, 0, 1, len(blob), blob))
 
     def _count(self, effect: e.Count) -> None:
@@ -316,6 +384,7 @@ class Server(Process):
     _CARRY_OUT: ClassVar[dict[type, Callable[["Server", Any], None]]] = {
         e.CommitSlot: _put,
         e.CommitUpdate: _put,
+        e.FetchValues: _fetch_values,
         e.ApplyTerms: _put,
         e.MeasureDirections: _measure,
         e.CommitEntry: _put,

@@ -30,7 +30,8 @@ def _smaller(schedule: Schedule) -> Iterator[Schedule]:
     plain = {
         "wire": False, "slow": False, "leftovers": False, "fickle": False, "weigh_by_rows": False, "fraction": 1.0,
         "steps": 1, "lanes": 1, "digest_every": 1, "aggregate": "mean", "commit_s": 0.0,
-        "early_stopping": "off", "every": 0, "perturbations": 1,
+        "early_stopping": "off", "every": 0, "perturbations": 1, "mode": "synchronous", "max_staleness": 1,
+        "staleness": "constant", "spread": 1.0, "values": 0, "sleepers": 0, "keeps": False, "reluctant": False,
     }  # fmt: skip
     for name, value in plain.items():
         if getattr(schedule, name) != value:

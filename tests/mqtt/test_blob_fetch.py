@@ -5,8 +5,8 @@ import asyncio
 import pytest
 
 from meerkat_mq.errors import BadValue, NotConnected, TooLarge
-from meerkat_mq.node import blob_fetch
-from meerkat_mq.node.blob_fetch import CHUNKS_A_WANT, BlobFetch
+from meerkat_mq.mqtt import blob_fetch
+from meerkat_mq.mqtt.blob_fetch import CHUNKS_A_WANT, BlobFetch
 from meerkat_mq.wire.arrays import split
 from meerkat_mq.wire.messages import Chunk, Header
 

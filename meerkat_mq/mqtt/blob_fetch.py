@@ -20,19 +20,25 @@ class BlobFetch:
         size: its bytes.
         ask: asks the server for these chunks.
 
+    Attributes:
+        name: as given.
+        size: as given.
+        silences: how many times `PATIENCE_S` have passed without a new chunk, up to now.
+
     Raises:
         TooLarge: larger than a blob can be.
     """
 
     def __init__(self, name: bytes, size: int, ask: Callable[[tuple[int, ...]], None]) -> None:
-        self._name = name
-        self._size = size
+        self.name = name
+        self.size = size
+        self.silences = 0
         self._ask = ask
         self._arrived = asyncio.Event()
         self._assembly = self._fresh()
 
     def _fresh(self) -> Assembly:
-        return Assembly(self._name, self._size, -(-self._size // MAX_CHUNK_BYTES))
+        return Assembly(self.name, self.size, -(-self.size // MAX_CHUNK_BYTES))
 
     def add(self, chunk: Chunk) -> None:
         """Take a chunk.
@@ -58,19 +64,19 @@ class BlobFetch:
             NotConnected: too many passed.
         """
         asked: frozenset[int] | None = None if unasked else frozenset()
-        silent = 0
+        self.silences = 0
         while missing := self._assembly.missing:
             if asked is not None and asked.isdisjoint(missing):
                 part = missing[:CHUNKS_A_WANT]
                 self._ask(part)
                 asked = frozenset(part)
             elif await self._one_arrives():
-                silent = 0
+                self.silences = 0
             else:
-                asked, silent = frozenset(), silent + 1
-                if silent == silences:
-                    problem = f"{len(missing)} chunks did not come within {silent * PATIENCE_S:g} s"
-                    raise NotConnected(f"blob {self._name.hex()}", problem)
+                asked, self.silences = frozenset(), self.silences + 1
+                if self.silences == silences:
+                    problem = f"{len(missing)} chunks did not come within {silences * PATIENCE_S:g} s"
+                    raise NotConnected(f"blob {self.name.hex()}", problem)
         return self._assembly.join()
 
     async def _one_arrives(self) -> bool:

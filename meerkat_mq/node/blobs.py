@@ -1,0 +1,98 @@
+"""What a node gets and gives chunk by chunk, in bounded memory."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import structlog
+
+from meerkat_mq.errors import TooLarge
+from meerkat_mq.mqtt.blob_fetch import CHUNKS_A_WANT, BlobFetch
+from meerkat_mq.node.state import KeptUpdate
+from meerkat_mq.wire.arrays import split
+from meerkat_mq.wire.descriptor import RunDescriptor
+from meerkat_mq.wire.messages import Chunk, Header, Want
+from meerkat_mq.wire.values import largest_blob
+
+
+class Blobs:
+    """The blobs of one run: one that is being fetched, the newest displacement that comes unasked, and one to give.
+
+    Args:
+        run: the run.
+        boot: of this process.
+        send: sends to the server.
+    """
+
+    def __init__(self, run: RunDescriptor, boot: int, send: Callable[[Want | Chunk], None]) -> None:
+        self._header = Header.of(run.run_id, 0, 0, run.mask_hash)
+        self._largest_pushed = largest_blob(run.weights)
+        self._boot = boot
+        self._send = send
+        self._fetch: BlobFetch | None = None
+        self._pushed: BlobFetch | None = None
+        self._own: list[Chunk] = []
+
+    def begin(self, name: bytes, size: int) -> BlobFetch:
+        """From now on, chunks are taken for this blob; those that came unasked are there already.
+
+        Raises:
+            TooLarge: larger than a blob can be.
+        """
+        pushed, self._pushed = self._pushed, None
+        if pushed is None or (pushed.name, pushed.size) != (name, size):
+            pushed = self._new(name, size)
+        self._fetch = pushed
+        return pushed
+
+    @property
+    def arriving(self) -> bool:
+        """Whether a blob is being fetched, and does not keep its chunks waiting."""
+        return self._fetch is not None and self._fetch.silences == 0
+
+    def end(self) -> None:
+        """No blob is being fetched."""
+        self._fetch = None
+
+    def take(self, chunk: Chunk) -> None:
+        """Take a chunk that was asked for.
+
+        Raises:
+            BadValue: it is of another blob than the one that is being fetched.
+        """
+        if self._fetch is not None:
+            self._fetch.add(chunk)
+
+    def take_pushed(self, chunk: Chunk) -> None:
+        """Take a chunk of the newest displacement, which the server sends to all.
+
+        Raises:
+            WireError: it does not fit the others, or is of a blob larger than a displacement can be.
+        """
+        if self._fetch is not None and self._fetch.name == chunk.blob:
+            self._fetch.add(chunk)
+            return
+        if chunk.size > self._largest_pushed:
+            raise TooLarge("chunk", f"is of a blob of {chunk.size} bytes, more than {self._largest_pushed}")
+        if self._pushed is None or self._pushed.name != chunk.blob:
+            self._pushed = self._new(chunk.blob, chunk.size)
+        self._pushed.add(chunk)
+
+    def give(self, kept: KeptUpdate | None) -> None:
+        """Have the displacement of this update to give, and no other."""
+        values = kept.update.values if kept is not None else None
+        self._own = split(self._header, values.blob, kept.blob) if kept is not None and values is not None else []
+
+    def answer(self, want: Want) -> None:
+        """Send the chunks that the server asks for, if they are of the blob that there is to give."""
+        for index in want.chunks[:CHUNKS_A_WANT]:
+            if index < len(self._own) and self._own[index].blob == want.blob:
+                chunk = self._own[index]
+                self._send(replace(chunk, header=replace(chunk.header, term=want.header.term)))
+
+    def _new(self, name: bytes, size: int) -> BlobFetch:
+        def ask(chunks: tuple[int, ...]) -> None:
+            log = structlog.get_logger()
+            log.info("asking for chunks", blob=name.hex()[:8], first=chunks[0], count=len(chunks))
+            self._send(Want(self._header, self._boot, blob=name, chunks=chunks))
+
+        return BlobFetch(name, size, ask)

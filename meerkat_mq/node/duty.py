@@ -1,0 +1,111 @@
+"""The duty cycle of a node: awake and connected for a while, then asleep, again and again (docs/duty-cycle.md)."""
+
+import asyncio
+import contextlib
+import math
+import random
+from collections.abc import Callable
+
+import structlog
+
+from meerkat_mq.config import ScheduleConfig
+from meerkat_mq.mqtt import Session
+
+JITTER = 0.1  # of a period: a fleet that was switched on at once does not come at once for ever
+LOOK_S = 1.0  # between two looks at whether a late node may sleep at last
+PARTING_S = 5.0  # to connect once more, only to say that the node stops
+
+_RANDOM = random.SystemRandom()  # a fleet that boots from one image must not share a seed
+
+
+class DutyCycle:
+    """Connects a session for a while, again and again.
+
+    Args:
+        schedule: when.
+        session: its farewell says "asleep" while `wakes_in_s` is a number.
+        may_sleep: whether the node has nothing to do any more; or, where it is late, nothing that cannot wait.
+        on_waking: called before each connection.
+        on_sleep: called after each.
+
+    Attributes:
+        parting: the session only connects to say that the node stops.
+    """
+
+    def __init__(
+        self,
+        schedule: ScheduleConfig,
+        session: Session,
+        *,
+        may_sleep: Callable[[bool], bool],
+        on_waking: Callable[[], None],
+        on_sleep: Callable[[], None],
+    ) -> None:
+        self.parting = False
+        self._schedule = schedule
+        self._session = session
+        self._may_sleep = may_sleep
+        self._on_waking = on_waking
+        self._on_sleep = on_sleep
+        self._wakes_at: float | None = None
+        self._changed = asyncio.Event()
+
+    @property
+    def wakes_in_s(self) -> int | None:
+        """Seconds until the next waking at the latest; None while awake, and at the end."""
+        return None if self._wakes_at is None else max(1, math.ceil(self._wakes_at - _now()))
+
+    def changed(self) -> None:
+        """What `may_sleep` says may have changed."""
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Wake and sleep until cancelled; then the last that the session says is its farewell.
+
+        Raises:
+            MeerkatError: as `Session.run`, in a group.
+        """
+        try:
+            while True:
+                wakes_at = _now() + self._schedule.every_s * (1 - JITTER * _RANDOM.random())
+                await self._be_awake(wakes_at)
+                structlog.get_logger().info("asleep", wakes_in_s=self.wakes_in_s)
+                await asyncio.sleep(wakes_at - _now())
+                self._wakes_at = None
+        except asyncio.CancelledError:
+            if self._wakes_at is not None:
+                await self._part()
+            raise
+
+    async def _be_awake(self, wakes_at: float) -> None:
+        self._on_waking()
+        async with asyncio.TaskGroup() as tasks:
+            connection = tasks.create_task(self._session.run())
+            await self._stay_awake(_now() + self._schedule.awake_s)
+            self._wakes_at = wakes_at
+            connection.cancel()
+        self._on_sleep()
+
+    async def _stay_awake(self, until: float) -> None:
+        while not self._may_sleep(_now() >= until):
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(until if _now() < until else _now() + LOOK_S):
+                    await self._changed.wait()
+
+    async def _part(self) -> None:
+        """Connect, so that the node's state is its farewell; where that takes too long, "asleep" stays, and expires."""
+        self._wakes_at, self.parting = None, True
+        connection = asyncio.create_task(self._session.run())
+        ends = _now() + PARTING_S
+        while self._session.link is None and not connection.done() and _now() < ends:
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(ends):
+                    await self._changed.wait()
+        connection.cancel()
+        await asyncio.gather(connection, return_exceptions=True)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

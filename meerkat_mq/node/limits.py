@@ -1,0 +1,97 @@
+"""What a node leaves to others on its machine: a share of the time, and when local steps may begin."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import threading
+import time
+
+import structlog
+
+from meerkat_mq.config import LimitsConfig
+from meerkat_mq.errors import ConfigError
+
+ANSWER_S = 10.0  # of the user's command
+
+
+class Allowance:
+    """Asks the user's command whether local steps may begin now.
+
+    Raises:
+        ConfigError: there is no such command.
+    """
+
+    def __init__(self, limits: LimitsConfig) -> None:
+        self._command = limits.allow
+        self._check_s = limits.check_s
+        self._ask_at = float("-inf")
+        self._given: bool | None = None
+        if self._command is not None and shutil.which(self._command[0]) is None:
+            problem = f"there is no command {self._command[0]!r}"
+            raise ConfigError("limits.allow", problem, "give a command on the PATH, or its whole path")
+
+    async def given(self) -> bool:
+        """Whether the command says yes; not sooner than `check_s` after it said no."""
+        if self._command is None:
+            return True
+        clock = asyncio.get_running_loop().time
+        await asyncio.sleep(self._ask_at - clock())
+        before, self._given = self._given, await _succeeds(self._command)
+        if not self._given:
+            self._ask_at = clock() + self._check_s
+        if self._given is not before and not (self._given and before is None):
+            structlog.get_logger().info("local steps allowed" if self._given else "local steps not allowed")
+        return self._given
+
+
+async def _succeeds(command: tuple[str, ...]) -> bool:
+    """Whether a command exits with 0 in time; it and its children are killed otherwise."""
+    quiet = asyncio.subprocess.DEVNULL
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True
+        )
+    except OSError as error:
+        structlog.get_logger().warning("limits.allow cannot be run", problem=error.strerror)
+        return False
+    try:
+        async with asyncio.timeout(ANSWER_S):
+            return await process.wait() == 0
+    except TimeoutError:
+        structlog.get_logger().warning("limits.allow gave no answer", within_s=ANSWER_S)
+        return False
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
+
+
+class Pace:
+    """Rests between local steps, also those of different rounds, so that they take their share of the time only."""
+
+    def __init__(self, cpu_share: float) -> None:
+        self._rest_a_second = 1 / cpu_share - 1
+        self._rested_at = 0.0
+        self._began = 0.0
+        self._left = 0
+
+    def begin(self, steps: int, stop: threading.Event) -> None:
+        """Before the first of so many steps: what is left of the rest after the one before."""
+        self._left = steps
+        self._rest(stop)
+
+    def ends(self, stop: threading.Event) -> bool:
+        """After each step: rest, unless it was the last one; whether no other is to be made."""
+        self._left -= 1
+        now = time.monotonic()
+        self._rested_at = now + (now - self._began) * self._rest_a_second
+        if self._left > 0:
+            self._rest(stop)
+        return stop.is_set()
+
+    def _rest(self, stop: threading.Event) -> None:
+        stop.wait(max(0.0, self._rested_at - time.monotonic()))
+        self._began = time.monotonic()

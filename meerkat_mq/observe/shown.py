@@ -1,0 +1,198 @@
+"""A ledger as people and programs read it: the run and its nodes, rounds, one node's path; as JSON."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class NodeShown:
+    """A node as the ledger knows it.
+
+    Attributes:
+        status: its last word: "starting", "online", "asleep", "stopped" or "lost".
+        seen_s: seconds since it was last heard of.
+        rows: size of its data.
+        updates: update messages that came from it, repeated ones and chunks of displacements too.
+        packet_bytes: all MQTT packets that came from it.
+        behind: rounds closed since that from whose theta its last update is; None if it is none of the recent ones.
+        verdict: on its last update among the recent ones.
+        flagged: why it stands out, or "".
+        gradip: mean |GradIP| of its recent accepted steps; None if there are none.
+        judged: the newest calibration round that judged its virtual path; None: none did.
+        rho_later, rho_quiet: what that round found; None: none did.
+        early_stopped_since: the calibration round from which on every one early-stopped it; None: it is not.
+        displacement: bytes of the displacement that its last update is; 0: it is a path, or there is none.
+    """
+
+    node: str
+    slot: int | None
+    host: str
+    status: str
+    seen_s: float | None
+    boot: int | None
+    rows: int
+    updates: int
+    packet_bytes: int
+    behind: int | None
+    verdict: str
+    flagged: str
+    gradip: float | None
+    judged: int | None
+    rho_later: float | None
+    rho_quiet: float | None
+    early_stopped_since: int | None
+    displacement: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RunShown:
+    """A run as its ledger stands.
+
+    Attributes:
+        host: of the server that took the newest term.
+        version: rounds closed.
+        rounds: of the whole run.
+        heard: committed updates that are in no round yet.
+        closed_s: seconds since the last round closed.
+        round_s: seconds a round, over the recent ones.
+        loss: mean over the accepted updates of the last round.
+        early_stopping: what it does, in words; "" where it is off.
+        mode: how a buffered run closes its rounds, in words; "" of a synchronous one.
+        staleness: mean age of the updates of the recent rounds, in versions; None if there are none.
+    """
+
+    federation: str
+    run: str
+    term: int
+    server_id: str
+    host: str
+    version: int
+    rounds: int
+    heard: int
+    closed_s: float | None
+    round_s: float | None
+    loss: float | None
+    early_stopping: str
+    nodes: tuple[NodeShown, ...]
+    mode: str = ""
+    staleness: float | None = None
+
+    @property
+    def asleep(self) -> int:
+        """How many nodes will come back by themselves."""
+        return sum(node.status == "asleep" for node in self.nodes)
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateShown:
+    """What a node gave to a round; `seeds` (16 hex digits) and `scalars` are one a local step.
+
+    Attributes:
+        version: of the theta that it is from.
+        entry: the round that it closed with; None: none yet.
+        displacement: its hash, hex, of a values node's update, which has no seeds and scalars; "" of a path.
+        size: bytes of the displacement.
+    """
+
+    version: int
+    node: str
+    slot: int
+    lane: int
+    boot: int
+    weight: int
+    seeds: tuple[str, ...]
+    scalars: tuple[float, ...]
+    loss: float
+    verdict: str
+    entry: int | None = None
+    displacement: str = ""
+    size: int = 0
+
+    @property
+    def age(self) -> int:
+        """By how many versions its theta was stale; 0 while it is in no round."""
+        return 0 if self.entry is None else self.entry - self.version
+
+
+@dataclass(frozen=True, slots=True)
+class StepShown:
+    """A projected gradient of a node's virtual path, with GradIP = g·⟨g_p, z⟩; None where that is not measured."""
+
+    version: int
+    node: str
+    lane: int
+    step: int
+    seed: str
+    g: float
+    gradip: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class RebuiltShown(StepShown):
+    """The same, with ‖theta_k^t − theta_v‖ after its local step."""
+
+    distance: float
+
+
+@dataclass(frozen=True, slots=True)
+class TermShown:
+    """A direction of an entry; `age` of the updates that walked it, in versions."""
+
+    lane: int
+    step: int
+    seed: str
+    coefficient: float
+    age: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RoundShown:
+    """A closed round.
+
+    Attributes:
+        closed: Unix time.
+        asked: number of nodes asked.
+        overdue: whether the deadline closed it.
+        loss: mean over the accepted updates; None if there is none.
+        digest, previous, hash: hex; no digest where none is due.
+        updates: refused ones too, by base version and slot.
+        displacement: hash of what values nodes add, hex; "" if there are none.
+        size: bytes of it.
+    """
+
+    version: int
+    term: int
+    closed: float
+    asked: int
+    overdue: bool
+    loss: float | None
+    digest: str
+    previous: str
+    hash: str
+    terms: tuple[TermShown, ...]
+    updates: tuple[UpdateShown, ...]
+    displacement: str = ""
+    size: int = 0
+
+    @property
+    def accepted(self) -> int:
+        """How many updates the entry is made of."""
+        return sum(update.verdict in ("accepted", "early stopped") for update in self.updates)
+
+
+def json_line(shown: RunShown | RoundShown | UpdateShown | StepShown) -> str:
+    """One JSON object; numbers that are not finite become null."""
+    return json.dumps(_finite(asdict(shown)), allow_nan=False)
+
+
+def _finite(value: object) -> object:
+    match value:
+        case float() if not math.isfinite(value):
+            return None
+        case Mapping():
+            return {key: _finite(inner) for key, inner in value.items()}
+        case list() | tuple():
+            return [_finite(inner) for inner in value]
+    return value

@@ -1,0 +1,99 @@
+"""Which updates may still come, and which have: from theta of the head or, in a buffered run, of older versions."""
+
+from collections.abc import Iterable, Mapping
+
+from meerkat_mq.core.path import NO_DIGEST, Entry
+from meerkat_mq.rounds.events import UpdateRecord
+
+Committed = dict[tuple[int, str], UpdateRecord]  # by base version and node
+
+
+class Window:
+    """The versions from head − max_staleness to the head; one update a node and base version, never back to an older.
+
+    Attributes:
+        acknowledged: slot to the newest base version of a committed update.
+    """
+
+    def __init__(
+        self, head: int, max_staleness: int, bases: Mapping[int, bytes], updates: Iterable[UpdateRecord]
+    ) -> None:
+        """Resume.
+
+        Args:
+            head: theta's version.
+            max_staleness: how much older an update's theta may be.
+            bases: by version, the newest due digest at or before it, 16 bytes; of the head at least.
+            updates: committed, and in no entry yet.
+        """
+        self._max_staleness = max_staleness
+        self._bases = dict(bases)
+        self._newest: dict[str, int] = {}
+        self._fetched: dict[str, int] = {}
+        self._waiting: Committed = {}
+        self.head = head
+        self.acknowledged: dict[int, int] = {}
+        for record in sorted(updates, key=lambda record: record.version):
+            self.take(record.node, record.version)
+            self.committed(record)
+            self.wait(record)
+
+    def heard(self, node: str, slot: int, base: int) -> None:
+        """Resume: the newest update of a node was from theta of `base`."""
+        self._newest[node] = max(base, self._newest.get(node, base))
+        self.acknowledged[slot] = max(base, self.acknowledged.get(slot, base))
+
+    def base(self, version: int) -> bytes | None:
+        """The digest that an update from theta of `version` names; None where it is too late or too early for one."""
+        return self._bases.get(version)
+
+    def spans(self, base: int, entry: int) -> bool:
+        """Whether an update from theta of `base` may enter an entry."""
+        return entry - self._max_staleness <= base <= entry
+
+    def why_late(self, node: str, base: int, entry: int) -> str | None:
+        """Why an update cannot enter an entry any more; None: it can."""
+        if base > self.head:
+            return "early"
+        if base not in self._bases or not self.spans(base, entry):
+            return "late"
+        return "duplicate" if base <= max(self._newest.get(node, -1), self._fetched.get(node, -1)) else None
+
+    def take(self, node: str, base: int) -> None:
+        """A node's update is taken, committed or not."""
+        self._newest[node] = base
+
+    def took(self, node: str, base: int) -> bool:
+        """Whether a node's update from theta of `base` is taken."""
+        return self._newest.get(node) == base
+
+    def fetch(self, node: str, base: int) -> None:
+        """The displacement of a node's update is on its way."""
+        self._fetched[node] = base
+
+    def fetched(self, node: str, base: int) -> bool:
+        """It is on its way no more; False where it was not."""
+        if self._fetched.get(node) != base:
+            return False
+        del self._fetched[node]
+        return True
+
+    def committed(self, record: UpdateRecord) -> None:
+        """The ledger holds an update."""
+        self.acknowledged[record.slot] = max(record.version, self.acknowledged.get(record.slot, -1))
+
+    def wait(self, record: UpdateRecord) -> None:
+        """A committed update came too late for the closing entry."""
+        self._waiting[record.version, record.node] = record
+
+    def open(self) -> Committed:
+        """What enters the head's entry from before."""
+        waiting, self._waiting = self._waiting, {}
+        return {place: record for place, record in waiting.items() if self.spans(record.version, self.head)}
+
+    def advance(self, entry: Entry) -> None:
+        """The head's entry is committed."""
+        base = self._bases[self.head] if entry.digest == NO_DIGEST else entry.digest
+        self.head += 1
+        kept = {version: known for version, known in self._bases.items() if self.spans(version, self.head)}
+        self._bases = kept | {self.head: base}

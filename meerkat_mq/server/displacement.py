@@ -1,0 +1,27 @@
+"""Displacements of values nodes: what the guards say of one, and the mean that closes with an entry."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from meerkat_mq.core.directions import Float32Array
+from meerkat_mq.core.values import mean_displacement
+from meerkat_mq.rounds.events import Share, Verdict
+from meerkat_mq.rounds.guards import on_arrival
+from meerkat_mq.server.ledger_reader import LedgerReader
+
+
+def verdict_on(values: Float32Array, loss: float) -> Verdict:
+    """What the guards say of a displacement alone, float32 (n,): a value may be as large as a step's."""
+    return on_arrival((float(np.abs(values).max()),), loss, 1.0)
+
+
+def mean_of(shares: Sequence[Share], ledger: LedgerReader, weights: int) -> Float32Array:
+    """The mean of displacements that a ledger keeps, in the order of the shares: float32 (n,), n = `weights`.
+
+    One of them is in memory at a time.
+
+    Raises:
+        LedgerError: one of them is missing or damaged.
+    """
+    return mean_displacement(((share.weight, ledger.values(share.blob, weights)) for share in shares), weights)

@@ -1,0 +1,233 @@
+/**
+ * A Meerkat-MQ node with the toy engine:
+ *
+ *     node node.mjs --broker mqtt://127.0.0.1:1883 --federation demo --id js-1 --data rows.jsonl --exit-when-finished
+ */
+
+import { randomBytes } from "node:crypto";
+import { readFileSync } from "node:fs";
+import { hostname } from "node:os";
+import { parseArgs } from "node:util";
+import { Fetch } from "./blobs.mjs";
+import { Refused, need } from "./bytes.mjs";
+import { decodeNodeStatus, decodeRun, decodeServerState } from "./control.mjs";
+import { Ended } from "./errors.mjs";
+import { decode, encode } from "./frames.mjs";
+import { Machine } from "./machine.mjs";
+import { decodeMask, openMaskBlob, thetaOf } from "./mask.mjs";
+import { Presence } from "./presence.mjs";
+import { Session } from "./session.mjs";
+import { Toy, readRows } from "./toy.mjs";
+
+const TICK_MS = 100;
+
+const now = () => performance.now() / 1000;
+
+const log = (event, fields = {}) => console.log(JSON.stringify({ event, ...fields }));
+
+class Node {
+  constructor({ broker, federation, id, data, exitWhenFinished }) {
+    const root = `meerkat/v1/${federation}`;
+    Object.assign(this, { federation, id, root, exitWhenFinished });
+    this.rows = readRows(data);
+    this.boot = randomBytes(4).readUInt32LE();
+    this.presence = new Presence(this.boot);
+    this.run = this.maskFetch = this.machine = this.server = this.round = null;
+    this.finished = false;
+    this.over = new Promise((resolve, reject) => Object.assign(this, { end: resolve, fail: reject }));
+    this.session = new Session({
+      url: broker, clientId: `meerkat-${federation}-${id}`, own: `${root}/up/${id}/status`, log,
+      filters: [`${root}/server`, `${root}/run`, `${root}/round`, `${root}/values`, `${root}/down/${id}/reply`],
+      statusOf: (status, link) => this.status(status, link),
+      onMessage: (topic, payload, retained) => this.guarded(() => this.onMessage(topic, payload, retained)),
+      onConnected: (link) => this.guarded(() => this.onConnected(link)),
+      onDisconnected: () => this.presence.disconnected(),
+    });
+  }
+
+  /** Until the run is finished, or for ever. */
+  async takePart() {
+    const ticking = setInterval(() => this.guarded(() => this.onTick()), TICK_MS);
+    this.session.run().catch(this.fail);
+    try {
+      await this.over;
+      await this.session.leave();
+    } catch (error) {
+      await this.session.leave(!error.replaced);
+      throw error;
+    } finally {
+      clearInterval(ticking);
+    }
+  }
+
+  /** Untrusted bytes are dropped and counted; anything else ends the node. */
+  guarded(action) {
+    try {
+      action();
+    } catch (error) {
+      if (error instanceof Refused) log("message dropped", { error: error.name, problem: error.message });
+      else this.fail(error);
+    }
+  }
+
+  // --- what we say ---
+
+  status(status, link) {
+    const machine = this.machine;
+    return JSON.stringify({
+      status, boot: this.boot, link, host: hostname(), ...(this.run && { run: this.run.run }), rows: this.rows.length,
+      version: machine?.version ?? 0, ...(machine && { digest: machine.base }),
+    });
+  }
+
+  publishStatus() {
+    const { session, machine } = this;
+    session.publish(session.own, this.status(machine ? "online" : "starting", session.link), true);
+  }
+
+  send(topic, frame) {
+    this.session.publish(`${this.root}/up/${this.id}/${topic}`, encode(frame));
+  }
+
+  // --- what comes ---
+
+  onConnected(link) {
+    this.presence.connected(link);
+    if (this.machine) this.machine.onConnected(now());
+    else this.publishStatus();
+    this.finishIfDue();
+  }
+
+  onMessage(topic, payload, retained) {
+    if (topic === this.session.own) this.onOwnStatus(payload, retained);
+    else if (payload.length === 0) return;
+    else if (topic === `${this.root}/server`) this.onServer(decodeServerState(payload));
+    else if (topic === `${this.root}/run`) this.onRun(decodeRun(payload, this.federation));
+    else this.onFrame(topic, decode(payload));
+    this.finishIfDue();
+  }
+
+  onOwnStatus(payload, retained) {
+    let status = null;
+    try {
+      status = decodeNodeStatus(payload);
+    } catch (error) {
+      if (!(error instanceof Refused)) throw error;
+    }
+    const verdict = this.presence.judge(status, retained);
+    if (verdict === "overwritten") this.publishStatus();
+    if (verdict === "replaced") {
+      const where = `${this.session.own}: another process with this id runs on host ${status.host}`;
+      throw Object.assign(new Ended(6, `${where}; give each node an id of its own`), { replaced: true });
+    }
+  }
+
+  onServer(state) {
+    this.server = state;
+    this.machine?.onServer(state, now());
+  }
+
+  /** Take part in the run that the server describes; what came before of another is forgotten. */
+  onRun(run) {
+    if (run.run === this.run?.run) return;
+    need(run.engine === "toy", "this node has the toy engine alone");
+    Object.assign(this, { run, machine: null, round: null, finished: false });
+    const runNumber = Buffer.from(run.run, "hex").readUInt32LE();
+    const header = { run: runNumber, term: 0, version: 0, mask: run.mask.slice(0, 16) };
+    const nothing = { welcome: false, entries_from: null };
+    this.maskFetch = new Fetch(run.mask, run.mask_bytes, (chunks) => {
+      this.send("want", { type: "want", header, boot: this.boot, ...nothing, blob: run.mask, chunks });
+    });
+  }
+
+  onFrame(topic, frame) {
+    const places = { round: "round", values: "chunk" }; // what comes elsewhere than on our reply topic
+    const place = topic.slice(this.root.length + 1);
+    const placed = place in places ? frame.type === places[place] : !["round", "update", "want"].includes(frame.type);
+    need(placed, `a ${frame.type} on ${topic}`);
+    if (frame.type === "round") this.round = frame;
+    if (this.machine) this.machine.onFrame(frame, now());
+    else if (this.maskFetch && frame.type === "chunk") {
+      this.maskFetch.add(frame, now());
+      this.maskFetch.advance(now());
+    }
+    this.openMask();
+  }
+
+  onTick() {
+    if (this.machine) this.machine.advance(now());
+    else if (this.session.link !== null) this.maskFetch?.advance(now());
+    this.finishIfDue();
+  }
+
+  /** Once all chunks of the mask are there, begin. */
+  openMask() {
+    const blob = this.machine ? null : this.maskFetch?.blob;
+    if (!blob) return;
+    const { run } = this;
+    try {
+      const mask = decodeMask(openMaskBlob(blob, run.mask, run.weights));
+      this.begin(thetaOf(mask));
+    } catch (error) {
+      this.maskFetch.startOver();
+      throw error;
+    }
+  }
+
+  begin(theta0) {
+    const { run, boot } = this;
+    const out = { send: (topic, frame) => this.send(topic, frame), status: () => this.publishStatus(), log };
+    const engine = new Toy(this.id, this.rows, run);
+    this.maskFetch = null;
+    this.machine = new Machine({ run, theta0, engine, boot, out, now: now() });
+    log("ready", { run: run.run, weights: run.weights });
+    if (this.server) this.machine.onServer(this.server, now());
+    if (this.session.link !== null) this.machine.onConnected(now());
+    if (this.round) this.machine.onFrame(this.round, now());
+  }
+
+  finishIfDue() {
+    const { machine, run } = this;
+    if (this.finished || !machine || machine.version !== run.rounds) return;
+    this.finished = true;
+    this.publishStatus();
+    log("finished", { version: machine.version, digest: machine.base });
+    if (this.exitWhenFinished) this.end();
+  }
+}
+
+/** The flags, checked. */
+function readFlags(args) {
+  const text = { type: "string" };
+  const flags = {
+    broker: text, federation: text, id: text, data: text, "exit-when-finished": { type: "boolean", default: false },
+  };
+  let values;
+  try {
+    ({ values } = parseArgs({ args, options: flags }));
+  } catch (error) {
+    throw new Ended(2, error.message);
+  }
+  for (const name of ["broker", "federation", "id", "data"]) {
+    if (!values[name]) throw new Ended(2, `--${name}: is missing; see README.md`);
+  }
+  for (const name of ["federation", "id"]) {
+    if (!/^[A-Za-z0-9_-]{1,64}$/.test(values[name])) throw new Ended(2, `--${name}: has other signs than A-Za-z0-9_-`);
+  }
+  if (!/^mqtts?:\/\/[^/]/.test(values.broker)) throw new Ended(2, "--broker: is no mqtt:// or mqtts:// address");
+  return { ...values, exitWhenFinished: values["exit-when-finished"] };
+}
+
+async function main() {
+  const node = new Node(readFlags(process.argv.slice(2)));
+  for (const signal of ["SIGTERM", "SIGINT"]) process.once(signal, () => node.end());
+  await node.takePart();
+}
+
+main().then(
+  () => process.exit(0),
+  (error) => {
+    console.error(error instanceof Ended ? `meerkat-js: ${error.message}` : error);
+    process.exit(error instanceof Ended ? error.code : 1);
+  },
+);

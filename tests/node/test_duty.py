@@ -1,0 +1,170 @@
+"""A duty-cycled node: it wakes, steps, sends, sleeps, and nobody takes it for dead."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meerkat_mq.mqtt import blob_fetch
+from meerkat_mq.node import duty
+from tests.node.mini_server import NODE, SLOT, Gate, MiniServer, node
+from tests.server.federation import Federation
+from tests.support.mosquitto import Mosquitto
+from tests.support.waiting import until
+
+BRIEFLY: dict[str, Any] = {"schedule": {"every_s": 1.0, "awake_s": 1.0}}
+LONG: dict[str, Any] = {"schedule": {"every_s": 3600.0, "awake_s": 3600.0}}
+KEPT = Path("state/update")
+
+
+def words(server: MiniServer) -> list[str]:
+    """The states that the node said, each once in a row."""
+    said = [status.status for status in server.statuses]
+    return [word for number, word in enumerate(said) if said[number - 1 : number] != [word]]
+
+
+async def test_a_node_sleeps_as_soon_as_it_is_heard(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    async with MiniServer(mosquitto.config) as server, node(tmp_path, mosquitto.config, **LONG):
+        server.announce()
+        await server.update()
+        assert words(server)[-1] == "online"
+        server.announce(heard=frozenset({SLOT}))
+        asleep = await server.status("asleep")
+        assert asleep.wakes_in_s is not None
+        assert 3200 < asleep.wakes_in_s <= 3600
+
+
+async def test_who_was_heard_from_an_earlier_waking_steps_before_it_sleeps(
+    tmp_path: Path, mosquitto: Mosquitto
+) -> None:
+    async with MiniServer(mosquitto.config, mode="buffered", max_staleness=2) as server:
+        server.announce()
+        async with node(tmp_path, mosquitto.config, **LONG):
+            await server.update()
+        server.close()
+        server.announce(heard_before=((SLOT, 1),))
+        async with node(tmp_path, mosquitto.config, **LONG):
+            await server.update_from(1)
+            assert "asleep" not in words(server)
+            server.announce(heard=frozenset({SLOT}))
+            await server.status("asleep")
+
+
+async def test_a_node_comes_back_again_and_again(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    async with MiniServer(mosquitto.config) as server, node(tmp_path, mosquitto.config, **BRIEFLY):
+        for version in range(3):
+            server.announce()
+            await server.update_from(version)
+            server.announce(heard=frozenset({SLOT}))
+            await server.status("asleep")
+            server.close()
+        assert words(server).count("asleep") >= 3
+        assert set(words(server)) <= {"starting", "online", "asleep"}
+        assert len({status.boot for status in server.statuses}) == 1
+
+
+async def test_a_node_goes_to_sleep_when_its_time_is_up_and_its_steps_go_on(
+    tmp_path: Path, mosquitto: Mosquitto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    async with MiniServer(mosquitto.config) as server, node(tmp_path, mosquitto.config, **BRIEFLY):
+        server.announce()
+        await gate.has_begun(1)
+        await server.status("asleep")
+        assert server.updates == []
+        gate.open()
+        await until((tmp_path / KEPT).exists, within_s=30)
+        update = await server.update()
+        assert update.header.version == 0
+        assert gate.begun == 1
+        assert "lost" not in words(server)
+
+
+async def test_what_was_computed_offline_outlives_a_kill(federation: Federation) -> None:
+    mains = federation.folder / "mains"
+    settings: dict[str, Any] = {"limits": {"allow": ["test", "-e", str(mains)], "check_s": 0.1}}
+    async with MiniServer(federation.broker, mode="buffered", max_staleness=2) as server:
+        server.announce()
+        sleepy = federation.node(NODE, schedule={"every_s": 3600.0, "awake_s": 1.0}, **settings)
+        asleep = await server.status("asleep")
+        mains.touch()
+        await until((federation.folder / NODE / "update").exists, within_s=30)
+        sleepy.kill()
+        assert server.updates == []
+        mains.unlink()
+        federation.node(NODE, **settings)
+        assert (await server.update()).boot == asleep.boot
+
+
+async def test_who_stops_a_sleeping_node_finds_it_stopped(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    async with MiniServer(mosquitto.config) as server:
+        async with node(tmp_path, mosquitto.config, schedule={"every_s": 3600.0, "awake_s": 1.0}):
+            asleep = await server.status("asleep")
+            assert asleep.wakes_in_s is not None
+            assert 3200 < asleep.wakes_in_s <= 3600
+        await server.status("stopped")
+        assert words(server)[-2:] == ["asleep", "stopped"]
+
+
+async def test_who_stops_a_waking_node_finds_it_stopped(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    async with MiniServer(mosquitto.config) as server:
+        async with node(tmp_path, mosquitto.config, **LONG):
+            await server.status("online")
+        await server.status("stopped")
+        assert "asleep" not in words(server)
+
+
+async def test_a_sleeping_node_ends_without_a_broker_too(
+    tmp_path: Path, mosquitto: Mosquitto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duty, "PARTING_S", 0.2)
+    async with MiniServer(mosquitto.config) as server:
+        async with node(tmp_path, mosquitto.config, schedule={"every_s": 3600.0, "awake_s": 1.0}) as task:
+            await server.status("asleep")
+            mosquitto.kill()
+        assert task.cancelled()
+
+
+async def test_a_node_stays_awake_while_it_catches_up(
+    tmp_path: Path, mosquitto: Mosquitto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blob_fetch, "PATIENCE_S", 1.2)  # longer than awake_s
+    async with MiniServer(mosquitto.config, values=True) as server:
+        server.close(server.mask.g_p)
+        server.offers_chunks = False
+        server.announce(asked=False)
+        async with node(tmp_path, mosquitto.config, **BRIEFLY):
+            await until(lambda: len(server.asked_chunks) >= 2, within_s=30)
+            assert words(server)[-1] == "online"
+            server.offers_chunks = True
+            assert (await server.status("asleep")).version == 1
+
+
+async def test_a_node_stays_awake_while_its_mask_comes(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    async with MiniServer(mosquitto.config, weights=100_000, retains_mask=False) as server:
+        server.offers_chunks = False
+        server.announce(asked=False)
+        chunks = server.mask_chunks
+        assert len(chunks) >= 5
+        async with node(tmp_path, mosquitto.config, **BRIEFLY):
+            await server.status("starting")
+            for chunk in chunks:
+                await asyncio.sleep(0.4)  # slower than awake_s, all together
+                assert words(server) == ["starting"]
+                server.say(chunk)
+            await server.status("online")
+
+
+async def test_a_federation_with_a_node_that_sleeps_finishes(federation: Federation) -> None:
+    rounds = {"count": 4, "min_nodes": 2, "quorum": 1.0, "deadline_s": 60.0, "grace_s": 5.0}
+    server = federation.server("--once", rounds=rounds)
+    awake, sleepy = federation.node("awake"), federation.node("sleepy", schedule={"every_s": 1.0, "awake_s": 1.0})
+    ends = [await node.says("finished") for node in (awake, sleepy)]
+    assert ends[0]["digest"] == ends[1]["digest"]
+    assert await server.ended() == 0
+    assert sleepy.said("asleep")
+    assert not server.said("died")
+    sleepy.stop()
+    assert await sleepy.ended() == 0
+    await federation.eye.status("sleepy", "stopped")

@@ -1,0 +1,87 @@
+"""New data files are picked up between rounds."""
+
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from meerkat_mq.config import NodeConfig
+from meerkat_mq.errors import DataError
+from meerkat_mq.model.tasks import load_task
+from meerkat_mq.node.rows import LocalRows
+from tests.node.mini_server import MiniServer, node
+from tests.support.mosquitto import Mosquitto
+from tests.support.waiting import until
+
+
+def local(data: Path, task: str | None = None) -> LocalRows:
+    config = NodeConfig(id="a", federation="f", data=data, state_dir=data.parent)
+    return LocalRows(config, load_task(task) if task is not None else None)
+
+
+def refreshed(rows: LocalRows) -> int:
+    rows.refresh()
+    return len(rows.rows)
+
+
+def test_files_that_come_go_and_change_are_read(tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "b.jsonl").write_text('{"seed": 2}\n')
+    (folder / "notes.txt").write_text("no rows")
+    rows = local(folder)
+    assert refreshed(rows) == 1
+    (folder / "a.jsonl").write_text('{"seed": 1}\n')
+    assert refreshed(rows) == 2
+    assert [row["seed"] for row in rows.rows] == [1, 2]
+    (folder / "b.jsonl").write_text('{"seed": 2}\n{"seed": 3}\n')
+    assert refreshed(rows) == 3
+    (folder / "a.jsonl").unlink()
+    assert refreshed(rows) == 2
+
+
+def test_rows_of_a_task_come_of_all_kinds_of_files(tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "a.csv").write_text("sentence,label\nbad,0\n")
+    rows = local(folder, "sst2")
+    (folder / "b.jsonl").write_text('{"sentence": "good", "label": 1}\n')
+    assert refreshed(rows) == 2
+    assert [row["label"] for row in rows.rows] == [0, 1]
+
+
+def test_a_broken_file_is_a_warning_and_the_rows_stay_until_it_is_mended(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"seed": 1}\n')
+    rows = local(file)
+    with capture_logs() as logs:
+        file.write_text('{"seed": 1}\n{"se')
+        assert [refreshed(rows), refreshed(rows)] == [1, 1]
+        file.unlink()
+        assert [refreshed(rows), refreshed(rows)] == [1, 1]
+    warnings = [line for line in logs if line["log_level"] == "warning"]
+    assert [str(file) in line["problem"] for line in warnings] == [True, True]
+    assert "rows.jsonl:2: is not JSON" in warnings[0]["problem"]
+    file.write_text('{"seed": 1}\n' * 4)
+    assert refreshed(rows) == 4
+
+
+def test_a_folder_without_rows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data: .*: holds no rows"):
+        local(tmp_path)
+
+
+async def test_a_node_says_how_many_rows_it_has_now(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"seed": 1}\n')
+    async with MiniServer(mosquitto.config) as server, node(tmp_path, mosquitto.config, data=folder):
+        server.announce()
+        await server.update()
+        assert server.statuses[-1].rows == 1
+        (folder / "b.jsonl").write_text('{"seed": 2}\n{"seed": 3}\n')
+        server.close()
+        server.announce()
+        await until(lambda: server.updates[-1].header.version == 1)
+        server.announce_server()
+        await until(lambda: server.statuses[-1].rows == 3)

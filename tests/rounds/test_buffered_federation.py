@@ -1,0 +1,161 @@
+"""Whole federations that take what comes: slow nodes, values nodes, bad networks, and servers that are killed."""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+
+from meerkat_mq.config import NodeValuesConfig
+from meerkat_mq.core.directions import direction
+from meerkat_mq.core.path import seeds_of
+from meerkat_mq.core.replica import Replica
+from meerkat_mq.core.step import local_steps
+from meerkat_mq.core.toy import QuadraticEngine, toy_mask
+from meerkat_mq.rounds.memory import MemoryFederation
+from meerkat_mq.rounds.policy import lane_of
+from tests.rounds.fleet import WEIGHTS, Network, check, fleet, run
+from tests.rounds.support import RUN
+
+BUFFERED: dict[str, Any] = {"mode": "buffered", "buffer_size": 2, "max_staleness": 4, "min_nodes": 2}
+
+
+def spread(federation: MemoryFederation, factor: float) -> MemoryFederation:
+    """The last node's steps take `factor` times as long as the first one's."""
+    for number, node in enumerate(federation.nodes.values()):
+        node.step_s = 0.05 * factor ** (number / (len(federation.nodes) - 1))
+    return federation
+
+
+def ages(federation: MemoryFederation) -> set[int]:
+    return {
+        version - record.version for version, records in enumerate(federation.records) for record in records
+    }  # fmt: skip
+
+
+def with_values(federation: MemoryFederation, **codecs: Any) -> MemoryFederation:
+    for name, codec in codecs.items():
+        federation.nodes[name].values = NodeValuesConfig(optimiser="sgd", lr=2.0, codec=codec)
+    return federation
+
+
+def distance(federation: MemoryFederation) -> float:
+    """How far theta is from the target of all nodes, squared."""
+    return float(np.square(federation.replica.theta - direction("mk1", 0, 0, WEIGHTS)).sum())
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"lanes": 2, "steps": 5}, {"staleness": "constant", "digest_every": 3}], ids=str
+)
+def test_slow_nodes_take_part_with_older_versions_and_all_arrive_at_the_same_bits(changes: dict[str, Any]) -> None:
+    federation = spread(fleet(6, **BUFFERED | {"count": 60, "max_staleness": 15} | changes), 8.0)
+    federation.start()
+    run(federation)
+    check(federation)
+    assert ages(federation) > {0, 1}
+    slow = {record.node for records in federation.records for record in records}
+    assert slow == set(federation.nodes)
+
+
+def test_nobody_waits_for_the_slowest() -> None:
+    both = [spread(fleet(6, **{"count": 30, "quorum": 1.0} | changes), 20.0) for changes in ({}, BUFFERED)]
+    for federation in both:
+        federation.start()
+        federation.run(1000.0)
+        assert federation.server.finished
+    waiting, taking = (federation.now for federation in both)
+    assert taking < 0.2 * waiting
+
+
+def test_a_partial_path_is_the_beginning_of_the_whole_one() -> None:
+    federation = fleet(3, **BUFFERED | {"count": 12, "steps": 10, "max_staleness": 3, "perturbations": 2})
+    node = federation.nodes["n2"]
+    node.step_s, node.rows = 0.3, node.rows[:1]
+    federation.start()
+    run(federation)
+    check(federation)
+    paths = [record for records in federation.records for record in records if record.node == "n2"]
+    (first, *_) = [record for record in paths if len(record.scalars) < 20]
+    replica, rules = Replica(toy_mask(WEIGHTS), run_id=RUN, stream="mk1", digest_every=1), federation.settings
+    replica.replay([(entry.terms, None) for entry in federation.entries[: first.version]])
+    scalars, loss = local_steps(
+        QuadraticEngine(WEIGHTS),
+        replica.theta,
+        seeds_of(RUN, first.version, lane_of(first.slot, rules.lanes), 20),
+        node.batches(RUN, 10),
+        stream="mk1",
+        eps=rules.eps,
+        lr=rules.lr,
+    )
+    assert len(first.scalars) % 2 == 0
+    assert scalars[: len(first.scalars)] == first.scalars
+    assert loss != first.loss  # which is of the steps that were made
+
+
+@pytest.mark.parametrize("changes", [{}, {"commit_s": 0.05}, {"steps": 5, "lanes": 2}], ids=str)
+def test_through_a_bad_network(changes: dict[str, Any]) -> None:
+    network = Network(7, loss=0.3, repeat=0.3, slow_s=2.0)
+    federation = spread(fleet(6, deliver=network, **BUFFERED | {"count": 40} | changes), 5.0)
+    federation.start()
+    federation.run(500)
+    network.heal()
+    for name in federation.nodes:
+        federation.reconnect(name)
+    run(federation)
+    check(federation)
+    assert sum(federation.counts[name, "duplicate"] for name in federation.nodes) > 0
+
+
+def test_a_server_killed_again_and_again_resumes_in_the_middle_of_the_window() -> None:
+    federation = spread(fleet(6, **BUFFERED | {"count": 60, "commit_s": 0.003, "steps": 3}), 8.0)
+    federation.start()
+    for number in range(1, 20):
+        federation.at(0.197 * number, federation.crash_server)
+        federation.at(0.197 * number + 0.02, federation.start_server)
+    run(federation)
+    check(federation)
+    assert federation.term == 20
+    assert ages(federation) > {0, 1}
+
+
+def test_nodes_ahead_of_a_ledger_from_a_backup_start_over() -> None:
+    federation = spread(fleet(4, **BUFFERED | {"count": 30}), 4.0)
+    federation.start()
+    federation.at(0.6, federation.crash_server)
+    federation.at(0.7, partial(federation.start_server, 3))
+    run(federation)
+    check(federation)
+
+
+@pytest.mark.parametrize("changes", [{}, BUFFERED], ids=["synchronous", "buffered"])
+def test_path_nodes_and_values_nodes_in_one_federation(changes: dict[str, Any]) -> None:
+    rules = {"count": 40, "steps": 3, "values_accepted": True, "lr": 0.3, "commit_s": 0.002} | changes
+    federation = with_values(spread(fleet(6, **rules), 3.0), n0="int8", n3="float32", n5="bfloat16")
+    for node in federation.nodes.values():
+        node.rows = [{"seed": 0}]
+    before = distance(federation)
+    federation.start()
+    federation.at(0.4, federation.crash_server)
+    federation.at(0.5, federation.start_server)
+    federation.at(0.8, partial(federation.crash, "n3"))
+    federation.at(0.9, partial(federation.start_node, "n3"))
+    run(federation)
+    check(federation)
+    assert distance(federation) < 0.5 * before
+    made = [record for records in federation.records for record in records]
+    assert {record.node for record in made if record.values} == {"n0", "n3", "n5"}
+    assert all(record.scalars == () for record in made if record.values)
+    assert sum(entry.displacement is not None for entry in federation.entries) > 10
+
+
+def test_a_displacement_that_is_lost_is_announced_again() -> None:
+    network = Network(3, loss=0.3)
+    federation = with_values(fleet(3, deliver=network, count=10, values_accepted=True, min_nodes=3), n1="int8")
+    federation.start()
+    federation.run(500)
+    network.heal()
+    for name in federation.nodes:
+        federation.reconnect(name)
+    run(federation)
+    check(federation)
+    assert federation.counts["n1", "values missed"] > 0

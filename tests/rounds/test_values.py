@@ -1,0 +1,124 @@
+"""Values nodes: what the server asks for, takes, and adds."""
+
+import math
+from typing import Any
+
+import pytest
+
+from meerkat_mq.core.path import Displacement, Term, short_hash
+from meerkat_mq.rounds import events as e
+from meerkat_mq.rounds.policy import shares_of
+from meerkat_mq.wire.frames import Reason, Values, encode
+from tests.rounds.support import Desk, desk, only, reasons, settings
+
+VALUES = Values(short_hash(b"displacement"), 100, 1)
+
+
+def accepting(*slow: type[object], **changes: Any) -> Desk:
+    server = desk(*slow, values_accepted=True, **changes)
+    server.born(0, "a", "b")
+    return server
+
+
+def fetch(server: Desk, now: float, node: str, **changes: Any) -> e.FetchValues:
+    (order,) = only(e.FetchValues, server.update(now, node, values=VALUES, **changes))
+    server.held.remove(order)
+    return order
+
+
+def test_a_displacement_is_fetched_then_committed_then_added_after_the_terms() -> None:
+    server = accepting(e.FetchValues)
+    order = fetch(server, 1, "a")
+    assert only(e.CommitUpdate, server.seen) == []
+    server.give(e.ValuesCame(2, "a", order.update, e.Verdict.ACCEPTED))
+    (kept,) = only(e.CommitUpdate, server.seen)
+    assert (kept.record.values, kept.record.scalars) == (VALUES, ())
+    server.update(3, "b", 4.0)
+    (applied,) = only(e.ApplyTerms, server.seen)
+    assert applied.terms == (Term(0, 0, 1.0),)  # lr · 4 / 2: the values node counts in the divisor
+    assert applied.shares == (e.Share(VALUES.blob, 0.5),)
+    assert server.entries[0].entry.displacement == Displacement(short_hash(b"mean"), 9)
+    encode(server.round)
+
+
+def test_a_run_that_takes_none_says_so() -> None:
+    server = desk()
+    server.born(0, "a", "b")
+    (reply,) = only(e.Reply, server.update(1, "a", values=VALUES))
+    assert reply.frame.reason is Reason.NO_VALUES  # type: ignore[union-attr]
+
+
+def test_a_displacement_that_does_not_come_may_be_announced_again() -> None:
+    server = accepting(e.FetchValues)
+    order = fetch(server, 1, "a")
+    assert reasons(server.update(2, "a", values=VALUES)) == ["duplicate"]
+    assert reasons(server.give(e.ValuesMissed(3, "a", order.update))) == ["values missed"]
+    fetch(server, 4, "a")
+
+
+def test_a_fetch_that_ends_after_its_version_is_gone_adds_nothing() -> None:
+    server = accepting(e.FetchValues, quorum=0.5)
+    order = fetch(server, 1, "a")
+    server.update(2, "b")
+    server.tick(100)
+    assert server.machine.version == 1
+    assert reasons(server.give(e.ValuesCame(101, "a", order.update, e.Verdict.ACCEPTED))) == ["late"]
+    assert len(only(e.CommitUpdate, server.seen)) == 1
+
+
+def test_a_fetch_that_ends_in_the_window_counts_with_its_age() -> None:
+    server = accepting(e.FetchValues, mode="buffered", max_staleness=2, buffer_size=1, min_nodes=1)
+    order = fetch(server, 1, "a")
+    server.update(2, "b")
+    server.give(e.ValuesCame(3, "a", order.update, e.Verdict.ACCEPTED))
+    (_, applied) = only(e.ApplyTerms, server.seen)
+    assert applied.shares == (e.Share(VALUES.blob, 181 / 256),)
+    assert server.round.heard_before == ((0, 2), (1, 2))
+
+
+def test_an_answer_that_nobody_waits_for_is_dropped() -> None:
+    server = accepting(e.FetchValues)
+    order = fetch(server, 1, "a")
+    server.give(e.ValuesCame(2, "a", order.update, e.Verdict.ACCEPTED))
+    assert reasons(server.give(e.ValuesCame(2, "a", order.update, e.Verdict.ACCEPTED))) == ["unexpected answer"]
+    assert reasons(server.give(e.ValuesMissed(2, "a", order.update))) == ["unexpected answer"]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "loss", "kept"),
+    [
+        (e.Verdict.ACCEPTED, math.nan, e.Verdict.NOT_FINITE),
+        (e.Verdict.NOT_FINITE, 1.0, e.Verdict.NOT_FINITE),
+        (e.Verdict.TOO_LARGE, 1.0, e.Verdict.TOO_LARGE),
+    ],
+)
+def test_a_displacement_that_cannot_be_added_is_kept_and_left_out(
+    verdict: e.Verdict, loss: float, kept: e.Verdict
+) -> None:
+    server = accepting(e.FetchValues)
+    order = fetch(server, 1, "a", loss=loss)
+    effects = server.give(e.ValuesCame(2, "a", order.update, verdict))
+    assert only(e.Reply, effects)[0].frame.reason is Reason.OUT_OF_RANGE  # type: ignore[union-attr]
+    server.update(3, "b", 4.0)
+    assert [record.verdict for record in server.entries[0].records] == [kept, e.Verdict.ACCEPTED]
+    assert server.entries[0].entry.displacement is None
+    assert server.entries[0].entry.terms == (Term(0, 0, 2.0),)
+
+
+def test_shares_are_by_base_version_and_slot_whatever_the_order_of_arrival() -> None:
+    rules = settings(mode="buffered", max_staleness=3, values_accepted=True)
+    records = [
+        e.UpdateRecord(version, f"n{slot}", slot, 1, weight, (), 1.0, values=Values(bytes([slot] * 16), 9, 1))
+        for version, slot, weight in ((5, 1, 1), (4, 7, 2), (5, 0, 1))
+    ]
+    found = shares_of(records, rules, 5)
+    assert [share.blob[0] for share in found] == [7, 0, 1]
+    assert [share.weight for share in found] == [2 * 181 / (256 * 4), 0.25, 0.25]
+    assert shares_of(records[::-1], rules, 5) == found
+
+
+def test_a_synchronous_run_tells_a_values_node_that_its_last_update_was_heard() -> None:
+    server = accepting()
+    server.update(1, "a", values=VALUES)
+    server.update(2, "b")
+    assert server.round.heard_before == ((0, 1), (1, 1))
