@@ -237,7 +237,7 @@ class EarlyStoppingConfig(Section):
 
     by: Literal["off", "vpcs", "random"] = "off"
     steps: Annotated[int, Field(ge=1, le=1000)] = 1
-    calibration_steps: Annotated[int, Field(ge=4, le=1000)] = 150
+    calibration_steps: Annotated[int, Field(ge=4, le=1000)] = 200
     every: Annotated[int, Field(ge=0)] = 0
     initial: Annotated[float, Field(gt=0, le=0.5)] = 0.2
     later: Annotated[float, Field(gt=0, le=0.5)] = 0.5

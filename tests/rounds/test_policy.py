@@ -227,7 +227,7 @@ def test_each_lane_has_three_nodes_by_default(nodes: int, fraction: float, lanes
         ({"steps": 1000, "lanes": 13, "min_nodes": 13}, r"rounds\.local_steps: 1000 × 1 perturbations × 13 lanes"),
         (
             {"steps": 2, "perturbations": 11, "early_stopping": EarlyStoppingConfig(by="random")},
-            r"early_stopping\.calibration_steps: 150 × 11",
+            r"early_stopping\.calibration_steps: 200 × 11",
         ),
         ({"steps": 2, "early_stopping": EarlyStoppingConfig(by="vpcs")}, r"early_stopping\.by: vpcs needs"),
     ],
