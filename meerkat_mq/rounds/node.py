@@ -11,6 +11,7 @@ from meerkat_mq.wire.messages import in_words
 
 RETRY_S = 2.0
 RESYNCHRONISATIONS = 3
+IN_VAIN = 5  # wants without an answer, after which nobody stands where the newest round says
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,7 @@ class NodeMachine:
             p = pending
             self._done = _Done(p.header.version, None, p.boot, p.base, p.scalars, p.loss, p.values, p.seeds)
         self._stopping = False
+        self._in_vain = 0
         self._sent = pending is not None
         self._heard_version: int | None = None
         self._busy: e.ApplyEntries | e.FetchSnapshot | e.StartSteps | None = None
@@ -223,10 +225,11 @@ class NodeMachine:
 
     def _take_round(self, frame: Round) -> None:
         known = self._frame.header.version if self._frame is not None else -1
-        if frame.header.version < known:
+        if frame.header.version < known and self._in_vain < IN_VAIN:
             self._count("old round")
             return
-        if frame.header.version > known:
+        if frame.header.version != known:
+            self._in_vain = 0
             self._ask_at = float("-inf")
         self._frame, self._uninformed, self._answered = frame, False, False
         if self.slot in frame.heard and frame.header.version == self.version:
@@ -308,7 +311,7 @@ class NodeMachine:
                 self._count("digest differs")
                 self._digest_refused(f"the digest after entry {entry.version} differs")
                 return
-        last = event.entries[-1]
+        self._in_vain, last = 0, event.entries[-1]
         self.version, self._head = last.version + 1, last.hash(self._run_id)
         self._ask_at = float("-inf")
         self._base = next((digest for digest in reversed(event.digests) if digest != NO_DIGEST), self._base)
@@ -328,7 +331,7 @@ class NodeMachine:
         if not isinstance(task, e.FetchSnapshot) or task.offer.version != event.version:
             self._count("unexpected answer")
             return
-        self._busy = None
+        self._busy, self._in_vain = None, 0
         self._trusted_term = task.offer.header.term
         self.version, self._head, self._base = event.version, event.head, event.digest
         self._ask_at = float("-inf")
@@ -372,6 +375,7 @@ class NodeMachine:
             self._step()
         elif now >= self._ask_at:
             self._ask_at = now + RETRY_S
+            self._in_vain += 1
             self._effects.append(e.Send(Want(self._header(), self._boot, entries_from=self.version)))
 
     def _catch_up(self, frame: Round) -> None:
@@ -416,10 +420,12 @@ class NodeMachine:
     def _send_done(self) -> None:
         """Send finished steps at each announcement until they are heard."""
         done, frame = self._done, self._frame
-        if done is None or frame is None or self._answered or self.slot is None or not frame.is_open:
+        if done is None or frame is None or self.slot is None:
             return
         if self._heard(done.version, frame):
             self._forget(heard=True)
+        elif self._answered or not frame.is_open:
+            return
         elif self.slot in frame.asked and self._still_asked(done, frame, self.slot):
             self._answered = self._sent = True
             self._effects.append(e.Send(done.update(self._header())))

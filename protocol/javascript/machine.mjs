@@ -12,6 +12,7 @@ import { Refused, need, pack } from "./bytes.mjs";
 import { openValues } from "./values.mjs";
 
 const RETRY_S = 2;
+const IN_VAIN = 5; // wants without an answer, after which nobody stands where the newest round says
 const SILENCES = 5;
 const RESYNCHRONISATIONS = 3;
 const REASONS = [undefined, "resynchronise", "wrong seeds", "wrong steps", "out of range", "no values"];
@@ -36,6 +37,7 @@ export class Machine {
     this.greetAt = now + RETRY_S;
     this.askAt = now;
     this.digestsRefused = 0;
+    this.inVain = 0; // wants for entries since one was answered
     this.standAtTheta0();
   }
 
@@ -131,7 +133,8 @@ export class Machine {
 
   onRound(frame) {
     const known = this.round === null ? -1 : this.round.header.version;
-    if (frame.header.version < known) return this.count("old round");
+    if (frame.header.version < known && this.inVain < IN_VAIN) return this.count("old round");
+    if (frame.header.version !== known) this.inVain = 0;
     if (frame.header.version > known) this.askAt = -Infinity;
     this.round = frame;
     this.uninformed = false;
@@ -197,6 +200,7 @@ export class Machine {
     this.head = entryHash(this.runId, entry);
     if (due) this.base = digest;
     this.askAt = -Infinity;
+    this.inVain = 0;
   }
 
   /** Another past than ours: under a higher term, begin again; else it is refused. */
@@ -303,6 +307,7 @@ export class Machine {
     if (!this.behind) this.answer();
     else if (now >= this.askAt) {
       this.askAt = now + RETRY_S;
+      this.inVain += 1;
       this.want({ entries_from: this.version });
     }
   }

@@ -372,3 +372,15 @@ def test_a_slow_node_goes_on_with_the_round_that_is_open_when_it_is_done() -> No
 def test_the_head_of_an_empty_ledger_is_the_mask() -> None:
     node = hand(announced(1, entries=tuple(chain(1, previous=RUN))))
     assert node.machine.version == 0
+
+
+def test_a_round_of_a_version_that_nobody_stands_at_is_given_up() -> None:
+    node = hand(announced())
+    node.step(1.0)
+    assert reasons(node.frames(2.0, announced(2**32 - 1), announced(0))) == ["old round"]
+    for now in range(2, 20, 2):
+        node.give(e.Tick(float(now)))
+    ledger = tuple(chain(1))
+    assert reasons(node.frames(20.0, announced(1, entries=ledger))) == []
+    assert node.machine.version == 1
+    assert node.task == e.StartSteps(1, 0, 1, 2.0**-10)

@@ -191,6 +191,7 @@ def descendants(pid: int) -> list[int]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.timeout(150)
 async def test_a_kill_mid_grid(tmp_path: Path, tiny_llama: Path, number: signal.Signals) -> None:
     plan, out = written(tmp_path, tiny_llama, seeds=[0, 1, 2], passes=200), tmp_path / "out"
     process = start(plan, out)
