@@ -27,8 +27,10 @@ Device = Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
 Seconds = Annotated[float, Field(gt=0, le=86_400 * 7)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Codec = Literal["float32", "bfloat16", "int8"]
+Flag = Annotated[bool, Field(strict=True)]
 LocalPath = Path  # relative paths are taken from the folder of the TOML file
 
+DEFAULT_EXPONENT = 0.5
 HUB_DATA = re.compile(r"hf:(?P<path>[^,:]+)(,(?P<config>[^,:]+))?:(?P<split>[^\[\]:]+(\[[^\[\]]+\])?)")
 
 
@@ -54,10 +56,21 @@ _NAMES_OR_PATHS = ("model", "source", "task")  # a hub id or built-in name, unle
 _DATA = ("data", "train", "validation")
 
 
+def _parts(value: str | Path | tuple[object, ...]) -> tuple[object, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
 class Section(BaseModel):
     """Base of all sections: frozen, unknown keys refused, paths relative to the TOML file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _no_nul(cls, value: object) -> object:
+        if isinstance(value, str | Path | tuple) and any("\0" in str(part) for part in _parts(value)):
+            raise ValueError("must not hold a NUL character")
+        return value
 
     @field_validator("*", mode="after")
     @classmethod
@@ -175,7 +188,7 @@ class RoundsConfig(Section):
     deadline_s: Seconds = 60.0
     grace_s: Annotated[float, Field(ge=0, le=86_400)] = 2.0
     digest_every: Annotated[int, Field(ge=1)] = 1
-    weigh_by_rows: bool = False
+    weigh_by_rows: Flag = False
     aggregate: Literal["mean", "trimmed-mean"] = "mean"
     trim: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
     snapshot_every: Annotated[int, Field(ge=1)] = 500
@@ -183,7 +196,7 @@ class RoundsConfig(Section):
     buffer_size: Annotated[int, Field(ge=1, le=65535)] = 8
     max_staleness: Annotated[int, Field(ge=0, le=1000)] = 20
     staleness: Literal["constant", "polynomial"] = "polynomial"
-    staleness_exponent: Annotated[float, Field(gt=0, le=10)] = 0.5
+    staleness_exponent: Annotated[float, Field(gt=0, le=10)] = DEFAULT_EXPONENT
 
     @model_validator(mode="after")
     def _buffered_rules_in_a_buffered_run(self) -> Self:
@@ -191,6 +204,8 @@ class RoundsConfig(Section):
             for key in ("buffer_size", "max_staleness", "staleness", "staleness_exponent"):
                 if key in self.model_fields_set and getattr(self, key) != type(self).model_fields[key].default:
                     raise ValueError(f'{key} does nothing in a synchronous run: set mode = "buffered"')
+        elif self.staleness == "constant" and self.staleness_exponent != DEFAULT_EXPONENT:
+            raise ValueError('staleness_exponent does nothing with staleness = "constant": remove one of the two')
         elif self.fraction < 1:
             raise ValueError("fraction is for synchronous rounds: a buffered one asks every node at hand")
         return self
@@ -263,7 +278,7 @@ class ServerValuesConfig(Section):
         codec: how the mean displacement is encoded for everybody.
     """
 
-    accept: bool = False
+    accept: Flag = False
     codec: Codec = "bfloat16"
 
 
@@ -287,11 +302,18 @@ class ScheduleConfig(Section):
     Attributes:
         every_s: from one waking to the next; up to a tenth less, at random.
         awake_s: it goes to sleep after that long at the latest, unless it is catching up; sooner when its update is
-            heard. Local steps go on while it is asleep.
+            heard. Local steps go on while it is asleep. Default: 60, or `every_s` where that is less.
     """
 
     every_s: Annotated[float, Field(ge=1, le=86_400 * 7)]
     awake_s: Annotated[float, Field(ge=1, le=86_400)] = 60.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _awake_all_of_a_short_time(cls, table: object) -> object:
+        every_s = table.get("every_s") if isinstance(table, dict) and "awake_s" not in table else None
+        short = isinstance(every_s, int | float) and every_s < 60
+        return {**table, "awake_s": every_s} if isinstance(table, dict) and short else table
 
     @model_validator(mode="after")
     def _sleeps(self) -> Self:
@@ -352,7 +374,7 @@ class ServerConfig(Section):
     dtype: Dtype = "float32"
     model: ModelConfig | None = None
     evaluation: EvaluationConfig | None = None
-    once: bool = False
+    once: Flag = False
     wait_for_nodes_s: Seconds = 120.0
 
 
@@ -376,7 +398,7 @@ class NodeConfig(Section):
     device: Device = "cpu"
     dtype: Dtype | None = None
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    exit_when_finished: bool = False
+    exit_when_finished: Flag = False
     uplink: Literal["path", "values"] = "path"
     values: NodeValuesConfig = NodeValuesConfig()
     schedule: ScheduleConfig | None = None
@@ -424,7 +446,7 @@ def check_config(table: object, kind: type[ConfigT], *, where: str, folder: Path
         )
         found = "" if hidden else f", not {first['input']!r}"
         raise ConfigError(
-            f"{where}: {key}", f"{_plain(first['msg'])}{found}", _REMEDY.get(first["type"], "")
+            f"{where}: {key}", f"{_plain(first['type'], first['msg'])}{found}", _REMEDY.get(first["type"], "")
         ) from error
 
 
@@ -446,8 +468,16 @@ _REMEDY = {
 }
 
 
-def _plain(message: str) -> str:
+_PLAIN = {
+    "missing": "is missing",
+    "extra_forbidden": "is unknown",
+    "model_type": "must be a table",
+    "tuple_type": "must be an array",
+    "too_short": "must have at least one item",
+}
+
+
+def _plain(kind: str, message: str) -> str:
+    """A message in TOML's words."""
     text = message.removeprefix("Value error, ")
-    return {"Field required": "is missing", "Extra inputs are not permitted": "is unknown"}.get(
-        text, text[:1].lower() + text[1:]
-    )
+    return _PLAIN.get(kind, text[:1].lower() + text[1:])

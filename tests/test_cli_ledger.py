@@ -244,7 +244,7 @@ def test_a_wrong_command_line(meerkat: Meerkat, writer: Writer, tmp_path: Path) 
         6, "ledger", writer.folder, "--rebuild", "--round", 3, "--node", "n1", says="round 3: did not close; 3 rounds"
     )
     fails(
-        6, "ledger", writer.folder, "--rebuild", "--round", 2, "--node", "n9", says="node n9: gave nothing to round 2"
+        6, "ledger", writer.folder, "--rebuild", "--round", 2, "--node", "n9", says="node n9: gave nothing from theta"
     )
     fails(6, "ledger", writer.folder, "--gradip", "--node", "n9", says="node n9: is not in the ledger; it knows n0, n1")
     fails(6, "ledger", writer.folder, "--round", 3, says="round 3: did not close; 3 rounds have; name an earlier one")

@@ -110,6 +110,25 @@ def test_broker_addresses(tmp_path: Path, url: str, host: str, port: int, tls: b
             ],
         ),
         (ServerConfig, SERVER + "[evaluation]\nevery = 3\n", ["evaluation.data: is missing"]),
+        (ServerConfig, SERVER + '[values]\naccept = "yes"\n', ["values.accept: input should be a valid boolean"]),
+        (ServerConfig, SERVER + "once = 1\n", ["once: input should be a valid boolean, not 1"]),
+        (ServerConfig, SERVER.replace('"state"', '"\\u0000"'), ["state_dir: must not hold a NUL character"]),
+        (
+            ServerConfig,
+            SERVER + '[rounds]\nmode = "buffered"\nstaleness = "constant"\nstaleness_exponent = 2\n',
+            ['rounds: staleness_exponent does nothing with staleness = "constant"'],
+        ),
+        (NodeConfig, NODE + "schedule = 3\n", ["schedule: must be a table, not 3"]),
+        (NodeConfig, NODE + '[schedule]\nevery_s = "1h"\n', ["schedule.every_s: ", "valid number"]),
+        (NodeConfig, NODE + "[schedule]\nevery_s = 0.5\n", ["schedule.every_s: ", "not 0.5"]),
+        (
+            NodeConfig,
+            NODE + "[schedule]\nevery_s = 30\nawake_s = 31\n",
+            ["schedule: awake_s = 31 is more than every_s = 30"],
+        ),
+        (NodeConfig, NODE + '[limits]\nallow = "true"\n', ["limits.allow: must be an array, not 'true'"]),
+        (NodeConfig, NODE + "[limits]\nallow = []\n", ["limits.allow: must have at least one item, not []"]),
+        (NodeConfig, NODE + '[limits]\nallow = ["true", "a\\u0000b"]\n', ["limits.allow: must not hold a NUL"]),
         (ServerConfig, "federation = \n", ["is not TOML", "line 1", "docs/configuration.md"]),
     ],
 )
@@ -124,6 +143,15 @@ def test_a_wrong_file_is_refused_in_one_line(
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("given", "awake_s"), [("30", 30), ("1.5", 1.5), ("60", 60), ("3600\nawake_s = 5", 5), ("3600", 60)]
+)
+def test_a_short_schedule_is_awake_all_the_time(tmp_path: Path, given: str, awake_s: float) -> None:
+    schedule = load_config(write(tmp_path, NODE + f"[schedule]\nevery_s = {given}\n"), NodeConfig).schedule
+    assert schedule is not None
+    assert schedule.awake_s == awake_s
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:

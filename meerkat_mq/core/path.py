@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from meerkat_mq.core.directions import Float32Array, direction
-from meerkat_mq.errors import BadValue
+from meerkat_mq.errors import BadValue, RunError
 
 HASH_BYTES = 16
 NO_DIGEST = bytes(HASH_BYTES)
@@ -71,9 +71,34 @@ def coefficient(lr: float, scalars: Iterable[tuple[int, float]], total_weight: f
 
 
 def apply(theta: Float32Array, z: Float32Array, c: float, scratch: Float32Array) -> None:
-    """theta -= c·z in place: the one update that node, server and verification share; float32 (n,) each."""
-    np.multiply(z, np.float32(c), out=scratch)
-    np.subtract(theta, scratch, out=theta)
+    """theta -= c·z in place: the one update that node, server and verification share; float32 (n,) each.
+
+    Raises:
+        RunError: theta is not finite after it.
+    """
+    try:
+        with np.errstate(over="raise", invalid="raise"):
+            np.multiply(z, np.float32(c), out=scratch)
+            np.subtract(theta, scratch, out=theta)
+    except FloatingPointError as error:
+        raise _not_finite(f"a step of coefficient {c:.9g}") from error
+
+
+def displace(theta: Float32Array, displacement: Float32Array) -> None:
+    """theta += displacement in place; float32 (n,) each.
+
+    Raises:
+        RunError: theta is not finite after it.
+    """
+    try:
+        with np.errstate(over="raise", invalid="raise"):
+            np.add(theta, displacement, out=theta)
+    except FloatingPointError as error:
+        raise _not_finite("a displacement") from error
+
+
+def _not_finite(what: str) -> RunError:
+    return RunError("theta", f"is not finite after {what}", "lower the learning rate, and begin a new run")
 
 
 def digest(theta: Float32Array) -> bytes:
@@ -98,7 +123,8 @@ def virtual_path(
         One array, float32 (n,), changed from step to step.
 
     Raises:
-        BadValue: a projected gradient is not finite, or leads out of float32.
+        BadValue: a projected gradient is not finite, or its coefficient is not a float32.
+        RunError: the path leads out of float32.
     """
     walker, scratch = theta.copy(), np.empty_like(theta)
     for index, (scalar, seed) in enumerate(zip(scalars, seeds, strict=True)):
@@ -186,7 +212,11 @@ def apply_terms(
     stream: str,
     scratch: Float32Array | None = None,
 ) -> None:
-    """Apply terms in order to theta in place; `seed(term)` names each direction; calls may share a scratch."""
+    """Apply terms in order to theta in place; `seed(term)` names each direction; calls may share a scratch.
+
+    Raises:
+        RunError: theta is not finite after one of them.
+    """
     scratch = np.empty_like(theta) if scratch is None else scratch
     for term in terms:
         apply(theta, direction(stream, seed(term), 0, theta.size), term.coefficient, scratch)

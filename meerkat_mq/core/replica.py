@@ -8,7 +8,7 @@ import numpy as np
 
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.core.path import NO_DIGEST, Term, apply_terms, digest, digest_due, seed_for
+from meerkat_mq.core.path import NO_DIGEST, Term, apply_terms, digest, digest_due, displace, seed_for
 
 Change = tuple[Sequence[Term], Float32Array | None]
 
@@ -44,12 +44,15 @@ class Replica:
 
         Returns:
             The digest after it, or 16 zero bytes where none is due.
+
+        Raises:
+            RunError: theta is not finite after it; nothing is applied.
         """
         (after,) = self.replay([(terms, displacement)])
         return after
 
     def replay(self, changes: Iterable[Change]) -> tuple[bytes, ...]:
-        """Apply entry `version` and those after it; returns what `apply` returns, for each.
+        """Apply entry `version` and those after it, all or none; returns and raises what `apply` does, for each.
 
         Who holds an earlier theta keeps it: all work is on one copy.
         """
@@ -58,7 +61,7 @@ class Replica:
         for terms, displacement in changes:
             apply_terms(theta, terms, partial(self._seed, version), self._stream, scratch)
             if displacement is not None:
-                np.add(theta, displacement, out=theta)
+                displace(theta, displacement)
             version += 1
             digests.append(digest(theta) if digest_due(version, self._digest_every) else NO_DIGEST)
         self.theta, self.version = theta, version

@@ -35,6 +35,7 @@ class BlobFetch:
         self.silences = 0
         self._ask = ask
         self._arrived = asyncio.Event()
+        self._quiet_since = _now()
         self._assembly = self._fresh()
 
     def _fresh(self) -> Assembly:
@@ -47,6 +48,7 @@ class BlobFetch:
             BadValue: it is of another blob.
         """
         if self._assembly.add(chunk):
+            self._quiet_since = _now()
             self._arrived.set()
 
     def start_over(self) -> None:
@@ -57,7 +59,8 @@ class BlobFetch:
         """The whole blob.
 
         Args:
-            unasked: whether chunks may come by themselves, so that asking can wait for the first silence.
+            unasked: whether chunks may come by themselves, so that asking can wait for the first silence, which may
+                have begun before.
             silences: how many times `PATIENCE_S` without a new chunk may pass in a row; None: any number.
 
         Raises:
@@ -69,6 +72,7 @@ class BlobFetch:
             if asked is not None and asked.isdisjoint(missing):
                 part = missing[:CHUNKS_A_WANT]
                 self._ask(part)
+                self._quiet_since = _now()
                 asked = frozenset(part)
             elif await self._one_arrives():
                 self.silences = 0
@@ -81,9 +85,13 @@ class BlobFetch:
 
     async def _one_arrives(self) -> bool:
         try:
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout_at(self._quiet_since + PATIENCE_S):
                 await self._arrived.wait()
         except TimeoutError:
             return False
         self._arrived.clear()
         return True
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -247,14 +247,16 @@ class Connection:
     async def end(self, *, orderly: bool) -> None:
         """End at once. Orderly: with DISCONNECT, so the broker forgets the will; otherwise it publishes it."""
         self.mute()
-        if orderly and self._watcher is not None and self._client is not None:
-            self._client.timeout = self._timeouts.flush_s
-            with contextlib.suppress(aiomqtt.MqttError, OSError):  # a dead link
-                await self._client.leave()
-        if self._client is not None:
-            self._client.drop()
-        if self._context is not None:
-            self._context.drop_socket()
+        try:
+            if orderly and self._watcher is not None and self._client is not None:
+                self._client.timeout = self._timeouts.flush_s
+                with contextlib.suppress(aiomqtt.MqttError, OSError):  # a dead link
+                    await self._client.leave()
+        finally:  # also when cancelled
+            if self._client is not None:
+                self._client.drop()
+            if self._context is not None:
+                self._context.drop_socket()
         if self._watcher is not None:
             await asyncio.wait({self._watcher})
 

@@ -194,10 +194,14 @@ class Session:
         finally:
             sending = self._outbox.in_flight
             talk.cancel()
-            await asyncio.gather(talk, return_exceptions=True)
-            await connection.end(orderly=orderly or self._disowned)
-            self.link = None
-            self._outbox.rewind()
+            try:
+                await asyncio.wait({talk})
+            finally:  # whoever cancels again need not wait, and finds nothing left behind
+                try:
+                    await connection.end(orderly=orderly or self._disowned)
+                finally:
+                    self.link = None
+                    self._outbox.rewind()
         if orderly:
             self._on_disconnected("renewed")
             return None

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import structlog
 
+from meerkat_mq.core.path import Displacement
 from meerkat_mq.errors import TooLarge
 from meerkat_mq.mqtt.blob_fetch import CHUNKS_A_WANT, BlobFetch
 from meerkat_mq.node.state import KeptUpdate
@@ -13,9 +14,13 @@ from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.messages import Chunk, Header, Want
 from meerkat_mq.wire.values import largest_blob
 
+MOST_PUSHED = 32  # however small they are
+
 
 class Blobs:
-    """The blobs of one run: one that is being fetched, the newest displacement that comes unasked, and one to give.
+    """The blobs of one run: one that is being fetched, the newest displacements that come unasked, and one to give.
+
+    Of those that come unasked as many are kept as have room where the largest two would have it.
 
     Args:
         run: the run.
@@ -29,7 +34,7 @@ class Blobs:
         self._boot = boot
         self._send = send
         self._fetch: BlobFetch | None = None
-        self._pushed: BlobFetch | None = None
+        self._pushed: dict[bytes, BlobFetch] = {}  # by name, the newest last
         self._own: list[Chunk] = []
 
     def begin(self, name: bytes, size: int) -> BlobFetch:
@@ -38,11 +43,13 @@ class Blobs:
         Raises:
             TooLarge: larger than a blob can be.
         """
-        pushed, self._pushed = self._pushed, None
-        if pushed is None or (pushed.name, pushed.size) != (name, size):
-            pushed = self._new(name, size)
-        self._fetch = pushed
-        return pushed
+        pushed = self._pushed.pop(name, None)
+        self._fetch = pushed if pushed is not None and pushed.size == size else self._new(name, size)
+        return self._fetch
+
+    def comes_unasked(self, name: bytes) -> bool:
+        """Whether this blob was announced just now, or chunks of it came, before it was begun."""
+        return name in self._pushed
 
     @property
     def arriving(self) -> bool:
@@ -62,20 +69,39 @@ class Blobs:
         if self._fetch is not None:
             self._fetch.add(chunk)
 
+    def expect(self, displacement: Displacement) -> None:
+        """The chunks of this displacement are on their way to everybody.
+
+        Raises:
+            TooLarge: larger than a displacement can be.
+        """
+        if self._fetch is None or self._fetch.name != displacement.blob:
+            self._coming(displacement.blob, displacement.size)
+
     def take_pushed(self, chunk: Chunk) -> None:
-        """Take a chunk of the newest displacement, which the server sends to all.
+        """Take a chunk of a displacement, which the server sends to all.
 
         Raises:
             WireError: it does not fit the others, or is of a blob larger than a displacement can be.
         """
         if self._fetch is not None and self._fetch.name == chunk.blob:
             self._fetch.add(chunk)
-            return
-        if chunk.size > self._largest_pushed:
-            raise TooLarge("chunk", f"is of a blob of {chunk.size} bytes, more than {self._largest_pushed}")
-        if self._pushed is None or self._pushed.name != chunk.blob:
-            self._pushed = self._new(chunk.blob, chunk.size)
-        self._pushed.add(chunk)
+        else:
+            self._coming(chunk.blob, chunk.size).add(chunk)
+
+    def _coming(self, name: bytes, size: int) -> BlobFetch:
+        """The one that collects this displacement; the oldest make room for a new one."""
+        if name in self._pushed:
+            return self._pushed[name]
+        if size > self._largest_pushed:
+            raise TooLarge("displacement", f"has {size} bytes, more than {self._largest_pushed}")
+        coming = self._pushed[name] = self._new(name, size)
+        while (
+            len(self._pushed) > MOST_PUSHED
+            or sum(pushed.size for pushed in self._pushed.values()) > 2 * self._largest_pushed
+        ):
+            del self._pushed[next(iter(self._pushed))]
+        return coming
 
     def give(self, kept: KeptUpdate | None) -> None:
         """Have the displacement of this update to give, and no other."""

@@ -12,7 +12,7 @@ from meerkat_mq.config import ScheduleConfig
 from meerkat_mq.mqtt import Session
 
 JITTER = 0.1  # of a period: a fleet that was switched on at once does not come at once for ever
-LOOK_S = 1.0  # between two looks at whether a late node may sleep at last
+LOOK_S = 1.0  # between two looks at whether the node may sleep
 PARTING_S = 5.0  # to connect once more, only to say that the node stops
 
 _RANDOM = random.SystemRandom()  # a fleet that boots from one image must not share a seed
@@ -90,7 +90,7 @@ class DutyCycle:
         while not self._may_sleep(_now() >= until):
             self._changed.clear()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(until if _now() < until else _now() + LOOK_S):
+                async with asyncio.timeout_at(min(until if _now() < until else math.inf, _now() + LOOK_S)):
                     await self._changed.wait()
 
     async def _part(self) -> None:

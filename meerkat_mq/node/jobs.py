@@ -88,9 +88,9 @@ class Jobs:
         return bool(self._open)
 
     @property
-    def catching_up(self) -> bool:
-        """Whether what the server has decided is being fetched or applied."""
-        return any(isinstance(job, e.ApplyEntries | e.FetchSnapshot) for job in self._open)
+    def catching_up(self) -> Job | None:
+        """The job that fetches or applies what the server has decided, if one is being done, or waits."""
+        return next((job for job in self._open if isinstance(job, e.ApplyEntries | e.FetchSnapshot)), None)
 
     def put(self, job: Job) -> None:
         """Do this after what waits already."""
@@ -140,8 +140,7 @@ class Jobs:
         before, digests = self._work.standing, list[bytes]()
         try:
             for part in _parts(entries):
-                unasked = part[-1] is entries[-1]
-                values = await self._values(part[-1].displacement, unasked=unasked)
+                values = await self._values(part[-1].displacement)
                 digests += await in_worker(self._worker, self._work.apply, part, values)
         except (NotConnected, WireError) as error:
             await in_worker(self._worker, self._work.stand, before)
@@ -150,8 +149,8 @@ class Jobs:
         self._work.digest = next((found for found in reversed(digests) if any(found)), self._work.digest)
         return e.EntriesApplied(_now(), entries, tuple(digests))
 
-    async def _values(self, displacement: Displacement | None, *, unasked: bool) -> Float32Array | None:
-        """Get a displacement; the newest one is on its way to everybody.
+    async def _values(self, displacement: Displacement | None) -> Float32Array | None:
+        """Get a displacement, which may be on its way to everybody, or there already.
 
         Raises:
             NotConnected: it did not come.
@@ -162,10 +161,11 @@ class Jobs:
         weights = self._run.weights
         if displacement.size > largest_blob(weights):
             raise BadValue("displacement", f"{displacement.size} bytes for {weights} weights")
-        blob = await self._collect(displacement.blob, displacement.size, unasked=unasked)
+        blob = await self._collect(displacement.blob, displacement.size)
         return await in_worker(self._worker, decode_values, blob, displacement.blob, weights)
 
-    async def _collect(self, name: bytes, size: int, *, unasked: bool) -> bytes:
+    async def _collect(self, name: bytes, size: int) -> bytes:
+        unasked = self._blobs.comes_unasked(name)
         try:
             return await self._blobs.begin(name, size).collect(unasked=unasked, silences=SILENCES)
         finally:
@@ -175,7 +175,7 @@ class Jobs:
         work, log = self._work, structlog.get_logger()
         try:
             work.check_offer(offer)
-            blob = await self._collect(offer.blob, offer.size, unasked=False)
+            blob = await self._collect(offer.blob, offer.size)
             head, work.digest = await in_worker(self._worker, work.load, blob, offer)
         except (NotConnected, WireError) as error:
             log.warning("snapshot missed", round=offer.version, problem=str(error))

@@ -14,7 +14,7 @@ from meerkat_mq.errors import DataError, NodeReplaced, RunMismatch, WireError, w
 from meerkat_mq.mqtt import Message, Presence, Session, Verdict, Will
 from meerkat_mq.node.blobs import Blobs
 from meerkat_mq.node.duty import DutyCycle
-from meerkat_mq.node.jobs import Jobs, in_worker
+from meerkat_mq.node.jobs import Job, Jobs, in_worker
 from meerkat_mq.node.limits import Allowance
 from meerkat_mq.node.mask_fetch import check_descriptor, fetch_mask
 from meerkat_mq.node.state import NodeState
@@ -27,6 +27,8 @@ from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor, ServerState, d
 from meerkat_mq.wire.frames import decode, encode
 from meerkat_mq.wire.messages import Chunk, Entries, Offer, Refusal, Round, Update, Want, Welcome
 from meerkat_mq.wire.topics import Topics
+
+GRACE_S = 2.0  # in which a round may still ask something of a node that has nothing to do
 
 
 async def run_node(config: NodeConfig) -> None:
@@ -66,6 +68,8 @@ class _Node:
         self._told_finished = False
         self._finished = asyncio.Event()
         self._at_rest = False
+        self._idle_since: float | None = None
+        self._last_job: Job | None = None
         self._alarm = Alarm(self._wake_at, lambda: self._handle(e.Tick(self._now())))
         topics = self._topics
         self._session = Session(
@@ -180,12 +184,28 @@ class _Node:
 
     def _may_sleep(self, late: bool) -> bool:
         jobs, blobs = self._jobs, self._blobs
-        if late and jobs is None:
-            return blobs is None or not blobs.arriving
-        return jobs is not None and not (jobs.catching_up if late else jobs.busy or not self._at_rest)
+        if jobs is None:
+            return late and (blobs is None or not blobs.arriving)
+        if not late:
+            return self._is_idle(jobs) or (self._at_rest and not jobs.busy)
+        job = jobs.catching_up
+        self._last_job = self._last_job or job  # what it catches up with after this one would have no end
+        return job is None or job is not self._last_job
+
+    def _is_idle(self, jobs: Jobs) -> bool:
+        """Whether, for a while, the node has been up to date, and the newest round has not asked anything of it."""
+        frame, machine = self._round, self._machine
+        if jobs.busy or frame is None or machine is None or machine.slot is None:
+            self._idle_since = None
+        else:
+            asked = frame.is_open and machine.slot in frame.asked - frame.heard
+            since = self._now() if self._idle_since is None else self._idle_since
+            self._idle_since = None if asked or frame.header.version != machine.version else since
+        return self._idle_since is not None and self._now() >= self._idle_since + GRACE_S
 
     def _on_waking(self) -> None:
-        self._at_rest = False
+        self._at_rest, self._idle_since, self._last_job = False, None, None
+        self._round = None  # the broker has it, or a newer one
         self._alarm.changed()
 
     def _wake_at(self) -> float | None:
@@ -289,8 +309,10 @@ class _Node:
         reply = self._topics.reply(self._config.id)
         match decode(message.payload):
             case Round() as frame if message.topic == self._topics.round:
-                self._round = frame
+                before, self._round = self._round, frame
                 self._handle(e.FrameCame(self._now(), frame))
+                if before is not None and frame.header.version > before.header.version and not message.retained:
+                    self._expect_displacement(frame)
             case (Welcome() | Entries() | Offer() | Refusal()) as frame if message.topic == reply:
                 self._handle(e.FrameCame(self._now(), frame))
             case Chunk() as chunk if self._blobs is not None:
@@ -300,6 +322,12 @@ class _Node:
             case frame:
                 self._counts[f"misplaced: {type(frame).__name__}"] += 1
                 self._log.warning("frame out of place", topic=message.topic, frame=type(frame).__name__)
+
+    def _expect_displacement(self, frame: Round) -> None:
+        """To a round that was opened just now, the server sends its newest entry's displacement after it."""
+        newest = frame.entries[-1].displacement if frame.entries else None
+        if newest is not None and self._blobs is not None:
+            self._blobs.expect(newest)
 
     # --- events and effects ---
 

@@ -155,6 +155,7 @@ class RoundShown:
         closed: Unix time.
         asked: number of nodes asked.
         overdue: whether the deadline closed it.
+        buffer: how many updates close it; 0 of a round that waits for its nodes.
         loss: mean over the accepted updates; None if there is none.
         digest, previous, hash: hex; no digest where none is due.
         updates: refused ones too, by base version and slot.
@@ -175,6 +176,19 @@ class RoundShown:
     updates: tuple[UpdateShown, ...]
     displacement: str = ""
     size: int = 0
+    buffer: int = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether its buffer closed it, and nodes that it asked were not heard."""
+        heard = len({update.node for update in self.updates})
+        return not self.overdue and 0 < self.buffer <= len(self.updates) and heard < self.asked
+
+    @property
+    def ages(self) -> tuple[int, int]:
+        """Of the newest and the oldest update; 0 where there are none."""
+        ages = [update.age for update in self.updates]
+        return min(ages, default=0), max(ages, default=0)
 
     @property
     def accepted(self) -> int:

@@ -61,7 +61,9 @@ def status_table(run: RunShown) -> RenderableType:
     more = [_text(f"… and {len(run.nodes) - MOST_SHOWN:,} more")] if len(run.nodes) > MOST_SHOWN else []
     measured = any(node.gradip is not None for node in run.nodes)
     judged = any(node.judged is not None for node in run.nodes)
-    return Group(figures, Text(), _node_table(run.nodes[:MOST_SHOWN], measured=measured, judged=judged), *more)
+    long_ago = DASH if run.version == run.rounds else "many"
+    table = _node_table(run.nodes[:MOST_SHOWN], long_ago, measured=measured, judged=judged)
+    return Group(figures, Text(), table, *more)
 
 
 def _progress(run: RunShown) -> str:
@@ -70,7 +72,8 @@ def _progress(run: RunShown) -> str:
     return f"{run.heard:,} heard in the open one"
 
 
-def _node_table(nodes: Iterable[NodeShown], *, measured: bool, judged: bool) -> Table:
+def _node_table(nodes: Iterable[NodeShown], long_ago: str, *, measured: bool, judged: bool) -> Table:
+    """`long_ago`: how far a node is behind that gave nothing lately."""
     heads = ["node", ">slot", "seen", ">boot", ">rows", ">updates", ">bytes", ">behind", "verdict"]
     table = _table(*heads, *([">GradIP"] if measured else []), *(["virtual path"] if judged else []))
     for node in nodes:
@@ -84,7 +87,7 @@ def _node_table(nodes: Iterable[NodeShown], *, measured: bool, judged: bool) -> 
             f"{node.rows:,}",
             f"{node.updates:,}",
             human_bytes(node.packet_bytes),
-            "many" if node.behind is None else f"{node.behind:,}",
+            long_ago if node.behind is None else f"{node.behind:,}",
             _text(verdict or DASH),
             *([_number(node.gradip)] if measured else []),
             *([_judgement(node)] if judged else []),
@@ -107,8 +110,11 @@ def _judgement(node: NodeShown) -> str:
 
 
 def round_table(rounds: Iterable[RoundShown]) -> Table:
-    """A line a round."""
-    table = _table(">round", ">term", "closed", ">asked", ">accepted", ">refused", "by", ">terms", ">loss", "digest")
+    """A line a round; of a buffered run with the ages of the newest and the oldest update."""
+    rounds = list(rounds)
+    buffered = any(shown.buffer for shown in rounds)
+    heads = [">round", ">term", "closed", ">asked", ">accepted", ">refused", "by", *([">age"] if buffered else [])]
+    table = _table(*heads, ">terms", ">loss", "digest")
     for shown in rounds:
         table.add_row(
             f"{shown.version:,}",
@@ -117,12 +123,17 @@ def round_table(rounds: Iterable[RoundShown]) -> Table:
             f"{shown.asked:,}",
             f"{shown.accepted:,}",
             f"{len(shown.updates) - shown.accepted:,}",
-            "deadline" if shown.overdue else "all heard",
+            "deadline" if shown.overdue else "buffer full" if shown.full else "all heard",
+            *([_ages(*shown.ages)] if buffered else []),
             f"{len(shown.terms):,}",
             _number(shown.loss),
             shown.digest[:SHORT] or DASH,
         )
     return table
+
+
+def _ages(newest: int, oldest: int) -> str:
+    return f"{newest}" if newest == oldest else f"{newest}–{oldest}"
 
 
 def round_pages(rounds: Iterable[RoundShown]) -> RenderableType:
@@ -134,7 +145,8 @@ def _round_page(shown: RoundShown) -> RenderableType:
     figures = Table.grid(padding=(0, 2))
     figures.add_column(style="bold", no_wrap=True)
     figures.add_column()
-    how = "by its deadline" if shown.overdue else "when all expected were heard"
+    how = "when its buffer was full" if shown.full else "when all expected were heard"
+    how = "by its deadline" if shown.overdue else how
     for label, text in (
         ("round", f"{shown.version:,}, closed {_clock(shown.closed)} {how}, under term {shown.term}"),
         ("asked", f"{shown.asked:,} nodes; {shown.accepted:,} of {len(shown.updates):,} updates accepted"),

@@ -240,7 +240,7 @@ class Verdict(IntEnum):
 
     ACCEPTED = 0
     NOT_FINITE = 1  # a projected gradient or the loss is NaN or infinite
-    TOO_LARGE = 2  # lr·g would leave float32
+    TOO_LARGE = 2  # theta could leave float32
     OUTLIER = 3  # far from the lane's other nodes and from the node's own past
     AGAINST = 4  # the node has been working against the lane's others
     EARLY_STOPPED = 5  # only its first steps count: the virtual path shows extremely skewed data

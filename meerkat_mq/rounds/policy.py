@@ -18,7 +18,7 @@ WHOLE = 256  # a staleness weight of 1
 ANNOUNCE_AT = (0.25, 0.5, 0.75)
 ROUND_ENTRY_BYTES = 1024
 NEWEST_ENTRY_BYTES = 16 * 1024
-MAX_STEP = 2.0**127
+MAX_STEP = 2.0**64  # 2³² versions of 12,000 terms, of directions whose values lie within ±5, stay below 2¹¹⁴
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +182,9 @@ def why_refused(update: Update, settings: RoundSettings, *, base: bytes, slot: i
     if update.base != base:
         return Reason.RESYNCHRONISE
     if update.values is not None:
-        return None if settings.values_accepted else Reason.NO_VALUES
+        if not settings.values_accepted:
+            return Reason.NO_VALUES
+        return None if update.values.steps <= steps else Reason.WRONG_STEPS
     count, version = len(update.scalars), update.header.version
     if not steps_fit(count, steps, settings):
         return Reason.WRONG_STEPS
@@ -198,7 +200,7 @@ def steps_fit(scalars: int, steps: int, settings: RoundSettings) -> bool:
 
 
 def applicable(scalars: Iterable[float], lr: float) -> bool:
-    """Whether every lr·g, and so any weighted mean of such, stays a finite float32."""
+    """Whether every |lr·g|, and so any weighted mean of such, is at most 2⁶⁴: theta of no version leaves float32."""
     return all(abs(lr * g) <= MAX_STEP for g in scalars)
 
 

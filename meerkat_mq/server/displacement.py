@@ -1,5 +1,6 @@
 """Displacements of values nodes: what the guards say of one, and the mean that closes with an entry."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,13 +8,17 @@ import numpy as np
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.values import mean_displacement
 from meerkat_mq.rounds.events import Share, Verdict
-from meerkat_mq.rounds.guards import on_arrival
 from meerkat_mq.server.ledger_reader import LedgerReader
+
+FARTHEST = 1000.0  # weights of models lie within ±100, and 2³² versions that each move one so far stay in float32
 
 
 def verdict_on(values: Float32Array, loss: float) -> Verdict:
-    """What the guards say of a displacement alone, float32 (n,): a value may be as large as a step's."""
-    return on_arrival((float(np.abs(values).max()),), loss, 1.0)
+    """What the guards say of a displacement alone, float32 (n,): NOT_FINITE, TOO_LARGE or ACCEPTED."""
+    farthest = float(np.abs(values).max())
+    if not (math.isfinite(farthest) and math.isfinite(loss)):
+        return Verdict.NOT_FINITE
+    return Verdict.ACCEPTED if farthest <= FARTHEST else Verdict.TOO_LARGE
 
 
 def mean_of(shares: Sequence[Share], ledger: LedgerReader, weights: int) -> Float32Array:

@@ -151,9 +151,10 @@ def _node_shown(
 def rounds_shown(ledger: Ledger, first: int, count: int) -> Iterator[RoundShown]:
     """At most `count` closed rounds from version `first` on."""
     run = run_of(ledger)
+    settings = settings_of(run, ledger.rules)
     for start in range(first, first + count, PAGE):
         page = ledger.closed(start, min(PAGE, first + count - start))
-        yield from (_round_shown(run, closed, ledger.records(closed.entry.version)) for closed in page)
+        yield from (_round_shown(run, settings, closed, ledger.records(closed.entry.version)) for closed in page)
         if len(page) < PAGE:
             return
 
@@ -220,7 +221,9 @@ def _steps_shown(run: RunDescriptor, record: UpdateRecord, measured: Sequence[fl
         yield StepShown(version, record.node, lane, step, _seed(run, version, lane, step), g, value)
 
 
-def _round_shown(run: RunDescriptor, closed: Closed, records: Sequence[UpdateRecord]) -> RoundShown:
+def _round_shown(
+    run: RunDescriptor, settings: RoundSettings, closed: Closed, records: Sequence[UpdateRecord]
+) -> RoundShown:
     entry = closed.entry
     return RoundShown(
         version=entry.version,
@@ -242,6 +245,7 @@ def _round_shown(run: RunDescriptor, closed: Closed, records: Sequence[UpdateRec
         updates=tuple(_update_shown(run, record, entry.version) for record in records),
         displacement=entry.displacement.blob.hex() if entry.displacement else "",
         size=entry.displacement.size if entry.displacement else 0,
+        buffer=settings.buffer_size if settings.takes_what_comes(entry.version) else 0,
     )  # fmt: skip
 
 

@@ -44,9 +44,11 @@ def rebuilt_path(
         raise RunMismatch(f"round {version}", f"did not close; {ledger.version} rounds have", "name an earlier one")
     record = next((record for _, record in ledger.given_by(node, version, version + 1)), None)
     if record is None:
-        raise RunMismatch(f"node {node}", f"gave nothing to round {version}", "`meerkat ledger --round` says who did")
+        raise RunMismatch(
+            f"node {node}", f"gave nothing from theta of version {version}", _where(ledger, version, node)
+        )
     if record.values is not None:
-        problem = f"gave a displacement to round {version}: how it came to that cannot be rebuilt"
+        problem = f"gave a displacement from theta of version {version}: how it came to that cannot be rebuilt"
         raise RunMismatch(f"node {node}", problem, "name a node that sends projected gradients")
     theta, lane = theta_of(ledger, mask, version, progress), lane_of(record.slot, run.directions)
     seeds, perturbations = seeds_of(run.run_id, version, lane, len(record.scalars)), run.perturbations
@@ -60,6 +62,15 @@ def rebuilt_path(
         for index in range(step * perturbations, (step + 1) * perturbations):
             seed, scalar = f"{seeds[index]:016x}", record.scalars[index]
             yield RebuiltShown(version, node, lane, index, seed, scalar, measured[index], away)
+
+
+def _where(ledger: Ledger, version: int, node: str) -> str:
+    """Which path of the node closed with the entry, from an older theta; else how to find one."""
+    for record in ledger.records(version):
+        if record.node == node:
+            base = record.version
+            return f"its update from theta of version {base} is in entry {version}: --round {base}"
+    return "`meerkat ledger --node` says from which versions it gave something"
 
 
 def theta_of(ledger: Ledger, mask: Mask, version: int, progress: Callable[[int, int], None]) -> Float32Array:

@@ -62,7 +62,7 @@ class Server:
         self._term = 0
         self._chunks = run.chunks(self._term)
         self._saved = 0
-        self._is_open = False
+        self._is_open = self._greeted = False
         self._awaited: int | None = None
         self._finished = asyncio.Event()
         self._enough_nodes = asyncio.Event()
@@ -165,6 +165,7 @@ class Server:
 
     def _greet(self, machine: ServerMachine) -> None:
         """Say on a connection all that the broker should hold."""
+        self._greeted = True
         self._publish_state()
         self._publish_run()
         for chunk in self._chunks:
@@ -340,7 +341,7 @@ class Server:
                 self._publish_round(frame)
             case e.PublishState(finished):
                 self._publish_state()
-                if finished:
+                if finished and self._greeted:  # else it would leave before anybody has heard of this term
                     self._finished.set()
                     self._enough_nodes.set()
             case e.Reply(node, reply):

@@ -74,7 +74,8 @@ def verify_ledger(
         looks: by version, who wants to see theta there.
 
     Raises:
-        RunMismatch: names the first entry that does not hold, and what is wrong with it; or a judgement of no entry.
+        RunMismatch: names the first entry that does not hold, or after which theta is not finite, and what is wrong
+            with it; or a judgement of no entry.
     """
     run = run_of(ledger)
     g_p = mask.g_p

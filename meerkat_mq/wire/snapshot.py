@@ -63,4 +63,6 @@ def decode_snapshot(blob: bytes, expected_hash: bytes, weights: int) -> Snapshot
     reader.end()
     if digest(theta) != expected:
         raise BadValue("snapshot", "theta does not match its digest")
+    if not np.isfinite(theta).all():
+        raise BadValue("snapshot", "theta is not finite")
     return Snapshot(run_id, version, head, theta)

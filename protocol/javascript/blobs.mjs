@@ -25,7 +25,7 @@ export class Fetch {
     this.silences = 0; // in a row, each of PATIENCE_S without a new chunk
   }
 
-  /** Chunks come unasked: ask only after a silence. */
+  /** Chunks come unasked: ask only after a silence, which begins now, or with the newest chunk. */
   listen(now) {
     this.asked = this.missing;
     this.askAgainAt = now + PATIENCE_S;

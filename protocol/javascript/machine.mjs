@@ -12,6 +12,7 @@ import { Refused, need, pack } from "./bytes.mjs";
 import { openValues } from "./values.mjs";
 
 const RETRY_S = 2;
+const MOST_PUSHED = 32; // displacements, however small they are
 const IN_VAIN = 5; // wants without an answer, after which nobody stands where the newest round says
 const SILENCES = 5;
 const RESYNCHRONISATIONS = 3;
@@ -21,7 +22,8 @@ const RESYNCHRONISE = 1;
 export class Machine {
   /**
    * `theta0`: Float32Array of the mask. `engine.localSteps(theta, task)`: what a node measures.
-   * `out.send(topic, frame)`, `out.status()` and `out.log(event, fields)`: carry out what the machine wants.
+   * `out.send(topic, frame)`, `out.status()` and `out.log(event, fields)`: carry out what the machine wants;
+   * `out.later(action)`: acts once all that has come is handled.
    */
   constructor({ run, theta0, engine, boot, out, now }) {
     Object.assign(this, { run, theta0, engine, boot, out });
@@ -37,6 +39,7 @@ export class Machine {
     this.greetAt = now + RETRY_S;
     this.askAt = now;
     this.digestsRefused = 0;
+    this.stepsLater = false;
     this.inVain = 0; // wants for entries since one was answered
     this.standAtTheta0();
   }
@@ -48,7 +51,7 @@ export class Machine {
     this.base = this.theta0Digest;
     this.queue = []; // entries that extend the head, to be applied
     this.fetch = null; // { blobs: Fetch, offer } or { blobs: Fetch, entry }
-    this.pushed = null; // Fetch of the newest displacement, which may come before the round that names it
+    this.pushed = new Map(); // by name: Fetch of each of the newest displacements, which come unasked
     this.done = null; // the newest local steps, until they are heard
   }
 
@@ -123,7 +126,7 @@ export class Machine {
     if (frame.type === "chunk") return this.onChunk(frame, now);
     if (term < this.term) return this.count("stale term");
     if (term > this.term) this.followServer(term, now);
-    if (frame.type === "round") this.onRound(frame);
+    if (frame.type === "round") this.onRound(frame, now);
     else if (frame.type === "entries" && this.fetch === null) this.follow(frame.entries, term, now);
     else if (frame.type === "welcome" && frame.boot === this.boot) this.slot = frame.slot;
     else if (frame.type === "offer") this.onOffer(frame);
@@ -131,11 +134,15 @@ export class Machine {
     this.advance(now);
   }
 
-  onRound(frame) {
+  onRound(frame, now) {
     const known = this.round === null ? -1 : this.round.header.version;
     if (frame.header.version < known && this.inVain < IN_VAIN) return this.count("old round");
     if (frame.header.version !== known) this.inVain = 0;
-    if (frame.header.version > known) this.askAt = -Infinity;
+    if (frame.header.version > known) {
+      this.askAt = -Infinity;
+      const newest = frame.entries.at(-1)?.displacement;
+      if (newest && !this.uninformed) this.coming(newest.blob, newest.size, now); // behind a retained round none comes
+    }
     this.round = frame;
     this.uninformed = false;
     if (this.done !== null) this.done.answered = false; // each announcement is answered again until we are heard
@@ -176,14 +183,13 @@ export class Machine {
     this.applyQueue(now);
   }
 
-  /** Apply what is queued, up to an entry whose displacement has to come first; the newest one comes unasked. */
+  /** Apply what is queued, up to an entry whose displacement has to come first. */
   applyQueue(now) {
     while (this.queue.length > 0) {
       const [entry] = this.queue;
       if (entry.displacement !== null) {
         if (entry.displacement.size > 5 * this.run.weights + 2 ** 16) return this.miss("too many bytes", now);
         this.begin(entry.displacement, { entry });
-        if (this.queue.length === 1) this.fetch.blobs.listen(now);
         return;
       }
       this.applyEntry(entry, null);
@@ -232,9 +238,9 @@ export class Machine {
   // --- blobs ---
 
   begin({ blob, size }, purpose) {
-    const here = this.pushed?.name === blob && this.pushed.size === size;
-    this.fetch = { blobs: here ? this.pushed : this.newFetch(blob, size), ...purpose };
-    this.pushed = null;
+    const pushed = this.pushed.get(blob);
+    this.fetch = { blobs: pushed?.size === size ? pushed : this.newFetch(blob, size), ...purpose };
+    this.pushed.delete(blob);
   }
 
   newFetch(blob, size) {
@@ -250,11 +256,22 @@ export class Machine {
   onChunk(chunk, now) {
     if (this.fetch?.blobs.name === chunk.blob) {
       this.fetch.blobs.add(chunk, now);
-    } else if (chunk.size <= 5 * this.run.weights + 2 ** 16) {
-      if (this.pushed?.name !== chunk.blob) this.pushed = this.newFetch(chunk.blob, chunk.size);
-      this.pushed.add(chunk, now);
+    } else {
+      this.coming(chunk.blob, chunk.size, now)?.add(chunk, now);
     }
     this.advance(now);
+  }
+
+  /** What collects a displacement that comes unasked; the oldest make room for a new one. */
+  coming(name, size, now) {
+    const largest = 5 * this.run.weights + 2 ** 16;
+    const { pushed } = this;
+    if (pushed.has(name) || size > largest || this.fetch?.blobs.name === name) return pushed.get(name);
+    pushed.set(name, this.newFetch(name, size));
+    pushed.get(name).listen(now);
+    const bytes = () => [...pushed.values()].reduce((sum, its) => sum + its.size, 0);
+    while (pushed.size > MOST_PUSHED || bytes() > 2 * largest) pushed.delete(pushed.keys().next().value);
+    return pushed.get(name);
   }
 
   /** Use the blob if it is there; give up after too many silences. */
@@ -328,14 +345,28 @@ export class Machine {
   /** Do the local steps that the round asks of this node; send them at each announcement until they are heard. */
   answer() {
     this.sendUpdate();
-    const task = this.task();
-    if (task === null || JSON.stringify(task) === JSON.stringify(this.done?.task)) return;
+    if (this.stepsLater || this.newTask() === null) return;
+    this.stepsLater = true; // behind what came meanwhile: who is slow must not work at what is past
+    this.out.later(() => {
+      this.stepsLater = false;
+      const task = this.fetch === null && !this.behind ? this.newTask() : null;
+      if (task !== null) this.step(task);
+    });
+  }
+
+  step(task) {
     const found = this.engine.localSteps(this.theta, task);
     if (![found.loss, ...found.scalars].every(Number.isFinite)) {
       throw new Ended(6, `version ${this.version}: a loss is not finite; lower the learning rate`);
     }
     this.done = { task, ...found, base: this.base.slice(0, 16), answered: false, heard: false };
     this.sendUpdate();
+  }
+
+  /** What the round asks of this node and is not done, or null. */
+  newTask() {
+    const task = this.task();
+    return JSON.stringify(task) === JSON.stringify(this.done?.task) ? null : task;
   }
 
   /** What the round asks of this node, or null. */

@@ -177,6 +177,7 @@ class Node {
   begin(theta0) {
     const { run, boot } = this;
     const out = { send: (topic, frame) => this.send(topic, frame), status: () => this.publishStatus(), log };
+    out.later = (action) => setImmediate(() => this.machine?.out === out && this.guarded(action));
     const engine = new Toy(this.id, this.rows, run);
     this.maskFetch = null;
     this.machine = new Machine({ run, theta0, engine, boot, out, now: now() });

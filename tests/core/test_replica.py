@@ -1,11 +1,13 @@
 """theta at a version."""
 
 import numpy as np
+import pytest
 
 from meerkat_mq.core.directions import direction
 from meerkat_mq.core.path import NO_DIGEST, Term, apply, digest, seed_for
 from meerkat_mq.core.replica import Change, Replica
 from meerkat_mq.core.toy import toy_mask
+from meerkat_mq.errors import RunError
 
 RUN_ID = bytes(range(16))
 ADDED = np.linspace(-1, 1, 300, dtype=np.float32)
@@ -48,6 +50,23 @@ def test_who_holds_an_earlier_theta_keeps_it() -> None:
     before = held.tobytes()
     standing.replay(ROUNDS[1:])
     assert held.tobytes() == before != standing.theta.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("ruinous", "words"),
+    [
+        (((Term(0, 0, 3e38),), None), r"theta: is not finite after a step of coefficient 3e\+38; lower the"),
+        (((), np.full(300, 3e38, np.float32)), "theta: is not finite after a displacement; lower the"),
+    ],
+    ids=["term", "displacement"],
+)
+def test_what_leads_out_of_float32_is_not_applied(ruinous: Change, words: str) -> None:
+    standing = replica()
+    standing.apply((), np.full(300, 3e38, np.float32))
+    before = standing.theta.tobytes()
+    with pytest.raises(RunError, match=words):
+        standing.apply(*ruinous)
+    assert (standing.version, standing.theta.tobytes()) == (1, before)
 
 
 def test_from_a_snapshot_it_goes_on_as_from_the_entries() -> None:

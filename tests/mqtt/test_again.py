@@ -3,8 +3,11 @@
 import asyncio
 import contextlib
 
+import pytest
+
 from meerkat_mq.errors import NotConnected
 from meerkat_mq.mqtt import Will
+from meerkat_mq.mqtt.connection import Connection
 from tests.support.mosquitto import Mosquitto
 from tests.support.peer import Peer, peer
 from tests.support.waiting import until
@@ -44,6 +47,33 @@ async def test_a_session_runs_again_with_its_subscriptions_and_no_will_fires(mos
         assert said == [word % time for time in range(1, TIMES + 1) for word in (b"awake %d", b"asleep %d")]
         assert len(a.links) == len(set(a.links)) == TIMES
         assert a.reasons == []
+
+
+async def test_a_session_that_is_cancelled_while_it_leaves_runs_again(
+    mosquitto: Mosquitto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaving, end = asyncio.Event(), Connection.end
+
+    async def hang(connection: Connection, *, orderly: bool) -> None:
+        assert connection._client is not None
+
+        async def leave() -> None:
+            leaving.set()
+            await asyncio.Event().wait()
+
+        connection._client.leave = leave  # type: ignore[method-assign]
+        await end(connection, orderly=orderly)
+
+    async with peer(mosquitto.config, "a") as a:
+        with monkeypatch.context() as patched:
+            patched.setattr(Connection, "end", hang)
+            a.task.cancel()
+            await asyncio.wait_for(leaving.wait(), 10)
+            await a.leave()
+        assert a.session.link is None
+        await again(a)
+        await a.connected(times=2)
+        await asyncio.wait_for(a.session.publish("t", b"awake"), 10)
 
 
 async def test_what_is_published_in_between_is_dropped(mosquitto: Mosquitto) -> None:

@@ -37,7 +37,7 @@ class MiniServer:
 
     Attributes:
         has: blobs of which it has chunks to give.
-        offers_chunks: whether it gives them.
+        offers_chunks: whether it gives them; a mask that it retains, always.
     """
 
     def __init__(self, broker: BrokerConfig, *, weights: int = 40, retains_mask: bool = True, **settings: Any) -> None:
@@ -174,7 +174,8 @@ class MiniServer:
             self.say(Welcome(self.header, want.boot, SLOT))
         if want.entries_from is not None:
             self.say(Entries(self.header, tuple(self.entries[want.entries_from :])))
-        if want.blob in self.has and self.offers_chunks:
+        kept = self._retains_mask and want.blob == self.mask.hash  # but not by every broker
+        if want.blob in self.has and (self.offers_chunks or kept):
             chunks = split(self.header, want.blob, self.has[want.blob])
             for index in want.chunks:
                 self.say(chunks[index])

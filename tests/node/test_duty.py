@@ -1,15 +1,20 @@
 """A duty-cycled node: it wakes, steps, sends, sleeps, and nobody takes it for dead."""
 
 import asyncio
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from meerkat_mq.core.directions import Float32Array
+from meerkat_mq.core.path import Entry
 from meerkat_mq.mqtt import blob_fetch
-from meerkat_mq.node import duty
+from meerkat_mq.node import duty, service
+from meerkat_mq.node.work import Work
 from tests.node.mini_server import NODE, SLOT, Gate, MiniServer, node
 from tests.server.federation import Federation
+from tests.support import waiting
 from tests.support.mosquitto import Mosquitto
 from tests.support.waiting import until
 
@@ -51,6 +56,43 @@ async def test_who_was_heard_from_an_earlier_waking_steps_before_it_sleeps(
             await server.status("asleep")
 
 
+@pytest.mark.parametrize("round_", [{"heard": frozenset({SLOT})}, {"asked": False}])
+async def test_a_node_of_which_nothing_is_asked_sleeps_soon(
+    tmp_path: Path, mosquitto: Mosquitto, monkeypatch: pytest.MonkeyPatch, round_: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(service, "GRACE_S", 0.2)
+    async with MiniServer(mosquitto.config) as server:
+        server.close()
+        server.announce(**round_)
+        async with node(tmp_path, mosquitto.config, **LONG):
+            assert (await server.status("asleep")).version == 1
+        assert server.updates == []
+
+
+async def test_a_node_that_never_catches_up_sleeps_nevertheless(
+    tmp_path: Path, mosquitto: Mosquitto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with MiniServer(mosquitto.config) as server:
+
+        async def always_behind() -> None:
+            while True:
+                server.close()
+                server.announce(known=16)  # all that lacks
+                await asyncio.sleep(0.02)
+
+        apply = Work.apply
+
+        def slowly(work: Work, entries: tuple[Entry, ...], values: Float32Array | None) -> tuple[bytes, ...]:
+            time.sleep(0.1)
+            return apply(work, entries, values)
+
+        monkeypatch.setattr(Work, "apply", slowly)
+        closing = asyncio.create_task(always_behind())
+        async with node(tmp_path, mosquitto.config, schedule={"every_s": 3600.0, "awake_s": 1.0}):
+            await server.status("asleep")
+        closing.cancel()
+
+
 async def test_a_node_comes_back_again_and_again(tmp_path: Path, mosquitto: Mosquitto) -> None:
     async with MiniServer(mosquitto.config) as server, node(tmp_path, mosquitto.config, **BRIEFLY):
         for version in range(3):
@@ -86,7 +128,8 @@ async def test_what_was_computed_offline_outlives_a_kill(federation: Federation)
     settings: dict[str, Any] = {"limits": {"allow": ["test", "-e", str(mains)], "check_s": 0.1}}
     async with MiniServer(federation.broker, mode="buffered", max_staleness=2) as server:
         server.announce()
-        sleepy = federation.node(NODE, schedule={"every_s": 3600.0, "awake_s": 1.0}, **settings)
+        awake_s = 2.0 * waiting.patience  # enough to hear of the round
+        sleepy = federation.node(NODE, schedule={"every_s": 3600.0, "awake_s": awake_s}, **settings)
         asleep = await server.status("asleep")
         mains.touch()
         await until((federation.folder / NODE / "update").exists, within_s=30)

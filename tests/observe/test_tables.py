@@ -1,6 +1,7 @@
 """Tables and JSON of a ledger: what stands out is seen, nothing steers a terminal, and numbers stay whole."""
 
 import json
+import re
 from dataclasses import replace
 from io import StringIO
 
@@ -131,6 +132,24 @@ def test_a_round() -> None:
     assert "none due" in out
     assert "deadline" in text(round_table([ROUND]))
     assert "all heard" in text(round_table([replace(ROUND, overdue=False)]))
+    assert "age" not in text(round_table([ROUND]))
+
+
+def test_a_buffered_round_says_that_its_buffer_was_full_and_how_old_its_updates_were() -> None:
+    fresh, stale = replace(UPDATE, entry=7), replace(UPDATE, version=4, node="n1", entry=7)
+    buffered = replace(ROUND, overdue=False, buffer=2, updates=(fresh, stale))
+    assert re.search(r"age .*\n.* buffer full +0–3 ", text(round_table([buffered])))
+    assert re.search(r"all heard +0–3 ", text(round_table([replace(buffered, asked=2)])))
+    assert re.search(r"all heard +0 ", text(round_table([replace(buffered, updates=(fresh,))])))
+    assert re.search(r"deadline +3 ", text(round_table([replace(buffered, overdue=True, updates=(stale,))])))
+    assert "when its buffer was full" in text(round_pages([buffered]))
+    assert "when all expected were heard" in text(round_pages([replace(buffered, asked=2)]))
+
+
+def test_nobody_is_behind_a_finished_run() -> None:
+    run = replace(RUN, nodes=(replace(NODE, behind=None),))
+    assert "many" in text(status_table(run))
+    assert "many" not in text(status_table(replace(run, version=run.rounds)))
 
 
 def test_a_path_has_a_line_a_step() -> None:

@@ -48,6 +48,15 @@ def test_a_run_that_takes_none_says_so() -> None:
     assert reply.frame.reason is Reason.NO_VALUES  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(("steps", "refused"), [(1, False), (3, False), (4, True), (65535, True)])
+def test_nobody_does_more_steps_than_the_round_asks_for(steps: int, refused: bool) -> None:
+    server = accepting(e.FetchValues, steps=3)
+    effects = server.update(1, "a", values=Values(VALUES.blob, VALUES.size, steps))
+    reasons_given = [reply.frame.reason for reply in only(e.Reply, effects)]  # type: ignore[union-attr]
+    assert reasons_given == [Reason.WRONG_STEPS] * refused
+    assert len(only(e.FetchValues, effects)) == (not refused)
+
+
 def test_a_displacement_that_does_not_come_may_be_announced_again() -> None:
     server = accepting(e.FetchValues)
     order = fetch(server, 1, "a")

@@ -32,6 +32,7 @@ def blob_of(number: float, weights: int = WEIGHTS) -> bytes:
 
 
 TOO_LARGE = encode_values(np.full(WEIGHTS, -1.5 * 2.0**127, dtype=np.float32), "float32")
+TOO_FAR = encode_values(np.linspace(0, -1000.1, WEIGHTS, dtype=np.float32), "float32")
 
 
 def order(node: str, blob: bytes, *, loss: float = 0.5, size: int | None = None, version: int = 0) -> e.FetchValues:
@@ -112,7 +113,11 @@ async def test_what_did_not_come_is_asked_for_again(office: Office) -> None:
 
 @pytest.mark.parametrize(
     ("blob", "loss", "verdict"),
-    [(blob_of(1), math.nan, e.Verdict.NOT_FINITE), (TOO_LARGE, 0.5, e.Verdict.TOO_LARGE)],
+    [
+        (blob_of(1), math.nan, e.Verdict.NOT_FINITE),
+        (TOO_LARGE, 0.5, e.Verdict.TOO_LARGE),
+        (TOO_FAR, 0.5, e.Verdict.TOO_LARGE),
+    ],
 )
 async def test_what_no_theta_takes_is_kept_as_refused(
     office: Office, blob: bytes, loss: float, verdict: e.Verdict

@@ -104,6 +104,17 @@ def test_a_round_whole(tmp_path: Path) -> None:
     assert round_shown(writer.ledger, 0).digest == ""
 
 
+def test_a_round_that_its_buffer_closes_says_so(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, nodes=9, max_staleness=3, ages={(1, 2): 1}, absent={(0, 2), (1, 0)})
+    close(writer, 1.0, 2.0)
+    alter(tmp_path, "UPDATE entries SET overdue = 0")
+    shown = round_shown(writer.ledger, 1)
+    assert (shown.buffer, len(shown.updates), shown.full, shown.ages) == (8, 8, True, (0, 1))
+    synchronous = Writer(tmp_path / "other", nodes=1)
+    close(synchronous, 1.0)
+    assert (round_shown(synchronous.ledger, 0).buffer, round_shown(synchronous.ledger, 0).full) == (0, False)
+
+
 def test_rounds_in_order_over_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inspect, "PAGE", 3)
     writer = Writer(tmp_path, count=10, nodes=1)

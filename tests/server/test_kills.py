@@ -7,6 +7,7 @@ import signal
 
 import pytest
 
+from meerkat_mq.rounds.events import Verdict
 from tests.server.federation import Federation, Service, all_end
 from tests.server.replay import undisturbed, verified
 
@@ -28,6 +29,8 @@ async def check_the_end(federation: Federation, nodes: list[Service], server: Se
     assert await all_end(server, *nodes) == [0] * 4, [service.plain for service in (server, *nodes)]
     with federation.ledger() as ledger:
         expected = undisturbed(ledger, SEEDS)
+        closed = [[record.verdict for record in ledger.records(version)] for version in range(ledger.version)]
+        assert closed == [[Verdict.ACCEPTED] * 3] * len(closed)
         assert verified(ledger) == expected
         assert [row.term for row in ledger.terms()] == sorted({row.term for row in ledger.terms()})
     assert server.said("run finished")[0]["digest"] == expected.hex()

@@ -117,6 +117,15 @@ def test_a_damaged_ledger_is_an_error_in_words(tmp_path: Path, statement: str, w
         list(steps_shown(writer.ledger, "n0", 0, 2))
 
 
+def test_who_counts_by_entries_is_told_the_base_version(tmp_path: Path) -> None:
+    writer = rounds(tmp_path, 4, max_staleness=3, ages={(3, 1): 2}, absent={(1, 1)})
+    with pytest.raises(RunMismatch) as caught:
+        list(rebuilt_path(writer.ledger, writer.mask, 3, "n1"))
+    assert caught.value.problem == "gave nothing from theta of version 3"
+    assert caught.value.remedy == "its update from theta of version 1 is in entry 3: --round 1"
+    assert len(list(rebuilt_path(writer.ledger, writer.mask, 1, "n1"))) == 1
+
+
 def test_what_cannot_be_rebuilt(tmp_path: Path) -> None:
     writer = rounds(tmp_path, 3, absent={(1, 1)}, refused={(1, 2): Verdict.NOT_FINITE})
 
@@ -125,8 +134,8 @@ def test_what_cannot_be_rebuilt(tmp_path: Path) -> None:
             list(rebuilt_path(writer.ledger, toy_mask(mask_size), version, node))
 
     fails(3, "n0", "round 3: did not close; 3 rounds have; name an earlier one")
-    fails(1, "n1", "node n1: gave nothing to round 1")
-    fails(1, "nobody", "node nobody: gave nothing to round 1")
+    fails(1, "n1", "node n1: gave nothing from theta of version 1; `meerkat ledger --node` says from which")
+    fails(1, "nobody", "node nobody: gave nothing from theta of version 1")
     fails(1, "n0", "mask: has hash ", mask_size=41)
     with pytest.raises(BadValue, match="projected gradient: nan is not finite"):
         list(rebuilt_path(writer.ledger, writer.mask, 1, "n2"))

@@ -4,6 +4,7 @@ import pytest
 
 from meerkat_mq.core.path import digest
 from tests.server.federation import PACE, Federation, all_end
+from tests.support import waiting
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -76,8 +77,9 @@ def server_digest(federation: Federation) -> bytes:
 
 
 async def test_once_ends_in_words_when_too_few_nodes_come(federation: Federation) -> None:
-    server = federation.server("--once", rounds={"min_nodes": 2}, wait_for_nodes_s=0.5)
-    await server.failed(6, "federation f", "0 of 2 nodes came within 0.5 s", "rounds.min_nodes")
+    wait_s = int(2 * waiting.patience)  # it is to be in charge by then
+    server = federation.server("--once", rounds={"min_nodes": 2}, wait_for_nodes_s=wait_s)
+    await server.failed(6, "federation f", f"0 of 2 nodes came within {wait_s} s", "rounds.min_nodes")
     await federation.eye.state("stopped")
     assert not (federation.folder / "server" / "difference.mkd").exists()
 

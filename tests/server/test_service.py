@@ -14,7 +14,7 @@ import pytest
 from meerkat_mq.config import ServerConfig, ServerValuesConfig
 from meerkat_mq.core.path import Entry, Term, short_hash
 from meerkat_mq.core.values import quantised
-from meerkat_mq.errors import LedgerError, NotConnected
+from meerkat_mq.errors import LedgerError, NotConnected, RunError
 from meerkat_mq.mqtt import Message, Session
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.server import ServerMachine
@@ -25,6 +25,7 @@ from meerkat_mq.server.scribe import GROUP_S, WANTS, KeepMetrics, KeepValues, Sc
 from meerkat_mq.server.server import Server
 from meerkat_mq.server.snapshots import Snapshots
 from meerkat_mq.server.watch import Watch
+from meerkat_mq.wire.descriptor import ServerState
 from meerkat_mq.wire.frames import encode
 from meerkat_mq.wire.messages import Chunk, Entries, Header, Offer, Update, Values, Want
 from meerkat_mq.wire.values import decode_values, encode_values
@@ -270,6 +271,16 @@ async def test_what_cannot_be_committed_is_told_to_nobody(office: Office, monkey
     assert office.ledger.slots() == {}
 
 
+async def test_what_ruins_theta_ends_the_server_before_there_is_an_entry(office: Office) -> None:
+    task, before = asyncio.create_task(office.scribe.run(office.desk)), office.replica.theta.tobytes()
+    office.scribe.put(e.TakeTerm(0))
+    await office.scribe.idle()
+    office.scribe.put(e.ApplyTerms(0, (Term(0, 0, 3e38), Term(0, 0, 3e38)), ()))
+    with pytest.raises(RunError, match=r"theta: is not finite after a step of coefficient 3e\+38; lower the"):
+        await task
+    assert (office.desk.told, office.ledger.version, office.replica.theta.tobytes()) == ([], 0, before)
+
+
 async def test_chunks_that_nobody_asked_for_are_counted(office: Office) -> None:
     watch = Watch(lambda event: None, None, 1, office.run.descriptor)
     server = Server(office.config, office.run, office.scribe, watch, lambda event: None, replace=False)
@@ -278,6 +289,23 @@ async def test_chunks_that_nobody_asked_for_are_counted(office: Office) -> None:
         chunk = Chunk(header, bytes(16), 0, 1, 3, b"abc")
         server._on_message(Message(f"meerkat/v1/f/up/node/{kind}", encode(chunk)))
     assert watch.counts == {"undecodable: BadValue": 1, "misplaced: Chunk": 2}
+
+
+async def test_a_finished_run_is_said_before_its_server_may_leave(office: Office) -> None:
+    run = office.run
+    watch = Watch(lambda event: None, None, 1, run.descriptor)
+    server = Server(office.config, run, office.scribe, watch, lambda event: None, replace=False)
+    machine = ServerMachine(
+        run.settings, term=2, server_id=office.scribe.server_id, base=bytes(16), version=run.settings.count
+    )
+    server.took_term(2, machine)
+    before = ServerState(
+        status="finished", run=run.descriptor.run, term=1, server_id="0" * 16, link=1, host="h", round=100, nodes=0
+    )
+    server._on_message(Message("meerkat/v1/f/server", before.encode(), retained=True))  # on the way to the greeting
+    assert not server._finished.is_set()
+    server._on_connected(2)
+    assert server._finished.is_set()
 
 
 async def test_a_reply_that_does_not_fit_into_the_outbox_is_dropped_and_counted(

@@ -248,5 +248,17 @@ def test_a_stale_update_is_rebuilt_from_its_own_theta_and_a_displacement_is_not(
         writer.round()
     (step,) = rebuilt_path(writer.ledger, writer.mask, 2, "n0")
     assert (step.version, step.g) == (2, writer.records(5)[0].scalars[0])
-    with pytest.raises(RunMismatch, match="node n1: gave a displacement to round 2: how it came to that"):
+    with pytest.raises(RunMismatch, match="node n1: gave a displacement from theta of version 2: how it came to that"):
         next(rebuilt_path(writer.ledger, writer.mask, 2, "n1"))
+
+
+def test_a_theta_that_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a server without guards would have written it."""
+    ruinous = encode_values(np.full(WEIGHTS, 3e38, np.float32), "float32")
+    with monkeypatch.context() as patched, np.errstate(over="ignore"):
+        patched.setattr("meerkat_mq.core.replica.displace", lambda theta, added: np.add(theta, added, out=theta))
+        patched.setattr(Writer, "displacement", lambda *of: ruinous)
+        write(tmp_path, count=3, nodes=1, values={0: "float32"})
+    fails(tmp_path, 0, "its update of n0 is kept as accepted, but is too large")
+    monkeypatch.setattr("meerkat_mq.server.displacement.FARTHEST", 1e39)
+    fails(tmp_path, 1, "theta is not finite after a displacement")

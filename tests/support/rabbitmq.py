@@ -32,7 +32,7 @@ class RabbitMQ(Broker):
         super().__init__(folder)
         self._http, self._dist, self._names = free_port(), free_port(), free_port()
         self._hosts = count()
-        self._host = ""
+        self._host = self._next_host()
         self._mapper: subprocess.Popen[bytes] | None = None
 
     def prepare(self) -> tuple[Sequence[str], Mapping[str, str] | None]:
@@ -44,6 +44,8 @@ class RabbitMQ(Broker):
         assert f"{HOST}:1883" in text
         text = text.replace(f"{HOST}:1883", f"{HOST}:{self.port}")
         text += f"management.tcp.ip = {HOST}\nmanagement.tcp.port = {self._http}\nloopback_users.guest = true\n"
+        # From the first connection on: who comes back early must not be put into another virtual host.
+        text += f"default_vhost = {self._host}\nmqtt.vhost = {self._host}\n"
         (home / "rabbitmq.conf").write_text(text)
         plugins = (SHIPPED / "enabled_plugins").read_text(encoding="utf-8")
         (home / "enabled_plugins").write_text(plugins.replace("]", ",rabbitmq_management]"))
@@ -65,15 +67,11 @@ class RabbitMQ(Broker):
         self._map_names()
         return [SCRIPT], environment
 
-    def start(self) -> "RabbitMQ":
-        super().start()
-        self._use(self._host or self._next_host())
-        return self
-
     def fresh(self) -> "RabbitMQ":
         """Empty, for the next test, which may find it killed or frozen."""
         if self._process is None or self._process.poll() is not None:
-            return self.start()
+            self.start()
+            return self
         self.thaw()
         self._ask("DELETE", f"vhosts/{self._host}")
         self._use(self._next_host())

@@ -17,7 +17,7 @@ THETA = direction("mk1", 3, 0, 200)
 BLOB = encode_snapshot(RUN, 77, HEAD, THETA)
 NAMED = tuple(WireError.__subclasses__())
 U32 = st.integers(0, 2**32 - 1)
-F32 = st.floats(width=32)
+F32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
 HASH = st.binary(min_size=16, max_size=16)
 
 
@@ -49,6 +49,12 @@ def test_whoever_names_it_theta_is_what_its_digest_says(place: int, put: bytes, 
     except NAMED:
         return
     assert found.theta.tobytes() == THETA.tobytes()
+
+
+def test_a_theta_that_is_not_finite_is_none() -> None:
+    blob = encode_snapshot(RUN, 77, HEAD, np.array([1, np.inf], np.float32))
+    with pytest.raises(BadValue, match="snapshot: theta is not finite"):
+        decode_snapshot(blob, short_hash(blob), 2)
 
 
 def test_a_snapshot_of_another_size_allocates_nothing() -> None:
