@@ -195,7 +195,7 @@ class Session:
             sending = self._outbox.in_flight
             talk.cancel()
             try:
-                await asyncio.wait({talk})
+                await asyncio.gather(talk, return_exceptions=True)
             finally:  # whoever cancels again need not wait, and finds nothing left behind
                 try:
                     await connection.end(orderly=orderly or self._disowned)

@@ -201,7 +201,7 @@ ATTACH = '[attach]\nfederation = "f"\nstate_dir = "s"\nbroker = { url = "mqtt://
     ("text", "faults", "words"),
     [
         ("", [], ["faults", "is missing"]),
-        ("faults = []", [], ["faults", "at least 1"]),
+        ("faults = []", [], ["faults", "at least one item"]),
         ("sed = 1", [KILL], ["sed", "is unknown"]),
         ("duration_s = -1", [KILL], ["duration_s", "not -1"]),
         ("", [{"fault": "sigkil", "at": 1}], ["faults.0.fault", "'sigkil' is unknown", "sigkill"]),

@@ -73,8 +73,8 @@ async def test_a_server_killed_in_or_after_a_calibration_goes_on_with_its_judgem
     [
         ({}, 10, ""),
         ({"by": "random", "steps": 10}, 10, "by random: filtering changes nothing at local_steps = 10"),
-        ({"by": "vpcs"}, 2, "by vpcs, judged in round 0 by 150 local steps"),
-        ({"by": "vpcs", "every": 50}, 2, "by vpcs, judged in round 0 by 150 local steps, again every 50 rounds"),
+        ({"by": "vpcs"}, 2, "by vpcs, judged in round 0 by 200 local steps"),
+        ({"by": "vpcs", "every": 50}, 2, "by vpcs, judged in round 0 by 200 local steps, again every 50 rounds"),
     ],
 )
 def test_what_early_stopping_does_in_words(tmp_path: Path, early: dict[str, Any], steps: int, words: str) -> None:
