@@ -6,10 +6,21 @@ import signal
 import sys
 import time
 from asyncio.subprocess import PIPE
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
+
 from tests.support.waiting import until
+
+
+@pytest.fixture(autouse=True)
+def heeded() -> Iterator[None]:
+    """A shell starts what it puts in the background deaf to Ctrl-C, and so were all that we start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 async def start(schedules: int) -> asyncio.subprocess.Process:
