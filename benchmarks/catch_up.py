@@ -35,8 +35,8 @@ from meerkat_mq.mqtt import Message
 from meerkat_mq.mqtt.message import packet_bytes
 from meerkat_mq.observe.logs import LogLevel, configure_logs
 from meerkat_mq.rounds.catch_up import DIGEST_NS, LINK_BYTES_A_SECOND, LOAD_NS, REPLAY_NS
-from meerkat_mq.rounds.events import UpdateRecord
 from meerkat_mq.rounds.policy import terms_of
+from meerkat_mq.rounds.records import UpdateRecord
 from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
 from meerkat_mq.server.run import Run, prepare_run
 from meerkat_mq.server.snapshots import Snapshots

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from meerkat_mq.config import ServerConfig
 from meerkat_mq.core.path import Entry, Term
-from meerkat_mq.rounds.events import UpdateRecord
+from meerkat_mq.rounds.records import UpdateRecord
 from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
 from meerkat_mq.server.run import prepare_run
 

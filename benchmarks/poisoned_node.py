@@ -27,10 +27,10 @@ from meerkat_mq.model.engine import TransformersEngine
 from meerkat_mq.model.evaluate import evaluate
 from meerkat_mq.model.load import load_model
 from meerkat_mq.model.masks import make_mask
-from meerkat_mq.rounds.events import UpdateRecord, Verdict
 from meerkat_mq.rounds.guards import FLAGGED_AT, Guard
 from meerkat_mq.rounds.memory import MemoryFederation, MemoryNode
 from meerkat_mq.rounds.policy import RoundSettings
+from meerkat_mq.rounds.records import UpdateRecord, Verdict
 
 NODES = 8
 POISONED = node_name(NODES - 1)

@@ -16,9 +16,9 @@ from meerkat_mq.core.gradip import inner_products
 from meerkat_mq.core.mask import Mask, MaskedMatrix
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.rounds.early_stopping import judgements_of
-from meerkat_mq.rounds.events import UpdateRecord
 from meerkat_mq.rounds.guards import Guard
 from meerkat_mq.rounds.policy import RoundSettings, terms_of
+from meerkat_mq.rounds.records import UpdateRecord
 
 RUN = bytes(range(16))
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from meerkat_mq.rounds.events import Verdict
+from meerkat_mq.rounds.records import Verdict
 from meerkat_mq.server import commands
 from meerkat_mq.server.ledger import LEDGER_FILE
 from tests.server.ledgers import RUN, Writer, alter, close_all, write

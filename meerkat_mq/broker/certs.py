@@ -1,6 +1,5 @@
 """A federation's certificates: its CA, what the CA signs for broker, server and nodes, and Mosquitto's ACL."""
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from meerkat_mq.core.files import write_atomically
 from meerkat_mq.errors import ConfigError
 from meerkat_mq.wire.topics import Topics, check_identifier
 
@@ -248,19 +248,9 @@ def _write_pair(folder: Path, certificate: x509.Certificate, key: ec.EllipticCur
 
 def _write(path: Path, data: bytes, *, secret: bool) -> None:
     """Write a file as a whole; a secret one is its owner's alone from the first moment."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    mode = 0o600 if secret else 0o644
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)
-        try:
-            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(path, data, secret=secret)
 
 
 @contextmanager

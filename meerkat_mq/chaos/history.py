@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from meerkat_mq.config import Codec
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Entry
-from meerkat_mq.rounds.events import Judgement, UpdateRecord
 from meerkat_mq.rounds.policy import RoundSettings
+from meerkat_mq.rounds.records import Judgement, UpdateRecord
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState
 from meerkat_mq.wire.messages import Round, Update
 

@@ -11,7 +11,7 @@ from meerkat_mq.chaos.plan import LINK, Plan, Strike, is_core
 from meerkat_mq.chaos.stage import Stage
 from meerkat_mq.chaos.verdict import Struck
 from meerkat_mq.errors import MeerkatError
-from meerkat_mq.rounds.events import Verdict as Guarded
+from meerkat_mq.rounds.records import Verdict as Guarded
 from meerkat_mq.server.verify import verify_folder
 
 FLAGGED_WITHIN = 20

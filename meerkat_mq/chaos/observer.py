@@ -15,7 +15,7 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.toy import toy_mask
 from meerkat_mq.errors import WireError
 from meerkat_mq.mqtt import Message, Session
-from meerkat_mq.rounds.events import UpdateRecord
+from meerkat_mq.rounds.records import UpdateRecord
 from meerkat_mq.server.files import mask_file
 from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
 from meerkat_mq.server.run import codec_of, settings_of

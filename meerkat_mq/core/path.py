@@ -186,8 +186,9 @@ class Entry:
         The first 16 bytes. Flags: bit 31 where terms have ages, bit 30 where there is a displacement
         (protocol/SPECIFICATION.md, section 2.5).
         """
-        flags = self.aged << 31 | (self.displacement is not None) << 30
-        parts = [run_id, struct.pack("<II", self.version, len(self.terms) | flags), pack_terms(self.terms, self.aged)]
+        aged = self.aged
+        flags = aged << 31 | (self.displacement is not None) << 30
+        parts = [run_id, struct.pack("<II", self.version, len(self.terms) | flags), pack_terms(self.terms, aged)]
         if self.displacement is not None:
             parts.append(self.displacement.blob + struct.pack("<I", self.displacement.size))
         return short_hash(b"".join([*parts, self.previous, self.digest]))

@@ -177,7 +177,10 @@ class _Node:
             self._duty.changed()
 
     def _send(self, frame: Update | Want | Chunk) -> None:
-        topic = self._topics.up(self._config.id, "want" if isinstance(frame, Want) else "update")
+        wants = isinstance(frame, Want)
+        if wants and self._session.link is None:
+            return  # who asks will ask again; meanwhile, questions would pile up
+        topic = self._topics.up(self._config.id, "want" if wants else "update")
         self._session.publish(topic, encode(frame))
 
     # --- the duty cycle ---

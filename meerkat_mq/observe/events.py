@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from meerkat_mq.mqtt.message import Count
-from meerkat_mq.rounds.events import Judgement
+from meerkat_mq.rounds.records import Judgement
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor
 
 

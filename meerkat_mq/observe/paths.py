@@ -5,7 +5,7 @@ from typing import Final
 
 from meerkat_mq.observe.charts import Point
 from meerkat_mq.observe.events import RoundClosed
-from meerkat_mq.rounds.events import Judgement
+from meerkat_mq.rounds.records import Judgement
 
 MOST_SPANS: Final = 512  # even
 

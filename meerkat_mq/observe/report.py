@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.observe.charts import Point
 from meerkat_mq.observe.events import Evaluated, RoundClosed
-from meerkat_mq.rounds.events import Judgement
+from meerkat_mq.rounds.records import Judgement
 from meerkat_mq.wire.descriptor import RunDescriptor
 
 MASKED_VALUE_BYTES = 4

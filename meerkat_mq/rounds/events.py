@@ -5,10 +5,10 @@ the asyncio services, or the in-memory federation.
 """
 
 from dataclasses import dataclass
-from enum import IntEnum
 
 from meerkat_mq.core.path import Displacement, Entry, Term
 from meerkat_mq.errors import MeerkatError
+from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState
 from meerkat_mq.wire.frames import Entries, Offer, Refusal, Round, Update, Values, Want, Welcome
 
@@ -63,7 +63,7 @@ class UpdatesCommitted:
     """The ledger holds these updates."""
 
     now: float
-    records: "tuple[UpdateRecord, ...]"
+    records: tuple[UpdateRecord, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class ValuesCame:
     now: float
     node: str
     update: Update
-    verdict: "Verdict"
+    verdict: Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +119,9 @@ class EntryCommitted:
 
     now: float
     version: int
-    records: "tuple[UpdateRecord, ...]"
+    records: tuple[UpdateRecord, ...]
     products: tuple[tuple[float, ...], ...] = ()
-    judgements: "tuple[Judgement, ...]" = ()
+    judgements: tuple[Judgement, ...] = ()
 
 
 # --- events of a node -----------------------------------------------------------------------------------------------
@@ -233,54 +233,6 @@ class End:
 
 
 # --- effects of the server ------------------------------------------------------------------------------------------
-
-
-class Verdict(IntEnum):
-    """What the guards say of an update; the ledger keeps the number."""
-
-    ACCEPTED = 0
-    NOT_FINITE = 1  # a projected gradient or the loss is NaN or infinite
-    TOO_LARGE = 2  # theta could leave float32
-    OUTLIER = 3  # far from the lane's other nodes and from the node's own past
-    AGAINST = 4  # the node has been working against the lane's others
-    EARLY_STOPPED = 5  # only its first steps count: the virtual path shows extremely skewed data
-
-
-@dataclass(frozen=True, slots=True)
-class UpdateRecord:
-    """An update as the ledger keeps it: the first of its node from theta of its version, accepted or refused.
-
-    Attributes:
-        values: the displacement of a values node, whose scalars are ().
-    """
-
-    version: int
-    node: str
-    slot: int
-    boot: int
-    weight: int
-    scalars: tuple[float, ...]
-    loss: float
-    verdict: Verdict = Verdict.ACCEPTED
-    values: Values | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Judgement:
-    """What a calibration round showed of a node's virtual path; the newest of a node counts (docs/early-stopping.md).
-
-    Attributes:
-        version: of the calibration round.
-        rho_later: mean |GradIP| of the initial part ÷ that of the later part; infinite where only the latter is 0.
-        rho_quiet: share of quiet steps in the later part.
-        early_stopped: the verdict.
-    """
-
-    version: int
-    node: str
-    rho_later: float
-    rho_quiet: float
-    early_stopped: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from meerkat_mq.config import GuardsConfig
-from meerkat_mq.rounds.events import UpdateRecord, Verdict
 from meerkat_mq.rounds.policy import applicable, lane_of
+from meerkat_mq.rounds.records import UpdateRecord, Verdict
 
 FEWEST_IN_LANE = 3
 FEWEST_OF_OWN = 8

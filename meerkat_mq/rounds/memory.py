@@ -24,6 +24,7 @@ from meerkat_mq.rounds.memory_clock import VirtualClock
 from meerkat_mq.rounds.memory_node import Displacements, MemoryNode, Walk
 from meerkat_mq.rounds.node import NodeMachine
 from meerkat_mq.rounds.policy import RoundSettings
+from meerkat_mq.rounds.records import Judgement, UpdateRecord
 from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.wire.descriptor import ServerState
 from meerkat_mq.wire.frames import Entries, Frame, Round, Update, Values, Want, decode, encode
@@ -74,10 +75,10 @@ class MemoryFederation(VirtualClock):
         self.settings = settings
         self.term = 0
         self.entries: list[Entry] = []
-        self.records: list[tuple[e.UpdateRecord, ...]] = []
+        self.records: list[tuple[UpdateRecord, ...]] = []
         self.products: list[tuple[tuple[float, ...], ...]] = []
-        self.judgements: list[e.Judgement] = []
-        self.updates: list[e.UpdateRecord] = []
+        self.judgements: list[Judgement] = []
+        self.updates: list[UpdateRecord] = []
         self.displacements = Displacements(mask.size, codec)
         self.slots: list[tuple[int, str, int]] = []
         self.counts: Counter[tuple[str, str]] = Counter()

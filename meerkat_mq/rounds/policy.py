@@ -10,7 +10,8 @@ from typing import Literal
 from meerkat_mq.config import EarlyStoppingConfig, GuardsConfig
 from meerkat_mq.core.path import Entry, Term, coefficient, seeds_of
 from meerkat_mq.errors import ConfigError
-from meerkat_mq.rounds.events import Share, UpdateRecord, Verdict
+from meerkat_mq.rounds.events import Share
+from meerkat_mq.rounds.records import UpdateRecord, Verdict
 from meerkat_mq.wire.frames import MAX_STEPS, Reason, Update, entry_bytes, most_terms
 
 DEADLINE_CAP = 10
@@ -70,19 +71,18 @@ class RoundSettings:
             raise ConfigError(
                 "early_stopping.by", "vpcs needs the pre-training gradient, and the mask's g_p is zero", "score a mask"
             )
+        most = most_terms(aged=self.max_staleness > 0)
         asked = {"rounds.local_steps": self.steps}
         if self.early_stops:
             asked["early_stopping.calibration_steps"] = self.early_stopping.calibration_steps
         for name, steps in asked.items():
             directions = steps * self.perturbations
-            if directions > MAX_STEPS or self.lanes * directions * (self.max_staleness + 1) > most_terms(
-                self.max_staleness
-            ):
+            if directions > MAX_STEPS or self.lanes * directions * (self.max_staleness + 1) > most:
                 versions = f" × {self.max_staleness + 1} versions" * self.buffered
                 raise ConfigError(
                     name,
                     f"{steps} × {self.perturbations} perturbations × {self.lanes} lanes{versions} do not fit a round",
-                    f"an update holds {MAX_STEPS} projected gradients, an entry {most_terms(self.max_staleness)} terms",
+                    f"an update holds {MAX_STEPS} projected gradients, an entry {most} terms",
                 )
 
     @property

@@ -9,6 +9,7 @@ from meerkat_mq.errors import AnotherServer
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.early_stopping import EarlyStopping, judgements_of, with_verdicts
 from meerkat_mq.rounds.guards import Guard, on_arrival
+from meerkat_mq.rounds.open_round import OpenRound, round_frame
 from meerkat_mq.rounds.policy import (
     RoundSettings,
     deadline_length,
@@ -21,7 +22,8 @@ from meerkat_mq.rounds.policy import (
     terms_of,
     why_refused,
 )
-from meerkat_mq.rounds.record import KnownNode, OpenRound, Roster, round_frame
+from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
+from meerkat_mq.rounds.roster import KnownNode, Roster
 from meerkat_mq.rounds.window import Window
 from meerkat_mq.wire.descriptor import NodeStatus
 from meerkat_mq.wire.frames import Header, Reason, Refusal, Update, Welcome
@@ -50,9 +52,9 @@ class ServerMachine:
         head: bytes | None = None,
         slots: Mapping[str, int] | None = None,
         entries: Sequence[Entry] = (),
-        updates: Sequence[e.UpdateRecord] = (),
-        past: Iterable[Sequence[e.UpdateRecord]] = (),
-        judgements: Iterable[e.Judgement] = (),
+        updates: Sequence[UpdateRecord] = (),
+        past: Iterable[Sequence[UpdateRecord]] = (),
+        judgements: Iterable[Judgement] = (),
         bases: Mapping[int, bytes] | None = None,
         heard: Mapping[str, int] | None = None,
     ) -> None:
@@ -280,8 +282,8 @@ class ServerMachine:
         reason = self._why_dropped(name, update) if expected else "unexpected answer"
         if reason is not None:
             self._count(reason, name)
-        elif event.verdict is e.Verdict.ACCEPTED and not math.isfinite(update.loss):
-            self._take(name, update, e.Verdict.NOT_FINITE)
+        elif event.verdict is Verdict.ACCEPTED and not math.isfinite(update.loss):
+            self._take(name, update, Verdict.NOT_FINITE)
         else:
             self._take(name, update, event.verdict)
 
@@ -297,25 +299,25 @@ class ServerMachine:
         header = replace(self._header(), version=update.header.version)
         self._effects.append(e.Reply(name, Refusal(header, update.boot, reason)))
 
-    def _take(self, name: str, update: Update, verdict: e.Verdict) -> None:
+    def _take(self, name: str, update: Update, verdict: Verdict) -> None:
         """Keep the update, also one that the guards refuse: it is this node's only one from this version's theta."""
         current, base = self._open, update.header.version
         assert current is not None
         self._window.take(name, base)
         node = self._nodes[name]
-        record = e.UpdateRecord(
+        record = UpdateRecord(
             base, name, node.slot, update.boot, node.weight, update.scalars, update.loss, verdict, update.values
         )  # fmt: skip
         self._count_refused([record])
         current.taken += not current.closing
         enough = current.needed if self._settings.takes_what_comes(self.version) else len(current.asked)
         self._effects.append(e.CommitUpdate(record, last=current.taken >= enough))
-        if verdict is not e.Verdict.ACCEPTED:
+        if verdict is not Verdict.ACCEPTED:
             self._reply_refusal(name, update, Reason.OUT_OF_RANGE)
 
-    def _count_refused(self, records: Iterable[e.UpdateRecord]) -> None:
+    def _count_refused(self, records: Iterable[UpdateRecord]) -> None:
         for record in records:
-            if record.verdict is not e.Verdict.ACCEPTED:
+            if record.verdict is not Verdict.ACCEPTED:
                 self._count(f"refused: {in_words(record.verdict)}", record.node)
 
     def _why_dropped(self, name: str, update: Update) -> str | None:
@@ -449,7 +451,7 @@ class ServerMachine:
         if self.finished:
             self._effects.append(e.PublishState(finished=True))
 
-    def _remember(self, records: Sequence[e.UpdateRecord]) -> None:
+    def _remember(self, records: Sequence[UpdateRecord]) -> None:
         self._guard.remember(records)
         before, self._flagged = self._flagged, dict(self._guard.flagged)
         for node, verdict in self._flagged.items():

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from meerkat_mq.core.path import NO_DIGEST, Entry
-from meerkat_mq.rounds.events import UpdateRecord
+from meerkat_mq.rounds.records import UpdateRecord
 
 Committed = dict[tuple[int, str], UpdateRecord]  # by base version and node
 
@@ -41,7 +41,7 @@ class Window:
     def heard(self, node: str, slot: int, base: int) -> None:
         """Resume: the newest update of a node was from theta of `base`."""
         self._newest[node] = max(base, self._newest.get(node, base))
-        self.acknowledged[slot] = max(base, self.acknowledged.get(slot, base))
+        self._acknowledge(slot, base)
 
     def base(self, version: int) -> bytes | None:
         """The digest that an update from theta of `version` names; None where it is too late or too early for one."""
@@ -80,7 +80,10 @@ class Window:
 
     def committed(self, record: UpdateRecord) -> None:
         """The ledger holds an update."""
-        self.acknowledged[record.slot] = max(record.version, self.acknowledged.get(record.slot, -1))
+        self._acknowledge(record.slot, record.version)
+
+    def _acknowledge(self, slot: int, base: int) -> None:
+        self.acknowledged[slot] = max(base, self.acknowledged.get(slot, base))
 
     def wait(self, record: UpdateRecord) -> None:
         """A committed update came too late for the closing entry."""

@@ -9,9 +9,9 @@ from meerkat_mq.core.gradip import gradip
 from meerkat_mq.core.path import NO_DIGEST, seed_for
 from meerkat_mq.errors import LedgerError, RunMismatch
 from meerkat_mq.observe.shown import NodeShown, RoundShown, RunShown, StepShown, TermShown, UpdateShown
-from meerkat_mq.rounds.events import Judgement, UpdateRecord, Verdict
 from meerkat_mq.rounds.guards import NOT_REFUSED, Guard
 from meerkat_mq.rounds.policy import RoundSettings, lane_of
+from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
 from meerkat_mq.server.ledger import Ledger
 from meerkat_mq.server.ledger_rows import Closed, NodeRow, Products
 from meerkat_mq.server.run import early_stopping_in_words, mode_in_words, settings_of

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from meerkat_mq.core.path import Entry, short_hash
 from meerkat_mq.errors import AnotherServer
-from meerkat_mq.rounds.events import Judgement, UpdateRecord
+from meerkat_mq.rounds.records import Judgement, UpdateRecord
 from meerkat_mq.server import ledger_file
 from meerkat_mq.server.ledger_reader import LedgerReader
 from meerkat_mq.server.ledger_rows import Products, Sighting, pack_products, update_row

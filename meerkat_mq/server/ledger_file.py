@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
+from meerkat_mq.core.files import keep_names
 from meerkat_mq.errors import ConfigError, LedgerError, WireError
 
 APPLICATION_ID = 0x4D4B4C47  # "MKLG"
@@ -212,7 +213,7 @@ def _make(path: Path) -> None:
             os.fsync(file.fileno())
         with suppress(FileExistsError):
             _name(temporary, path)
-        _keep_names(path.parent)
+        keep_names(path.parent)
     except OSError as error:
         problem, remedy = f"cannot be made ({error.strerror})", "free space, or name a folder that can be written"
         raise LedgerError(str(path), problem, remedy) from error
@@ -226,15 +227,6 @@ def _name(temporary: Path, path: Path) -> None:
         path.hardlink_to(temporary)
     except PermissionError:  # a file system without hard links: FAT on a card
         temporary.rename(path)
-
-
-def _keep_names(folder: Path) -> None:
-    """Wait until the names in a folder would outlive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _look(path: Path, *, thorough: bool) -> None:

@@ -12,8 +12,8 @@ from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.path import Entry
 from meerkat_mq.core.replica import Change
 from meerkat_mq.errors import LedgerError
-from meerkat_mq.rounds.events import Judgement, UpdateRecord
 from meerkat_mq.rounds.policy import RoundSettings
+from meerkat_mq.rounds.records import Judgement, UpdateRecord
 from meerkat_mq.server import ledger_file
 from meerkat_mq.server.ledger_rows import (
     Closed,

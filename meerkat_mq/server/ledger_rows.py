@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from meerkat_mq.core.gradip import by_lane
 from meerkat_mq.core.path import Entry
-from meerkat_mq.rounds.events import Judgement, UpdateRecord, Verdict
+from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
 from meerkat_mq.wire.messages import Values
 
 _FLOAT = struct.Struct("<f")

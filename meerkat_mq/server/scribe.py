@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar, TypeVarTuple
 from meerkat_mq.core.path import Displacement, Entry, Term
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.rounds import events as e
+from meerkat_mq.rounds.records import UpdateRecord, Verdict
 from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.server.displacement import mean_of
 from meerkat_mq.server.ledger import Ledger
@@ -57,7 +58,7 @@ class KeepValues:
     node: str
     update: Update
     blob: bytes
-    verdict: e.Verdict
+    verdict: Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +191,7 @@ class Scribe:
                 if work.entry.displacement is not None:
                     desk.distribute(self._newest_blob)
 
-    def _write(self, records: tuple[e.UpdateRecord, ...], group: Sequence[Commit]) -> None:
+    def _write(self, records: tuple[UpdateRecord, ...], group: Sequence[Commit]) -> None:
         ledger = self._ledger
         with ledger.group():
             for work in group:

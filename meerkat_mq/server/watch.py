@@ -13,9 +13,10 @@ from meerkat_mq.core.gradip import gradip
 from meerkat_mq.core.path import digest
 from meerkat_mq.mqtt import Count
 from meerkat_mq.observe.events import Evaluated, Observer, RoundClosed, RunFinished
-from meerkat_mq.rounds.events import EntryCommitted, UpdateRecord
+from meerkat_mq.rounds.events import EntryCommitted
 from meerkat_mq.rounds.guards import NOT_REFUSED
 from meerkat_mq.rounds.policy import lane_of
+from meerkat_mq.rounds.records import UpdateRecord
 from meerkat_mq.server.ledger_rows import Products, Sighting
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor
 from meerkat_mq.wire.frames import MAX_SLOTS

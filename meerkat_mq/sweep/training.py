@@ -15,10 +15,10 @@ from meerkat_mq.core.step import Row
 from meerkat_mq.errors import BadValue, RunError
 from meerkat_mq.model.engine import Prepared, TransformersEngine
 from meerkat_mq.model.evaluate import Evaluation, evaluate, first_order
-from meerkat_mq.rounds.events import Judgement
 from meerkat_mq.rounds.guards import NOT_REFUSED
 from meerkat_mq.rounds.memory import SERVER, MemoryFederation, MemoryNode
 from meerkat_mq.rounds.policy import RoundSettings, lane_of
+from meerkat_mq.rounds.records import Judgement
 from meerkat_mq.sweep.plan import PASSES_OF_A_GRADIENT
 from meerkat_mq.wire.frames import Frame, Update, encode
 

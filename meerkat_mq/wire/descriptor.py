@@ -113,7 +113,7 @@ class RunDescriptor(ControlMessage):
         scalars = self.local_steps * self.perturbations
         if scalars > MAX_STEPS:
             raise ValueError(f"local_steps × perturbations = {scalars} exceeds {MAX_STEPS}")
-        terms, most = self.directions * scalars * (self.max_staleness + 1), most_terms(self.max_staleness)
+        terms, most = self.directions * scalars * (self.max_staleness + 1), most_terms(aged=self.max_staleness > 0)
         if terms > most:
             product = "directions × local_steps × perturbations" + " × (max_staleness + 1)" * bool(self.max_staleness)
             raise ValueError(f"{product} = {terms} exceeds {most}")

@@ -18,9 +18,9 @@ _AGED_TERM = struct.Struct("<HHHf")
 _AGED, _DISPLACED = 1 << 15, 1 << 14  # flags of an entry, above its number of terms
 
 
-def most_terms(max_staleness: int) -> int:
-    """How many terms an entry of a run can have."""
-    return MAX_AGED_TERMS if max_staleness else MAX_TERMS
+def most_terms(*, aged: bool) -> int:
+    """How many terms an entry can have, with ages or without."""
+    return MAX_AGED_TERMS if aged else MAX_TERMS
 
 
 def entry_bytes(entry: Entry) -> int:
@@ -39,22 +39,23 @@ def encode_entry(entry: Entry) -> bytes:
     With bit 15, there is a u16 age before each lane; with bit 14, 16 hash and u32 size of a displacement after the
     terms.
     """
-    _check_count(len(entry.terms), entry.aged)
+    aged = entry.aged
+    _check_count(len(entry.terms), aged)
     check(len(entry.previous) == len(entry.digest) == HASH_BYTES, "entry", "has a hash that is not 16 bytes")
     for term in entry.terms:
         finite("coefficient", term.coefficient)
         _check_age(term.age, entry.version)
-    flags, displaced = _AGED * entry.aged, b""
+    flags, displaced = _AGED * aged, b""
     if entry.displacement is not None:
         check_blob("displacement", entry.displacement.blob, entry.displacement.size)
         flags |= _DISPLACED
         displaced = BLOB.pack(entry.displacement.blob, entry.displacement.size)
     head = _ENTRY.pack(entry.version, len(entry.terms) | flags)
-    return head + pack_terms(entry.terms, entry.aged) + displaced + entry.previous + entry.digest
+    return head + pack_terms(entry.terms, aged) + displaced + entry.previous + entry.digest
 
 
 def _check_count(terms: int, aged: bool) -> None:
-    most = MAX_AGED_TERMS if aged else MAX_TERMS
+    most = most_terms(aged=aged)
     check(terms <= most, "terms", f"{terms} are more than {most}")
 
 

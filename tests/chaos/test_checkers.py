@@ -13,8 +13,8 @@ from meerkat_mq.core.path import Displacement, Entry, digest
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.toy import toy_mask
 from meerkat_mq.rounds.early_stopping import judgements_of
-from meerkat_mq.rounds.events import Judgement, UpdateRecord, Verdict
 from meerkat_mq.rounds.policy import terms_of
+from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
 from meerkat_mq.wire.messages import Round, Update, Values
 from tests.rounds.support import RUN, header, settings, state, status
 

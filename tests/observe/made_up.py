@@ -8,7 +8,7 @@ from typing import Any
 from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.observe.events import Evaluated, RoundClosed
 from meerkat_mq.observe.report import NodeReport, Report
-from meerkat_mq.rounds.events import Judgement
+from meerkat_mq.rounds.records import Judgement
 from meerkat_mq.wire.descriptor import RunDescriptor, Task
 
 DIGEST = "0f" * 16

@@ -8,7 +8,7 @@ import pytest
 
 from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.observe.page import MEANINGS, write_report
-from meerkat_mq.rounds.events import Judgement
+from meerkat_mq.rounds.records import Judgement
 from tests.observe.made_up import (
     TASK,
     a_descriptor,

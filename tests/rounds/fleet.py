@@ -12,9 +12,9 @@ from meerkat_mq.core.path import digest
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.toy import QuadraticEngine, toy_mask
 from meerkat_mq.rounds.early_stopping import judgements_of
-from meerkat_mq.rounds.events import Judgement
 from meerkat_mq.rounds.memory import Deliver, MemoryFederation, MemoryNode, instantly
 from meerkat_mq.rounds.policy import fewest_needed, shares_of, terms_of
+from meerkat_mq.rounds.records import Judgement
 from meerkat_mq.wire.frames import Frame
 from tests.rounds.support import settings
 

@@ -7,6 +7,7 @@ from meerkat_mq.core.path import NO_DIGEST, Displacement, Entry, Term, short_has
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.node import NodeMachine
 from meerkat_mq.rounds.policy import RoundSettings
+from meerkat_mq.rounds.records import Verdict
 from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState
 from meerkat_mq.wire.frames import Header, Refusal, Round, Update, Welcome
@@ -105,7 +106,7 @@ class Desk:
             case e.CommitUpdate(record):
                 return e.UpdatesCommitted(now, (record,))
             case e.FetchValues(node, update):
-                return e.ValuesCame(now, node, update, e.Verdict.ACCEPTED)
+                return e.ValuesCame(now, node, update, Verdict.ACCEPTED)
             case e.ApplyTerms(version, _, shares):
                 due = (version + 1) % self._digest_every == 0
                 digest = base_after(version) if due else NO_DIGEST

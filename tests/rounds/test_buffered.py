@@ -14,14 +14,15 @@ from meerkat_mq.errors import ConfigError
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.guards import Guard
 from meerkat_mq.rounds.policy import RoundSettings, lane_of, terms_of
+from meerkat_mq.rounds.records import UpdateRecord, Verdict
 from meerkat_mq.wire.frames import Reason, encode
 from tests.rounds.support import RUN, Desk, base_after, chain, desk, only, reasons, settings
 
 BUFFERED: dict[str, Any] = {"mode": "buffered", "buffer_size": 2, "max_staleness": 2, "min_nodes": 1}
 
 
-def record(version: int, slot: int, *scalars: float, weight: int = 1) -> e.UpdateRecord:
-    return e.UpdateRecord(version, f"n{slot}", slot, 1, weight, scalars, 1.0)
+def record(version: int, slot: int, *scalars: float, weight: int = 1) -> UpdateRecord:
+    return UpdateRecord(version, f"n{slot}", slot, 1, weight, scalars, 1.0)
 
 
 def buffered(*slow: type[object], nodes: str = "abc", **changes: Any) -> Desk:
@@ -262,7 +263,7 @@ def test_each_age_lane_and_step_is_a_term_in_that_order() -> None:
     ]  # fmt: skip
 
 
-def synchronous_terms(records: list[e.UpdateRecord], rules: RoundSettings) -> tuple[Term, ...]:
+def synchronous_terms(records: list[UpdateRecord], rules: RoundSettings) -> tuple[Term, ...]:
     """The rule of synchronous rounds, as it was before there were ages."""
     total, terms = sum(record.weight for record in records), []
     for lane in range(rules.lanes):
@@ -310,11 +311,11 @@ def test_guards_compare_what_walked_the_same_directions() -> None:
     stale = [record(10, slot, -1e6 - slot) for slot in range(4)]  # far from the others, not from each other
     fresh = [record(12, slot, 1.0 + slot / 10) for slot in range(4)]
     alone = [replace(found, version=11) for found in stale[:1]]
-    assert {found.verdict for found in guard.judge(fresh)} == {e.Verdict.ACCEPTED}
+    assert {found.verdict for found in guard.judge(fresh)} == {Verdict.ACCEPTED}
     judged = guard.judge([*fresh, replace(stale[0], version=12)])
-    assert judged[-1].verdict is e.Verdict.OUTLIER
-    assert guard.judge([*fresh, *alone])[-1].verdict is e.Verdict.OUTLIER
-    assert {found.verdict for found in guard.judge([*fresh, *stale])[:4]} == {e.Verdict.ACCEPTED}
+    assert judged[-1].verdict is Verdict.OUTLIER
+    assert guard.judge([*fresh, *alone])[-1].verdict is Verdict.OUTLIER
+    assert {found.verdict for found in guard.judge([*fresh, *stale])[:4]} == {Verdict.ACCEPTED}
 
 
 # --- a new term -----------------------------------------------------------------------------------------------------
@@ -341,8 +342,8 @@ def test_a_new_term_goes_on_in_the_middle_of_the_window() -> None:
     assert [term.age for term in server.entries[0].entry.terms] == [0, 1, 2]
 
 
-def record_of(node: str, slot: int, version: int) -> e.UpdateRecord:
-    return e.UpdateRecord(version, node, slot, 1, 1, (1.0,), 1.0)
+def record_of(node: str, slot: int, version: int) -> UpdateRecord:
+    return UpdateRecord(version, node, slot, 1, 1, (1.0,), 1.0)
 
 
 def test_what_is_too_old_in_a_new_term_is_in_no_entry() -> None:

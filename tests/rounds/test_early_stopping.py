@@ -12,7 +12,7 @@ from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.core.path import Term
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.early_stopping import EarlyStopping, judgements_of
-from meerkat_mq.rounds.events import Judgement, UpdateRecord, Verdict
+from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
 from meerkat_mq.wire.frames import Reason, Refusal
 from tests.rounds.support import Desk, chain, desk, only, reasons
 from tests.rounds.support import settings as rules_of

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meerkat_mq.config import GuardsConfig
-from meerkat_mq.rounds.events import UpdateRecord, Verdict
 from meerkat_mq.rounds.guards import Guard, on_arrival
+from meerkat_mq.rounds.records import UpdateRecord, Verdict
 
 WINDOW = GuardsConfig().window
 Poison = Callable[[int, float], float]

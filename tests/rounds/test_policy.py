@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.core.path import Entry, Term
 from meerkat_mq.errors import ConfigError
-from meerkat_mq.rounds.events import UpdateRecord, Verdict
 from meerkat_mq.rounds.policy import (
     NEWEST_ENTRY_BYTES,
     applicable,
@@ -25,6 +24,7 @@ from meerkat_mq.rounds.policy import (
     share,
     terms_of,
 )
+from meerkat_mq.rounds.records import UpdateRecord, Verdict
 from meerkat_mq.wire.frames import encode_entry
 from tests.rounds.support import RUN, chain, settings
 

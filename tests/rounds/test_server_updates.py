@@ -8,6 +8,7 @@ import pytest
 from meerkat_mq.core.path import Term, seed_for
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.policy import sample
+from meerkat_mq.rounds.records import UpdateRecord
 from meerkat_mq.rounds.server import LARGEST_STEP
 from meerkat_mq.wire.frames import MAX_SLOTS, Header, Reason, Want, encode
 from tests.rounds.support import MASK, RUN, THETA_0, Desk, base_after, chain, desk, header, only, reasons
@@ -19,8 +20,8 @@ def open_desk(*slow: type[object], **changes: Any) -> Desk:
     return server
 
 
-def record(node: str, slot: int, version: int = 0, g: float = 1.0, boot: int = 1) -> e.UpdateRecord:
-    return e.UpdateRecord(version, node, slot, boot, 1, (g,), 1.0)
+def record(node: str, slot: int, version: int = 0, g: float = 1.0, boot: int = 1) -> UpdateRecord:
+    return UpdateRecord(version, node, slot, boot, 1, (g,), 1.0)
 
 
 def test_the_first_update_of_a_node_counts_against_its_restarted_self() -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.node import NodeMachine
+from meerkat_mq.rounds.records import UpdateRecord, Verdict
 from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.wire.frames import Entries, Header, Reason, Refusal, Round, Update, Values, Want, Welcome, encode
 from tests.rounds import support as s
@@ -47,7 +48,7 @@ announcements = st.builds(
 updates = st.builds(Update, headers, small, digests.map(lambda d: d[:8]), loss, scalars, seeds) | announcements
 heard_before = st.sampled_from([(), ((4, 1),), ((4, 2), (5, 1))])
 wants = st.builds(Want, headers, small, st.booleans(), st.none() | small)
-records = st.lists(st.builds(e.UpdateRecord, small, names, small, small, st.just(1), scalars, loss), max_size=2)
+records = st.lists(st.builds(UpdateRecord, small, names, small, small, st.just(1), scalars, loss), max_size=2)
 products = st.sampled_from([(), ((1.0,) * 4,) * 2])
 rounds = st.builds(
     Round, headers, st.booleans(), st.just(2), st.integers(1, 2), st.just(2.0**-10), st.just(1000), small, slots, slots,
@@ -68,7 +69,7 @@ server_junk = st.one_of(
     st.builds(e.ServerSeen, st.just(0.0), states),
     st.builds(e.SlotCommitted, st.just(0.0), names),
     st.builds(e.UpdatesCommitted, st.just(0.0), records.map(tuple)),
-    st.builds(e.ValuesCame, st.just(0.0), names, announcements, st.sampled_from(e.Verdict)),
+    st.builds(e.ValuesCame, st.just(0.0), names, announcements, st.sampled_from(Verdict)),
     st.builds(e.ValuesMissed, st.just(0.0), names, announcements),
     st.builds(e.TermsApplied, st.just(0.0), small, digests),
     st.builds(e.EntryCommitted, st.just(0.0), small, records.map(tuple)),

@@ -8,6 +8,7 @@ import pytest
 from meerkat_mq.core.path import Displacement, Term, short_hash
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.policy import shares_of
+from meerkat_mq.rounds.records import UpdateRecord, Verdict
 from meerkat_mq.wire.frames import Reason, Values, encode
 from tests.rounds.support import Desk, desk, only, reasons, settings
 
@@ -30,7 +31,7 @@ def test_a_displacement_is_fetched_then_committed_then_added_after_the_terms() -
     server = accepting(e.FetchValues)
     order = fetch(server, 1, "a")
     assert only(e.CommitUpdate, server.seen) == []
-    server.give(e.ValuesCame(2, "a", order.update, e.Verdict.ACCEPTED))
+    server.give(e.ValuesCame(2, "a", order.update, Verdict.ACCEPTED))
     (kept,) = only(e.CommitUpdate, server.seen)
     assert (kept.record.values, kept.record.scalars) == (VALUES, ())
     server.update(3, "b", 4.0)
@@ -71,7 +72,7 @@ def test_a_fetch_that_ends_after_its_version_is_gone_adds_nothing() -> None:
     server.update(2, "b")
     server.tick(100)
     assert server.machine.version == 1
-    assert reasons(server.give(e.ValuesCame(101, "a", order.update, e.Verdict.ACCEPTED))) == ["late"]
+    assert reasons(server.give(e.ValuesCame(101, "a", order.update, Verdict.ACCEPTED))) == ["late"]
     assert len(only(e.CommitUpdate, server.seen)) == 1
 
 
@@ -79,7 +80,7 @@ def test_a_fetch_that_ends_in_the_window_counts_with_its_age() -> None:
     server = accepting(e.FetchValues, mode="buffered", max_staleness=2, buffer_size=1, min_nodes=1)
     order = fetch(server, 1, "a")
     server.update(2, "b")
-    server.give(e.ValuesCame(3, "a", order.update, e.Verdict.ACCEPTED))
+    server.give(e.ValuesCame(3, "a", order.update, Verdict.ACCEPTED))
     (_, applied) = only(e.ApplyTerms, server.seen)
     assert applied.shares == (e.Share(VALUES.blob, 181 / 256),)
     assert server.round.heard_before == ((0, 2), (1, 2))
@@ -88,28 +89,26 @@ def test_a_fetch_that_ends_in_the_window_counts_with_its_age() -> None:
 def test_an_answer_that_nobody_waits_for_is_dropped() -> None:
     server = accepting(e.FetchValues)
     order = fetch(server, 1, "a")
-    server.give(e.ValuesCame(2, "a", order.update, e.Verdict.ACCEPTED))
-    assert reasons(server.give(e.ValuesCame(2, "a", order.update, e.Verdict.ACCEPTED))) == ["unexpected answer"]
+    server.give(e.ValuesCame(2, "a", order.update, Verdict.ACCEPTED))
+    assert reasons(server.give(e.ValuesCame(2, "a", order.update, Verdict.ACCEPTED))) == ["unexpected answer"]
     assert reasons(server.give(e.ValuesMissed(2, "a", order.update))) == ["unexpected answer"]
 
 
 @pytest.mark.parametrize(
     ("verdict", "loss", "kept"),
     [
-        (e.Verdict.ACCEPTED, math.nan, e.Verdict.NOT_FINITE),
-        (e.Verdict.NOT_FINITE, 1.0, e.Verdict.NOT_FINITE),
-        (e.Verdict.TOO_LARGE, 1.0, e.Verdict.TOO_LARGE),
+        (Verdict.ACCEPTED, math.nan, Verdict.NOT_FINITE),
+        (Verdict.NOT_FINITE, 1.0, Verdict.NOT_FINITE),
+        (Verdict.TOO_LARGE, 1.0, Verdict.TOO_LARGE),
     ],
 )
-def test_a_displacement_that_cannot_be_added_is_kept_and_left_out(
-    verdict: e.Verdict, loss: float, kept: e.Verdict
-) -> None:
+def test_a_displacement_that_cannot_be_added_is_kept_and_left_out(verdict: Verdict, loss: float, kept: Verdict) -> None:
     server = accepting(e.FetchValues)
     order = fetch(server, 1, "a", loss=loss)
     effects = server.give(e.ValuesCame(2, "a", order.update, verdict))
     assert only(e.Reply, effects)[0].frame.reason is Reason.OUT_OF_RANGE  # type: ignore[union-attr]
     server.update(3, "b", 4.0)
-    assert [record.verdict for record in server.entries[0].records] == [kept, e.Verdict.ACCEPTED]
+    assert [record.verdict for record in server.entries[0].records] == [kept, Verdict.ACCEPTED]
     assert server.entries[0].entry.displacement is None
     assert server.entries[0].entry.terms == (Term(0, 0, 2.0),)
 
@@ -117,7 +116,7 @@ def test_a_displacement_that_cannot_be_added_is_kept_and_left_out(
 def test_shares_are_by_base_version_and_slot_whatever_the_order_of_arrival() -> None:
     rules = settings(mode="buffered", max_staleness=3, values_accepted=True)
     records = [
-        e.UpdateRecord(version, f"n{slot}", slot, 1, weight, (), 1.0, values=Values(bytes([slot] * 16), 9, 1))
+        UpdateRecord(version, f"n{slot}", slot, 1, weight, (), 1.0, values=Values(bytes([slot] * 16), 9, 1))
         for version, slot, weight in ((5, 1, 1), (4, 7, 2), (5, 0, 1))
     ]
     found = shares_of(records, rules, 5)

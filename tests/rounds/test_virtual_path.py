@@ -10,10 +10,10 @@ import pytest
 
 from meerkat_mq.config import EarlyStoppingConfig, GuardsConfig
 from meerkat_mq.rounds.early_stopping import is_extreme, path_ratios
-from meerkat_mq.rounds.events import Verdict
 from meerkat_mq.rounds.guards import Guard
 from meerkat_mq.rounds.memory import MemoryFederation
 from meerkat_mq.rounds.policy import terms_of
+from meerkat_mq.rounds.records import Verdict
 from tests.rounds.fleet import check, fleet, run
 from tests.rounds.support import settings as rules_of
 from tests.rounds.test_early_stopping import CALIBRATING, DECAYING, STEADY, VPCS, records_of

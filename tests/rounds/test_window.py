@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meerkat_mq.core.path import NO_DIGEST
-from meerkat_mq.rounds.events import UpdateRecord
+from meerkat_mq.rounds.records import UpdateRecord
 from meerkat_mq.rounds.window import Window
 from tests.rounds.support import THETA_0, base_after, chain
 

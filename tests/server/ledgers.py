@@ -17,8 +17,8 @@ from meerkat_mq.core.path import Displacement, Entry, short_hash
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.toy import toy_mask
 from meerkat_mq.rounds.early_stopping import EarlyStopping, judgements_of, with_verdicts
-from meerkat_mq.rounds.events import Judgement, UpdateRecord, Verdict
 from meerkat_mq.rounds.policy import shares_of, terms_of
+from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
 from meerkat_mq.server.displacement import mean_of
 from meerkat_mq.server.files import DIFFERENCE_FILE, snapshot_file
 from meerkat_mq.server.ledger import LEDGER_FILE, Ledger

@@ -11,7 +11,7 @@ import pytest
 from meerkat_mq.config import ServerConfig
 from meerkat_mq.core.mask import Mask, MaskedMatrix
 from meerkat_mq.errors import ConfigError, RunMismatch
-from meerkat_mq.rounds.events import Verdict
+from meerkat_mq.rounds.records import Verdict
 from meerkat_mq.server.inspect import run_shown
 from meerkat_mq.server.run import Run, check_same, early_stopping_in_words, prepare_run, settings_of
 from meerkat_mq.server.verify import run_of

@@ -13,6 +13,7 @@ from meerkat_mq.core.path import short_hash
 from meerkat_mq.errors import BadValue
 from meerkat_mq.mqtt import blob_fetch
 from meerkat_mq.rounds import events as e
+from meerkat_mq.rounds.records import Verdict
 from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.server import fetches as module
 from meerkat_mq.server.fetches import Fetches
@@ -106,7 +107,7 @@ async def test_what_did_not_come_is_asked_for_again(office: Office) -> None:
     assert again.chunks == (1, *range(4, count))
     office.send("a", blob, again.chunks)
     await until(lambda: office.desk.kept)
-    assert office.desk.kept == [KeepValues("a", wanted.update, blob, e.Verdict.ACCEPTED)]
+    assert office.desk.kept == [KeepValues("a", wanted.update, blob, Verdict.ACCEPTED)]
     with pytest.raises(BadValue, match="was not asked for"):
         office.send("a", blob, (0,))
 
@@ -114,13 +115,13 @@ async def test_what_did_not_come_is_asked_for_again(office: Office) -> None:
 @pytest.mark.parametrize(
     ("blob", "loss", "verdict"),
     [
-        (blob_of(1), math.nan, e.Verdict.NOT_FINITE),
-        (TOO_LARGE, 0.5, e.Verdict.TOO_LARGE),
-        (TOO_FAR, 0.5, e.Verdict.TOO_LARGE),
+        (blob_of(1), math.nan, Verdict.NOT_FINITE),
+        (TOO_LARGE, 0.5, Verdict.TOO_LARGE),
+        (TOO_FAR, 0.5, Verdict.TOO_LARGE),
     ],
 )
 async def test_what_no_theta_takes_is_kept_as_refused(
-    office: Office, blob: bytes, loss: float, verdict: e.Verdict
+    office: Office, blob: bytes, loss: float, verdict: Verdict
 ) -> None:
     office.fetches.put(order("a", blob, loss=loss))
     office.send("a", blob, (await office.wanted("a")).chunks)

@@ -9,7 +9,7 @@ import pytest
 from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.core.path import seed_for
 from meerkat_mq.errors import LedgerError, RunMismatch
-from meerkat_mq.rounds.events import Verdict
+from meerkat_mq.rounds.records import Verdict
 from meerkat_mq.server import inspect
 from meerkat_mq.server.inspect import path_shown, round_shown, rounds_shown, run_shown, steps_shown
 from meerkat_mq.server.ledger import LEDGER_FILE, Ledger

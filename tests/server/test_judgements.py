@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.errors import LedgerError
-from meerkat_mq.rounds.events import Judgement
+from meerkat_mq.rounds.records import Judgement
 from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
 from meerkat_mq.server.ledger_rows import pack_products, unpack_products
 from meerkat_mq.server.recovery import resumed

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from meerkat_mq.rounds.events import Verdict
+from meerkat_mq.rounds.records import Verdict
 from tests.server.federation import Federation, Service, all_end
 from tests.server.replay import undisturbed, verified
 

@@ -18,7 +18,7 @@ import pytest
 from meerkat_mq.config import ServerConfig
 from meerkat_mq.core.path import Entry, Term
 from meerkat_mq.errors import AnotherServer, LedgerError
-from meerkat_mq.rounds.events import UpdateRecord, Verdict
+from meerkat_mq.rounds.records import UpdateRecord, Verdict
 from meerkat_mq.server import ledger_file
 from meerkat_mq.server.ledger import Ledger
 from meerkat_mq.server.ledger_rows import Sighting

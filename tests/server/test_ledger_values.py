@@ -11,7 +11,7 @@ import pytest
 from meerkat_mq.core.path import Displacement, Entry, Term, digest
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.errors import LedgerError
-from meerkat_mq.rounds.events import UpdateRecord, Verdict
+from meerkat_mq.rounds.records import UpdateRecord, Verdict
 from meerkat_mq.server.ledger import Ledger
 from meerkat_mq.server.recovery import recovered, resumed
 from meerkat_mq.server.run import Run

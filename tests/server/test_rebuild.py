@@ -11,7 +11,7 @@ from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.step import local_steps
 from meerkat_mq.core.toy import QuadraticEngine, toy_mask
 from meerkat_mq.errors import BadValue, LedgerError, RunMismatch
-from meerkat_mq.rounds.events import Verdict
+from meerkat_mq.rounds.records import Verdict
 from meerkat_mq.server.inspect import steps_shown
 from meerkat_mq.server.rebuild import rebuilt_path, theta_of
 from tests.server.ledgers import RUN, Writer, alter, close_all

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from meerkat_mq.rounds.events import UpdateRecord
+from meerkat_mq.rounds.records import UpdateRecord
 from meerkat_mq.server.ledger import LEDGER_FILE
 from tests.server.federation import PACE, PATIENCE_S, Federation, Service, all_end
 from tests.server.replay import undisturbed, verified

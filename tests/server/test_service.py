@@ -17,6 +17,7 @@ from meerkat_mq.core.values import quantised
 from meerkat_mq.errors import LedgerError, NotConnected, RunError
 from meerkat_mq.mqtt import Message, Session
 from meerkat_mq.rounds import events as e
+from meerkat_mq.rounds.records import UpdateRecord, Verdict
 from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
 from meerkat_mq.server.recovery import recovered
@@ -32,8 +33,8 @@ from meerkat_mq.wire.values import decode_values, encode_values
 from tests.support.waiting import until
 
 
-def record(slot: int) -> e.UpdateRecord:
-    return e.UpdateRecord(0, f"node-{slot}", slot, 1, 1, (0.5,), 0.5)
+def record(slot: int) -> UpdateRecord:
+    return UpdateRecord(0, f"node-{slot}", slot, 1, 1, (0.5,), 0.5)
 
 
 class BusyLedger(Ledger):
@@ -44,7 +45,7 @@ class BusyLedger(Ledger):
         self.free = threading.Event()
         self.sizes: list[int] = []
 
-    def commit_updates(self, records: Iterable[e.UpdateRecord]) -> None:
+    def commit_updates(self, records: Iterable[UpdateRecord]) -> None:
         records = list(records)
         self.sizes.append(len(records))
         assert self.free.wait(10)
@@ -203,7 +204,7 @@ async def keep(office: Office, *numbers: float) -> tuple[e.Share, ...]:
     for slot, number in enumerate(numbers):
         update, blob = values_update(number)
         assert update.values is not None
-        office.scribe.put(KeepValues(f"node-{slot}", update, blob, e.Verdict.ACCEPTED))
+        office.scribe.put(KeepValues(f"node-{slot}", update, blob, Verdict.ACCEPTED))
         await office.scribe.idle()
         office.scribe.put(e.CommitUpdate(replace(record(slot), scalars=(), values=update.values), last=True))
         await office.scribe.idle()
@@ -214,11 +215,11 @@ async def keep(office: Office, *numbers: float) -> tuple[e.Share, ...]:
 async def test_a_displacement_is_kept_before_the_machine_hears_that_it_came(working: Office) -> None:
     working.ledger.free.set()
     update, blob = values_update(1.0)
-    working.scribe.put(KeepValues("node-0", update, blob, e.Verdict.TOO_LARGE))
+    working.scribe.put(KeepValues("node-0", update, blob, Verdict.TOO_LARGE))
     await until(lambda: working.desk.told)
     (came,) = working.desk.told
     assert isinstance(came, e.ValuesCame)
-    assert (came.node, came.update, came.verdict) == ("node-0", update, e.Verdict.TOO_LARGE)
+    assert (came.node, came.update, came.verdict) == ("node-0", update, Verdict.TOO_LARGE)
     assert working.ledger.blob(short_hash(blob)) == blob
 
 

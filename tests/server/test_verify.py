@@ -14,8 +14,8 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Term, digest
 from meerkat_mq.core.toy import toy_mask
 from meerkat_mq.errors import LedgerError, MaskError, ModelMismatch, ModelNotFound, RunMismatch
-from meerkat_mq.rounds.events import Verdict
 from meerkat_mq.rounds.policy import terms_of
+from meerkat_mq.rounds.records import Verdict
 from meerkat_mq.server.files import mask_file
 from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
 from meerkat_mq.server.verify import verify_folder, verify_ledger

@@ -12,7 +12,7 @@ from meerkat_mq.core.directions import direction
 from meerkat_mq.core.mask import Mask, MaskedMatrix
 from meerkat_mq.core.path import seed_for
 from meerkat_mq.errors import RunMismatch
-from meerkat_mq.rounds.events import Verdict
+from meerkat_mq.rounds.records import Verdict
 from meerkat_mq.server.verify import verify_folder
 from tests.server.ledgers import RUN, Writer, alter, close_all, write
 

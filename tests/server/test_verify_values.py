@@ -12,7 +12,7 @@ import pytest
 
 from meerkat_mq.core.path import Displacement, digest, short_hash
 from meerkat_mq.errors import RunMismatch
-from meerkat_mq.rounds.events import Verdict
+from meerkat_mq.rounds.records import Verdict
 from meerkat_mq.server.inspect import path_shown, round_shown, run_shown
 from meerkat_mq.server.ledger import LEDGER_FILE
 from meerkat_mq.server.rebuild import rebuilt_path

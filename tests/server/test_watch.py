@@ -11,7 +11,8 @@ from meerkat_mq.config import RoundsConfig, ServerConfig
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.mqtt import Count
 from meerkat_mq.observe.events import Evaluated, RoundClosed, RunEvent
-from meerkat_mq.rounds.events import EntryCommitted, Judgement, UpdateRecord, Verdict
+from meerkat_mq.rounds.events import EntryCommitted
+from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
 from meerkat_mq.server.run import prepare_run
 from meerkat_mq.server.watch import Watch
 from meerkat_mq.wire.descriptor import NodeStatus

@@ -281,7 +281,7 @@ IDLE = Round(HEADER, False, 10, 1, 0.5, 0)
         Entries(HEADER, (replace(ENTRY_OF_ONE, terms=ENTRY_OF_ONE.terms * (MAX_TERMS + 1)),)),
         Entries(HEADER, (replace(ENTRY_OF_ONE, terms=(Term(0, 0, 0.5, 1),)),)),
         Entries(HEADER, (replace(STALE, terms=(Term(0, 0, 0.5, MAX_STALENESS + 1),)),)),
-        Entries(HEADER, (replace(STALE, terms=STALE.terms * (most_terms(1) + 1)),)),
+        Entries(HEADER, (replace(STALE, terms=STALE.terms * (most_terms(aged=True) + 1)),)),
         Entries(HEADER, (replace(ENTRY_OF_ONE, displacement=Displacement(bytes(15), 1)),)),
         Entries(HEADER, (replace(ENTRY_OF_ONE, displacement=Displacement(bytes(16), 0)),)),
         Chunk(HEADER, bytes(16), 1, 1, 5, b"x"),
@@ -323,7 +323,7 @@ def test_every_nan_is_sent_as_the_one() -> None:
 
 LARGEST = [
     replace(ENTRY_OF_ONE, terms=ENTRY_OF_ONE.terms * MAX_TERMS),
-    replace(STALE, terms=STALE.terms * most_terms(1)),
+    replace(STALE, terms=STALE.terms * most_terms(aged=True)),
 ]
 
 

@@ -11,7 +11,8 @@ from meerkat_mq.core.directions import Float32Array, direction
 from meerkat_mq.core.gradip import inner_products
 from meerkat_mq.core.path import NO_DIGEST, Entry, Term, apply, digest, seed_for, short_hash
 from meerkat_mq.errors import AnotherServer
-from meerkat_mq.rounds.events import CommitEntry, Judgement, UpdateRecord
+from meerkat_mq.rounds.events import CommitEntry
+from meerkat_mq.rounds.records import Judgement, UpdateRecord
 from meerkat_mq.wire.values import decode_values
 
 _direction = lru_cache(16_384)(direction)

@@ -12,6 +12,7 @@ from meerkat_mq.core.path import NO_DIGEST, Displacement, Entry, digest_due, sho
 from meerkat_mq.core.values import mean_displacement
 from meerkat_mq.errors import WireError
 from meerkat_mq.rounds import events as e
+from meerkat_mq.rounds.records import Judgement, UpdateRecord
 from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.server.displacement import verdict_on
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState
@@ -121,11 +122,11 @@ class Server(Process):
             heard=ledger.heard(),
         )
 
-    def resumed_judgements(self) -> Sequence[e.Judgement]:
+    def resumed_judgements(self) -> Sequence[Judgement]:
         """All that was found of any node, oldest first."""
         return [judgement for found in self.disk.ledger.judgements for judgement in found]
 
-    def resumed_updates(self) -> Sequence[e.UpdateRecord]:
+    def resumed_updates(self) -> Sequence[UpdateRecord]:
         """The committed updates that no entry holds yet."""
         return list(self.disk.ledger.updates.values())
 
