@@ -71,6 +71,13 @@ def fleet(
     )
 
 
+def heal(federation: MemoryFederation, network: Network) -> None:
+    """Mend the network; every node connects anew."""
+    network.heal()
+    for name in federation.nodes:
+        federation.reconnect(name)
+
+
 def run(federation: MemoryFederation, seconds: float = 1000.0) -> MemoryFederation:
     """Run to the end, and let the last words arrive."""
     federation.run(federation.now + seconds)

@@ -14,7 +14,7 @@ from meerkat_mq.core.step import local_steps
 from meerkat_mq.core.toy import QuadraticEngine, toy_mask
 from meerkat_mq.rounds.memory import MemoryFederation
 from meerkat_mq.rounds.policy import lane_of
-from tests.rounds.fleet import WEIGHTS, Network, check, fleet, run
+from tests.rounds.fleet import WEIGHTS, Network, check, fleet, heal, run
 from tests.rounds.support import RUN
 
 BUFFERED: dict[str, Any] = {"mode": "buffered", "buffer_size": 2, "max_staleness": 4, "min_nodes": 2}
@@ -98,9 +98,7 @@ def test_through_a_bad_network(changes: dict[str, Any]) -> None:
     federation = spread(fleet(6, deliver=network, **BUFFERED | {"count": 40} | changes), 5.0)
     federation.start()
     federation.run(500)
-    network.heal()
-    for name in federation.nodes:
-        federation.reconnect(name)
+    heal(federation, network)
     run(federation)
     check(federation)
     assert sum(federation.counts[name, "duplicate"] for name in federation.nodes) > 0
@@ -153,9 +151,7 @@ def test_a_displacement_that_is_lost_is_announced_again() -> None:
     federation = with_values(fleet(3, deliver=network, count=10, values_accepted=True, min_nodes=3), n1="int8")
     federation.start()
     federation.run(500)
-    network.heal()
-    for name in federation.nodes:
-        federation.reconnect(name)
+    heal(federation, network)
     run(federation)
     check(federation)
     assert federation.counts["n1", "values missed"] > 0

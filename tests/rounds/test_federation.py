@@ -11,7 +11,7 @@ from meerkat_mq.core.directions import direction
 from meerkat_mq.core.toy import QuadraticEngine
 from meerkat_mq.rounds.memory import MemoryFederation
 from meerkat_mq.wire.frames import Round, Update, Want
-from tests.rounds.fleet import WEIGHTS, Network, check, fleet, heard, run
+from tests.rounds.fleet import WEIGHTS, Network, check, fleet, heal, heard, run
 
 
 def miss(federation: MemoryFederation) -> float:
@@ -66,9 +66,7 @@ def test_through_a_bad_network(changes: dict[str, Any]) -> None:
     federation = fleet(deliver=network, **changes)
     federation.start()
     federation.run(5000)
-    network.heal()
-    for name in federation.nodes:
-        federation.reconnect(name)
+    heal(federation, network)
     run(federation)
     check(federation)
     assert federation.counts["n0", "duplicate"] > 0

@@ -32,6 +32,14 @@ def program(name: str, *, makes_sure: str) -> str:
     return path
 
 
+def _state(thread: Path) -> str:
+    """The letter of a thread's state (proc_pid_stat(5)), "T" also where it has ended."""
+    try:
+        return (thread / "stat").read_text().rpartition(") ")[2][0]
+    except FileNotFoundError:
+        return "T"
+
+
 class Broker:
     """A broker process on a loopback port that stays the same over restarts.
 
@@ -98,8 +106,13 @@ class Broker:
             self.kill()
 
     def freeze(self) -> None:
+        """SIGSTOP, and wait until all threads have stopped: one may still have an acknowledgement to write."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
+        deadline = time.monotonic() + STOP_S
+        while any(_state(thread) != "T" for thread in Path(f"/proc/{self.pid}/task").iterdir()):
+            assert time.monotonic() < deadline, "does not freeze"
+            time.sleep(0.001)
 
     def thaw(self) -> None:
         assert self._process is not None

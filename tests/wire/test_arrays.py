@@ -1,6 +1,4 @@
 import struct
-import tracemalloc
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -28,18 +26,9 @@ from meerkat_mq.wire.arrays import (
 from meerkat_mq.wire.frames import MAX_CHUNK_BYTES, Header, decode, encode
 from meerkat_mq.wire.reader import Reader
 from protocol.vectors_core import golden_mask
+from tests.support.memory import peak_of
 
 HEADER = Header(1, 2, 3, b"maskhash")
-
-
-def peak_of(action: Callable[[], object], refusal: type[WireError]) -> int:
-    """Bytes that a refused decoding allocated at most."""
-    tracemalloc.start()
-    with pytest.raises(refusal):
-        action()
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    return peak
 
 
 def prefixed(code: int, count: int, packed: bytes) -> bytes:

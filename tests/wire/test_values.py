@@ -1,8 +1,6 @@
 """Values blobs: round trips, and "a mutated blob decodes to finite values of its size or is refused with a name"."""
 
 import struct
-import tracemalloc
-from collections.abc import Callable
 from typing import get_args
 
 import numpy as np
@@ -19,6 +17,7 @@ from meerkat_mq.core.values import BLOCK, LARGEST_SCALE, quantise, quantised
 from meerkat_mq.errors import BadMagic, BadValue, TooLarge, Truncated, UnknownType, WireError
 from meerkat_mq.wire.arrays import MAX_BLOB_WEIGHTS
 from meerkat_mq.wire.values import MAGIC, decode_values, encode_values, largest_blob
+from tests.support.memory import peak_of
 
 CODECS = get_args(Codec)
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -30,16 +29,6 @@ BLOBS = {codec: encode_values(VALUES, codec) for codec in CODECS}
 def blob_of(code: int, size: int, *arrays: np.ndarray) -> bytes:
     planes = [array.view(np.uint8).reshape(array.size, array.itemsize).T.tobytes() for array in arrays]
     return MAGIC + struct.pack("<BI", code, size) + zstandard.ZstdCompressor().compress(b"".join(planes))
-
-
-def peak_of(action: Callable[[], object], refusal: type[WireError]) -> int:
-    """Bytes that a refused decoding allocated at most."""
-    tracemalloc.start()
-    with pytest.raises(refusal):
-        action()
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    return peak
 
 
 @settings(max_examples=300, deadline=None)
