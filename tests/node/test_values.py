@@ -80,8 +80,11 @@ async def test_all_that_was_sent_while_the_node_stepped_is_there_afterwards(
 async def test_what_does_not_come_is_asked_for_at_once(
     tmp_path: Path, mosquitto: Mosquitto, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blob_fetch, "PATIENCE_S", 600.0)
     async with MiniServer(mosquitto.config, weights=WEIGHTS, values=True) as server:
+        async with node(tmp_path, mosquitto.config):
+            await server.status("online")  # the mask is there, for which a node waits where no chunks are retained
+        await server.status("stopped")
+        monkeypatch.setattr(blob_fetch, "PATIENCE_S", 600.0)
         blob = server.close(displacement(1))
         server.announce(asked=False)
         async with node(tmp_path, mosquitto.config):
