@@ -39,7 +39,7 @@ class Node {
       url: broker, clientId: `meerkat-${federation}-${id}`, own: `${root}/up/${id}/status`, log,
       filters: [`${root}/server`, `${root}/run`, `${root}/round`, `${root}/values`, `${root}/down/${id}/reply`],
       statusOf: (status, link) => this.status(status, link),
-      onMessage: (topic, payload, retained) => this.guarded(() => this.onMessage(topic, payload, retained)),
+      onMessage: (topic, payload, retained) => this.guarded(() => this.onMessage(topic, payload, retained), topic),
       onConnected: (link) => this.guarded(() => this.onConnected(link)),
       onDisconnected: () => this.presence.disconnected(),
     });
@@ -61,11 +61,11 @@ class Node {
   }
 
   /** Untrusted bytes are dropped and counted; anything else ends the node. */
-  guarded(action) {
+  guarded(action, topic) {
     try {
       action();
     } catch (error) {
-      if (error instanceof Refused) log("message dropped", { error: error.name, problem: error.message });
+      if (error instanceof Refused) log("message dropped", { topic, error: error.name, problem: error.message });
       else this.fail(error);
     }
   }
