@@ -18,10 +18,18 @@ STOP_S = 3.0
 PLACES = "/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin:/opt/homebrew/sbin"
 
 
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody uses, and no other than those given before: they may not be in use yet."""
+    port = 0
+    while not port or port in _given:
+        with socket.socket() as probe:
+            probe.bind((HOST, 0))
+            port = int(probe.getsockname()[1])
+    _given.add(port)
+    return port
 
 
 def program(name: str, *, makes_sure: str) -> str:
