@@ -265,6 +265,7 @@ def _hostile_arrays() -> dict[str, bytes]:
     good = encode_array(golden_arrays()["uint32"])
     packed = good[9:]
     short = zstandard.ZstdCompressor().compress(bytes(8))
+    fewer, more = (_mislabelled(bytes(range(size)), 24) for size in (16, 32))
     unsized = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(24))
     skippable = struct.pack("<II", 0x184D2A50, 24) + bytes(24)
     return {
@@ -274,11 +275,19 @@ def _hostile_arrays() -> dict[str, bytes]:
         "another count": good[:1] + struct.pack("<I", 7) + good[5:],
         "not zstd": good[:9] + bytes(len(packed)),
         "zstd of fewer bytes": struct.pack("<BII", 2, 6, len(short)) + short,
+        "zstd of fewer bytes than it says": struct.pack("<BII", 2, 6, len(fewer)) + fewer,
+        "zstd of more bytes than it says": struct.pack("<BII", 2, 6, len(more)) + more,
         "zstd without its size": struct.pack("<BII", 2, 6, len(unsized)) + unsized,
         "fewer bytes than any zstd frame of this size": good[:5] + bytes(4),
         "a skippable frame": struct.pack("<BII", 2, 6, len(skippable)) + skippable,
         "bytes after the zstd frame": struct.pack("<BII", 2, 6, len(packed) + 1) + packed + b"\0",
     }
+
+
+def _mislabelled(content: bytes, size: int) -> bytes:
+    """A zstd frame that says that it is of another size, below 256 as it is."""
+    frame = zstandard.ZstdCompressor().compress(content)
+    return frame[:5] + bytes([size]) + frame[6:]
 
 
 def arrays() -> bytes:

@@ -28,12 +28,19 @@ export function unpacked(packed, size) {
   need(size <= MAX_RATIO * packed.length, `${size} bytes cannot come of ${packed.length}`, "TooLarge");
   try {
     need(frameSize(packed, size) === packed.length, "there are bytes behind the zstd frame");
-    const content = decompress(packed, new Uint8Array(size));
-    need(content.length === size, "decompresses to another size");
+    const content = filled(packed, size, 0);
+    need(content.at(-1) !== 0 || filled(packed, size, 1).at(-1) === 0, "decompresses to fewer bytes");
     return content;
   } catch (error) {
     need(false, `does not decompress (${error.message})`);
   }
+}
+
+/** fzstd does not say how many bytes it wrote: the last one stays as it was here where that were fewer. */
+function filled(packed, size, last) {
+  const content = new Uint8Array(size);
+  content[size - 1] = last;
+  return decompress(packed, content);
 }
 
 /** The length of the zstd frame at the start, whose declared content size must be `size` (RFC 8878, 3.1.1). */
