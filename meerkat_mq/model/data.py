@@ -152,7 +152,7 @@ def _read(path: Path) -> str:
 def _object(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also of a number with thousands of digits
         raise DataError(where, f"is not JSON ({error})", "mend or remove the line") from error
     if not isinstance(row, dict):
         raise DataError(where, f"is {type(row).__name__}, not a JSON object", "mend or remove the line")

@@ -41,7 +41,8 @@ class Outbox:
     """Waiting messages and the ones in flight.
 
     Args:
-        limit_bytes: how much it holds.
+        limit_bytes: how much it holds; a retained message it takes even when full, since of these it holds the newest
+            on a topic.
         window_messages: how many may be in flight.
         window_bytes: how much may be in flight (always at least one message).
     """
@@ -70,12 +71,12 @@ class Outbox:
         """Add a message; a retained one takes the place of an older one on its topic.
 
         Raises:
-            NotConnected: the outbox is full.
+            NotConnected: the outbox is full, and the message is not retained.
         """
         if self._closed is not None:
             out.settle(self._closed)
             return
-        if self._bytes + out.cost > self._limit_bytes:
+        if not out.retain and self._bytes + out.cost > self._limit_bytes:
             raise NotConnected(
                 out.topic,
                 f"{len(self)} messages ({self._bytes} bytes) already wait for the broker",

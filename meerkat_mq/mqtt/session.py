@@ -45,7 +45,7 @@ class Session:
         will: the state that the broker publishes when this link breaks.
         farewell: the state to publish at an orderly end, when `run()` is cancelled.
         kind_of: what to count a topic's traffic under in `sent` and `received`.
-        outbox_bytes: how much may wait for the broker.
+        outbox_bytes: how much may wait for the broker; retained messages may always.
 
     Attributes:
         link: of the current connection, None while there is none.
@@ -128,7 +128,7 @@ class Session:
 
         Raises:
             PayloadTooLarge: the packet would be larger than `max_packet_bytes`.
-            NotConnected: the outbox is full.
+            NotConnected: the outbox is full, and the message is not retained.
         """
         size = packet_bytes(topic, payload, qos)
         if size > self._broker.max_packet_bytes:
@@ -260,7 +260,7 @@ class Session:
             return
         if self._farewell is not None:
             last = self._farewell(self.link)
-            with contextlib.suppress(BrokerError):  # a full outbox: the state will stand as it is
+            with contextlib.suppress(BrokerError):  # too large a packet: the state will stand as it is
                 self.publish(last.topic, last.payload, retain=True)
         drained = asyncio.create_task(self._outbox.drained())
         ends = _futures(drained, talk, connection.ended)

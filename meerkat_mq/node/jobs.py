@@ -80,6 +80,7 @@ class Jobs:
         self._open: deque[Job] = deque()  # the first one is being done
         self._news = asyncio.Event()
         self._stop = threading.Event()
+        self._moved_on = asyncio.Event()
         blobs.give(kept)
 
     @property
@@ -95,7 +96,7 @@ class Jobs:
     def put(self, job: Job) -> None:
         """Do this after what waits already."""
         if isinstance(job, e.StartSteps):
-            self._stop = threading.Event()
+            self._stop, self._moved_on = threading.Event(), asyncio.Event()
         if isinstance(job, Update) and not self._wants_keeping(job):
             self._send(job)
             return
@@ -105,6 +106,11 @@ class Jobs:
     def stop_steps(self) -> None:
         """End the local steps after the one that is being made."""
         self._stop.set()
+        self.move_on()
+
+    def move_on(self) -> None:
+        """The run is ahead of this node: local steps that wait for the allowance wait no longer."""
+        self._moved_on.set()
 
     async def run(self) -> None:
         """Do the jobs as they come, until cancelled."""
@@ -187,9 +193,11 @@ class Jobs:
 
     async def _step(self, order: e.StartSteps) -> e.StepsDone:
         stop = self._stop
-        if not await self._allowance.given() or stop.is_set():
+        result = None
+        if await self._allowance.given(self._moved_on) and not stop.is_set():
+            result = await in_worker(self._worker, self._work.step, order, stop)
+        if result is None:  # an earlier update may still be unsent: its blob and lane stay
             return e.StepsDone(_now(), order.version, (), math.nan)
-        result = await in_worker(self._worker, self._work.step, order, stop)
         self._blob, self._lane = result.blob, order.lane
         return e.StepsDone(_now(), order.version, result.scalars, result.loss, result.values)
 

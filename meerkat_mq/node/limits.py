@@ -32,15 +32,17 @@ class Allowance:
             problem = f"there is no command {self._command[0]!r}"
             raise ConfigError("limits.allow", problem, "give a command on the PATH, or its whole path")
 
-    async def given(self) -> bool:
-        """Whether the command says yes; not sooner than `check_s` after it said no."""
+    async def given(self, moved_on: asyncio.Event) -> bool:
+        """Whether the command says yes; not sooner than `check_s` after it said no, unless the run moves on: no."""
         if self._command is None:
             return True
-        clock = asyncio.get_running_loop().time
-        await asyncio.sleep(self._ask_at - clock())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(self._ask_at):
+                await moved_on.wait()
+            return False
         before, self._given = self._given, await _succeeds(self._command)
         if not self._given:
-            self._ask_at = clock() + self._check_s
+            self._ask_at = asyncio.get_running_loop().time() + self._check_s
         if self._given is not before and not (self._given and before is None):
             structlog.get_logger().info("local steps allowed" if self._given else "local steps not allowed")
         return self._given
@@ -78,10 +80,11 @@ class Pace:
         self._began = 0.0
         self._left = 0
 
-    def begin(self, steps: int, stop: threading.Event) -> None:
-        """Before the first of so many steps: what is left of the rest after the one before."""
+    def begin(self, steps: int, stop: threading.Event) -> bool:
+        """Before the first of so many steps: rest for what is left to rest; whether that step is to be made."""
         self._left = steps
         self._rest(stop)
+        return not stop.is_set()
 
     def ends(self, stop: threading.Event) -> bool:
         """After each step: rest, unless it was the last one; whether no other is to be made."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import structlog
 
 from meerkat_mq.config import NodeConfig
-from meerkat_mq.errors import DataError, NodeReplaced, RunMismatch, WireError, within
+from meerkat_mq.errors import DataError, NodeReplaced, NotConnected, RunMismatch, WireError, within
 from meerkat_mq.mqtt import Message, Presence, Session, Verdict, Will
 from meerkat_mq.node.blobs import Blobs
 from meerkat_mq.node.duty import DutyCycle
@@ -181,7 +181,11 @@ class _Node:
         if wants and self._session.link is None:
             return  # who asks will ask again; meanwhile, questions would pile up
         topic = self._topics.up(self._config.id, "want" if wants else "update")
-        self._session.publish(topic, encode(frame))
+        try:
+            self._session.publish(topic, encode(frame))
+        except NotConnected as error:  # the outbox is full; an update goes out again, a want is asked again
+            self._counts[f"not sent: {type(frame).__name__}"] += 1
+            self._log.warning("not sent", frame=type(frame).__name__, problem=str(error))
 
     # --- the duty cycle ---
 
@@ -190,10 +194,16 @@ class _Node:
         if jobs is None:
             return late and (blobs is None or not blobs.arriving)
         if not late:
-            return self._is_idle(jobs) or (self._at_rest and not jobs.busy)
+            return self._is_idle(jobs) or (self._at_rest and not jobs.busy and not self._is_behind)
         job = jobs.catching_up
         self._last_job = self._last_job or job  # what it catches up with after this one would have no end
         return job is None or job is not self._last_job
+
+    @property
+    def _is_behind(self) -> bool:
+        """Whether the newest round is of a later version than this node's."""
+        frame, machine = self._round, self._machine
+        return frame is not None and machine is not None and frame.header.version > machine.version
 
     def _is_idle(self, jobs: Jobs) -> bool:
         """Whether, for a while, the node has been up to date, and the newest round has not asked anything of it."""
@@ -314,6 +324,8 @@ class _Node:
             case Round() as frame if message.topic == self._topics.round:
                 before, self._round = self._round, frame
                 self._handle(e.FrameCame(self._now(), frame))
+                if self._jobs is not None and self._is_behind:
+                    self._jobs.move_on()
                 if before is not None and frame.header.version > before.header.version and not message.retained:
                     self._expect_displacement(frame)
             case (Welcome() | Entries() | Offer() | Refusal()) as frame if message.topic == reply:

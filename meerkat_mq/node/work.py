@@ -121,13 +121,18 @@ class Work:
         """Back to theta_0."""
         self._replica.reset()
 
-    def step(self, order: StartSteps, stop: threading.Event) -> Result:
+    def step(self, order: StartSteps, stop: threading.Event) -> Result | None:
         """The local steps of a round from the present theta; once `stop` is set, the present one is the last.
+
+        Returns:
+            None where it was set before the first one: no step was made, and none was taken of the data.
 
         Raises:
             RunError: a loss, or where a step leads, is not finite.
         """
         run = self._descriptor
+        if not self._pace.begin(order.steps, stop):
+            return None
         self._rows.refresh()
         began, first = time.thread_time(), self._state.take_steps(run.run, order.steps)
         numbers = [
@@ -135,7 +140,6 @@ class Work:
             for step in range(first, first + order.steps)
         ]
         batches = [[self.rows[number] for number in batch] for batch in numbers]
-        self._pace.begin(order.steps, stop)
         walk = self._walk if self._residual is None else self._displace
         result = walk(order, batches, stop)
         structlog.get_logger().debug(

@@ -10,6 +10,8 @@ from meerkat_mq.rounds.policy import ANNOUNCE_AT, RoundSettings, deadline_length
 from meerkat_mq.rounds.records import Judgement, UpdateRecord
 from meerkat_mq.wire.frames import Header, Round
 
+PAIRS = 16_000  # of slots and numbers in a frame: 16,371 fit beside whole bitmaps and an entry of 16 KiB
+
 
 @dataclass(slots=True)
 class OpenRound:
@@ -129,6 +131,7 @@ def round_frame(
     steps, asked = settings.steps_of(version), current.asked if current else {}
     deadline_s = current.deadline_s if current else deadline_length(settings, version, 0)
     fewer = sorted((asked[node], early.steps_of(version, node)) for node in early.nodes if node in asked)
+    short = tuple(pair for pair in fewer if pair[1] < steps)
     return Round(
         header,
         is_open=current is not None,
@@ -139,13 +142,17 @@ def round_frame(
         attempt=current.attempt if current else 0,
         asked=frozenset(asked.values()),
         heard=frozenset(slot for slot, base in acknowledged.items() if base == version),
-        short=tuple(pair for pair in fewer if pair[1] < steps),
+        short=short,
         entries=entries,
-        heard_before=_ages(acknowledged, version, settings.acknowledged),
+        heard_before=_ages(acknowledged, version, settings.acknowledged, room=max(0, PAIRS - len(short))),
     )
 
 
-def _ages(acknowledged: Mapping[int, int], version: int, oldest: int) -> tuple[tuple[int, int], ...]:
-    """(slot, age) of those heard before `version`, up to an age, by slot."""
-    ages = ((slot, version - base) for slot, base in acknowledged.items()) if oldest else ()
-    return tuple(sorted((slot, age) for slot, age in ages if 1 <= age <= oldest))
+def _ages(acknowledged: Mapping[int, int], version: int, oldest: int, *, room: int) -> tuple[tuple[int, int], ...]:
+    """(slot, age) of those heard before `version`, up to an age, by slot; the newest where there is no room for all.
+
+    Who is left out sends again what is committed already, until it is too old: a duplicate.
+    """
+    ages = ((version - base, slot) for slot, base in acknowledged.items()) if oldest else ()
+    newest = sorted((age, slot) for age, slot in ages if 1 <= age <= oldest)[:room]
+    return tuple(sorted((slot, age) for age, slot in newest))

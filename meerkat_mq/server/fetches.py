@@ -8,18 +8,20 @@ import structlog
 from meerkat_mq.errors import BadValue, NotConnected, WireError
 from meerkat_mq.mqtt.blob_fetch import BlobFetch
 from meerkat_mq.rounds.events import FetchValues, ValuesMissed
+from meerkat_mq.rounds.records import Verdict
 from meerkat_mq.server.displacement import verdict_on
 from meerkat_mq.server.scribe import Desk, KeepValues
-from meerkat_mq.wire.messages import Chunk, Want
+from meerkat_mq.wire.messages import Chunk, Update, Want
 from meerkat_mq.wire.values import decode_values, largest_blob
 
 AT_ONCE = 64
 MEMORY_BYTES = 256 * 2**20  # of displacements on their way
 SILENCES = 5
+LONGEST_S = 240.0  # in which 5 MB come from the slowest node that is not silent; else few such hold up all others
 
 
 class Fetches:
-    """Gets what it is told to, of one node one at a time and the newest, of all nodes in bounded memory.
+    """Gets what it is told to, of one node one at a time and the newest, of all nodes in bounded memory and time.
 
     Args:
         weights: n.
@@ -98,9 +100,15 @@ class Fetches:
         fetch = BlobFetch(announced.blob, announced.size, ask)
         self._open[order.node] = fetch
         try:
-            blob = await fetch.collect(silences=SILENCES)
+            async with asyncio.timeout(LONGEST_S):
+                blob = await fetch.collect(silences=SILENCES)
+        except TimeoutError as error:
+            raise NotConnected(f"blob {announced.blob.hex()}", f"did not come whole within {LONGEST_S:g} s") from error
         finally:
             if self._open.get(order.node) is fetch:
                 del self._open[order.node]
-        values = await asyncio.to_thread(decode_values, blob, announced.blob, self._weights)
-        return KeepValues(order.node, update, blob, verdict_on(values, update.loss))
+        verdict = await asyncio.to_thread(self._verdict, update, announced.blob, blob)
+        return KeepValues(order.node, update, blob, verdict)
+
+    def _verdict(self, update: Update, name: bytes, blob: bytes) -> Verdict:
+        return verdict_on(decode_values(blob, name, self._weights), update.loss)

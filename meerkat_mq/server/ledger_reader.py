@@ -3,7 +3,7 @@
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +137,15 @@ class LedgerReader:
         """At most `limit` entries from version `first` on."""
         return tuple(closed.entry for closed in self.closed(first, limit))
 
+    def entries_within(self, first: int, limit: int, size: int) -> tuple[Entry, ...]:
+        """The same, of at most `size` encoded bytes together; the first one whatever its size. No more are decoded."""
+        query = "SELECT LENGTH(entry) FROM entries WHERE version >= ? ORDER BY version LIMIT ?"
+        lengths = [int(length) for (length,) in self._rows(query, first, limit)]
+        fit = sum(total <= size for total in accumulate(lengths))
+        return self.entries(first, max(1, fit))
+
     def closed(self, first: int, limit: int) -> tuple[Closed, ...]:
-        """The same, with how their rounds closed."""
+        """At most `limit` entries from version `first` on, with how their rounds closed."""
         query = "SELECT entry, term, closed, asked, overdue FROM entries WHERE version >= ? ORDER BY version LIMIT ?"
         rows = self._rows(query, first, limit)
         with ledger_file.decoding(self.path, "an entry"):

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, TypeVarTuple
 
-from meerkat_mq.core.path import Displacement, Entry, Term
+from meerkat_mq.core.path import Displacement, Term
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.records import UpdateRecord, Verdict
@@ -21,7 +21,7 @@ from meerkat_mq.server.recovery import follow, resumed
 from meerkat_mq.server.run import Run
 from meerkat_mq.server.snapshots import CHUNKS_A_WANT, Snapshots
 from meerkat_mq.wire.arrays import split
-from meerkat_mq.wire.frames import MAX_FRAME_BYTES, Update, entry_bytes
+from meerkat_mq.wire.frames import MAX_FRAME_BYTES, Update
 from meerkat_mq.wire.messages import Chunk, Entries, Header, Offer
 from meerkat_mq.wire.messages import Want as WantFrame
 from meerkat_mq.wire.values import decode_values, encode_values
@@ -258,13 +258,8 @@ class Scribe:
         offer = self._snapshots.offer(header, first)
         if offer is not None:
             return offer
-        room, chosen = REPLY_BYTES, list[Entry]()
-        for entry in self._ledger.entries(first, REPLY_ENTRIES):
-            room -= entry_bytes(entry)
-            if room < 0 and chosen:
-                break
-            chosen.append(entry)
-        return Entries(header, tuple(chosen)) if chosen else None
+        chosen = self._ledger.entries_within(first, REPLY_ENTRIES, REPLY_BYTES)
+        return Entries(header, chosen) if chosen else None
 
     def _take_term(self, above: int) -> tuple[int, ServerMachine]:
         """Take a term; theta goes to what is committed, and a machine goes on from there."""

@@ -13,6 +13,7 @@ from meerkat_mq.errors import (
     AnotherServer,
     MeerkatError,
     NotConnected,
+    PayloadTooLarge,
     RunMismatch,
     TooFewNodes,
     WireError,
@@ -27,6 +28,7 @@ from meerkat_mq.server.files import DIFFERENCE_FILE, unusable
 from meerkat_mq.server.measure import Measurer
 from meerkat_mq.server.run import Run, early_stopping_in_words, mode_in_words
 from meerkat_mq.server.scribe import KeepMetrics, KeepSightings, Scribe
+from meerkat_mq.server.snapshots import CHUNKS_A_WANT
 from meerkat_mq.server.watch import Watch
 from meerkat_mq.wire.arrays import split
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState, decode_control
@@ -37,6 +39,8 @@ from meerkat_mq.wire.topics import Topics
 
 OUTBOX_BYTES = 64 * 2**20
 SIGHTINGS_EVERY_S = 1.0
+
+Answer = Welcome | Refusal | Entries | Offer | Chunk | Want
 
 
 class Server:
@@ -322,7 +326,7 @@ class Server:
             self._carry_out(effect)
         if self._machine is not None:
             self._say_who_is_awaited(self._machine)
-            if self._machine.online >= self._config.rounds.min_nodes:
+            if self._is_open or self._machine.online >= self._config.rounds.min_nodes:
                 self._enough_nodes.set()
         self._alarm.changed()
 
@@ -360,8 +364,9 @@ class Server:
         if want.blob != self._run.mask.hash:
             self._scribe.put(effect)
             return
-        for index in sorted(set(want.chunks) & set(range(len(self._chunks)))):
-            self.reply(effect.node, self._chunks[index])
+        for index in sorted(set(want.chunks) & set(range(len(self._chunks))))[:CHUNKS_A_WANT]:
+            if not self._replied(effect.node, self._chunks[index]):
+                return
 
     def _publish_round(self, frame: Round) -> None:
         self._is_open = frame.is_open
@@ -385,12 +390,21 @@ class Server:
         except NotConnected:
             self._watch.counts["displacement not published: the outbox is full"] += 1
 
-    def reply(self, node: str, frame: Welcome | Refusal | Entries | Offer | Chunk | Want) -> None:
+    def reply(self, node: str, frame: Answer) -> None:
         """Answer a node; where too much waits for the broker already, it has to ask again."""
+        self._replied(node, frame)
+
+    def _replied(self, node: str, frame: Answer) -> bool:
+        """Answer a node, unless that is dropped and counted."""
         try:
             self._session.publish(self._topics.reply(node), encode(frame))
         except NotConnected:
             self._watch.counts["reply dropped: the outbox is full"] += 1
+        except PayloadTooLarge:
+            self._watch.counts["reply dropped: over broker.max_packet_bytes"] += 1
+        else:
+            return True
+        return False
 
     def header(self) -> Header:
         """Of what this server says now."""

@@ -45,6 +45,7 @@ def test_rows_keep_all_fields_and_blank_lines_do_not_count(tmp_path: Path) -> No
         ('{"sentence": "x", "label": true}', r"d\.jsonl:3: 'label' is True"),
         ('{"sentence": "x", "label": 1.0}', r"d\.jsonl:3: 'label' is 1\.0"),
         ("[" * 100_000, r"d\.jsonl:3: is not JSON"),
+        ('{"sentence": "x", "label": %s}' % ("1" * 5000), r"d\.jsonl:3: is not JSON"),
     ],
 )
 def test_bad_line(tmp_path: Path, line: str, message: str) -> None:

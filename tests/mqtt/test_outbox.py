@@ -120,6 +120,16 @@ async def test_replacing_state_for_ever_does_not_fill_the_outbox() -> None:
     assert [item.payload for item in await take_all(box)] == [b"999"]
 
 
+async def test_a_full_outbox_takes_what_is_retained_and_nothing_else() -> None:
+    first, old, new = out("a", bytes(1000)), out("state", b"1", retain=True), out("state", b"2", retain=True)
+    box = filled(first, old, new, limit_bytes=first.cost)
+    assert old.done.result() is None
+    with pytest.raises(NotConnected, match="2 messages"):
+        box.put(out("b"))
+    assert await take_all(box) == [first, new]
+    box.put(out("b", bytes(1000)))  # what was retained is forgotten as well
+
+
 async def test_closing_tells_those_who_wait_and_those_who_come_later() -> None:
     waiting, late = out("a"), out("b")
     box = filled(waiting)

@@ -38,6 +38,7 @@ class MiniServer:
     Attributes:
         has: blobs of which it has chunks to give.
         offers_chunks: whether it gives them; a mask that it retains, always.
+        offers_entries: whether it answers a want for them.
     """
 
     def __init__(self, broker: BrokerConfig, *, weights: int = 40, retains_mask: bool = True, **settings: Any) -> None:
@@ -53,7 +54,7 @@ class MiniServer:
         self.replica = Replica(self.mask, run_id=RUN_ID, stream="mk1", digest_every=1)
         self.entries: list[Entry] = []
         self.has = {self.mask.hash: blob}
-        self.offers_chunks = True
+        self.offers_chunks = self.offers_entries = True
         self.statuses: list[NodeStatus] = []
         self.updates: list[Update] = []
         self.wants: list[Want] = []
@@ -172,7 +173,7 @@ class MiniServer:
     def _help(self, want: Want) -> None:
         if want.welcome:
             self.say(Welcome(self.header, want.boot, SLOT))
-        if want.entries_from is not None:
+        if want.entries_from is not None and self.offers_entries:
             self.say(Entries(self.header, tuple(self.entries[want.entries_from :])))
         kept = self._retains_mask and want.blob == self.mask.hash  # but not by every broker
         if want.blob in self.has and (self.offers_chunks or kept):

@@ -12,6 +12,7 @@ from meerkat_mq.core.path import Entry
 from meerkat_mq.mqtt import blob_fetch
 from meerkat_mq.node import duty, service
 from meerkat_mq.node.work import Work
+from meerkat_mq.rounds import node as rounds_node
 from tests.node.mini_server import NODE, SLOT, Gate, MiniServer, node
 from tests.server.federation import Federation
 from tests.support import waiting
@@ -54,6 +55,31 @@ async def test_who_was_heard_from_an_earlier_waking_steps_before_it_sleeps(
             assert "asleep" not in words(server)
             server.announce(heard=frozenset({SLOT}))
             await server.status("asleep")
+
+
+async def test_who_was_heard_stays_awake_until_the_entries_came_that_it_asked_for(
+    tmp_path: Path, mosquitto: Mosquitto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds_node, "RETRY_S", 0.1)
+    async with (
+        MiniServer(mosquitto.config, mode="buffered", max_staleness=2) as server,
+        node(tmp_path, mosquitto.config, **LONG),
+    ):
+        server.announce()
+        await server.update()
+        server.offers_entries = False
+        server.close()
+        server.announce(known=0, heard_before=((SLOT, 1),))
+
+        def asks_on() -> bool:
+            return [want.entries_from for want in server.wants].count(0) >= 5
+
+        await until(lambda: asks_on() or words(server)[-1] == "asleep", within_s=30)
+        await until(lambda: not (tmp_path / KEPT).exists())
+        assert words(server)[-1] == "online"
+        server.offers_entries = True
+        await server.update_from(1)
+        assert "asleep" not in words(server)
 
 
 @pytest.mark.parametrize("round_", [{"heard": frozenset({SLOT})}, {"asked": False}])

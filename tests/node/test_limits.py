@@ -1,5 +1,7 @@
 """What a node leaves to others."""
 
+import asyncio
+import json
 import threading
 import time
 from pathlib import Path
@@ -11,7 +13,7 @@ from meerkat_mq.config import LimitsConfig
 from meerkat_mq.errors import ConfigError
 from meerkat_mq.node import limits
 from meerkat_mq.node.limits import Allowance, Pace
-from tests.node.mini_server import MiniServer, node
+from tests.node.mini_server import Gate, MiniServer, node
 from tests.support.mosquitto import Mosquitto
 from tests.support.waiting import until
 
@@ -36,14 +38,33 @@ def test_a_node_rests_after_each_step_as_its_share_says(monkeypatch: pytest.Monk
     for idle, rested in ((0.0, [0, 6, 6]), (1.0, [5, 6, 6]), (100.0, [0, 6, 6])):
         clock.now += idle
         clock.rests.clear()
-        pace.begin(3, clock.stop)
+        assert pace.begin(3, clock.stop)
         for _ in range(3):
             clock.now += 2.0
             assert not pace.ends(clock.stop)
         assert clock.rests == pytest.approx(rested)
     clock.stop.set()
-    pace.begin(3, clock.stop)
+    assert not pace.begin(3, clock.stop)
     assert pace.ends(clock.stop)
+
+
+def test_a_rest_that_was_cut_short_does_not_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, pace = Clock(monkeypatch), Pace(0.25)
+    pace.begin(1, clock.stop)
+    clock.now += 2.0
+    pace.ends(clock.stop)
+
+    def stopped_after_3_s(seconds: float) -> None:
+        clock.now += 3.0
+        clock.stop.set()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(clock.stop, "wait", stopped_after_3_s)
+        assert not pace.begin(1, clock.stop)
+    clock.stop.clear()
+    clock.rests.clear()
+    assert pace.begin(1, clock.stop)
+    assert clock.rests == pytest.approx([3])
 
 
 def test_a_whole_share_knows_no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,13 +82,52 @@ def test_the_end_of_a_run_ends_a_rest() -> None:
     assert pace.ends(stop)
 
 
+async def test_a_node_whose_rest_is_cut_short_makes_no_step(
+    tmp_path: Path, mosquitto: Mosquitto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, begin, orders = Gate(monkeypatch), Pace.begin, list[int]()
+
+    def counted(pace: Pace, steps: int, stop: threading.Event) -> bool:
+        orders.append(steps)
+        return begin(pace, steps, stop)
+
+    monkeypatch.setattr(Pace, "begin", counted)
+    gate.open(pause_s=0.1)
+    async with MiniServer(mosquitto.config) as server:
+        async with node(tmp_path, mosquitto.config, limits={"cpu_share": 1e-6}):
+            server.announce()
+            await server.update()
+            for version in (1, 2):
+                server.close()
+                server.announce()
+                await server.stands_at(version)
+                await until(lambda: len(orders) == server.header.version + 1, within_s=30)
+        assert gate.begun == len(server.updates) == 1
+    assert json.loads((tmp_path / "state/steps.json").read_text())["steps"] == 1
+
+
+async def given(allowance: Allowance, *, moved_on: bool = False) -> bool:
+    event = asyncio.Event()
+    if moved_on:
+        event.set()
+    return await allowance.given(event)
+
+
 async def test_the_command_says_when(tmp_path: Path) -> None:
     file = tmp_path / "charging"
     allowance = Allowance(LimitsConfig(allow=("test", "-e", str(file)), check_s=0.01))
-    assert [await allowance.given(), await allowance.given()] == [False, False]
+    assert [await given(allowance), await given(allowance)] == [False, False]
     file.touch()
-    assert await allowance.given()
-    assert await Allowance(LimitsConfig()).given()
+    assert await given(allowance)
+    assert await given(Allowance(LimitsConfig()), moved_on=True)
+
+
+async def test_who_moves_on_does_not_wait_for_the_next_asking(tmp_path: Path) -> None:
+    file = tmp_path / "asked"
+    allowance = Allowance(LimitsConfig(allow=("sh", "-c", f"echo >> {file}; exit 1"), check_s=3600.0))
+    assert not await given(allowance)
+    assert not await given(allowance, moved_on=True)
+    assert file.read_text() == "\n"
 
 
 async def test_a_command_without_an_answer_is_killed_with_its_children(
@@ -76,7 +136,7 @@ async def test_a_command_without_an_answer_is_killed_with_its_children(
     monkeypatch.setattr(limits, "ANSWER_S", 0.3)
     file = tmp_path / "pid"
     allowance = Allowance(LimitsConfig(allow=("sh", "-c", f"sleep 100 & echo $! > {file}; wait")))
-    assert not await allowance.given()
+    assert not await given(allowance)
     child = int(file.read_text())
 
     def gone() -> bool:
@@ -93,9 +153,9 @@ async def test_a_command_that_went_away_says_no(tmp_path: Path) -> None:
     script.write_text("#!/bin/sh\nexit 0\n")
     script.chmod(0o755)
     allowance = Allowance(LimitsConfig(allow=(str(script),), check_s=0.01))
-    assert await allowance.given()
+    assert await given(allowance)
     script.unlink()
-    assert not await allowance.given()
+    assert not await given(allowance)
 
 
 def test_a_command_that_is_not_there_is_named() -> None:
@@ -117,3 +177,20 @@ async def test_a_node_that_may_not_step_follows_the_run_and_steps_once_it_may(
         assert server.updates == []
         file.touch()
         assert (await server.update()).header.version == 3
+
+
+@pytest.mark.parametrize("run", [{}, {"mode": "buffered", "max_staleness": 5}])
+async def test_a_node_follows_the_run_while_it_waits_to_ask_again(
+    tmp_path: Path, mosquitto: Mosquitto, run: dict[str, Any]
+) -> None:
+    file = tmp_path / "asked"
+    allow: dict[str, Any] = {"allow": ["sh", "-c", f"echo >> {file}; exit 1"], "check_s": 3600.0}
+    async with MiniServer(mosquitto.config, **run) as server, node(tmp_path, mosquitto.config, limits=allow):
+        server.announce()
+        await until(file.exists, within_s=30)
+        for version in (1, 2, 3):
+            server.close()
+            server.announce()
+            await server.stands_at(version)
+        assert server.updates == []
+        assert file.read_text() == "\n"

@@ -3,12 +3,14 @@
 import asyncio
 import contextlib
 import math
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.path import short_hash
 from meerkat_mq.errors import BadValue
 from meerkat_mq.mqtt import blob_fetch
@@ -16,6 +18,7 @@ from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.records import Verdict
 from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.server import fetches as module
+from meerkat_mq.server.displacement import verdict_on
 from meerkat_mq.server.fetches import Fetches
 from meerkat_mq.server.scribe import KeepValues
 from meerkat_mq.wire.arrays import encode_array, split
@@ -173,6 +176,61 @@ async def test_a_silent_node_is_missed_and_another_ones_chunk_is_not_taken(offic
     await until(lambda: office.desk.told)
     assert isinstance(office.desk.told[0], e.ValuesMissed)
     assert len(office.desk.wants) == module.SILENCES
+
+
+async def test_a_node_that_is_never_silent_holds_up_the_others_for_so_long_only(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blob_fetch, "PATIENCE_S", 3600.0)
+    monkeypatch.setattr(module, "LONGEST_S", 0.1)
+    slow, other = order("a", blob_of(1)), blob_of(2)
+    office.fetches.put(slow)
+    await office.wanted("a")
+    office.send("a", blob_of(1), (0,))
+    await until(lambda: office.desk.told)
+    (missed,) = office.desk.told
+    assert isinstance(missed, e.ValuesMissed)
+    assert (missed.node, missed.update, office.desk.kept) == ("a", slow.update, [])
+    with pytest.raises(BadValue, match="was not asked for"):
+        office.send("a", blob_of(1), (1,))
+
+    monkeypatch.setattr(module, "LONGEST_S", 3600.0)
+    office.fetches.put(order("b", other))
+    office.send("b", other, (await office.wanted("b")).chunks)
+    await until(lambda: office.desk.kept)
+    assert office.desk.kept[0].blob == other
+
+
+async def test_the_time_of_a_fetch_begins_when_there_is_room_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "AT_ONCE", 1)
+    monkeypatch.setattr(module, "LONGEST_S", 0.1)
+    monkeypatch.setattr(blob_fetch, "PATIENCE_S", 3600.0)
+    office = Office()
+    task = asyncio.create_task(office.fetches.run())
+    for number, node in enumerate("abc", 1):
+        office.fetches.put(order(node, blob_of(number)))
+    await until(lambda: len(office.desk.told) == 3)
+    assert [node for node, _ in office.desk.wants] == ["a", "b", "c"]
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+async def test_no_displacement_is_looked_at_on_the_event_loop(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[threading.Thread] = []
+
+    def watched(values: Float32Array, loss: float) -> Verdict:
+        threads.append(threading.current_thread())
+        return verdict_on(values, loss)
+
+    monkeypatch.setattr(module, "verdict_on", watched)
+    blob = blob_of(1)
+    office.fetches.put(order("a", blob))
+    office.send("a", blob, (await office.wanted("a")).chunks)
+    await until(lambda: office.desk.kept)
+    assert office.desk.kept[0].verdict is Verdict.ACCEPTED
+    assert threading.current_thread() not in threads
+    assert len(threads) == 1
 
 
 async def test_of_a_node_the_newest_counts(office: Office) -> None:

@@ -14,7 +14,7 @@ import pytest
 from meerkat_mq.config import ServerConfig, ServerValuesConfig
 from meerkat_mq.core.path import Entry, Term, short_hash
 from meerkat_mq.core.values import quantised
-from meerkat_mq.errors import LedgerError, NotConnected, RunError
+from meerkat_mq.errors import LedgerError, NotConnected, RunError, TooFewNodes
 from meerkat_mq.mqtt import Message, Session
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.records import UpdateRecord, Verdict
@@ -24,10 +24,11 @@ from meerkat_mq.server.recovery import recovered
 from meerkat_mq.server.run import Run, prepare_run
 from meerkat_mq.server.scribe import GROUP_S, WANTS, KeepMetrics, KeepValues, Scribe
 from meerkat_mq.server.server import Server
-from meerkat_mq.server.snapshots import Snapshots
+from meerkat_mq.server.snapshots import CHUNKS_A_WANT, Snapshots
 from meerkat_mq.server.watch import Watch
-from meerkat_mq.wire.descriptor import ServerState
-from meerkat_mq.wire.frames import encode
+from meerkat_mq.wire.arrays import split
+from meerkat_mq.wire.descriptor import NodeStatus, ServerState
+from meerkat_mq.wire.frames import decode, encode
 from meerkat_mq.wire.messages import Chunk, Entries, Header, Offer, Update, Values, Want
 from meerkat_mq.wire.values import decode_values, encode_values
 from tests.support.waiting import until
@@ -331,3 +332,91 @@ async def test_a_reply_that_does_not_fit_into_the_outbox_is_dropped_and_counted(
         server._carry_out(e.SendChunks("node", want))
     assert sent == ["meerkat/v1/f/down/node/reply"]
     assert watch.counts["reply dropped: the outbox is full"] == 2
+
+
+def in_charge(office: Office, config: ServerConfig, slots: dict[str, int]) -> tuple[Server, Watch]:
+    """A server that has taken a term and knows these nodes; it has a link, and nothing leaves its outbox."""
+    run = office.run
+    watch = Watch(lambda event: None, None, 1, run.descriptor)
+    server = Server(config, run, office.scribe, watch, lambda event: None, replace=False)
+    settings = replace(run.settings, min_nodes=config.rounds.min_nodes)
+    machine = ServerMachine(settings, term=2, server_id=office.scribe.server_id, base=bytes(16), slots=slots)
+    server.took_term(2, machine)
+    server._session.link = 2
+    server._on_connected(2)
+    return server, watch
+
+
+def masked(server: Server, office: Office, count: int) -> None:
+    """Give the server a mask blob of so many chunks."""
+    blob = bytes(count * 65_536)
+    server._chunks = split(server.header(), office.run.mask.hash, blob)
+
+
+async def test_wants_that_fill_the_outbox_do_not_end_the_server(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("meerkat_mq.server.server.OUTBOX_BYTES", 2**20)
+    server, watch = in_charge(office, office.config, {"node": 0})
+    masked(server, office, CHUNKS_A_WANT)
+    topic, header, dropped = "meerkat/v1/f/up/node/want", server.header(), "reply dropped: the outbox is full"
+    chunks = encode(Want(header, 1, blob=office.run.mask.hash, chunks=tuple(range(CHUNKS_A_WANT))))
+    for count in (1, 2, 3):
+        server._on_message(Message(topic, chunks))
+        assert watch.counts[dropped] == count  # the first chunk that finds no room is the last that is tried
+    welcome = Message(topic, encode(Want(header, 1, welcome=True)))
+    while watch.counts[dropped] < 10:
+        server._on_message(welcome)  # publishes the round, too
+
+    server._on_message(Message("meerkat/v1/f/server", b"{}"))  # publishes the state
+    server._on_message(Message(topic, encode(Want(replace(header, run=header.run ^ 1), 1, welcome=True))))  # the run
+    server._on_connected(3)  # all that is retained
+    assert watch.counts[dropped] == 10
+
+
+async def test_a_want_is_answered_with_so_many_chunks_of_the_mask_at_most(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, _ = in_charge(office, office.config, {"node": 0})
+    masked(server, office, CHUNKS_A_WANT + 9)
+    sent: list[int] = []
+
+    def publish(session: Session, topic: str, payload: bytes, **options: bool) -> None:
+        chunk = decode(payload)
+        assert isinstance(chunk, Chunk)
+        sent.append(chunk.index)
+
+    monkeypatch.setattr(Session, "publish", publish)
+    want = Want(server.header(), 1, blob=office.run.mask.hash, chunks=tuple(range(5, 65_535)))
+    server._carry_out(e.SendChunks("node", want))
+    assert sent == list(range(5, 5 + CHUNKS_A_WANT))
+
+
+async def test_a_reply_that_is_larger_than_the_broker_takes_is_dropped_and_counted(office: Office) -> None:
+    config = office.config.model_copy(
+        update={"broker": office.config.broker.model_copy(update={"max_packet_bytes": 2048})}
+    )
+    server, watch = in_charge(office, config, {"node": 0})
+    before = len(server._session._outbox)
+    masked(server, office, 3)
+    want = Want(server.header(), 1, blob=office.run.mask.hash, chunks=(0, 1, 2))
+    server._carry_out(e.SendChunks("node", want))
+    assert watch.counts["reply dropped: over broker.max_packet_bytes"] == 1
+    assert len(server._session._outbox) == before
+
+
+async def test_once_waits_no_more_when_a_round_opens_for_nodes_that_sleep_in_turn(office: Office) -> None:
+    rounds = office.config.rounds.model_copy(update={"min_nodes": 3})
+    config = office.config.model_copy(update={"rounds": rounds, "wait_for_nodes_s": 1e-3})
+    server, _ = in_charge(office, config, {f"node-{slot}": slot for slot in range(3)})
+
+    def says(node: str, status: NodeStatus) -> None:
+        server._on_message(Message(f"meerkat/v1/f/up/{node}/status", status.encode()))
+
+    for node in ("node-0", "node-1"):
+        says(node, NodeStatus(status="online", boot=1, link=1, host="h"))
+        says(node, NodeStatus(status="asleep", boot=1, link=1, host="h", wakes_in_s=3600))
+    with pytest.raises(TooFewNodes, match="0 of 3 nodes"):
+        await server._wait_for_nodes()
+    says("node-2", NodeStatus(status="online", boot=1, link=1, host="h"))
+    await server._wait_for_nodes()

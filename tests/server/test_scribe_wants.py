@@ -1,0 +1,132 @@
+"""What a want for entries costs the ledger's thread: no more is decoded than the reply takes."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meerkat_mq.config import ServerConfig
+from meerkat_mq.core.path import Entry, Term
+from meerkat_mq.rounds import events as e
+from meerkat_mq.server import ledger_reader
+from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
+from meerkat_mq.server.recovery import recovered
+from meerkat_mq.server.run import Run, prepare_run
+from meerkat_mq.server.scribe import REPLY_BYTES, REPLY_ENTRIES, Scribe
+from meerkat_mq.server.snapshots import Snapshots
+from meerkat_mq.wire.frames import decode_entry, entry_bytes
+from meerkat_mq.wire.messages import Entries, Header
+
+LONGEST = 12_000  # terms of an entry: twice what a reply takes
+SHORT, LONG = 2, 800
+
+
+class Desk:
+    """Waits for the reply."""
+
+    def __init__(self, header: Header) -> None:
+        self.header: Callable[[], Header] = lambda: header
+        self.replied: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+    def reply(self, node: str, frame: Any) -> None:
+        self.replied.set_result(frame)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"nobody asked for {name}")
+
+
+def entry(version: int, terms: int) -> Entry:
+    return Entry(version, (Term(0, 0, 0.5),) * terms, bytes(16), bytes(16))
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    with closing(Ledger.open(tmp_path / LEDGER_FILE)) as opened:
+        yield opened
+
+
+@pytest.fixture
+def run(ledger: Ledger) -> Run:
+    prepared = prepare_run(ServerConfig(federation="f", state_dir=ledger.path.parent, engine="toy", toy_weights=10))
+    ledger.begin(prepared.descriptor, prepared.rules)
+    ledger.take_term(0, "0" * 16, "here")
+    return prepared
+
+
+def fill(ledger: Ledger, sizes: list[int]) -> list[Entry]:
+    """Entries with so many terms."""
+    entries = [entry(version, terms) for version, terms in enumerate(sizes)]
+    with ledger.group():
+        for made in entries:
+            ledger.commit_entry(made, (), 1, overdue=False)
+    return entries
+
+
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """The entries that a ledger decodes from now on."""
+    seen: list[bytes] = []
+
+    def counted(data: bytes) -> Entry:
+        seen.append(data)
+        return decode_entry(data)
+
+    monkeypatch.setattr(ledger_reader, "decode_entry", counted)
+    return seen
+
+
+def taken(entries: list[Entry]) -> list[Entry]:
+    """What a reply takes: the first, and those that fit behind it."""
+    chosen, room = list[Entry](), REPLY_BYTES
+    for found in entries[:REPLY_ENTRIES]:
+        room -= entry_bytes(found)
+        if room < 0 and chosen:
+            break
+        chosen.append(found)
+    return chosen
+
+
+@pytest.mark.parametrize(
+    ("sizes", "first"),
+    [
+        ([LONG] * 40, 0),
+        ([LONG] * 40, 36),
+        ([SHORT] * 1200, 100),
+        ([LONGEST, LONG, SHORT], 0),
+        ([SHORT, LONGEST, SHORT], 0),
+        ([0] * 1500, 0),
+    ],
+    ids=["many", "the last", "short", "a long one first", "a long one next", "more than a reply counts"],
+)
+async def test_no_more_entries_are_decoded_than_the_reply_takes(
+    ledger: Ledger, run: Run, monkeypatch: pytest.MonkeyPatch, sizes: list[int], first: int
+) -> None:
+    replica = recovered(ledger, run, Snapshots(ledger.path.parent, ledger, run.descriptor))
+    entries = fill(ledger, sizes)
+    seen = decoded(monkeypatch)
+    header = Header.of(run.descriptor.run_id, 1, len(entries), run.mask.hash)
+    with ThreadPoolExecutor(1) as worker:
+        snapshots = Snapshots(ledger.path.parent, ledger, run.descriptor)
+        scribe, desk = Scribe(ledger, replica, run, snapshots, worker), Desk(header)
+        scribe.put(e.SendEntries("node", first))
+        task = asyncio.create_task(scribe.run(desk))
+        reply = await asyncio.wait_for(desk.replied, 10)
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+    expected = taken(entries[first:])
+    assert reply == Entries(header, tuple(expected))
+    assert len(seen) == len(expected)
+
+
+def test_the_last_byte_of_the_room_is_used(ledger: Ledger, run: Run) -> None:
+    entries = fill(ledger, [LONG, SHORT, LONG, SHORT])
+    size = sum(map(entry_bytes, entries[:3]))
+    assert list(ledger.entries_within(0, 9, size)) == entries[:3]
+    assert list(ledger.entries_within(0, 9, size - 1)) == entries[:2]
+    assert list(ledger.entries_within(0, 1, size)) == entries[:1]
+    assert list(ledger.entries_within(3, 9, 0)) == entries[3:]
+    assert ledger.entries_within(4, 9, size) == ()
