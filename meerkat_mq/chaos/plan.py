@@ -161,7 +161,7 @@ def _server(
         lasts = max([file.duration_s, *(strike.at + strike.for_s for strike in strikes)])
         a_round_s = 4 * max(plan.pace_s, 0.005)
         if table.get("mode") == "buffered":
-            a_round_s *= 0.7 * min(1.0, table.get("buffer_size", nodes) / nodes)  # what comes meanwhile counts too
+            a_round_s *= 0.3 * min(1.0, table.get("buffer_size", nodes) / nodes)  # what comes meanwhile counts too
         table["count"] = ceil(lasts / a_round_s) + SPARE_ROUNDS
     rounds = check_config(table, RoundsConfig, where=f"{path}: federation.rounds")
     _check_quorum(rounds, nodes, f"{path}: federation.rounds")

@@ -67,7 +67,7 @@ def test_a_shipped_plan_can_take_what_comes(name: str, tmp_path: Path) -> None:
     assert takes.server is not None
     rounds = takes.server.rounds
     assert (rounds.mode, rounds.buffer_size, rounds.max_staleness) == ("buffered", 4, 8)
-    assert rounds.count > 2 * waits.server.rounds.count
+    assert rounds.count > 4 * waits.server.rounds.count  # a quiet machine closes one every 51 ms, not every 200
     assert takes.strikes == waits.strikes
 
 
