@@ -34,6 +34,7 @@ class BlobFetch:
         self.size = size
         self.silences = 0
         self._ask = ask
+        self._asked: frozenset[int] | None = None
         self._arrived = asyncio.Event()
         self._quiet_since = _now()
         self._assembly = self._fresh()
@@ -55,6 +56,12 @@ class BlobFetch:
         """Forget all chunks: together they were not the blob."""
         self._assembly = self._fresh()
 
+    def ask_again(self) -> None:
+        """What was asked, or its answer, went with a connection; does nothing before the first question."""
+        if self._asked is not None:
+            self._asked = frozenset()
+            self._arrived.set()
+
     async def collect(self, *, unasked: bool = False, silences: int | None = None) -> bytes:
         """The whole blob.
 
@@ -66,18 +73,18 @@ class BlobFetch:
         Raises:
             NotConnected: too many passed.
         """
-        asked: frozenset[int] | None = None if unasked else frozenset()
+        self._asked = None if unasked else frozenset()
         self.silences = 0
         while missing := self._assembly.missing:
-            if asked is not None and asked.isdisjoint(missing):
+            if self._asked is not None and self._asked.isdisjoint(missing):
                 part = missing[:CHUNKS_A_WANT]
                 self._ask(part)
                 self._quiet_since = _now()
-                asked = frozenset(part)
+                self._asked = frozenset(part)
             elif await self._one_arrives():
                 self.silences = 0
             else:
-                asked, self.silences = frozenset(), self.silences + 1
+                self._asked, self.silences = frozenset(), self.silences + 1
                 if self.silences == silences:
                     problem = f"{len(missing)} chunks did not come within {silences * PATIENCE_S:g} s"
                     raise NotConnected(f"blob {self.name.hex()}", problem)

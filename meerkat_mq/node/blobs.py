@@ -60,6 +60,11 @@ class Blobs:
         """No blob is being fetched."""
         self._fetch = None
 
+    def ask_again(self) -> None:
+        """A new connection stands; what was asked on another may be lost."""
+        if self._fetch is not None:
+            self._fetch.ask_again()
+
     def take(self, chunk: Chunk) -> None:
         """Take a chunk that was asked for.
 

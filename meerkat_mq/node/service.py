@@ -179,7 +179,7 @@ class _Node:
     def _send(self, frame: Update | Want | Chunk) -> None:
         wants = isinstance(frame, Want)
         if wants and self._session.link is None:
-            return  # who asks will ask again; meanwhile, questions would pile up
+            return  # it will be asked on the next connection; meanwhile, questions would pile up
         topic = self._topics.up(self._config.id, "want" if wants else "update")
         try:
             self._session.publish(topic, encode(frame))
@@ -233,6 +233,8 @@ class _Node:
             self._duty.changed()
             if self._duty.parting:
                 return
+        if self._blobs is not None:
+            self._blobs.ask_again()
         if self._machine is None:
             self._publish_status("starting")
             if self._descriptor is None:

@@ -78,6 +78,7 @@ class NodeMachine:
         self._trusted_term = 0
         self._frame: Round | None = None
         self._uninformed = True
+        self._two_servers = False
         self._answered = False
         self._max_staleness = max_staleness
         self._done: _Done | None = None
@@ -110,7 +111,7 @@ class NodeMachine:
     def wake_at(self) -> float | None:
         """When the machine wants its next Tick; None: not before another event."""
         times = [self._greet_at] if self._unknown else []
-        if self._behind and self._busy is None:
+        if self._two_servers or self._lacks_entries:
             times.append(self._ask_at)
         return min(times, default=None)
 
@@ -122,6 +123,10 @@ class NodeMachine:
     @property
     def _behind(self) -> bool:
         return self._frame is not None and self._frame.header.version > self.version
+
+    @property
+    def _lacks_entries(self) -> bool:
+        return self._behind and self._busy is None
 
     def handle(self, event: e.NodeEvent) -> list[e.NodeEffect]:
         """Take one event; returns the effects to carry out, in order."""
@@ -158,6 +163,7 @@ class NodeMachine:
 
     def _on_connected(self, event: e.Connected) -> None:
         self._uninformed = True
+        self._ask_at = float("-inf")  # nobody may have heard what was asked before
         self._introduce(event.now)
 
     def _introduce(self, now: float) -> None:
@@ -170,7 +176,7 @@ class NodeMachine:
         if state.run != self._run_id.hex():
             self._count("of another run")
         elif state.term == self._rank[0] and self._rank[1] not in ("", state.server_id):
-            self._two_servers(state.term)
+            self._see_two_servers()
         elif state.rank < self._rank:
             self._count("stale server")
         else:
@@ -181,19 +187,20 @@ class NodeMachine:
             self._rank = state.rank
             self._link = state.link if there else self._link
 
-    def _two_servers(self, term: int) -> None:
-        """A ledger restored from backup forgot its newest terms, and so did the broker: ask for one above them.
+    def _see_two_servers(self) -> None:
+        """A ledger restored from backup forgot its newest terms, and so did the broker: ask until one is above them.
 
         Under one term, this node could not tell that server's past from the one that it knows.
         """
         self._count("two servers in a term")
-        above = replace(self._header(), term=min(term + 1, 2**32 - 1))
-        self._effects.append(e.Send(Want(above, self._boot, welcome=True)))
+        self._two_servers = True
+        self._ask_at = float("-inf")
 
     def _follow_server(self, now: float) -> None:
         """Forget what another server said: its slots and its round."""
         self._frame = self.slot = self._link = self._heard_version = None
         self._uninformed = True
+        self._two_servers = False
         self._introduce(now)
 
     # --- frames ---
@@ -373,10 +380,17 @@ class NodeMachine:
             self._stop_if_late(self._busy)
         elif not self._behind:
             self._step()
-        elif now >= self._ask_at:
-            self._ask_at = now + RETRY_S
-            self._in_vain += 1
-            self._effects.append(e.Send(Want(self._header(), self._boot, entries_from=self.version)))
+        if now >= self._ask_at and (self._two_servers or self._lacks_entries):
+            self._ask(now)
+
+    def _ask(self, now: float) -> None:
+        """Ask for the entries that lack, and for a term above that of two servers."""
+        self._ask_at = now + RETRY_S
+        self._in_vain += self._lacks_entries
+        term = min(self.term + self._two_servers, 2**32 - 1)
+        entries_from = self.version if self._lacks_entries else None
+        want = Want(replace(self._header(), term=term), self._boot, self._two_servers, entries_from)
+        self._effects.append(e.Send(want))
 
     def _catch_up(self, frame: Round) -> None:
         """Follow what the round says of the ledger; see whether a server of another term tells another past."""

@@ -9,6 +9,7 @@ from meerkat_mq.mqtt import blob_fetch
 from meerkat_mq.mqtt.blob_fetch import CHUNKS_A_WANT, BlobFetch
 from meerkat_mq.wire.arrays import split
 from meerkat_mq.wire.messages import Chunk, Header
+from tests.support.waiting import until
 
 HEADER, NAME = Header(0, 0, 0, bytes(8)), bytes(range(16))
 BLOB = bytes(range(256)) * 256 * 3
@@ -55,6 +56,31 @@ async def test_what_comes_unasked_is_not_asked_for() -> None:
     for chunk in CHUNKS:
         fetch.add(chunk)
     assert await fetch.collect(unasked=True) == BLOB
+
+
+async def test_what_went_with_a_connection_is_asked_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blob_fetch, "PATIENCE_S", 600.0)
+    asked: list[tuple[int, ...]] = []
+    fetch = BlobFetch(NAME, len(BLOB), asked.append)
+    fetch.ask_again()
+    collecting = asyncio.create_task(fetch.collect())
+    await until(lambda: asked)
+    fetch.add(CHUNKS[1])
+    fetch.ask_again()
+    await until(lambda: asked == [(0, 1, 2), (0, 2)])
+    fetch.add(CHUNKS[0])
+    fetch.add(CHUNKS[2])
+    assert await collecting == BLOB
+
+
+async def test_a_new_connection_asks_for_nothing_that_comes_unasked() -> None:
+    fetch = BlobFetch(NAME, len(BLOB), lambda chunks: pytest.fail("asked"))
+    collecting = asyncio.create_task(fetch.collect(unasked=True))
+    await asyncio.sleep(0)
+    fetch.ask_again()
+    for chunk in CHUNKS:
+        fetch.add(chunk)
+    assert await collecting == BLOB
 
 
 async def test_no_want_asks_for_more_than_its_part() -> None:

@@ -92,6 +92,18 @@ def test_two_servers_in_one_term_are_asked_for_a_higher_one(server_id: str) -> N
     assert sent(node.give(e.ServerCame(2.0, state(term=1, status="lost", server_id=server_id))), Want) != []
 
 
+def test_it_asks_for_a_higher_term_until_there_is_one() -> None:
+    node = hand(announced())
+    node.give(e.ServerCame(1.0, state(server_id="4" * 16)))  # before the connection stood, so the want was lost
+    (want,) = sent(node.give(e.Connected(1.5)), Want)
+    assert (want.header.term, want.welcome, want.entries_from) == (2, True, None)
+    assert sent(node.step(2.0), Update)
+    assert want in sent(node.give(e.Tick(1.5 + RETRY_S)), Want)
+    node.give(e.ServerCame(4.0, state(term=3)))
+    node.frames(4.0, welcome(term=3), announced(term=3))
+    assert node.machine.wake_at is None
+
+
 def test_stale_and_foreign_servers_and_frames_are_counted_only() -> None:
     node = hand(announced(3, term=2, entries=tuple(chain(3))))
     assert reasons(node.give(e.ServerCame(1.0, state(term=1)))) == ["stale server"]
@@ -125,6 +137,13 @@ def test_a_long_absence_is_made_up_for_by_asking() -> None:
     node.frames(1.2, Entries(header(9), ledger[4:6]))
     assert node.machine.version == 9  # the rest came with the round
     assert node.task is not None
+
+
+def test_on_a_new_connection_a_node_asks_at_once_for_what_it_lacks() -> None:
+    node, ledger = hand(), tuple(chain(9))
+    node.frames(1.0, announced(9, entries=ledger[6:]))
+    (want,) = sent(node.give(e.Connected(1.1)), Want)
+    assert want.entries_from == 0
 
 
 def test_a_node_asks_again_when_no_answer_comes() -> None:

@@ -189,6 +189,24 @@ async def test_a_broker_emptied_beside_a_backup_makes_the_server_take_a_term_abo
         assert [term.term for term in ledger.terms()] == terms
 
 
+async def test_nodes_that_come_back_after_such_a_server_is_in_charge_ask_for_a_term_above_it_too(
+    federation: Federation, mosquitto: Mosquitto
+) -> None:
+    nodes, _ = await backed_up(federation, lives=1)
+    for node in nodes:
+        node.signal(signal.SIGSTOP)
+    mosquitto.kill()
+    mosquitto.start()
+    third = server(federation, "--once")
+    await third.says("in charge", term=2)
+    await until(lambda: federation.eye.rounds and not federation.eye.rounds[-1].is_open, within_s=PATIENCE_S)
+    for node in nodes:
+        node.signal(signal.SIGCONT)
+    await check_the_end(federation, nodes, third)
+    with federation.ledger() as ledger:
+        assert [term.term for term in ledger.terms()] == [1, 2, 4]
+
+
 FIXED: list[tuple[dict[str, Any], str]] = [
     ({"lr": 0.25}, "rounds.lr: the run was begun with 0.5, the configuration says 0.25"),
     ({"count": 30}, "rounds.count: the run was begun with 20, the configuration says 30"),
