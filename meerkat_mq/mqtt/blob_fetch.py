@@ -8,12 +8,16 @@ from meerkat_mq.wire.arrays import Assembly
 from meerkat_mq.wire.frames import MAX_CHUNK_BYTES
 from meerkat_mq.wire.messages import Chunk
 
-PATIENCE_S = 3.0
+PATIENCE_S = 3.0  # at first; on slow links, chunks are waited for twice as long as the newest took
 CHUNKS_A_WANT = 16
 
 
 class BlobFetch:
     """Collects the chunks of one blob; `add` is called for every chunk that arrives.
+
+    It asks for some chunks at a time. After a silence it asks for one alone, the last, and waits twice as long: where
+    another one comes before it, those that were asked for are still on their way, and asking again would clog a slow
+    link; else they were lost.
 
     Args:
         name: the blob's hash, 16 bytes.
@@ -23,7 +27,7 @@ class BlobFetch:
     Attributes:
         name: as given.
         size: as given.
-        silences: how many times `PATIENCE_S` have passed without a new chunk, up to now.
+        silences: in a row up to now, in each of which no new chunk came.
 
     Raises:
         TooLarge: larger than a blob can be.
@@ -34,9 +38,10 @@ class BlobFetch:
         self.size = size
         self.silences = 0
         self._ask = ask
-        self._asked: frozenset[int] | None = None
+        self._asked: frozenset[int] | None = None  # None: what lacks comes without being asked for
         self._arrived = asyncio.Event()
-        self._quiet_since = _now()
+        self._quiet_since = self._news_at = _now()
+        self._patience_s = PATIENCE_S
         self._assembly = self._fresh()
 
     def _fresh(self) -> Assembly:
@@ -49,7 +54,11 @@ class BlobFetch:
             BadValue: it is of another blob.
         """
         if self._assembly.add(chunk):
-            self._quiet_since = _now()
+            now = _now()
+            self._patience_s = max(PATIENCE_S, 2 * (now - self._news_at))
+            self._quiet_since = self._news_at = now
+            if self._asked is not None and chunk.index not in self._asked:
+                self._asked = None
             self._arrived.set()
 
     def start_over(self) -> None:
@@ -68,7 +77,7 @@ class BlobFetch:
         Args:
             unasked: whether chunks may come by themselves, so that asking can wait for the first silence, which may
                 have begun before.
-            silences: how many times `PATIENCE_S` without a new chunk may pass in a row; None: any number.
+            silences: how many may pass in a row; None: any number.
 
         Raises:
             NotConnected: too many passed.
@@ -77,22 +86,27 @@ class BlobFetch:
         self.silences = 0
         while missing := self._assembly.missing:
             if self._asked is not None and self._asked.isdisjoint(missing):
-                part = missing[:CHUNKS_A_WANT]
-                self._ask(part)
-                self._quiet_since = _now()
-                self._asked = frozenset(part)
+                self._asked = self._question(missing[:CHUNKS_A_WANT])
+                self._news_at = self._quiet_since
             elif await self._one_arrives():
                 self.silences = 0
+            elif self.silences + 1 == silences:
+                problem = f"{len(missing)} chunks did not come, and none in the last {self._patience_s:g} s"
+                raise NotConnected(f"blob {self.name.hex()}", problem)
             else:
-                self._asked, self.silences = frozenset(), self.silences + 1
-                if self.silences == silences:
-                    problem = f"{len(missing)} chunks did not come within {silences * PATIENCE_S:g} s"
-                    raise NotConnected(f"blob {self.name.hex()}", problem)
+                self.silences += 1
+                self._patience_s *= 2
+                self._asked = self._question(missing[-1:])
         return self._assembly.join()
+
+    def _question(self, chunks: tuple[int, ...]) -> frozenset[int]:
+        self._ask(chunks)
+        self._quiet_since = _now()
+        return frozenset(chunks)
 
     async def _one_arrives(self) -> bool:
         try:
-            async with asyncio.timeout_at(self._quiet_since + PATIENCE_S):
+            async with asyncio.timeout_at(self._quiet_since + self._patience_s):
                 await self._arrived.wait()
         except TimeoutError:
             return False

@@ -27,7 +27,7 @@ Args = TypeVarTuple("Args")
 Result = TypeVar("Result")
 Job = e.ApplyEntries | e.FetchSnapshot | e.ResetTheta | e.StartSteps | e.Forget | Update
 
-SILENCES = 5  # of a server whose entries name a blob, or that offered one
+SILENCES = 4  # of a server whose entries name a blob, or that offered one
 
 
 async def in_worker(worker: ThreadPoolExecutor, function: Callable[[*Args], Result], *args: *Args) -> Result:

@@ -18,6 +18,10 @@ MAGIC = b"MKVALS\x01\n"
 _HEAD = struct.Struct("<8sBI")
 _CODECS: dict[int, Codec] = {1: "float32", 2: "bfloat16", 3: "int8"}
 _WORTH_A_BLOCK = 256  # bytes
+_WAYS = (
+    zstandard.ZstdCompressionParameters.from_level(LEVEL),
+    zstandard.ZstdCompressionParameters.from_level(1, strategy=zstandard.STRATEGY_FAST, min_match=7),
+)
 _CODES = {codec: code for code, codec in _CODECS.items()}
 _ARRAYS: dict[Codec, tuple[tuple[str, int], ...]] = {  # dtype, and how many values an element is for
     "float32": (("<f4", 1),),
@@ -50,10 +54,15 @@ def encode_values(values: Float32Array, codec: Codec) -> bytes:
 
 
 def _compress(parts: Parts) -> bytes:
-    """A zstd block begins with each plane of bytes, which has its own statistics: 5 % less where n is small."""
+    """The smaller of two frames: in hundreds of values, short repetitions cost more than they save."""
     arrays = [np.ascontiguousarray(part).view(np.uint8).reshape(part.size, part.itemsize) for part in parts]
     planes = [plane.tobytes() for array in arrays for plane in array.T]
-    compressor = zstandard.ZstdCompressor(level=LEVEL).compressobj(size=sum(map(len, planes)))
+    return min((_pack(planes, way) for way in _WAYS), key=len)
+
+
+def _pack(planes: list[bytes], way: zstandard.ZstdCompressionParameters) -> bytes:
+    """A zstd block begins with each plane of bytes, which has its own statistics: 5 % less where n is small."""
+    compressor = zstandard.ZstdCompressor(compression_params=way).compressobj(size=sum(map(len, planes)))
     packed = [compressor.compress(planes[0])]
     for plane in planes[1:]:
         if len(plane) >= _WORTH_A_BLOCK:

@@ -4,7 +4,7 @@ import { need } from "./bytes.mjs";
 import { MAX_CHUNK_BYTES } from "./frames.mjs";
 
 const CHUNKS_A_WANT = 16;
-const PATIENCE_S = 3;
+const PATIENCE_S = 3; // at first; on slow links, chunks are waited for twice as long as the newest took
 const MAX_BLOB_BYTES = 2 ** 28;
 
 /** Collects the chunks of one blob; `ask` is called with the indices to ask for. Times are in seconds. */
@@ -20,32 +20,48 @@ export class Fetch {
   /** Forget all chunks: together they were not the blob. */
   startOver() {
     this.parts = new Array(Math.ceil(this.size / MAX_CHUNK_BYTES)).fill(null);
-    this.asked = [];
-    this.askAgainAt = 0;
-    this.silences = 0; // in a row, each of PATIENCE_S without a new chunk
+    this.asked = []; // null: what lacks comes without being asked for
+    this.quietSince = this.newsAt = 0;
+    this.patience = PATIENCE_S;
+    this.silences = 0; // in a row
   }
 
   /** Chunks come unasked: ask only after a silence, which begins now, or with the newest chunk. */
   listen(now) {
-    this.asked = this.missing;
-    this.askAgainAt = now + PATIENCE_S;
+    this.asked = null;
+    this.quietSince = this.newsAt = now;
+  }
+
+  /** What was asked, or its answer, went with a connection; does nothing before the first question. */
+  askAgain() {
+    if (this.asked !== null) this.asked = [];
   }
 
   get missing() {
     return this.parts.flatMap((part, i) => (part ? [] : [i]));
   }
 
-  /** Ask for the next chunks where all that were asked for are there, or again after a silence. */
+  /**
+   * Ask for the next chunks where all that were asked for are there. After a silence, ask for one alone, the last, and
+   * wait twice as long: another one that comes before it says that those asked for are still on their way.
+   */
   advance(now) {
     const missing = this.missing;
     if (missing.length === 0) return;
-    const silent = this.asked.length > 0 && now >= this.askAgainAt;
-    if (silent) this.silences += 1;
-    if (silent || !missing.some((index) => this.asked.includes(index))) {
-      this.asked = missing.slice(0, CHUNKS_A_WANT);
-      this.askAgainAt = now + PATIENCE_S;
-      this.ask(this.asked);
+    if (this.asked !== null && !missing.some((index) => this.asked.includes(index))) {
+      this.question(missing.slice(0, CHUNKS_A_WANT), now);
+      this.newsAt = now;
+    } else if (now >= this.quietSince + this.patience) {
+      this.silences += 1;
+      this.patience *= 2;
+      this.question(missing.slice(-1), now);
     }
+  }
+
+  question(chunks, now) {
+    this.asked = chunks;
+    this.quietSince = now;
+    this.ask(chunks);
   }
 
   /** Take a chunk; one of another blob is no concern of ours. The next ones are asked for by `advance`. */
@@ -57,7 +73,9 @@ export class Fetch {
     if (!this.parts[chunk.index]) {
       this.parts[chunk.index] = Buffer.from(chunk.data);
       this.silences = 0;
-      this.askAgainAt = now + PATIENCE_S;
+      this.patience = Math.max(PATIENCE_S, 2 * (now - this.newsAt));
+      this.quietSince = this.newsAt = now;
+      if (this.asked !== null && !this.asked.includes(chunk.index)) this.asked = null;
     }
   }
 

@@ -14,7 +14,7 @@ import { openValues } from "./values.mjs";
 const RETRY_S = 2;
 const MOST_PUSHED = 32; // displacements, however small they are
 const IN_VAIN = 5; // wants without an answer, after which nobody stands where the newest round says
-const SILENCES = 5;
+const SILENCES = 4;
 const RESYNCHRONISATIONS = 3;
 const REASONS = [undefined, "resynchronise", "wrong seeds", "wrong steps", "out of range", "no values"];
 const RESYNCHRONISE = 1;
@@ -36,6 +36,7 @@ export class Machine {
     this.round = null;
     this.slot = null;
     this.uninformed = true; // no round came on this connection
+    this.twoServers = false; // in the present term
     this.greetAt = now + RETRY_S;
     this.askAt = now;
     this.digestsRefused = 0;
@@ -82,6 +83,8 @@ export class Machine {
 
   onConnected(now) {
     this.uninformed = true;
+    this.askAt = -Infinity; // nobody may have heard what was asked before
+    this.fetch?.blobs.askAgain();
     this.introduce(now);
     this.advance(now);
   }
@@ -94,7 +97,7 @@ export class Machine {
   onServer(state, now) {
     const there = state.status === "online" || state.status === "finished";
     if (state.run !== this.run.run) return this.count("of another run");
-    if (state.term === this.term && !["", state.server_id].includes(this.serverId)) return this.onTwoServers();
+    if (state.term === this.term && !["", state.server_id].includes(this.serverId)) return this.onTwoServers(now);
     if (state.term < this.term) return this.count("stale server");
     if (state.term > this.term) this.followServer(state.term, now);
     else if (there && this.serverLink !== null && this.serverLink !== state.link) this.introduce(now);
@@ -103,10 +106,12 @@ export class Machine {
     this.advance(now);
   }
 
-  /** Under one term we could not tell that server's past from the one that we know: ask for a term above. */
-  onTwoServers() {
+  /** Under one term we could not tell that server's past from the one that we know: ask until one is above it. */
+  onTwoServers(now) {
     this.count("two servers in a term");
-    this.want({ welcome: true }, Math.min(this.term + 1, 2 ** 32 - 1));
+    this.twoServers = true;
+    this.askAt = -Infinity;
+    this.advance(now);
   }
 
   /** Forget what another server said: its slots and its round. */
@@ -115,6 +120,7 @@ export class Machine {
     this.serverId = "";
     this.serverLink = this.round = this.slot = null;
     this.uninformed = true;
+    this.twoServers = false;
     this.introduce(now);
   }
 
@@ -320,13 +326,17 @@ export class Machine {
     }
     if (this.fetch === null && this.round !== null) this.catchUp(now);
     if (this.fetch !== null) this.advanceFetch(now);
-    if (this.fetch !== null) return;
-    if (!this.behind) this.answer();
-    else if (now >= this.askAt) {
-      this.askAt = now + RETRY_S;
-      this.inVain += 1;
-      this.want({ entries_from: this.version });
-    }
+    const lacksEntries = this.fetch === null && this.behind;
+    if (now >= this.askAt && (lacksEntries || this.twoServers)) this.askFor(lacksEntries, now);
+    if (this.fetch === null && !this.behind) this.answer();
+  }
+
+  /** Ask for the entries that lack, and for a term above that of two servers. */
+  askFor(entries, now) {
+    this.askAt = now + RETRY_S;
+    if (entries) this.inVain += 1;
+    const term = this.twoServers ? Math.min(this.term + 1, 2 ** 32 - 1) : this.term;
+    this.want({ welcome: this.twoServers, entries_from: entries ? this.version : null }, term);
   }
 
   /** Follow what the round says of the ledger; see whether a server of another term tells another past. */
