@@ -14,9 +14,8 @@ from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.values import mean_displacement, quantised
 from meerkat_mq.errors import BadValue, WireError
 from meerkat_mq.rounds.early_stopping import EarlyStopping, judgements_of
-from meerkat_mq.rounds.events import Share
 from meerkat_mq.rounds.policy import shares_of, terms_of
-from meerkat_mq.rounds.records import UpdateRecord, Verdict
+from meerkat_mq.rounds.records import Share, UpdateRecord, Verdict
 from meerkat_mq.wire.messages import Header, Round, Update
 from meerkat_mq.wire.values import decode_values
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import socket
 import struct
 from collections.abc import Callable, Iterator
@@ -220,6 +221,12 @@ class Proxy:
         """How long so many bytes keep the link busy, as it is now."""
         return 0.0 if self.bytes_per_s is None else size / self.bytes_per_s
 
+    def pieces(self, data: bytes) -> Iterator[bytes]:
+        """A packet as a narrow link brings it: bit by bit."""
+        size = len(data) if self.bytes_per_s is None else math.ceil(self.bytes_per_s * _LOOK_S)
+        for start in range(0, len(data), max(1, size)):
+            yield data[start : start + size]
+
     async def flowing(self, *, up: bool) -> None:
         """Wait while this direction is frozen."""
         await self._flowing[up].wait()
@@ -266,13 +273,15 @@ class _Way:
                 if passage is None:
                     return
                 await self._wait(came, partial(self._proxy.delay_s, share))
-                await self._proxy.flowing(up=self._up)
-                self._target.write(passage.data)
-                await self._target.drain()
+                for piece in self._proxy.pieces(passage.data):
+                    await self._proxy.flowing(up=self._up)
+                    self._target.write(piece)
+                    await self._target.drain()
+                    if not passage.cut:
+                        await self._wait(self._now(), partial(self._proxy.narrow_s, len(piece)))
                 if passage.cut:
                     _reset(self._source)
                     return
-                await self._wait(self._now(), partial(self._proxy.narrow_s, len(passage.data)))
                 self._room.release()
 
     async def _wait(self, since: float, lasts_s: Callable[[], float]) -> None:

@@ -9,6 +9,7 @@ from meerkat_mq.wire.frames import MAX_CHUNK_BYTES
 from meerkat_mq.wire.messages import Chunk
 
 PATIENCE_S = 3.0  # at first; on slow links, chunks are waited for twice as long as the newest took
+LONGEST_PATIENCE_S = 60.0
 CHUNKS_A_WANT = 16
 
 
@@ -27,7 +28,7 @@ class BlobFetch:
     Attributes:
         name: as given.
         size: as given.
-        silences: in a row up to now, in each of which no new chunk came.
+        silences: how many there were since the newest chunk.
 
     Raises:
         TooLarge: larger than a blob can be.
@@ -38,9 +39,11 @@ class BlobFetch:
         self.size = size
         self.silences = 0
         self._ask = ask
-        self._asked: frozenset[int] | None = None  # None: what lacks comes without being asked for
-        self._arrived = asyncio.Event()
-        self._quiet_since = self._news_at = _now()
+        self._asked: frozenset[int] | None = None  # None: what lacks comes without being asked for again
+        self._has_asked = False
+        self._woken = asyncio.Event()
+        self._news_at = self._asked_at = _now()
+        self._chunk_s = 0.0  # that the newest chunk took
         self._patience_s = PATIENCE_S
         self._assembly = self._fresh()
 
@@ -53,13 +56,14 @@ class BlobFetch:
         Raises:
             BadValue: it is of another blob.
         """
-        if self._assembly.add(chunk):
-            now = _now()
-            self._patience_s = max(PATIENCE_S, 2 * (now - self._news_at))
-            self._quiet_since = self._news_at = now
-            if self._asked is not None and chunk.index not in self._asked:
-                self._asked = None
-            self._arrived.set()
+        if not self._assembly.add(chunk):
+            return
+        now = _now()
+        self._chunk_s, self._news_at, self.silences = now - self._news_at, now, 0
+        self._patience_s = self._usual_patience_s
+        if self._asked is not None and chunk.index not in self._asked:
+            self._asked = None
+        self._woken.set()
 
     def start_over(self) -> None:
         """Forget all chunks: together they were not the blob."""
@@ -67,9 +71,9 @@ class BlobFetch:
 
     def ask_again(self) -> None:
         """What was asked, or its answer, went with a connection; does nothing before the first question."""
-        if self._asked is not None:
-            self._asked = frozenset()
-            self._arrived.set()
+        if self._has_asked:
+            self._asked, self._patience_s = frozenset(), self._usual_patience_s
+            self._woken.set()
 
     async def collect(self, *, unasked: bool = False, silences: int | None = None) -> bytes:
         """The whole blob.
@@ -83,34 +87,34 @@ class BlobFetch:
             NotConnected: too many passed.
         """
         self._asked = None if unasked else frozenset()
-        self.silences = 0
         while missing := self._assembly.missing:
             if self._asked is not None and self._asked.isdisjoint(missing):
-                self._asked = self._question(missing[:CHUNKS_A_WANT])
-                self._news_at = self._quiet_since
-            elif await self._one_arrives():
-                self.silences = 0
-            elif self.silences + 1 == silences:
-                problem = f"{len(missing)} chunks did not come, and none in the last {self._patience_s:g} s"
-                raise NotConnected(f"blob {self.name.hex()}", problem)
-            else:
+                self._question(missing[:CHUNKS_A_WANT])
+            elif not await self._is_woken():
                 self.silences += 1
-                self._patience_s *= 2
-                self._asked = self._question(missing[-1:])
+                if self.silences == silences:
+                    problem = f"{len(missing)} chunks did not come, and none in the last {self._patience_s:g} s"
+                    raise NotConnected(f"blob {self.name.hex()}", problem)
+                self._patience_s = min(2 * self._patience_s, LONGEST_PATIENCE_S)
+                self._question(missing[-1:])
         return self._assembly.join()
 
-    def _question(self, chunks: tuple[int, ...]) -> frozenset[int]:
-        self._ask(chunks)
-        self._quiet_since = _now()
-        return frozenset(chunks)
+    @property
+    def _usual_patience_s(self) -> float:
+        return min(max(PATIENCE_S, 2 * self._chunk_s), LONGEST_PATIENCE_S)
 
-    async def _one_arrives(self) -> bool:
+    def _question(self, chunks: tuple[int, ...]) -> None:
+        self._ask(chunks)
+        self._asked, self._has_asked, self._asked_at = frozenset(chunks), True, _now()
+
+    async def _is_woken(self) -> bool:
+        """Wait for what comes, but not for longer than patience lasts since the newest chunk or question."""
         try:
-            async with asyncio.timeout_at(self._quiet_since + self._patience_s):
-                await self._arrived.wait()
+            async with asyncio.timeout_at(max(self._news_at, self._asked_at) + self._patience_s):
+                await self._woken.wait()
         except TimeoutError:
             return False
-        self._arrived.clear()
+        self._woken.clear()
         return True
 
 

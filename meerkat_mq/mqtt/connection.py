@@ -5,8 +5,9 @@ import contextlib
 import functools
 import itertools
 import logging
+import math
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import aiomqtt
@@ -39,6 +40,7 @@ class _Client(aiomqtt.Client):
         self.connector_done = asyncio.Event()
         self.pending_calls_threshold = 2**16
         self.taken = 0
+        self.heard_at = 0.0  # when bytes came from the broker, on the loop's clock
 
     @property
     def refused(self) -> bool:
@@ -83,6 +85,7 @@ class _Client(aiomqtt.Client):
         """As aiomqtt does, but a wake-up reads all that a burst of answers brought."""
 
         def read() -> None:
+            self.heard_at = self._loop.time()
             for number in itertools.count(1):
                 taken = self.taken
                 client.loop_read()
@@ -172,6 +175,9 @@ class Connection:
         self._client: _Client | None = None
         self._context: Context | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._owed: dict[int, tuple[str, float]] = {}  # answers, and since when; the oldest first
+        self._numbers = itertools.count()
+        self._check: asyncio.TimerHandle | None = None
         self._last_words = _LastWords()
 
     async def open(self) -> None:
@@ -203,13 +209,11 @@ class Connection:
         """Subscribe and wait for the answer.
 
         Raises:
-            Lost: no answer.
+            Lost: not sent.
             BrokerError: refused.
         """
-        try:
+        with self._owing("answer to SUBSCRIBE"):
             codes = await self._ready().subscribe(list(filters.items()))
-        except aiomqtt.MqttError as error:
-            raise Lost(f"no answer to SUBSCRIBE ({error})") from None
         _heed_cancellation()
         for topic, code in zip(filters, codes, strict=True):
             if _number(code) >= _REFUSED_SUBSCRIPTION:
@@ -221,24 +225,49 @@ class Connection:
         """Unsubscribe and wait for the answer, which the broker sends after all that it sent before.
 
         Raises:
-            Lost: no answer.
+            Lost: not sent.
         """
-        try:
+        with self._owing("answer to UNSUBSCRIBE"):
             await self._ready().unsubscribe(topic)
-        except aiomqtt.MqttError as error:
-            raise Lost(f"no answer to UNSUBSCRIBE ({error})") from None
         _heed_cancellation()
 
     async def publish(self, topic: str, payload: bytes, qos: int, *, retain: bool) -> None:
         """Publish and wait until the broker acknowledged it (QoS 0: until it is written).
 
         Raises:
-            Lost: not sent, or no acknowledgement.
+            Lost: not sent.
         """
-        try:
+        with self._owing(f"acknowledgement for {topic}"):
             await self._ready().publish(topic, payload, qos, retain)
+
+    @contextlib.contextmanager
+    def _owing(self, answer: str) -> Iterator[None]:
+        """The broker owes an answer; where it does not come in time, that is the connection's end."""
+        number = next(self._numbers)
+        self._owed[number] = answer, self._now()
+        if self._check is None:
+            self._check_after(self._timeouts.answer_s)
+        try:
+            yield
         except aiomqtt.MqttError as error:
-            raise Lost(f"no acknowledgement for {topic} ({error})") from None
+            raise Lost(f"no {answer} ({error})") from None
+        finally:
+            del self._owed[number]
+
+    def _check_after(self, seconds: float) -> None:
+        self._check = asyncio.get_running_loop().call_later(seconds, self._check_the_oldest)
+
+    def _check_the_oldest(self) -> None:
+        self._check = None
+        if not self._owed or self._client is None:
+            return
+        answer, since = next(iter(self._owed.values()))
+        quiet_since, longest_s = max(since, self._client.heard_at), self._timeouts.longest_answer_s
+        left_s = min(quiet_since + self._timeouts.answer_s, since + longest_s) - self._now()
+        if left_s <= 0:
+            self._end(Lost(f"no {answer} within {self._now() - since:.0f} s"))
+        else:
+            self._check_after(left_s)
 
     def mute(self) -> None:
         """Hand over no more messages."""
@@ -247,6 +276,8 @@ class Connection:
     async def end(self, *, orderly: bool) -> None:
         """End at once. Orderly: with DISCONNECT, so the broker forgets the will; otherwise it publishes it."""
         self.mute()
+        if self._check is not None:
+            self._check.cancel()
         try:
             if orderly and self._watcher is not None and self._client is not None:
                 self._client.timeout = self._timeouts.flush_s
@@ -303,6 +334,9 @@ class Connection:
         except aiomqtt.MqttError as error:
             self._end(Lost(str(error.__cause__ or error)))
 
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
     def _end(self, cause: Exception) -> None:
         if not self.ended.done():
             self.ended.set_result(cause)
@@ -310,7 +344,7 @@ class Connection:
     def _ready(self) -> _Client:
         if self._client is None:
             raise Lost("not open")
-        self._client.timeout = self._timeouts.answer_s
+        self._client.timeout = math.inf  # see `_owing`
         return self._client
 
     def _refusal(self, error: aiomqtt.MqttCodeError) -> Exception:

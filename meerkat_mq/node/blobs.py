@@ -7,9 +7,9 @@ import structlog
 
 from meerkat_mq.core.path import Displacement
 from meerkat_mq.errors import TooLarge
-from meerkat_mq.mqtt.blob_fetch import CHUNKS_A_WANT, BlobFetch
+from meerkat_mq.mqtt.blob_fetch import BlobFetch
 from meerkat_mq.node.state import KeptUpdate
-from meerkat_mq.wire.arrays import split
+from meerkat_mq.wire.arrays import chunks_of, split
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.messages import Chunk, Header, Want
 from meerkat_mq.wire.values import largest_blob
@@ -61,7 +61,7 @@ class Blobs:
         self._fetch = None
 
     def ask_again(self) -> None:
-        """A new connection stands; what was asked on another may be lost."""
+        """A connection is new, this node's or the server's; what was asked on another may be lost."""
         if self._fetch is not None:
             self._fetch.ask_again()
 
@@ -115,10 +115,10 @@ class Blobs:
 
     def answer(self, want: Want) -> None:
         """Send the chunks that the server asks for, if they are of the blob that there is to give."""
-        for index in want.chunks[:CHUNKS_A_WANT]:
-            if index < len(self._own) and self._own[index].blob == want.blob:
-                chunk = self._own[index]
-                self._send(replace(chunk, header=replace(chunk.header, term=want.header.term)))
+        own = self._own if self._own and self._own[0].blob == want.blob else []
+        for index in chunks_of(want, len(own)):
+            chunk = own[index]
+            self._send(replace(chunk, header=replace(chunk.header, term=want.header.term)))
 
     def _new(self, name: bytes, size: int) -> BlobFetch:
         def ask(chunks: tuple[int, ...]) -> None:

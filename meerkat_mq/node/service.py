@@ -306,7 +306,10 @@ class _Node:
             self._publish_status("online" if self._machine else "starting")
 
     def _on_server(self, state: ServerState) -> None:
-        self._server = state
+        before, self._server = self._server, state
+        anew = state.status in ("online", "finished") and (before is None or before.link != state.link)
+        if anew and self._blobs is not None:
+            self._blobs.ask_again()
         self._handle(e.ServerCame(self._now(), state))
 
     def _on_descriptor(self, descriptor: RunDescriptor) -> None:

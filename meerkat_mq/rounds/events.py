@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from meerkat_mq.core.path import Displacement, Entry, Term
 from meerkat_mq.errors import MeerkatError
-from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
+from meerkat_mq.rounds.records import Judgement, Share, UpdateRecord, Verdict
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState
 from meerkat_mq.wire.frames import Entries, Offer, Refusal, Round, Update, Values, Want, Welcome
 
@@ -270,14 +270,6 @@ class FetchValues:
 
     node: str
     update: Update
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """What part of the mean displacement a kept displacement is."""
-
-    blob: bytes
-    weight: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from meerkat_mq.core.values import Residual, mean_displacement
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.node import NodeMachine
 from meerkat_mq.rounds.policy import RoundSettings
+from meerkat_mq.rounds.records import Share
 from meerkat_mq.wire.descriptor import NodeStatus
 from meerkat_mq.wire.values import decode_values, encode_values
 
@@ -155,7 +156,7 @@ class Displacements:
         """Largest magnitude of a value."""
         return float(np.abs(self.arrays[name]).max())
 
-    def mean(self, shares: Sequence[e.Share]) -> Displacement | None:
+    def mean(self, shares: Sequence[Share]) -> Displacement | None:
         """The mean of the shares, encoded and kept; None without any."""
         if not shares:
             return None

@@ -91,7 +91,7 @@ class NodeMachine:
         self._heard_version: int | None = None
         self._busy: e.ApplyEntries | e.FetchSnapshot | e.StartSteps | None = None
         self._greet_at = now + RETRY_S
-        self._ask_at = now
+        self._ask_at = float("-inf")
         self._digests_refused = 0
         self._effects: list[e.NodeEffect] = []
         self.slot: int | None = None
@@ -193,8 +193,8 @@ class NodeMachine:
         Under one term, this node could not tell that server's past from the one that it knows.
         """
         self._count("two servers in a term")
-        self._two_servers = True
-        self._ask_at = float("-inf")
+        if not self._two_servers:
+            self._two_servers, self._ask_at = True, float("-inf")
 
     def _follow_server(self, now: float) -> None:
         """Forget what another server said: its slots and its round."""
@@ -385,8 +385,9 @@ class NodeMachine:
 
     def _ask(self, now: float) -> None:
         """Ask for the entries that lack, and for a term above that of two servers."""
+        if self._lacks_entries and self._ask_at != float("-inf"):
+            self._in_vain += 1
         self._ask_at = now + RETRY_S
-        self._in_vain += self._lacks_entries
         term = min(self.term + self._two_servers, 2**32 - 1)
         entries_from = self.version if self._lacks_entries else None
         want = Want(replace(self._header(), term=term), self._boot, self._two_servers, entries_from)

@@ -10,8 +10,7 @@ from typing import Literal
 from meerkat_mq.config import EarlyStoppingConfig, GuardsConfig
 from meerkat_mq.core.path import Entry, Term, coefficient, seeds_of
 from meerkat_mq.errors import ConfigError
-from meerkat_mq.rounds.events import Share
-from meerkat_mq.rounds.records import UpdateRecord, Verdict
+from meerkat_mq.rounds.records import Share, UpdateRecord, Verdict
 from meerkat_mq.wire.frames import MAX_STEPS, Reason, Update, entry_bytes, most_terms
 
 DEADLINE_CAP = 10

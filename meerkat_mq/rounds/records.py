@@ -52,3 +52,11 @@ class Judgement:
     rho_later: float
     rho_quiet: float
     early_stopped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What part of an entry's mean displacement a kept displacement is."""
+
+    blob: bytes
+    weight: float

@@ -7,8 +7,7 @@ import numpy as np
 
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.values import mean_displacement
-from meerkat_mq.rounds.events import Share
-from meerkat_mq.rounds.records import Verdict
+from meerkat_mq.rounds.records import Share, Verdict
 from meerkat_mq.server.ledger_reader import LedgerReader
 
 FARTHEST = 1000.0  # weights of models lie within ±100, and 2³² versions that each move one so far stay in float32

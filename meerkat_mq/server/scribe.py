@@ -12,15 +12,15 @@ from typing import Protocol, TypeVar, TypeVarTuple
 from meerkat_mq.core.path import Displacement, Term
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.rounds import events as e
-from meerkat_mq.rounds.records import UpdateRecord, Verdict
+from meerkat_mq.rounds.records import Share, UpdateRecord, Verdict
 from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.server.displacement import mean_of
 from meerkat_mq.server.ledger import Ledger
 from meerkat_mq.server.ledger_rows import Sighting
 from meerkat_mq.server.recovery import follow, resumed
 from meerkat_mq.server.run import Run
-from meerkat_mq.server.snapshots import CHUNKS_A_WANT, Snapshots
-from meerkat_mq.wire.arrays import split
+from meerkat_mq.server.snapshots import Snapshots
+from meerkat_mq.wire.arrays import chunks_of, split
 from meerkat_mq.wire.frames import MAX_FRAME_BYTES, Update
 from meerkat_mq.wire.messages import Chunk, Entries, Header, Offer
 from meerkat_mq.wire.messages import Want as WantFrame
@@ -226,7 +226,7 @@ class Scribe:
                 self._term_at = now() + TERM_PAUSE_S
                 desk.took_term(*await self._off_the_loop(self._take_term, above))
 
-    def _apply(self, terms: Sequence[Term], shares: Sequence[e.Share]) -> tuple[bytes, Displacement | None]:
+    def _apply(self, terms: Sequence[Term], shares: Sequence[Share]) -> tuple[bytes, Displacement | None]:
         """Apply an entry to theta; the digest after it, and its displacement, which is kept."""
         if not shares:
             return self._replica.apply(terms), None
@@ -251,7 +251,7 @@ class Scribe:
         if want.blob is None or blob is None:
             return list(self._snapshots.chunks(header, want))
         chunks = split(header, want.blob, blob)
-        return [chunks[index] for index in sorted(set(want.chunks) & set(range(len(chunks))))[:CHUNKS_A_WANT]]
+        return [chunks[index] for index in chunks_of(want, len(chunks))]
 
     def _help(self, header: Header, first: int) -> Entries | Offer | None:
         """A snapshot's offer where that is cheaper, else as many entries as a reply takes."""

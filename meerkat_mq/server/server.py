@@ -28,9 +28,8 @@ from meerkat_mq.server.files import DIFFERENCE_FILE, unusable
 from meerkat_mq.server.measure import Measurer
 from meerkat_mq.server.run import Run, early_stopping_in_words, mode_in_words
 from meerkat_mq.server.scribe import KeepMetrics, KeepSightings, Scribe
-from meerkat_mq.server.snapshots import CHUNKS_A_WANT
 from meerkat_mq.server.watch import Watch
-from meerkat_mq.wire.arrays import split
+from meerkat_mq.wire.arrays import chunks_of, split
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState, decode_control
 from meerkat_mq.wire.difference import Difference
 from meerkat_mq.wire.frames import decode, encode
@@ -364,7 +363,7 @@ class Server:
         if want.blob != self._run.mask.hash:
             self._scribe.put(effect)
             return
-        for index in sorted(set(want.chunks) & set(range(len(self._chunks))))[:CHUNKS_A_WANT]:
+        for index in chunks_of(want, len(self._chunks)):
             if not self._replied(effect.node, self._chunks[index]):
                 return
 

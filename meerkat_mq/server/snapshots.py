@@ -14,12 +14,12 @@ from meerkat_mq.rounds.catch_up import Stretch, snapshot_is_cheaper
 from meerkat_mq.server.files import snapshot_file
 from meerkat_mq.server.ledger import Ledger
 from meerkat_mq.server.ledger_rows import KeptSnapshot
+from meerkat_mq.wire.arrays import chunks_of
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.frames import MAX_CHUNK_BYTES
 from meerkat_mq.wire.messages import Chunk, Header, Offer, Want
 from meerkat_mq.wire.snapshot import Snapshot, decode_snapshot, encode_snapshot
 
-CHUNKS_A_WANT = 64
 LOOKED_AT = 1000
 
 
@@ -118,7 +118,7 @@ class Snapshots:
             return
         count = -(-kept.size // MAX_CHUNK_BYTES)
         with suppress(OSError), self._file(kept.version).open("rb") as file:
-            for index in sorted(set(want.chunks) & set(range(count)))[:CHUNKS_A_WANT]:
+            for index in chunks_of(want, count):
                 file.seek(index * MAX_CHUNK_BYTES)
                 yield Chunk(header, kept.hash, index, count, kept.size, file.read(MAX_CHUNK_BYTES))
 

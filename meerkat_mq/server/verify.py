@@ -17,10 +17,9 @@ from meerkat_mq.core.toy import toy_mask
 from meerkat_mq.core.values import quantised
 from meerkat_mq.errors import LedgerError, MaskError, MeerkatError, ModelError, RunMismatch, WireError
 from meerkat_mq.rounds.early_stopping import EarlyStopping, judgements_of, with_verdicts
-from meerkat_mq.rounds.events import Share
 from meerkat_mq.rounds.guards import on_arrival
 from meerkat_mq.rounds.policy import RoundSettings, shares_of, steps_fit, terms_of
-from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
+from meerkat_mq.rounds.records import Judgement, Share, UpdateRecord, Verdict
 from meerkat_mq.server.displacement import mean_of, verdict_on
 from meerkat_mq.server.files import DIFFERENCE_FILE, mask_file, snapshot_file
 from meerkat_mq.server.ledger import LEDGER_FILE, Ledger

@@ -8,11 +8,12 @@ import zstandard
 
 from meerkat_mq.core.mask import Mask, matrix_records
 from meerkat_mq.errors import BadValue, MaskError, TooLarge, Truncated, UnknownType
-from meerkat_mq.wire.frames import MAX_CHUNK_BYTES, Chunk, Header
+from meerkat_mq.wire.frames import MAX_CHUNK_BYTES, Chunk, Header, Want
 from meerkat_mq.wire.reader import Reader
 
 MAX_BLOB_BYTES = 256 * 1024 * 1024
 MAX_BLOB_WEIGHTS = 2**26  # 256 MiB an array, once decompressed
+CHUNKS_A_REPLY = 64
 LEVEL = 6
 MAX_RATIO = 2**15  # a zstd block makes at most 128 KiB of at least 4 bytes
 
@@ -138,6 +139,11 @@ def split(header: Header, name: bytes, blob: bytes) -> list[Chunk]:
         raise TooLarge("blob", f"{len(blob)} bytes are outside 1…{MAX_BLOB_BYTES}")
     parts = [blob[start : start + MAX_CHUNK_BYTES] for start in range(0, len(blob), MAX_CHUNK_BYTES)]
     return [Chunk(header, name, i, len(parts), len(blob), part) for i, part in enumerate(parts)]
+
+
+def chunks_of(want: Want, count: int) -> list[int]:
+    """Which chunks of a blob of `count` to answer a want with: the lowest 64; who lacks more asks again."""
+    return sorted(set(want.chunks) & set(range(count)))[:CHUNKS_A_REPLY]
 
 
 class Assembly:

@@ -38,7 +38,7 @@ export class Machine {
     this.uninformed = true; // no round came on this connection
     this.twoServers = false; // in the present term
     this.greetAt = now + RETRY_S;
-    this.askAt = now;
+    this.askAt = -Infinity;
     this.digestsRefused = 0;
     this.stepsLater = false;
     this.inVain = 0; // wants for entries since one was answered
@@ -84,7 +84,6 @@ export class Machine {
   onConnected(now) {
     this.uninformed = true;
     this.askAt = -Infinity; // nobody may have heard what was asked before
-    this.fetch?.blobs.askAgain();
     this.introduce(now);
     this.advance(now);
   }
@@ -109,8 +108,8 @@ export class Machine {
   /** Under one term we could not tell that server's past from the one that we know: ask until one is above it. */
   onTwoServers(now) {
     this.count("two servers in a term");
+    if (!this.twoServers) this.askAt = -Infinity;
     this.twoServers = true;
-    this.askAt = -Infinity;
     this.advance(now);
   }
 
@@ -250,7 +249,7 @@ export class Machine {
   }
 
   newFetch(blob, size) {
-    return new Fetch(blob, size, (chunks) => this.want({ blob, chunks }));
+    return new Fetch(blob, size, (chunks) => this.want({ blob, chunks }), SILENCES);
   }
 
   onOffer(offer) {
@@ -285,7 +284,7 @@ export class Machine {
     const { blobs, entry, offer } = this.fetch;
     blobs.advance(now);
     const blob = blobs.blob;
-    if (blob === null && blobs.silences < SILENCES) return;
+    if (blob === null && !blobs.isGivenUp) return;
     this.fetch = null;
     try {
       need(blob !== null, "chunks did not come");
@@ -333,8 +332,8 @@ export class Machine {
 
   /** Ask for the entries that lack, and for a term above that of two servers. */
   askFor(entries, now) {
+    if (entries && this.askAt !== -Infinity) this.inVain += 1;
     this.askAt = now + RETRY_S;
-    if (entries) this.inVain += 1;
     const term = this.twoServers ? Math.min(this.term + 1, 2 ** 32 - 1) : this.term;
     this.want({ welcome: this.twoServers, entries_from: entries ? this.version : null }, term);
   }

@@ -93,6 +93,7 @@ class Node {
 
   onConnected(link) {
     this.presence.connected(link);
+    this.askAgain();
     if (this.machine) this.machine.onConnected(now());
     else this.publishStatus();
     this.finishIfDue();
@@ -122,7 +123,14 @@ class Node {
     }
   }
 
+  /** A connection is new, ours or the server's; the chunks asked for on another may be lost. */
+  askAgain() {
+    (this.machine ? this.machine.fetch?.blobs : this.maskFetch)?.askAgain();
+  }
+
   onServer(state) {
+    const there = ["online", "finished"].includes(state.status);
+    if (there && this.server?.link !== state.link) this.askAgain();
     this.server = state;
     this.machine?.onServer(state, now());
   }

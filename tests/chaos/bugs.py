@@ -12,10 +12,10 @@ from meerkat_mq.chaos.simulator.durable import Ledger, Theta, measured
 from meerkat_mq.chaos.simulator.server import Server
 from meerkat_mq.core.path import Term, short_hash
 from meerkat_mq.rounds import server as machine
-from meerkat_mq.rounds.events import CommitEntry, ServerEvent, Share
+from meerkat_mq.rounds.events import CommitEntry, ServerEvent
 from meerkat_mq.rounds.open_round import OpenRound
 from meerkat_mq.rounds.policy import RoundSettings, counted, lane_of, shares_of, terms_of
-from meerkat_mq.rounds.records import UpdateRecord, Verdict
+from meerkat_mq.rounds.records import Share, UpdateRecord, Verdict
 from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.rounds.window import Committed, Window
 from meerkat_mq.wire.messages import Reason, Update

@@ -22,12 +22,15 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blob_fetch, "PATIENCE_S", 0.02)
 
 
-async def test_it_gives_up_after_so_many_silences_and_says_what_lacks() -> None:
-    asked: list[tuple[int, ...]] = []
-    fetch = BlobFetch(NAME, len(BLOB), asked.append)
-    fetch.add(CHUNKS[1])
-    with pytest.raises(NotConnected, match=r"2 chunks did not come, and none in the last 0\.08 s"):
+def test_it_gives_up_after_so_many_silences_and_says_what_lacks() -> None:
+    async def collect() -> None:
+        fetch = BlobFetch(NAME, len(BLOB), asked.append)
+        fetch.add(CHUNKS[1])
         await fetch.collect(silences=3)
+
+    asked: list[tuple[int, ...]] = []
+    with pytest.raises(NotConnected, match=r"2 chunks did not come, and none in the last 0\.08 s"):
+        at_once(collect())
     assert asked == [(0, 2), (2,), (2,)]
 
 
@@ -84,6 +87,26 @@ def test_a_slow_link_carries_each_chunk_about_once(
     assert len(carried) <= len(chunks) + 4
 
 
+def test_however_long_a_server_was_away_it_is_asked_within_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a virtual clock."""
+    monkeypatch.setattr(blob_fetch, "PATIENCE_S", 3.0)
+    comes_back_at, answered_at = 100_000.0, list[float]()
+
+    async def collect() -> bytes:
+        def serve(chunks: tuple[int, ...]) -> None:
+            now = asyncio.get_running_loop().time()
+            if now >= comes_back_at:
+                answered_at.append(now)
+                for index in chunks:
+                    fetch.add(CHUNKS[index])
+
+        fetch = BlobFetch(NAME, len(BLOB), serve)
+        return await fetch.collect()
+
+    assert at_once(collect()) == BLOB
+    assert answered_at[0] <= comes_back_at + 60
+
+
 async def test_what_comes_unasked_is_not_asked_for() -> None:
     fetch = BlobFetch(NAME, len(BLOB), lambda chunks: pytest.fail("asked"))
     for chunk in CHUNKS:
@@ -104,6 +127,65 @@ async def test_what_went_with_a_connection_is_asked_again_at_once(monkeypatch: p
     fetch.add(CHUNKS[0])
     fetch.add(CHUNKS[2])
     assert await collecting == BLOB
+
+
+def test_on_a_new_connection_a_slow_link_is_asked_again_at_once_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks come after their first silence, so none of those asked for is waited for any more."""
+    monkeypatch.setattr(blob_fetch, "PATIENCE_S", 3.0)
+
+    async def collect() -> None:
+        fetch = BlobFetch(NAME, len(BLOB), asked.append)
+        collecting = asyncio.create_task(fetch.collect())
+        await asyncio.sleep(10.0)
+        fetch.add(CHUNKS[0])
+        await asyncio.sleep(1.0)
+        fetch.ask_again()
+        await asyncio.sleep(0.1)
+        assert asked == [(0, 1, 2), (2,), (2,), (1, 2)]
+        collecting.cancel()
+
+    asked: list[tuple[int, ...]] = []
+    at_once(collect())
+
+
+def test_new_connections_alone_do_not_keep_up_hope() -> None:
+    async def collect() -> None:
+        fetch = BlobFetch(NAME, len(BLOB), lambda chunks: None)
+        collecting = asyncio.create_task(fetch.collect(silences=4))
+        for _ in range(100):
+            await asyncio.sleep(0.05)
+            fetch.ask_again()
+        await collecting
+
+    with pytest.raises(NotConnected):
+        at_once(collect())
+
+
+def test_after_an_outage_a_want_that_is_lost_costs_a_minute_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blob_fetch, "PATIENCE_S", 3.0)
+    blob = bytes(65536 * 40)
+    chunks = split(HEADER, NAME, blob)
+
+    async def collect() -> bytes:
+        def serve(wanted: tuple[int, ...]) -> None:
+            now = asyncio.get_running_loop().time()
+            if now >= 600.0 and 0 not in wanted:  # the first want after the outage is lost
+                for index in wanted:
+                    asyncio.get_running_loop().call_later(0.1, fetch.add, chunks[index])
+            elif now >= 600.0 and not lost:
+                lost.append(now)
+            elif now >= 600.0:
+                served.append(now)
+                for index in wanted:
+                    fetch.add(chunks[index])
+
+        fetch = BlobFetch(NAME, len(blob), serve)
+        return await fetch.collect()
+
+    lost, served = list[float](), list[float]()
+    assert at_once(collect()) == blob
+    assert lost[0] <= 661.0
+    assert served[0] <= lost[0] + 61.0
 
 
 async def test_a_new_connection_asks_for_nothing_that_comes_unasked() -> None:

@@ -163,6 +163,34 @@ async def test_a_half_open_link_is_noticed_by_the_missing_acknowledgement(mosqui
         await until(lambda: b"1" in a.payloads)
 
 
+async def test_an_answer_that_stands_in_line_on_a_slow_link_is_waited_for(mosquitto: Mosquitto, proxy: Proxy) -> None:
+    timeouts = Timeouts(answer_s=0.5, back_off_first_s=0.05, back_off_cap_s=0.1)
+    async with peer(mosquitto.config, "a") as a, peer(proxy.config, "b", [("y", 1)], timeouts=timeouts) as b:
+        for _ in range(30):
+            a.session.publish("y", bytes(4096))
+        await a.session.drain(10)
+        await until(lambda: len(b.payloads) == 30)
+        proxy.bytes_per_s = 60_000.0
+        for _ in range(30):
+            a.session.publish("y", bytes(4096))
+        await a.session.drain(10)
+        await b.session.publish("x", b"1")  # its acknowledgement comes behind two seconds of messages
+        assert b.reasons == []
+
+
+async def test_no_answer_is_waited_for_without_end(mosquitto: Mosquitto, proxy: Proxy) -> None:
+    timeouts = Timeouts(answer_s=0.5, longest_answer_s=1.0, back_off_first_s=0.05, back_off_cap_s=0.1)
+    async with peer(mosquitto.config, "a") as a, peer(proxy.config, "b", [("y", 1)], timeouts=timeouts) as b:
+        proxy.drop(PUBACK)
+        done = b.session.publish("x", b"1")
+        while not b.reasons:
+            a.session.publish("y", b"2")
+            await asyncio.sleep(0.05)
+        assert b.reasons[0].startswith("no acknowledgement for x within")
+        proxy.pass_all()
+        await asyncio.wait_for(done, 10)
+
+
 @pytest.mark.not_on(nats="closes a silent connection before its client can notice anything")
 async def test_a_half_open_link_is_noticed_by_keep_alive(proxy: Proxy) -> None:
     config = BrokerConfig(url=proxy.config.url, keep_alive_s=2)

@@ -8,7 +8,7 @@ import pytest
 from meerkat_mq.core.path import Displacement, Term, short_hash
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.policy import shares_of
-from meerkat_mq.rounds.records import UpdateRecord, Verdict
+from meerkat_mq.rounds.records import Share, UpdateRecord, Verdict
 from meerkat_mq.wire.frames import Reason, Values, encode
 from tests.rounds.support import Desk, desk, only, reasons, settings
 
@@ -37,7 +37,7 @@ def test_a_displacement_is_fetched_then_committed_then_added_after_the_terms() -
     server.update(3, "b", 4.0)
     (applied,) = only(e.ApplyTerms, server.seen)
     assert applied.terms == (Term(0, 0, 1.0),)  # lr · 4 / 2: the values node counts in the divisor
-    assert applied.shares == (e.Share(VALUES.blob, 0.5),)
+    assert applied.shares == (Share(VALUES.blob, 0.5),)
     assert server.entries[0].entry.displacement == Displacement(short_hash(b"mean"), 9)
     encode(server.round)
 
@@ -82,7 +82,7 @@ def test_a_fetch_that_ends_in_the_window_counts_with_its_age() -> None:
     server.update(2, "b")
     server.give(e.ValuesCame(3, "a", order.update, Verdict.ACCEPTED))
     (_, applied) = only(e.ApplyTerms, server.seen)
-    assert applied.shares == (e.Share(VALUES.blob, 181 / 256),)
+    assert applied.shares == (Share(VALUES.blob, 181 / 256),)
     assert server.round.heard_before == ((0, 2), (1, 2))
 
 

@@ -17,16 +17,16 @@ from meerkat_mq.core.values import quantised
 from meerkat_mq.errors import LedgerError, NotConnected, RunError, TooFewNodes
 from meerkat_mq.mqtt import Message, Session
 from meerkat_mq.rounds import events as e
-from meerkat_mq.rounds.records import UpdateRecord, Verdict
+from meerkat_mq.rounds.records import Share, UpdateRecord, Verdict
 from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
 from meerkat_mq.server.recovery import recovered
 from meerkat_mq.server.run import Run, prepare_run
 from meerkat_mq.server.scribe import GROUP_S, WANTS, KeepMetrics, KeepValues, Scribe
 from meerkat_mq.server.server import Server
-from meerkat_mq.server.snapshots import CHUNKS_A_WANT, Snapshots
+from meerkat_mq.server.snapshots import Snapshots
 from meerkat_mq.server.watch import Watch
-from meerkat_mq.wire.arrays import split
+from meerkat_mq.wire.arrays import CHUNKS_A_REPLY, split
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState
 from meerkat_mq.wire.frames import decode, encode
 from meerkat_mq.wire.messages import Chunk, Entries, Header, Offer, Update, Values, Want
@@ -199,7 +199,7 @@ def values_update(number: float) -> tuple[Update, bytes]:
     return Update(header, 1, bytes(8), 0.5, (), values=Values(short_hash(blob), len(blob), 5)), blob
 
 
-async def keep(office: Office, *numbers: float) -> tuple[e.Share, ...]:
+async def keep(office: Office, *numbers: float) -> tuple[Share, ...]:
     """Values nodes' updates come and are committed, by slot; equal shares of them."""
     names = []
     for slot, number in enumerate(numbers):
@@ -210,7 +210,7 @@ async def keep(office: Office, *numbers: float) -> tuple[e.Share, ...]:
         office.scribe.put(e.CommitUpdate(replace(record(slot), scalars=(), values=update.values), last=True))
         await office.scribe.idle()
         names.append(update.values.blob)
-    return tuple(e.Share(name, 1 / len(names)) for name in names)
+    return tuple(Share(name, 1 / len(names)) for name in names)
 
 
 async def test_a_displacement_is_kept_before_the_machine_hears_that_it_came(working: Office) -> None:
@@ -358,9 +358,9 @@ async def test_wants_that_fill_the_outbox_do_not_end_the_server(
 ) -> None:
     monkeypatch.setattr("meerkat_mq.server.server.OUTBOX_BYTES", 2**20)
     server, watch = in_charge(office, office.config, {"node": 0})
-    masked(server, office, CHUNKS_A_WANT)
+    masked(server, office, CHUNKS_A_REPLY)
     topic, header, dropped = "meerkat/v1/f/up/node/want", server.header(), "reply dropped: the outbox is full"
-    chunks = encode(Want(header, 1, blob=office.run.mask.hash, chunks=tuple(range(CHUNKS_A_WANT))))
+    chunks = encode(Want(header, 1, blob=office.run.mask.hash, chunks=tuple(range(CHUNKS_A_REPLY))))
     for count in (1, 2, 3):
         server._on_message(Message(topic, chunks))
         assert watch.counts[dropped] == count  # the first chunk that finds no room is the last that is tried
@@ -378,7 +378,7 @@ async def test_a_want_is_answered_with_so_many_chunks_of_the_mask_at_most(
     office: Office, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server, _ = in_charge(office, office.config, {"node": 0})
-    masked(server, office, CHUNKS_A_WANT + 9)
+    masked(server, office, CHUNKS_A_REPLY + 9)
     sent: list[int] = []
 
     def publish(session: Session, topic: str, payload: bytes, **options: bool) -> None:
@@ -389,7 +389,7 @@ async def test_a_want_is_answered_with_so_many_chunks_of_the_mask_at_most(
     monkeypatch.setattr(Session, "publish", publish)
     want = Want(server.header(), 1, blob=office.run.mask.hash, chunks=tuple(range(5, 65_535)))
     server._carry_out(e.SendChunks("node", want))
-    assert sent == list(range(5, 5 + CHUNKS_A_WANT))
+    assert sent == list(range(5, 5 + CHUNKS_A_REPLY))
 
 
 async def test_a_reply_that_is_larger_than_the_broker_takes_is_dropped_and_counted(office: Office) -> None:

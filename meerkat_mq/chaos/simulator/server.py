@@ -12,7 +12,7 @@ from meerkat_mq.core.path import NO_DIGEST, Displacement, Entry, digest_due, sho
 from meerkat_mq.core.values import mean_displacement
 from meerkat_mq.errors import WireError
 from meerkat_mq.rounds import events as e
-from meerkat_mq.rounds.records import Judgement, UpdateRecord
+from meerkat_mq.rounds.records import Judgement, Share, UpdateRecord
 from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.server.displacement import verdict_on
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState
@@ -294,7 +294,7 @@ class Server(Process):
             lambda: e.ValuesCame(self.clock.now, node, update, verdict_on(values, update.loss)),
         )
 
-    def _mean(self, shares: Sequence[e.Share]) -> bytes:
+    def _mean(self, shares: Sequence[Share]) -> bytes:
         """The encoded mean displacement, which is kept."""
         ledger, size = self.disk.ledger, self._theta.values.size
         parts = [(share.weight, decode_values(ledger.blobs[share.blob], share.blob, size)) for share in shares]
