@@ -30,6 +30,7 @@ NODE, SLOT = "node-0", 0
 TOPICS = Topics("f")
 RUN_ID = bytes(range(16))
 PATIENCE_S = 30.0
+AGAIN_S = 0.25  # each makes a node ask again for what it fetches
 
 
 class MiniServer:
@@ -131,8 +132,12 @@ class MiniServer:
     async def stands_at(self, version: int) -> NodeStatus:
         """Wait until the node says that it stands at this version, with the right theta."""
 
+        clock, again_at = asyncio.get_running_loop().time, 0.0
+
         def said() -> bool:
-            if self.statuses and self.statuses[-1].version != version:
+            nonlocal again_at
+            if self.statuses and self.statuses[-1].version != version and clock() >= again_at:
+                again_at = clock() + AGAIN_S
                 self.announce_server()
             return bool(self.statuses) and self.statuses[-1].version == version
 

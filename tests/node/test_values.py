@@ -52,6 +52,25 @@ async def test_what_is_sent_to_all_is_not_asked_for(
         assert server.asked_chunks == []
 
 
+async def test_chunks_are_asked_for_again_where_the_server_connects_anew(
+    tmp_path: Path, mosquitto: Mosquitto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blob_fetch, "PATIENCE_S", 600.0)
+    async with (
+        MiniServer(mosquitto.config, weights=WEIGHTS, values=True) as server,
+        node(tmp_path, mosquitto.config),
+    ):
+        server.offers_chunks = False
+        server.close(displacement(1))
+        server.announce(asked=False)
+        await until(lambda: server.asked_chunks)
+        server.offers_chunks = True
+        server.announce_server()
+        await server.stands_at(1)
+        first, *others = server.asked_chunks
+        assert first in others
+
+
 async def test_all_that_was_sent_while_the_node_stepped_is_there_afterwards(
     tmp_path: Path, mosquitto: Mosquitto, monkeypatch: pytest.MonkeyPatch
 ) -> None:

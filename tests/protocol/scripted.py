@@ -103,10 +103,10 @@ class Script(Peer):
         self.session.publish(TOPICS.run, run.encode(), retain=True)
         self.lead(SERVER_ID)
 
-    def lead(self, server_id: str) -> None:
-        """Say who serves."""
+    def lead(self, server_id: str, link: int = 1) -> None:
+        """Say who serves, on which connection."""
         state = ServerState(
-            status="online", run=RUN_ID.hex(), term=self.term, server_id=server_id, link=1, host="here", round=0
+            status="online", run=RUN_ID.hex(), term=self.term, server_id=server_id, link=link, host="here", round=0
         )
         self.session.publish(TOPICS.server, state.encode(), retain=True)
 

@@ -15,7 +15,7 @@ from meerkat_mq.wire.descriptor import NodeStatus
 from meerkat_mq.wire.frames import Reason, Refusal, encode
 from meerkat_mq.wire.values import encode_values
 from tests.protocol.javascript import JavaScriptNode
-from tests.protocol.scripted import NODE, TOPICS, Script
+from tests.protocol.scripted import NODE, SERVER_ID, TOPICS, Script
 from tests.support.broker import Broker
 from tests.support.waiting import until
 
@@ -101,6 +101,25 @@ async def test_chunks_that_were_not_heard_are_asked_for(mosquitto: Broker, start
     last, others = script.asked_for_displacements()
     count = len(script.chunks(last.blob or b""))
     assert (last.chunks, others.chunks) == ((count - 1,), (0, *range(2, count - 1)))
+    await script.leave()
+
+
+async def test_chunks_are_asked_for_again_where_the_server_connects_anew(mosquitto: Broker, start_node: Start) -> None:
+    script = Script(mosquitto.config, weights=50_000)
+    await script.connected()
+    start_node()
+    await begin(script, values=True)
+    for seed in (1, 2):
+        script.close(values=encode_values(direction("mk1", seed, 0, 50_000), "float32"))
+    older, blobs = next(e.displacement.blob for e in script.entries if e.displacement is not None), script.blobs
+    script.blobs = {}
+    script.announce()
+    await until(script.asked_for_displacements)
+    script.blobs = blobs
+    script.lead(SERVER_ID, link=2)
+    every = tuple(range(len(script.chunks(older))))
+    await until(lambda: [want.chunks for want in script.asked_for_displacements()].count(every) >= 2)
+    await follow(script)
     await script.leave()
 
 
