@@ -31,6 +31,7 @@ Flag = Annotated[bool, Field(strict=True)]
 LocalPath = Path  # relative paths are taken from the folder of the TOML file
 
 DEFAULT_EXPONENT = 0.5
+CHUNK_PACKET_BYTES = 2**16 + 1024  # a chunk of 64 KiB, its header, its topic
 HUB_DATA = re.compile(r"hf:(?P<path>[^,:]+)(,(?P<config>[^,:]+))?:(?P<split>[^\[\]:]+(\[[^\[\]]+\])?)")
 
 
@@ -349,6 +350,11 @@ class EvaluationConfig(Section):
     batch_size: Annotated[int, Field(ge=1)] = 64
 
 
+def _room_for_chunks(broker: BrokerConfig, why: str) -> None:
+    if broker.max_packet_bytes < CHUNK_PACKET_BYTES:
+        raise ValueError(f"broker.max_packet_bytes must be {CHUNK_PACKET_BYTES} or more with {why}")
+
+
 class ServerConfig(Section):
     """federation.toml.
 
@@ -376,6 +382,12 @@ class ServerConfig(Section):
     evaluation: EvaluationConfig | None = None
     once: Flag = False
     wait_for_nodes_s: Seconds = 120.0
+
+    @model_validator(mode="after")
+    def _displacements_fit(self) -> Self:
+        if self.values.accept:
+            _room_for_chunks(self.broker, "values.accept = true")
+        return self
 
 
 class NodeConfig(Section):
@@ -410,6 +422,12 @@ class NodeConfig(Section):
         if broker.url == "embedded":
             raise ValueError('url = "embedded" is for servers; give the address of the federation\'s broker')
         return broker
+
+    @model_validator(mode="after")
+    def _displacements_fit(self) -> Self:
+        if self.uplink == "values":
+            _room_for_chunks(self.broker, 'uplink = "values"')
+        return self
 
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)

@@ -129,6 +129,16 @@ def test_broker_addresses(tmp_path: Path, url: str, host: str, port: int, tls: b
         (NodeConfig, NODE + '[limits]\nallow = "true"\n', ["limits.allow: must be an array, not 'true'"]),
         (NodeConfig, NODE + "[limits]\nallow = []\n", ["limits.allow: must have at least one item, not []"]),
         (NodeConfig, NODE + '[limits]\nallow = ["true", "a\\u0000b"]\n', ["limits.allow: must not hold a NUL"]),
+        (
+            ServerConfig,
+            SERVER + "[values]\naccept = true\n[broker]\nmax_packet_bytes = 65536\n",
+            ["file: broker.max_packet_bytes must be 66560 or more with values.accept = true"],
+        ),
+        (
+            NodeConfig,
+            NODE + 'uplink = "values"\n[broker]\nmax_packet_bytes = 66559\n',
+            ['file: broker.max_packet_bytes must be 66560 or more with uplink = "values"'],
+        ),
         (ServerConfig, "federation = \n", ["is not TOML", "line 1", "docs/configuration.md"]),
     ],
 )
