@@ -17,7 +17,7 @@ from meerkat_mq.wire.values import decode_values, largest_blob
 AT_ONCE = 64
 MEMORY_BYTES = 256 * 2**20  # of displacements on their way
 SILENCES = 4
-LONGEST_S = 240.0  # in which 5 MB come from the slowest node that is not silent; else few such hold up all others
+LONGEST_S = 240.0  # in which a link of 22 kB/s brings 5 MB; else few slower ones hold up all others
 
 
 class Fetches:
