@@ -336,7 +336,7 @@ def _two_servers(history: History, owners: Mapping[int, str]) -> Found:
     """By what servers say; a restored ledger has forgotten who took a term after the backup."""
     speakers = defaultdict[tuple[int, int], set[str]](set)
     for time, state in history.states:
-        if state.run == history.run_id.hex() and state.status in ("online", "finished"):
+        if state.run == history.run_id.hex() and state.connected:
             restores = sum(restored < time for restored, _ in history.backups)
             speakers[state.term, restores].add(state.server_id)
     for (term, restores), heard in sorted(speakers.items()):

@@ -307,7 +307,7 @@ class _Node:
 
     def _on_server(self, state: ServerState) -> None:
         before, self._server = self._server, state
-        anew = state.status in ("online", "finished") and (before is None or before.link != state.link)
+        anew = state.connected and (before is None or before.link != state.link)
         if anew and self._blobs is not None:
             self._blobs.ask_again()
         self._handle(e.ServerCame(self._now(), state))

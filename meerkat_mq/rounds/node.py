@@ -172,7 +172,6 @@ class NodeMachine:
 
     def _on_server_came(self, event: e.ServerCame) -> None:
         state = event.state
-        there = state.status in ("online", "finished")
         if state.run != self._run_id.hex():
             self._count("of another run")
         elif state.term == self._rank[0] and self._rank[1] not in ("", state.server_id):
@@ -182,10 +181,10 @@ class NodeMachine:
         else:
             if state.term > self._rank[0]:
                 self._follow_server(event.now)
-            elif there and self._link not in (None, state.link):
+            elif state.connected and self._link not in (None, state.link):
                 self._introduce(event.now)  # the server connected anew: it may have missed this node's birth
             self._rank = state.rank
-            self._link = state.link if there else self._link
+            self._link = state.link if state.connected else self._link
 
     def _see_two_servers(self) -> None:
         """A ledger restored from backup forgot its newest terms, and so did the broker: ask until one is above them.

@@ -152,6 +152,11 @@ class ServerState(ControlMessage):
         """A server that sees a higher one ends."""
         return (self.term, self.server_id)
 
+    @property
+    def connected(self) -> bool:
+        """Whether the server's connection `link` stands, as far as the broker knows."""
+        return self.status in ("online", "finished")
+
 
 class NodeStatus(ControlMessage):
     """Birth and death of a node; retained on `…/up/<id>/status`.
