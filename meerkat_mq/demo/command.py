@@ -1,0 +1,52 @@
+"""`meerkat demo`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from meerkat_mq.observe.process import run_service
+
+EarlyStopping = Literal["off", "vpcs", "random"]
+
+
+def command(
+    model: Annotated[str | None, typer.Option(help="Base model instead of the demo's: folder or hub id.")] = None,
+    task: Annotated[str | None, typer.Option(help="Its task: a built-in one, or a TOML file.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Its rows: JSON lines; a fifth is held out.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text to score the mask on; default: the rows'.")] = None,
+    nodes: Annotated[int, typer.Option(help="Node processes; the first holds one label only.")] = 4,
+    rounds: Annotated[int | None, typer.Option(help="Rounds of the run.")] = None,
+    local_steps: Annotated[int, typer.Option(help="T, the steps of a node in a round; more make fewer rounds.")] = 1,
+    early_stopping: Annotated[EarlyStopping, typer.Option(help="Find nodes of extremely skewed data.")] = "off",
+    directions: Annotated[int | None, typer.Option(help="Direction lanes of a round.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    density: Annotated[float | None, typer.Option(help="Share of each linear matrix that is trained.")] = None,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the model on nodes.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Of data and mask.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for everything that the run leaves.")] = Path("runs/demo"),
+) -> None:
+    """Run a whole federation on this machine: broker, server and nodes, live progress, a report at the end."""
+    from meerkat_mq.demo.plan import Choices, make_plan  # noqa: PLC0415
+
+    choices = Choices(
+        model=model,
+        task=task,
+        data=data,
+        text=text,
+        nodes=nodes,
+        rounds=rounds,
+        local_steps=local_steps,
+        early_stopping=early_stopping,
+        directions=directions,
+        lr=lr,
+        density=density,
+        dtype=dtype,
+        seed=seed,
+    )
+    plan = make_plan(choices)
+    from meerkat_mq.demo.run import run_demo  # noqa: PLC0415 - after the checks: it imports torch
+
+    sys.exit(run_service(lambda: run_demo(plan, out, Console())))
