@@ -1,136 +1,25 @@
-"""Configuration files: TOML in, checked objects out; every error names the file, the key and the remedy."""
+"""`federation.toml` and `node.toml`: one class a section."""
 
-import json
-import re
-import tomllib
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
-from urllib.parse import urlsplit
+from typing import Annotated, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
+from pydantic import Field, field_validator, model_validator
+
+from meerkat_mq.config.broker import BrokerConfig
+from meerkat_mq.config.section import (
+    Codec,
+    DataSource,
+    Device,
+    Dtype,
+    Flag,
+    Identifier,
+    LocalPath,
+    Seconds,
+    Section,
+    Share,
 )
-
-from meerkat_mq.errors import ConfigError
-
-Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-Dtype = Literal["float32", "bfloat16", "float16"]
-Device = Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
-Seconds = Annotated[float, Field(gt=0, le=86_400 * 7)]
-Share = Annotated[float, Field(gt=0, le=1)]
-Codec = Literal["float32", "bfloat16", "int8"]
-Flag = Annotated[bool, Field(strict=True)]
-LocalPath = Path  # relative paths are taken from the folder of the TOML file
 
 DEFAULT_EXPONENT = 0.5
 CHUNK_PACKET_BYTES = 2**16 + 1024  # a chunk of 64 KiB, its header, its topic
-HUB_DATA = re.compile(r"hf:(?P<path>[^,:]+)(,(?P<config>[^,:]+))?:(?P<split>[^\[\]:]+(\[[^\[\]]+\])?)")
-
-
-def data_source(value: object) -> Path | str:
-    """Where rows are: a file's path, or `hf:<folder or hub id>[,<config>]:<split>` for the `datasets` library.
-
-    Raises:
-        ValueError: neither.
-    """
-    if isinstance(value, str) and value.startswith("hf:"):
-        if HUB_DATA.fullmatch(value) is None:
-            raise ValueError("must be hf:<folder or hub id>[,<config>]:<split>")
-        return value
-    if not isinstance(value, str | Path):
-        raise ValueError("Input is not a valid path")
-    return Path(value)
-
-
-DataSource = Annotated[Path | str, PlainValidator(data_source)]
-
-
-_NAMES_OR_PATHS = ("model", "source", "task")  # a hub id or built-in name, unless there is such a file or folder
-_DATA = ("data", "train", "validation")
-
-
-def _parts(value: str | Path | tuple[object, ...]) -> tuple[object, ...]:
-    return value if isinstance(value, tuple) else (value,)
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, unknown keys refused, paths relative to the TOML file."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @field_validator("*", mode="after")
-    @classmethod
-    def _no_nul(cls, value: object) -> object:
-        if isinstance(value, str | Path | tuple) and any("\0" in str(part) for part in _parts(value)):
-            raise ValueError("must not hold a NUL character")
-        return value
-
-    @field_validator("*", mode="after")
-    @classmethod
-    def _anchor_paths(cls, value: object, info: ValidationInfo) -> object:
-        folder = (info.context or {}).get("folder")
-        if folder is None:
-            return value
-        if isinstance(value, str) and info.field_name in _NAMES_OR_PATHS and (folder / value).exists():
-            return str(folder / value)
-        if isinstance(value, str) and info.field_name in _DATA and (match := HUB_DATA.fullmatch(value)):
-            path = folder / match["path"]
-            return f"hf:{path if path.exists() else match['path']}{value[match.end('path') :]}"
-        return folder / value if isinstance(value, Path) else value
-
-
-class BrokerConfig(Section):
-    """The way to the broker.
-
-    Attributes:
-        url: mqtt://host[:port] or mqtts://host[:port], or "embedded" (server and demo only).
-        ca_file: trust only this CA; default: the system's.
-        cert_file: client certificate, with key_file.
-        max_packet_bytes: largest MQTT packet that this broker takes.
-    """
-
-    url: str = "mqtt://127.0.0.1:1883"
-    username: str | None = None
-    password: str | None = None
-    ca_file: LocalPath | None = None
-    cert_file: LocalPath | None = None
-    key_file: LocalPath | None = None
-    keep_alive_s: Annotated[int, Field(ge=2, le=3600)] = 30
-    max_packet_bytes: Annotated[int, Field(ge=1024, le=268_435_455)] = 131_072
-
-    @field_validator("url")
-    @classmethod
-    def _known_url(cls, url: str) -> str:
-        if url == "embedded":
-            return url
-        parts = urlsplit(url)
-        if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or parts.path not in ("", "/"):
-            raise ValueError("must be mqtt://host[:port], mqtts://host[:port] or embedded")
-        _ = parts.port  # raises ValueError on a port that is no number
-        return url
-
-    @property
-    def tls(self) -> bool:
-        """Whether the connection is encrypted."""
-        return self.url.startswith("mqtts://")
-
-    @property
-    def host(self) -> str:
-        """Host name or address."""
-        return urlsplit(self.url).hostname or "127.0.0.1"
-
-    @property
-    def port(self) -> int:
-        """TCP port; 1883 and 8883 by default."""
-        return urlsplit(self.url).port or (8883 if self.tls else 1883)
 
 
 class ModelConfig(Section):
@@ -428,74 +317,3 @@ class NodeConfig(Section):
         if self.uplink == "values":
             _room_for_chunks(self.broker, 'uplink = "values"')
         return self
-
-
-ConfigT = TypeVar("ConfigT", bound=BaseModel)
-
-
-def load_config(path: Path, kind: type[ConfigT]) -> ConfigT:
-    """Read a TOML file.
-
-    Raises:
-        ConfigError: the file is missing, is not TOML, or a key is wrong; names the file and the key.
-    """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(str(path), f"cannot be read ({error.strerror})", "give the path of a TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), f"is not TOML ({error})", "see docs/configuration.md") from error
-    return check_config(table, kind, where=str(path), folder=path.resolve().parent)
-
-
-def check_config(table: object, kind: type[ConfigT], *, where: str, folder: Path | None = None) -> ConfigT:
-    """Check a table against a configuration class.
-
-    Raises:
-        ConfigError: names the first key that is wrong, the value found and what it must be.
-    """
-    try:
-        return kind.model_validate(table, context={"folder": folder})
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"]) or "file"
-        hidden = (
-            first["type"] in ("missing", "extra_forbidden") or isinstance(first["input"], dict) or "password" in key
-        )
-        found = "" if hidden else f", not {first['input']!r}"
-        raise ConfigError(
-            f"{where}: {key}", f"{_plain(first['type'], first['msg'])}{found}", _REMEDY.get(first["type"], "")
-        ) from error
-
-
-def to_toml(table: Mapping[str, Any]) -> str:
-    """A table as TOML: its plain values, then its sections, one deep."""
-    plain = [
-        f"{key} = {json.dumps(value, ensure_ascii=False)}\n"
-        for key, value in table.items()
-        if not isinstance(value, Mapping)
-    ]
-    sections = [f"\n[{key}]\n{to_toml(value)}" for key, value in table.items() if isinstance(value, Mapping)]
-    return "".join(plain + sections)
-
-
-_REMEDY = {
-    "missing": "add the key",
-    "extra_forbidden": "remove the key or mend its spelling",
-    "string_pattern_mismatch": "ids are 1 to 64 letters, digits, '_' and '-'; hashes are hex",
-}
-
-
-_PLAIN = {
-    "missing": "is missing",
-    "extra_forbidden": "is unknown",
-    "model_type": "must be a table",
-    "tuple_type": "must be an array",
-    "too_short": "must have at least one item",
-}
-
-
-def _plain(kind: str, message: str) -> str:
-    """A message in TOML's words."""
-    text = message.removeprefix("Value error, ")
-    return _PLAIN.get(kind, text[:1].lower() + text[1:])

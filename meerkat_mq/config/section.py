@@ -1,0 +1,70 @@
+"""What all sections of a configuration share: a strict base class, and the types of their keys."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator
+
+Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Device = Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
+Seconds = Annotated[float, Field(gt=0, le=86_400 * 7)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Codec = Literal["float32", "bfloat16", "int8"]
+Flag = Annotated[bool, Field(strict=True)]
+LocalPath = Path  # relative paths are taken from the folder of the TOML file
+
+HUB_DATA = re.compile(r"hf:(?P<path>[^,:]+)(,(?P<config>[^,:]+))?:(?P<split>[^\[\]:]+(\[[^\[\]]+\])?)")
+
+
+def data_source(value: object) -> Path | str:
+    """Where rows are: a file's path, or `hf:<folder or hub id>[,<config>]:<split>` for the `datasets` library.
+
+    Raises:
+        ValueError: neither.
+    """
+    if isinstance(value, str) and value.startswith("hf:"):
+        if HUB_DATA.fullmatch(value) is None:
+            raise ValueError("must be hf:<folder or hub id>[,<config>]:<split>")
+        return value
+    if not isinstance(value, str | Path):
+        raise ValueError("Input is not a valid path")
+    return Path(value)
+
+
+DataSource = Annotated[Path | str, PlainValidator(data_source)]
+
+
+_NAMES_OR_PATHS = ("model", "source", "task")  # a hub id or built-in name, unless there is such a file or folder
+_DATA = ("data", "train", "validation")
+
+
+def _parts(value: str | Path | tuple[object, ...]) -> tuple[object, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys refused, paths relative to the TOML file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _no_nul(cls, value: object) -> object:
+        if isinstance(value, str | Path | tuple) and any("\0" in str(part) for part in _parts(value)):
+            raise ValueError("must not hold a NUL character")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _anchor_paths(cls, value: object, info: ValidationInfo) -> object:
+        folder = (info.context or {}).get("folder")
+        if folder is None:
+            return value
+        if isinstance(value, str) and info.field_name in _NAMES_OR_PATHS and (folder / value).exists():
+            return str(folder / value)
+        if isinstance(value, str) and info.field_name in _DATA and (match := HUB_DATA.fullmatch(value)):
+            path = folder / match["path"]
+            return f"hf:{path if path.exists() else match['path']}{value[match.end('path') :]}"
+        return folder / value if isinstance(value, Path) else value
