@@ -6,17 +6,25 @@ Only safetensors: other formats are pickles, which run code when they are read.
 import contextlib
 import hashlib
 import json
+import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from meerkat_mq.core.files import write_atomically
 from meerkat_mq.errors import ModelError, ModelNotFound
+from meerkat_mq.model.links import real_file
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 
 _CHUNK = 1 << 20
 _MAX_HEADER = 100_000_000
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"[^./\\][^/\\]*\.safetensors")  # hidden files are none of a model's
+_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16}
+_BITS |= {"U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,24 +39,39 @@ class StoredTensor:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that `from_pretrained` reads.
+    """The safetensors files that `from_pretrained` reads. Each lies in the folder, or where `real_file` lets it be.
 
     Raises:
-        ModelNotFound: there are none.
-        ModelError: the index is damaged.
+        ModelNotFound: there are none, or one is missing.
+        ModelError: the index is damaged, names anything but plain file names, or a link leads out of the folder.
     """
-    if (folder / _SINGLE).is_file():
-        return [folder / _SINGLE]
-    index = folder / _INDEX
-    if not index.is_file():
+    if os.path.lexists(folder / SINGLE):
+        names = [SINGLE]
+    elif os.path.lexists(folder / INDEX):
+        names = _shards(folder / INDEX, folder)
+    else:
         raise ModelNotFound(
-            str(folder), f"has no {_SINGLE}", "convert the checkpoint: load it and call save_pretrained()"
+            str(folder), f"has no {SINGLE}", "convert the checkpoint: load it and call save_pretrained()"
         )
+    for name in names:
+        real_file(folder / name, folder)
+    return [folder / name for name in names]
+
+
+def _shards(index: Path, folder: Path) -> list[str]:
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(str(index), f"is no checkpoint index ({error})", "fetch the model again") from error
-    return [folder / name for name in sorted(names)]
+        names = list(json.loads(real_file(index, folder).read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ModelError(str(index), f"is no checkpoint index ({error!s:.200})", "fetch the model again") from error
+    wrong = [name for name in names if not _is_plain(name)]
+    if wrong or not names:
+        problem = f"weight_map: {wrong[0]!r:.200} is no plain file name" if wrong else "weight_map: names no file"
+        raise ModelError(str(index), problem, "name .safetensors files beside the index, or fetch the model again")
+    return sorted(set(names))
+
+
+def _is_plain(name: object) -> bool:
+    return isinstance(name, str) and name.isprintable() and _SHARD.fullmatch(name) is not None
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -56,11 +79,16 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
     Raises:
         ModelNotFound: a weight file is missing.
-        ModelError: a weight file is damaged or cut short.
+        ModelError: a weight file is damaged or cut short, or two files hold a tensor of the same name.
     """
     tensors: dict[str, StoredTensor] = {}
     for file in weight_files(folder):
-        tensors.update(_header(file))
+        for name, tensor in _header(file).items():
+            if name in tensors:
+                raise ModelError(
+                    str(file), f"holds {name}, and so does {tensors[name].file.name}", "remove one of them"
+                )
+            tensors[name] = tensor
     return dict(sorted(tensors.items(), key=lambda item: item[0].encode()))
 
 
@@ -71,26 +99,31 @@ def _header(file: Path) -> dict[str, StoredTensor]:
             length = int.from_bytes(stream.read(8), "little")
             if not 2 <= length <= min(_MAX_HEADER, size - 8):
                 raise ValueError(f"header of {length} bytes in a file of {size}")
-            table = json.loads(stream.read(length))
-        tensors = {
-            name: StoredTensor(
-                file,
-                entry["dtype"],
-                tuple(entry["shape"]),
-                8 + length + entry["data_offsets"][0],
-                8 + length + entry["data_offsets"][1],
-            )
-            for name, entry in table.items()
-            if name != "__metadata__"
-        }
-        longest = max((tensor.stop for tensor in tensors.values()), default=size)
-        if longest > size:
-            raise ValueError(f"{size} bytes instead of {longest}")
+            table: dict[str, Any] = json.loads(stream.read(length))
+        table.pop("__metadata__", None)
+        return {name: _tensor(file, name, entry, 8 + length, size) for name, entry in table.items()}
     except OSError as error:
         raise ModelNotFound(str(file), f"cannot be read ({error.strerror})", "fetch the model again") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ModelError(str(file), f"is no safetensors file ({error})", "fetch the model again") from error
-    return tensors
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise ModelError(str(file), f"is no safetensors file ({error!s:.200})", "fetch the model again") from error
+
+
+def _tensor(file: Path, name: str, entry: Any, data: int, size: int) -> StoredTensor:
+    """A tensor of the header; `data` is where the file's data begin.
+
+    Raises:
+        ValueError: what the entry says does not fit together, or the file.
+    """
+    name.encode()  # not of half a character
+    dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    numbers = [start, stop, *shape]
+    if any(type(number) is not int or not 0 <= number < 2**63 for number in numbers) or start > stop:
+        raise ValueError(f"shape {shape!s:.50}, bytes {start!s:.20} to {stop!s:.20}")
+    if stop > size - data:
+        raise ValueError(f"{size} bytes instead of {data + stop}")
+    if dtype in _BITS and math.prod(shape) * _BITS[dtype] != 8 * (stop - start):
+        raise ValueError(f"{stop - start} bytes for {dtype} of shape {shape!s:.50}")
+    return StoredTensor(file, str(dtype), tuple(shape), data + start, data + stop)
 
 
 def fingerprint(folder: Path, cache: Path | None = None) -> bytes:

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from meerkat_mq.errors import ModelError, ModelNotFound, UnsupportedModel
 from meerkat_mq.model.checkpoint import fingerprint, stored_tensors
+from meerkat_mq.model.links import is_folder, model_files
 from meerkat_mq.model.probes import PROBES
 from meerkat_mq.wire.descriptor import Task
 
@@ -104,23 +105,26 @@ def find_folder(source: str | Path) -> Path:
 
     Raises:
         ModelNotFound: neither a folder with a config.json nor a hub id that can be resolved.
+        ModelError: a link leads out of the folder, as `links.model_files` says.
     """
     folder = Path(source)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
+    if is_folder(folder):
+        if Path("config.json") not in model_files(folder):
             raise ModelNotFound(str(source), "has no config.json", "give the folder of a Hugging Face model")
         return folder
     name = str(source)
     if not _HUB_ID.fullmatch(name):
         raise ModelNotFound(name, "no such folder", "give the folder of a Hugging Face model, or a hub id")
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        found = Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except (OSError, ValueError) as error:
         raise ModelNotFound(
             name,
             f"is no folder here, and the hub does not give it ({_first_line(error)})",
             "check the name, or download the model and give its folder",
         ) from error
+    model_files(found)
+    return found
 
 
 def _quieten() -> None:
