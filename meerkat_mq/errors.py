@@ -9,6 +9,7 @@ MeerkatError                     1
 │   ├── ModelMismatch                another checkpoint, tokenizer or mask than the run's
 │   └── UnsupportedModel
 ├── MaskError                    4   a mask file or a mask request
+├── MissingExtra                 4   an optional package, such as PyTorch, that is not installed
 ├── BrokerError                  5   the broker and the way to it
 │   ├── BrokerUnreachable
 │   ├── BadCredentials
@@ -105,6 +106,12 @@ class UnsupportedModel(ModelError):
 
 class MaskError(MeerkatError):
     """A mask cannot be made, read or used."""
+
+    exit_code = 4
+
+
+class MissingExtra(MeerkatError):
+    """An optional package that is not installed, is too old, or is damaged."""
 
     exit_code = 4
 

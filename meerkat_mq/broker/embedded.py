@@ -1,6 +1,5 @@
 """`broker.url = "embedded"`: a broker on a loopback port for as long as we live."""
 
-import importlib.util
 import os
 import shutil
 import socket
@@ -14,7 +13,8 @@ import structlog
 
 from meerkat_mq.broker.child import Child
 from meerkat_mq.config import BrokerConfig
-from meerkat_mq.errors import BrokerError
+from meerkat_mq.errors import BrokerError, MissingExtra
+from meerkat_mq.extras import missing
 
 Program = Literal["mosquitto", "amqtt"]
 
@@ -63,10 +63,11 @@ async def embedded_broker(
         program: default: Mosquitto where installed, else amqtt.
 
     Raises:
-        BrokerError: neither program is installed, or it did not start.
+        MissingExtra: neither program is installed.
+        BrokerError: it did not start.
     """
     log = structlog.get_logger()
-    chosen = program or _installed()
+    chosen = program or installed_program()
     child, port = await _start(chosen, port)
     log.info("broker started", program=chosen, port=port, pid=child.pid)
     if chosen == "amqtt":
@@ -122,13 +123,18 @@ def _mosquitto_config(port: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _installed() -> Program:
+def installed_program() -> Program:
+    """Mosquitto where it is installed, else amqtt.
+
+    Raises:
+        MissingExtra: neither is.
+    """
     if _mosquitto() is not None:
         return "mosquitto"
-    if importlib.util.find_spec("amqtt") is not None:
+    if missing("embedded") is None:
         return "amqtt"
     remedy = "install your system's package mosquitto, or pip install 'meerkat-mq[embedded]'"
-    raise BrokerError("embedded broker", "neither mosquitto nor amqtt is installed", remedy)
+    raise MissingExtra("embedded broker", "neither mosquitto nor amqtt is installed", remedy)
 
 
 def _mosquitto() -> str | None:

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from meerkat_mq.broker import installed_program
+from meerkat_mq.extras import importing, need
 from meerkat_mq.observe.process import run_service
 
 EarlyStopping = Literal["off", "vpcs", "random"]
@@ -29,6 +31,8 @@ def command(
     out: Annotated[Path, typer.Option(help="Folder for everything that the run leaves.")] = Path("runs/demo"),
 ) -> None:
     """Run a whole federation on this machine: broker, server and nodes, live progress, a report at the end."""
+    need("model", "meerkat demo")
+    installed_program()
     from meerkat_mq.demo.plan import Choices, make_plan  # noqa: PLC0415
 
     choices = Choices(
@@ -47,6 +51,7 @@ def command(
         seed=seed,
     )
     plan = make_plan(choices)
-    from meerkat_mq.demo.run import run_demo  # noqa: PLC0415 - after the checks: it imports torch
+    with importing("model", "meerkat demo"):  # after the checks: it takes seconds
+        from meerkat_mq.demo.run import run_demo  # noqa: PLC0415
 
     sys.exit(run_service(lambda: run_demo(plan, out, Console())))

@@ -5,7 +5,6 @@ and shapes say all that is needed to build one, so nothing but the mask travels.
 """
 
 import copy
-import importlib.util
 import itertools
 import re
 from collections.abc import Mapping
@@ -19,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from meerkat_mq.core.directions import direction
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.errors import MaskError, ModelError, ModelMismatch, UnsupportedModel
+from meerkat_mq.errors import MaskError, ModelMismatch, UnsupportedModel
+from meerkat_mq.extras import importing
 from meerkat_mq.model.load import LoadedModel, linear_layers
 
 SCALING = 2.0  # peft's lora_alpha ÷ r; MeZO (arXiv 2305.17333) has 16 ÷ 8
@@ -42,7 +42,7 @@ def new_adapter(loaded: LoadedModel, rank: int) -> LoadedModel:
     Raises:
         MaskError: the rank is out of range.
         UnsupportedModel: no layer is named like a query or value projection.
-        ModelError: peft is not installed.
+        MissingExtra: peft is not installed.
     """
     if not 1 <= rank <= MAX_RANK:
         raise MaskError("rank", f"{rank} is outside 1…{MAX_RANK}", "8 is common")
@@ -62,7 +62,7 @@ def with_adapter(loaded: LoadedModel, mask: Mask) -> LoadedModel:
 
     Raises:
         ModelMismatch: the adapter does not fit the model, or the mask does not hold it whole.
-        ModelError: peft is not installed.
+        MissingExtra: peft is not installed.
     """
     pairs = adapter_pairs(mask)
     if not pairs or mask.matrices[0].name in dict(loaded.model.named_parameters()):
@@ -108,9 +108,8 @@ def adapter_weights(model: Any) -> dict[str, Tensor]:
 
 
 def _with_layers(loaded: LoadedModel, layers: list[str], rank: int) -> LoadedModel:
-    if importlib.util.find_spec("peft") is None:
-        raise ModelError("peft", "is not installed, and LoRA needs it", "pip install 'meerkat-mq[lora]'")
-    import peft  # noqa: PLC0415 - an optional extra
+    with importing("lora", "a LoRA adapter"):
+        import peft  # noqa: PLC0415
 
     shared = itertools.chain(loaded.model.parameters(), loaded.model.buffers())
     model = copy.deepcopy(loaded.model, {id(tensor): tensor for tensor in shared})

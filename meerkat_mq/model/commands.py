@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from meerkat_mq.config import Dtype, ModelConfig, check_config
 from meerkat_mq.errors import ConfigError
+from meerkat_mq.extras import importing, need
 
 Method = Literal["sensitivity", "magnitude-activation", "magnitude", "random", "dense", "lora"]
 Split = Literal["iid", "dirichlet", "one-label"]
@@ -52,9 +53,10 @@ def mask(
     ] = "float32",
 ) -> None:
     """Score the weights of a model and write a mask."""
-    from meerkat_mq.model.data import read_texts  # noqa: PLC0415 - torch only where a model is used
-    from meerkat_mq.model.load import load_model  # noqa: PLC0415
-    from meerkat_mq.model.masks import make_mask  # noqa: PLC0415
+    with importing("model", "meerkat mask"):  # torch only where a model is used
+        from meerkat_mq.model.data import read_texts  # noqa: PLC0415
+        from meerkat_mq.model.load import load_model  # noqa: PLC0415
+        from meerkat_mq.model.masks import make_mask  # noqa: PLC0415
 
     for option, unused in (
         ("--density", density is not None and method in ("dense", "lora")),
@@ -62,6 +64,8 @@ def mask(
     ):
         if unused:
             raise ConfigError(option, f"means nothing to --method {method}", "leave it out")
+    if method == "lora":
+        need("lora", "--method lora")
     if out.is_dir() or not out.parent.is_dir():
         raise ConfigError(f"--out {out}", "is not a file in a folder that exists", "make the folder, name the file")
     check_config({"source": model, "device": device}, ModelConfig, where="command line")
@@ -122,7 +126,8 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist yet, or be empty.")],
 ) -> None:
     """Write the fine-tuned model as a Hugging Face folder."""
-    from meerkat_mq.model.export import export_model  # noqa: PLC0415
+    with importing("model", "meerkat export"):
+        from meerkat_mq.model.export import export_model  # noqa: PLC0415
     from meerkat_mq.wire.difference import Difference  # noqa: PLC0415
 
     found = Difference.load(difference)

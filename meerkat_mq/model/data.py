@@ -1,7 +1,6 @@
 """Data rows: JSONL, CSV and data sets in, JSONL out, and their division among nodes. No torch."""
 
 import csv
-import importlib.util
 import io
 import json
 import re
@@ -17,6 +16,7 @@ from meerkat_mq.config import HUB_DATA
 from meerkat_mq.core.files import write_atomically
 from meerkat_mq.core.step import Row
 from meerkat_mq.errors import DataError
+from meerkat_mq.extras import importing
 from meerkat_mq.wire.descriptor import Task
 
 Division = Literal["iid", "dirichlet", "one-label"]
@@ -115,9 +115,8 @@ def _hub_records(source: str, columns: Sequence[str]) -> Iterator[tuple[str, dic
     match = HUB_DATA.fullmatch(source)
     if match is None:
         raise DataError(source, "is no hf:<folder or hub id>[,<config>]:<split>", "such as hf:imdb:train")
-    if importlib.util.find_spec("datasets") is None:
-        raise DataError(source, "needs the datasets library", "pip install 'meerkat-mq[datasets]'")
-    import datasets  # noqa: PLC0415 - an optional extra, and slow to import
+    with importing("datasets", source):
+        import datasets  # noqa: PLC0415 - slow to import
 
     datasets.disable_progress_bars()
     try:

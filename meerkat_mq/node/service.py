@@ -11,6 +11,7 @@ import structlog
 
 from meerkat_mq.config import NodeConfig
 from meerkat_mq.errors import DataError, NodeReplaced, NotConnected, RunMismatch, WireError, within
+from meerkat_mq.extras import need
 from meerkat_mq.mqtt import Message, Presence, Session, Verdict, Will
 from meerkat_mq.node.blobs import Blobs
 from meerkat_mq.node.duty import DutyCycle
@@ -37,6 +38,10 @@ async def run_node(config: NodeConfig) -> None:
     Raises:
         MeerkatError: with what to do about it.
     """
+    if config.model is not None:
+        need("model", f"node {config.id}")
+    if isinstance(config.data, str):
+        need("datasets", config.data)
     with within("data"):
         if isinstance(config.data, Path) and not config.data.exists():
             raise DataError(str(config.data), "there is no such file", "give the node its data: a JSONL file")

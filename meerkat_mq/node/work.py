@@ -18,6 +18,7 @@ from meerkat_mq.core.step import Row, local_steps
 from meerkat_mq.core.toy import QuadraticEngine
 from meerkat_mq.core.values import Residual
 from meerkat_mq.errors import BadValue, ConfigError, within
+from meerkat_mq.extras import importing
 from meerkat_mq.node.limits import Pace
 from meerkat_mq.node.rows import LocalRows
 from meerkat_mq.node.state import NodeState
@@ -187,10 +188,11 @@ def _engine(config: NodeConfig, descriptor: RunDescriptor, mask: Mask) -> FirstO
 def _load_engine(
     config: NodeConfig, source: str, task: Task, descriptor: RunDescriptor, mask: Mask
 ) -> FirstOrderEngine[Any]:
-    import torch  # noqa: PLC0415 - a toy node never imports torch
+    with importing("model", f"node {config.id}"):  # a toy node never imports torch
+        import torch  # noqa: PLC0415
 
-    from meerkat_mq.model.engine import TransformersEngine  # noqa: PLC0415
-    from meerkat_mq.model.load import load_model  # noqa: PLC0415
+        from meerkat_mq.model.engine import TransformersEngine  # noqa: PLC0415
+        from meerkat_mq.model.load import load_model  # noqa: PLC0415
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)

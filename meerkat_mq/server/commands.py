@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from meerkat_mq.errors import ConfigError
+from meerkat_mq.extras import need
 from meerkat_mq.observe.figures import duration
 from meerkat_mq.observe.shown import RoundShown, RunShown, StepShown, UpdateShown, json_line
 from meerkat_mq.observe.tables import path_table, round_pages, round_table, say, status_line, status_table, step_table
@@ -167,6 +168,8 @@ def verify(
     """Prove that the model is what the ledger says: rebuild it from the mask, and recompute every entry."""
     if (model is None) != (base is None):
         raise ConfigError("--model", "and --base belong together", "give both, or neither")
+    if model is not None:
+        need("model", "meerkat verify --model")
     began = time.monotonic()
     with _progress("verifying") as progress:
         found = verify_folder(state_dir, mask=mask, model=model, base=base, progress=progress)

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from meerkat_mq.config import ServerConfig
+from meerkat_mq.extras import importing, need
 from meerkat_mq.observe.events import Observer
 from meerkat_mq.server.files import mask_file, unusable
 from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
@@ -33,6 +34,10 @@ async def serve(config: ServerConfig, *, replace: bool = False, observer: Observ
     Raises:
         MeerkatError: with what to do about it.
     """
+    if config.evaluation is not None and config.engine != "toy":
+        need("model", "evaluation")
+        if isinstance(config.evaluation.data, str):
+            need("datasets", config.evaluation.data)
     off_the_loop = asyncio.get_running_loop().run_in_executor
     try:
         await asyncio.to_thread(config.state_dir.mkdir, parents=True, exist_ok=True)
@@ -76,6 +81,7 @@ def _keep_mask(config: ServerConfig, run: Run) -> None:
 def _load_evaluator(config: ServerConfig, run: Run) -> "Evaluator | None":
     if config.evaluation is None or run.descriptor.task is None:
         return None
-    from meerkat_mq.server.evaluation import Evaluator  # noqa: PLC0415 - without a model, no server imports torch
+    with importing("model", "evaluation"):  # without a model, no server imports torch
+        from meerkat_mq.server.evaluation import Evaluator  # noqa: PLC0415
 
     return Evaluator(config, run.mask, run.descriptor.task)

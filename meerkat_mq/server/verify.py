@@ -16,6 +16,7 @@ from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.toy import toy_mask
 from meerkat_mq.core.values import quantised
 from meerkat_mq.errors import LedgerError, MaskError, MeerkatError, ModelError, RunMismatch, WireError
+from meerkat_mq.extras import importing
 from meerkat_mq.rounds.early_stopping import EarlyStopping, judgements_of, with_verdicts
 from meerkat_mq.rounds.guards import on_arrival
 from meerkat_mq.rounds.policy import RoundSettings, shares_of, steps_fit, terms_of
@@ -381,7 +382,8 @@ def _compare(file: Path, found: bytes, version: int, theta: Float32Array) -> Non
 
 def _model_look(model: Path, base: str, mask: Mask) -> Look:
     def look(theta: Float32Array, head: bytes) -> None:
-        from meerkat_mq.model.export import check_export  # noqa: PLC0415 - torch only where a model is used
+        with importing("model", "meerkat verify --model"):
+            from meerkat_mq.model.export import check_export  # noqa: PLC0415
 
         check_export(model, base, mask, theta)
 

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from meerkat_mq.config import load_config
 from meerkat_mq.errors import within
+from meerkat_mq.extras import need
 from meerkat_mq.sweep.plan import SweepPlan
 from meerkat_mq.sweep.run import Interrupted, check_plan, run_sweep
 
@@ -23,11 +24,14 @@ def command(
     processes: Annotated[int | None, typer.Option(min=1, help="Cells at a time; default: one a CPU.")] = None,
 ) -> None:
     """Run a grid of simulated federations; started again with the same folder, it goes on where it was."""
+    need("model", "meerkat sweep")
     console = Console()
     folder = out or Path("runs/sweep") / plan.stem
     loaded = load_config(plan, SweepPlan)
     with within(str(plan)):
         check_plan(loaded)
+        if any(method.mask == "lora" for method in loaded.methods):
+            need("lora", 'a method with mask = "lora"')
     try:
         run_sweep(loaded, folder, processes or os.cpu_count() or 1, console)
     except Interrupted as signal:

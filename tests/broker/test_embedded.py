@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 
 from meerkat_mq.broker import Program, child, embedded, embedded_broker
 from meerkat_mq.config import BrokerConfig
-from meerkat_mq.errors import BrokerError
+from meerkat_mq.errors import BrokerError, MissingExtra
 from tests.support.mosquitto import HOST, free_port
 from tests.support.peer import peer
 from tests.support.proxy import Proxy
@@ -64,7 +64,7 @@ async def test_mosquitto_is_preferred_and_amqtt_is_labelled(monkeypatch: pytest.
 async def test_with_neither_program_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "_mosquitto", lambda: None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(BrokerError, match=r"neither mosquitto nor amqtt.*meerkat-mq\[embedded\]"):
+    with pytest.raises(MissingExtra, match=r"neither mosquitto nor amqtt.*meerkat-mq\[embedded\]"):
         async with embedded_broker():
             pytest.fail("there is no broker")
 

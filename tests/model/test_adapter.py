@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from meerkat_mq.core.directions import direction
 from meerkat_mq.core.mask import Mask, MaskedMatrix
-from meerkat_mq.errors import MaskError, ModelError, ModelMismatch, UnsupportedModel
+from meerkat_mq.errors import MaskError, MissingExtra, ModelMismatch, UnsupportedModel
 from meerkat_mq.model.adapter import adapter_pairs, new_adapter, with_adapter
 from meerkat_mq.model.engine import TransformersEngine
 from meerkat_mq.model.evaluate import first_order
@@ -147,9 +147,7 @@ def test_without_peft(load: Load, lora: Callable[..., Mask], monkeypatch: pytest
     mask = lora("llama")
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "peft" else find(name, *rest))
-    with pytest.raises(
-        ModelError, match=r"peft: is not installed, and LoRA needs it; pip install 'meerkat-mq\[lora\]'"
-    ):
+    with pytest.raises(MissingExtra, match=r"peft is not installed; pip install 'meerkat-mq\[lora\]'"):
         TransformersEngine(load("llama"), mask, tiny.TASK)
 
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meerkat_mq.errors import DataError
+from meerkat_mq.errors import DataError, MissingExtra
 from meerkat_mq.model.data import read_rows, read_texts, write_rows
 from meerkat_mq.model.tasks import TASKS
 
@@ -146,7 +146,7 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name, *rest: None if name == "datasets" else find(name, *rest)
     )
-    with pytest.raises(DataError, match=r"needs the datasets library; pip install 'meerkat-mq\[datasets\]'"):
+    with pytest.raises(MissingExtra, match=r"datasets is not installed; pip install 'meerkat-mq\[datasets\]'"):
         read_rows("hf:imdb:train", SST2)
 
 
