@@ -25,7 +25,7 @@ from meerkat_mq.errors import RunError
 from meerkat_mq.model.data import write_rows
 from meerkat_mq.observe.events import Evaluated, Observer, RoundClosed, RunEvent, RunFinished
 from meerkat_mq.observe.paths import Paths
-from meerkat_mq.server import remove_run, serve
+from meerkat_mq.server import DIFFERENCE_FILE, remove_run, serve
 from meerkat_mq.wire.descriptor import Task
 
 NODE_EXIT_S = 30.0
@@ -90,6 +90,13 @@ class LocalResult:
                 self.finished = event
 
 
+def _make_room(folder: Path) -> None:
+    """Remove the run of an earlier demo; its model stays, as `previous.mkd`."""
+    remove_run(folder)
+    with contextlib.suppress(FileNotFoundError):
+        (folder / DIFFERENCE_FILE).replace(folder / "previous.mkd")
+
+
 async def run_local(plan: LocalFederation, observer: Observer = lambda event: None) -> LocalResult:
     """Run the federation to its end.
 
@@ -102,7 +109,7 @@ async def run_local(plan: LocalFederation, observer: Observer = lambda event: No
         result.take(event)
         observer(event)
 
-    await asyncio.to_thread(remove_run, plan.folder / "server")
+    await asyncio.to_thread(_make_room, plan.folder / "server")
     async with embedded_broker() as broker:
         result.program = broker.program
         async with asyncio.TaskGroup() as tasks:

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from meerkat_mq.config import ServerConfig
-from meerkat_mq.errors import ConfigError
+from meerkat_mq.core.mask import Mask
+from meerkat_mq.errors import ConfigError, LedgerError
+from meerkat_mq.wire.descriptor import RunDescriptor
 
 DIFFERENCE_FILE = "difference.mkd"
 
@@ -16,6 +18,21 @@ def snapshot_file(folder: Path, version: int) -> Path:
 def mask_file(folder: Path, mask_hash: bytes) -> Path:
     """The server's copy of the run's mask: with it, the folder is all that verification needs."""
     return folder / f"mask-{mask_hash.hex()}.mkm"
+
+
+def keep_mask(folder: Path, run: RunDescriptor, mask: Mask) -> None:
+    """Write that copy, unless it is there; once a run is begun, since without a ledger it tells of a lost one.
+
+    Raises:
+        LedgerError: the folder is full or read-only.
+    """
+    file = mask_file(folder, run.mask_hash)
+    try:
+        if run.engine != "toy" and not file.exists():
+            mask.save(file)
+    except OSError as error:
+        problem = f"cannot be written ({error.strerror})"
+        raise LedgerError(str(file), problem, "free space, and start the server again: it goes on") from error
 
 
 def unusable(config: ServerConfig, error: OSError) -> ConfigError:

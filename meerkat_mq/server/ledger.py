@@ -131,6 +131,14 @@ class Ledger(LedgerReader):
         self._mine = (term, server_id)
         return term
 
+    def checkpoint(self) -> None:
+        """Bring all commits into the main file: a copy of it without its `-wal` is no older than this.
+
+        Whoever reads just then is waited for, up to 15 s.
+        """
+        with ledger_file.in_words(self.path):
+            self._connection.execute("PRAGMA wal_checkpoint(FULL)").fetchone()
+
     def commit_slot(self, node: str, slot: int, version: int) -> None:
         """Keep a node's slot, given at theta's version."""
         self._write("INSERT INTO nodes (node, slot, slot_version) VALUES (?, ?, ?)", (node, slot, version))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from meerkat_mq.core.files import keep_names
 from meerkat_mq.errors import ConfigError, LedgerError, WireError
+from meerkat_mq.server.remains import check_remains
 
 APPLICATION_ID = 0x4D4B4C47  # "MKLG"
 BUSY_S = 15.0
@@ -108,6 +109,7 @@ def open_to_write(path: Path) -> sqlite3.Connection:
         LedgerError: it is no ledger, damaged, newer, or cannot be written. The file stays as it is.
     """
     if not _exists(path):
+        check_remains(path, None, 0)
         _make(path)
     _look(path, thorough=True)
     with in_words(path):
@@ -130,6 +132,7 @@ def open_to_read(path: Path) -> sqlite3.Connection:
         LedgerError: there is none, or it cannot be read.
     """
     if not _exists(path):
+        check_remains(path, None, 0)
         raise LedgerError(str(path), "there is no ledger", "give the state_dir of a server that was started")
     _look(path, thorough=False)
     with in_words(path):

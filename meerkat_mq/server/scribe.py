@@ -15,11 +15,13 @@ from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.records import Share, UpdateRecord, Verdict
 from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.server.displacement import mean_of
+from meerkat_mq.server.files import keep_mask
 from meerkat_mq.server.ledger import Ledger
 from meerkat_mq.server.ledger_rows import Sighting
 from meerkat_mq.server.recovery import follow, resumed
 from meerkat_mq.server.run import Run
 from meerkat_mq.server.snapshots import Snapshots
+from meerkat_mq.server.succession import Past
 from meerkat_mq.wire.arrays import chunks_of, split
 from meerkat_mq.wire.frames import MAX_FRAME_BYTES, Update
 from meerkat_mq.wire.messages import Chunk, Entries, Header, Offer
@@ -92,7 +94,7 @@ class Desk(Protocol):
 
 
 class Scribe:
-    """Takes the machine's effects on the ledger and theta, and answers each.
+    """Takes the machine's effects on the ledger and theta, and answers each. Making one reads the ledger, so blocks.
 
     Updates are committed in groups: all of a round where everybody answers, else what came within 50 ms. Between two
     groups one want is answered, so nobody's wants hold up the rounds; of a node's wants of one kind the newest counts.
@@ -100,11 +102,13 @@ class Scribe:
     Attributes:
         server_id: random, one a process; 16 hex digits.
         committed: version and theta that the ledger holds.
+        past: what it held before this server.
     """
 
     def __init__(self, ledger: Ledger, replica: Replica, run: Run, snapshots: Snapshots, worker: Executor) -> None:
         self.server_id = secrets.token_hex(8)
         self.committed = (replica.version, replica.theta)
+        self.past = Past.of(ledger)
         self._ledger = ledger
         self._replica = replica
         self._run = run
@@ -267,6 +271,8 @@ class Scribe:
             if self._ledger.run is None:
                 self._ledger.begin(self._run.descriptor, self._run.rules)
             term = self._ledger.take_term(above, self.server_id, socket.gethostname())
+        self._ledger.checkpoint()  # whoever copies the main file alone, has the run
+        keep_mask(self._ledger.path.parent, self._run.descriptor, self._run.mask)
         version, theta = self.committed
         self._replica.load(theta, version)
         follow(self._ledger, self._run, self._replica)  # another server may have gone on meanwhile

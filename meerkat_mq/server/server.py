@@ -2,35 +2,28 @@
 
 import asyncio
 import socket
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 
 import structlog
 
 from meerkat_mq.config import ServerConfig
 from meerkat_mq.core.path import short_hash
-from meerkat_mq.errors import (
-    AnotherServer,
-    MeerkatError,
-    NotConnected,
-    PayloadTooLarge,
-    RunMismatch,
-    TooFewNodes,
-    WireError,
-)
+from meerkat_mq.errors import AnotherServer, MeerkatError, NotConnected, PayloadTooLarge, TooFewNodes, WireError
 from meerkat_mq.mqtt import Count, Message, Session, Will
 from meerkat_mq.observe.events import Observer, RunStarted
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.alarm import Alarm
-from meerkat_mq.rounds.server import HIGHEST_TERM, ServerMachine
+from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.server.fetches import Fetches
 from meerkat_mq.server.files import DIFFERENCE_FILE, unusable
 from meerkat_mq.server.measure import Measurer
 from meerkat_mq.server.run import Run, early_stopping_in_words, mode_in_words
 from meerkat_mq.server.scribe import KeepMetrics, KeepSightings, Scribe
+from meerkat_mq.server.succession import Succession
 from meerkat_mq.server.watch import Watch
 from meerkat_mq.wire.arrays import chunks_of, split
-from meerkat_mq.wire.descriptor import NodeStatus, ServerState, decode_control
+from meerkat_mq.wire.descriptor import ControlMessage, NodeStatus, ServerState, decode_control
 from meerkat_mq.wire.difference import Difference
 from meerkat_mq.wire.frames import decode, encode
 from meerkat_mq.wire.messages import Chunk, Entries, Header, Offer, Refusal, Round, Update, Want, Welcome
@@ -56,12 +49,10 @@ class Server:
         self._fetches = Fetches(run.mask.size, self, scribe.put)
         self._watch = watch
         self._observe = observer
-        self._replace = replace
         self._log = structlog.get_logger().bind(federation=config.federation, run=run.descriptor.run[:8])
         self._topics = Topics(config.federation)
         self._machine: ServerMachine | None = None
         self._taking_term = False
-        self._rival: ServerState | None = None
         self._term = 0
         self._chunks = run.chunks(self._term)
         self._saved = 0
@@ -78,10 +69,15 @@ class Server:
                            (self._topics.up("+", "want"), 1)],
             on_message=self._on_message,
             on_connected=self._on_connected,
+            on_disconnected=lambda _: self._succession.disconnected(),
             will=lambda link: Will(self._topics.server, self._state("lost", link).encode()),
             farewell=lambda link: Will(self._topics.server, self._state(self._parting_word(), link).encode()),
             kind_of=self._kind_of,
             outbox_bytes=OUTBOX_BYTES + 2 * len(run.blob),
+        )  # fmt: skip
+        self._succession = Succession(
+            self._topics.server, scribe.past, replace=replace, take=self._take_term,
+            ask=lambda state: self._publish(self._topics.server, state, retain=False),
         )  # fmt: skip
 
     async def run(self) -> None:
@@ -89,7 +85,7 @@ class Server:
         try:
             async with asyncio.TaskGroup() as tasks:
                 coroutines = (self._session.run(), self._alarm.run(), self._write(), self._keep_sightings(),
-                              self._measurer.run(self.handle), self._fetches.run(),
+                              self._measurer.run(self.handle), self._fetches.run(), self._succession.run(),
                               self._watch.run(self._keep_metrics))  # fmt: skip
                 work = [tasks.create_task(coroutine) for coroutine in coroutines]
                 if self._config.once:
@@ -161,10 +157,20 @@ class Server:
     def _on_connected(self, link: int) -> None:
         if self._taking_term:
             return  # `took_term` makes another connection
-        if self._machine is None:
-            self._take_charge()
-        else:
+        if self._machine is not None:
             self._greet(self._machine)
+            return
+        with self._leaving_to_others():
+            self._succession.connected()
+
+    @contextmanager
+    def _leaving_to_others(self) -> Iterator[None]:
+        """Whoever may not take charge leaves what stands on the topics as it is."""
+        try:
+            yield
+        except MeerkatError:
+            self._session.disown()
+            raise
 
     def _greet(self, machine: ServerMachine) -> None:
         """Say on a connection all that the broker should hold."""
@@ -176,22 +182,6 @@ class Server:
         self._perform(machine.start(self._now()))
         for node, status in list(self._watch.statuses.items()):
             self.handle(e.StatusCame(self._now(), node, status))
-
-    def _take_charge(self) -> None:
-        rival = self._rival
-        if rival is not None and rival.status == "online" and not self._replace:
-            self._session.disown()
-            raise AnotherServer(
-                self._topics.server,
-                f"a server on host {rival.host} says that it is online (term {rival.term}, run {rival.run[:8]})",
-                "stop it, or start this one with --replace",
-            )
-        if rival is not None and rival.term >= HIGHEST_TERM:
-            self._session.disown()
-            raise RunMismatch(
-                self._topics.server, "the last possible terms stand there", "clear this retained message on the broker"
-            )
-        self._take_term(rival.term if rival else 0)
 
     def _take_term(self, above: int) -> None:
         """Take a term above another; until then the present machine, if there is one, hears and says nothing."""
@@ -221,48 +211,44 @@ class Server:
 
     def _state(self, status: str, link: int) -> ServerState:
         machine = self._machine
-        return ServerState.model_validate(
-            {
-                "status": status,
-                "run": self._run.descriptor.run,
-                "term": self._term,
-                "server_id": self._server_id,
-                "link": link,
-                "host": socket.gethostname(),
-                "round": machine.version if machine else 0,
-                "nodes": machine.online if machine else 0,
-            }
-        )
+        state = {"status": status, "run": self._run.descriptor.run, "term": self._term, "link": link}
+        state |= {"server_id": self._server_id, "host": socket.gethostname()}
+        state |= {"round": machine.version if machine else 0, "nodes": machine.online if machine else 0}
+        return ServerState.model_validate(state)
 
     def _publish_state(self) -> None:
         if self._session.link is not None and self._machine is not None:
             status = "finished" if self._machine.finished else "online"
-            self._session.publish(self._topics.server, self._state(status, self._session.link).encode(), retain=True)
+            self._publish(self._topics.server, self._state(status, self._session.link))
 
     def _publish_run(self) -> None:
         if self._session.link is not None and self._machine is not None:
-            self._session.publish(self._topics.run, self._run.descriptor.encode(), retain=True)
+            self._publish(self._topics.run, self._run.descriptor)
+
+    def _publish(self, topic: str, message: ControlMessage, *, retain: bool = True) -> None:
+        self._session.publish(topic, message.encode(), retain=retain)
 
     # --- messages ---
 
     def _on_message(self, message: Message) -> None:
         try:
             if message.topic == self._topics.server:
-                self._on_server_state(message.payload)
+                self._on_server_state(message)
             elif message.payload and (parsed := self._topics.parse_up(message.topic)) is not None:
                 self._on_node_message(*parsed, message.payload)
         except WireError as error:
             self._watch.counts[f"undecodable: {type(error).__name__}"] += 1
             self._log.warning("message dropped", topic=message.topic, problem=str(error))
 
-    def _on_server_state(self, payload: bytes) -> None:
+    def _on_server_state(self, message: Message) -> None:
         try:
-            state = decode_control(payload, ServerState)
+            state = decode_control(message.payload, ServerState)
         except WireError:
             self._publish_state()
             raise
         if self._machine is None:
-            self._rival = state
+            with self._leaving_to_others():
+                self._succession.saw(state, live=not message.retained)
         elif state.server_id != self._server_id:
             self.handle(e.ServerSeen(self._now(), state))
             self._publish_run()

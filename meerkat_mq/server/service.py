@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 from meerkat_mq.config import ServerConfig
 from meerkat_mq.extras import importing, need
 from meerkat_mq.observe.events import Observer
-from meerkat_mq.server.files import mask_file, unusable
+from meerkat_mq.server.files import keep_mask, unusable
 from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
 from meerkat_mq.server.recovery import recovered
+from meerkat_mq.server.remains import check_remains
 from meerkat_mq.server.run import Run, check_same, prepare_run
 from meerkat_mq.server.scribe import Scribe
 from meerkat_mq.server.server import Server
@@ -50,7 +51,7 @@ async def serve(config: ServerConfig, *, replace: bool = False, observer: Observ
             evaluator = await asyncio.to_thread(_load_evaluator, config, run)
             snapshots = Snapshots(config.state_dir, ledger, run.descriptor)
             replica = await off_the_loop(worker, recovered, ledger, run, snapshots)
-            scribe = Scribe(ledger, replica, run, snapshots, worker)
+            scribe = await off_the_loop(worker, Scribe, ledger, replica, run, snapshots, worker)
             every = config.evaluation.every if config.evaluation else 1
             watch = Watch(observer, evaluator, every, run.descriptor)
             await Server(config, run, scribe, watch, observer, replace=replace).run()
@@ -60,22 +61,12 @@ async def serve(config: ServerConfig, *, replace: bool = False, observer: Observ
 
 def _prepare(config: ServerConfig, ledger: Ledger) -> Run:
     begun = ledger.run
+    check_remains(ledger.path, begun, ledger.version)
     run = prepare_run(config, begun)
     if begun is not None:
         check_same(run, begun, ledger.rules, str(ledger.path))
-    if config.engine != "toy":
-        _keep_mask(config, run)
+        keep_mask(config.state_dir, begun, run.mask)
     return run
-
-
-def _keep_mask(config: ServerConfig, run: Run) -> None:
-    """A copy of the mask: with it, the folder is all that verification needs."""
-    file = mask_file(config.state_dir, run.mask.hash)
-    try:
-        if not file.exists():
-            run.mask.save(file)
-    except OSError as error:
-        raise unusable(config, error) from error
 
 
 def _load_evaluator(config: ServerConfig, run: Run) -> "Evaluator | None":

@@ -127,7 +127,7 @@ class Snapshots:
 
 
 def remove_run(folder: Path) -> None:
-    """Remove a run's ledger and snapshots, so that the next server in this folder begins a new run.
+    """Remove a run's ledger, snapshots and mask; its model stays, and has to be moved before another run begins here.
 
     Raises:
         OSError: the folder is read-only.

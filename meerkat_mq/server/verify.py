@@ -25,6 +25,7 @@ from meerkat_mq.server.displacement import mean_of, verdict_on
 from meerkat_mq.server.files import DIFFERENCE_FILE, mask_file, snapshot_file
 from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
 from meerkat_mq.server.ledger_rows import KeptSnapshot, Products
+from meerkat_mq.server.remains import check_remains
 from meerkat_mq.server.run import codec_of, settings_of
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.difference import Difference
@@ -118,11 +119,13 @@ def run_of(ledger: Ledger) -> RunDescriptor:
     """The run that a ledger is of.
 
     Raises:
-        LedgerError: it was made, but no run was begun.
+        LedgerError: it was made, but no run was begun; or it was, and was lost.
     """
     run = ledger.run
     if run is None:
-        raise LedgerError(str(ledger.path), "holds no run yet", "start its server")
+        check_remains(ledger.path, None, 0)
+        remedy = "start its server, unless this is a copy without its -wal file: then copy both"
+        raise LedgerError(str(ledger.path), "holds no run yet", remedy)
     return run
 
 
@@ -367,7 +370,7 @@ def _difference_look(ledger: Ledger, file: Path, run: RunDescriptor) -> tuple[in
         raise RunMismatch(str(file), f"is of run {found.run_id.hex()[:8]}, the ledger of run {run.run[:8]}", ALTERED)
     if found.version > ledger.version:
         problem = f"is of version {found.version}, but the ledger ends at version {ledger.version}"
-        remedy = "if the ledger was put back to a backup, remove this file: the server leaves it anew"
+        remedy = "if the ledger was put back to a backup, move this file elsewhere: the server leaves it anew"
         raise RunMismatch(str(file), problem, remedy)
     version, its_digest = found.version, digest(found.theta)
     return version, lambda theta, head: _compare(file, its_digest, version, theta)

@@ -142,8 +142,10 @@ async def test_a_second_server_on_one_ledger_ends_in_words_unless_it_is_to_repla
 
 
 def restore(federation: Federation, backup: Path) -> None:
-    for file in (federation.folder / "server").glob(f"{LEDGER_FILE}*"):
-        file.unlink()
+    """As docs/ledger.md says."""
+    for pattern in (f"{LEDGER_FILE}*", "snapshot-*.mks", "difference.mkd"):
+        for file in (federation.folder / "server").glob(pattern):
+            file.unlink()
     shutil.copy(backup, federation.folder / "server" / LEDGER_FILE)
 
 

@@ -52,6 +52,21 @@ async def test_a_server_that_slept_through_its_replacement_ends_when_it_wakes(fe
     await eye.follows(2)
 
 
+async def test_what_a_power_cut_left_on_the_broker_is_no_rival(federation: Federation) -> None:
+    """The broker calls a predecessor online: the last one, or one before, where the last had said nothing yet."""
+    eye = federation.eye
+    first = federation.server(rounds=PACE)
+    state = await eye.follows(1)
+    for term in (2, 3):
+        first.kill()
+        await eye.state("lost")
+        await federation.retain("server", state.encode())
+        first = federation.server(rounds=PACE)
+        await first.says("asking whether the server before this one lives", term=1)
+        await first.says("in charge", term=term)
+        assert (await eye.follows(term)).run == state.run
+
+
 async def test_a_server_puts_right_what_stands_on_its_topics(federation: Federation) -> None:
     eye = federation.eye
     await federation.ghost()

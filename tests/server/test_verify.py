@@ -357,7 +357,7 @@ def test_a_difference_of_something_else(tmp_path: Path) -> None:
     fails(tmp_path, str(file), "holds a theta of digest", "the ledger's of version 5 has")
     Difference(writer.mask, theta, RUN, 7).save(file)
     fails(tmp_path, str(file), "is of version 7, but the ledger ends at version 6")
-    with pytest.raises(RunMismatch, match="if the ledger was put back to a backup, remove this file"):
+    with pytest.raises(RunMismatch, match="if the ledger was put back to a backup, move this file elsewhere"):
         verify_folder(tmp_path)
     Difference(writer.mask, theta, bytes(16), 6).save(file)
     fails(tmp_path, str(file), "is of run 00000000, the ledger of run 00010203")

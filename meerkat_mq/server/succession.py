@@ -1,0 +1,154 @@
+"""Taking charge of a federation: what the broker still says of servers before, and whether one of them lives.
+
+After a power cut, the broker goes on saying for a while that the server is online which is no more: until its will is
+due, or for ever, if the broker went down with it. Whether such a state is of a process that lives is asked. Who
+lives puts right what stands on its topic (docs/ledger.md), so the server publishes there, not retained, what the
+broker would say at its death. Where no answer comes, it was a predecessor. Safety needs none of this: a term fences
+whoever had an earlier one.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+import structlog
+
+from meerkat_mq.errors import AnotherServer, LedgerError, RunMismatch
+from meerkat_mq.rounds.server import HIGHEST_TERM
+from meerkat_mq.server.ledger import Ledger
+from meerkat_mq.wire.descriptor import ServerState
+
+ANSWER_S = 5.0  # in which a server that lives answers, also over a slow link
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What a ledger held when its server started.
+
+    Attributes:
+        ledger: its file.
+        run: hex; None where it held none.
+        version: where it ended.
+        ranks: (term, server id) of each server that took a term.
+    """
+
+    ledger: str
+    run: str | None
+    version: int
+    ranks: frozenset[tuple[int, str]]
+
+    @classmethod
+    def of(cls, ledger: Ledger) -> Self:
+        """What a ledger holds now; blocks."""
+        run = ledger.run
+        ranks = frozenset((term.term, term.server_id) for term in ledger.terms())
+        return cls(str(ledger.path), run.run if run else None, ledger.version, ranks)
+
+
+class Succession:
+    """Decides, at each connection until this server has a term, whether it may take one.
+
+    Args:
+        topic: of the servers' state.
+        past: of this server's ledger.
+        replace: whether to take over from whoever is there.
+        ask: publishes a state there, not retained.
+        take: takes a term above the one that it is given.
+    """
+
+    def __init__(
+        self,
+        topic: str,
+        past: Past,
+        *,
+        replace: bool,
+        ask: Callable[[ServerState], None],
+        take: Callable[[int], None],
+    ) -> None:
+        self._topic = topic
+        self._past = past
+        self._replace = replace
+        self._ask = ask
+        self._take = take
+        self._found: ServerState | None = None
+        self._asked: ServerState | None = None
+        self._answer_by: float | None = None
+        self._changed = asyncio.Event()
+        self._log = structlog.get_logger()
+
+    def saw(self, state: ServerState, *, live: bool) -> None:
+        """A state stands on the topic; `live` where it was published just now.
+
+        Raises:
+            AnotherServer: the predecessor answers.
+        """
+        self._found = state
+        if live and self._asked is not None and state.status == "online":
+            raise self._another(state)
+
+    def connected(self) -> None:
+        """A connection stands, and what was retained has been seen: take a term, or ask first.
+
+        Raises:
+            AnotherServer: a server is there that this one does not succeed.
+            LedgerError: the broker knows of a run that is not finished, and the ledger holds none.
+            RunMismatch: there is no term left.
+        """
+        found = self._found
+        if found is not None and not self._replace and found.status == "online" and self._asked is None:
+            if found.run != self._past.run or found.rank not in self._past.ranks:
+                raise self._another(found)
+            self._asked = found
+        if found is not None:
+            self._check(found)
+        if self._asked is not None:
+            self._question(self._asked)
+        else:
+            self._take(found.term if found else 0)
+
+    def disconnected(self) -> None:
+        """No answer can come; the next connection asks again."""
+        self._answer_by = None
+
+    def _question(self, state: ServerState) -> None:
+        self._log.warning(
+            "asking whether the server before this one lives", term=state.term, host=state.host, wait_s=ANSWER_S
+        )
+        self._answer_by = asyncio.get_running_loop().time() + ANSWER_S
+        self._changed.set()
+        self._ask(state.model_copy(update={"status": "lost"}))
+
+    async def run(self) -> None:
+        """Take charge where no answer came; until cancelled."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            while self._answer_by is not None:
+                left = self._answer_by - asyncio.get_running_loop().time()
+                if left <= 0:
+                    self._answer_by = None
+                    self._take(self._asked.term if self._asked else 0)
+                else:
+                    await asyncio.sleep(left)
+
+    def _check(self, found: ServerState) -> None:
+        """Refuse where there is no term left, or a run would be lost; say what a ledger from a backup lost."""
+        past = self._past
+        if found.term >= HIGHEST_TERM:
+            remedy = "clear this retained message on the broker"
+            raise RunMismatch(self._topic, "the last possible terms stand there", remedy)
+        # a server that ended before it had a term left the run that it would have begun, under term 0
+        if past.run is None and found.status != "finished" and found.term > 0 and not self._replace:
+            problem = f"holds no run, but on the broker stands run {found.run[:8]} of host {found.host}, not finished"
+            remedy = "put back its ledger, with its -wal file; for a new run in its place, start with --replace"
+            raise LedgerError(past.ledger, problem, remedy)
+        if past.run == found.run and (found.term > max(past.ranks, default=(0, ""))[0] or found.round > past.version):
+            self._log.warning(
+                "this ledger is older than the run that the broker knows: rounds since are lost",
+                ledger=past.ledger, round=past.version, broker_round=found.round, broker_term=found.term,
+            )  # fmt: skip
+
+    def _another(self, state: ServerState) -> AnotherServer:
+        problem = f"a server on host {state.host} says that it is online (term {state.term}, run {state.run[:8]})"
+        return AnotherServer(self._topic, problem, "stop it, or start this one with --replace")

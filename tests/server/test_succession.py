@@ -1,0 +1,117 @@
+"""Who may take charge, by what stands on the broker."""
+
+import asyncio
+from dataclasses import dataclass, field
+
+import pytest
+
+from meerkat_mq.errors import AnotherServer, LedgerError
+from meerkat_mq.server import succession
+from meerkat_mq.server.succession import Past, Succession
+from meerkat_mq.wire.descriptor import ServerState
+from tests.support.waiting import until
+
+RUN, OTHER = "1" * 32, "2" * 32
+KNOWN = frozenset({(1, "a" * 16), (2, "b" * 16)})
+
+
+def state(status: str = "online", run: str = RUN, term: int = 2, server_id: str = "b" * 16, at: int = 0) -> ServerState:
+    table = {"status": status, "run": run, "term": term, "server_id": server_id, "link": 1, "host": "h", "round": at}
+    return ServerState.model_validate(table)
+
+
+@dataclass
+class Candidate:
+    """A server that wants a term."""
+
+    past: Past = field(default_factory=lambda: Past("ledger.sqlite", RUN, 5, KNOWN))
+    replace: bool = False
+    asked: list[ServerState] = field(default_factory=list)
+    took: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.it = Succession("t", self.past, replace=self.replace, ask=self.asked.append, take=self.took.append)
+
+    def finds(self, found: ServerState | None) -> None:
+        if found is not None:
+            self.it.saw(found, live=False)
+        self.it.connected()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(succession, "ANSWER_S", 0.05)
+
+
+@pytest.mark.parametrize(
+    ("found", "above"),
+    [
+        (None, 0),
+        (state("lost"), 2),
+        (state("stopped", OTHER, 9), 9),
+        (state("finished"), 2),
+        (state("lost", term=7), 7),
+    ],
+)
+async def test_whoever_is_not_online_is_succeeded_at_once(found: ServerState | None, above: int) -> None:
+    candidate = Candidate()
+    candidate.finds(found)
+    assert (candidate.took, candidate.asked) == ([above], [])
+
+
+@pytest.mark.parametrize("found", [state(run=OTHER), state(term=3), state(server_id="c" * 16), state(term=1)])
+async def test_a_server_of_another_ledger_is_a_rival_unless_replaced(found: ServerState) -> None:
+    with pytest.raises(AnotherServer, match=r"a server on host h says that it is online .*start this one with --repl"):
+        Candidate().finds(found)
+    replacing = Candidate(replace=True)
+    replacing.finds(found)
+    assert replacing.took == [found.term]
+
+
+@pytest.mark.parametrize("found", [state(), state(term=1, server_id="a" * 16)])
+async def test_a_predecessor_is_asked_and_succeeded_where_it_is_silent(found: ServerState) -> None:
+    candidate = Candidate()
+    running = asyncio.create_task(candidate.it.run())
+    candidate.finds(found)
+    assert (candidate.took, [asked.status for asked in candidate.asked]) == ([], ["lost"])
+    candidate.it.saw(candidate.asked[0], live=True)  # the broker sends it back
+    await until(lambda: candidate.took, within_s=10)
+    assert candidate.took == [found.term]
+    running.cancel()
+
+
+async def test_a_predecessor_that_lives_answers_and_stays() -> None:
+    candidate = Candidate()
+    candidate.finds(state())
+    candidate.it.saw(candidate.asked[0], live=True)
+    with pytest.raises(AnotherServer, match="says that it is online"):
+        candidate.it.saw(state(), live=True)
+    assert candidate.took == []
+
+
+async def test_on_a_new_connection_the_question_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    candidate = Candidate()
+    running = asyncio.create_task(candidate.it.run())
+    candidate.finds(state())
+    candidate.it.disconnected()
+    await asyncio.sleep(2 * succession.ANSWER_S)
+    assert candidate.took == []
+    candidate.finds(state())  # still retained
+    await until(lambda: candidate.took, within_s=10)
+    assert (candidate.took, len(candidate.asked)) == ([2], 2)
+    running.cancel()
+
+
+@pytest.mark.parametrize(("found", "refused"), [(state("stopped", term=4), True), (state("lost", term=0), False)])
+async def test_an_empty_ledger_takes_no_run_from_the_broker(found: ServerState, refused: bool) -> None:
+    empty = Past("ledger.sqlite", None, 0, frozenset())
+    if refused:
+        with pytest.raises(LedgerError, match="holds no run, but on the broker stands run 11111111 of host h"):
+            Candidate(empty).finds(found)
+        replacing = Candidate(empty, replace=True)
+        replacing.finds(found)
+        assert replacing.took == [4]
+    else:
+        candidate = Candidate(empty)
+        candidate.finds(found)
+        assert candidate.took == [0]
