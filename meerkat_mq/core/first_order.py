@@ -20,6 +20,17 @@ class FirstOrderEngine(Engine[Batch], Protocol[Batch]):
         """The gradient of the batch's mean loss in theta as last written, float32 (n,), and that loss."""
 
 
+class NodeEngine(FirstOrderEngine[Batch], Protocol[Batch]):
+    """What a node works with: an engine that also tells beforehand which rows it takes."""
+
+    def usable(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows that can be prepared; the log names the others.
+
+        Raises:
+            DataError: there are none.
+        """
+
+
 class AdamW:
     """Adam (arXiv 1412.6980); AdamW with weight decay 0, β = (0.9, 0.999), ε = 1e-8, in float32."""
 

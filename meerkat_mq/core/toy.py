@@ -28,6 +28,10 @@ class QuadraticEngine:
         """Targets, float32 (rows, n)."""
         return np.stack([direction("mk1", int(row["seed"]), 0, self._theta.size) for row in rows])
 
+    def usable(self, rows: Sequence[Row]) -> list[Row]:
+        """All of them: they were checked when they were read."""
+        return list(rows)
+
     def losses(self, batch: Float32Array) -> Float32Array:
         """Float32 (rows,)."""
         squares: npt.NDArray[np.float64] = np.square(self._theta[None, :] - batch, dtype=np.float64)

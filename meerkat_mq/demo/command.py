@@ -17,8 +17,10 @@ EarlyStopping = Literal["off", "vpcs", "random"]
 def command(
     model: Annotated[str | None, typer.Option(help="Base model instead of the demo's: folder or hub id.")] = None,
     task: Annotated[str | None, typer.Option(help="Its task: a built-in one, or a TOML file.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Its rows: JSON lines; a fifth is held out.")] = None,
-    text: Annotated[Path | None, typer.Option(help="Text to score the mask on; default: the rows'.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Its rows: JSON, CSV, TSV, a folder, or hf:…; a fifth is held out.")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="Text to score the mask on; default: the rows'.")] = None,
     nodes: Annotated[int, typer.Option(help="Node processes; the first holds one label only.")] = 4,
     rounds: Annotated[int | None, typer.Option(help="Rounds of the run.")] = None,
     local_steps: Annotated[int, typer.Option(help="T, the steps of a node in a round; more make fewer rounds.")] = 1,
@@ -34,12 +36,13 @@ def command(
     need("model", "meerkat demo")
     installed_program()
     from meerkat_mq.demo.plan import Choices, make_plan  # noqa: PLC0415
+    from meerkat_mq.model.sources import named_source  # noqa: PLC0415
 
     choices = Choices(
         model=model,
         task=task,
-        data=data,
-        text=text,
+        data=None if data is None else named_source(data),
+        text=None if text is None else named_source(text),
         nodes=nodes,
         rounds=rounds,
         local_steps=local_steps,

@@ -24,8 +24,8 @@ class Choices:
 
     model: str | None = None
     task: str | None = None
-    data: Path | None = None
-    text: Path | None = None
+    data: Path | str | None = None
+    text: Path | str | None = None
     nodes: int = DEMO.nodes
     rounds: int | None = None
     local_steps: int = DEMO.local_steps
@@ -118,7 +118,7 @@ def _own(choices: Choices) -> Plan:
     )
 
 
-def _given(choices: Choices, model: str, task: Task, data: Path) -> Plan:
+def _given(choices: Choices, model: str, task: Task, data: Path | str) -> Plan:
     rows = read_rows(data, task)
     held_out = rows[::HELD_OUT_SHARE]
     train = [row for number, row in enumerate(rows) if number % HELD_OUT_SHARE]

@@ -97,7 +97,7 @@ def _federation(plan: Plan, out: Path) -> LocalFederation:
 
 def _bound(plan: Plan, mask: Mask, loaded: LoadedModel) -> float:
     engine = TransformersEngine(loaded, mask, plan.task)
-    rows = [row for shard in plan.shards for row in shard]
+    rows = engine.usable([row for shard in plan.shards for row in shard])
     first_order(
         engine,
         mask.theta_0,
@@ -107,7 +107,7 @@ def _bound(plan: Plan, mask: Mask, loaded: LoadedModel) -> float:
         batch_size=2 * plan.rounds.batch_size,
         seed=plan.seed,
     )
-    return evaluate(engine, plan.held_out).accuracy
+    return evaluate(engine, engine.usable(plan.held_out)).accuracy
 
 
 def _report(

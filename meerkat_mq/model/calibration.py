@@ -4,14 +4,17 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any
 
+import structlog
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from meerkat_mq.errors import MaskError, UnsupportedModel
+from meerkat_mq.model.data import problem_of
 from meerkat_mq.model.load import LoadedModel, linear_layers
 from meerkat_mq.model.scoring import Inputs, embed, tokenise
 
@@ -33,10 +36,22 @@ def calibration_batches(
     Raises:
         MaskError: the texts are too short for a single batch.
     """
-    order = random.Random(seed).sample(list(texts), len(texts))  # noqa: S311
+    order = _usable(loaded, random.Random(seed).sample(list(texts), len(texts)))  # noqa: S311
     if loaded.kind == "causal":
         return [*torch.split(_packed(loaded, order, sequences, min(length, loaded.max_tokens)), batch_size)]
     return [*_halves(loaded, order, sequences, length // 2, batch_size)]
+
+
+def _usable(loaded: LoadedModel, texts: Iterable[str]) -> Iterator[str]:
+    """The texts that the tokenizer takes, one by one as they are wanted."""
+    for text in texts:
+        try:
+            loaded.tokenizer(text)
+        except BaseException as error:
+            problem = problem_of(error)
+            structlog.get_logger().warning("text left out: it cannot be tokenised", text=text[:60], problem=problem)
+        else:
+            yield text
 
 
 def _packed(loaded: LoadedModel, texts: Iterable[str], sequences: int, length: int) -> Tensor:
@@ -55,7 +70,7 @@ def _packed(loaded: LoadedModel, texts: Iterable[str], sequences: int, length: i
 
 
 def _halves(loaded: LoadedModel, texts: Iterable[str], count: int, length: int, batch_size: int) -> Iterator[Halves]:
-    pairs = [half for half in map(_split, texts) if half is not None][:count]
+    pairs = list(islice((half for half in map(_split, texts) if half is not None), count))
     if min(len(pairs), batch_size) < 2:
         raise MaskError(
             "text", f"{len(pairs)} documents in batches of {batch_size}", "contrast needs two or more of both"

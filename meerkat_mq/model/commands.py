@@ -25,13 +25,11 @@ def _writing(out: Path) -> Iterator[None]:
         raise ConfigError(f"--out {out}", f"cannot be written ({error.strerror})", "choose another place") from error
 
 
-def _rows_source(given: str) -> Path | str:
-    return given if given.startswith("hf:") else Path(given)
-
-
 def mask(
     model: Annotated[str, typer.Option(help="Base model: local folder or hub id.")],
-    text: Annotated[str, typer.Option(help="Calibration text: plain, or JSON lines, CSV or hf:… with a field text.")],
+    text: Annotated[
+        str, typer.Option(help="Calibration text: plain, or rows with a field text, as partition takes them.")
+    ],
     out: Annotated[Path, typer.Option(help="Mask file to write.")],
     method: Annotated[
         Method, typer.Option(help="How weights are scored; or all of them, or an adapter.")
@@ -57,6 +55,7 @@ def mask(
         from meerkat_mq.model.data import read_texts  # noqa: PLC0415
         from meerkat_mq.model.load import load_model  # noqa: PLC0415
         from meerkat_mq.model.masks import make_mask  # noqa: PLC0415
+        from meerkat_mq.model.sources import named_source  # noqa: PLC0415
 
     for option, unused in (
         ("--density", density is not None and method in ("dense", "lora")),
@@ -69,7 +68,7 @@ def mask(
     if out.is_dir() or not out.parent.is_dir():
         raise ConfigError(f"--out {out}", "is not a file in a folder that exists", "make the folder, name the file")
     check_config({"source": model, "device": device}, ModelConfig, where="command line")
-    texts, loaded = read_texts(_rows_source(text)), load_model(model, dtype=dtype, device=device)
+    texts, loaded = read_texts(named_source(text)), load_model(model, dtype=dtype, device=device)
     with Progress(
         TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)
     ) as bar:
@@ -95,7 +94,7 @@ def mask(
 
 
 def partition(
-    data: Annotated[str, typer.Argument(help="Rows to divide: JSON lines, CSV, or hf:… (docs/tasks.md).")],
+    data: Annotated[str, typer.Argument(help="Rows to divide: JSON, CSV, TSV, a folder, or hf:… (docs/tasks.md).")],
     out: Annotated[Path, typer.Option(help="Folder for node-0.jsonl, node-1.jsonl, …")],
     nodes: Annotated[int, typer.Option(help="How many shards.")],
     task: Annotated[str, typer.Option(help="Built-in task or a task's TOML file.")],
@@ -105,11 +104,12 @@ def partition(
 ) -> None:
     """Divide a data file into shards for nodes."""
     from meerkat_mq.model import data as files  # noqa: PLC0415
+    from meerkat_mq.model.sources import named_source  # noqa: PLC0415
     from meerkat_mq.model.tasks import load_task  # noqa: PLC0415
 
     found = load_task(task)
     shards = files.partition(
-        files.read_rows(_rows_source(data), found), nodes, split, seed=seed, alpha=alpha, label_field=found.label_field
+        files.read_rows(named_source(data), found), nodes, split, seed=seed, alpha=alpha, label_field=found.label_field
     )
     with _writing(out):
         out.mkdir(parents=True, exist_ok=True)

@@ -1,23 +1,37 @@
-"""Data rows: JSONL, CSV and data sets in, JSONL out, and their division among nodes. No torch."""
+"""Data rows: read and checked against a task, written as JSONL, divided among nodes. No torch."""
 
-import csv
-import io
 import json
-import re
+import reprlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 
-from meerkat_mq.config import HUB_DATA
 from meerkat_mq.core.files import write_atomically
 from meerkat_mq.core.step import Row
 from meerkat_mq.errors import DataError
-from meerkat_mq.extras import importing
+from meerkat_mq.model.sources import (
+    SUFFIXES,
+    FileRow,
+    data_files,
+    paragraphs,
+    place_of,
+    read_content,
+    records,
+    rows_within,
+    shape_of,
+    shown_names,
+)
 from meerkat_mq.wire.descriptor import Task
+
+MOST_CHARACTERS = 2**20  # of a field; a tokenizer takes about a second for them
+VALUE_SHOWN = 60  # characters of a value, in an error
+ROWS_NAMED = 10  # of those that are left out, one by one in the log
+CHECKED = 64  # rows at a time
 
 Division = Literal["iid", "dirichlet", "one-label"]
 
@@ -26,154 +40,158 @@ def read_rows(source: Path | str, task: Task) -> list[Row]:
     """Read rows: the task's fields as text, its label an integer.
 
     Args:
-        source: a JSONL file, one object a line; a CSV file with a header row, its name ending in .csv; a folder of such
-            files, by name; or `hf:<folder or hub id>[,<config>]:<split>`, for the `datasets` library. Blank lines are
-            skipped.
+        source: a file of JSON lines, one object a line, or of one JSON array of objects; a CSV or TSV file with a
+            header row, its name ending in .csv or .tsv; any of these gzipped; a folder of such files, by name; or
+            `hf:<folder or hub id>[,<config>]:<split>`, for the `datasets` library. Blank lines are skipped.
         task: what a row must have.
 
     Raises:
         DataError: names the file, the line and what is wrong with it.
     """
-    rows = [_checked(row, task, where) for where, row in _records(source, task.fields, task.label_field)]
+    rows = [_checked(row, task) for row in records(source, (*task.fields, task.label_field), task.label_field)]
     if not rows:
-        raise DataError(str(source), "holds no rows", "give a JSONL file with one object a line")
+        raise no_rows(source, "give a JSONL file with one object a line")
     return rows
 
 
-def data_files(source: Path) -> list[Path]:
-    """A folder's *.jsonl and *.csv files, by name; of anything else, itself.
-
-    Raises:
-        DataError: the folder cannot be read.
-    """
-    if not source.is_dir():
-        return [source]
-    try:
-        return sorted(file for file in source.iterdir() if file.suffix.lower() in (".jsonl", ".csv") and file.is_file())
-    except OSError as error:
-        raise DataError(str(source), f"cannot be read ({error.strerror})", "give a folder of data files") from error
+def no_rows(source: Path | str, remedy: str) -> DataError:
+    """A source without rows; of a folder, what is there instead."""
+    if isinstance(source, str) or not source.is_dir() or data_files(source):
+        return DataError(str(source), "holds no rows", remedy)
+    wanted = ", ".join(f"*{suffix}" for suffix in SUFFIXES)
+    return DataError(str(source), "holds no rows: no data file is there", f"it is read for {wanted}, also with .gz")
 
 
 def read_texts(source: Path | str, field: str = "text") -> list[str]:
-    """Calibration texts: the `field` of each row of what `read_rows` reads, or the paragraphs of any other file.
+    """Calibration texts: the `field` of each row of what `read_rows` reads, or the paragraphs of plain text.
+
+    A file without a data file's ending is plain text, unless it begins like JSON; a folder's *.txt files count too.
 
     Raises:
         DataError: names the file, the line and what is wrong with it.
     """
-    if isinstance(source, str) or source.suffix.lower() in (".jsonl", ".csv"):
-        texts = [_text(row, field, where) for where, row in _records(source, (field,))]
+    if isinstance(source, str):
+        texts = [_text(row, field) for row in records(source, (field,))]
     else:
-        whole = "\n".join(line.rstrip() for _, line in _lines(source))
-        texts = [paragraph.strip() for paragraph in whole.split("\n\n") if paragraph.strip()]
+        texts = [text for file in data_files(source, texts=True) for text in _texts_within(file, field)]
     if not any(text.strip() for text in texts):
         raise DataError(str(source), "holds no text", 'give a text file, or JSONL with {"text": …} on each line')
     return texts
 
 
-def _records(
-    source: Path | str, fields: Sequence[str], label_field: str | None = None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row and where it is: file and line, or the data set's row."""
-    if isinstance(source, str):
-        yield from _hub_records(source, [*fields, label_field] if label_field else fields)
-    elif source.is_dir():
-        for file in data_files(source):
-            yield from _records(file, fields, label_field)
-    elif source.suffix.lower() == ".csv":
-        yield from _csv_records(source, label_field)
-    else:
-        for number, line in _lines(source):
-            if line.strip():
-                yield (where := f"{source}:{number}"), _object(line, where)
+def _texts_within(file: Path, field: str) -> list[str]:
+    content = read_content(file)
+    shape = shape_of(file, content)
+    if shape == "text":
+        return paragraphs(file, content)
+    return [_text(row, field) for row in rows_within(file, content, shape)]
 
 
-def _csv_records(path: Path, label_field: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a CSV file; labels, which CSV knows only as text, become integers where they are some."""
-    reader = csv.reader(io.StringIO(_read(path), newline=""), strict=True)
-    header: list[str] | None = None
-    while True:
-        where = f"{path}:{reader.line_num + 1}"
-        try:
-            values = next(reader, None)
-        except csv.Error as error:
-            raise DataError(where, f"is not CSV ({error})", "mend or remove the line") from error
-        if values is None:
-            return
-        if header is None:
-            header = values
-        elif values:
-            if len(values) != len(header):
-                raise DataError(where, f"has {len(values)} columns, the header {len(header)}", "quote text with commas")
-            row: dict[str, Any] = dict(zip(header, values, strict=True))
-            if label_field is not None and re.fullmatch(r"-?\d{1,9}", row.get(label_field, "").strip()):
-                row[label_field] = int(row[label_field])
-            yield where, row
-
-
-def _hub_records(source: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a data set, of which only these columns are read: others may be images or dates."""
-    match = HUB_DATA.fullmatch(source)
-    if match is None:
-        raise DataError(source, "is no hf:<folder or hub id>[,<config>]:<split>", "such as hf:imdb:train")
-    with importing("datasets", source):
-        import datasets  # noqa: PLC0415 - slow to import
-
-    datasets.disable_progress_bars()
-    try:
-        rows = datasets.load_dataset(match["path"], match["config"], split=match["split"])
-    except Exception as error:  # the library, its readers and the hub's client raise all kinds
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise DataError(
-            source, f"cannot be loaded ({first})", "check folder or hub id, config, split, and the network"
-        ) from error
-    absent = [column for column in columns if column not in rows.column_names]
-    if absent:
-        raise DataError(source, f"has no column {absent[0]!r}", f"it has {', '.join(rows.column_names)}")
-    for number, row in enumerate(rows.select_columns(list(columns))):
-        yield f"{source}: row {number}", row
-
-
-def _lines(path: Path) -> list[tuple[int, str]]:
-    # Not splitlines(): JSON strings may hold U+2028 and its like as they are.
-    return list(enumerate(_read(path).split("\n"), start=1))
-
-
-def _read(path: Path) -> str:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return file.read()
-    except OSError as error:
-        raise DataError(str(path), f"cannot be read ({error.strerror})", "give the path of a data file") from error
-    except UnicodeDecodeError as error:
-        raise DataError(str(path), f"is not UTF-8 ({error.reason} at byte {error.start})", "convert it") from error
-
-
-def _object(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # ValueError: also of a number with thousands of digits
-        raise DataError(where, f"is not JSON ({error})", "mend or remove the line") from error
-    if not isinstance(row, dict):
-        raise DataError(where, f"is {type(row).__name__}, not a JSON object", "mend or remove the line")
-    return row
-
-
-def _text(row: dict[str, Any], field: str, where: str) -> str:
+def _text(row: FileRow, field: str) -> str:
     value = row.get(field)
     if not isinstance(value, str):
-        found = "is missing" if field not in row else f"is {value!r}, not text"
-        raise DataError(where, f"field {field!r} {found}", f"the line has {', '.join(map(str, row)) or 'no fields'}")
-    return value
+        found = "is missing" if field not in row else f"is {shown(value)}, not text"
+        raise DataError(row.where, f"field {field!r} {found}", f"the line has {shown_names(list(row), 'no fields')}")
+    return utf8(value, row.where, f"field {field!r}")
 
 
-def _checked(row: dict[str, Any], task: Task, where: str) -> Row:
+def utf8(text: str, where: str, what: str) -> str:
+    """Text as it is; no tokenizer takes half a pair of surrogates, such as JSON's "\\ud83d" alone.
+
+    Raises:
+        DataError: it is none that UTF-8 can hold.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise DataError(
+            where, f"{what} holds {half}, half a character, at position {error.start}", "mend or remove the line"
+        ) from error
+    return text
+
+
+def _checked(row: FileRow, task: Task) -> Row:
     for field in task.fields:
-        _text(row, field, where)
+        length = len(_text(row, field))
+        if length > MOST_CHARACTERS:
+            problem = f"field {field!r} has {length:,} characters, more than {MOST_CHARACTERS:,}"
+            raise DataError(row.where, problem, "shorten it: no step reads that much")
     label, classes = row.get(task.label_field), len(task.label_words)
     if type(label) is not int or not 0 <= label < classes:
-        found = "is missing" if task.label_field not in row else f"is {label!r}"
-        raise DataError(where, f"{task.label_field!r} {found}", f"task {task.name} has labels 0 to {classes - 1}")
+        absent = task.label_field not in row
+        found = "is missing" if absent else f"is {shown(label)}"
+        remedy = f"task {task.name} has labels 0 to {classes - 1}"
+        names = f"; the line has {shown_names(list(row), 'no fields')}" if absent else ""
+        raise DataError(row.where, f"{task.label_field!r} {found}", remedy + names)
     return row
+
+
+def usable_rows(rows: Sequence[Row], prepare: Callable[[Sequence[Row]], object]) -> list[Row]:
+    """The rows that `prepare` takes; the others are left out, counted and named in the log.
+
+    Whatever a tokenizer or a template makes of a row, a run goes on without it.
+
+    Args:
+        rows: maybe none.
+        prepare: makes a batch of rows; raises whatever it likes.
+
+    Raises:
+        DataError: none of them is left.
+    """
+    kept, out = list[Row](), list[tuple[str, str]]()
+    for start in range(0, len(rows), CHECKED):
+        part = rows[start : start + CHECKED]
+        if _problem(part, prepare) is None:
+            kept += part
+            continue
+        for row in part:
+            problem = _problem([row], prepare)
+            if problem is None:
+                kept.append(row)
+            else:
+                out.append((place_of(row), problem))
+    log = structlog.get_logger()
+    for place, problem in out[:ROWS_NAMED]:
+        log.warning("row left out: it cannot be prepared", row=place, problem=problem)
+    if len(out) > ROWS_NAMED:
+        log.warning("rows left out", count=len(out), of=len(rows))
+    if out and not kept:
+        problem = f"cannot be prepared ({out[0][1]}), nor can any other of {len(rows)} rows"
+        raise DataError(out[0][0], problem, "give rows that fit the run's task, and the tokenizer of its model")
+    return kept
+
+
+def _problem(rows: Sequence[Row], prepare: Callable[[Sequence[Row]], object]) -> str | None:
+    try:
+        prepare(rows)
+    except BaseException as error:
+        return problem_of(error)
+    return None
+
+
+def problem_of(error: BaseException) -> str:
+    """What a tokenizer raised, in one line; they raise all kinds, bare Exception and Rust's panics too.
+
+    Raises:
+        BaseException: the error itself, where it is about the process: a signal, an exit.
+    """
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first[:200]}" if first else type(error).__name__
+
+
+def shown(value: Any) -> str:
+    """A value for an error, cut short, however long or deep it is."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = VALUE_SHOWN
+    return short.repr(value)
+
+
+def encode_rows(rows: Sequence[Row]) -> bytes:
+    """Rows as JSON lines; half a pair of surrogates, in a field that no task reads, stays the escape that it was."""
+    return "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows).encode(errors="backslashreplace")
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
@@ -182,9 +200,8 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     Raises:
         DataError: the file cannot be written.
     """
-    lines = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
     try:
-        write_atomically(path, lines.encode())
+        write_atomically(path, encode_rows(rows))
     except OSError as error:
         raise DataError(str(path), f"cannot be written ({error.strerror})", "choose another folder") from error
 

@@ -15,6 +15,7 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import Row
 from meerkat_mq.errors import ModelMismatch
 from meerkat_mq.model.adapter import with_adapter
+from meerkat_mq.model.data import problem_of, usable_rows
 from meerkat_mq.model.load import LoadedModel
 from meerkat_mq.model.scoring import Scorer, scorer_for
 from meerkat_mq.wire.descriptor import Task
@@ -77,7 +78,7 @@ class Survival:
 
 
 class TransformersEngine:
-    """Implements `core.first_order.FirstOrderEngine` for a loaded model, a mask and a task.
+    """Implements `core.first_order.NodeEngine` for a loaded model, a mask and a task.
 
     Args:
         loaded: the base model; its masked weights are overwritten by each `write`, those of an adapter in a copy of the
@@ -112,7 +113,26 @@ class TransformersEngine:
                     target.flat.index_copy_(0, target.indices, values[target.part].to(target.flat.dtype))
 
     def prepare(self, rows: Sequence[Row]) -> Prepared:
-        """Tokenise and collate, once for all passes over these rows."""
+        """Tokenise and collate, once for all passes over these rows; those that fail are left out.
+
+        Raises:
+            DataError: all of them fail.
+        """
+        try:
+            return self._prepared(rows)
+        except BaseException as error:
+            problem_of(error)
+            return self._prepared(self.usable(rows))
+
+    def usable(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows that can be prepared; the log names the others.
+
+        Raises:
+            DataError: there are none.
+        """
+        return usable_rows(rows, self._prepared)
+
+    def _prepared(self, rows: Sequence[Row]) -> Prepared:
         tokens = self.scorer.tokens(rows)
         order = sorted(range(len(rows)), key=lambda row: len(tokens[row]))
         device = self.loaded.model.device

@@ -21,7 +21,7 @@ class Evaluation:
     """What a model makes of some rows.
 
     Attributes:
-        rows: how many.
+        rows: how many; those that cannot be prepared do not count.
         loss: mean cross-entropy over the classes.
         accuracy: share of rows whose class scored highest.
         majority: share of the most frequent class: the accuracy of a constant answer.
@@ -40,8 +40,11 @@ def evaluate(engine: TransformersEngine, rows: Sequence[Row], batch_size: int = 
 
     Args:
         engine: after `write`.
-        rows: at least one.
+        rows: at least one; `engine.usable` tells which they may be.
         batch_size: rows a pass.
+
+    Raises:
+        DataError: none of a batch's rows can be prepared.
     """
     losses: list[float] = []
     labels, found = Counter[int](), Counter[int]()
@@ -54,7 +57,7 @@ def evaluate(engine: TransformersEngine, rows: Sequence[Row], batch_size: int = 
         labels.update(truth.tolist())
         found.update(truth[scores.argmax(axis=1) == truth].tolist())
         classes = scores.shape[1]
-    count = len(rows)
+    count = len(losses)
     return Evaluation(
         rows=count,
         loss=math.fsum(losses) / count,

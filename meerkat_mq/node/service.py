@@ -145,7 +145,9 @@ class _Node:
         (self._session.subscribe if run.values else self._session.unsubscribe)(self._topics.values)
         work = self._work = await in_worker(self._worker, Work, config, run, mask, self._state)
         kept = await asyncio.to_thread(self._state.load_update, run)
-        self._log.info("ready", weights=mask.size, rows=len(work.rows), peak_rss_mib=peak_rss_mib())
+        self._log.info(
+            "ready", weights=mask.size, rows=len(work.rows), left_out=work.left_out, peak_rss_mib=peak_rss_mib()
+        )
         jobs = self._jobs = Jobs(
             run,
             work,

@@ -10,7 +10,7 @@ import structlog
 from meerkat_mq.config import NodeConfig
 from meerkat_mq.core.batches import batch_rows
 from meerkat_mq.core.directions import Float32Array, direction
-from meerkat_mq.core.first_order import FirstOrderEngine, first_order_steps
+from meerkat_mq.core.first_order import NodeEngine, first_order_steps
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Entry, digest, seeds_of, short_hash
 from meerkat_mq.core.replica import Change, Replica
@@ -74,13 +74,19 @@ class Work:
         if descriptor.engine == "transformers" and config.model is None:
             raise ConfigError("model", "is missing", "name the folder or hub id of the run's base model")
         self._rows = LocalRows(config, descriptor.task if descriptor.engine == "transformers" else None)
-        self.engine: FirstOrderEngine[Any] = _engine(config, descriptor, mask)
+        self.engine: NodeEngine[Any] = _engine(config, descriptor, mask)
+        self._rows.check(self.engine.usable)
         self.digest = self.theta_0_digest = digest(self._replica.theta)
 
     @property
     def rows(self) -> list[Row]:
         """The node's data as it was before the last steps."""
         return self._rows.rows
+
+    @property
+    def left_out(self) -> int:
+        """Rows of the node's data that cannot be prepared."""
+        return self._rows.left_out
 
     @property
     def standing(self) -> Standing:
@@ -176,7 +182,7 @@ class Work:
             self._residual.forget(version, heard=heard)
 
 
-def _engine(config: NodeConfig, descriptor: RunDescriptor, mask: Mask) -> FirstOrderEngine[Any]:
+def _engine(config: NodeConfig, descriptor: RunDescriptor, mask: Mask) -> NodeEngine[Any]:
     if descriptor.engine == "toy":
         return QuadraticEngine(mask.size)
     assert config.model is not None
@@ -185,9 +191,7 @@ def _engine(config: NodeConfig, descriptor: RunDescriptor, mask: Mask) -> FirstO
         return _load_engine(config, config.model, descriptor.task, descriptor, mask)
 
 
-def _load_engine(
-    config: NodeConfig, source: str, task: Task, descriptor: RunDescriptor, mask: Mask
-) -> FirstOrderEngine[Any]:
+def _load_engine(config: NodeConfig, source: str, task: Task, descriptor: RunDescriptor, mask: Mask) -> NodeEngine[Any]:
     with importing("model", f"node {config.id}"):  # a toy node never imports torch
         import torch  # noqa: PLC0415
 

@@ -25,11 +25,13 @@ class Evaluator:
         if config.model is None or config.evaluation is None:
             raise ConfigError("evaluation", "needs a [model] section", "add model.source, or drop [evaluation]")
         with within("evaluation.data"):
-            self._rows = read_rows(config.evaluation.data, task)
+            rows = read_rows(config.evaluation.data, task)
         with within("model.source"):
             loaded = load_model(config.model.source, dtype=config.model.dtype, device=config.model.device)
             self._engine = TransformersEngine(loaded, mask, task)
             self._engine.check(mask)
+        with within("evaluation.data"):
+            self._rows = self._engine.usable(rows)
         self._batch_size = config.evaluation.batch_size
 
     async def evaluate(self, theta: Float32Array) -> Evaluation:

@@ -72,7 +72,7 @@ def make_baseline(cell: Cell, path: Path, report: Report) -> None:
     """Evaluate the untrained model on a cell's rows and keep the outcome."""
     loaded = _load(cell.plan)
     engine = TransformersEngine(loaded, _one_weight(loaded), cell.described)
-    save_evaluation(path, evaluate(engine, rows_of(cell).evaluation))
+    save_evaluation(path, evaluate(engine, engine.usable(rows_of(cell).evaluation)))
     report(1.0)
 
 
@@ -88,12 +88,13 @@ def run_cell(cell: Cell, mask: Path | None, baseline: Path, report: Report) -> d
     loaded, found = _load(cell.plan), Mask.load(mask)
     meter = EnergyMeter()
     engine = TransformersEngine(loaded, found, cell.described)
-    trained = _train(cell, engine, found, shards, evaluation=rows.evaluation, report=report, sample=meter.sample)
+    shards, evaluation = [engine.usable(shard) for shard in shards], engine.usable(rows.evaluation)
+    trained = _train(cell, engine, found, shards, evaluation=evaluation, report=report, sample=meter.sample)
     energy = meter.used(trained.cpu_seconds, cell.plan.watts, cell.plan.device)
     memory = peak_rss_mib()
     engine.write(trained.theta)
     with np.errstate(all="ignore"):  # what diverged may hold anything
-        after = evaluate(engine, rows.evaluation)
+        after = evaluate(engine, evaluation)
     return (
         _figures(before, after, counts)
         | {"diverged": diverged(trained, after, before, classes), "ended": trained.ended}

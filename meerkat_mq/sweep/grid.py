@@ -12,6 +12,7 @@ from typing import Any
 from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.core.path import short_hash
 from meerkat_mq.errors import ConfigError, DataError
+from meerkat_mq.model.sources import data_files
 from meerkat_mq.model.tasks import load_task
 from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.sweep.plan import (
@@ -232,7 +233,10 @@ def _contents(plan: SweepPlan, method: MethodPlan, task: TaskPlan | None, model:
 
 @cache
 def _file_hash(path: Path) -> str:
+    """Of a file; of a folder, that of its files' names and hashes."""
     try:
+        if path.is_dir():
+            return hash_of([(file.name, _file_hash(file)) for file in data_files(path, texts=True)])
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise DataError(str(path), f"cannot be read ({error.strerror})", "give the path of a file") from error

@@ -72,7 +72,8 @@ async def test_data_that_does_not_fit_the_task(federation: Federation, rows: byt
         ("", "rows.jsonl: holds no rows"),
         ('{"seed": 1}\n{"seed": 1', "rows.jsonl:2: is not JSON"),
         ('{"seed": "x"}', "rows.jsonl:1: has no integer seed"),
-        ("[]", "rows.jsonl:1: has no integer seed"),
+        ("[]", "rows.jsonl: holds no rows"),
+        ("[7]", "rows.jsonl: item 1: is int, not a JSON object"),
     ],
 )
 async def test_toy_data(federation: Federation, rows: str, words: str) -> None:

@@ -1,12 +1,15 @@
 """New data files are picked up between rounds."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
 
 from meerkat_mq.config import NodeConfig
+from meerkat_mq.core.step import Row
 from meerkat_mq.errors import DataError
+from meerkat_mq.model.data import usable_rows
 from meerkat_mq.model.tasks import load_task
 from meerkat_mq.node.rows import LocalRows
 from tests.node.mini_server import MiniServer, node
@@ -85,3 +88,35 @@ async def test_a_node_says_how_many_rows_it_has_now(tmp_path: Path, mosquitto: M
         await until(lambda: server.updates[-1].header.version == 1)
         server.announce_server()
         await until(lambda: server.statuses[-1].rows == 3)
+
+
+def usable(rows: Sequence[Row]) -> list[Row]:
+    """As an engine whose tokenizer takes no odd seeds."""
+
+    def prepare(part: Sequence[Row]) -> None:
+        assert all(row["seed"] % 2 == 0 for row in part), "odd"
+
+    return usable_rows(rows, prepare)
+
+
+def test_a_node_works_without_the_rows_that_cannot_be_prepared(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"seed": 1}\n{"seed": 2}\n')
+    rows = local(file)
+    with capture_logs() as logs:
+        rows.check(usable)
+        assert ([row["seed"] for row in rows.rows], rows.left_out) == ([2], 1)
+        file.write_text('{"seed": 4}\n{"seed": 6}\n{"seed": 7}\n')
+        assert (refreshed(rows), rows.left_out) == (2, 1)
+        file.write_text('{"seed": 9}\n')
+        assert refreshed(rows) == 2
+    assert [line["row"][-12:] for line in logs if "row" in line] == ["rows.jsonl:1", "rows.jsonl:3", "rows.jsonl:1"]
+    assert "rows.jsonl:1: cannot be prepared (AssertionError: odd" in logs[-1]["problem"]
+
+
+def test_a_node_whose_rows_all_fail_says_so(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"seed": 1}\n{"seed": 3}\n')
+    rows = local(file)
+    with pytest.raises(DataError, match=r"^data: .*rows\.jsonl:1: cannot be prepared .*, nor can any other of 2 rows"):
+        rows.check(usable)
