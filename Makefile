@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test check test-arm test-brokers test-numpy mosquitto rabbitmq-server nats-server nodejs npm clean
+.PHONY: help demo test check test-arm test-brokers test-numpy test-wheel mosquitto rabbitmq-server nats-server nodejs npm clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,9 @@ test-brokers: $(VENV)/.test rabbitmq-server nats-server ## the tests that need a
 
 test-numpy: $(VENV)/.test ## golden vectors on NumPy 2.0 and the newest
 	scripts/test-numpy
+
+test-wheel: $(VENV)/.test mosquitto ## every command of the wheel, without extras, in an empty environment
+	scripts/test-wheel
 
 clean: ## remove everything that the targets above made, but not runs/
 	rm -rf $(VENV) .arm build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
