@@ -132,8 +132,8 @@ def test_a_federation(bare: Bare) -> None:
         for service in running:
             service.kill()
             service.wait()
-    for said in bare.run(["status", "state"], ["ledger", "state"], ["verify", "state"]):
-        said.works("3")
+    for looked in bare.run(["status", "state"], ["ledger", "state"], ["verify", "state"]):
+        looked.works("3")
 
 
 def _port(broker: subprocess.Popen[str]) -> int:

@@ -76,7 +76,7 @@ class Bare:
             for file in distribution(name).files or ():
                 top = file.parts[0]
                 if top not in ("..", "__pycache__") and not (site / top).exists():
-                    (site / top).symlink_to(distribution(name).locate_file(top))
+                    (site / top).symlink_to(str(distribution(name).locate_file(top)))
         (site / "meerkat_mq").symlink_to(Path(meerkat_mq.__file__).parent)
         return cls(folder / "venv" / "bin" / "python", folder)
 
