@@ -83,6 +83,12 @@ async def test_from_mask_to_export(
     assert f"4 rounds and 4 updates are as they must be; difference.mkd, {tuned} too; digest " in said.out
     assert events[-1].digest in said.out
 
+    settings = tuned / "config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"rms_norm_eps": 0.1}))
+    meerkat("verify", tmp_path / "server", "--model", tuned, "--base", tiny_llama).failed(
+        4, f"{tuned}: logits of ", "base and theta give (config.json is not the base's); export the model again"
+    )
+
 
 def test_the_module_is_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "meerkat_mq", "--version"], capture_output=True, text=True, check=True)

@@ -54,7 +54,7 @@ def export_model(source: str | Path, mask: Mask, theta: Float32Array, out: Path)
         )
     if fingerprint(folder) != mask.fingerprint:
         raise ModelMismatch(str(folder), "is not the checkpoint that the mask was made on", "give the run's base model")
-    changes, files = changes_of(stored_tensors(folder), mask, theta), _exported_files(folder)
+    changes, files = changes_of(stored_tensors(folder), mask, theta), exported_files(folder)
     with _new_folder(out, folder) as new:
         for name, file in files.items():
             with _writing(out, name):
@@ -94,8 +94,12 @@ def check_export(folder: Path, source: str | Path, mask: Mask, theta: Float32Arr
         _compare(name, ours, theirs, changes.get(ours))
 
 
-def _exported_files(folder: Path) -> dict[Path, Path]:
-    """What an export holds of the base, as `model_files`: of its own safetensors files only those of the checkpoint."""
+def exported_files(folder: Path) -> dict[Path, Path]:
+    """What an export holds of the base, as `model_files`: of its own safetensors files only those of the checkpoint.
+
+    Raises:
+        ModelNotFound, ModelError: as `model_files` and `weight_files`.
+    """
     weights = [file.relative_to(folder) for file in weight_files(folder)]
     stale = {Path(INDEX)} if weights == [Path(SINGLE)] else set()
     return {

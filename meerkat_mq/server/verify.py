@@ -27,7 +27,7 @@ from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
 from meerkat_mq.server.ledger_rows import KeptSnapshot, Products
 from meerkat_mq.server.remains import check_remains
 from meerkat_mq.server.run import codec_of, settings_of
-from meerkat_mq.wire.descriptor import RunDescriptor
+from meerkat_mq.wire.descriptor import RunDescriptor, Task
 from meerkat_mq.wire.difference import Difference
 from meerkat_mq.wire.messages import in_words
 from meerkat_mq.wire.snapshot import decode_snapshot
@@ -297,7 +297,8 @@ def verify_folder(
         LedgerError: there is no ledger, or it cannot be read.
         MaskError: there is no mask file, or it cannot be read.
         RunMismatch: something is not what the ledger says; names the first entry or file.
-        ModelMismatch: the exported model is not base and theta.
+        ModelMismatch: the exported model is not base and theta, or does not load as such; names what differs.
+        MissingExtra: there is a model, and PyTorch is not installed; or its mask is an adapter's, and peft is not.
     """
     with closing(Ledger.read(folder / LEDGER_FILE)) as ledger:
         run = run_of(ledger)
@@ -311,7 +312,7 @@ def verify_folder(
             looks[exported].append(look)
             files.append(DIFFERENCE_FILE)
         if model is not None and base is not None:
-            looks[exported].append(_model_look(model, base, found))
+            looks[exported].append(_model_look(model, base, found, run.task))
             files.append(str(model))
         return replace(verify_ledger(ledger, found, progress, looks), files=(*snapshots, *files))
 
@@ -383,11 +384,15 @@ def _compare(file: Path, found: bytes, version: int, theta: Float32Array) -> Non
         raise RunMismatch(str(file), problem, ALTERED)
 
 
-def _model_look(model: Path, base: str, mask: Mask) -> Look:
-    def look(theta: Float32Array, head: bytes) -> None:
-        with importing("model", "meerkat verify --model"):
-            from meerkat_mq.model.export import check_export  # noqa: PLC0415
+def _model_look(model: Path, base: str, mask: Mask, task: Task | None) -> Look:
+    """The bytes of the model first, then what loads."""
+    with importing("model", "meerkat verify --model"):
+        from meerkat_mq.model.export import check_export  # noqa: PLC0415
+        from meerkat_mq.model.proof import check_loaded  # noqa: PLC0415
 
+    def look(theta: Float32Array, head: bytes) -> None:
         check_export(model, base, mask, theta)
+        if task is not None:
+            check_loaded(model, base, mask, theta, task)
 
     return look
