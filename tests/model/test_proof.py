@@ -87,11 +87,3 @@ def test_what_the_bytes_do_not_show(
     check_export(out, folders["llama"], mask, moved(mask))
     with pytest.raises(ModelMismatch, match=words):
         check_loaded(out, folders["llama"], mask, moved(mask), tiny.TASK)
-
-
-def test_weights_that_are_not_finite(folders: dict[str, Path], masks: dict[str, Mask], tmp_path: Path) -> None:
-    """A ruined model is exported and proven as it is."""
-    mask, out = masks["llama"], tmp_path / "out"
-    theta = np.full(mask.size, 3e38, np.float32)
-    export_model(folders["llama"], mask, theta, out)
-    check_loaded(out, folders["llama"], mask, theta, tiny.TASK)
