@@ -16,7 +16,7 @@ from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.toy import toy_mask
 from meerkat_mq.core.values import quantised
 from meerkat_mq.errors import LedgerError, MaskError, MeerkatError, ModelError, RunMismatch, WireError
-from meerkat_mq.extras import importing
+from meerkat_mq.extras import importing, need
 from meerkat_mq.rounds.early_stopping import EarlyStopping, judgements_of, with_verdicts
 from meerkat_mq.rounds.guards import on_arrival
 from meerkat_mq.rounds.policy import RoundSettings, shares_of, steps_fit, terms_of
@@ -387,8 +387,12 @@ def _compare(file: Path, found: bytes, version: int, theta: Float32Array) -> Non
 def _model_look(model: Path, base: str, mask: Mask, task: Task | None) -> Look:
     """The bytes of the model first, then what loads."""
     with importing("model", "meerkat verify --model"):
+        from meerkat_mq.model.adapter import adapter_pairs  # noqa: PLC0415
         from meerkat_mq.model.export import check_export  # noqa: PLC0415
         from meerkat_mq.model.proof import check_loaded  # noqa: PLC0415
+
+    if adapter_pairs(mask):
+        need("lora", "a LoRA adapter")
 
     def look(theta: Float32Array, head: bytes) -> None:
         check_export(model, base, mask, theta)

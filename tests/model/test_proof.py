@@ -87,3 +87,13 @@ def test_what_the_bytes_do_not_show(
     check_export(out, folders["llama"], mask, moved(mask))
     with pytest.raises(ModelMismatch, match=words):
         check_loaded(out, folders["llama"], mask, moved(mask), tiny.TASK)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["stories", "minilm"])
+def test_real_models(request: pytest.FixtureRequest, tmp_path: Path, name: str) -> None:
+    base = request.getfixturevalue(name)
+    mask = make_mask(load_model(base), tiny.TEXTS, "magnitude", density=0.01, sequences=2, length=32)
+    theta = moved(mask, 0.1)
+    export_model(base, mask, theta, tmp_path / "out")
+    check_loaded(tmp_path / "out", base, mask, theta, tiny.TASK)
