@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.errors import ModelError, ModelNotFound
@@ -118,6 +120,30 @@ def test_a_shard_is_a_plain_file_name(masks: dict[str, Mask], model: Path, outsi
         with pytest.raises(ModelError, match="is no plain file name"):
             look(model)
     assert snapshot(model.parent) == before
+
+
+PARTS = st.sampled_from(
+    ["..", "/", ".", "\\", "\0", "\n", "model-1", ".safetensors", "outside", "secret", "~", "%2e", "\ud800"]
+)
+NAMES = st.lists(PARTS, max_size=6).map("".join) | st.text() | st.integers() | st.none() | st.lists(st.text())
+
+
+@settings(max_examples=300)
+@given(names=st.lists(NAMES, min_size=1, max_size=4))
+def test_any_names_in_an_index(tmp_path_factory: pytest.TempPathFactory, names: list[object]) -> None:
+    """Whatever they are: one line of ours, or files of the folder."""
+    folder = tmp_path_factory.getbasetemp() / "index-of-any-names"
+    folder.mkdir(exist_ok=True)
+    (folder / "model-1.safetensors").touch()
+    table = {f"tensor {number}": name for number, name in enumerate(names)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+    try:
+        said = ""
+        files = weight_files(folder)
+    except ModelError as error:
+        files, said = [], str(error)
+    assert said.isprintable()
+    assert [file.parent for file in files] == [folder] * len(files)
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"weight_map": {}}', '{"weight_map": null}', "\ud800"])
