@@ -24,6 +24,7 @@ from meerkat_mq.model.load import find_folder
 
 _EXPORT_AGAIN = "export the model again"
 _PIECE = 1 << 20
+_OCCUPIED = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -128,7 +129,7 @@ def _new_folder(out: Path, base: Path) -> Iterator[Path]:
             try:
                 temporary.replace(place)
             except OSError as error:
-                raise in_the_way if os.path.lexists(place) else error from error
+                raise in_the_way if error.errno in _OCCUPIED else error from error
             keep_names(place.parent)
         finally:
             if temporary is not None:

@@ -1,5 +1,6 @@
 """A model folder may come from anybody: nothing outside of it is read, and nothing but `out` is written."""
 
+import errno
 import json
 import os
 import resource
@@ -378,6 +379,21 @@ def test_a_folder_that_comes_in_the_way(
     with pytest.raises(ModelError, match="out: exists and is not an empty folder; name a new folder"):
         export_model(model, masks["llama"], masks["llama"].theta_0, out)
     assert snapshot(out).keys() == {str(out / "mine")}
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "model"}
+
+
+def test_a_folder_that_cannot_be_replaced(
+    masks: dict[str, Mask], model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As where a disk is mounted."""
+
+    def busy(*_: object) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(Path, "replace", busy)
+    with pytest.raises(ModelError, match=r"out: cannot be written \(Device or resource busy\); choose another folder"):
+        export_model(model, masks["llama"], masks["llama"].theta_0, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"out", "model"}
 
 
