@@ -1,6 +1,5 @@
 """`meerkat`: the command line."""
 
-import sys
 from typing import Annotated
 
 import typer
@@ -12,9 +11,9 @@ from meerkat_mq.broker.commands import certs
 from meerkat_mq.chaos.command import command as chaos
 from meerkat_mq.chaos.simulator.command import command as simulate
 from meerkat_mq.demo.command import command as demo
-from meerkat_mq.errors import MeerkatError
 from meerkat_mq.model.commands import export, mask, partition
 from meerkat_mq.node.__main__ import command as node
+from meerkat_mq.observe.process import run_process
 from meerkat_mq.server.__main__ import command as server
 from meerkat_mq.server.commands import ledger, status, verify
 from meerkat_mq.sweep.command import command as sweep
@@ -56,9 +55,5 @@ def _options(
 
 
 def main() -> None:
-    """Entry point: errors become one line on stderr and their exit code."""
-    try:
-        app()
-    except MeerkatError as error:
-        Console(stderr=True).print(f"meerkat: {error}", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(error.exit_code)
+    """The command line: errors become one line on stderr and their exit code."""
+    run_process(app)

@@ -1,5 +1,10 @@
 """`python -m meerkat_mq.broker`: a broker on 127.0.0.1, in the foreground, until SIGTERM or SIGINT."""
 
+from meerkat_mq.observe.start import start
+
+if __name__ == "__main__":
+    start()  # before anything that takes long to import
+
 import sys
 from typing import Annotated
 
@@ -7,7 +12,7 @@ import typer
 
 from meerkat_mq.broker.embedded import embedded_broker
 from meerkat_mq.observe.logs import LogLevel, configure_logs
-from meerkat_mq.observe.process import run_service
+from meerkat_mq.observe.process import run_process, run_service
 
 
 def command(
@@ -26,4 +31,4 @@ async def _serve(port: int) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(command)
+    run_process(lambda: typer.run(command))

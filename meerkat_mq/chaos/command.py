@@ -17,7 +17,8 @@ from meerkat_mq.chaos.verdict import Verdict, print_verdict, violations_shown
 from meerkat_mq.core.files import write_atomically
 from meerkat_mq.errors import ConfigError, DrillFailed
 from meerkat_mq.observe.logs import configure_logs
-from meerkat_mq.observe.process import run_service
+from meerkat_mq.observe.process import run_task, say_error
+from meerkat_mq.observe.signals import Interrupted
 
 LOG_FILE = "drill.log"
 VERDICT_FILE = "verdict.json"
@@ -38,17 +39,17 @@ def command(
     """Inject faults into a federation and check what must hold; exit code 0 only if all of it does."""
     folder = (out or Path("runs/chaos") / f"{Path(plan).stem}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
     loaded = load_plan(plan, out=folder, seconds=seconds, buffered=buffered)
-    judged = list[Verdict]()
-    code = run_service(lambda: _command(loaded, folder, as_json, judged))
-    if code == 0 and not judged:
-        raise DrillFailed(f"plan {loaded.name}", "was interrupted, so nothing is proven", "let it come to its end")
-    sys.exit(code)
+    try:
+        run_task(lambda: _command(loaded, folder, as_json))
+    except Interrupted as signal:
+        problem, remedy = "was interrupted, so nothing is proven", "let it come to its end"
+        say_error(DrillFailed(f"plan {loaded.name}", problem, remedy))
+        raise typer.Exit(signal.exit_code) from None
 
 
-async def _command(plan: Plan, out: Path, as_json: bool, judged: list[Verdict]) -> None:
+async def _command(plan: Plan, out: Path, as_json: bool) -> None:
     console = Console(stderr=as_json)
     verdict = await run_drill(plan, out, console)
-    judged.append(verdict)
     print_verdict(console, verdict)
     console.print(f"Report: {out / REPORT_FILE}", markup=False, highlight=False, soft_wrap=True)
     if as_json:

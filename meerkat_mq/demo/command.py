@@ -1,6 +1,5 @@
 """`meerkat demo`."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,7 +8,7 @@ from rich.console import Console
 
 from meerkat_mq.broker import installed_program
 from meerkat_mq.extras import importing, need
-from meerkat_mq.observe.process import run_service
+from meerkat_mq.observe.process import run_task
 
 EarlyStopping = Literal["off", "vpcs", "random"]
 
@@ -57,4 +56,4 @@ def command(
     with importing("model", "meerkat demo"):  # after the checks: it takes seconds
         from meerkat_mq.demo.run import run_demo  # noqa: PLC0415
 
-    sys.exit(run_service(lambda: run_demo(plan, out, Console())))
+    run_task(lambda: run_demo(plan, out, Console()))

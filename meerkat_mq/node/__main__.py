@@ -1,5 +1,10 @@
 """`python -m meerkat_mq.node --config node.toml`, the same as `meerkat node`."""
 
+from meerkat_mq.observe.start import start
+
+if __name__ == "__main__":
+    start()  # before anything that takes long to import
+
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +14,7 @@ import typer
 from meerkat_mq.config import NodeConfig, load_config
 from meerkat_mq.node.service import run_node
 from meerkat_mq.observe.logs import LogLevel, configure_logs
-from meerkat_mq.observe.process import run_service
+from meerkat_mq.observe.process import run_process, run_service
 
 
 def command(
@@ -23,4 +28,4 @@ def command(
 
 
 if __name__ == "__main__":
-    typer.run(command)
+    run_process(lambda: typer.run(command))

@@ -20,7 +20,7 @@ from meerkat_mq.node.limits import Allowance
 from meerkat_mq.node.mask_fetch import check_descriptor, fetch_mask
 from meerkat_mq.node.state import NodeState
 from meerkat_mq.node.work import Work
-from meerkat_mq.observe.process import peak_rss_mib
+from meerkat_mq.observe.process import Threads, peak_rss_mib
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.alarm import Alarm
 from meerkat_mq.rounds.node import NodeMachine
@@ -46,7 +46,7 @@ async def run_node(config: NodeConfig) -> None:
         if isinstance(config.data, Path) and not config.data.exists():
             raise DataError(str(config.data), "there is no such file", "give the node its data: a JSONL file")
     allowance = Allowance(config.limits)
-    with NodeState(config.state_dir) as state, ThreadPoolExecutor(1, "model") as worker:
+    with NodeState(config.state_dir) as state, Threads(1, "model") as worker:
         await _Node(config, state, allowance, worker).run()
 
 

@@ -1,11 +1,17 @@
-"""structlog set up once a process: console lines for people, JSON for machines."""
+"""structlog set up once a process: console lines for people, JSON for machines.
+
+A log line that cannot be written is dropped; the next one that can be says how many were.
+"""
 
 import logging
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
-from typing import TextIO
+from typing import Any, TextIO
 
 import structlog
+
+from meerkat_mq.observe.streams import Diagnostics, lossy
 
 
 class LogLevel(StrEnum):
@@ -25,19 +31,30 @@ def configure_logs(*, as_json: bool | None = None, level: str = "INFO", file: Te
         level: DEBUG, INFO, WARNING or ERROR.
         file: where to; standard error by default.
     """
-    file = file or sys.stderr
+    stream = lossy(file or sys.stderr)
     if as_json is None:
-        as_json = not file.isatty()
+        as_json = not stream.isatty()
     renderer: structlog.types.Processor
     renderer = structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer()
+    processors: list[structlog.types.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+        renderer,
+    ]
     structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            renderer,
-        ],
+        processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level]),
-        logger_factory=structlog.PrintLoggerFactory(file),
+        logger_factory=structlog.WriteLoggerFactory(stream),
     )
+    if isinstance(raw := getattr(stream, "buffer", None), Diagnostics):
+        raw.notice = lambda count: _line(processors, event="log lines dropped", lines=count)
+
+
+def _line(processors: Sequence[structlog.types.Processor], **event: object) -> str:
+    """A log line as the processors word it."""
+    made: Any = event
+    for processor in processors:
+        made = processor(None, "warning", made)
+    return f"{made}\n"

@@ -1,19 +1,61 @@
-"""The frame around a service: signals end it in order, errors become one line and an exit code."""
+"""The frame around a process: signals end it in order, errors become one line and an exit code."""
 
 import asyncio
 import contextlib
 import os
 import resource
-import signal
 import sys
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+import structlog
 
 from meerkat_mq.errors import ConfigError, DataError, MaskError, MeerkatError, ModelError, TaskError
+from meerkat_mq.observe import signals
 from meerkat_mq.observe.figures import printable
+from meerkat_mq.observe.start import SIGNALLED
 
 _FROM_CONFIG = (ConfigError, DataError, MaskError, ModelError, TaskError)
+
+
+class Threads(ThreadPoolExecutor):
+    """Threads that nobody waits for once a signal ends the process: what they write is whole, or not there."""
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """End the threads, after their work unless a signal came."""
+        ending = signals.came() is not None
+        super().shutdown(wait and not ending, cancel_futures=cancel_futures or ending)
+
+
+def run_process(command: Callable[[], object]) -> NoReturn:
+    """Run a command to the end of this process.
+
+    Its exit code is the command's, that of the MeerkatError that ended it, written on stderr as one line, or, where a
+    signal cut it short, 128 + its number.
+    """
+    code = _outcome(command)
+    if signals.came() is not None:
+        os._exit(code)  # threads may be deep in a model
+    sys.exit(code)
+
+
+def _outcome(command: Callable[[], object]) -> int:
+    try:
+        with signals.handled(signals.interrupt):
+            command()
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException as error:
+        if (number := signals.came()) is not None:  # whatever a library, half imported perhaps, made of Interrupted
+            signals.say(number)
+            return SIGNALLED + number
+        if not isinstance(error, MeerkatError):
+            raise
+        say_error(error)
+        return error.exit_code
+    return 0
 
 
 def run_service(main: Callable[[], Coroutine[Any, Any, None]], *, config: Path | None = None) -> int:
@@ -24,36 +66,58 @@ def run_service(main: Callable[[], Coroutine[Any, Any, None]], *, config: Path |
         config: its TOML file, put before errors in what that file names.
 
     Returns:
-        0, or the exit code of the MeerkatError that ended it; the error is written on stderr as one line.
+        0, also where a signal ended it in order; or the exit code of the MeerkatError that ended it, which is written
+        on stderr as one line.
     """
+    signals.be_patient(signals.IN_ORDER_S)
     try:
         asyncio.run(_until_signal(main()))
     except (MeerkatError, BaseExceptionGroup) as caught:
         error = first_error(caught)
         if error is None:
             raise
-        print(f"meerkat: {_one_line(error, config)}", file=sys.stderr)  # noqa: T201
+        say_error(error, config)
         return error.exit_code
+    if signals.came() is not None:
+        structlog.get_logger().info("stopped")
     return 0
 
 
-def _one_line(error: MeerkatError, config: Path | None) -> str:
+def run_task(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run what has an end of its own, in the frame of `run_process`.
+
+    Raises:
+        MeerkatError: ended it.
+        Interrupted: a signal did.
+    """
+    try:
+        asyncio.run(_until_signal(main()))
+    except BaseExceptionGroup as caught:
+        error = first_error(caught)
+        if error is None:
+            raise
+        raise error from None
+    finally:
+        if (number := signals.came()) is not None:
+            raise signals.Interrupted(number)
+
+
+def say_error(error: MeerkatError, config: Path | None = None) -> None:
+    """Write an error on stderr, as one line."""
     named = config is None or str(error).startswith(str(config)) or not isinstance(error, _FROM_CONFIG)
-    return printable(str(error) if named else f"{config}: {error}")
+    line = printable(str(error) if named else f"{config}: {error}")
+    print(f"meerkat: {line}", file=sys.stderr)  # noqa: T201
 
 
 async def _until_signal(main: Coroutine[Any, Any, None]) -> None:
     loop = asyncio.get_running_loop()
+    loop.set_default_executor(Threads(thread_name_prefix="asyncio"))
     task = asyncio.ensure_future(main)
 
-    def end(number: signal.Signals) -> None:
-        if task.cancelling():  # asked twice: a worker thread may be deep in a model
-            os._exit(128 + number)
-        task.cancel()
+    def end(_: int) -> None:
+        loop.call_soon_threadsafe(task.cancel)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, end, number)
-    with contextlib.suppress(asyncio.CancelledError):
+    with signals.handled(end), contextlib.suppress(asyncio.CancelledError):
         await task
 
 

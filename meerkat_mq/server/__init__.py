@@ -1,7 +1,13 @@
 """The server service: `python -m meerkat_mq.server --config federation.toml`."""
 
-from meerkat_mq.server.files import DIFFERENCE_FILE
-from meerkat_mq.server.service import serve
-from meerkat_mq.server.snapshots import remove_run
+from meerkat_mq.lazily import lazily
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from meerkat_mq.server.files import DIFFERENCE_FILE
+    from meerkat_mq.server.service import serve
+    from meerkat_mq.server.snapshots import remove_run
 
 __all__ = ["DIFFERENCE_FILE", "remove_run", "serve"]
+
+__getattr__ = lazily(__name__, {"DIFFERENCE_FILE": "files", "remove_run": "snapshots", "serve": "service"})

@@ -1,5 +1,10 @@
 """`python -m meerkat_mq.server --config federation.toml`, the same as `meerkat server`."""
 
+from meerkat_mq.observe.start import start
+
+if __name__ == "__main__":
+    start()  # before anything that takes long to import
+
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +14,7 @@ import typer
 from meerkat_mq.broker import embedded_broker
 from meerkat_mq.config import ServerConfig, load_config
 from meerkat_mq.observe.logs import LogLevel, configure_logs
-from meerkat_mq.observe.process import run_service
+from meerkat_mq.observe.process import run_process, run_service
 from meerkat_mq.server.service import serve
 
 
@@ -35,4 +40,4 @@ async def _serve(path: Path, *, replace: bool, once: bool) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(command)
+    run_process(lambda: typer.run(command))

@@ -16,6 +16,7 @@ from meerkat_mq.errors import ConfigError
 from meerkat_mq.extras import need
 from meerkat_mq.observe.figures import duration
 from meerkat_mq.observe.shown import RoundShown, RunShown, StepShown, UpdateShown, json_line
+from meerkat_mq.observe.signals import Interrupted
 from meerkat_mq.observe.tables import path_table, round_pages, round_table, say, status_line, status_table, step_table
 from meerkat_mq.server.inspect import path_shown, round_shown, rounds_shown, run_shown, steps_shown
 from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
@@ -26,6 +27,7 @@ REFRESH_S = 1.0
 PIPE_WIDTH = 200
 STEPS_A_PAGE = 500
 HIGHEST = 2**32 - 1
+STOPPED = (KeyboardInterrupt, Interrupted)  # by Ctrl-C: how one ends a watch
 
 StateDir = Annotated[Path, typer.Argument(help="The server's state_dir.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="JSON lines instead of tables.")]
@@ -61,7 +63,7 @@ def status(
         if as_json or not (watch and console.is_terminal):
             _status_lines(console, ledger, shown, watch=watch, as_json=as_json)
             return
-        with Live(status_table(shown), console=console, auto_refresh=False) as live, suppress(KeyboardInterrupt):
+        with Live(status_table(shown), console=console, auto_refresh=False) as live, suppress(*STOPPED):
             while shown.version < shown.rounds:
                 time.sleep(REFRESH_S)
                 shown = run_shown(ledger)
@@ -72,7 +74,7 @@ def _status_lines(console: Console, ledger: Ledger, shown: RunShown, *, watch: b
     if not watch and not as_json:
         console.print(status_table(shown))
         return
-    with suppress(KeyboardInterrupt):
+    with suppress(*STOPPED):
         while True:
             say(console, json_line(shown) if as_json else status_line(shown))
             if not watch or shown.version >= shown.rounds:

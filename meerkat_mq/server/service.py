@@ -1,12 +1,13 @@
 """`serve`: opens the ledger, makes of it and the configuration all that a server works with, and runs it."""
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from meerkat_mq.config import ServerConfig
 from meerkat_mq.extras import importing, need
 from meerkat_mq.observe.events import Observer
+from meerkat_mq.observe.process import Threads
 from meerkat_mq.server.files import keep_mask, unusable
 from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
 from meerkat_mq.server.recovery import recovered
@@ -19,6 +20,8 @@ from meerkat_mq.server.watch import Watch
 
 if TYPE_CHECKING:
     from meerkat_mq.server.evaluation import Evaluator
+
+CLOSE_S = 1.0
 
 
 async def serve(config: ServerConfig, *, replace: bool = False, observer: Observer = lambda event: None) -> None:
@@ -44,7 +47,7 @@ async def serve(config: ServerConfig, *, replace: bool = False, observer: Observ
         await asyncio.to_thread(config.state_dir.mkdir, parents=True, exist_ok=True)
     except OSError as error:
         raise unusable(config, error) from error
-    with ThreadPoolExecutor(1, "ledger") as worker:
+    with Threads(1, "ledger") as worker:
         ledger = await off_the_loop(worker, Ledger.open, config.state_dir / LEDGER_FILE)
         try:
             run = await off_the_loop(worker, _prepare, config, ledger)
@@ -56,7 +59,9 @@ async def serve(config: ServerConfig, *, replace: bool = False, observer: Observ
             watch = Watch(observer, evaluator, every, run.descriptor)
             await Server(config, run, scribe, watch, observer, replace=replace).run()
         finally:
-            await off_the_loop(worker, ledger.close)
+            with suppress(TimeoutError):  # a replay may take minutes; a ledger that nobody closed is whole
+                async with asyncio.timeout(CLOSE_S):
+                    await off_the_loop(worker, ledger.close)
 
 
 def _prepare(config: ServerConfig, ledger: Ledger) -> Run:

@@ -10,10 +10,9 @@ from rich.console import Console
 from meerkat_mq.config import load_config
 from meerkat_mq.errors import within
 from meerkat_mq.extras import need
+from meerkat_mq.observe.signals import Interrupted
 from meerkat_mq.sweep.plan import SweepPlan
-from meerkat_mq.sweep.run import Interrupted, check_plan, run_sweep
-
-SIGNALLED = 128
+from meerkat_mq.sweep.run import check_plan, run_sweep
 
 
 def command(
@@ -35,5 +34,5 @@ def command(
     try:
         run_sweep(loaded, folder, processes or os.cpu_count() or 1, console)
     except Interrupted as signal:
-        console.print(f"Interrupted; the same command goes on from {folder}", soft_wrap=True, highlight=False)
-        raise typer.Exit(SIGNALLED + signal.number) from None
+        console.print(f"{signal.word}; the same command goes on from {folder}", soft_wrap=True, highlight=False)
+        raise typer.Exit(signal.exit_code) from None

@@ -1,10 +1,8 @@
 """A sweep from its plan to its results: masks and baselines once, then cell by cell, in worker processes."""
 
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -12,6 +10,7 @@ from rich.console import Console
 
 from meerkat_mq.demo.corpus import TASK
 from meerkat_mq.errors import ConfigError, ModelError, RunError
+from meerkat_mq.observe.signals import Interrupted, handled, interrupt
 from meerkat_mq.sweep.grid import Cell, cells_of
 from meerkat_mq.sweep.plan import SweepPlan
 from meerkat_mq.sweep.prepared import FOLDER, Prepared
@@ -20,13 +19,7 @@ from meerkat_mq.sweep.results import TABLE_FILE, Results
 from meerkat_mq.sweep.rows import rows_of, shards_of
 from meerkat_mq.sweep.workers import Job, Workers
 
-
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        super().__init__(number)
+__all__ = ["Interrupted", "check_plan", "run_sweep"]
 
 
 def run_sweep(plan: SweepPlan, out: Path, processes: int, console: Console) -> None:
@@ -37,7 +30,7 @@ def run_sweep(plan: SweepPlan, out: Path, processes: int, console: Console) -> N
         RunError: the grid is done, but for cells that failed.
         Interrupted: by a signal; no process is left, and every file is whole.
     """
-    with _locked(out), _interruptible(), Workers(processes) as workers:
+    with _locked(out), handled(interrupt), Workers(processes) as workers:
         (outcome,) = workers.run([Job("model", "identify", (plan,))])
         if outcome.error is not None:
             raise ModelError("model", outcome.error)
@@ -122,18 +115,3 @@ def _locked(out: Path) -> Iterator[None]:
         raise ConfigError(f"--out {out}", "is in use by another sweep", "wait, or name another folder") from None
     except OSError as error:
         raise ConfigError(f"--out {out}", f"cannot be written ({error.strerror})", "choose another folder") from error
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Make SIGTERM and SIGINT an exception: a file is written whole or not at all, workers end."""
-
-    def end(number: int, _: FrameType | None) -> None:
-        raise Interrupted(number)
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -22,10 +22,10 @@ from meerkat_mq.chaos.simulator.run import judge
 from meerkat_mq.chaos.simulator.schedule import make_schedule
 from meerkat_mq.chaos.simulator.shrink import shrink
 from meerkat_mq.errors import DrillFailed
+from meerkat_mq.observe.signals import Interrupted
 
 CHUNK = 50
 EXAMPLES = 3
-INTERRUPTED = 130
 
 Lines = Iterator[tuple[float, str]]
 
@@ -116,8 +116,9 @@ def command(
     """Run whole federations on a virtual clock under random faults, and check what must hold of each."""
     try:
         _command(schedules, seed, repeat)
-    except KeyboardInterrupt:
-        raise typer.Exit(INTERRUPTED) from None
+    except Interrupted as signal:
+        Console().print(signal.word)
+        raise typer.Exit(signal.exit_code) from None
 
 
 def _command(schedules: int, seed: int, repeat: int | None) -> None:

@@ -1,0 +1,118 @@
+"""SIGINT and SIGTERM, at any moment of a process's life: one word, 128 + number, within two seconds.
+
+The one place for this rule. `listen` comes first in a process, before anything that takes long to import. Then:
+
+- while it starts, a signal ends it at once: nothing is at stake yet;
+- a command is interrupted: `Interrupted` is raised wherever it is, and files stay whole;
+- a service ends in order (`handled`), and has `IN_ORDER_S` for it.
+
+A second signal, or the end of that patience, ends the process on the spot: no worse than a power cut, which costs
+nothing.
+"""
+
+import _thread
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import NoReturn
+
+from meerkat_mq.observe.start import SIGNALLED, WORDS
+
+IN_ORDER_S = 10.0
+AT_ONCE_S = 1.5
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM ends a command."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(number)
+
+    @property
+    def word(self) -> str:
+        """What is said of it."""
+        return WORDS[self.number]
+
+    @property
+    def exit_code(self) -> int:
+        """As of a process that the signal ended."""
+        return SIGNALLED + self.number
+
+
+class _Heard:
+    """What this process has heard so far."""
+
+    number: int | None = None
+    patience_s = AT_ONCE_S
+
+
+def listen() -> None:
+    """From now on, signals count; also for a process 1, for which the kernel does nothing by itself."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    for number in WORDS:
+        signal.signal(number, lambda number, _: leave(number))
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    before = signal.pthread_sigmask(
+        signal.SIG_BLOCK, WORDS
+    )  # so that the thread takes none: where the main thread blocks
+    _thread.start_new_thread(_end_late, (reading,))  # them for a moment, they wait
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def came() -> int | None:
+    """The first signal of this process."""
+    return _Heard.number
+
+
+def be_patient(seconds: float) -> None:
+    """Give what the first signal ends so much time."""
+    _Heard.patience_s = seconds
+
+
+def say(number: int) -> None:
+    """Say the one word."""
+    with suppress(Exception):
+        sys.stderr.write(f"{WORDS[number]}\n")
+
+
+def leave(number: int) -> NoReturn:
+    """End this process on the spot, in a word."""
+    say(number)
+    os._exit(SIGNALLED + number)
+
+
+@contextmanager
+def handled(action: Callable[[int], None]) -> Iterator[None]:
+    """Within, the first signal calls `action`, in the main thread, wherever that is; a second one ends the process."""
+
+    def heard(number: int, _: FrameType | None) -> None:
+        if _Heard.number is not None:
+            leave(number)
+        _Heard.number = number
+        action(number)
+
+    before = {number: signal.signal(number, heard) for number in WORDS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def interrupt(number: int) -> NoReturn:
+    """Raise Interrupted: the action of commands."""
+    raise Interrupted(number)
+
+
+def _end_late(reading: int) -> None:
+    """End this process where a signal did not: a library holds the main thread, or the loop is stuck."""
+    while (number := os.read(reading, 1)[0]) not in WORDS:
+        pass
+    time.sleep(_Heard.patience_s)
+    leave(number)
