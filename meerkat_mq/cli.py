@@ -1,13 +1,14 @@
 """`meerkat`: the command line."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from meerkat_mq import __version__
 from meerkat_mq.broker.__main__ import command as broker
-from meerkat_mq.broker.commands import certs
+from meerkat_mq.broker.commands import certs, revoke
 from meerkat_mq.chaos.command import command as chaos
 from meerkat_mq.chaos.simulator.command import command as simulate
 from meerkat_mq.demo.command import command as demo
@@ -18,8 +19,19 @@ from meerkat_mq.server.__main__ import command as server
 from meerkat_mq.server.commands import ledger, status, verify
 from meerkat_mq.sweep.command import command as sweep
 
+
+class _Commands(TyperGroup):
+    """Commands of one word, or of two."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """A name of two words comes before a command of one word with an argument."""
+        two = " ".join(args[:2])
+        return (two, self.commands[two], args[2:]) if two in self.commands else super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
     name="meerkat",
+    cls=_Commands,
     help="Fine-tune language models across unreliable devices over plain MQTT.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -29,6 +41,7 @@ app.command("demo")(demo)
 app.command("mask")(mask)
 app.command("partition")(partition)
 app.command("certs")(certs)
+app.command("certs revoke")(revoke)
 app.command("export")(export)
 app.command("server")(server)
 app.command("node")(node)

@@ -1,134 +1,17 @@
-"""A federation's certificates: its CA, what the CA signs for broker, server and nodes, and Mosquitto's ACL."""
+"""A federation's folder of certificates: its CA, what that signed or revoked, and Mosquitto's ACL."""
 
-import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from ipaddress import ip_address
 from pathlib import Path
-from typing import Self
 
-from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-
-from meerkat_mq.core.files import write_atomically
+from meerkat_mq.broker.authority import CERTIFICATE, CRL, KEY, Authority, Issued, alternative, write
 from meerkat_mq.errors import ConfigError
 from meerkat_mq.wire.topics import Topics, check_identifier
 
 SERVER_NAME = "meerkat.server"  # its dot keeps it apart from every node id
-CA, CERTIFICATE, KEY, ACL = "ca.pem", "cert.pem", "key.pem", "acl"
+OBSERVER_NAME = "meerkat.observer"
+ACL, NODES = "acl", "nodes"
 
-_SKEW = timedelta(days=1)  # clocks differ
-_HOST = re.compile(r"(?=.{1,253}\Z)(?!-)[A-Za-z0-9-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9-]{1,63}(?<!-))*\Z")
-_KEY_USAGES = (
-    "digital_signature",
-    "content_commitment",
-    "key_encipherment",
-    "data_encipherment",
-    "key_agreement",
-    "key_cert_sign",
-    "crl_sign",
-    "encipher_only",
-    "decipher_only",
-)
-
-
-@dataclass(frozen=True)
-class Issued:
-    """A certificate that was written.
-
-    Attributes:
-        folder: with all its files.
-        until: the end of its validity.
-    """
-
-    folder: Path
-    until: datetime
-
-
-@dataclass(frozen=True)
-class Authority:
-    """The CA of a federation, in a folder; all keys are on the curve P-256."""
-
-    certificate: x509.Certificate
-    key: ec.EllipticCurvePrivateKey
-
-    @classmethod
-    def create(cls, folder: Path, *, days: int) -> Self:
-        """Make a CA and write it.
-
-        Raises:
-            ConfigError: the folder cannot be written.
-        """
-        key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
-        builder = _builder("Meerkat-MQ CA", key.public_key(), now - _SKEW, now + timedelta(days=days))
-        certificate = (
-            builder.issuer_name(_name("Meerkat-MQ CA"))
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(_usage("key_cert_sign", "crl_sign"), critical=True)
-            .sign(key, SHA256())
-        )
-        _write_pair(folder, certificate, key)
-        return cls(certificate, key)
-
-    @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Read a CA.
-
-        Raises:
-            ConfigError: it is not there, damaged, or has expired.
-        """
-        try:
-            certificate = x509.load_pem_x509_certificate((folder / CERTIFICATE).read_bytes())
-            key = load_pem_private_key((folder / KEY).read_bytes(), password=None)
-        except OSError as error:
-            problem = f"cannot be read ({error.strerror})"
-            raise ConfigError(str(error.filename), problem, "put it back from a backup") from error
-        except (ValueError, TypeError) as error:
-            raise ConfigError(str(folder), "holds no CA in PEM format", "put it back from a backup") from error
-        if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
-            raise ConfigError(str(folder / KEY), f"is not the key of {CERTIFICATE}", "put it back from a backup")
-        if certificate.not_valid_after_utc <= datetime.now(UTC):
-            problem = f"has expired on {certificate.not_valid_after_utc:%Y-%m-%d}"
-            raise ConfigError(str(folder / CERTIFICATE), problem, "make all certificates anew in another folder")
-        return cls(certificate, key)
-
-    def issue(
-        self, folder: Path, common_name: str, *, days: int, hosts: Sequence[str] = (), now: datetime | None = None
-    ) -> Issued:
-        """Write a certificate, its key and the CA's certificate; what the folder held is replaced.
-
-        Args:
-            folder: of their own.
-            common_name: the user that a broker sees.
-            days: of validity; it ends with the CA's at the latest.
-            hosts: names and addresses, for a broker; without them it is a client's.
-            now: the time to count days from; default: the clock's.
-
-        Raises:
-            ConfigError: a host is none, or the folder cannot be written.
-        """
-        now = now or datetime.now(UTC)
-        until = min(now + timedelta(days=days), self.certificate.not_valid_after_utc)
-        key = ec.generate_private_key(ec.SECP256R1())
-        purpose = ExtendedKeyUsageOID.SERVER_AUTH if hosts else ExtendedKeyUsageOID.CLIENT_AUTH
-        builder = (
-            _builder(common_name, key.public_key(), now - _SKEW, until)
-            .issuer_name(self.certificate.subject)
-            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_usage("digital_signature"), critical=True)
-            .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), critical=False)
-        )
-        if hosts:
-            builder = builder.add_extension(x509.SubjectAlternativeName(list(map(_alternative, hosts))), critical=False)
-        _write(folder / CA, self.certificate.public_bytes(Encoding.PEM), secret=False)
-        _write_pair(folder, builder.sign(self.key, SHA256()), key)
-        return Issued(folder, until)
+_HOMES = {SERVER_NAME: "server", OBSERVER_NAME: "observer"}
 
 
 def write_certificates(
@@ -143,12 +26,13 @@ def write_certificates(
 ) -> Iterator[Issued]:
     """Write what is asked for below a folder, with a new CA where it has none; gives each certificate as it is written.
 
-    `ca/` holds the CA, `broker/` the broker's certificate and Mosquitto's ACL, `server/` the server's certificate,
-    `nodes/<id>/` a node's, with its id as common name.
+    `ca/` holds the CA, `broker/` the broker's certificate, Mosquitto's ACL and the list of revoked certificates,
+    `server/` the server's certificate, `observer/` one for people who look, `nodes/<id>/` a node's, with its id as
+    common name.
 
     Args:
         folder: may exist.
-        federation: makes the server's certificate and the ACL.
+        federation: makes the certificates of server and observer, and the ACL.
         hosts: makes the broker's certificate, for these names and addresses.
         nodes: ids to make a certificate for.
         days: validity of certificates.
@@ -164,14 +48,14 @@ def write_certificates(
     if federation is not None:
         acl = mosquitto_acl(federation)
         if acl_file.exists() and not acl_file.read_text(encoding="utf-8", errors="replace").startswith(acl):
-            problem = f"is not the ACL of the federation {federation!r}"
+            problem = f"is not the ACL that this version writes for the federation {federation!r}"
             raise ConfigError(str(acl_file), problem, "move it away, or name its own federation")
-        wanted.append((folder / "server", SERVER_NAME, ()))
+        wanted += [(folder / home, name, ()) for name, home in _HOMES.items()]
     if hosts:
         for host in hosts:
-            _alternative(host)
+            alternative(host)
         wanted.append((folder / "broker", "broker", hosts))
-    wanted += [(folder / "nodes" / check_identifier(node, "--node"), node, ()) for node in dict.fromkeys(nodes)]
+    wanted += [(folder / NODES / check_identifier(node, "--node"), node, ()) for node in dict.fromkeys(nodes)]
     for place, _, _ in wanted:
         if (place / CERTIFICATE).exists() and not renew:
             raise ConfigError(str(place), "holds a certificate already", "add --renew to replace it")
@@ -181,9 +65,44 @@ def write_certificates(
         authority = Authority.create(folder / "ca", days=ca_days)
         yield Issued(folder / "ca", authority.certificate.not_valid_after_utc)
     if federation is not None and not acl_file.exists():
-        _write(acl_file, acl.encode(), secret=False)
+        write(acl_file, acl.encode())
+    if federation is not None or hosts or (folder / "broker").is_dir():
+        _hand_over_the_list(folder)
     for place, name, alternatives in wanted:
         yield authority.issue(place, name, days=days, hosts=alternatives)
+
+
+def revoke_certificates(folder: Path, names: Sequence[str]) -> dict[str, int]:
+    """Revoke all certificates that these names were given; the broker's copy of the list follows.
+
+    Args:
+        folder: as `write_certificates` left it.
+        names: ids of nodes, or the user name of the server or the observer.
+
+    Returns:
+        For each name, how many of its certificates were not revoked before.
+
+    Raises:
+        ConfigError: a name was given no certificate, or a file cannot be read or written; then nothing
+            was revoked, unless the disk failed.
+    """
+    if not (folder / "ca").is_dir():
+        raise ConfigError(str(folder), "holds no CA", "give the folder that meerkat certs made, and then the ids")
+    authority = Authority.load(folder / "ca")
+    places = {name: folder / _HOMES.get(name, f"{NODES}/{name}") for name in names}
+    issued = {name: authority.issued_to(name, place=place) for name, place in places.items()}
+    for name, serials in issued.items():
+        if not serials:
+            raise ConfigError("ID", f"{name!r} was given no certificate by {folder / 'ca'}", "check FOLDER and ID")
+    before = authority.revoked().keys()
+    authority.revoke(serial for serials in issued.values() for serial in sorted(serials))
+    _hand_over_the_list(folder)
+    return {name: len(serials - before) for name, serials in issued.items()}
+
+
+def _hand_over_the_list(folder: Path) -> None:
+    """Give the broker the CA's list of revoked certificates."""
+    write(folder / "broker" / CRL, (folder / "ca" / CRL).read_bytes())
 
 
 def mosquitto_acl(federation: str) -> str:
@@ -194,68 +113,19 @@ def mosquitto_acl(federation: str) -> str:
     """
     topics = Topics(federation)
     common = (topics.server, topics.run, topics.round, topics.values, f"{topics.root}/blob/#")
+    own = f"{topics.root}/up/%u"
     lines = [
-        f"# Federation {federation}: a node has everything below its own up/, reads its own down/ and what is common.",
-        f"pattern readwrite {topics.root}/up/%u/#",
+        f"# Federation {federation}: a node writes three topics, and reads its status, its answers and what is common.",
+        f"pattern readwrite {own}/status",
+        f"pattern write {own}/update",
+        f"pattern write {own}/want",
         f"pattern read {topics.root}/down/%u/#",
         *(f"pattern read {topic}" for topic in common),
         "",
         f"user {SERVER_NAME}",
         f"topic readwrite {topics.root}/#",
+        "",
+        f"user {OBSERVER_NAME}",
+        f"topic read {topics.root}/#",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _name(common_name: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
-
-
-def _builder(
-    common_name: str, key: ec.EllipticCurvePublicKey, begin: datetime, end: datetime
-) -> x509.CertificateBuilder:
-    """What all certificates have; the issuer and its extensions are to be added."""
-    return (
-        x509.CertificateBuilder()
-        .subject_name(_name(common_name))
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(begin)
-        .not_valid_after(end)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-    )
-
-
-def _usage(*granted: str) -> x509.KeyUsage:
-    return x509.KeyUsage(**{usage: usage in granted for usage in _KEY_USAGES})
-
-
-def _alternative(host: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ip_address(host))
-    except ValueError:
-        if not _HOST.match(host):
-            problem = f"{host!r} is neither a host name nor an address"
-            raise ConfigError("--broker", problem, "give it as nodes write it in broker.url, without a port") from None
-        return x509.DNSName(host)
-
-
-def _write_pair(folder: Path, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> None:
-    """The certificate comes last: where there is one, everything is there."""
-    secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    _write(folder / KEY, secret, secret=True)
-    _write(folder / CERTIFICATE, certificate.public_bytes(Encoding.PEM), secret=False)
-
-
-def _write(path: Path, data: bytes, *, secret: bool) -> None:
-    """Write a file as a whole; a secret one is its owner's alone from the first moment."""
-    with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, data, secret=secret)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(str(path), f"cannot be written ({error.strerror})", "choose another folder") from error

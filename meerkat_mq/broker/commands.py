@@ -1,5 +1,6 @@
-"""`meerkat certs`."""
+"""`meerkat certs` and `meerkat certs revoke`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,9 @@ from meerkat_mq.errors import ConfigError
 
 def certs(
     folder: Annotated[Path, typer.Argument(help="Folder of the federation's CA and all that it signs.")],
-    federation: Annotated[str | None, typer.Option(help="Make the server's certificate, and Mosquitto's ACL.")] = None,
+    federation: Annotated[
+        str | None, typer.Option(help="Make the certificates of server and observer, and the ACL.")
+    ] = None,
     broker: Annotated[
         list[str] | None, typer.Option(help="Make the broker's certificate, for this name or address; again for more.")
     ] = None,
@@ -37,3 +40,18 @@ def certs(
         renew=renew,
     ):
         Console().print(f"{made.folder}: valid until {made.until:%Y-%m-%d}", highlight=False, soft_wrap=True)
+
+
+def revoke(
+    folder: Annotated[Path, typer.Argument(help="Folder of the federation's CA and all that it signed.")],
+    names: Annotated[list[str], typer.Argument(metavar="ID...", help="Node ids; or meerkat.server, meerkat.observer.")],
+) -> None:
+    """Revoke all certificates that a node was given, and say how the broker learns of it."""
+    from meerkat_mq.broker.certs import revoke_certificates  # noqa: PLC0415 - slow to import
+
+    say = partial(Console().print, highlight=False, markup=False, soft_wrap=True)
+    for name, number in revoke_certificates(folder, names).items():
+        say(f"{name}: certificates revoked: {number}" if number else f"{name}: was revoked before")
+    say(f"Now copy {folder}/broker/crl.pem to the broker, beside its cert.pem, and restart it (not only reload it):")
+    say("    systemctl restart mosquitto")
+    say("Until then, who is connected stays connected. The restart also clears what they left retained.")

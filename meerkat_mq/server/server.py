@@ -1,6 +1,7 @@
 """The server: carries the machine's effects out on MQTT; the scribe carries out those on the ledger and theta."""
 
 import asyncio
+import secrets
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -39,8 +40,9 @@ class Server:
     """One server process: its session, the machine, and the scribe that writes for it."""
 
     def __init__(
-        self, config: ServerConfig, run: Run, scribe: Scribe, watch: Watch, observer: Observer, *, replace: bool
-    ) -> None:
+        self, config: ServerConfig, run: Run, scribe: Scribe, watch: Watch, observer: Observer, *, replace: bool,
+        alone: bool = True,
+    ) -> None:  # fmt: skip
         self._config = config
         self._run = run
         self._scribe = scribe
@@ -53,20 +55,17 @@ class Server:
         self._topics = Topics(config.federation)
         self._machine: ServerMachine | None = None
         self._taking_term = False
-        self._term = 0
+        self._term = self._saved = 0
         self._chunks = run.chunks(self._term)
-        self._saved = 0
         self._is_open = self._greeted = False
         self._awaited: int | None = None
-        self._finished = asyncio.Event()
-        self._enough_nodes = asyncio.Event()
+        self._finished, self._enough_nodes = asyncio.Event(), asyncio.Event()
         self._alarm = Alarm(self._wake_at, lambda: self.handle(e.Tick(self._now())))
         self._session = Session(
             config.broker,
-            # One a process: a second server must be able to look before it would kick the first one out.
-            f"meerkat-{config.federation}-server-{self._server_id}",
-            subscriptions=[(self._topics.up("+", "status"), 1), (self._topics.up("+", "update"), 1),
-                           (self._topics.up("+", "want"), 1)],
+            # One a process, which it alone knows: whoever connected with it, would push this server off.
+            f"meerkat-{config.federation}-server-{secrets.token_hex(8)}",
+            subscriptions=[(self._topics.up("+", kind), 1) for kind in ("status", "update", "want")],
             on_message=self._on_message,
             on_connected=self._on_connected,
             on_disconnected=lambda _: self._succession.disconnected(),
@@ -76,7 +75,7 @@ class Server:
             outbox_bytes=OUTBOX_BYTES + 2 * len(run.blob),
         )  # fmt: skip
         self._succession = Succession(
-            self._topics.server, scribe.past, replace=replace, take=self._take_term,
+            self._topics.server, scribe.past, replace=replace, alone=alone, take=self._take_term,
             ask=lambda state: self._publish(self._topics.server, state, retain=False),
         )  # fmt: skip
 
@@ -85,7 +84,7 @@ class Server:
         try:
             async with asyncio.TaskGroup() as tasks:
                 coroutines = (self._session.run(), self._alarm.run(), self._write(), self._keep_sightings(),
-                              self._measurer.run(self.handle), self._fetches.run(), self._succession.run(),
+                              self._measurer.run(self.handle), self._fetches.run(), self._succeed(),
                               self._watch.run(self._keep_metrics))  # fmt: skip
                 work = [tasks.create_task(coroutine) for coroutine in coroutines]
                 if self._config.once:
@@ -114,6 +113,10 @@ class Server:
         except AnotherServer:
             self._session.disown()
             raise
+
+    async def _succeed(self) -> None:
+        with self._leaving_to_others():
+            await self._succession.run()
 
     async def _wait_for_nodes(self) -> None:
         wait_s = self._config.wait_for_nodes_s

@@ -10,6 +10,7 @@ from meerkat_mq.observe.events import Observer
 from meerkat_mq.observe.process import Threads
 from meerkat_mq.server.files import keep_mask, unusable
 from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
+from meerkat_mq.server.mark import marked
 from meerkat_mq.server.recovery import recovered
 from meerkat_mq.server.remains import check_remains
 from meerkat_mq.server.run import Run, check_same, prepare_run
@@ -57,7 +58,8 @@ async def serve(config: ServerConfig, *, replace: bool = False, observer: Observ
             scribe = await off_the_loop(worker, Scribe, ledger, replica, run, snapshots, worker)
             every = config.evaluation.every if config.evaluation else 1
             watch = Watch(observer, evaluator, every, run.descriptor)
-            await Server(config, run, scribe, watch, observer, replace=replace).run()
+            with marked(config.state_dir) as alone:
+                await Server(config, run, scribe, watch, observer, replace=replace, alone=alone).run()
         finally:
             with suppress(TimeoutError):  # a replay may take minutes; a ledger that nobody closed is whole
                 async with asyncio.timeout(CLOSE_S):

@@ -3,8 +3,14 @@
 After a power cut, the broker goes on saying for a while that the server is online which is no more: until its will is
 due, or for ever, if the broker went down with it. Whether such a state is of a process that lives is asked. Who
 lives puts right what stands on its topic (docs/ledger.md), so the server publishes there, not retained, what the
-broker would say at its death. Where no answer comes, it was a predecessor. Safety needs none of this: a term fences
-whoever had an earlier one.
+broker would say at its death. Where no answer comes, it was a predecessor.
+
+A death may mislead too. A broker that binds client ids to certificates closes a server's connection when another server
+connects with its certificate, and publishes its will: so a second server finds every first one lost. Unless that was
+this ledger's, and no other process uses the ledger, the first one is given the time to come back. Then it pushes this
+one off in turn, and is found lost again, on another link: it lives.
+
+Safety needs none of this: a term fences whoever had an earlier one.
 """
 
 import asyncio
@@ -53,6 +59,7 @@ class Succession:
         topic: of the servers' state.
         past: of this server's ledger.
         replace: whether to take over from whoever is there.
+        alone: whether no other process uses this server's ledger.
         ask: publishes a state there, not retained.
         take: takes a term above the one that it is given.
     """
@@ -63,12 +70,14 @@ class Succession:
         past: Past,
         *,
         replace: bool,
+        alone: bool,
         ask: Callable[[ServerState], None],
         take: Callable[[int], None],
     ) -> None:
         self._topic = topic
         self._past = past
         self._replace = replace
+        self._alone = alone
         self._ask = ask
         self._take = take
         self._found: ServerState | None = None
@@ -96,16 +105,25 @@ class Succession:
             RunMismatch: there is no term left.
         """
         found = self._found
-        if found is not None and not self._replace and found.status == "online" and self._asked is None:
-            if found.run != self._past.run or found.rank not in self._past.ranks:
-                raise self._another(found)
-            self._asked = found
-        if found is not None:
-            self._check(found)
+        if found is not None and not self._replace:
+            self._consider(found)
         if self._asked is not None:
             self._question(self._asked)
         else:
-            self._take(found.term if found else 0)
+            self._succeed(found)
+
+    def _consider(self, found: ServerState) -> None:
+        """Refuse where another server lives; ask where it may."""
+        ours = found.run == self._past.run and found.rank in self._past.ranks
+        if self._asked is not None:
+            if found.status == "lost" and found.term > 0 and found.link != self._asked.link:
+                raise self._another(found)  # it has connected since
+        elif found.status == "online":
+            if not ours:
+                raise self._another(found)
+            self._asked = found
+        elif found.status == "lost" and found.term > 0 and not (ours and self._alone):
+            self._asked = found
 
     def disconnected(self) -> None:
         """No answer can come; the next connection asks again."""
@@ -120,7 +138,11 @@ class Succession:
         self._ask(state.model_copy(update={"status": "lost"}))
 
     async def run(self) -> None:
-        """Take charge where no answer came; until cancelled."""
+        """Take charge where no answer came; until cancelled.
+
+        Raises:
+            LedgerError, RunMismatch: as `connected`.
+        """
         while True:
             await self._changed.wait()
             self._changed.clear()
@@ -128,9 +150,14 @@ class Succession:
                 left = self._answer_by - asyncio.get_running_loop().time()
                 if left <= 0:
                     self._answer_by = None
-                    self._take(self._asked.term if self._asked else 0)
+                    self._succeed(self._asked)
                 else:
                     await asyncio.sleep(left)
+
+    def _succeed(self, found: ServerState | None) -> None:
+        if found is not None:
+            self._check(found)
+        self._take(found.term if found else 0)
 
     def _check(self, found: ServerState) -> None:
         """Refuse where there is no term left, or a run would be lost; say what a ledger from a backup lost."""

@@ -1,5 +1,6 @@
 """`meerkat certs`: what it writes, and what it refuses to write over."""
 
+import shutil
 import stat
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -10,7 +11,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from meerkat_mq.broker.certs import SERVER_NAME, Authority, mosquitto_acl, write_certificates
+from meerkat_mq.broker.authority import Authority
+from meerkat_mq.broker.certs import OBSERVER_NAME, SERVER_NAME, mosquitto_acl, write_certificates
 from meerkat_mq.wire.topics import check_identifier
 from tests.support.command import Meerkat
 
@@ -38,15 +40,15 @@ def folder(tmp_path: Path) -> Path:
 
 def test_everybody_gets_a_folder_that_is_whole(folder: Path) -> None:
     ca = certificate(folder / "ca")
-    homes = [folder / home for home in ("broker", "server", "nodes/a", "nodes/b")]
-    assert [common_name(home) for home in homes] == ["broker", SERVER_NAME, "a", "b"]
+    homes = [folder / home for home in ("broker", "server", "observer", "nodes/a", "nodes/b")]
+    assert [common_name(home) for home in homes] == ["broker", SERVER_NAME, OBSERVER_NAME, "a", "b"]
     for home in (folder / "ca", *homes):
         certificate(home).verify_directly_issued_by(ca)
         key = load_pem_private_key((home / "key.pem").read_bytes(), password=None)
         assert key.public_key() == certificate(home).public_key()
         assert stat.S_IMODE((home / "key.pem").stat().st_mode) == 0o600
     assert {(home / "ca.pem").read_bytes() for home in homes} == {(folder / "ca/cert.pem").read_bytes()}
-    assert len({certificate(home).serial_number for home in homes}) == 4
+    assert len({certificate(home).serial_number for home in homes}) == 5
     assert sorted(path.name for path in folder.rglob(".*")) == []
 
 
@@ -78,7 +80,8 @@ def test_nothing_is_overwritten_without_being_asked_to(meerkat: Meerkat, folder:
     meerkat("certs", folder, "--node", "c", "--node", "b").failed(2, "nodes/b", "already", "--renew")
     assert contents(folder) == before
     assert meerkat("certs", folder, "--node", "c").code == 0
-    assert {path for path in contents(folder) if path not in before} == set((folder / "nodes/c").iterdir())
+    new = {path for path in contents(folder) if path not in before}
+    assert {path for path in new if path.parent != folder / "ca/issued"} == set((folder / "nodes/c").iterdir())
     assert meerkat("certs", folder, "--node", "b", "--renew").code == 0
     changed = {path for path, data in before.items() if path.read_bytes() != data}
     assert changed == {folder / "nodes/b/cert.pem", folder / "nodes/b/key.pem"}
@@ -120,6 +123,8 @@ def test_a_folder_that_cannot_be_written_is_named(meerkat: Meerkat, tmp_path: Pa
         ("cert.pem", None, ["ca/cert.pem", "cannot be read", "backup"]),
         ("cert.pem", b"junk", ["holds no CA in PEM format"]),
         ("key.pem", "nodes/a/key.pem", ["ca/key.pem", "not the key of cert.pem"]),
+        ("crl.pem", None, ["ca/crl.pem", "cannot be read", "backup or the broker"]),
+        ("crl.pem", b"junk", ["ca/crl.pem", "holds no list of revoked certificates", "backup or the broker"]),
     ],
 )
 def test_a_ca_that_is_damaged_is_left_alone(
@@ -147,3 +152,93 @@ def test_the_acl_is_written_once_and_keeps_what_was_added(meerkat: Meerkat, fold
     assert meerkat("certs", folder, "--federation", "field", "--renew").code == 0
     assert acl.read_text().endswith("\nuser a\ntopic deny #\n")
     meerkat("certs", folder, "--federation", "other", "--renew").failed(2, str(acl), "'other'", "move it away")
+
+
+# --- revocation ---
+
+
+def revoked(folder: Path) -> set[int]:
+    """What the broker is told, as anybody reads it."""
+    listed = x509.load_pem_x509_crl((folder / "broker/crl.pem").read_bytes())
+    authority = certificate(folder / "ca")
+    assert listed.issuer == authority.subject
+    assert listed.is_signature_valid(authority.public_key())  # type: ignore[arg-type]
+    return {entry.serial_number for entry in listed}
+
+
+def test_a_list_of_nobody_is_there_from_the_start_and_never_older_than_the_ca(folder: Path) -> None:
+    """A broker refuses everybody once its list has run out, so that must not come before the CA's own end."""
+    assert revoked(folder) == set()
+    listed = x509.load_pem_x509_crl((folder / "broker/crl.pem").read_bytes())
+    assert listed.next_update_utc == certificate(folder / "ca").not_valid_after_utc
+    assert listed.last_update_utc < datetime.now(UTC) - timedelta(hours=23)  # clocks differ
+
+
+def test_all_that_a_node_was_ever_given_is_revoked_and_what_it_is_given_then_is_good(
+    meerkat: Meerkat, folder: Path
+) -> None:
+    serials = {certificate(folder / "nodes/a").serial_number}
+    assert meerkat("certs", folder, "--node", "a", "--renew").code == 0
+    serials.add(certificate(folder / "nodes/a").serial_number)
+    done = meerkat("certs", "revoke", folder, "a")
+    assert done.code == 0
+    assert "a: certificates revoked: 2" in done.out
+    assert f"{folder}/broker/crl.pem" in done.out
+    assert "restart" in done.out
+    assert revoked(folder) == serials
+    assert meerkat("certs", folder, "--node", "a", "--renew").code == 0
+    assert certificate(folder / "nodes/a").serial_number not in revoked(folder)
+
+
+def test_to_revoke_again_changes_nothing(meerkat: Meerkat, folder: Path) -> None:
+    assert meerkat("certs", "revoke", folder, "a", "a").code == 0
+    before = x509.load_pem_x509_crl((folder / "broker/crl.pem").read_bytes())
+    done = meerkat("certs", "revoke", folder, "a")
+    assert (done.code, "a: was revoked before" in done.out) == (0, True)
+    after = x509.load_pem_x509_crl((folder / "broker/crl.pem").read_bytes())
+    assert [(e.serial_number, e.revocation_date_utc) for e in after] == [
+        (e.serial_number, e.revocation_date_utc) for e in before
+    ]
+
+
+def test_several_are_revoked_at_once_and_none_where_one_is_unknown(meerkat: Meerkat, folder: Path) -> None:
+    meerkat("certs", "revoke", folder, "a", "nobody").failed(2, "'nobody'", "no certificate")
+    assert revoked(folder) == set()
+    assert meerkat("certs", "revoke", folder, "b", SERVER_NAME, OBSERVER_NAME).code == 0
+    assert revoked(folder) == {certificate(folder / home).serial_number for home in ("nodes/b", "server", "observer")}
+
+
+def test_a_node_called_broker_is_not_the_broker(meerkat: Meerkat, folder: Path) -> None:
+    meerkat("certs", "revoke", folder, "broker").failed(2, "'broker'", "no certificate")
+    assert meerkat("certs", folder, "--node", "broker").code == 0
+    assert meerkat("certs", "revoke", folder, "broker").code == 0
+    assert revoked(folder) == {certificate(folder / "nodes/broker").serial_number}
+
+
+def test_a_folder_of_a_version_that_knew_no_revocation_gets_it(meerkat: Meerkat, folder: Path) -> None:
+    for path in (folder / "ca/issued", folder / "ca/crl.pem", folder / "broker/crl.pem"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert meerkat("certs", folder, "--node", "c").code == 0
+    assert revoked(folder) == set()
+    assert meerkat("certs", "revoke", folder, "a", "c").code == 0
+    assert revoked(folder) == {certificate(folder / f"nodes/{node}").serial_number for node in "ac"}
+
+
+def test_the_brokers_copy_of_the_list_comes_back(meerkat: Meerkat, folder: Path) -> None:
+    assert meerkat("certs", "revoke", folder, "a").code == 0
+    shutil.rmtree(folder / "broker")
+    assert meerkat("certs", folder, "--broker", "broker.example").code == 0
+    assert revoked(folder) == {certificate(folder / "nodes/a").serial_number}
+
+
+@pytest.mark.parametrize("names", [["no-such-folder", "a"], ["a", "pki"]])
+def test_a_folder_without_a_ca_is_named(meerkat: Meerkat, tmp_path: Path, names: list[str]) -> None:
+    meerkat("certs", "revoke", tmp_path / names[0], names[1]).failed(2, f"{tmp_path}/{names[0]}", "holds no CA")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_copy_that_is_damaged_is_named_and_nothing_revoked(meerkat: Meerkat, folder: Path) -> None:
+    damaged = next((folder / "ca/issued").iterdir())
+    damaged.write_bytes(b"junk")
+    meerkat("certs", "revoke", folder, "a").failed(2, str(damaged), "holds no certificate in PEM format")
+    assert revoked(folder) == set()

@@ -26,11 +26,14 @@ class Candidate:
 
     past: Past = field(default_factory=lambda: Past("ledger.sqlite", RUN, 5, KNOWN))
     replace: bool = False
+    alone: bool = True
     asked: list[ServerState] = field(default_factory=list)
     took: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.it = Succession("t", self.past, replace=self.replace, ask=self.asked.append, take=self.took.append)
+        self.it = Succession(
+            "t", self.past, replace=self.replace, alone=self.alone, ask=self.asked.append, take=self.took.append
+        )
 
     def finds(self, found: ServerState | None) -> None:
         if found is not None:
@@ -50,7 +53,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         (state("lost"), 2),
         (state("stopped", OTHER, 9), 9),
         (state("finished"), 2),
-        (state("lost", term=7), 7),
+        (state("lost", OTHER, term=0), 0),
     ],
 )
 async def test_whoever_is_not_online_is_succeeded_at_once(found: ServerState | None, above: int) -> None:
@@ -77,6 +80,40 @@ async def test_a_predecessor_is_asked_and_succeeded_where_it_is_silent(found: Se
     candidate.it.saw(candidate.asked[0], live=True)  # the broker sends it back
     await until(lambda: candidate.took, within_s=10)
     assert candidate.took == [found.term]
+    running.cancel()
+
+
+@pytest.mark.parametrize(("found", "alone"), [(state("lost", term=7), True), (state("lost"), False)])
+async def test_a_lost_server_that_may_come_back_is_given_the_time(found: ServerState, alone: bool) -> None:
+    """Our own connection may have pushed it off: on a broker that binds client ids to certificates."""
+    candidate = Candidate(alone=alone)
+    running = asyncio.create_task(candidate.it.run())
+    candidate.finds(found)
+    assert candidate.took == []
+    await until(lambda: candidate.took, within_s=10)
+    assert candidate.took == [found.term]
+    running.cancel()
+
+    candidate = Candidate(alone=alone)
+    candidate.finds(found)
+    candidate.it.disconnected()  # it has come back, and has pushed us off
+    with pytest.raises(AnotherServer, match=r"a server on host h says that it is online .*start this one with --repl"):
+        candidate.finds(found.model_copy(update={"link": 2}))
+    assert candidate.took == []
+
+    replacing = Candidate(alone=alone, replace=True)
+    replacing.finds(found)
+    assert replacing.took == [found.term]
+
+
+async def test_a_lost_server_that_stays_lost_is_succeeded_although_the_link_broke_meanwhile() -> None:
+    candidate = Candidate()
+    running = asyncio.create_task(candidate.it.run())
+    candidate.finds(state("lost", term=7))
+    candidate.it.disconnected()
+    candidate.finds(state("lost", term=7))
+    await until(lambda: candidate.took, within_s=10)
+    assert candidate.took == [7]
     running.cancel()
 
 

@@ -45,8 +45,12 @@ class ShippedMosquitto(Mosquitto):
         super().__init__(folder)
         self._text = shipped.read_text(encoding="utf-8")
         for old, new in replace.items():
-            assert old in self._text
-            self._text = self._text.replace(old, new.format(port=self.port, host=HOST, user=getpass.getuser()))
+            self.replace(old, new.format(port=self.port, host=HOST, user=getpass.getuser()))
+
+    def replace(self, old: str, new: str) -> None:
+        """Put other words into the configuration, for the next start."""
+        assert old in self._text
+        self._text = self._text.replace(old, new)
 
     def prepare(self) -> tuple[Sequence[str], Mapping[str, str] | None]:
         return self.run_with(self._text), None
