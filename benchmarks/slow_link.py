@@ -31,12 +31,13 @@ async def join(bytes_per_s: float, weights: int, folder: Path) -> str:
             node = federation.node("node-0", exit_when_finished=True, broker={"url": proxy.config.url})
             await node.says("ready", within_s=PATIENCE_S)
             ready_s = time.monotonic() - began
-            finished = await node.says("finished", within_s=PATIENCE_S)
+            await node.says("finished", within_s=PATIENCE_S)
             rounds_s = time.monotonic() - began - ready_s
             size, lost = federation.eye.runs[-1].mask_bytes, len(node.said("connection lost"))
     finally:
         broker.kill()
-    came = sum(finished["received"][kind]["payload_bytes"] for kind in ("blob", "down"))
+    received = {line["kind"]: line for line in node.said("traffic", direction="received")}
+    came = sum(received[kind]["payload_bytes"] for kind in ("blob", "down"))
     return (
         f"| {bytes_per_s / 1000:g} kB/s | {size:,} | {size / bytes_per_s:.0f} s | {ready_s:.0f} s | "
         f"{came / size:.2f} | {lost} | {rounds_s:.0f} s |"

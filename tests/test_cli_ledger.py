@@ -54,14 +54,16 @@ def test_status(meerkat: Meerkat, writer: Writer) -> None:
     said = meerkat("status", writer.folder)
     assert (said.code, said.err) == (0, "")
     lines = said.out.splitlines()
-    assert f"{RUN.hex()} of federation f" in lines[0]
-    assert "term 1 on here" in lines[1]
-    assert "3 of 6, 3 heard in the open one" in lines[2]
-    assert words(lines[6]) == [
+    assert words(lines[0])[:3] == ["accuracy", "not", "measured:"]
+    assert words(lines[1])[0] == "loss"
+    assert "3 of 6 closed; round 3 is open, 3 heard" in lines[2]
+    assert "term 1 on here" in lines[4]
+    assert f"{RUN.hex()} of federation f" in lines[5]
+    assert words(lines[7]) == [
         "node",
         "slot",
+        "status",
         "seen",
-        "boot",
         "rows",
         "updates",
         "bytes",
@@ -69,16 +71,16 @@ def test_status(meerkat: Meerkat, writer: Writer) -> None:
         "verdict",
         "GradIP",
     ]
-    assert words(lines[7])[:3] == ["n0", "0", "online"]
-    assert words(lines[7])[-9:-1] == ["ago", "00000007", "50", "3", "264", "B", "0", "accepted"]
+    assert words(lines[8])[:3] == ["n0", "0", "online"]
+    assert words(lines[8])[-8:-1] == ["ago", "50", "3", "264", "B", "0", "accepted"]
     measured = [abs(writer.records(version)[0].scalars[0] * writer.products(version)[0][0]) for version in range(3)]
-    assert words(lines[7])[-1] == f"{sum(measured) / 3:.5g}"
-    assert words(lines[8])[:3] == ["n1", "1", "never"]
+    assert words(lines[8])[-1] == f"{sum(measured) / 3:.5g}"
+    assert words(lines[9])[:3] == ["n1", "1", "never"]
 
 
 def test_status_as_json(meerkat: Meerkat, writer: Writer) -> None:
     (shown,) = objects(meerkat("status", writer.folder, "--json").out)
-    assert (shown["version"], shown["rounds"], shown["run"]) == (3, 6, RUN.hex())
+    assert (shown["round"], shown["rounds"], shown["run"]) == (3, 6, RUN.hex())
     assert [node["verdict"] for node in shown["nodes"]] == ["accepted", "not finite", "accepted"]
 
 
@@ -97,13 +99,13 @@ def test_status_watches_until_the_run_is_finished(
 ) -> None:
     write_on(monkeypatch, writer)
     lines = meerkat("status", writer.folder, "--watch").out.splitlines()
-    assert [line.split(",")[0] for line in lines] == [f"round {version} of 6" for version in (3, 4, 5, 6)]
+    assert [line.split(",")[0] for line in lines] == [f"{closed} of 6 rounds" for closed in (3, 4, 5, 6)]
     assert all("1 of 3 nodes online" in line for line in lines)
 
 
 def test_status_watches_as_json(meerkat: Meerkat, writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
     write_on(monkeypatch, writer)
-    assert [line["version"] for line in objects(meerkat("status", writer.folder, "--json", "--watch").out)] == [
+    assert [line["round"] for line in objects(meerkat("status", writer.folder, "--json", "--watch").out)] == [
         3, 4, 5, 6,
     ]  # fmt: skip
 
@@ -112,7 +114,8 @@ def test_status_watches_on_a_terminal(meerkat: Meerkat, writer: Writer, monkeypa
     write_on(monkeypatch, writer)
     monkeypatch.setattr(commands, "Console", lambda **_: Console(force_terminal=True, width=120))
     out = meerkat("status", writer.folder, "--watch").out
-    assert all(f"{version} of 6" in out for version in (3, 4, 5, 6))
+    assert all(f"{closed} of 6 closed" in out for closed in (3, 4, 5))
+    assert "all 6 closed: finished" in out
 
 
 def test_ctrl_c_ends_watching_in_order(meerkat: Meerkat, writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +157,7 @@ def test_ledger_lists_rounds(meerkat: Meerkat, writer: Writer) -> None:
 def test_ledger_as_json(
     meerkat: Meerkat, writer: Writer, options: tuple[object, ...], versions: list[int]
 ) -> None:  # fmt: skip
-    assert [line["version"] for line in objects(meerkat("ledger", writer.folder, *options, "--json").out)] == versions
+    assert [line["round"] for line in objects(meerkat("ledger", writer.folder, *options, "--json").out)] == versions
 
 
 def test_a_round_whole_as_json(meerkat: Meerkat, writer: Writer) -> None:

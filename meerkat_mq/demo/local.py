@@ -189,9 +189,13 @@ async def _run_node(plan: LocalFederation, number: int, rows: Sequence[Row], bro
 
 
 def _last_words(log: Path) -> dict[str, Any]:
-    for line in reversed(log.read_text(encoding="utf-8").splitlines()):
-        with contextlib.suppress(ValueError):
+    """Its line "finished", and its traffic by direction and kind; what is not there is left out."""
+    found: dict[str, Any] = {"sent": {}, "received": {}}
+    for line in log.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError, KeyError):
             words = json.loads(line)
             if isinstance(words, dict) and words.get("event") == "finished":
-                return words
-    return {}
+                found |= words
+            elif isinstance(words, dict) and words.get("event") == "traffic":
+                found[words["direction"]][words["kind"]] = words
+    return found

@@ -88,6 +88,7 @@ class Session:
         self._back_off = BackOff(timeouts.back_off_first_s, timeouts.back_off_cap_s)
         self._short_lived = 0
         self._disowned = False
+        self._renewed = False  # the connection before was left in order, to be made again at once: no news for people
         self._renewal: asyncio.Future[None] | None = None
         self._log = structlog.get_logger().bind(broker=self._where, client=client_id)
 
@@ -203,6 +204,7 @@ class Session:
                     self.link = None
                     self._outbox.rewind()
         if orderly:
+            self._renewed = True
             self._on_disconnected("renewed")
             return None
         if not isinstance(cause, Lost):
@@ -222,7 +224,8 @@ class Session:
             await connection.unsubscribe(f"{own}/fence")  # answered behind all that was retained; no ACL forbids it
         self.link = link
         self.connects += 1
-        self._log.info("connected", link=link)
+        (self._log.debug if self._renewed else self._log.info)("connected", link=link)
+        self._renewed = False
         with self._outbox.ahead():
             self._on_connected(link)
         try:

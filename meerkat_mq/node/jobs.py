@@ -184,9 +184,9 @@ class Jobs:
             blob = await self._collect(offer.blob, offer.size)
             head, work.digest = await in_worker(self._worker, work.load, blob, offer)
         except (NotConnected, WireError) as error:
-            log.warning("snapshot missed", round=offer.version, problem=str(error))
+            log.warning("snapshot missed", version=offer.version, problem=str(error))
             return e.SnapshotMissed(_now(), offer.version)
-        log.info("snapshot loaded", round=offer.version, bytes=offer.size)
+        log.info("snapshot loaded", version=offer.version, bytes=offer.size)
         return e.SnapshotLoaded(_now(), offer.version, head, work.digest)
 
     # --- steps, and what comes of them ---

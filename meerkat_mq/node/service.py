@@ -19,6 +19,7 @@ from meerkat_mq.node.jobs import Job, Jobs, in_worker
 from meerkat_mq.node.limits import Allowance
 from meerkat_mq.node.mask_fetch import check_descriptor, fetch_mask
 from meerkat_mq.node.state import NodeState
+from meerkat_mq.node.words import say_finished
 from meerkat_mq.node.work import Work
 from meerkat_mq.observe.process import Threads, peak_rss_mib
 from meerkat_mq.rounds import events as e
@@ -101,6 +102,12 @@ class _Node:
         )
 
     async def run(self) -> None:
+        try:
+            await self._run()
+        finally:
+            self._log.info("stopped", round=self._machine.version if self._machine else None)
+
+    async def _run(self) -> None:
         attendance = self._session if self._duty is None else self._duty
         async with asyncio.TaskGroup() as tasks:
             parts = (attendance.run(), self._alarm.run(), self._follow_runs())
@@ -389,7 +396,7 @@ class _Node:
                 jobs.stop_steps()
             case e.Count(reason):
                 self._counts[reason] += 1
-                self._log.info(reason, round=self._machine.version if self._machine else None)
+                self._log.info(reason, round=effect.round)
             case e.End(error):
                 raise error
 
@@ -398,13 +405,6 @@ class _Node:
             return
         self._told_finished = self._at_rest = True
         self._publish_status("online")
-        self._log.info(
-            "finished",
-            round=machine.version,
-            digest=self._work.digest.hex() if self._work else None,
-            peak_rss_mib=peak_rss_mib(),
-            counts=dict(self._counts),
-            sent={kind: vars(count) for kind, count in self._session.sent.items()},
-            received={kind: vars(count) for kind, count in self._session.received.items()},
-        )
+        digest = self._work.digest.hex() if self._work else None
+        say_finished(self._log, self._session, self._counts, version=machine.version, digest=digest)
         self._finished.set()

@@ -233,8 +233,8 @@ def _curve(x: Scale, y: Scale, line: Line) -> Markup:
 def _dots(x: Scale, y: Scale, line: Line, show: Callable[[float], str]) -> Markup:
     chosen = line.points if len(line.points) <= MOST_DOTS else line.points[-1:]
     return join(
-        tag("circle", tag("title", f"round {at:,.0f}: {line.label} {show(value)}"), cx=f"{100 * x.share(at):.3f}%",
-            cy=_height(y, value), r=3.5, class_=f"dot {line.style}")
+        tag("circle", tag("title", f"after {at:,.0f} rounds: {line.label} {show(value)}"),
+            cx=f"{100 * x.share(at):.3f}%", cy=_height(y, value), r=3.5, class_=f"dot {line.style}")
         for at, value in chosen
     )  # fmt: skip
 

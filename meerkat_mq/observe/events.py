@@ -21,7 +21,7 @@ class RoundClosed:
     """A round was committed.
 
     Attributes:
-        version: theta's version now, so the number of rounds closed.
+        round: its number, which is that of its ledger entry; the first is round 0.
         seconds: since the run's first round opened.
         loss: mean over the nodes that contributed, of the loss on their own batches.
         heard: nodes that contributed.
@@ -31,7 +31,7 @@ class RoundClosed:
         judgements: what a calibration round showed of the nodes.
     """
 
-    version: int
+    round: int
     seconds: float
     loss: float
     heard: int
@@ -40,13 +40,18 @@ class RoundClosed:
     gradip: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     judgements: tuple[Judgement, ...] = ()
 
+    @property
+    def version(self) -> int:
+        """theta's version from here on, so the number of rounds closed."""
+        return self.round + 1
+
 
 @dataclass(frozen=True)
 class Evaluated:
     """theta was evaluated on held-out data.
 
     Attributes:
-        version: theta's version.
+        version: theta's version, so the number of rounds closed before.
         seconds: since the run's first round opened; 0 before.
         majority: accuracy of always answering the most frequent class.
     """

@@ -1,7 +1,8 @@
 """Figures as people read them, and curves as people see them."""
 
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 DASH = "–"
 MOST_NAMED = 5
@@ -62,6 +63,18 @@ def named(names: Sequence[str]) -> str:
 def printable(text: str) -> str:
     """Text without anything that could steer a terminal or break a page."""
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
+def rounded(value: float, digits: int) -> float | None:
+    """A figure for a log line; None where it is not finite, which JSON cannot say."""
+    return round(value, digits) if math.isfinite(value) else None
+
+
+def log_keys(counts: Mapping[str, int]) -> dict[str, int]:
+    """Counts by reason as keys of a log line: "refused: wrong seeds" is `counted_refused_wrong_seeds`."""
+    return {
+        f"counted_{re.sub(r'[^a-z0-9]+', '_', reason.lower()).strip('_')}": count for reason, count in counts.items()
+    }
 
 
 class Smoother:

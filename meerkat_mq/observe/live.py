@@ -1,5 +1,6 @@
 """Progress of a run while it goes on: a live display on a terminal, plain lines elsewhere."""
 
+import math
 from types import TracebackType
 from typing import Self
 
@@ -86,7 +87,9 @@ class Live:
 
     def _closed(self, event: RoundClosed) -> None:
         before = self._last.version if self._last else 0
-        self._last, self._loss, self._staged = event, self._average.add(event.loss), False
+        self._last, self._staged = event, False
+        if math.isfinite(event.loss):  # else it would be the average for good
+            self._loss = self._average.add(event.loss)
         self._progress.update(self._task, completed=event.version)
         if event.judgements:
             self._judged(event)
@@ -97,7 +100,7 @@ class Live:
     def _judged(self, event: RoundClosed) -> None:
         found = [judgement for judgement in event.judgements if judgement.early_stopped]
         self._early_stopped = f"early-stopped: {named([judgement.node for judgement in found])}"
-        self._say(f"{self._place(event.version)}: {len(event.judgements)} nodes calibrated, {self._early_stopped}")
+        self._say(f"round {event.round}: {len(event.judgements)} nodes calibrated, {self._early_stopped}")
 
     def _evaluated(self, event: Evaluated) -> None:
         self._first_evaluation = self._first_evaluation or event
@@ -106,7 +109,7 @@ class Live:
             self._say(f"{self._place(event.version)}: {self._accuracy()} on {event.rows:,} held-out rows")
 
     def _place(self, version: int) -> str:
-        return f"round {version} of {self._rounds}"
+        return f"{version} of {self._rounds} rounds"
 
     def _accuracy(self) -> str:
         first, last = self._first_evaluation, self._last_evaluation

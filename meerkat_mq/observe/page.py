@@ -146,12 +146,12 @@ def _references(report: Report) -> list[charts.Reference]:
 
 def _loss(report: Report, rounds: charts.Scale) -> Markup:
     closed = [event for event in report.rounds if math.isfinite(event.loss)]
-    versions, losses = [event.version for event in closed], [event.loss for event in closed]
+    numbers, losses = [event.round for event in closed], [event.loss for event in closed]
     average = smoothed(losses, max(5, len(losses) / 15))
     held_out = [(e.version, e.loss) for e in report.evaluations if math.isfinite(e.loss)]
     lines = [
-        charts.Line("a round", "raw", list(zip(versions, losses, strict=True))),
-        charts.Line("smoothed", "main", list(zip(versions, average, strict=True))),
+        charts.Line("a round", "raw", list(zip(numbers, losses, strict=True))),
+        charts.Line("smoothed", "main", list(zip(numbers, average, strict=True))),
         charts.Line("held-out", "bound", held_out, dots=True),
     ]
     return section(

@@ -1,9 +1,16 @@
-"""A ledger as people and programs read it: the run and its nodes, rounds, one node's path; as JSON."""
+"""A ledger as people and programs read it: the run and its nodes, rounds, one node's path; as JSON.
+
+`round` is a round's number everywhere, that of its ledger entry; the first is round 0 (docs/concepts.md, "Numbers").
+"""
 
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Final
+
+_YEAR_1: Final = -62_135_596_800.0  # where datetime begins; a damaged ledger may say less
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +58,18 @@ class RunShown:
     """A run as its ledger stands.
 
     Attributes:
+        running: whether a server works on it now; None where that cannot be known (docs/ledger.md).
         host: of the server that took the newest term.
-        version: rounds closed.
+        round: the open one, so the number of those closed; `rounds` once the run is finished.
         rounds: of the whole run.
+        accuracy, held_out_loss: of the newest evaluation; None if there is none.
+        evaluated: theta's version, so the number of rounds closed, at that evaluation.
+        base_accuracy: of the evaluation before the first round.
         heard: committed updates that are in no round yet.
         closed_s: seconds since the last round closed.
         round_s: seconds a round, over the recent ones.
         loss: mean over the accepted updates of the last round.
+        warning: what is wrong with the run, and the remedy; "" if nothing is.
         early_stopping: what it does, in words; "" where it is off.
         mode: how a buffered run closes its rounds, in words; "" of a synchronous one.
         staleness: mean age of the updates of the recent rounds, in versions; None if there are none.
@@ -65,11 +77,16 @@ class RunShown:
 
     federation: str
     run: str
+    running: bool | None
     term: int
     server_id: str
     host: str
-    version: int
+    round: int
     rounds: int
+    accuracy: float | None
+    held_out_loss: float | None
+    evaluated: int | None
+    base_accuracy: float | None
     heard: int
     closed_s: float | None
     round_s: float | None
@@ -78,6 +95,12 @@ class RunShown:
     nodes: tuple[NodeShown, ...]
     mode: str = ""
     staleness: float | None = None
+    warning: str = ""
+
+    @property
+    def finished(self) -> bool:
+        """Whether all its rounds are closed."""
+        return self.round >= self.rounds
 
     @property
     def asleep(self) -> int:
@@ -90,13 +113,13 @@ class UpdateShown:
     """What a node gave to a round; `seeds` (16 hex digits) and `scalars` are one a local step.
 
     Attributes:
-        version: of the theta that it is from.
+        round: from whose theta it is; of a buffered run, an earlier one than it closed with.
         entry: the round that it closed with; None: none yet.
         displacement: its hash, hex, of a values node's update, which has no seeds and scalars; "" of a path.
         size: bytes of the displacement.
     """
 
-    version: int
+    round: int
     node: str
     slot: int
     lane: int
@@ -113,14 +136,14 @@ class UpdateShown:
     @property
     def age(self) -> int:
         """By how many versions its theta was stale; 0 while it is in no round."""
-        return 0 if self.entry is None else self.entry - self.version
+        return 0 if self.entry is None else self.entry - self.round
 
 
 @dataclass(frozen=True, slots=True)
 class StepShown:
     """A projected gradient of a node's virtual path, with GradIP = g·⟨g_p, z⟩; None where that is not measured."""
 
-    version: int
+    round: int
     node: str
     lane: int
     step: int
@@ -152,7 +175,7 @@ class RoundShown:
     """A closed round.
 
     Attributes:
-        closed: Unix time.
+        closed: time in UTC, ISO 8601, as in the log.
         asked: number of nodes asked.
         overdue: whether the deadline closed it.
         buffer: how many updates close it; 0 of a round that waits for its nodes.
@@ -163,9 +186,9 @@ class RoundShown:
         size: bytes of it.
     """
 
-    version: int
+    round: int
     term: int
-    closed: float
+    closed: str
     asked: int
     overdue: bool
     loss: float | None
@@ -194,6 +217,11 @@ class RoundShown:
     def accepted(self) -> int:
         """How many updates the entry is made of."""
         return sum(update.verdict in ("accepted", "early stopped") for update in self.updates)
+
+
+def utc(at: float) -> str:
+    """Seconds since 1970 as logs, tables and JSON write a time: "2026-11-28T19:20:08.123456Z"."""
+    return datetime.fromtimestamp(max(at, _YEAR_1), UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def json_line(shown: RunShown | RoundShown | UpdateShown | StepShown) -> str:

@@ -4,7 +4,7 @@ Events carry `now`, seconds on whatever clock drives the machine. Effects are ca
 the asyncio services, or the in-memory federation.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from meerkat_mq.core.path import Displacement, Entry, Term
 from meerkat_mq.errors import MeerkatError
@@ -219,10 +219,15 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """Count something noteworthy, by reason."""
+    """Count something noteworthy, by reason.
+
+    Attributes:
+        round: that it is about: that of the update, else the one that is open.
+    """
 
     reason: str
     node: str = ""
+    round: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,8 +135,9 @@ class NodeMachine:
         effects, self._effects = self._effects, []
         return effects
 
-    def _count(self, reason: str) -> None:
-        self._effects.append(e.Count(reason))
+    def _count(self, reason: str, about: int | None = None) -> None:
+        """Count, of the round `about`; by default the one that this node stands at."""
+        self._effects.append(e.Count(reason, round=self.version if about is None else about))
 
     def _on(self, event: e.NodeEvent) -> None:
         match event:
@@ -258,7 +259,7 @@ class NodeMachine:
         done = self._done
         if done is None or (frame.boot, frame.header.version) != (done.boot, done.version):
             return
-        self._count(f"refused: {in_words(frame.reason)}")
+        self._count(f"refused: {in_words(frame.reason)}", done.version)
         if done.version < self.version or done.task is None:
             self._forget()
         elif frame.reason is Reason.RESYNCHRONISE and self._busy is None:
@@ -291,7 +292,8 @@ class NodeMachine:
             self._frame = replace(self._frame, entries=())  # refused once, not at every event
 
     def _start_over(self) -> None:
-        self._effects += [e.Count("resynchronised"), e.ResetTheta()]
+        self._count("resynchronised")
+        self._effects.append(e.ResetTheta())
         self._forget()
         self._ask_at = float("-inf")
         self._stand_at_theta_0()
@@ -464,7 +466,7 @@ class NodeMachine:
         if done is not None and frame is not None and self._age(done.version) > self._max_staleness:
             heard = self._heard(done.version, frame)
             if not heard and not self._sent:
-                self._count("late step")
+                self._count("late step", done.version)
             self._forget(heard=heard)
 
     def _forget(self, *, heard: bool = False) -> None:

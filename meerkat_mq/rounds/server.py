@@ -130,8 +130,9 @@ class ServerMachine:
         effects, self._effects = self._effects, []
         return effects
 
-    def _count(self, reason: str, node: str = "") -> None:
-        self._effects.append(e.Count(reason, node))
+    def _count(self, reason: str, node: str = "", about: int | None = None) -> None:
+        """Count, of the round `about`; by default the open one, or the one that closes just now."""
+        self._effects.append(e.Count(reason, node, self.version if about is None else about))
 
     def _on(self, event: e.ServerEvent) -> None:
         match event:
@@ -257,7 +258,8 @@ class ServerMachine:
             self._count("a term that no server takes")
         elif header.term > self._rank[0] and not self._outranked:
             self._outranked = True
-            self._effects += [e.Count("nodes have seen a higher term"), e.TakeTerm(header.term)]
+            self._count("nodes have seen a higher term")
+            self._effects.append(e.TakeTerm(header.term))
 
     # --- updates ---
 
@@ -265,7 +267,7 @@ class ServerMachine:
         name, update = event.node, event.update
         reason = self._why_dropped(name, update)
         if reason is not None:
-            self._count(reason, name)
+            self._count(reason, name, update.header.version)
             return
         refused = self._why_refused(name, update)
         if refused is not None:
@@ -281,7 +283,7 @@ class ServerMachine:
         expected = self._window.fetched(name, update.header.version)
         reason = self._why_dropped(name, update) if expected else "unexpected answer"
         if reason is not None:
-            self._count(reason, name)
+            self._count(reason, name, update.header.version)
         elif event.verdict is Verdict.ACCEPTED and not math.isfinite(update.loss):
             self._take(name, update, Verdict.NOT_FINITE)
         else:
@@ -289,10 +291,11 @@ class ServerMachine:
 
     def _on_values_missed(self, event: e.ValuesMissed) -> None:
         expected = self._window.fetched(event.node, event.update.header.version)
-        self._count("values missed" if expected else "unexpected answer", event.node)
+        reason = "values missed" if expected else "unexpected answer"
+        self._count(reason, event.node, event.update.header.version)
 
     def _refuse(self, name: str, update: Update, reason: Reason) -> None:
-        self._count(f"refused: {in_words(reason)}", name)
+        self._count(f"refused: {in_words(reason)}", name, update.header.version)
         self._reply_refusal(name, update, reason)
 
     def _reply_refusal(self, name: str, update: Update, reason: Reason) -> None:
@@ -345,7 +348,9 @@ class ServerMachine:
         closing = current is not None and current.closing
         for record in event.records:
             if not self._window.spans(record.version, self.version + closing):
-                self._count("late", record.node)  # no entry takes it, so nobody may be told that it was heard
+                self._count(
+                    "late", record.node, record.version
+                )  # no entry takes it, so nobody may be told that it was heard
                 continue
             self._window.committed(record)
             if current is None or closing:
@@ -456,7 +461,7 @@ class ServerMachine:
         before, self._flagged = self._flagged, dict(self._guard.flagged)
         for node, verdict in self._flagged.items():
             if before.get(node) is not verdict:
-                self._count(f"flagged: {in_words(verdict)}", node)
+                self._count(f"flagged: {in_words(verdict)}", node, self.version - 1)  # by the round that closed
 
     # --- frames ---
 

@@ -64,7 +64,7 @@ def status(
             _status_lines(console, ledger, shown, watch=watch, as_json=as_json)
             return
         with Live(status_table(shown), console=console, auto_refresh=False) as live, suppress(*STOPPED):
-            while shown.version < shown.rounds:
+            while not shown.finished:
                 time.sleep(REFRESH_S)
                 shown = run_shown(ledger)
                 live.update(status_table(shown), refresh=True)
@@ -77,7 +77,7 @@ def _status_lines(console: Console, ledger: Ledger, shown: RunShown, *, watch: b
     with suppress(*STOPPED):
         while True:
             say(console, json_line(shown) if as_json else status_line(shown))
-            if not watch or shown.version >= shown.rounds:
+            if not watch or shown.finished:
                 return
             time.sleep(REFRESH_S)
             shown = run_shown(ledger)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from meerkat_mq.core.gradip import gradip
 from meerkat_mq.core.path import NO_DIGEST, seed_for
 from meerkat_mq.errors import LedgerError, RunMismatch
-from meerkat_mq.observe.shown import NodeShown, RoundShown, RunShown, StepShown, TermShown, UpdateShown
+from meerkat_mq.observe.shown import NodeShown, RoundShown, RunShown, StepShown, TermShown, UpdateShown, utc
 from meerkat_mq.rounds.guards import NOT_REFUSED, Guard
 from meerkat_mq.rounds.policy import RoundSettings, lane_of
 from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
+from meerkat_mq.server.alive import is_alive
 from meerkat_mq.server.ledger import Ledger
 from meerkat_mq.server.ledger_rows import Closed, NodeRow, Products
 from meerkat_mq.server.run import early_stopping_in_words, mode_in_words, settings_of
@@ -45,15 +46,23 @@ def run_shown(ledger: Ledger, now: float | None = None) -> RunShown:
     )
     given = sorted((record for records in (*past, heard) for record in records), key=lambda record: record.version)
     last = {record.node: record for record in given}
-    nodes = ledger.nodes()
+    nodes, host = ledger.nodes(), newest[0].host if newest else ""
+    metrics = ledger.metrics()
+    evaluated = max(metrics, default=None)
+    found = metrics[evaluated] if evaluated is not None else {}
     return RunShown(
         federation=run.federation,
         run=run.run,
+        running=is_alive(ledger.path.parent, host),
         term=newest[0].term if newest else 0,
         server_id=newest[0].server_id if newest else "",
-        host=newest[0].host if newest else "",
-        version=version,
+        host=host,
+        round=version,
         rounds=run.rounds,
+        accuracy=found.get("accuracy"),
+        held_out_loss=found.get("loss"),
+        evaluated=evaluated,
+        base_accuracy=metrics.get(0, {}).get("accuracy"),
         heard=len(heard),
         closed_s=now - closed[-1] if closed else None,
         round_s=(closed[-1] - closed[0]) / (len(closed) - 1) if len(closed) > 1 else None,
@@ -166,7 +175,7 @@ def round_shown(ledger: Ledger, version: int) -> RoundShown:
         RunMismatch: it did not close yet.
     """
     for shown in rounds_shown(ledger, version, 1):
-        if shown.version == version:
+        if shown.round == version:
             return shown
     raise RunMismatch(f"round {version}", f"did not close; {ledger.version} rounds have", "name an earlier one")
 
@@ -226,9 +235,9 @@ def _round_shown(
 ) -> RoundShown:
     entry = closed.entry
     return RoundShown(
-        version=entry.version,
+        round=entry.version,
         term=closed.term,
-        closed=closed.closed,
+        closed=utc(closed.closed),
         asked=closed.asked,
         overdue=closed.overdue,
         loss=_loss(records),
@@ -252,7 +261,7 @@ def _round_shown(
 def _update_shown(run: RunDescriptor, record: UpdateRecord, entry: int | None) -> UpdateShown:
     lane = lane_of(record.slot, run.directions)
     return UpdateShown(
-        version=record.version,
+        round=record.version,
         node=record.node,
         slot=record.slot,
         lane=lane,

@@ -56,7 +56,7 @@ def follow(ledger: Ledger, run: Run, replica: Replica) -> None:
             head = entry.hash(run.descriptor.run_id)
         if time.monotonic() >= say_at:
             say_at = time.monotonic() + SAY_EVERY_S
-            log.info("replaying the ledger", round=replica.version, of=version)
+            log.info("replaying the ledger", version=replica.version, of=version)
 
 
 def resumed(ledger: Ledger, run: Run, *, term: int, server_id: str) -> ServerMachine:

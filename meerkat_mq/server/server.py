@@ -82,6 +82,12 @@ class Server:
     async def run(self) -> None:
         """Serve until cancelled; with `config.once`, until the run is finished."""
         try:
+            await self._serve()
+        finally:
+            self._log.info("stopped", round=self._machine.version if self._machine else None)
+
+    async def _serve(self) -> None:
+        try:
             async with asyncio.TaskGroup() as tasks:
                 coroutines = (self._session.run(), self._alarm.run(), self._write(), self._keep_sightings(),
                               self._measurer.run(self.handle), self._fetches.run(), self._succeed(),
@@ -342,7 +348,7 @@ class Server:
                 self._send_chunks(effect)
             case e.Count(reason, node):
                 self._watch.counts[reason] += 1
-                self._log.info(reason, node=node or None, round=self._machine.version if self._machine else None)
+                self._log.info(reason, node=node or None, round=effect.round)
             case e.End(error):
                 self._session.disown()
                 raise error

@@ -8,6 +8,7 @@ from meerkat_mq.config import ServerConfig
 from meerkat_mq.extras import importing, need
 from meerkat_mq.observe.events import Observer
 from meerkat_mq.observe.process import Threads
+from meerkat_mq.server.alive import alive
 from meerkat_mq.server.files import keep_mask, unusable
 from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
 from meerkat_mq.server.mark import marked
@@ -48,7 +49,7 @@ async def serve(config: ServerConfig, *, replace: bool = False, observer: Observ
         await asyncio.to_thread(config.state_dir.mkdir, parents=True, exist_ok=True)
     except OSError as error:
         raise unusable(config, error) from error
-    with Threads(1, "ledger") as worker:
+    with alive(config.state_dir), Threads(1, "ledger") as worker:
         ledger = await off_the_loop(worker, Ledger.open, config.state_dir / LEDGER_FILE)
         try:
             run = await off_the_loop(worker, _prepare, config, ledger)

@@ -1,6 +1,7 @@
 """What people get to see of a run: rounds as they close, evaluations, and how it ended."""
 
 import asyncio
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from meerkat_mq.core.gradip import gradip
 from meerkat_mq.core.path import digest
 from meerkat_mq.mqtt import Count
 from meerkat_mq.observe.events import Evaluated, Observer, RoundClosed, RunFinished
+from meerkat_mq.observe.figures import log_keys, rounded
 from meerkat_mq.rounds.events import EntryCommitted
 from meerkat_mq.rounds.guards import NOT_REFUSED
 from meerkat_mq.rounds.policy import lane_of
@@ -67,16 +69,16 @@ class Watch:
     def closed(self, commit: EntryCommitted, online: int, bytes_up: int) -> None:
         """A round was committed."""
         records = [found for found in commit.records if found.verdict in NOT_REFUSED]
-        loss = sum(record.loss for record in records) / max(1, len(records))
+        loss = math.fsum(record.loss for record in records) / len(records) if records else math.nan
         recent = {
             version: found for version, found in self._products.items() if version >= commit.version - self._window
         }
         self._products = recent | {commit.version: commit.products}
         paths = {found.node: path for found in records if (path := self._gradip(found))}
         event = RoundClosed(
-            commit.version + 1, self._seconds(), loss, len(commit.records), online, bytes_up, paths, commit.judgements
+            commit.version, self._seconds(), loss, len(commit.records), online, bytes_up, paths, commit.judgements
         )
-        self._log.info("round closed", round=event.version, loss=round(loss, 5), heard=event.heard, online=online)
+        self._log.info("round closed", round=event.round, loss=rounded(loss, 5), heard=event.heard, online=online)
         self._observe(event)
 
     def _gradip(self, record: UpdateRecord) -> tuple[float, ...]:
@@ -115,9 +117,13 @@ class Watch:
             assert self._evaluator is not None
             found = await self._evaluator.evaluate(theta)
             event = Evaluated(version, seconds, found.rows, found.accuracy, found.loss, found.majority)
-            self._log.info("evaluated", round=version, accuracy=round(event.accuracy, 4), loss=round(event.loss, 4))
+            said = {"accuracy": rounded(event.accuracy, 4), "loss": rounded(event.loss, 4)}
+            self._log.info("evaluated", version=version, **said)
             self._observe(event)
-            keep(version, {"accuracy": found.accuracy, "loss": found.loss})
+            figures = {
+                "accuracy": found.accuracy, "loss": found.loss, "majority": found.majority, "rows": float(found.rows),
+            }  # fmt: skip
+            keep(version, {name: value for name, value in figures.items() if math.isfinite(value)})
             self._snapshots.task_done()
 
     async def finish(self, theta: Float32Array, updates: Mapping[str, Count]) -> None:
@@ -132,7 +138,8 @@ class Watch:
                 self._log.warning("some nodes did not say where they stand")
         await self._snapshots.join()
         final = digest(theta).hex()
-        self._log.info("run finished", rounds=self._rounds, seconds=round(seconds, 2), digest=final, **self.counts)
+        counted = log_keys(self.counts)
+        self._log.info("run finished", rounds=self._rounds, seconds=round(seconds, 2), digest=final, **counted)
         self._observe(
             RunFinished(self._rounds, seconds, final, dict(self.statuses), dict(updates), dict(self.counts))
         )  # fmt: skip

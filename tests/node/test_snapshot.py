@@ -201,5 +201,5 @@ async def test_a_node_that_comes_late_to_a_real_server_takes_its_snapshot(federa
     await server.says("run finished")
     late = federation.node("late")
     found = await late.says("finished")
-    assert late.said("snapshot loaded", round=200)
-    assert (found["round"], found["digest"]) == (210, last["digest"])
+    assert late.said("snapshot loaded", version=200)
+    assert (found["version"], found["digest"]) == (210, last["digest"])

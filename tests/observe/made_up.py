@@ -51,9 +51,10 @@ def a_descriptor(**changes: Any) -> RunDescriptor:
     return RunDescriptor(**(settings | changes))
 
 
-def a_round(version: int, *, loss: float = 1.0, seconds: float | None = None, **changes: Any) -> RoundClosed:
+def a_round(number: int, *, loss: float = 1.0, seconds: float | None = None, **changes: Any) -> RoundClosed:
+    version = number + 1
     seconds = 0.37 * version if seconds is None else seconds
-    return replace(RoundClosed(version, seconds, loss, 4, 4, 208 * version), **changes)
+    return replace(RoundClosed(number, seconds, loss, 4, 4, 208 * version), **changes)
 
 
 def a_judgement(node: str, *, early_stopped: bool, version: int = 0, rho_later: float | None = None) -> Judgement:
@@ -109,7 +110,7 @@ def a_report(**changes: Any) -> Report:
         "model": "field-logs-1m",
         "parameters": 1_063_040,
         "classes": CLASSES,
-        "rounds": [a_round(version + 1, loss=loss) for version, loss in enumerate(losses)],
+        "rounds": [a_round(number, loss=loss) for number, loss in enumerate(losses)],
         "evaluations": [
             an_evaluation(0, 0.581),
             *(an_evaluation(20 * index, accuracy) for index, accuracy in enumerate(accuracies, 1)),

@@ -14,7 +14,7 @@ def a_run(live: Live, rounds: int, *, every: int) -> None:
     live(RunStarted(a_descriptor(), 1))
     live(an_evaluation(0, 0.581))
     for version in range(1, rounds + 1):
-        live(a_round(version, loss=1.25, seconds=version / 2))
+        live(a_round(version - 1, loss=1.25, seconds=version / 2))
         if version % every == 0:
             live(an_evaluation(version, 0.6 + version / (10 * rounds)))
     live(RunFinished(rounds, rounds / 2, DIGEST, {}, {"node-0": Count()}, {}))
@@ -32,17 +32,17 @@ def test_without_a_terminal_every_line_says_its_figures() -> None:
     assert plain(2, every=2) == [
         "scoring the mask",
         "waiting for 4 nodes …",
-        "round 0 of 2: accuracy 58.1 % (majority 31.0 %) on 1,000 held-out rows",
-        "round 1 of 2 (50%): loss 1.2500, 4 of 4 nodes online, 208 B up, 0.5 s",
-        "round 2 of 2 (100%): loss 1.2500, 4 of 4 nodes online, 416 B up, 1.0 s",
-        "round 2 of 2: accuracy 70.0 % (from 58.1 %) on 1,000 held-out rows",
+        "0 of 2 rounds: accuracy 58.1 % (majority 31.0 %) on 1,000 held-out rows",
+        "1 of 2 rounds (50%): loss 1.2500, 4 of 4 nodes online, 208 B up, 0.5 s",
+        "2 of 2 rounds (100%): loss 1.2500, 4 of 4 nodes online, 416 B up, 1.0 s",
+        "2 of 2 rounds: accuracy 70.0 % (from 58.1 %) on 1,000 held-out rows",
         f"2 rounds in 1.0 s, theta's digest {DIGEST}",
     ]
 
 
 def judged() -> list[RoundClosed]:
     found = tuple(a_judgement(f"node-{index}", early_stopped=index == 2) for index in range(4))
-    return [a_round(1, judgements=found), a_round(2)]
+    return [a_round(0, judgements=found), a_round(1)]
 
 
 def test_early_stopped_nodes_are_named_when_they_are_found_and_from_then_on() -> None:
@@ -52,9 +52,9 @@ def test_early_stopped_nodes_are_named_when_they_are_found_and_from_then_on() ->
             live(event)
     assert isinstance(console.file, io.StringIO)
     assert console.file.getvalue().splitlines() == [
-        "round 1 of 2: 4 nodes calibrated, early-stopped: node-2",
-        "round 1 of 2 (50%): loss 1.0000, 4 of 4 nodes online, 208 B up, 0.4 s, early-stopped: node-2",
-        "round 2 of 2 (100%): loss 1.0000, 4 of 4 nodes online, 416 B up, 0.7 s, early-stopped: node-2",
+        "round 0: 4 nodes calibrated, early-stopped: node-2",
+        "1 of 2 rounds (50%): loss 1.0000, 4 of 4 nodes online, 208 B up, 0.4 s, early-stopped: node-2",
+        "2 of 2 rounds (100%): loss 1.0000, 4 of 4 nodes online, 416 B up, 0.7 s, early-stopped: node-2",
     ]
 
 
@@ -103,7 +103,7 @@ def test_on_a_terminal_the_last_picture_has_all_figures() -> None:
 def test_on_a_terminal_stages_come_before_and_after_the_rounds() -> None:
     console = on_a_terminal()
     with Live(console, rounds=1, nodes=1) as live:
-        for event in (RunStarted(a_descriptor(), 1), a_round(1)):
+        for event in (RunStarted(a_descriptor(), 1), a_round(0)):
             live(event)
         live.note("comparing")
         assert isinstance(console.file, io.StringIO)
@@ -123,6 +123,6 @@ def test_an_error_leaves_the_terminal_in_order() -> None:
 def test_a_dumb_terminal_gets_lines() -> None:
     console = on_a_terminal(dumb=True)
     with Live(console, rounds=1, nodes=1) as live:
-        live(a_round(1))
+        live(a_round(0))
     assert isinstance(console.file, io.StringIO)
-    assert console.file.getvalue() == "round 1 of 1 (100%): loss 1.0000, 4 of 1 nodes online, 208 B up, 0.4 s\n"
+    assert console.file.getvalue() == "1 of 1 rounds (100%): loss 1.0000, 4 of 1 nodes online, 208 B up, 0.4 s\n"

@@ -109,10 +109,10 @@ def test_hostile_names_are_text(page: Any) -> None:
         {"bound": None},
         {"nodes": {"node-0": a_node()}},
         {"nodes": {"node-0": a_node(labels=[0] * 4, updates=0, payload_bytes=0, packet_bytes=0)}},
-        {"rounds": [a_round(1)]},
-        {"rounds": [a_round(version + 1, loss=0.5) for version in range(9)]},
-        {"rounds": [a_round(version + 1, loss=0.0) for version in range(9)]},
-        {"rounds": [a_round(1), a_round(2, loss=float("nan")), a_round(3, loss=float("inf"))]},
+        {"rounds": [a_round(0)]},
+        {"rounds": [a_round(number, loss=0.5) for number in range(9)]},
+        {"rounds": [a_round(number, loss=0.0) for number in range(9)]},
+        {"rounds": [a_round(0), a_round(1, loss=float("nan")), a_round(2, loss=float("inf"))]},
         {"evaluations": [an_evaluation(version, 1.0, majority=1.0) for version in range(5)], "bound": 1.0},
         {"evaluations": [an_evaluation(version, 0.0, majority=0.0) for version in range(5)], "bound": 0.0},
         {"descriptor": a_descriptor(task=None, engine="toy")},
@@ -133,7 +133,7 @@ def test_every_kind_of_run_has_a_page(page: Any, changes: dict[str, Any]) -> Non
 
 def test_one_evaluation_is_one_dot(page: Any) -> None:
     html = page(evaluations=[an_evaluation(0, 0.581)])[0]
-    assert html.count("round 0: accuracy 58.1 %") == 1
+    assert html.count("after 0 rounds: accuracy 58.1 %") == 1
 
 
 def test_without_a_bound_nothing_speaks_of_it(page: Any) -> None:

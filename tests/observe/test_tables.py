@@ -30,10 +30,13 @@ from meerkat_mq.observe.tables import (
 )
 
 NODE = NodeShown("n0", 0, "pi", "online", 2.0, 0xABC, 1200, 40, 3520, 0, "accepted", "", None, None, None, None, None)
-RUN = RunShown("f", "ab" * 16, 3, "5" * 16, "here", 40, 100, 1, 0.5, 0.012, 0.25, "", (NODE,))
+RUN = RunShown(
+    "f", "ab" * 16, True, 3, "5" * 16, "here", 40, 100, 0.7, 0.31, 40, 0.5, 1, 0.5, 0.012, 0.25, "", (NODE,)
+)  # fmt: skip
 UPDATE = UpdateShown(7, "n0", 0, 0, 0xABC, 1, ("0" * 16, "f" * 16), (1.25, float("inf")), float("nan"), "not finite")
 ROUND = RoundShown(
-    7, 3, 0.0, 4, True, None, "", "cd" * 16, "ef" * 16, (TermShown(0, 0, "0" * 16, -0.1),), (UPDATE,)
+    7, 3, "2026-11-28T19:20:08.123456Z", 4, True, None, "", "cd" * 16, "ef" * 16,
+    (TermShown(0, 0, "0" * 16, -0.1),), (UPDATE,),
 )  # fmt: skip
 
 
@@ -63,7 +66,7 @@ def test_a_buffered_run_its_sleepers_and_its_displacements() -> None:
         "buffered: 8 updates close a version",
         "1.25 versions in the mean",
         "1 of 3 nodes",
-        "asleep 2.0 s ago",
+        "asleep  2.0 s ago",
     ):
         assert words in shown
     assert f"accepted, displacement of {human_bytes(2048)}" in shown
@@ -75,7 +78,7 @@ def test_a_buffered_run_its_sleepers_and_its_displacements() -> None:
 def test_ages_and_displacements_are_shown_where_there_are_any() -> None:
     values = replace(UPDATE, node="n1", seeds=(), scalars=(), displacement="ab" * 16, size=3000, loss=0.5, entry=9)
     stale = replace(
-        ROUND, version=9, terms=(TermShown(0, 0, "0" * 16, -0.1, 2),), updates=(UPDATE, values),
+        ROUND, round=9, terms=(TermShown(0, 0, "0" * 16, -0.1, 2),), updates=(UPDATE, values),
         displacement="cd" * 16, size=5000,
     )  # fmt: skip
     page = text(round_pages([stale]), width=200)
@@ -84,7 +87,7 @@ def test_ages_and_displacements_are_shown_where_there_are_any() -> None:
     assert page.count("age ") == 2
     assert "age " not in text(round_pages([ROUND]))
     found = json.loads(json_line(values))
-    assert (found["version"], found["entry"], found["displacement"], found["size"]) == (7, 9, "ab" * 16, 3000)
+    assert (found["round"], found["entry"], found["displacement"], found["size"]) == (7, 9, "ab" * 16, 3000)
 
 
 @pytest.mark.parametrize(
@@ -95,8 +98,8 @@ def test_the_pace(seconds: float | None, words: str) -> None:
 
 
 def test_a_finished_run() -> None:
-    assert "100 of 100, finished" in text(status_table(replace(RUN, version=100)))
-    assert "40 of 100, 1 heard in the open one" in text(status_table(RUN))
+    assert "all 100 closed: finished" in text(status_table(replace(RUN, round=100)))
+    assert "40 of 100 closed; round 40 is open, 1 heard" in text(status_table(RUN))
 
 
 def test_before_any_node() -> None:
@@ -136,7 +139,7 @@ def test_a_round() -> None:
 
 
 def test_a_buffered_round_says_that_its_buffer_was_full_and_how_old_its_updates_were() -> None:
-    fresh, stale = replace(UPDATE, entry=7), replace(UPDATE, version=4, node="n1", entry=7)
+    fresh, stale = replace(UPDATE, entry=7), replace(UPDATE, round=4, node="n1", entry=7)
     buffered = replace(ROUND, overdue=False, buffer=2, updates=(fresh, stale))
     assert re.search(r"age .*\n.* buffer full +0–3 ", text(round_table([buffered])))
     assert re.search(r"all heard +0–3 ", text(round_table([replace(buffered, asked=2)])))
@@ -149,13 +152,13 @@ def test_a_buffered_round_says_that_its_buffer_was_full_and_how_old_its_updates_
 def test_nobody_is_behind_a_finished_run() -> None:
     run = replace(RUN, nodes=(replace(NODE, behind=None),))
     assert "many" in text(status_table(run))
-    assert "many" not in text(status_table(replace(run, version=run.rounds)))
+    assert "many" not in text(status_table(replace(run, round=run.rounds)))
 
 
 def test_a_path_has_a_line_a_step() -> None:
     lines = [line.split() for line in text(path_table([UPDATE])).splitlines()]
-    assert lines[1] == ["7", "00000abc", "1", "0", "0", "0" * 16, "1.25", "nan", "not", "finite"]
-    assert lines[2] == ["7", "00000abc", "1", "0", "1", "f" * 16, "inf"]
+    assert lines[1] == ["7", "2748", "1", "0", "0", "0" * 16, "1.25", "nan", "not", "finite"]
+    assert lines[2] == ["7", "2748", "1", "0", "1", "f" * 16, "inf"]
 
 
 def test_json_has_no_nan() -> None:
@@ -163,6 +166,74 @@ def test_json_has_no_nan() -> None:
     assert shown["updates"][0]["scalars"] == [1.25, None]
     assert (shown["updates"][0]["loss"], shown["loss"], shown["terms"][0]["coefficient"]) == (None, None, -0.1)
     assert json.loads(json_line(RUN))["nodes"][0]["packet_bytes"] == 3520
+
+
+# --- 80 columns ---
+
+MANY = replace(
+    NODE,
+    node="gateway-17",
+    rows=1_200_000,
+    updates=123_456,
+    packet_bytes=123_456_789,
+    seen_s=3_723.0,
+    gradip=0.00012345,
+)
+BIG = replace(
+    ROUND, round=1_234_567, term=1_024, asked=1_000, overdue=True, loss=1.23456, digest="cd" * 16,
+    terms=ROUND.terms * 400,
+    updates=(replace(UPDATE, round=1_234_567, slot=999, boot=4_294_967_295, scalars=(-1.23456789e-10, 2.5)),),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_tables_fit_and_no_number_is_broken(width: int) -> None:
+    rebuilt = RebuiltShown(1_234_567, "gateway-17", 3, 99, "0" * 16, -1.23456789e-10, -1.23456789e-10, 1.23456789e-10)
+    shown = {
+        "status": text(status_table(replace(RUN, nodes=(MANY,))), width),
+        "rounds": text(round_table([BIG]), width),
+        "buffered": text(
+            round_table([replace(BIG, buffer=1, updates=(replace(BIG.updates[0], entry=1_234_580),))]), width
+        ),
+        "round": text(round_pages([BIG]), width),
+        "path": text(path_table(BIG.updates), width),
+        "steps": text(step_table([rebuilt]), width),
+    }
+    for name, page in shown.items():
+        assert max(map(len, page.splitlines())) <= width, name
+    for name, numbers in {
+        "status": ["123,456", "123 MB", "1 h 02 min", "70.0 %"],
+        "rounds": ["1,234,567", "2026-11-28 19:20:08Z", "1.2346"],
+        "buffered": ["1,234,567", "2026-11-28 19:20:08Z", " 13 "],
+        "round": ["-1.23456789e-10", "f" * 16, "cd" * 16],
+        "path": ["1,234,567", "-1.23456789e-10", "0" * 16],
+        "steps": ["1234567", "-1.23456789e-10", "1.23456789e-10"],
+    }.items():
+        for number in numbers:
+            assert number in shown[name], (name, number, shown[name])
+
+
+def test_what_does_not_fit_is_named() -> None:
+    assert text(round_table([BIG]), 80).splitlines()[-1].startswith("too narrow for: term")
+    assert "too narrow" not in text(round_table([BIG]), 200)
+
+
+def test_a_long_id_is_folded_and_the_numbers_stay() -> None:
+    page = text(status_table(replace(RUN, nodes=(replace(MANY, node="x" * 64),))), 80)
+    assert max(map(len, page.splitlines())) <= 80
+    assert "123,456" in page
+
+
+def test_accuracy_and_the_server_are_seen_first() -> None:
+    lines = text(status_table(RUN), 80).splitlines()
+    assert " ".join(lines[0].split()) == "accuracy 70.0 % after 40 rounds, +20.0 points from 50.0 %"
+    assert " ".join(lines[1].split()) == "loss 0.25 on the nodes' rows; 0.31 on held-out rows"
+    assert lines[4].startswith("server    running; term 3 on here")
+    stopped, unknown = (text(status_table(replace(RUN, running=running))) for running in (False, None))
+    assert "not running; term 3 on here" in stopped
+    assert "not known to run: ask on its own host" in unknown
+    assert "accuracy 70.0 %, loss 0.25" in status_line(RUN)
+    assert "server running" in status_line(RUN)
 
 
 # --- virtual paths ---
@@ -174,7 +245,7 @@ STEP = StepShown(7, "n0", 0, 3, "0" * 16, 1.25, -0.5)
 def test_a_judged_path_has_its_verdict_and_the_numbers_behind_it() -> None:
     run = replace(RUN, early_stopping="by vpcs", nodes=(NODE, JUDGED, replace(JUDGED, early_stopped_since=None)))
     lines = text(status_table(run), width=200).splitlines()
-    assert lines[5].split() == ["early", "stopping", "by", "vpcs"]
+    assert lines[6].split() == ["early", "stopping", "by", "vpcs"]
     assert lines[-4].split()[-3:] == ["GradIP", "virtual", "path"]
     assert lines[-3].split()[-2:] == ["–", "–"]
     assert "2.5  early-stopped since round 20: rho_later inf, rho_quiet 0.75 (round 40)" in lines[-2]

@@ -49,7 +49,7 @@ async def test_a_broker_killed_and_emptied_five_times_costs_seconds_and_no_round
         pauses.append(asyncio.get_running_loop().time() - up)
     print("\nbroker up, to the next round closed:", [f"{pause:.2f} s" for pause in pauses])  # noqa: T201
     await check_the_end(federation, nodes, server)
-    assert [line["round"] for line in server.said("round closed")] == list(range(1, 201))
+    assert [line["round"] for line in server.said("round closed")] == list(range(200))
     assert {line["heard"] for line in server.said("round closed")} == {3}
     one_round_s = 0.5
     assert statistics.median(pauses) <= 4 + one_round_s
@@ -88,7 +88,7 @@ async def test_a_node_joins_in_mid_run_on_a_broker_that_lost_what_was_retained(f
 
     late = federation.node("node-1")
     await late.says("asking for chunks", first=0, count=run.mask_chunks)
-    await server.says("round closed", round=eye.version + 1)  # by the late node alone
+    await server.says("round closed", round=eye.version)  # by the late node alone
     early.signal(signal.SIGCONT)
     await server.says("round closed", heard=2)
     assert [want.blob for want in eye.wants["node-1"] if want.blob] == [run.mask_hash]

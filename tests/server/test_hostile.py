@@ -74,11 +74,11 @@ async def test_hostile_bytes_on_every_topic_are_counted_and_dropped(federation: 
     finished = await server.says("run finished")
     assert {node.said("finished")[0]["digest"] for node in (*nodes, late)} == {finished["digest"]}
     for kind in ("BadMagic", "BadChecksum", "Truncated", "BadValue", "UnknownType", "UnknownVersion", "TooLarge"):
-        assert finished[f"undecodable: {kind}"] > 0
-        assert nodes[0].said("finished")[0]["counts"][f"undecodable: {kind}"] > 0
-    assert finished["of another run"] > 0
-    assert finished["misplaced: Round"] > 0
-    assert nodes[0].said("finished")[0]["counts"]["of another run"] > 0
+        assert finished[f"counted_undecodable_{kind.lower()}"] > 0
+        assert nodes[0].said("finished")[0][f"counted_undecodable_{kind.lower()}"] > 0
+    assert finished["counted_of_another_run"] > 0
+    assert finished["counted_misplaced_round"] > 0
+    assert nodes[0].said("finished")[0]["counted_of_another_run"] > 0
 
 
 async def test_a_stranger_in_another_run_gets_no_part_and_delays_nobody(federation: Federation) -> None:

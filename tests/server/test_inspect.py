@@ -37,7 +37,7 @@ def test_a_run_as_it_stands(tmp_path: Path) -> None:
     writer.see(2, "lost", 1001.0)
     shown = run_shown(writer.ledger, now=1007.0)
     assert (shown.federation, shown.run, shown.term, shown.server_id) == ("f", RUN.hex(), 1, "5" * 16)
-    assert (shown.host, shown.version, shown.rounds, shown.heard) == ("here", 3, 6, 1)
+    assert (shown.host, shown.round, shown.rounds, shown.heard) == ("here", 3, 6, 1)
     assert (shown.closed_s, shown.round_s) == (2.0, 2.5)
     assert shown.loss == writer.records(2)[0].loss  # the other was refused
     first, second, third = shown.nodes
@@ -53,7 +53,7 @@ def test_a_run_as_it_stands(tmp_path: Path) -> None:
 
 def test_before_the_first_round(tmp_path: Path) -> None:
     shown = run_shown(Writer(tmp_path).ledger)
-    assert (shown.version, shown.heard, shown.closed_s, shown.round_s, shown.loss) == (0, 0, None, None, None)
+    assert (shown.round, shown.heard, shown.closed_s, shown.round_s, shown.loss) == (0, 0, None, None, None)
     assert [(node.behind, node.verdict) for node in shown.nodes] == [(None, "")] * 3
 
 
@@ -85,7 +85,9 @@ def test_a_round_whole(tmp_path: Path) -> None:
     )  # fmt: skip
     close(writer, 1.0, 2.0)
     shown, entry, records = round_shown(writer.ledger, 1), writer.entries[1], writer.records(1)
-    assert (shown.version, shown.term, shown.closed, shown.asked, shown.overdue) == (1, 1, 2.0, 6, True)
+    assert (shown.round, shown.term, shown.closed, shown.asked, shown.overdue) == (
+        *(1, 1, "1970-01-01T00:00:02.000000Z", 6, True),
+    )
     assert (shown.accepted, len(shown.updates)) == (4, 5)
     assert shown.loss == pytest.approx(sum(record.loss for record in records[:4]) / 4)
     assert (shown.digest, shown.previous) == (entry.digest.hex(), entry.previous.hex())
@@ -124,7 +126,7 @@ def test_rounds_in_order_over_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for first, count in [(0, 10), (0, 3), (2, 6), (9, 5), (10, 5)] + [
         (draw.randrange(12), draw.randrange(1, 12)) for _ in range(20)
     ]:
-        versions = [shown.version for shown in rounds_shown(writer.ledger, first, count)]
+        versions = [shown.round for shown in rounds_shown(writer.ledger, first, count)]
         assert versions == list(range(first, min(10, first + count)))
 
 
@@ -142,11 +144,11 @@ def test_the_path_of_a_node(tmp_path: Path) -> None:
         writer.round()
     writer.hear()
     path = list(path_shown(writer.ledger, "n2", 0, 100))
-    assert [update.version for update in path] == [0, 2, 3, 4]  # the open round included
+    assert [update.round for update in path] == [0, 2, 3, 4]  # the open round included
     assert [update.verdict for update in path] == ["accepted", "accepted", "too large", "accepted"]
     assert {(update.node, update.lane) for update in path} == {("n2", 2)}
     assert [update.scalars for update in path] == [writer.records(version)[-1].scalars for version in (0, 2, 3, 4)]
-    assert [update.version for update in path_shown(writer.ledger, "n2", 1, 2)] == [2]
+    assert [update.round for update in path_shown(writer.ledger, "n2", 1, 2)] == [2]
 
 
 def test_a_node_that_nobody_knows(tmp_path: Path) -> None:
@@ -203,13 +205,13 @@ def test_nodes_by_their_virtual_paths(tmp_path: Path) -> None:
 def test_gradip_of_nodes_and_steps(tmp_path: Path) -> None:
     writer = measured(tmp_path)
     steps = list(steps_shown(writer.ledger, None, 0, 100))
-    assert [len([step for step in steps if step.version == version]) for version in (0, 2)] == [48, 15 - 3]
-    assert {step.version for step in steps if step.node == "n0"} == {0, 1, 3, 4, 5}  # of round 2 it was refused
+    assert [len([step for step in steps if step.round == version]) for version in (0, 2)] == [48, 15 - 3]
+    assert {step.round for step in steps if step.node == "n0"} == {0, 1, 3, 4, 5}  # of round 2 it was refused
     for step in steps_shown(writer.ledger, "n3", 2, 3):
         assert (step.node, step.lane) == ("n3", 1)
-        assert int(step.seed, 16) == seed_for(RUN, step.version, 1, step.step)
-        assert step.gradip == step.g * writer.products(step.version)[1][step.step]
-    assert sorted({step.version for step in steps_shown(writer.ledger, "n3", 2, 3)}) == [2, 3, 4]
+        assert int(step.seed, 16) == seed_for(RUN, step.round, 1, step.step)
+        assert step.gradip == step.g * writer.products(step.round)[1][step.step]
+    assert sorted({step.round for step in steps_shown(writer.ledger, "n3", 2, 3)}) == [2, 3, 4]
     with pytest.raises(RunMismatch, match="node x: is not in the ledger"):
         list(steps_shown(writer.ledger, "x", 0, 10))
 
@@ -217,7 +219,7 @@ def test_gradip_of_nodes_and_steps(tmp_path: Path) -> None:
 def test_rounds_before_gradip_was_kept_are_passed_over(tmp_path: Path) -> None:
     writer = measured(tmp_path)
     alter(tmp_path, "UPDATE entries SET products = NULL WHERE version < 3")
-    assert {step.version for step in steps_shown(writer.ledger, None, 0, 100)} == {3, 4, 5}
+    assert {step.round for step in steps_shown(writer.ledger, None, 0, 100)} == {3, 4, 5}
     alter(tmp_path, "UPDATE entries SET products = x''")
     with pytest.raises(RunMismatch, match="GradIP: is not measured in this run: its mask has no pre-training gradient"):
         list(steps_shown(writer.ledger, None, 0, 100))

@@ -237,7 +237,7 @@ def test_what_people_see(tmp_path: Path) -> None:
     assert (entry.displacement, entry.size) == (added.blob.hex(), added.size)
     assert {(update.slot, update.age) for update in entry.updates} == {(0, 3), (1, 0), (2, 1), (3, 0), (4, 0)}
     assert {term.age for term in entry.terms} == {1, 3}
-    assert [(update.version, update.entry) for update in path_shown(writer.ledger, "n0", 0, 9)] == [
+    assert [(update.round, update.entry) for update in path_shown(writer.ledger, "n0", 0, 9)] == [
         (0, 2), (1, 4), (5, 5),
     ]  # fmt: skip
 
@@ -247,7 +247,7 @@ def test_a_stale_update_is_rebuilt_from_its_own_theta_and_a_displacement_is_not(
     for _ in range(writer.count):
         writer.round()
     (step,) = rebuilt_path(writer.ledger, writer.mask, 2, "n0")
-    assert (step.version, step.g) == (2, writer.records(5)[0].scalars[0])
+    assert (step.round, step.g) == (2, writer.records(5)[0].scalars[0])
     with pytest.raises(RunMismatch, match="node n1: gave a displacement from theta of version 2: how it came to that"):
         next(rebuilt_path(writer.ledger, writer.mask, 2, "n1"))
 

@@ -78,7 +78,8 @@ async def test_evaluations_go_to_the_ledger(tmp_path: Any) -> None:
     for version in (0, 3, 10):
         eye.stood(version, np.zeros(2, dtype=np.float32))
     await until(lambda: len(kept) == 2)
-    assert kept == [(0, {"accuracy": 0.75, "loss": 1.5}), (10, {"accuracy": 0.75, "loss": 1.5})]
+    found = {"accuracy": 0.75, "loss": 1.5, "majority": 0.5, "rows": 10.0}
+    assert kept == [(0, found), (10, found)]
     assert [event.version for event in told if isinstance(event, Evaluated)] == [0, 10]
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
