@@ -33,13 +33,28 @@ MeerkatError                     1
     └── TooLarge
 """
 
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
+
+VALUE_SHOWN = 60  # characters of a value, in an error
+
+
+def printable(text: str) -> str:
+    """Text without anything that could steer a terminal, or break a page or a line."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
+def shown(value: Any) -> str:
+    """A value for an error, cut short, however long or deep it is."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = VALUE_SHOWN
+    return short.repr(value)
 
 
 class MeerkatError(Exception):
-    """Base of all errors that users meet.
+    """Base of all errors that users meet: one line.
 
     Args:
         where: the file, key, topic or field concerned.
@@ -53,7 +68,7 @@ class MeerkatError(Exception):
         self.where = where
         self.problem = problem
         self.remedy = remedy
-        super().__init__(f"{where}: {problem}" + (f"; {remedy}" if remedy else ""))
+        super().__init__(printable(f"{where}: {problem}" + (f"; {remedy}" if remedy else "")))
 
     def __reduce__(self) -> tuple[type["MeerkatError"], tuple[str, str, str]]:
         return type(self), (self.where, self.problem, self.remedy)

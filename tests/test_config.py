@@ -179,3 +179,10 @@ def test_no_error_shows_a_password(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as caught:
             load_config(write(tmp_path, NODE + "[broker]\n" + text), NodeConfig)
         assert "4711" not in str(caught.value)
+
+
+def test_a_byte_order_mark_is_none_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "node.toml").write_text(
+        '\ufeffid = "a"\nfederation = "f"\ndata = "d"\nstate_dir = "s"\n', encoding="utf-8"
+    )
+    assert load_config(tmp_path / "node.toml", NodeConfig).id == "a"

@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from meerkat_mq.chaos.checkers import Violation
-from meerkat_mq.observe.figures import DASH, duration, printable
+from meerkat_mq.errors import printable
+from meerkat_mq.observe.figures import DASH, duration
 
 MOST_VIOLATIONS = 20
 

@@ -1,7 +1,7 @@
 """Configuration files: TOML in, checked objects out; every error names the file, the key and the remedy."""
 
 from meerkat_mq.config.broker import BrokerConfig
-from meerkat_mq.config.load import check_config, load_config, to_toml
+from meerkat_mq.config.load import check_config, load_config, read_toml, to_toml
 from meerkat_mq.config.schema import (
     EarlyStoppingConfig,
     EvaluationConfig,
@@ -51,5 +51,6 @@ __all__ = [
     "ServerValuesConfig",
     "check_config",
     "load_config",
+    "read_toml",
     "to_toml",
 ]

@@ -1,14 +1,18 @@
 """TOML in, checked objects out; every error names the file, the key and the remedy."""
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
-from meerkat_mq.errors import ConfigError
+from meerkat_mq.errors import ConfigError, shown
+
+SEE = "see docs/configuration.md"
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
@@ -19,13 +23,21 @@ def load_config(path: Path, kind: type[ConfigT]) -> ConfigT:
     Raises:
         ConfigError: the file is missing, is not TOML, or a key is wrong; names the file and the key.
     """
+    return check_config(read_toml(path), kind, where=str(path), folder=path.resolve().parent)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file's table; a byte order mark before it is none of it.
+
+    Raises:
+        ConfigError: the file is missing, or is not TOML.
+    """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(str(path), f"cannot be read ({error.strerror})", "give the path of a TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), f"is not TOML ({error})", "see docs/configuration.md") from error
-    return check_config(table, kind, where=str(path), folder=path.resolve().parent)
+    except (ValueError, RecursionError) as error:  # also not UTF-8, and numbers with thousands of digits
+        raise ConfigError(str(path), f"is not TOML ({error})", SEE) from error
 
 
 def check_config(table: object, kind: type[ConfigT], *, where: str, folder: Path | None = None) -> ConfigT:
@@ -42,16 +54,15 @@ def check_config(table: object, kind: type[ConfigT], *, where: str, folder: Path
         hidden = (
             first["type"] in ("missing", "extra_forbidden") or isinstance(first["input"], dict) or "password" in key
         )
-        found = "" if hidden else f", not {first['input']!r}"
-        raise ConfigError(
-            f"{where}: {key}", f"{_plain(first['type'], first['msg'])}{found}", _REMEDY.get(first["type"], "")
-        ) from error
+        found = "" if hidden else f", not {shown(first['input'])}"
+        remedy = _REMEDY.get(first["type"], SEE)
+        raise ConfigError(f"{where}: {key}", f"{_plain(first)}{found}", remedy) from error
 
 
 def to_toml(table: Mapping[str, Any]) -> str:
     """A table as TOML: its plain values, then its sections, one deep."""
     plain = [
-        f"{key} = {json.dumps(value, ensure_ascii=False)}\n"
+        f"{key} = {json.dumps(value, ensure_ascii=False)}\n".replace("\x7f", "\\u007f")
         for key, value in table.items()
         if not isinstance(value, Mapping)
     ]
@@ -71,11 +82,18 @@ _PLAIN = {
     "extra_forbidden": "is unknown",
     "model_type": "must be a table",
     "tuple_type": "must be an array",
-    "too_short": "must have at least one item",
+    "string_type": "must be a string",
+    "too_short": "must have at least {min_length} items",
+    "too_long": "must have at most {max_length} items",
+    "string_too_short": "must have at least {min_length} characters",
+    "string_too_long": "must have at most {max_length} characters",
 }
 
 
-def _plain(kind: str, message: str) -> str:
+def _plain(error: ErrorDetails) -> str:
     """A message in TOML's words."""
-    text = message.removeprefix("Value error, ")
-    return _PLAIN.get(kind, text[:1].lower() + text[1:])
+    known = _PLAIN.get(error["type"])
+    if known is None:
+        text = error["msg"].removeprefix("Value error, ")
+        return text[:1].lower() + text[1:]
+    return re.sub(r"\b1 (\w+)s$", r"one \1", known.format_map(error.get("ctx", {})))

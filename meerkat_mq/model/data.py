@@ -1,11 +1,10 @@
 """Data rows: read and checked against a task, written as JSONL, divided among nodes. No torch."""
 
 import json
-import reprlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +12,7 @@ import structlog
 
 from meerkat_mq.core.files import write_atomically
 from meerkat_mq.core.step import Row
-from meerkat_mq.errors import DataError
+from meerkat_mq.errors import DataError, shown
 from meerkat_mq.model.sources import (
     SUFFIXES,
     FileRow,
@@ -29,7 +28,6 @@ from meerkat_mq.model.sources import (
 from meerkat_mq.wire.descriptor import Task
 
 MOST_CHARACTERS = 2**20  # of a field; a tokenizer takes about a second for them
-VALUE_SHOWN = 60  # characters of a value, in an error
 ROWS_NAMED = 10  # of those that are left out, one by one in the log
 CHECKED = 64  # rows at a time
 
@@ -180,13 +178,6 @@ def problem_of(error: BaseException) -> str:
         raise error
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {first[:200]}" if first else type(error).__name__
-
-
-def shown(value: Any) -> str:
-    """A value for an error, cut short, however long or deep it is."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = short.maxlong = VALUE_SHOWN
-    return short.repr(value)
 
 
 def encode_rows(rows: Sequence[Row]) -> bytes:

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from meerkat_mq.core.step import Row
-from meerkat_mq.errors import TaskError, UnsupportedModel
+from meerkat_mq.errors import TaskError, UnsupportedModel, shown
 from meerkat_mq.model.load import LoadedModel
 from meerkat_mq.model.tasks import fill
 from meerkat_mq.wire.descriptor import Task
@@ -78,7 +78,7 @@ class CausalScorer:
         self._stems = [stem for i, stem in enumerate(read) if not any(o[: len(stem)] == stem for o in read[:i])]
         self.sequences = len(self._stems)
         self._slots = max(map(len, candidates))
-        self._limit = min(task.max_tokens, loaded.max_tokens) - self._slots + 1
+        self._limit = _room(loaded, task, self._slots - 1)
         stem_of = [next(i for i, s in enumerate(self._stems) if s[: len(c) - 1] == c[:-1]) for c in candidates]
         self._stem_of = torch.tensor(stem_of)
         lengths = torch.tensor([[len(ids)] for ids in candidates])
@@ -117,6 +117,23 @@ class CausalScorer:
         return (found * self._weight).sum(dim=-1)
 
 
+def _room(loaded: LoadedModel, task: Task, words: int) -> int:
+    """Tokens of a prompt: what the limit leaves of the label words' `words`.
+
+    Raises:
+        TaskError: it leaves none for a row, beside the template's end.
+    """
+    limit = min(task.max_tokens, loaded.max_tokens)
+    tail = task.template.rpartition("}")[2]
+    fixed = len(loaded.tokenizer(tail)["input_ids"])
+    if limit < words + fixed + 1:
+        key = "max_tokens" if limit == task.max_tokens else "label_words"
+        problem = f"{limit} tokens leave none for a row: label words take {words}, the end of the template {fixed}"
+        least = f"set max_tokens to {words + fixed + 1} at least, or " if key == "max_tokens" else ""
+        raise TaskError(f"task {task.name}: {key}", problem, f"{least}shorten the label words or the template's end")
+    return limit - words
+
+
 def candidate_ids(tokenizer: Any, task: Task) -> list[tuple[int, ...]]:
     """Token ids of each label word as it continues the template.
 
@@ -135,7 +152,11 @@ def candidate_ids(tokenizer: Any, task: Task) -> list[tuple[int, ...]]:
                 "put the space at the start of the label word",
             )
         if candidates.count(candidate) > 1:
-            raise TaskError(f"task {task.name}: label_words", f"{word!r} has the tokens of another label word")
+            raise TaskError(
+                f"task {task.name}: label_words",
+                f"{word!r} has the tokens of another label word",
+                "give each class a word of its own",
+            )
     return candidates
 
 
@@ -143,7 +164,8 @@ def _cut(ids: list[int], limit: int, bos: int | None) -> list[int]:
     """The last `limit` tokens, the sequence's start token kept; an empty prompt becomes one token."""
     if len(ids) <= limit:
         return ids or [bos or 0]
-    return [bos, *ids[-(limit - 1) :]] if bos is not None and ids[0] == bos else ids[-limit:]
+    start = ids[:1] if ids[0] == bos else []
+    return start + ids[len(ids) - limit + len(start) :]
 
 
 class _Head:
@@ -193,13 +215,14 @@ class EncoderScorer:
         self._loaded = loaded
         self._task = task
         self._limit = min(task.max_tokens, loaded.max_tokens)
-        self._descriptions = tokenise(loaded, list(task.descriptions), task.max_tokens)
+        _check_descriptions(loaded, task, self._limit)
+        self._descriptions = tokenise(loaded, list(task.descriptions), self._limit)
 
     def tokens(self, rows: Sequence[Row]) -> list[list[int]]:
-        """Texts, cut from the right to the task's limit."""
+        """Texts, cut from the right to the task's limit; an empty one becomes one token."""
         texts = [fill(self._task.text, row) for row in rows]
         ids: list[list[int]] = self._loaded.tokenizer(texts, truncation=True, max_length=self._limit)["input_ids"]
-        return ids
+        return [found or [self._loaded.tokenizer.pad_token_id or 0] for found in ids]
 
     def collate(self, tokens: Sequence[list[int]]) -> Inputs:
         """Padded ids and their mask."""
@@ -214,6 +237,19 @@ class EncoderScorer:
         texts = torch.cat([embed(self._loaded.model, inputs) for inputs in passes])
         classes = embed(self._loaded.model, self._descriptions)
         return self._task.scale * texts @ classes.T
+
+
+def _check_descriptions(loaded: LoadedModel, task: Task, limit: int) -> None:
+    """Refuse those that would be cut, and those that a model cannot tell apart."""
+    where = f"task {task.name}: descriptions"
+    found: list[list[int]] = loaded.tokenizer(list(task.descriptions))["input_ids"]
+    for number, (text, ids) in enumerate(zip(task.descriptions, found, strict=True)):
+        if len(ids) > limit:
+            problem = f"{shown(text)} has {len(ids)} tokens, more than {limit}"
+            raise TaskError(where, problem, "shorten it, or raise max_tokens as far as the model allows")
+        if not ids or ids in found[:number]:
+            problem = f"{shown(text)} has {'the tokens of another one' if ids else 'no tokens'}"
+            raise TaskError(where, problem, "describe each class in words of its own")
 
 
 def tokenise(loaded: LoadedModel, texts: list[str], max_tokens: int) -> Inputs:

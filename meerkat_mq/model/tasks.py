@@ -1,16 +1,20 @@
 """Built-in tasks and tasks from a TOML file. No torch."""
 
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from meerkat_mq.config import check_config
+from meerkat_mq.config import check_config, read_toml
+from meerkat_mq.config.load import SEE
 from meerkat_mq.errors import ConfigError, TaskError
 from meerkat_mq.wire.descriptor import Task
 
-_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+MOST_BYTES = 32 * 1024  # of a task, half of what a control message may have
+
+_PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
+_NAME = re.compile(r"\{([^{}\";\n]*)\}")
+_DOUBLED = re.compile(r"\{\{[^{}]*\}\}")
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -102,16 +106,11 @@ def load_task(source: str | Path) -> Task:
             name, "is no built-in task", f"use one of {', '.join(sorted(TASKS))}, or a path ending in .toml"
         )
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TaskError(name, f"cannot be read ({error.strerror})", "give the path of a task's TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise TaskError(name, f"is not TOML ({error})", "see docs/tasks.md") from error
-    try:
-        task = check_config(_with_defaults(table, path.stem), Task, where=name)
+        task = check_config(_with_defaults(read_toml(path), path.stem), Task, where=name)
     except ConfigError as error:
-        raise TaskError(error.where, error.problem, error.remedy) from error
-    _check_placeholders(task, name)
+        remedy = "see docs/tasks.md" if error.remedy == SEE else error.remedy
+        raise TaskError(error.where, error.problem, remedy) from error
+    _check(task, name)
     return task
 
 
@@ -119,7 +118,7 @@ def _with_defaults(table: dict[str, Any], stem: str) -> dict[str, Any]:
     template, words = table.get("template"), table.get("label_words")
     defaults: dict[str, Any] = {"name": stem}
     if isinstance(template, str):
-        defaults["fields"] = list(dict.fromkeys(_PLACEHOLDER.findall(template)))
+        defaults["fields"] = list(dict.fromkeys(_named(template)))
     fields = table.get("fields", defaults.get("fields"))
     if isinstance(fields, list):
         defaults["text"] = " ".join(f"{{{field}}}" for field in fields)
@@ -128,14 +127,43 @@ def _with_defaults(table: dict[str, Any], stem: str) -> dict[str, Any]:
     return defaults | table
 
 
-def _check_placeholders(task: Task, where: str) -> None:
+def _check(task: Task, where: str) -> None:
+    """What a schema cannot say.
+
+    Raises:
+        TaskError: names the key.
+    """
     for key, template in (("template", task.template), ("text", task.text)):
-        used = set(_PLACEHOLDER.findall(template))
-        if not used or not used <= set(task.fields):
-            unknown = ", ".join(sorted(used - set(task.fields))) or "no field at all"
-            raise TaskError(f"{where}: {key}", f"uses {unknown}", f"use {{field}} of {', '.join(task.fields)}")
+        _check_placeholders(task, f"{where}: {key}", template)
+    for number, word in enumerate(task.label_words):
+        if not word or word in task.label_words[:number]:
+            found = f"{word!r} comes twice" if word else "is empty"
+            raise TaskError(f"{where}: label_words.{number}", found, "give each class a word of its own")
+    if task.label_field in task.fields:
+        problem = f"{task.label_field!r} is one of the fields too"
+        raise TaskError(f"{where}: label_field", problem, "a field is text, and a label is an integer: give it its key")
+    size = len(task.encode())
+    if size > MOST_BYTES:
+        problem = f"takes {size:,} bytes, more than {MOST_BYTES:,}"
+        raise TaskError(where, problem, "shorten its label words and descriptions: it is sent to every node")
+
+
+def _check_placeholders(task: Task, where: str, template: str) -> None:
+    used, use = set(_named(template)), f"use {{field}} of {', '.join(task.fields)}"
+    if (doubled := _DOUBLED.search(template)) is not None:
+        problem = f"has {doubled[0]}"
+        raise TaskError(where, problem, "a field stands between single braces, and any other brace for itself")
+    if not used & set(task.fields):
+        raise TaskError(where, f"uses {', '.join(sorted(used)) or 'no field at all'}", use)
+    if unknown := sorted(used - set(task.fields)):
+        raise TaskError(where, f"uses {', '.join(unknown) if all(unknown) else 'braces without a name'}", use)
+
+
+def _named(template: str) -> list[str]:
+    """What stands between braces as a name does: in one line, without quotes or semicolons."""
+    return _NAME.findall(template)
 
 
 def fill(template: str, row: Mapping[str, Any]) -> str:
-    """Put a row's fields into a template; braces around anything else stay as they are."""
+    """Put a row's fields into a template; braces around anything else stay as they are: a task's are checked before."""
     return _PLACEHOLDER.sub(lambda match: str(row[match[1]]) if match[1] in row else match[0], template)

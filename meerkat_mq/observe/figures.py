@@ -4,6 +4,8 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from meerkat_mq.errors import printable
+
 DASH = "–"
 MOST_NAMED = 5
 UNITS = ("kB", "MB", "GB", "TB", "PB")
@@ -58,11 +60,6 @@ def named(names: Sequence[str]) -> str:
     """A few names, or how many more there are: "none", "a, b", "a, b, c, d, e and 7 more"."""
     more = f" and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
     return ", ".join(map(printable, names[:MOST_NAMED])) + more or "none"
-
-
-def printable(text: str) -> str:
-    """Text without anything that could steer a terminal or break a page."""
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def rounded(value: float, digits: int) -> float | None:

@@ -7,7 +7,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from meerkat_mq.observe.figures import printable
+from meerkat_mq.errors import printable
 
 WIDE_GAP, NARROW_GAP = 2, 1
 LONGEST_WORD = 20  # a longer one, such as a node's id, may be broken

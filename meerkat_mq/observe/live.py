@@ -10,8 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 from rich.spinner import Spinner
 from rich.text import Text
 
+from meerkat_mq.errors import printable
 from meerkat_mq.observe.events import Evaluated, RoundClosed, RunEvent, RunFinished, RunStarted
-from meerkat_mq.observe.figures import DASH, Smoother, duration, human_bytes, named, percent, printable
+from meerkat_mq.observe.figures import DASH, Smoother, duration, human_bytes, named, percent
 
 REPORTS = 20
 SMOOTHED_ROUNDS = 20

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from html import escape
 
-from meerkat_mq.observe.figures import printable
+from meerkat_mq.errors import printable
 
 
 class Markup(str):

@@ -12,9 +12,8 @@ from typing import Any, NoReturn
 
 import structlog
 
-from meerkat_mq.errors import ConfigError, DataError, MaskError, MeerkatError, ModelError, TaskError
+from meerkat_mq.errors import ConfigError, DataError, MaskError, MeerkatError, ModelError, TaskError, printable
 from meerkat_mq.observe import signals
-from meerkat_mq.observe.figures import printable
 from meerkat_mq.observe.start import SIGNALLED
 
 _FROM_CONFIG = (ConfigError, DataError, MaskError, ModelError, TaskError)

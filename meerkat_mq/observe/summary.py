@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from meerkat_mq.config import EarlyStoppingConfig
+from meerkat_mq.errors import printable
 from meerkat_mq.observe.figures import (
     DASH,
     MOST_NAMED,
@@ -16,7 +17,6 @@ from meerkat_mq.observe.figures import (
     named,
     percent,
     points,
-    printable,
     small_percent,
 )
 from meerkat_mq.observe.report import NodeReport, Report

@@ -6,7 +6,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from meerkat_mq.observe.figures import DASH, duration, human_bytes, percent, points, printable
+from meerkat_mq.errors import printable
+from meerkat_mq.observe.figures import DASH, duration, human_bytes, percent, points
 from meerkat_mq.observe.fitting import Column, FittingTable
 from meerkat_mq.observe.shown import NodeShown, RebuiltShown, RoundShown, RunShown, StepShown, UpdateShown
 

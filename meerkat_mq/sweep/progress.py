@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from meerkat_mq.observe.figures import DASH, duration, percent, printable
+from meerkat_mq.errors import printable
+from meerkat_mq.observe.figures import DASH, duration, percent
 from meerkat_mq.sweep.grid import Cell
 
 Kind = tuple[str, str]

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from meerkat_mq.core.files import write_atomically
-from meerkat_mq.errors import DataError
-from meerkat_mq.observe.figures import DASH, human_bytes, printable
+from meerkat_mq.errors import DataError, printable
+from meerkat_mq.observe.figures import DASH, human_bytes
 
 RESULTS_FILE = "results.jsonl"
 TABLE_FILE = "results.md"

@@ -13,7 +13,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from meerkat_mq.errors import TaskError, UnsupportedModel
 from meerkat_mq.model.load import LoadedModel, load_model
-from meerkat_mq.model.scoring import CausalScorer, EncoderScorer, candidate_ids, scorer_for
+from meerkat_mq.model.scoring import CausalScorer, EncoderScorer, _cut, candidate_ids, scorer_for
 from meerkat_mq.model.tasks import TASKS, fill
 from meerkat_mq.wire.descriptor import Task
 from tests.model import tiny
@@ -190,3 +190,80 @@ def test_real_causal_model_knows_its_stories(stories: Path) -> None:
     found = scores(loaded, task, [{"line": "Once upon a", "label": 0}])
     assert found.argmax() == 0
     assert found[0, 0] > -1
+
+
+# --- limits of tokens ---
+
+
+LONG = words(" " + "xyzw" * 4, " " + "qvjk" * 4, max_tokens=8)
+
+
+def test_label_words_that_leave_no_room_are_refused_by_name(load: Load) -> None:
+    loaded = load("llama")
+    most = max(map(len, candidate_ids(loaded.tokenizer, LONG)))
+    assert most >= 16
+    with pytest.raises(
+        TaskError,
+        match=rf"^task state: max_tokens: 8 tokens leave none for a row: label words take {most - 1}, the end of the "
+        rf"template \d+; set max_tokens to \d+ at least, or shorten",
+    ) as caught:
+        CausalScorer(loaded, LONG)
+    least = int(caught.value.remedy.split()[3])
+    inputs = prepare(
+        CausalScorer(loaded, LONG.model_copy(update={"max_tokens": least})), [{"line": "q" * 90, "label": 0}]
+    )
+    assert inputs.ids.shape[1] == least
+    with pytest.raises(TaskError, match="max_tokens"):
+        CausalScorer(loaded, LONG.model_copy(update={"max_tokens": least - 1}))
+
+
+def test_where_the_model_is_the_limit_the_label_words_are_named(load: Load) -> None:
+    with pytest.raises(
+        TaskError, match=r"^task state: label_words: 12 tokens leave none for a row: .*; shorten the label"
+    ):
+        CausalScorer(replace(load("llama"), max_tokens=12), LONG.model_copy(update={"max_tokens": 200}))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("task", [SINGLE, MIXED, NESTED], ids=["single", "mixed", "nested"])
+def test_the_limit_is_kept_for_every_row(load: Load, name: str, task: Task) -> None:
+    loaded = load(name)
+    rows = [{"line": text, "label": 0} for text in ("", "x", tiny.TEXTS[0] * 9)]
+
+    def longest(limit: int) -> int:
+        scorer = CausalScorer(loaded, task.model_copy(update={"max_tokens": limit}))
+        return int(prepare(scorer, rows).ids.shape[1])
+
+    with pytest.raises(TaskError, match=r"set max_tokens to \d+ at least") as caught:
+        longest(8)
+    least = int(caught.value.remedy.split()[3])
+    assert least < 24
+    assert [longest(limit) for limit in range(least, 40)] == list(range(least, 40))
+
+
+def test_cutting_keeps_any_limit() -> None:
+    for limit in range(1, 6):
+        assert len(_cut([0, 1, 2, 3, 4, 5], limit, 0)) == limit
+        assert _cut([7, 1, 2, 3, 4, 5], limit, 0) == [1, 2, 3, 4, 5][-limit:]
+    assert _cut([], 3, None) == [0]
+
+
+@pytest.mark.parametrize(
+    ("descriptions", "message"),
+    [
+        (("a " * 30, "b"), r"^task state: descriptions: 'a a .*' has \d+ tokens, more than 12; shorten it, or raise"),
+        (("same", "same"), r"^task state: descriptions: 'same' has the tokens of another one; describe each class"),
+    ],
+)
+def test_descriptions_are_neither_cut_nor_alike(load: Load, descriptions: tuple[str, str], message: str) -> None:
+    task = tiny.TASK.model_copy(update={"descriptions": descriptions, "max_tokens": 12})
+    with pytest.raises(TaskError, match=message):
+        EncoderScorer(load("bert"), task)
+
+
+def test_an_encoder_reads_an_empty_text(load: Load) -> None:
+    loaded = load("bert")
+    plain = replace(loaded, tokenizer=tiny.tokenizer(start=False))
+    assert np.isfinite(scores(plain, tiny.TASK, [{"line": "", "label": 0}, {"line": "a fan", "label": 1}])).all()
+    with pytest.raises(TaskError, match="task state: descriptions: '' has no tokens"):
+        EncoderScorer(plain, tiny.TASK.model_copy(update={"descriptions": ("", "b")}))

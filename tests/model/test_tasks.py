@@ -121,3 +121,79 @@ def test_missing_file(tmp_path: Path) -> None:
 def test_tasks_and_data_do_not_import_torch() -> None:
     code = "import meerkat_mq.model.tasks, meerkat_mq.model.data, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[2]).returncode == 0
+
+
+# --- placeholders, and other leftovers ---
+
+
+@pytest.mark.parametrize(
+    "name", ["Review Text", "review-text", "review.text", "col#1", "Größe (cm)", "author's note", "a/b"]
+)
+def test_a_field_may_have_any_name(toml: Path, name: str) -> None:
+    toml.write_text(f'template = "{{{name}}}: {{body}} It was"\nlabel_words = [" bad", " good"]', encoding="utf-8")
+    task = load_task(toml)
+    assert task.fields == (name, "body")
+    row = {name: "<1>", "body": "<2>", "label": 1}
+    assert fill(task.template, row) == "<1>: <2> It was"
+    assert fill(task.text, row) == "<1> <2>"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{text} {Review Text} is", "tickets.toml: template: uses Review Text; use {field} of text"),
+        ("{text} {review-text} is", "tickets.toml: template: uses review-text; use {field} of text"),
+        ("{ text } is", "tickets.toml: template: uses  text ; use {field} of text"),
+        ("{text!r} is", "tickets.toml: template: uses text!r; use"),
+        ("{text} {} is", "tickets.toml: template: uses braces without a name; use"),
+        ("{text} {0} is", "tickets.toml: template: uses 0; use"),
+        ("{{text}} is", "tickets.toml: template: has {{text}}; a field stands between single braces"),
+        ("{text} {{literal}} is", "tickets.toml: template: has {{literal}}; a field stands"),
+        ("{text} {{ text }} is", "tickets.toml: template: has {{ text }}"),
+    ],
+)
+def test_no_placeholder_stays_in_a_prompt(toml: Path, template: str, message: str) -> None:
+    toml.write_text(f'template = "{template}"\nlabel_words = [" a", " b"]\nfields = ["text"]')
+    with pytest.raises(TaskError, match=re.escape(message)):
+        load_task(toml)
+
+
+def test_other_braces_stand_for_themselves(toml: Path) -> None:
+    toml.write_text("template = '''{text}\n{\"answer\": \"'''\nlabel_words = ['yes', 'no']")
+    task = load_task(toml)
+    assert task.fields == ("text",)
+    assert fill(task.template, {"text": "{a}"}) == '{a}\n{"answer": "'
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ('label_words = [" one"]', "label_words: must have at least 2 items, not [' one']; see docs/tasks.md"),
+        ("label_words = []", "label_words: must have at least 2 items"),
+        ('label_words = [" a", ""]', "label_words.1: is empty; give each class a word of its own"),
+        ('label_words = [" a", " b", " a"]', "label_words.2: ' a' comes twice; give each class"),
+        ('label_words = " yes"', "label_words: must be an array, not ' yes'; see docs/tasks.md"),
+        ('label_words = [" a", " b"]\nlabel_field = "x"', "label_field: 'x' is one of the fields too"),
+        ('label_words = [" a", " b"]\ndescriptions = ["%s", "b"]' % ("x" * 40_000), "takes 40,1"),
+        ('label_words = [" a", " b"]\nname = ""', "name: must have at least one character, not ''"),
+        ('label_words = [" a", " b"]\nmax_tokens = %s' % ("9" * 5000), "tickets.toml: is not TOML ("),
+        ('label_words = {}" a"{}'.format("[" * 5000, "]" * 5000), "tickets.toml: is not TOML ("),
+        ('label_words = [" a", " b"]\nscale = "%s"' % ("x" * 500), "scale: "),
+        ('label_words = [" a", " b"]\n"new\\nline" = 1', "tickets.toml: new\N{REPLACEMENT CHARACTER}line: is unknown"),
+    ],
+)
+def test_a_file_is_refused_in_one_short_line(toml: Path, changes: str, message: str) -> None:
+    toml.write_text('template = "{x} is"\n' + changes)
+    with pytest.raises(TaskError, match=re.escape(message)) as caught:
+        load_task(toml)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 300
+    assert caught.value.remedy
+
+
+def test_a_byte_order_mark_is_none_of_the_task(toml: Path) -> None:
+    toml.write_text("\ufeff" + TOML, encoding="utf-8")
+    assert load_task(toml).fields == ("subject", "body")
+    toml.write_text(TOML, encoding="utf-16")
+    with pytest.raises(TaskError, match=r"tickets\.toml: is not TOML \(.*utf-8.*\); see docs/tasks.md"):
+        load_task(toml)

@@ -1,5 +1,6 @@
 import pytest
 
+from meerkat_mq.errors import printable
 from meerkat_mq.observe.figures import (
     Smoother,
     duration,
@@ -8,7 +9,6 @@ from meerkat_mq.observe.figures import (
     named,
     percent,
     points,
-    printable,
     small_percent,
     smoothed,
 )
