@@ -1,5 +1,6 @@
 """The TLS settings of a broker connection."""
 
+import os
 import ssl
 from typing import Any
 
@@ -38,16 +39,21 @@ def client_context(broker: BrokerConfig) -> Context:
         else:
             context.load_verify_locations(broker.ca_file)
     except OSError as error:
-        raise ConfigError(
-            "broker.ca_file", f"{broker.ca_file}: {_words(error)}", "give a CA file in PEM format"
-        ) from error
+        problem = f"{broker.ca_file}: {_words(error)}"
+        raise ConfigError("broker.ca_file", problem, _remedy(error, "give a CA file in PEM format")) from error
     if broker.cert_file is not None:
         try:
             context.load_cert_chain(broker.cert_file, broker.key_file)
         except OSError as error:
             problem = f"{broker.cert_file}, {broker.key_file}: {_words(error)}"
-            raise ConfigError("broker.cert_file", problem, "give a certificate and its key in PEM format") from error
+            remedy = _remedy(error, "give a certificate and its key in PEM format")
+            raise ConfigError("broker.cert_file", problem, remedy) from error
     return context
+
+
+def _remedy(error: OSError, otherwise: str) -> str:
+    """A key is its owner's alone: in a container or a unit, that is often another user."""
+    return f"make it readable to the user {os.geteuid()}" if isinstance(error, PermissionError) else otherwise
 
 
 def _words(error: OSError) -> str:

@@ -314,7 +314,9 @@ class _Node:
             self._session.disown()
             host = status.host if status else "unknown"
             raise NodeReplaced(
-                self._own_status, f"another process with this id runs on host {host}", "give each node an id of its own"
+                self._own_status,
+                f"another process with this id runs on host {host}",
+                "give each node an id of its own; once the other one is stopped, start this one again",
             )
         if verdict is Verdict.OVERWRITTEN:
             self._publish_status("online" if self._machine else "starting")

@@ -1,5 +1,6 @@
 """What lies in broker/ and nodes/ fits the code, and itself."""
 
+import configparser
 import re
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from meerkat_mq.config import NodeConfig, ServerConfig, load_config
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "broker/compose"
 UNITS = sorted((ROOT / "nodes").glob("*.service"))
-TOMLS = sorted([*(ROOT / "nodes").glob("*.toml"), *COMPOSE.glob("*.toml")])
+TOMLS = sorted([*(ROOT / "nodes").glob("*.toml"), *COMPOSE.rglob("*.toml")])
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def test_there_are_examples() -> None:
     assert {"gateway.toml", "duty-cycled.toml", "gpu-server.toml", "federation.toml"} <= {path.name for path in TOMLS}
 
 
-@pytest.mark.parametrize("path", TOMLS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", TOMLS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_example_is_valid(path: Path) -> None:
     table = tomllib.loads(path.read_text(encoding="utf-8"))
     broker = (load_config(path, NodeConfig) if "id" in table else load_config(path, ServerConfig)).broker
@@ -97,6 +98,18 @@ def test_a_unit_has_few_rights(unit: Path) -> None:
     if "unrecognized option" in done.stderr:
         pytest.skip("this systemd-analyze is too old")
     assert done.returncode == 0, [*done.stdout.splitlines()[-1:], done.stderr]
+
+
+def test_a_node_that_ended_is_started_again_after_a_while() -> None:
+    """Whatever it ended with: a cloned card must not keep the healthy device down for good."""
+    timer = configparser.ConfigParser()
+    timer.optionxform = str  # type: ignore[assignment,method-assign]
+    timer.read(ROOT / "nodes/meerkat-node.timer", encoding="utf-8")
+    assert (ROOT / "nodes" / timer["Timer"]["Unit"]).exists()
+    assert timer["Timer"]["OnUnitInactiveSec"] == "15min"
+    assert timer["Install"]["WantedBy"] == "timers.target"
+    readme = (ROOT / "nodes/README.md").read_text(encoding="utf-8")
+    assert "systemctl enable --now meerkat-node.service meerkat-node.timer" in readme
 
 
 def test_the_servers_user_is_the_same_everywhere() -> None:
