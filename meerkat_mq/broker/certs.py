@@ -3,12 +3,24 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from meerkat_mq.broker.authority import CERTIFICATE, CRL, KEY, Authority, Issued, alternative, write
+from meerkat_mq.broker.authority import CA, CERTIFICATE, CRL, KEY, Authority, Issued, alternative, write
 from meerkat_mq.errors import ConfigError
-from meerkat_mq.wire.topics import Topics, check_identifier
+from meerkat_mq.wire.topics import OBSERVER_NAME, SERVER_NAME, Topics, check_identifier
 
-SERVER_NAME = "meerkat.server"  # its dot keeps it apart from every node id
-OBSERVER_NAME = "meerkat.observer"
+__all__ = [
+    "CA",
+    "CERTIFICATE",
+    "CRL",
+    "KEY",
+    "OBSERVER_NAME",
+    "SERVER_NAME",
+    "Authority",
+    "Issued",
+    "mosquitto_acl",
+    "revoke_certificates",
+    "write_certificates",
+]
+
 ACL, NODES = "acl", "nodes"
 
 _HOMES = {SERVER_NAME: "server", OBSERVER_NAME: "observer"}

@@ -8,6 +8,7 @@ from typing import Literal
 from meerkat_mq.errors import ConfigError
 
 PREFIX = "meerkat/v1"
+SERVER_NAME, OBSERVER_NAME = "meerkat.server", "meerkat.observer"  # users; their dot keeps them apart from node ids
 NodeKind = Literal["status", "update", "want"]
 
 _IDENTIFIER = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
