@@ -12,7 +12,7 @@ from meerkat_mq.broker.commands import certs, revoke
 from meerkat_mq.chaos.command import command as chaos
 from meerkat_mq.chaos.simulator.command import command as simulate
 from meerkat_mq.demo.command import command as demo
-from meerkat_mq.model.commands import export, mask, partition
+from meerkat_mq.model.commands import doctor, export, mask, partition
 from meerkat_mq.node.__main__ import command as node
 from meerkat_mq.observe.process import run_process
 from meerkat_mq.server.__main__ import command as server
@@ -38,6 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("demo")(demo)
+app.command("doctor")(doctor)
 app.command("mask")(mask)
 app.command("partition")(partition)
 app.command("certs")(certs)

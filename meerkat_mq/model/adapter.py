@@ -7,7 +7,7 @@ and shapes say all that is needed to build one, so nothing but the mask travels.
 import copy
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -33,8 +33,10 @@ _ADAPTER = re.compile(r"(?P<layer>.+)\.lora_(?P<part>[AB])\.default\.weight")
 Shape = tuple[int, ...]
 
 
-def new_adapter(loaded: LoadedModel, rank: int) -> LoadedModel:
+def new_adapter(loaded: LoadedModel, rank: int, among: Collection[str] | None = None) -> LoadedModel:
     """The model with a fresh adapter on its query and value projections; `loaded` stays as it is, weights are shared.
+
+    `among` limits it to layers with these weights, by name.
 
     B = 0. A is Gaussian, as in arXiv 2106.09685, section 4.1, with the standard deviation of peft's and MeZO's own
     start, 1 ÷ √(3·in): slices of direction stream mk1, seed 0, matrix after matrix: the same bits on all machines.
@@ -46,7 +48,8 @@ def new_adapter(loaded: LoadedModel, rank: int) -> LoadedModel:
     """
     if not 1 <= rank <= MAX_RANK:
         raise MaskError("rank", f"{rank} is outside 1…{MAX_RANK}", "8 is common")
-    layers = [name.removesuffix(".weight") for name in linear_layers(loaded.model)]
+    names = [name for name in linear_layers(loaded.model) if among is None or name in among]
+    layers = [name.removesuffix(".weight") for name in names]
     chosen = [layer for layer in layers if layer.rpartition(".")[2] in _QUERY_AND_VALUE | _FUSED]
     if not chosen:
         raise UnsupportedModel(

@@ -58,7 +58,7 @@ def _packed(loaded: LoadedModel, texts: Iterable[str], sequences: int, length: i
     end = loaded.tokenizer.eos_token_id
     tokens: list[int] = []
     for text in texts:
-        tokens += loaded.tokenizer(text)["input_ids"]
+        tokens += loaded.prompts([text])[0]
         if end is not None and tokens and tokens[-1] != end:
             tokens.append(end)
         if len(tokens) >= sequences * length:
@@ -162,6 +162,13 @@ def each_gradient(
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def reached(loaded: LoadedModel, batch: CalibrationBatch, weights: Mapping[str, Tensor]) -> set[str]:
+    """Names of the weights that the loss of a batch depends on: a vision tower is none of them."""
+    names: set[str] = set()
+    each_gradient(loaded, [batch], weights, lambda name, _: names.add(name), lambda: None)
+    return names
 
 
 @contextmanager

@@ -175,12 +175,18 @@ def _hash(tensors: dict[str, StoredTensor]) -> bytes:
     return digest.digest()
 
 
-def _cache_file() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+def _cache_file() -> Path | None:
+    """None where this user has no home: a user id without an account, as in many containers."""
+    try:
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        return None
     return Path(root) / "meerkat-mq" / "fingerprints.json"
 
 
-def _read_cache(path: Path) -> dict[str, object]:
+def _read_cache(path: Path | None) -> dict[str, object]:
+    if path is None:
+        return {}
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -188,8 +194,10 @@ def _read_cache(path: Path) -> dict[str, object]:
     return table if isinstance(table, dict) else {}
 
 
-def _write_cache(path: Path, table: dict[str, object]) -> None:
+def _write_cache(path: Path | None, table: dict[str, object]) -> None:
     """Best effort: a cache that cannot be written costs time, not correctness."""
+    if path is None:
+        return
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(table, indent=1).encode(), durable=False)

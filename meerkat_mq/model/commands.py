@@ -1,7 +1,9 @@
-"""`meerkat mask`, `partition` and `export`: torch is imported only where a model is used."""
+"""`meerkat mask`, `partition`, `export` and `doctor`: torch is imported only where a model is used."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from meerkat_mq.config import Dtype, ModelConfig, check_config
-from meerkat_mq.errors import ConfigError
+from meerkat_mq.errors import ConfigError, ModelError
 from meerkat_mq.extras import importing, need
 
 Method = Literal["sensitivity", "magnitude-activation", "magnitude", "random", "dense", "lora"]
@@ -23,6 +25,10 @@ def _writing(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(f"--out {out}", f"cannot be written ({error.strerror})", "choose another place") from error
+
+
+def _note(text: str) -> None:
+    Console(stderr=True).print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 def mask(
@@ -69,6 +75,8 @@ def mask(
         raise ConfigError(f"--out {out}", "is not a file in a folder that exists", "make the folder, name the file")
     check_config({"source": model, "device": device}, ModelConfig, where="command line")
     texts, loaded = read_texts(named_source(text)), load_model(model, dtype=dtype, device=device)
+    for note in loaded.notes:
+        _note(note)
     with Progress(
         TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)
     ) as bar:
@@ -83,6 +91,7 @@ def mask(
             sequences=sequences,
             length=length,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
+            say=_note,
         )
     with _writing(out):
         made.save(out)
@@ -137,3 +146,29 @@ def export(
         highlight=False,
         soft_wrap=True,
     )
+
+
+def doctor(
+    model: Annotated[str, typer.Option(help="Model to look at: local folder or hub id.")],
+    task: Annotated[str | None, typer.Option(help="Also look at this task: built in, or its TOML file.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the model.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:<i>.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines instead of words.")] = False,
+) -> None:
+    """Look at a model before it is used, and say what is wrong with it; exit code 4 if anything is."""
+    with importing("model", "meerkat doctor"):
+        from meerkat_mq.model.inspect import Finding, inspect_model  # noqa: PLC0415
+        from meerkat_mq.model.tasks import load_task  # noqa: PLC0415
+
+    check_config({"source": model, "device": device}, ModelConfig, where="command line")
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+
+    def show(found: Finding) -> None:
+        if as_json:
+            print(json.dumps(asdict(found)), flush=True)  # noqa: T201 - no terminal's width must break it
+            return
+        sign = {True: "✓", False: "✗", None: "–"}[found.good]
+        console.print(f"{sign} {found.step}: {found.text}" + (f"; {found.remedy}" if found.remedy else ""))
+
+    if not inspect_model(model, dtype=dtype, device=device, task=load_task(task) if task else None, show=show):
+        raise typer.Exit(ModelError.exit_code)

@@ -19,8 +19,8 @@ from meerkat_mq.core.mask import Mask, UInt32Array
 from meerkat_mq.errors import ModelError, ModelMismatch, ModelNotFound
 from meerkat_mq.model.changes import FLOATS, Change, bits, changes_of
 from meerkat_mq.model.checkpoint import INDEX, SINGLE, StoredTensor, fingerprint, stored_tensors, weight_files
+from meerkat_mq.model.folder import find_folder
 from meerkat_mq.model.links import model_files
-from meerkat_mq.model.load import find_folder
 
 _EXPORT_AGAIN = "export the model again"
 _PIECE = 1 << 20

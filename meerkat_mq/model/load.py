@@ -3,27 +3,27 @@
 import hashlib
 import logging
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 from torch import nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from meerkat_mq.errors import ModelError, ModelNotFound, UnsupportedModel
-from meerkat_mq.model.checkpoint import fingerprint, stored_tensors
-from meerkat_mq.model.links import is_folder, model_files
+from meerkat_mq.errors import ModelError, UnsupportedModel
+from meerkat_mq.model.checkpoint import StoredTensor, fingerprint, stored_tensors
+from meerkat_mq.model.folder import CONFIG, find_folder
+from meerkat_mq.model.in_words import in_words
+from meerkat_mq.model.kinds import Kind, class_of, kind_of, read_config, skeleton
+from meerkat_mq.model.names import Names, names_of
 from meerkat_mq.model.probes import PROBES
+from meerkat_mq.model.tokens import added_around, check_ids, ids_of, once, prompt_ids, read_tokenizer, usable_tokens
+from meerkat_mq.model.trial import try_out
 from meerkat_mq.wire.descriptor import Task
 
-Kind = Literal["causal", "encoder"]
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LOSSY = {
     torch.float32: {"F64"},
@@ -31,6 +31,10 @@ _LOSSY = {
     torch.float16: {"F64", "F32", "BF16"},
 }
 _UNUSED = re.compile(r"(^|\.)pooler\.")  # encoders are mean-pooled here
+
+_TRIAL = "The quick brown fox jumps"
+STEPS = ("folder", "weights", "kind", "tokenizer", "names", "dtype", "trial")
+Say = Callable[[str, str], None]
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,9 @@ class LoadedModel:
         tokenizer_fingerprint: 32 bytes, without label words.
         exact: whether the model's dtype holds every stored weight without loss.
         max_tokens: longest input in tokens.
+        start: the ids that stand before every text.
+        names: which tensors of the checkpoint hold which parameter.
+        notes: what a user should know: a head that is left out, an end token that is dropped.
     """
 
     model: Any
@@ -56,20 +63,37 @@ class LoadedModel:
     tokenizer_fingerprint: bytes
     exact: bool
     max_tokens: int
+    start: tuple[int, ...]
+    names: Names
+    notes: tuple[str, ...]
+
+    def prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts that a causal LM continues: start tokens once, and nothing after the last token of the text."""
+        return prompt_ids(self.tokenizer, self.start, texts)
 
 
-def load_model(source: str | Path, *, dtype: str = "float32", device: str = "cpu") -> LoadedModel:
-    """Load a base model.
+def load_model(
+    source: str | Path,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    finite: bool = True,
+    say: Say = lambda *_: None,
+) -> LoadedModel:
+    """Load a base model, after a look at all that could go wrong with it later.
 
     Args:
         source: local folder, or hub id (fetched into, or taken from, the hub cache).
         dtype: "float32", "bfloat16" or "float16".
         device: "cpu", "cuda" or "cuda:<i>".
+        finite: refuse a model whose numbers are not; a ruined export is proven as it is.
+        say: called after each of STEPS, in their order, with what was found.
 
     Raises:
         ModelNotFound: there is no such folder or hub id, or no safetensors weights in it.
-        ModelError: config, weights or tokenizer are damaged, or do not fit each other or this machine.
-        UnsupportedModel: neither a causal LM nor an encoder.
+        ModelError: config, weights or tokenizer are damaged, or do not fit each other or this machine; the folder holds
+            code, or files that would be picked up beside the model.
+        UnsupportedModel: neither a causal LM nor an encoder, or quantised.
     """
     if dtype not in _DTYPES:
         raise ModelError("dtype", f"{dtype!r} is unknown", f"use one of {', '.join(_DTYPES)}")
@@ -77,17 +101,31 @@ def load_model(source: str | Path, *, dtype: str = "float32", device: str = "cpu
         raise ModelError("device", f"{device!r}: torch finds no CUDA device", "use cpu, or install torch with CUDA")
     _quieten()
     folder = find_folder(source)
-    stored = {tensor.dtype for tensor in stored_tensors(folder).values()}
-    config = _config(folder)
-    kind = _kind(config, folder)
-    model = _weights(folder, kind, _DTYPES[dtype]).to(device)
-    tokenizer = _tokenizer(folder)
-    if max(max(ids, default=0) for ids in _ids(tokenizer, PROBES)) >= model.get_input_embeddings().num_embeddings:
-        raise ModelError(
-            str(folder),
-            f"the tokenizer makes ids beyond the {model.get_input_embeddings().num_embeddings} embeddings",
-            "put this model's own tokenizer files into the folder",
-        )
+    say("folder", f"{folder}: nothing in it but a model")
+    stored = stored_tensors(folder)
+    held = {tensor.dtype for tensor in stored.values()}
+    say("weights", f"{len(stored)} tensors in {', '.join(sorted(held))}")
+    config = read_config(folder, len(stored))
+    kind = kind_of(config, folder)
+    bare = skeleton(config, kind, folder)
+    say("kind", f"{'causal LM' if kind == 'causal' else 'encoder'}, {type(bare).__name__}")
+    tokenizer = read_tokenizer(folder, kind)
+    check_ids(tokenizer, bare.get_input_embeddings().num_embeddings, folder)
+    before, after = added_around(tokenizer, folder)
+    notes = _additions(tokenizer, kind, before, after)
+    longest = usable_tokens(tokenizer, config, bare, folder)
+    say("tokenizer", "; ".join([f"{len(tokenizer):,} tokens, {longest:,} positions", *notes]))
+    names = names_of(bare, stored)
+    _check_names(names, bare, folder)
+    notes += _unused(names, stored, bare)
+    say(
+        "names", "; ".join([f"{len(names.copies):,} parameters found in the checkpoint", *_unused(names, stored, bare)])
+    )
+    model = _weights(folder, kind, _DTYPES[dtype], config).to(device)
+    exact = held.isdisjoint(_LOSSY[_DTYPES[dtype]])
+    say("dtype", f"{dtype} {'holds every weight exactly' if exact else 'rounds weights: masks need another'}")
+    try_out(model, kind, ids_of(tokenizer, [_TRIAL])[0][:8], folder, finite=finite)
+    say("trial", "a short pass gives finite numbers")
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -95,36 +133,12 @@ def load_model(source: str | Path, *, dtype: str = "float32", device: str = "cpu
         folder=folder,
         fingerprint=fingerprint(folder),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        exact=stored.isdisjoint(_LOSSY[_DTYPES[dtype]]),
-        max_tokens=min(int(tokenizer.model_max_length), getattr(config, "max_position_embeddings", None) or 2**31),
+        exact=exact,
+        max_tokens=longest,
+        start=once(before),
+        names=names,
+        notes=notes,
     )
-
-
-def find_folder(source: str | Path) -> Path:
-    """The local folder of a model; a hub id is fetched, or found in the hub cache.
-
-    Raises:
-        ModelNotFound: neither a folder with a config.json nor a hub id that can be resolved.
-        ModelError: a link leads out of the folder, as `links.model_files` says.
-    """
-    folder = Path(source)
-    if is_folder(folder):
-        if Path("config.json") not in model_files(folder):
-            raise ModelNotFound(str(source), "has no config.json", "give the folder of a Hugging Face model")
-        return folder
-    name = str(source)
-    if not _HUB_ID.fullmatch(name):
-        raise ModelNotFound(name, "no such folder", "give the folder of a Hugging Face model, or a hub id")
-    try:
-        found = Path(snapshot_download(name, allow_patterns=_HUB_FILES))
-    except (OSError, ValueError) as error:
-        raise ModelNotFound(
-            name,
-            f"is no folder here, and the hub does not give it ({_first_line(error)})",
-            "check the name, or download the model and give its folder",
-        ) from error
-    model_files(found)
-    return found
 
 
 def _quieten() -> None:
@@ -133,72 +147,84 @@ def _quieten() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
-def _config(folder: Path) -> Any:
-    try:
-        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(str(folder / "config.json"), f"cannot be used ({_first_line(error)})") from error
+def _additions(tokenizer: Any, kind: Kind, before: tuple[int, ...], after: tuple[int, ...]) -> tuple[str, ...]:
+    """What the tokenizer adds to a text and a causal LM does not get; an encoder's own marks are right."""
+    notes = []
+    if kind == "causal" and after:
+        tokens = " ".join(tokenizer.convert_ids_to_tokens(list(after)))
+        notes.append(f"the tokenizer appends {tokens} to every text: it is dropped, for prompts go on")
+    if kind == "causal" and once(before) != before:
+        notes.append("the tokenizer starts a text twice: one start token is dropped")
+    return tuple(notes)
 
 
-def _kind(config: Any, folder: Path) -> Kind:
-    names = config.architectures or []
-    if not names or getattr(config, "is_encoder_decoder", False):
-        found = names[0] if names else "no architecture"
-        raise UnsupportedModel(
-            str(folder / "config.json"), f"{found} is neither a causal LM nor an encoder", "use one of these"
+def _check_names(names: Names, bare: Any, folder: Path) -> None:
+    """The checkpoint must hold the whole model, before anything of it is read."""
+    ignored = [re.compile(pattern) for pattern in bare._keys_to_ignore_on_load_missing or ()]
+    missing = [name for name in names.missing if not any(pattern.search(name) for pattern in [_UNUSED, *ignored])]
+    head = bare.get_output_embeddings()
+    heads = [name for name, parameter in bare.named_parameters() if head is not None and parameter is head.weight]
+    if missing[:1] == heads[:1] and missing:
+        named = next(iter(bare.config.architectures or ()), "the model")
+        raise ModelError(
+            f"{folder / CONFIG}: architectures",
+            f"{named} is loaded as {type(bare).__name__}, whose trained head {missing[0]} the weights lack",
+            "give the causal LM that it was made from",
         )
-    return "causal" if names[0] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else "encoder"
+    if missing or names.misshapen:
+        raise _of_another(min([*missing, *names.misshapen]), folder)
 
 
-def _weights(folder: Path, kind: Kind, dtype: torch.dtype) -> Any:
-    family = transformers.AutoModelForCausalLM if kind == "causal" else transformers.AutoModel
-    try:
-        model, report = family.from_pretrained(
+def _of_another(name: str, folder: Path) -> ModelError:
+    return ModelError(
+        str(folder), f"the weights lack or misshape {name}", "weights and config.json are of different models"
+    )
+
+
+def _unused(names: Names, stored: dict[str, StoredTensor], bare: Any) -> tuple[str, ...]:
+    """A trained head, or whatever else of the checkpoint the model has no place for."""
+    ignored = [re.compile(pattern) for pattern in bare._keys_to_ignore_on_load_unexpected or ()]
+    unused = [
+        name
+        for name in names.unused
+        if stored[name].dtype[0] in "FB" and stored[name].dtype != "BOOL"
+        if not any(pattern.search(name) for pattern in ignored)
+    ]
+    some = ", ".join(unused[:3]) + (" …" if len(unused) > 3 else "")
+    return (f"{len(unused)} tensors are left out, such as a head trained for something else: {some}",) if unused else ()
+
+
+def _weights(folder: Path, kind: Kind, dtype: torch.dtype, config: Any) -> Any:
+    with in_words(str(folder), "cannot be loaded", "fetch the model again"):
+        model, report = class_of(kind).from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,
+            generation_config=transformers.GenerationConfig(),  # else its file would be read, which nothing here needs
             ignore_mismatched_sizes=True,  # reported below, in words
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
-        raise ModelError(str(folder), f"cannot be loaded ({_first_line(error)})", "fetch the model again") from error
     misshapen = {name for name, *_ in report["mismatched_keys"]}
     wrong = sorted(name for name in misshapen.union(report["missing_keys"]) if not _UNUSED.search(name))
     if wrong:
-        raise ModelError(
-            str(folder), f"the weights lack or misshape {wrong[0]}", "weights and config.json are of different models"
-        )
+        raise _of_another(wrong[0], folder)
     return model.eval().requires_grad_(False)
-
-
-def _tokenizer(folder: Path) -> Any:
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the Rust tokenizers raise bare Exception
-        raise ModelError(
-            str(folder), f"the tokenizer cannot be loaded ({_first_line(error)})", "add its files to the folder"
-        ) from error
-    tokenizer.padding_side = "right"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def tokenizer_fingerprint(tokenizer: Any, task: Task | None = None) -> bytes:
     """32 bytes: SHA-256 over the ids of 64 fixed strings and, with a task, of its label words.
 
-    Each string enters as u32 count, then its u32 ids, little-endian. The masks' fingerprint is the one without a task.
+    Each string enters as u32 count, then its u32 ids, little-endian, with all that the tokenizer adds. The masks'
+    fingerprint is the one without a task.
     """
     strings = [*PROBES, *(task.label_words if task else ())]
     digest = hashlib.sha256()
-    for ids in _ids(tokenizer, strings):
+    for ids in ids_of(tokenizer, strings):
         digest.update(b"".join(value.to_bytes(4, "little") for value in [len(ids), *ids]))
     return digest.digest()
-
-
-def _ids(tokenizer: Any, strings: list[str] | tuple[str, ...]) -> list[list[int]]:
-    return [list(ids) for ids in tokenizer(list(strings))["input_ids"]]
 
 
 def linear_layers(model: Any) -> dict[str, nn.Linear]:
@@ -241,7 +267,3 @@ def all_weights(model: Any) -> dict[str, nn.Parameter]:
         if parameter.is_floating_point() and not _UNUSED.search(name)
     }
     return dict(sorted(weights.items(), key=lambda item: item[0].encode()))
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

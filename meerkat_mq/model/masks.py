@@ -15,8 +15,10 @@ from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask, MaskedMatrix
 from meerkat_mq.errors import MaskError
 from meerkat_mq.model.adapter import adapter_weights, new_adapter
-from meerkat_mq.model.calibration import CalibrationBatch, calibration_batches, each_gradient, input_norms
+from meerkat_mq.model.calibration import CalibrationBatch, calibration_batches, each_gradient, input_norms, reached
+from meerkat_mq.model.checkpoint import stored_tensors
 from meerkat_mq.model.load import LoadedModel, all_weights, linear_layers
+from meerkat_mq.model.names import check_stored, check_writable
 from meerkat_mq.wire.descriptor import MAX_RUN_WEIGHTS
 
 Method = Literal["sensitivity", "magnitude-activation", "magnitude", "random", "dense", "lora"]
@@ -39,6 +41,7 @@ def make_mask(
     length: int = 512,
     batch_size: int | None = None,
     progress: Progress | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Mask:
     """Keep the floor(size · density) best weights of each linear matrix; ties go to the lowest index.
 
@@ -46,9 +49,10 @@ def make_mask(
     encoder: of in-batch contrast between the halves of a document), MEERKAT (arXiv 2506.03337); `magnitude-activation`
     is |w|·‖x‖₂; `magnitude` is |w|; `random` is drawn from the seed. Two methods score nothing: `dense` takes every
     floating-point parameter that passes use, tied ones once, MeZO (arXiv 2305.17333); `lora` takes all of a fresh
-    adapter on the query and value projections. With every method a last pass over the batches yields g_p, the mean
-    signed gradient on the mask. Memory beyond the model's: one float32 matrix of scores for each linear matrix
-    (`sensitivity` alone), and one gradient and the activations of one block at a time.
+    adapter on the query and value projections. What gets no gradient from the calibration loss, such as a vision tower,
+    is left out: noise alone would move it. With every method a last pass over the batches yields g_p, the mean signed
+    gradient on the mask. Memory beyond the model's: one float32 matrix of scores for each linear matrix (`sensitivity`
+    alone), and one gradient and the activations of one block at a time.
 
     Args:
         loaded: a model whose dtype holds the checkpoint exactly.
@@ -61,19 +65,21 @@ def make_mask(
         length: tokens a sequence.
         batch_size: sequences a gradient; default: 1 for a causal LM, 16 for an encoder.
         progress: called with (batches done, all batches).
+        say: called with what a user should know about the mask.
 
     Raises:
         MaskError: an argument is out of range, the text is too short, a score is not finite, or the mask would hold no
             weight, or more than a run can.
-        UnsupportedModel: the model has no maskable matrices.
+        UnsupportedModel: the model has no maskable matrices, or some that cannot be written back into the checkpoint.
         ModelError: `lora` without peft.
     """
     _check(loaded, method, density)
-    if method == "lora":
-        loaded = new_adapter(loaded, rank)
-    weights = _weights(loaded, method)
+    candidates = _candidates(loaded, method)
     whole = density == 1 or method in ("dense", "lora")
-    counts = _counts(weights, 1 if whole else density)
+    if not whole:
+        _counts(candidates, density)
+    stored = stored_tensors(loaded.folder)
+    check_writable(loaded.names, stored, candidates, loaded.folder)
     batches = calibration_batches(
         loaded,
         texts,
@@ -82,15 +88,22 @@ def make_mask(
         length=length,
         batch_size=_DEFAULT_BATCH[loaded.kind] if batch_size is None else batch_size,
     )
+    weights = _inside(loaded, batches[0], candidates, say)
+    if method == "lora":
+        loaded = new_adapter(loaded, rank, weights)
+        weights = adapter_weights(loaded.model)
+    counts = _counts(weights, 1 if whole else density)
     passes = 1 + (not whole and method in ("sensitivity", "magnitude-activation"))
     tick = _ticker(progress, passes * len(batches))
     if whole:
         chosen = {name: np.arange(count) for name, count in counts.items()}
     else:
-        score = _scorer(loaded, batches, method, seed, tick)
+        score = _scorer(loaded, batches, method, seed, tick, weights=weights)
         chosen = {name: best(_finite(score(name), name), count) for name, count in counts.items()}
     g_p = _mean_gradient(loaded, batches, {name: weights[name] for name in chosen}, chosen, tick)
     matrices = tuple(_matrix(name, weights[name], indices, g_p[name]) for name, indices in chosen.items())
+    if method != "lora":
+        check_stored(loaded.names, stored, matrices)
     return Mask(matrices, loaded.fingerprint, loaded.tokenizer_fingerprint)
 
 
@@ -104,13 +117,24 @@ def _check(loaded: LoadedModel, method: Method, density: float) -> None:
         raise MaskError(str(loaded.folder), f"{dtype} rounds this checkpoint's weights", "load it in float32 for masks")
 
 
-def _weights(loaded: LoadedModel, method: Method) -> Mapping[str, Tensor]:
-    """What the mask chooses from, ordered by the bytes of the names."""
+def _candidates(loaded: LoadedModel, method: Method) -> Mapping[str, Tensor]:
+    """What the mask chooses from, or adapts, ordered by the bytes of the names."""
     if method == "dense":
         return all_weights(loaded.model)
-    if method == "lora":
-        return adapter_weights(loaded.model)
     return {name: layer.weight for name, layer in linear_layers(loaded.model).items()}
+
+
+def _inside(
+    loaded: LoadedModel, batch: CalibrationBatch, weights: Mapping[str, Tensor], say: Callable[[str], None]
+) -> dict[str, Tensor]:
+    """Those of the weights that the calibration loss depends on."""
+    found = reached(loaded, batch, weights)
+    outside = [name for name in weights if name not in found]
+    if len(outside) == len(weights):
+        raise MaskError("mask", "the calibration loss depends on no weight", "use another model")
+    if outside:
+        say(f"{len(outside)} matrices get no gradient from text and are left out: {outside[0]} …")
+    return {name: weight for name, weight in weights.items() if name in found}
 
 
 def _counts(weights: Mapping[str, Tensor], density: float) -> dict[str, int]:
@@ -146,16 +170,18 @@ def _scorer(
     method: Method,
     seed: int,
     tick: Callable[[], None],
+    *,
+    weights: Mapping[str, Tensor],
 ) -> Callable[[str], Tensor]:
     """Scores of a matrix by its name, in the shape of its weight, or flat."""
     layers = linear_layers(loaded.model)
     if method == "sensitivity":
-        squares = {name: torch.zeros_like(layer.weight, dtype=torch.float32) for name, layer in layers.items()}
+        squares = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
 
         def add(name: str, gradient: Tensor) -> None:
             squares[name].addcmul_(gradient, gradient)
 
-        each_gradient(loaded, batches, {name: layer.weight for name, layer in layers.items()}, add, tick)
+        each_gradient(loaded, batches, weights, add, tick)
         return squares.pop
     if method == "magnitude-activation":
         norms = input_norms(loaded, batches, tick)

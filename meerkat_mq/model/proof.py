@@ -17,7 +17,8 @@ from meerkat_mq.model.changes import FLOATS, changes_of
 from meerkat_mq.model.checkpoint import INDEX, stored_tensors, weight_files
 from meerkat_mq.model.engine import TransformersEngine
 from meerkat_mq.model.export import exported_files
-from meerkat_mq.model.load import LoadedModel, find_folder, load_model
+from meerkat_mq.model.folder import find_folder
+from meerkat_mq.model.load import LoadedModel, load_model
 from meerkat_mq.model.probes import PROBES
 from meerkat_mq.model.scoring import scorer_for
 from meerkat_mq.wire.descriptor import Task
@@ -58,7 +59,7 @@ def check_loaded(folder: Path, source: str | Path, mask: Mask, theta: Float32Arr
     engine.write(theta if merged else rounded)
     expected = _look(engine.loaded, task)
     del engine
-    found = _look(load_model(folder), task)
+    found = _look(load_model(folder, finite=False), task)
     problem = _difference(expected, found, merged=merged, formats=formats)
     if problem is not None:
         problem += _altered(folder, base)

@@ -68,8 +68,8 @@ class CausalScorer:
     """
 
     def __init__(self, loaded: LoadedModel, task: Task) -> None:
+        self._loaded = loaded
         self._model = loaded.model
-        self._tokenizer = loaded.tokenizer
         self._task = task
         self._device = loaded.model.device
         self._head = _Head(loaded.model)
@@ -89,8 +89,8 @@ class CausalScorer:
 
     def tokens(self, rows: Sequence[Row]) -> list[list[int]]:
         """Prompts, cut from the left to the task's limit."""
-        prompts = self._tokenizer([fill(self._task.template, row) for row in rows])["input_ids"]
-        return [_cut(prompt, self._limit, self._tokenizer.bos_token_id) for prompt in prompts]
+        prompts = self._loaded.prompts([fill(self._task.template, row) for row in rows])
+        return [_cut(prompt, self._limit, self._loaded.start) for prompt in prompts]
 
     def collate(self, tokens: Sequence[list[int]]) -> CausalInputs:
         """One sequence for each prompt and stem."""
@@ -125,7 +125,7 @@ def _room(loaded: LoadedModel, task: Task, words: int) -> int:
     """
     limit = min(task.max_tokens, loaded.max_tokens)
     tail = task.template.rpartition("}")[2]
-    fixed = len(loaded.tokenizer(tail)["input_ids"])
+    fixed = len(loaded.prompts([tail])[0])
     if limit < words + fixed + 1:
         key = "max_tokens" if limit == task.max_tokens else "label_words"
         problem = f"{limit} tokens leave none for a row: label words take {words}, the end of the template {fixed}"
@@ -160,12 +160,12 @@ def candidate_ids(tokenizer: Any, task: Task) -> list[tuple[int, ...]]:
     return candidates
 
 
-def _cut(ids: list[int], limit: int, bos: int | None) -> list[int]:
-    """The last `limit` tokens, the sequence's start token kept; an empty prompt becomes one token."""
+def _cut(ids: list[int], limit: int, start: tuple[int, ...]) -> list[int]:
+    """The last `limit` tokens, with the start tokens before them; an empty prompt becomes one token."""
     if len(ids) <= limit:
-        return ids or [bos or 0]
-    start = ids[:1] if ids[0] == bos else []
-    return start + ids[len(ids) - limit + len(start) :]
+        return ids or [0]
+    first = ids[: len(start)] if ids[: len(start)] == list(start) else []
+    return [*first, *ids[len(ids) - max(limit - len(first), 0) :]][:limit]
 
 
 class _Head:

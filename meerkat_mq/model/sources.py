@@ -268,7 +268,7 @@ def _hub_records(source: str, columns: Sequence[str]) -> Iterator[FileRow]:
 
     datasets.disable_progress_bars()
     try:
-        rows = datasets.load_dataset(match["path"], match["config"], split=match["split"])
+        rows = datasets.load_dataset(match["path"], match["config"], split=match["split"], trust_remote_code=False)
     except Exception as error:  # the library, its readers and the hub's client raise all kinds
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise DataError(

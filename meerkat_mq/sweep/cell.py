@@ -16,7 +16,8 @@ from meerkat_mq.demo.settings import WEIGHTS
 from meerkat_mq.model.checkpoint import fingerprint
 from meerkat_mq.model.engine import TransformersEngine
 from meerkat_mq.model.evaluate import Evaluation, evaluate
-from meerkat_mq.model.load import LoadedModel, find_folder, linear_layers, load_model
+from meerkat_mq.model.folder import find_folder
+from meerkat_mq.model.load import LoadedModel, linear_layers, load_model
 from meerkat_mq.model.masks import make_mask
 from meerkat_mq.observe.process import peak_rss_mib
 from meerkat_mq.sweep.energy import EnergyMeter

@@ -20,8 +20,9 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.errors import ModelError, ModelNotFound
 from meerkat_mq.model.checkpoint import stored_tensors, weight_files
 from meerkat_mq.model.export import export_model
+from meerkat_mq.model.folder import find_folder
 from meerkat_mq.model.links import model_files
-from meerkat_mq.model.load import find_folder, load_model
+from meerkat_mq.model.load import load_model
 
 Snapshot = dict[str, tuple[int, int, bytes]]
 

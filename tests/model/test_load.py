@@ -97,7 +97,7 @@ def test_folder_without_config(copy: Callable[[str], Path]) -> None:
 def test_damaged_config(copy: Callable[[str], Path], config: str) -> None:
     folder = copy("llama")
     (folder / "config.json").write_text(config)
-    with pytest.raises(ModelError, match=r"config\.json: cannot be used"):
+    with pytest.raises(ModelError, match=r"config\.json: .*cannot be used"):
         load_model(folder)
 
 

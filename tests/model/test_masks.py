@@ -13,11 +13,11 @@ from hypothesis.extra import numpy as hnp
 
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.errors import MaskError
-from meerkat_mq.model.adapter import new_adapter
+from meerkat_mq.model.adapter import adapter_weights, new_adapter
 from meerkat_mq.model.calibration import CalibrationBatch, calibration_batches, calibration_loss, each_gradient
 from meerkat_mq.model.data import read_texts
 from meerkat_mq.model.load import LoadedModel, linear_layers, load_model
-from meerkat_mq.model.masks import METHODS, Method, _counts, _weights, best, make_mask
+from meerkat_mq.model.masks import METHODS, Method, _candidates, _counts, best, make_mask
 from tests.model import tiny
 
 Load = Callable[..., LoadedModel]
@@ -32,7 +32,7 @@ def batches_of(loaded: LoadedModel, name: str) -> list[CalibrationBatch]:
 def gradients(loaded: LoadedModel, name: str, method: Method = "sensitivity") -> list[dict[str, torch.Tensor]]:
     """By hand: the gradient of each matrix for each calibration batch."""
     loaded = new_adapter(loaded, 8) if method == "lora" else loaded
-    weights = _weights(loaded, method)
+    weights = adapter_weights(loaded.model) if method == "lora" else _candidates(loaded, method)
     for weight in weights.values():
         weight.requires_grad_(True)
     found = []
@@ -175,17 +175,7 @@ def test_what_the_mask_holds(load: Load) -> None:
 @pytest.mark.parametrize(("density", "count"), [(0.29, 29), (0.07, 7), (1e-2, 1), (0.999, 99)])
 def test_counts_are_exact_floors_of_decimals(density: float, count: int) -> None:
     """0.29 · 100 is below 29 in floats."""
-
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.blocks = torch.nn.ModuleList([torch.nn.Linear(10, 10)])
-
-        def get_output_embeddings(self) -> None:
-            return None
-
-    loaded = LoadedModel(Model(), None, "causal", Path(), bytes(32), bytes(32), exact=True, max_tokens=8)
-    assert _counts(_weights(loaded, "magnitude"), density) == {"blocks.0.weight": count}
+    assert _counts({"blocks.0.weight": torch.empty(10, 10)}, density) == {"blocks.0.weight": count}
 
 
 def test_density_one_is_dense(load: Load) -> None:

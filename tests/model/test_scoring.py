@@ -243,9 +243,10 @@ def test_the_limit_is_kept_for_every_row(load: Load, name: str, task: Task) -> N
 
 def test_cutting_keeps_any_limit() -> None:
     for limit in range(1, 6):
-        assert len(_cut([0, 1, 2, 3, 4, 5], limit, 0)) == limit
-        assert _cut([7, 1, 2, 3, 4, 5], limit, 0) == [1, 2, 3, 4, 5][-limit:]
-    assert _cut([], 3, None) == [0]
+        assert len(_cut([0, 1, 2, 3, 4, 5], limit, (0,))) == limit
+        assert _cut([7, 1, 2, 3, 4, 5], limit, (0,)) == [1, 2, 3, 4, 5][-limit:]
+    assert _cut([8, 0, 1, 2, 3], 3, (8, 0)) == [8, 0, 3]
+    assert _cut([], 3, ()) == [0]
 
 
 @pytest.mark.parametrize(

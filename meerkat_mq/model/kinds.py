@@ -1,0 +1,127 @@
+"""Which kind of model a configuration describes: decided by its class, as transformers maps it, not by a name."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from meerkat_mq.errors import ModelError, UnsupportedModel
+from meerkat_mq.model.folder import CONFIG, Json, read_json
+from meerkat_mq.model.in_words import in_words
+
+Kind = Literal["causal", "encoder"]
+
+_POSITIVE = {
+    *("hidden_size", "n_embd", "d_model", "dim", "intermediate_size", "n_inner", "vocab_size", "head_dim"),
+    *("num_attention_heads", "n_head", "n_heads", "num_key_value_heads", "num_local_experts", "num_experts"),
+}
+_LAYERS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers"}
+_POSITIONS = {"max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"}
+_MOST_POSITIONS = 1 << 24
+_RESTORE = "restore the model's own config.json"
+_ANOTHER = "give a causal LM (…ForCausalLM), or an encoder such as BERT or MiniLM"
+
+
+def read_config(folder: Path, tensors: int) -> Any:
+    """The model's configuration.
+
+    Args:
+        folder: after a look at it.
+        tensors: how many tensors the checkpoint holds; no model has more layers.
+
+    Raises:
+        ModelError: config.json does not describe a model; names the key where it is known.
+    """
+    file = folder / CONFIG
+    table = read_json(file)
+    _check_table(file, table, tensors)
+    for key in ("text_config", "vision_config", "audio_config"):
+        if isinstance(table.get(key), dict):
+            _check_table(file, table[key], tensors, f"{key}.")
+    with in_words(str(file), "cannot be used", _RESTORE, table):
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        text = config.get_text_config()
+        pad, ids = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+    if pad is not None and ids is not None and not -ids <= pad < ids:  # Llama's -1 is the last
+        raise ModelError(f"{file}: pad_token_id", f"{pad} is no id of the {ids} embeddings", _RESTORE)
+    return config
+
+
+def _check_table(file: Path, table: Json, tensors: int, prefix: str = "") -> None:
+    """Values that would be believed: sizes below one, layers or positions without end."""
+    for key, value in table.items():
+        where = f"{file}: {prefix}{key}"
+        most = tensors if key in _LAYERS else _MOST_POSITIONS if key in _POSITIONS else 1 << 31
+        if (
+            key in _POSITIVE | _LAYERS | _POSITIONS
+            and value is not None
+            and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most)
+        ):
+            raise ModelError(
+                where, f"{_short(value)} is no integer from 1 to {most:,}", "restore the model's own value"
+            )
+    if not prefix:
+        _check_type(file, table)
+
+
+def _check_type(file: Path, table: Json) -> None:
+    model_type, names = table.get("model_type"), table.get("architectures")
+    if not isinstance(model_type, str):
+        raise ModelError(f"{file}: model_type", "is missing, or no name", "give the folder of a Hugging Face model")
+    if model_type not in CONFIG_MAPPING_NAMES:
+        raise ModelError(
+            f"{file}: model_type",
+            f"{model_type!r} cannot be used: transformers {transformers.__version__} does not know it",
+            "update transformers, or use another model",
+        )
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ModelError(f"{file}: architectures", f"{_short(names)} is no list of names", "restore the model's own")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else f"{text[:60]}…"
+
+
+def kind_of(config: Any, folder: Path) -> Kind:
+    """Causal LM or encoder, by the configuration's class; one that can be both, such as BERT, by its `is_decoder`.
+
+    Raises:
+        UnsupportedModel: it is neither, or says that it is a causal LM while its attention sees later tokens.
+    """
+    family, named = config.model_type, next(iter(config.architectures or ()), None)
+    causal, encoder = family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, family in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    where = f"{folder / CONFIG}: architectures"
+    if getattr(config, "is_encoder_decoder", False) or not (causal or encoder):
+        raise UnsupportedModel(where, f"{named or family} is neither a causal LM nor an encoder", _ANOTHER)
+    if causal and (not encoder or getattr(config, "is_decoder", False)):
+        return "causal"
+    if named in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise UnsupportedModel(
+            where,
+            f"{named} is a causal LM, but is_decoder is false, so that its attention sees later tokens",
+            "set is_decoder to true; or, for an encoder, architectures to the class without a head",
+        )
+    return "encoder"
+
+
+def class_of(kind: Kind) -> Any:
+    """The class of transformers that loads a kind."""
+    return transformers.AutoModelForCausalLM if kind == "causal" else transformers.AutoModel
+
+
+def skeleton(config: Any, kind: Kind, folder: Path) -> Any:
+    """The model without weights: names, shapes and ties, in no memory.
+
+    Raises:
+        ModelError: the configuration contradicts itself.
+    """
+    file = folder / CONFIG
+    with in_words(str(file), "cannot be used", _RESTORE, read_json(file)), torch.device("meta"):
+        return class_of(kind).from_config(config, trust_remote_code=False)

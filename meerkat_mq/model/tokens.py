@@ -1,0 +1,127 @@
+"""The tokenizer of a model: read in words, held against the embeddings, and what it adds to a text by itself."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from meerkat_mq.errors import ModelError
+from meerkat_mq.model.folder import TOKENIZER_CONFIG
+from meerkat_mq.model.in_words import in_words
+from meerkat_mq.model.kinds import Kind
+from meerkat_mq.model.probes import PROBES
+
+_FEWEST = 8  # tokens: what a text that says anything needs
+_TEXT = "The quick brown fox"
+_OWN_FILES = "put this model's own tokenizer files into the folder"
+
+
+def read_tokenizer(folder: Path, kind: Kind) -> Any:
+    """The tokenizer; it pads on the right, with its end token where it has no pad token.
+
+    Raises:
+        ModelError: its files are absent, damaged, or contradict each other.
+    """
+    with in_words(str(folder), "the tokenizer cannot be loaded", "add its files to the folder"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer.padding_side = "right"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        ids_of(tokenizer, PROBES)
+    if kind == "encoder" and tokenizer.pad_token_id is None:
+        raise ModelError(f"{folder / TOKENIZER_CONFIG}: pad_token", "is missing, and an encoder needs it", _OWN_FILES)
+    if not isinstance(tokenizer.model_max_length, int | float) or not tokenizer.model_max_length >= _FEWEST:
+        raise ModelError(
+            f"{folder / TOKENIZER_CONFIG}: model_max_length",
+            f"{tokenizer.model_max_length!r} tokens hold no text",
+            "restore the model's own value",
+        )
+    return tokenizer
+
+
+def ids_of(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Ids as the tokenizer itself gives them, with all that it adds."""
+    return [list(ids) for ids in tokenizer(list(texts))["input_ids"]]
+
+
+def check_ids(tokenizer: Any, embeddings: int, folder: Path) -> None:
+    """Make sure that the model has an embedding for each token, special and added ones too: a text may name any.
+
+    Raises:
+        ModelError: it has not; names the token.
+    """
+    with in_words(str(folder), "the tokenizer's tokens cannot be listed", _OWN_FILES):
+        table = {token: int(number) for token, number in tokenizer.get_vocab().items()}
+        token = max(table, key=table.__getitem__, default="")
+    if token and table[token] >= embeddings:
+        raise ModelError(
+            str(folder),
+            f"the tokenizer makes ids beyond the {embeddings} embeddings: {token!r} is {table[token]}",
+            f"{_OWN_FILES}, or save the model after resize_token_embeddings()",
+        )
+
+
+def added_around(tokenizer: Any, folder: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that the tokenizer puts before and after any text.
+
+    Raises:
+        ModelError: without them it makes other tokens of the same text.
+    """
+    text = _TEXT
+    whole = ids_of(tokenizer, [text])[0]
+    bare = list(tokenizer([text], add_special_tokens=False)["input_ids"][0])
+    for start in range(len(whole) - len(bare) + 1):
+        if bare and whole[start : start + len(bare)] == bare:
+            return tuple(whole[:start]), tuple(whole[start + len(bare) :])
+    raise ModelError(
+        str(folder), f"the tokenizer makes nothing of {text!r}, or other tokens than beside special ones", _OWN_FILES
+    )
+
+
+def prompt_ids(tokenizer: Any, start: tuple[int, ...], texts: Sequence[str]) -> list[list[int]]:
+    """Ids of texts that a causal LM is to continue: `start` before each, nothing after its last token of text.
+
+    An end token that the tokenizer would append tells the model that nothing follows. A start token that the text
+    itself begins with is not put before it a second time.
+
+    Args:
+        tokenizer: of a causal LM.
+        start: as `once` leaves what the tokenizer puts before a text.
+        texts: any.
+    """
+    bare = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    return [[*start, *_without(list(ids), start[-1:])] for ids in bare]
+
+
+def once(start: tuple[int, ...]) -> tuple[int, ...]:
+    """Start tokens without immediate repetition: models never saw two."""
+    return tuple(token for index, token in enumerate(start) if not index or start[index - 1] != token)
+
+
+def _without(ids: list[int], first: tuple[int, ...]) -> list[int]:
+    while first and ids[:1] == list(first):
+        ids = ids[1:]
+    return ids
+
+
+def usable_tokens(tokenizer: Any, config: Any, model: Any, folder: Path) -> int:
+    """The longest input, in tokens: what tokenizer, configuration and position embeddings all hold.
+
+    Position embeddings with a padding index start after it: RoBERTa's 514 hold 512 tokens.
+
+    Raises:
+        ModelError: it is too short for any text.
+    """
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None) or 0  # XLNet says -1: any number
+    limits = [tokenizer.model_max_length, positions if positions > 0 else math.inf]
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            limits.append(module.num_embeddings - padding - 1)
+    longest = int(min(*limits, 2**31))
+    if longest < _FEWEST:
+        raise ModelError(str(folder), f"its positions hold {longest} tokens", "restore the model's own config.json")
+    return longest
