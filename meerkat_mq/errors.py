@@ -21,6 +21,8 @@ MeerkatError                     1
 │   ├── TooFewNodes
 │   ├── RunMismatch                  ledger, digest or settings do not fit the run
 │   ├── LedgerError                  the ledger's file or folder cannot be used
+│   │   └── LedgerUnavailable            not now: its disk is full, or another process writes it
+│   │       └── LedgerFailing                its disk cannot be read or written
 │   └── DrillFailed                  a fault drill or simulation ended with a violation
 └── WireError                    7   bytes from the broker that do not decode
     ├── Truncated
@@ -177,6 +179,14 @@ class RunMismatch(RunError):
 
 class LedgerError(RunError):
     """The ledger's file or folder cannot be used; the file is left as it was."""
+
+
+class LedgerUnavailable(LedgerError):
+    """The ledger cannot be read or written just now; what was tried left no trace, and a server tries it again."""
+
+
+class LedgerFailing(LedgerUnavailable):
+    """The ledger's disk gives errors; a server that meets them for long ends, for its supervisor to start it again."""
 
 
 class DrillFailed(RunError):

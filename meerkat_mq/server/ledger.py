@@ -79,11 +79,15 @@ class Ledger(LedgerReader):
             yield
             return
         with ledger_file.in_words(self.path):
+            before = (self._mine, set(self._loose))
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 self._assert_in_charge()
                 yield
                 self._connection.execute("COMMIT")
+            except BaseException:
+                self._mine, self._loose = before  # so that it can be tried again
+                raise
             finally:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")

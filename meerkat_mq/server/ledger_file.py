@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from meerkat_mq.core.files import keep_names
-from meerkat_mq.errors import ConfigError, LedgerError, WireError
+from meerkat_mq.errors import ConfigError, LedgerError, LedgerFailing, LedgerUnavailable, WireError
 from meerkat_mq.server.remains import check_remains
 
 APPLICATION_ID = 0x4D4B4C47  # "MKLG"
@@ -79,18 +79,25 @@ _PROBLEMS = {
         "see to the disk, and start the server again: it goes on where it was",
     ),
 }
+_LATER: dict[str, type[LedgerError]] = {  # what a disk, or another process, can do for a while
+    "SQLITE_FULL": LedgerUnavailable,
+    "SQLITE_BUSY": LedgerUnavailable,
+    "SQLITE_PROTOCOL": LedgerUnavailable,
+    "SQLITE_IOERR": LedgerFailing,
+}
 
 
 @contextmanager
 def in_words(path: Path) -> Iterator[None]:
-    """Make a LedgerError of what SQLite says."""
+    """Make a LedgerError of what SQLite says; a LedgerUnavailable where it may say otherwise a moment later."""
     try:
         yield
     except sqlite3.Error as error:
         name = getattr(error, "sqlite_errorname", "")
         words = next((words for code, words in _PROBLEMS.items() if name.startswith(code)), _DAMAGED)
+        kind = next((kind for code, kind in _LATER.items() if name.startswith(code)), LedgerError)
         said = str(error).partition(" with text ")[0]  # after that come all bytes of what should be text
-        raise LedgerError(str(path), f"{words[0]} ({said})", words[1]) from error
+        raise kind(str(path), f"{words[0]} ({said})", words[1]) from error
 
 
 @contextmanager

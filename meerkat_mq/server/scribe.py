@@ -11,6 +11,8 @@ from typing import Protocol, TypeVar, TypeVarTuple
 
 from meerkat_mq.core.path import Displacement, Term
 from meerkat_mq.core.replica import Replica
+from meerkat_mq.errors import LedgerUnavailable
+from meerkat_mq.observe.spare import Spare
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.records import Share, UpdateRecord, Verdict
 from meerkat_mq.rounds.server import ServerMachine
@@ -18,6 +20,7 @@ from meerkat_mq.server.displacement import mean_of
 from meerkat_mq.server.files import keep_mask
 from meerkat_mq.server.ledger import Ledger
 from meerkat_mq.server.ledger_rows import Sighting
+from meerkat_mq.server.patience import patiently
 from meerkat_mq.server.recovery import follow, resumed
 from meerkat_mq.server.run import Run
 from meerkat_mq.server.snapshots import Snapshots
@@ -103,12 +106,14 @@ class Scribe:
         server_id: random, one a process; 16 hex digits.
         committed: version and theta that the ledger holds.
         past: what it held before this server.
+        spare: writes what the run can do without.
     """
 
     def __init__(self, ledger: Ledger, replica: Replica, run: Run, snapshots: Snapshots, worker: Executor) -> None:
         self.server_id = secrets.token_hex(8)
         self.committed = (replica.version, replica.theta)
         self.past = Past.of(ledger)
+        self.spare = Spare()
         self._ledger = ledger
         self._replica = replica
         self._run = run
@@ -144,7 +149,7 @@ class Scribe:
         """Work until cancelled.
 
         Raises:
-            LedgerError: the ledger or a snapshot cannot be written; nobody was told of what was not kept.
+            LedgerError: the ledger is damaged, or its disk fails for long; nobody was told of what was not kept.
             AnotherServer: the ledger holds another server's term.
         """
         while True:
@@ -175,13 +180,17 @@ class Scribe:
     async def _off_the_loop(self, function: Callable[[*Args], Result], *args: *Args) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._worker, function, *args)
 
+    async def _patiently(self, function: Callable[[*Args], Result], *args: *Args) -> Result:
+        """Off the loop, what leaves no trace where the ledger's disk cannot take it: it is tried again."""
+        return await patiently(lambda: self._off_the_loop(function, *args))
+
     # --- commits ---
 
     async def _commit(self, desk: Desk, group: Sequence[Commit]) -> None:
         if not group:
             return
         records = tuple(work.record for work in group if isinstance(work, e.CommitUpdate))
-        await self._off_the_loop(self._write, records, group)
+        await self._patiently(self._write, records, group)
         now = asyncio.get_running_loop().time()
         if records:
             desk.handle(e.UpdatesCommitted(now, records))
@@ -218,17 +227,17 @@ class Scribe:
         now = asyncio.get_running_loop().time
         match task:
             case e.ApplyTerms(version, terms, shares):
-                after, displacement = await self._off_the_loop(self._apply, terms, shares)
+                after, displacement = await self._patiently(self._apply, terms, shares)
                 desk.handle(e.TermsApplied(now(), version, after, displacement))
             case KeepValues(node, update, blob, verdict):
-                await self._off_the_loop(self._ledger.keep_blob, blob)
+                await self._patiently(self._ledger.keep_blob, blob)
                 desk.handle(e.ValuesCame(now(), node, update, verdict))  # it commits the update at once, or never
             case e.KeepSnapshot(version, head):
-                await self._off_the_loop(self._snapshots.keep, version, head, self._replica.theta)
+                await self._off_the_loop(self._keep_snapshot, version, head)
             case e.TakeTerm(above):
                 await asyncio.sleep(self._term_at - now())
                 self._term_at = now() + TERM_PAUSE_S
-                desk.took_term(*await self._off_the_loop(self._take_term, above))
+                desk.took_term(*await self._patiently(self._take_term, above))
 
     def _apply(self, terms: Sequence[Term], shares: Sequence[Share]) -> tuple[bytes, Displacement | None]:
         """Apply an entry to theta; the digest after it, and its displacement, which is kept."""
@@ -239,15 +248,24 @@ class Scribe:
         name = self._ledger.keep_blob(blob)
         return self._replica.apply(terms, decode_values(blob, name, size)), Displacement(name, len(blob))
 
+    def _keep_snapshot(self, version: int, head: bytes) -> None:
+        """Keep a snapshot: one that cannot be costs those who catch up, nobody else."""
+        self.spare.write("snapshot", lambda: self._snapshots.keep(version, head, self._replica.theta))
+        self._keep_mask()
+
+    def _keep_mask(self) -> None:
+        self.spare.write("mask", lambda: keep_mask(self._ledger.path.parent, self._run.descriptor, self._run.mask))
+
     async def _answer(self, desk: Desk, want: Want) -> None:
-        match want:
-            case e.SendEntries(node, first):
-                answer = await self._off_the_loop(self._help, desk.header(), first)
-                if answer is not None:
-                    desk.reply(node, answer)
-            case e.SendChunks(node, request):
-                for chunk in await self._off_the_loop(self._chunks, desk.header(), request):
-                    desk.reply(node, chunk)
+        with suppress(LedgerUnavailable):  # a node asks again
+            match want:
+                case e.SendEntries(node, first):
+                    answer = await self._off_the_loop(self._help, desk.header(), first)
+                    if answer is not None:
+                        desk.reply(node, answer)
+                case e.SendChunks(node, request):
+                    for chunk in await self._off_the_loop(self._chunks, desk.header(), request):
+                        desk.reply(node, chunk)
 
     def _chunks(self, header: Header, want: WantFrame) -> list[Chunk]:
         """Of a snapshot or of an entry's displacement, at most 64; none of anything else."""
@@ -271,8 +289,8 @@ class Scribe:
             if self._ledger.run is None:
                 self._ledger.begin(self._run.descriptor, self._run.rules)
             term = self._ledger.take_term(above, self.server_id, socket.gethostname())
-        self._ledger.checkpoint()  # whoever copies the main file alone, has the run
-        keep_mask(self._ledger.path.parent, self._run.descriptor, self._run.mask)
+        self.spare.write("checkpoint", self._ledger.checkpoint)  # whoever copies the main file alone, has the run
+        self._keep_mask()
         version, theta = self.committed
         self._replica.load(theta, version)
         follow(self._ledger, self._run, self._replica)  # another server may have gone on meanwhile

@@ -17,15 +17,14 @@ from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.alarm import Alarm
 from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.server.fetches import Fetches
-from meerkat_mq.server.files import DIFFERENCE_FILE, unusable
 from meerkat_mq.server.measure import Measurer
+from meerkat_mq.server.model_file import ModelFile
 from meerkat_mq.server.run import Run, early_stopping_in_words, mode_in_words
 from meerkat_mq.server.scribe import KeepMetrics, KeepSightings, Scribe
 from meerkat_mq.server.succession import Succession
 from meerkat_mq.server.watch import Watch
 from meerkat_mq.wire.arrays import chunks_of, split
 from meerkat_mq.wire.descriptor import ControlMessage, NodeStatus, ServerState, decode_control
-from meerkat_mq.wire.difference import Difference
 from meerkat_mq.wire.frames import decode, encode
 from meerkat_mq.wire.messages import Chunk, Entries, Header, Offer, Refusal, Round, Update, Want, Welcome
 from meerkat_mq.wire.topics import Topics
@@ -49,6 +48,7 @@ class Server:
         self._server_id = scribe.server_id
         self._measurer = Measurer(run)
         self._fetches = Fetches(run.mask.size, self, scribe.put)
+        self._model = ModelFile(config.state_dir, run, scribe)
         self._watch = watch
         self._observe = observer
         self._log = structlog.get_logger().bind(federation=config.federation, run=run.descriptor.run[:8])
@@ -99,18 +99,14 @@ class Server:
                 await self._watch.finish(self._scribe.committed[1], self._updates())
                 self._note_sightings()
                 await self._scribe.idle()
-                await self._scribe.in_charge(self._save)
-                self._log.info("model saved", file=str(self._config.state_dir / DIFFERENCE_FILE))
+                await self._model.complete(once=self._config.once)
                 if not self._config.once:
                     await asyncio.Event().wait()
                 for task in work:
                     task.cancel()
-        except asyncio.CancelledError:
-            await self._scribe.in_charge(self._save)
-            raise
         except BaseException:
             with suppress(MeerkatError):  # what went wrong first is what has to be said
-                await self._scribe.in_charge(self._save)
+                await self._model.leave()
             raise
 
     async def _write(self) -> None:
@@ -136,18 +132,6 @@ class Server:
                 f"{online} of {self._config.rounds.min_nodes} nodes came within {wait_s:g} s",
                 "start more nodes, or lower rounds.min_nodes",
             ) from None
-
-    def _save(self) -> None:
-        """Leave the model as the ledger says, unless no round closed since it was last left; blocks."""
-        version, theta = self._scribe.committed
-        if version == self._saved:
-            return
-        difference = Difference(self._run.mask, theta, self._run.descriptor.run_id, version)
-        try:
-            difference.save(self._config.state_dir / DIFFERENCE_FILE)
-        except OSError as error:
-            raise unusable(self._config, error) from error
-        self._saved = version
 
     async def _keep_sightings(self) -> None:
         while True:

@@ -9,9 +9,10 @@ from meerkat_mq.extras import importing, need
 from meerkat_mq.observe.events import Observer
 from meerkat_mq.observe.process import Threads
 from meerkat_mq.server.alive import alive
-from meerkat_mq.server.files import keep_mask, unusable
+from meerkat_mq.server.files import unusable
 from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
 from meerkat_mq.server.mark import marked
+from meerkat_mq.server.patience import patiently
 from meerkat_mq.server.recovery import recovered
 from meerkat_mq.server.remains import check_remains
 from meerkat_mq.server.run import Run, check_same, prepare_run
@@ -50,12 +51,12 @@ async def serve(config: ServerConfig, *, replace: bool = False, observer: Observ
     except OSError as error:
         raise unusable(config, error) from error
     with alive(config.state_dir), Threads(1, "ledger") as worker:
-        ledger = await off_the_loop(worker, Ledger.open, config.state_dir / LEDGER_FILE)
+        ledger = await patiently(lambda: off_the_loop(worker, Ledger.open, config.state_dir / LEDGER_FILE))
         try:
-            run = await off_the_loop(worker, _prepare, config, ledger)
+            run = await patiently(lambda: off_the_loop(worker, _prepare, config, ledger))
             evaluator = await asyncio.to_thread(_load_evaluator, config, run)
             snapshots = Snapshots(config.state_dir, ledger, run.descriptor)
-            replica = await off_the_loop(worker, recovered, ledger, run, snapshots)
+            replica = await patiently(lambda: off_the_loop(worker, recovered, ledger, run, snapshots))
             scribe = await off_the_loop(worker, Scribe, ledger, replica, run, snapshots, worker)
             every = config.evaluation.every if config.evaluation else 1
             watch = Watch(observer, evaluator, every, run.descriptor)
@@ -73,7 +74,6 @@ def _prepare(config: ServerConfig, ledger: Ledger) -> Run:
     run = prepare_run(config, begun)
     if begun is not None:
         check_same(run, begun, ledger.rules, str(ledger.path))
-        keep_mask(config.state_dir, begun, run.mask)
     return run
 
 
