@@ -83,8 +83,11 @@ async def run_drill(plan: Plan, out: Path, console: Console) -> Verdict:
             verdict = await drill.run()
         finally:
             shown.cancel()
-    write_atomically(out / VERDICT_FILE, verdict.to_json().encode())
-    write_page(out / REPORT_FILE, verdict)
+    try:
+        write_atomically(out / VERDICT_FILE, verdict.to_json().encode())
+        write_page(out / REPORT_FILE, verdict)
+    except OSError as error:
+        raise ConfigError(f"--out {out}", f"cannot be written ({error.strerror})", "choose another folder") from error
     return verdict
 
 

@@ -14,6 +14,7 @@ from meerkat_mq.chaos.plan import Plan, Strike, is_core
 from meerkat_mq.chaos.stage import SERVER, Stage
 from meerkat_mq.chaos.verdict import Struck, Verdict
 from meerkat_mq.errors import ConfigError, DrillFailed, MeerkatError
+from meerkat_mq.observe.streams import lossy
 
 START_S = 300.0
 FURTHER_ROUNDS = 10  # of a federation that goes on without us
@@ -75,7 +76,7 @@ class Drill:
         self._began = asyncio.get_running_loop().time()
         with record:
             async with Stage(self._plan, self._out) as stage:
-                observer = Observer(stage.observed, stage.federation, self._clock, record)
+                observer = Observer(stage.observed, stage.federation, self._clock, lossy(record))
                 async with self._observing(observer):
                     await self._until_training(observer)
                     await self._strike_all(stage, observer)

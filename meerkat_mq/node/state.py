@@ -1,22 +1,26 @@
 """What a node keeps between starts: a lock, the step counter, the mask, and the update that was not heard yet.
 
-Losing it costs a `want` or a step, never correctness.
+Losing it costs a `want` or a step, never correctness. So none of it ends a node that has started: what the disk does
+not take is kept in memory, and written as soon as it does.
 """
 
 import json
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
-from filelock import FileLock, Timeout
 
 from meerkat_mq.core.files import write_atomically
+from meerkat_mq.core.lock import locked
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import short_hash
 from meerkat_mq.errors import BadMagic, BadValue, ConfigError, MaskError, TooLarge, WireError
+from meerkat_mq.observe.spare import Spare
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.frames import MAX_FRAME_BYTES, decode, encode
 from meerkat_mq.wire.messages import Header, Update
@@ -26,6 +30,7 @@ from meerkat_mq.wire.values import largest_blob
 _MAGIC = b"MKUPDT\x01\n"
 _HEAD = struct.Struct("<8s16sI")  # magic, run id, bytes of the frame; then the frame and the blob
 _NO_BLOB = short_hash(b"")
+AGAIN_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +46,12 @@ class NodeState:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._lock: FileLock | None = None
+        self._open = ExitStack()
+        self._spare = Spare()
+        self._owed: dict[str, Callable[[], None]] = {}  # what the disk did not take, by what it is
+        self._try_again_at = 0.0
+        self._writing = threading.Lock()  # the model's thread and others write
+        self._steps: tuple[str, int] | None = None  # a run, and the local steps that were taken in it
 
     def __enter__(self) -> "NodeState":
         """Lock the folder.
@@ -49,31 +59,41 @@ class NodeState:
         Raises:
             ConfigError: it cannot be made or written, or another process holds it.
         """
-        with self._writing():
+        where = f"state_dir {self._folder}"
+        try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(self._folder / "lock")
-            try:
-                self._lock.acquire(timeout=0)
-            except Timeout:
-                raise ConfigError(self._where, "is in use by another node process", "give each its own") from None
+            has_locks = self._open.enter_context(locked(self._folder / "lock", where, "node process"))
+        except OSError as error:
+            problem = f"cannot be used ({error.strerror})"
+            raise ConfigError(where, problem, "name a folder that can be written") from error
+        if not has_locks:
+            structlog.get_logger().warning("no locks on this volume", folder=str(self._folder),
+                                           means="nothing keeps a second process out")  # fmt: skip
         return self
 
     def __exit__(self, *_: object) -> None:
         """Unlock the folder."""
-        if self._lock is not None:
-            self._lock.release()
+        self._open.close()
 
     def take_steps(self, run: str, count: int) -> int:
         """Move the data pointer of a run on by `count` local steps; returns the first of them."""
-        file = self._folder / "steps.json"
-        try:
-            table = json.loads(file.read_text())
-            first = int(table["steps"]) if table["run"] == run else 0
-        except (OSError, ValueError, KeyError, TypeError):
-            first = 0
-        with self._writing():
-            write_atomically(file, json.dumps({"run": run, "steps": first + count}).encode(), durable=False)
+        known, taken = self._steps or self._load_steps()
+        first = taken if known == run else 0
+        self._steps = (run, first + count)
+        self._write("step counter", self._save_steps)
         return first
+
+    def _load_steps(self) -> tuple[str, int]:
+        try:
+            table = json.loads(self._steps_file.read_text())
+            return str(table["run"]), int(table["steps"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return "", 0
+
+    def _save_steps(self) -> None:
+        assert self._steps is not None
+        run, steps = self._steps
+        write_atomically(self._steps_file, json.dumps({"run": run, "steps": steps}).encode(), durable=False)
 
     def load_mask(self, mask_hash: bytes) -> Mask | None:
         """The mask with this hash, if it was kept and is whole."""
@@ -85,16 +105,19 @@ class NodeState:
 
     def keep_mask(self, mask: Mask) -> None:
         """Keep a mask for the next start, and no other."""
-        with self._writing():
+
+        def keep() -> None:
             for old in self._folder.glob("mask-*.mkm"):
                 old.unlink()
             mask.save(self._mask_file(mask.hash))
 
+        self._write("mask", keep)
+
     def keep_update(self, run: RunDescriptor, kept: KeptUpdate) -> None:
         """Keep an update over restarts and power cuts, and no other."""
         frame = encode(kept.update)
-        with self._writing():
-            write_atomically(self._update_file, _HEAD.pack(_MAGIC, run.run_id, len(frame)) + frame + kept.blob)
+        data = _HEAD.pack(_MAGIC, run.run_id, len(frame)) + frame + kept.blob
+        self._write("update", lambda: write_atomically(self._update_file, data))
 
     def load_update(self, run: RunDescriptor) -> KeptUpdate | None:
         """The update that was kept, if it is of this run and whole; what is not is removed."""
@@ -114,24 +137,25 @@ class NodeState:
 
     def forget_update(self) -> None:
         """Keep no update."""
-        with self._writing():
-            self._update_file.unlink(missing_ok=True)
+        self._write("update", lambda: self._update_file.unlink(missing_ok=True))
+
+    def _write(self, what: str, write: Callable[[], None]) -> None:
+        """Write a file; with it, or in half a minute, what the disk did not take earlier."""
+        with self._writing:
+            self._owed.pop(what, None)
+            if self._owed and time.monotonic() >= self._try_again_at:
+                self._try_again_at = time.monotonic() + AGAIN_S
+                self._owed = {name: owed for name, owed in self._owed.items() if not self._spare.write(name, owed)}
+            if not self._spare.write(what, write):
+                self._owed[what] = write
 
     @property
     def _update_file(self) -> Path:
         return self._folder / "update"
 
     @property
-    def _where(self) -> str:
-        return f"state_dir {self._folder}"
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            problem = f"cannot be used ({error.strerror})"
-            raise ConfigError(self._where, problem, "name a folder that can be written") from error
+    def _steps_file(self) -> Path:
+        return self._folder / "steps.json"
 
     def _mask_file(self, mask_hash: bytes) -> Path:
         return self._folder / f"mask-{mask_hash.hex()}.mkm"

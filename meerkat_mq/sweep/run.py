@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 
+from meerkat_mq.core.lock import locked
 from meerkat_mq.demo.corpus import TASK
 from meerkat_mq.errors import ConfigError, ModelError, RunError
 from meerkat_mq.observe.signals import Interrupted, handled, interrupt
@@ -109,9 +109,7 @@ def row_of(cell: Cell, figures: Mapping[str, Any]) -> dict[str, Any]:
 def _locked(out: Path) -> Iterator[None]:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with FileLock(out / "lock").acquire(timeout=0):
+        with locked(out / "lock", f"--out {out}", "sweep"):
             yield
-    except Timeout:
-        raise ConfigError(f"--out {out}", "is in use by another sweep", "wait, or name another folder") from None
     except OSError as error:
         raise ConfigError(f"--out {out}", f"cannot be written ({error.strerror})", "choose another folder") from error

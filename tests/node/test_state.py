@@ -1,10 +1,18 @@
 """The node's state folder."""
 
+import errno
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
 
+from meerkat_mq.core.lock import Holder
 from meerkat_mq.core.path import short_hash
 from meerkat_mq.core.toy import toy_mask
 from meerkat_mq.errors import ConfigError
@@ -48,18 +56,116 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         pass
 
 
-def test_a_folder_that_vanishes_is_named(tmp_path: Path) -> None:
+def test_what_the_disk_does_not_take_is_kept_in_memory_and_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that vanishes, as an unmounted volume does, stands for any disk that takes nothing for a while."""
+    monkeypatch.setattr("meerkat_mq.node.state.AGAIN_S", 0.0)
     folder = tmp_path / "state"
-    with NodeState(folder) as state:
+    with NodeState(folder) as state, capture_logs() as logs:
         (folder / "lock").unlink()
         folder.rmdir()
-        with pytest.raises(ConfigError, match="cannot be used"):
-            state.take_steps("a", 1)
+        state.keep_mask(toy_mask(3))
+        state.keep_update(RUN, PATH)
+        assert [state.take_steps("a", 2), state.take_steps("a", 1)] == [0, 2]
+        folder.mkdir()
+        assert state.take_steps("a", 1) == 3
+    said = [(line["event"], line["file"]) for line in logs]
+    assert said[:3] == [("not written, trying again later", file) for file in ("mask", "update", "step counter")]
+    assert sorted(said[-3:]) == [("written again", file) for file in ("mask", "step counter", "update")]
+    with NodeState(folder) as state:
+        assert state.take_steps("a", 1) == 4
+        assert state.load_mask(toy_mask(3).hash) is not None
+        assert state.load_update(RUN) == PATH
 
 
-def test_one_process_holds_the_folder(tmp_path: Path) -> None:
+def test_an_update_that_was_forgotten_meanwhile_is_not_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("meerkat_mq.node.state.AGAIN_S", 0.0)
+    with NodeState(tmp_path) as state:
+        with monkeypatch.context() as patched:
+            patched.setattr("meerkat_mq.node.state.write_atomically", full)
+            state.keep_update(RUN, PATH)
+        state.forget_update()
+        state.take_steps("a", 1)
+        assert state.load_update(RUN) is None
+
+
+# --- the lock ---
+
+HOLDS = """
+import sys
+from pathlib import Path
+from meerkat_mq.node.state import NodeState
+with NodeState(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def holding(folder: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def without_flock(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+
+
+def test_one_process_holds_the_folder_and_is_named(tmp_path: Path) -> None:
     with NodeState(tmp_path), pytest.raises(ConfigError, match="is in use"), NodeState(tmp_path):
         pass
+    with holding(tmp_path) as process:
+        holder = rf"another node process: process {process.pid} on host {socket.gethostname()}, since 20\d\d-.*; end it"
+        with pytest.raises(ConfigError, match=holder), NodeState(tmp_path):
+            pass
+        process.kill()
+    with NodeState(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_volume_without_flock_keeps_a_running_process_of_this_host_out_and_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    with holding(tmp_path) as process:
+        without_flock(monkeypatch, number)
+        with pytest.raises(ConfigError, match=rf"process {process.pid} on host"), NodeState(tmp_path):
+            pass
+        process.kill()
+    with capture_logs() as logs, NodeState(tmp_path) as state:
+        assert state.take_steps("a", 1) == 0
+    assert [line["event"] for line in logs] == ["no locks on this volume"]
+
+
+@pytest.mark.parametrize("change", [{"host": "recreated"}, {"boot": "another"}, {"started": "1"}])
+def test_what_a_container_that_is_no_more_left_holds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, str]
+) -> None:
+    holder = asdict(replace(Holder.here(), pid=os.getppid())) | {"started": "0"} | change
+    (tmp_path / "lock").write_text(json.dumps(holder))
+    with NodeState(tmp_path):
+        pass
+    without_flock(monkeypatch, errno.ENOSYS)
+    (tmp_path / "lock").write_text(json.dumps(holder))
+    with NodeState(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("text", ["", "123", "{", '{"pid": 1}', "\x00" * 10])
+def test_a_lock_file_that_says_nothing_holds_nothing(tmp_path: Path, text: str) -> None:
+    (tmp_path / "lock").write_text(text)
     with NodeState(tmp_path):
         pass
 
