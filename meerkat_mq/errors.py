@@ -144,7 +144,7 @@ class BrokerUnreachable(BrokerError):
 
 
 class BadCredentials(BrokerError):
-    """The broker refuses the user name, password or certificate; trying again will not help."""
+    """The broker refuses the user name, password or certificate."""
 
 
 class PayloadTooLarge(BrokerError):

@@ -18,7 +18,7 @@ def write(folder: Path, text: str) -> Path:
 
 
 def test_paths_are_taken_from_the_folder_of_the_file(tmp_path: Path) -> None:
-    config = load_config(write(tmp_path, NODE + '[broker]\nca_file = "/etc/ca.pem"\n'), NodeConfig)
+    config = load_config(write(tmp_path, NODE + '[broker]\nurl = "mqtts://b"\nca_file = "/etc/ca.pem"\n'), NodeConfig)
     assert (config.data, config.state_dir) == (tmp_path / "rows.jsonl", tmp_path / "state")
     assert config.broker.ca_file == Path("/etc/ca.pem")
 
@@ -72,6 +72,8 @@ def test_a_whole_server_file(tmp_path: Path) -> None:
         ("mqtts://broker", "broker", 8883, True),
         ("mqtt://10.0.0.1:7/", "10.0.0.1", 7, False),
         ("mqtt://[::1]:9", "::1", 9, False),
+        ("mqtts://[fe80::1%eth0]", "fe80::1%eth0", 8883, True),
+        ("MQTTS://Broker", "broker", 8883, True),
     ],
 )
 def test_broker_addresses(tmp_path: Path, url: str, host: str, port: int, tls: bool) -> None:
@@ -174,11 +176,63 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         load_config(tmp_path / "latin.toml", NodeConfig)
 
 
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ('url = "mqtt://user:s3cret@host:1883"', "broker.url: must hold no user and password: put them into broker.us"),
+        ('url = "mqtt://user:s3#cr/et@host"', "broker.url: must hold no user and password"),
+        ('url = "mqtt://user:s3cret%40host"', "broker.url: must hold no user and password"),
+        ('url = "user:s3cret@host"', "broker.url: must hold no user and password"),
+        ('url = "mqtt://user:s3cret"', "broker.url: the port must be a number from 1 to 65535"),
+        ('url = "mqtt://host:0"', "broker.url: the port must be a number from 1 to 65535, not 'mqtt://host:0'"),
+        ('url = "mqtt://host:65536"', "broker.url: the port must be a number from 1 to 65535"),
+        ('url = "mqtt://host:"', "broker.url: the port must be a number from 1 to 65535"),
+        ('url = "mqtt://host:1_883"', "broker.url: the port must be a number from 1 to 65535"),
+        (
+            'url = "mqtt://host#x"',
+            "broker.url: must be mqtt://host[:port], mqtts://host[:port] or embedded: what comes",
+        ),
+        ('url = "mqtt://host?password=s3cret"', "broker.url: must be mqtt://host[:port]"),
+        ('url = "mqtt://host/topic"', "broker.url: must be mqtt://host[:port]"),
+        ('url = "mqtt://"', "broker.url: must be mqtt://host[:port]"),
+        ('url = "mqtt://::1:1883"', "an IPv6 address in brackets: mqtt://[::1]:1883"),
+        ('url = "mqtt://[host]"', "broker.url: holds brackets, and no IPv6 address in them"),
+        ('url = " mqtt://host"', "broker.url: must hold no white space"),
+        ('url = "mqtt://ho st"', "broker.url: must hold no white space"),
+        ('url = "mqtt://host\\n"', "broker.url: must hold no white space"),
+        ('password = "s3cret"', "broker.password: is not sent without a user name: add broker.username"),
+        ('username = ""\npassword = "s3cret"', "broker.username: must have at least one character"),
+        ('url = "mqtts://h"\nkey_file = "k"', "broker.key_file: does nothing without its certificate: add broker.cert"),
+        ('ca_file = "ca.pem"', "broker.ca_file: does nothing without TLS: write mqtts:// in broker.url, or remove it"),
+        ('cert_file = "c"\nkey_file = "k"', "broker.cert_file: does nothing without TLS"),
+        ('url = "embedded"\nusername = "u"', 'broker.username: does nothing with url = "embedded": remove it'),
+        ('url = "embedded"\nca_file = "c"', 'broker.ca_file: does nothing with url = "embedded": remove it'),
+        ('give_up = "sometimes"', "broker.give_up: input should be 'first-start', 'never' or 'always'"),
+    ],
+)
+def test_what_a_broker_would_not_be_told_is_refused_by_key_without_a_secret(
+    tmp_path: Path, lines: str, words: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, SERVER + f"[broker]\n{lines}\n"), ServerConfig)
+    assert words in str(caught.value)
+    assert not any(part in str(caught.value) for part in ("s3", "cr/et", "cret"))
+
+
 def test_no_error_shows_a_password(tmp_path: Path) -> None:
-    for text in ("password = 4711\n", 'password = "4711"\nkeep_alive_s = 0\n', 'password = "4711"\nurl = "embedded"\n'):
+    for text in (
+        "username = 'u'\npassword = 4711\n",
+        'username = "u"\npassword = "4711"\nkeep_alive_s = 0\n',
+        'username = "u"\npassword = "4711"\nurl = "embedded"\n',
+        "password = 4711\n",
+    ):
         with pytest.raises(ConfigError) as caught:
             load_config(write(tmp_path, NODE + "[broker]\n" + text), NodeConfig)
         assert "4711" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"broker: must be a table, not 'mqtt://\*\*\*@host'"):
+        load_config(write(tmp_path, NODE + 'broker = "mqtt://user:4711@host"\n'), NodeConfig)
+    text = NODE + '[broker]\nusername = "u"\npassword = "4711"\n'
+    assert "4711" not in repr(load_config(write(tmp_path, text), NodeConfig))
 
 
 def test_a_byte_order_mark_is_none_of_the_file(tmp_path: Path) -> None:
@@ -186,3 +240,9 @@ def test_a_byte_order_mark_is_none_of_the_file(tmp_path: Path) -> None:
         '\ufeffid = "a"\nfederation = "f"\ndata = "d"\nstate_dir = "s"\n', encoding="utf-8"
     )
     assert load_config(tmp_path / "node.toml", NodeConfig).id == "a"
+
+
+def test_a_user_without_a_password_and_one_file_for_certificate_and_key_are_taken(tmp_path: Path) -> None:
+    text = NODE + '[broker]\nurl = "mqtts://h"\nusername = "u"\ncert_file = "both.pem"\n'
+    broker = load_config(write(tmp_path, text), NodeConfig).broker
+    assert (broker.username, broker.password, broker.key_file) == ("u", None, None)

@@ -1,11 +1,27 @@
 """The section `[broker]`, the same for server and nodes."""
 
-from typing import Annotated
-from urllib.parse import urlsplit
+import re
+from ipaddress import IPv6Address
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import Field, field_validator
+from pydantic import Field, StringConstraints, ValidationInfo, field_validator
 
-from meerkat_mq.config.section import LocalPath, Section
+from meerkat_mq.config.section import LocalPath, Section, in_vain
+
+_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<place>[^/?#]*)(?P<rest>.*)", re.DOTALL)
+_PLACE = re.compile(r"(?P<host>\[[^\[\]]*\]|[^\[\]:%\\]+)(?P<colon>:)?(?P<port>(?<=:)[^:]*)?")
+_PORTS = {"mqtt": 1883, "mqtts": 8883}
+_SHAPE = "must be mqtt://host[:port], mqtts://host[:port] or embedded"
+_CREDENTIALS = "must hold no user and password: put them into broker.username and broker.password"
+
+_Text = Annotated[str, StringConstraints(max_length=16_000)]  # MQTT: 65,535 bytes of UTF-8
+
+
+class _Address(NamedTuple):
+    tls: bool
+    host: str
+    port: int
 
 
 class BrokerConfig(Section):
@@ -13,42 +29,111 @@ class BrokerConfig(Section):
 
     Attributes:
         url: mqtt://host[:port] or mqtts://host[:port], or "embedded" (server and demo only).
-        ca_file: trust only this CA; default: the system's.
-        cert_file: client certificate, with key_file.
+        password: only with `username`.
+        ca_file: trust only this CA; default: the system's. This and the next two: only with mqtts.
+        cert_file: client certificate, with its key in `key_file` or in the same file.
         max_packet_bytes: largest MQTT packet that this broker takes.
+        give_up: when a service ends because the broker refuses it, or it the broker: where that is so at the very first
+            start, before it was ever connected; never; always.
     """
 
     url: str = "mqtt://127.0.0.1:1883"
-    username: str | None = None
-    password: str | None = None
+    username: Annotated[_Text, StringConstraints(min_length=1)] | None = None
+    password: _Text | None = Field(default=None, repr=False)
     ca_file: LocalPath | None = None
     cert_file: LocalPath | None = None
     key_file: LocalPath | None = None
     keep_alive_s: Annotated[int, Field(ge=2, le=3600)] = 30
     max_packet_bytes: Annotated[int, Field(ge=1024, le=268_435_455)] = 131_072
+    give_up: Literal["first-start", "never", "always"] = "first-start"
 
     @field_validator("url")
     @classmethod
     def _known_url(cls, url: str) -> str:
-        if url == "embedded":
-            return url
-        parts = urlsplit(url)
-        if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or parts.path not in ("", "/"):
-            raise ValueError("must be mqtt://host[:port], mqtts://host[:port] or embedded")
-        _ = parts.port  # raises ValueError on a port that is no number
+        if url != "embedded":
+            _parse(url)
         return url
+
+    @field_validator("username", "ca_file", "cert_file", "key_file")
+    @classmethod
+    def _of_use_with_this_url(cls, value: str | Path | None, info: ValidationInfo) -> str | Path | None:
+        url = info.data.get("url")
+        if value is None or url is None:
+            return value
+        if url == "embedded":
+            raise in_vain('does nothing with url = "embedded": remove it')
+        if info.field_name != "username" and not _parse(url).tls:
+            raise in_vain("does nothing without TLS: write mqtts:// in broker.url, or remove it")
+        return value
+
+    @field_validator("password")
+    @classmethod
+    def _of_a_user(cls, password: str | None, info: ValidationInfo) -> str | None:
+        if password is not None and info.data.get("username", "") is None:
+            raise in_vain("is not sent without a user name: add broker.username")
+        return password
+
+    @field_validator("key_file")
+    @classmethod
+    def _of_a_certificate(cls, key: Path | None, info: ValidationInfo) -> Path | None:
+        if key is not None and info.data.get("cert_file", "") is None:
+            raise in_vain("does nothing without its certificate: add broker.cert_file")
+        return key
 
     @property
     def tls(self) -> bool:
         """Whether the connection is encrypted."""
-        return self.url.startswith("mqtts://")
+        return self._address.tls
 
     @property
     def host(self) -> str:
         """Host name or address."""
-        return urlsplit(self.url).hostname or "127.0.0.1"
+        return self._address.host
 
     @property
     def port(self) -> int:
         """TCP port; 1883 and 8883 by default."""
-        return urlsplit(self.url).port or (8883 if self.tls else 1883)
+        return self._address.port
+
+    @property
+    def address(self) -> str:
+        """Host and port, for people."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def _address(self) -> _Address:
+        return _Address(False, "127.0.0.1", _PORTS["mqtt"]) if self.url == "embedded" else _parse(self.url)
+
+
+def _parse(url: str) -> _Address:
+    """The parts of a URL; ValueError, in words that hold none of it, where one is wrong or would be ignored."""
+    if "@" in url or "%40" in url:
+        raise ValueError(_CREDENTIALS)
+    if re.search(r"[\s\x00-\x1f\x7f]", url):
+        raise ValueError("must hold no white space")
+    parts = _URL.fullmatch(url)
+    if parts is None or (scheme := parts["scheme"].lower()) not in _PORTS:
+        raise ValueError(_SHAPE)
+    if parts["rest"] not in ("", "/"):
+        raise ValueError(f"{_SHAPE}: what comes after that would do nothing")
+    place = _PLACE.fullmatch(parts["place"])
+    if place is None:
+        raise ValueError(f"{_SHAPE}; an IPv6 address in brackets: mqtt://[::1]:1883")
+    return _Address(scheme == "mqtts", _host(place["host"]), _port(place["colon"] and place["port"], scheme))
+
+
+def _host(text: str) -> str:
+    if not text.startswith("["):
+        return text.lower()
+    try:
+        return str(IPv6Address(text[1:-1]))
+    except ValueError:
+        raise ValueError("holds brackets, and no IPv6 address in them") from None
+
+
+def _port(text: str | None, scheme: str) -> int:
+    if text is None:
+        return _PORTS[scheme]
+    if re.fullmatch(r"[0-9]{1,5}", text) and 1 <= int(text) <= 65535:
+        return int(text)
+    raise ValueError("the port must be a number from 1 to 65535")

@@ -51,10 +51,8 @@ def check_config(table: object, kind: type[ConfigT], *, where: str, folder: Path
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"]) or "file"
-        hidden = (
-            first["type"] in ("missing", "extra_forbidden") or isinstance(first["input"], dict) or "password" in key
-        )
-        found = "" if hidden else f", not {shown(first['input'])}"
+        hidden = first["type"] in _SAY_ALL or isinstance(first["input"], dict) or "password" in key
+        found = "" if hidden else f", not {shown(_without_secrets(first['input']))}"
         remedy = _REMEDY.get(first["type"], SEE)
         raise ConfigError(f"{where}: {key}", f"{_plain(first)}{found}", remedy) from error
 
@@ -69,6 +67,18 @@ def to_toml(table: Mapping[str, Any]) -> str:
     sections = [f"\n[{key}]\n{to_toml(value)}" for key, value in table.items() if isinstance(value, Mapping)]
     return "".join(plain + sections)
 
+
+def _without_secrets(value: object) -> object:
+    """A value for an error: of a URL, without what may be a password."""
+    if not isinstance(value, str) or ("://" not in value and "@" not in value):
+        return value
+    start, sign, rest = value.rpartition("://")
+    host = re.split(r"@|%40", rest)
+    shown = re.sub(r":[^:\]]*[^:\]0-9][^:\]]*$", ":***", re.sub(r"[/?#].*", "/***", host[-1], flags=re.DOTALL))
+    return f"{start}{sign}{'***@' if len(host) > 1 else ''}{shown}"
+
+
+_SAY_ALL = ("missing", "extra_forbidden", "in_vain")  # they need no value found
 
 _REMEDY = {
     "missing": "add the key",

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -31,6 +32,11 @@ def data_source(value: object) -> Path | str:
     if not isinstance(value, str | Path):
         raise ValueError("Input is not a valid path")
     return Path(value)
+
+
+def in_vain(problem: str) -> PydanticCustomError:
+    """A key that would change nothing; its value says nothing either, and is not shown."""
+    return PydanticCustomError("in_vain", "{problem}", {"problem": problem})
 
 
 DataSource = Annotated[Path | str, PlainValidator(data_source)]

@@ -13,23 +13,17 @@ from typing import Any, cast
 import aiomqtt
 
 from meerkat_mq.config import BrokerConfig
-from meerkat_mq.errors import BadCredentials, BrokerError
+from meerkat_mq.errors import ConfigError
+from meerkat_mq.mqtt.certificate import certificate_flaws, user_flaws
+from meerkat_mq.mqtt.ends import Lost, Refused, Words
 from meerkat_mq.mqtt.message import Message, Will
 from meerkat_mq.mqtt.timeouts import Timeouts
 from meerkat_mq.mqtt.tls import Context, client_context
 
 _NODELAY = (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 _DISCONNECT = b"\xe0\x00"
-_BAD_CLIENT_ID, _BAD_USER, _NOT_AUTHORISED = 133, 134, 135
 _REFUSED_SUBSCRIPTION = 0x80
 _MESSAGES_A_WAKE_UP = 64
-_CLOCK = ("expired", "not yet valid")  # a clock that is set, or a renewed certificate, mends that
-
-
-class Lost(Exception):
-    """The connection failed or ended; the next one may work."""
-
-    sending: tuple[str, ...] = ()
 
 
 class _Client(aiomqtt.Client):
@@ -69,15 +63,20 @@ class _Client(aiomqtt.Client):
             sock.send(_DISCONNECT)
             await asyncio.wait({self._disconnected}, timeout=self.timeout)
 
-    def tell_end(self, tell: Callable[[str], None]) -> None:
-        """Hook into paho's end of a connection: aiomqtt is deaf to it before CONNACK."""
+    def tell_end(self, tell: Callable[[str, bool], None]) -> None:
+        """Hook into paho's end of a connection: aiomqtt is deaf to it before CONNACK.
+
+        Args:
+            tell: takes the reason, and whether the broker had answered CONNECT.
+        """
         told = cast("Callable[..., None]", self._client.on_disconnect)
 
         def on_disconnect(*args: Any) -> None:
             told(*args)
             if not self.refused:
                 reason = str(args[3])
-                tell("the broker closed the connection" if reason == "Unspecified error" else reason)
+                closed = "the broker closed the connection"
+                tell(closed if reason == "Unspecified error" else reason, self._connected.done())
 
         self._client.on_disconnect = on_disconnect
 
@@ -153,6 +152,9 @@ class Connection:
 
     Every method may hang when the connection dies: race it against `ended`.
 
+    Args:
+        name: the user that rights are given to; see `certificate_flaws`.
+
     Attributes:
         ended: resolved with the cause as soon as the connection has ended: Lost, or what `on_message` raised.
     """
@@ -165,10 +167,13 @@ class Connection:
         will: Will | None,
         on_message: Callable[[Message], None],
         timeouts: Timeouts,
+        name: str | None = None,
     ) -> None:
         self.ended: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         self._broker = broker
         self._client_id = client_id
+        self._name = name
+        self._words = Words(broker, client_id)
         self._will = will
         self._on_message: Callable[[Message], None] | None = on_message
         self._timeouts = timeouts
@@ -181,23 +186,22 @@ class Connection:
         self._last_words = _LastWords()
 
     async def open(self) -> None:
-        """Connect.
+        """Connect, with certificate, key and CA as their files are now.
 
         Raises:
             Lost: no connection, or no answer.
-            BadCredentials: the broker refuses user, password or certificate.
-            BrokerError: it refuses the client id, or its certificate does not verify.
+            Refused: the broker refuses user, password, certificate or client id; its certificate does not verify; a
+                file cannot be used.
         """
-        if self._broker.tls:
-            self._context = await asyncio.to_thread(client_context, self._broker)
+        await asyncio.to_thread(self._read_files)
         client = self._client = self._make_client()
         entering = asyncio.create_task(client.__aenter__())
         try:
             await asyncio.shield(entering)
         except aiomqtt.MqttCodeError as error:
-            raise self._refusal(error) from None
+            raise self._words.refusal(_number(error.rc), str(error)) from None
         except (aiomqtt.MqttError, ValueError) as error:
-            raise self._failure(str(error)) from None
+            raise self._words.failure(str(error)) from None
         finally:
             if not entering.done():
                 await client.connector_done.wait()
@@ -205,21 +209,31 @@ class Connection:
                 await asyncio.gather(entering, return_exceptions=True)
         self._watcher = asyncio.create_task(self._watch(client))
 
+    def _read_files(self) -> None:
+        self._words.flaws = certificate_flaws(self._broker, self._name)
+        try:
+            self._context = client_context(self._broker) if self._broker.tls else None
+        except ConfigError as error:
+            raise Refused(error) from None
+
+    @property
+    def flaws(self) -> tuple[str, ...]:
+        """What is wrong with our own certificate or user name, as far as we can see; known when `open` has begun."""
+        return (*user_flaws(self._broker, self._name), *self._words.flaws)
+
     async def subscribe(self, filters: Mapping[str, int]) -> None:
         """Subscribe and wait for the answer.
 
         Raises:
             Lost: not sent.
-            BrokerError: refused.
+            Refused: by the broker.
         """
         with self._owing("answer to SUBSCRIBE"):
             codes = await self._ready().subscribe(list(filters.items()))
         _heed_cancellation()
         for topic, code in zip(filters, codes, strict=True):
             if _number(code) >= _REFUSED_SUBSCRIPTION:
-                raise BrokerError(
-                    topic, f"{self._where} refuses the subscription", f"allow it to {self._user} in the broker's ACL"
-                )
+                raise self._words.subscription(topic)
 
     async def unsubscribe(self, topic: str) -> None:
         """Unsubscribe and wait for the answer, which the broker sends after all that it sent before.
@@ -312,8 +326,13 @@ class Connection:
             max_inflight_messages=2**16 - 1,
             socket_options=[_NODELAY],
         )
-        client.tell_end(lambda reason: self._end(self._failure(self._last_words.text or reason)))
+        client.tell_end(self._closed)
         return client
+
+    def _closed(self, reason: str, answered: bool) -> None:
+        lost = self._words.failure(self._last_words.text or reason)
+        lost.unanswered = not answered
+        self._end(lost)
 
     def _take(self, raw: aiomqtt.Message) -> None:
         """Runs inside paho's read: must not raise, nor call into paho."""
@@ -346,46 +365,6 @@ class Connection:
             raise Lost("not open")
         self._client.timeout = math.inf  # see `_owing`
         return self._client
-
-    def _refusal(self, error: aiomqtt.MqttCodeError) -> Exception:
-        """What a negative CONNACK means."""
-        code = _number(error.rc)
-        if code in (_BAD_USER, _NOT_AUTHORISED):
-            return BadCredentials(
-                self._where, f"refuses {self._user} ({error})", "check broker.username and broker.password"
-            )
-        if code == _BAD_CLIENT_ID:
-            return BrokerError(self._where, f"refuses the client id {self._client_id!r}", "choose another id")
-        return Lost(f"refuses the connection ({error})")
-
-    def _failure(self, text: str) -> Exception:
-        """What the end of a connection means, told by the words of paho, ssl and the system."""
-        if "ALERT" in text and "CERTIFICATE_EXPIRED" in text:
-            remedy = "make a new one (meerkat certs … --renew) and put it in its place"
-            problem = f"refuses the client certificate {self._broker.cert_file}: it has expired"
-            return BadCredentials(self._where, problem, remedy)
-        if "ALERT" in text and ("CERTIFICATE" in text or "UNKNOWN_CA" in text):
-            remedy = "set broker.cert_file, broker.key_file to a certificate of the broker's CA that has not expired"
-            return BadCredentials(self._where, f"refuses the client certificate ({text})", remedy)
-        if "CERTIFICATE_VERIFY_FAILED" in text and any(words in text for words in _CLOCK):
-            return Lost(f"the broker's certificate is out of date, or the clock here is wrong ({text})")
-        if "CERTIFICATE_VERIFY_FAILED" in text:
-            trusted = self._broker.ca_file or "the system's CAs"
-            remedy = "set broker.ca_file to the CA that signed it, broker.url to a name that it holds"
-            return BrokerError(self._where, f"its certificate does not verify against {trusted} ({text})", remedy)
-        return Lost(text)
-
-    @property
-    def _where(self) -> str:
-        return f"{self._broker.host}:{self._broker.port}"
-
-    @property
-    def _user(self) -> str:
-        if self._broker.username:
-            return f"user {self._broker.username!r}"
-        if self._broker.cert_file:
-            return f"the holder of {self._broker.cert_file}"
-        return f"client {self._client_id!r} without a user name"
 
 
 def _heed_cancellation() -> None:

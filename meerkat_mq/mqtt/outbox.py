@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from meerkat_mq.errors import MeerkatError, NotConnected
+from meerkat_mq.mqtt.message import packet_bytes
 
 _OVERHEAD_BYTES = 512  # what one waiting message costs besides its payload
 
@@ -20,6 +21,11 @@ class Outgoing:
     qos: int
     retain: bool
     done: asyncio.Future[None]
+
+    @property
+    def packet_bytes(self) -> int:
+        """Of its PUBLISH packet."""
+        return packet_bytes(self.topic, self.payload, self.qos)
 
     @property
     def cost(self) -> int:
@@ -45,9 +51,11 @@ class Outbox:
             on a topic.
         window_messages: how many may be in flight.
         window_bytes: how much may be in flight (always at least one message).
+
     """
 
     def __init__(self, limit_bytes: int, *, window_messages: int = 32, window_bytes: int = 256 * 1024) -> None:
+        self._one_by_one = False
         self._limit_bytes = limit_bytes
         self._window_messages = window_messages
         self._window_bytes = window_bytes
@@ -63,9 +71,9 @@ class Outbox:
         return len(self._waiting) + len(self._in_flight)
 
     @property
-    def in_flight(self) -> tuple[str, ...]:
-        """Topics of the messages in flight, oldest first."""
-        return tuple(out.topic for out in self._in_flight)
+    def in_flight(self) -> tuple[Outgoing, ...]:
+        """The messages in flight, oldest first."""
+        return tuple(self._in_flight)
 
     def put(self, out: Outgoing) -> None:
         """Add a message; a retained one takes the place of an older one on its topic.
@@ -113,6 +121,11 @@ class Outbox:
         self._retained.clear()
         for out in pending:
             self._append(out)
+
+    def narrow(self, one_by_one: bool) -> None:
+        """Whether only one message may be in flight, so that it is known which one ends a connection."""
+        self._one_by_one = one_by_one
+        self._changed.set()
 
     @contextmanager
     def ahead(self) -> Iterator[None]:
@@ -164,7 +177,9 @@ class Outbox:
     def _window_full(self) -> bool:
         head = next(iter(self._waiting))
         return bool(self._in_flight) and (
-            len(self._in_flight) >= self._window_messages or self._flying_bytes + head.cost > self._window_bytes
+            self._one_by_one
+            or len(self._in_flight) >= self._window_messages
+            or self._flying_bytes + head.cost > self._window_bytes
         )
 
     async def _change(self) -> None:

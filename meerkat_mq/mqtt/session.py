@@ -11,17 +11,17 @@ import structlog
 
 from meerkat_mq.config import BrokerConfig
 from meerkat_mq.errors import BrokerError, NotConnected, PayloadTooLarge
-from meerkat_mq.mqtt.back_off import BackOff
-from meerkat_mq.mqtt.connection import Connection, Lost
+from meerkat_mq.mqtt.connection import Connection
+from meerkat_mq.mqtt.ends import Lost, Refused, Sending
+from meerkat_mq.mqtt.marker import Marker
 from meerkat_mq.mqtt.message import Count, Message, Will, packet_bytes
 from meerkat_mq.mqtt.outbox import Outbox, Outgoing
+from meerkat_mq.mqtt.own_topic import OwnTopic
+from meerkat_mq.mqtt.probe import takes_without_will
 from meerkat_mq.mqtt.timeouts import Timeouts
+from meerkat_mq.mqtt.trouble import Trouble, bound
 
 _TIMEOUTS = Timeouts()
-_SUSPICIOUS = 3  # connections in a row that did not last
-_HINT = (
-    "another process may use this client id, or the broker denies what was being sent (see its ACL and packet limit)"
-)
 
 
 class Session:
@@ -46,6 +46,8 @@ class Session:
         farewell: the state to publish at an orderly end, when `run()` is cancelled.
         kind_of: what to count a topic's traffic under in `sent` and `received`.
         outbox_bytes: how much may wait for the broker; retained messages may always.
+        name: the user that the federation's rights are given to; where our certificate names another, hints say so.
+        marker: says whether this client was connected in an earlier process.
 
     Attributes:
         link: of the current connection, None while there is none.
@@ -68,6 +70,8 @@ class Session:
         timeouts: Timeouts = _TIMEOUTS,
         kind_of: Callable[[str], str] = lambda topic: "all",
         outbox_bytes: int = 64 * 2**20,
+        name: str | None = None,
+        marker: Marker | None = None,
     ) -> None:
         self.link: int | None = None
         self.connects = 0
@@ -85,38 +89,49 @@ class Session:
         self._timeouts = timeouts
         self._kind_of = kind_of
         self._outbox = Outbox(outbox_bytes)
-        self._back_off = BackOff(timeouts.back_off_first_s, timeouts.back_off_cap_s)
-        self._short_lived = 0
+        self._name = name
+        self._marker = marker
+        self._is_marked = False
+        self._own: OwnTopic | None = None
         self._disowned = False
-        self._renewed = False  # the connection before was left in order, to be made again at once: no news for people
         self._renewal: asyncio.Future[None] | None = None
-        self._log = structlog.get_logger().bind(broker=self._where, client=client_id)
+        self._log = structlog.get_logger().bind(broker=broker.address, client=client_id)
+        self._trouble = Trouble(self._log, timeouts)
 
     async def run(self) -> None:
-        """Keep a connection until cancelled.
+        """Keep a connection until cancelled. What a broker refuses is tried again, unless `broker.give_up` says else.
 
         Cancelled: sends what waits and the farewell (at most `flush_s`), then DISCONNECT, so no will. It may be called
         again then: subscriptions and counts stay; what is published in between is dropped.
 
         Raises:
-            BadCredentials: the broker refuses us; trying again would not help.
-            BrokerError: it refuses a subscription or the client id, or its certificate does not verify.
-            ConfigError: a TLS file cannot be used.
+            BadCredentials: given up: the broker refuses us.
+            BrokerError: given up: it refuses a subscription or the client id, or its certificate does not verify.
+            ConfigError: given up: a TLS file cannot be used.
             Exception: whatever a callback raised.
         """
-        clock = asyncio.get_running_loop().time
         self._outbox.open()
-        self._back_off.reset()
+        self._trouble.begin()
         try:
             while True:
-                began, connects = clock(), self.connects
-                lost = await self._connect_once()
-                if lost is None:
-                    continue
-                pause_s = self._note(lost, announced=self.connects > connects, lived_s=clock() - began)
+                pause_s = await self._connect_once()
+                if self._trouble.asks_why:
+                    self._trouble.will_refused = await takes_without_will(self._broker, self._client_id, self._timeouts)
                 await asyncio.sleep(pause_s)
         finally:
-            self._outbox.close(NotConnected(self._where, "the session has ended"))
+            self._outbox.close(NotConnected(self._broker.address, "the session has ended"))
+
+    async def _gives_up(self) -> bool:
+        """Whether a refusal ends the session."""
+        if self._broker.give_up != "first-start":
+            return self._broker.give_up == "always"
+        if self.connects or self._marker is None:
+            return not self.connects
+        try:
+            return not await asyncio.to_thread(self._marker.is_there)
+        except OSError as error:
+            self._trouble.say("marker not read", file=str(self._marker.file), problem=str(error))
+            return False
 
     def publish(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> asyncio.Future[None]:
         """Put a message into the outbox; may be called before `run()` and while disconnected.
@@ -161,28 +176,46 @@ class Session:
             await asyncio.wait_for(self._outbox.drained(), deadline_s)
         except TimeoutError:
             problem = f"{len(self._outbox)} messages were not acknowledged within {deadline_s:g} s"
-            raise NotConnected(self._where, problem) from None
+            raise NotConnected(self._broker.address, problem) from None
 
     def disown(self) -> None:
         """Another process owns our topics now: drop what waits, publish no more, leave without will and farewell."""
         self._disowned = True
-        self._outbox.close(NotConnected(self._where, "another process owns the topics of this session"))
+        self._outbox.close(NotConnected(self._broker.address, "another process owns the topics of this session"))
 
     def renew(self) -> None:
         """Leave the present connection in order and make another at once, with the will as it is then."""
         if self._renewal is not None and not self._renewal.done():
             self._renewal.set_result(None)
 
-    async def _connect_once(self) -> Lost | None:
-        """Go through one connection, from CONNECT to its end; None where it was left to be renewed."""
+    async def _connect_once(self) -> float:
+        """Go through one connection, from CONNECT to its end; seconds to wait before the next."""
         link = secrets.randbits(32)
         will = self._will(link) if self._will else None
         connection = Connection(
-            self._broker, self._client_id, will=will, on_message=self._take, timeouts=self._timeouts
+            self._broker, self._client_id, will=will, on_message=self._take, timeouts=self._timeouts, name=self._name
         )
-        talk = asyncio.create_task(self._talk(connection, link, will.topic if will else None))
+        self._outbox.narrow(self._trouble.sends_one_by_one)
+        began, connects = asyncio.get_running_loop().time(), self.connects
+        lost = await self._go_through(connection, link, will.topic if will else None)
+        if lost is None:
+            self._on_disconnected("renewed")
+            return 0.0
+        if isinstance(lost, Refused) and await self._gives_up():
+            raise lost.error
+        announced = self.connects > connects
+        lived_s = asyncio.get_running_loop().time() - began if announced else None
+        pause_s = self._trouble.ended(lost, lived_s, connection.flaws)
+        if announced:
+            self._on_disconnected(str(lost))
+        return pause_s
+
+    async def _go_through(self, connection: Connection, link: int, own: str | None) -> Lost | None:
+        """Talk until the connection ends, and how it did; None where it was left to be renewed."""
+        talk = asyncio.create_task(self._talk(connection, link, own))
         orderly = False
-        renewal = self._renewal = asyncio.get_running_loop().create_future()
+        renewal: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._renewal = renewal
         try:
             await asyncio.wait(_futures(talk, connection.ended, renewal), return_when=asyncio.FIRST_COMPLETED)
             orderly = not (connection.ended.done() or talk.done())
@@ -193,7 +226,7 @@ class Session:
             await self._flush(connection, talk)
             raise
         finally:
-            sending = self._outbox.in_flight
+            sending = tuple(Sending(out.topic, out.packet_bytes, out.retain) for out in self._outbox.in_flight)
             talk.cancel()
             try:
                 await asyncio.gather(talk, return_exceptions=True)
@@ -204,8 +237,6 @@ class Session:
                     self.link = None
                     self._outbox.rewind()
         if orderly:
-            self._renewed = True
-            self._on_disconnected("renewed")
             return None
         if not isinstance(cause, Lost):
             raise cause or AssertionError("a connection never ends by itself")
@@ -224,13 +255,16 @@ class Session:
             await connection.unsubscribe(f"{own}/fence")  # answered behind all that was retained; no ACL forbids it
         self.link = link
         self.connects += 1
-        (self._log.debug if self._renewed else self._log.info)("connected", link=link)
-        self._renewed = False
+        self._trouble.connected(link)
+        if own is not None and (self._own is None or not self._own.is_known):
+            self._own = OwnTopic(own)
         with self._outbox.ahead():
             self._on_connected(link)
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._follow_filters(connection, filters, own))
+                for work in (self._leave_marker(), self._look_at_own_topic(connection), self._widen()):
+                    tasks.create_task(work)
                 while True:
                     tasks.create_task(self._send(connection, await self._outbox.take()))
         except ExceptionGroup as group:
@@ -240,6 +274,29 @@ class Session:
         self.sent[self._kind_of(out.topic)].add(out.topic, out.payload, out.qos)
         await connection.publish(out.topic, out.payload, out.qos, retain=out.retain)
         self._outbox.acknowledge(out)
+        if self._own is not None:
+            self._own.acknowledged(out)
+
+    async def _leave_marker(self) -> None:
+        """Remember over restarts that this client was connected; not being able to ends nobody."""
+        if self._marker is None or self._is_marked:
+            return
+        try:
+            await asyncio.to_thread(self._marker.leave)
+            self._is_marked = True
+        except OSError as error:
+            self._trouble.say("marker not written", file=str(self._marker.file), problem=str(error))
+
+    async def _look_at_own_topic(self, connection: Connection) -> None:
+        if self._own is not None and not self._own.is_known:
+            problem = await self._own.ask(connection, self._timeouts.echo_s)
+            if problem is not None:
+                self._trouble.say(problem, topic=self._own.topic, **bound(connection.flaws))
+
+    async def _widen(self) -> None:
+        """A connection that lasts need not be watched message by message."""
+        await asyncio.sleep(self._timeouts.stable_s)
+        self._outbox.narrow(False)
 
     async def _follow_filters(self, connection: Connection, filters: dict[str, int], own: str | None) -> None:
         while True:
@@ -272,28 +329,8 @@ class Session:
 
     def _take(self, message: Message) -> None:
         self.received[self._kind_of(message.topic)].add(message.topic, message.payload, message.qos)
-        self._on_message(message)
-
-    def _note(self, lost: Lost, *, announced: bool, lived_s: float) -> float:
-        """Tell the log and the owner how a connection ended; the pause before the next."""
-        if announced and lived_s >= self._timeouts.stable_s:
-            self._back_off.reset()
-            self._short_lived = 0
-        pause_s = self._back_off.pause_s()
-        log = self._log.bind(problem=str(lost), retry_in_s=round(pause_s, 2))
-        if not announced:
-            log.warning("broker unreachable")
-            return pause_s
-        self._short_lived += 1
-        if self._short_lived >= _SUSPICIOUS:
-            log = log.bind(short_lived=self._short_lived, sending=lost.sending, hint=_HINT)
-        log.warning("connection lost")
-        self._on_disconnected(str(lost))
-        return pause_s
-
-    @property
-    def _where(self) -> str:
-        return f"{self._broker.host}:{self._broker.port}"
+        if self._own is None or not self._own.is_answer(message):
+            self._on_message(message)
 
 
 def _futures(*futures: asyncio.Future[Any]) -> set[asyncio.Future[Any]]:

@@ -14,8 +14,10 @@ class Timeouts:
         longest_answer_s: for such an answer, whatever else comes.
         flush_s: at an orderly end, for what still waits to be sent.
         back_off_first_s: the pause after a first failure is drawn from 0.1 to 1 times this; doubled after each more.
-        back_off_cap_s: the longest pause.
+        back_off_cap_s: the longest pause while the broker cannot be reached.
+        refused_cap_s: the longest pause where it refuses us, or ends each connection for the same reason.
         stable_s: a connection that lived this long starts the back-off afresh.
+        echo_s: once nothing comes for so long, what was published on our own topic does not come back any more.
     """
 
     connect_s: float = 5.0
@@ -24,4 +26,6 @@ class Timeouts:
     flush_s: float = 2.0
     back_off_first_s: float = 1.0
     back_off_cap_s: float = 4.0
+    refused_cap_s: float = 60.0
     stable_s: float = 5.0
+    echo_s: float = 5.0

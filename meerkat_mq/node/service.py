@@ -12,7 +12,7 @@ import structlog
 from meerkat_mq.config import NodeConfig
 from meerkat_mq.errors import DataError, NodeReplaced, NotConnected, RunMismatch, WireError, within
 from meerkat_mq.extras import need
-from meerkat_mq.mqtt import Message, Presence, Session, Verdict, Will
+from meerkat_mq.mqtt import Marker, Message, Presence, Session, Verdict, Will
 from meerkat_mq.node.blobs import Blobs
 from meerkat_mq.node.duty import DutyCycle
 from meerkat_mq.node.jobs import Job, Jobs, in_worker
@@ -77,10 +77,10 @@ class _Node:
         self._idle_since: float | None = None
         self._last_job: Job | None = None
         self._alarm = Alarm(self._wake_at, lambda: self._handle(e.Tick(self._now())))
-        topics = self._topics
+        topics, client_id = self._topics, f"meerkat-{config.federation}-{config.id}"
         self._session = Session(
             config.broker,
-            f"meerkat-{config.federation}-{config.id}",
+            client_id,
             subscriptions=[(topic, 1) for topic in (topics.server, topics.run, topics.round, topics.reply(config.id))],
             on_message=self._on_message,
             on_connected=self._on_connected,
@@ -88,6 +88,8 @@ class _Node:
             will=lambda link: Will(self._own_status, self._status("lost", link).encode()),
             farewell=lambda link: Will(self._own_status, self._farewell(link).encode()),
             kind_of=lambda topic: topic.removeprefix(f"{topics.root}/").removeprefix(f"up/{config.id}/").split("/")[0],
+            name=config.id,
+            marker=Marker(config.state_dir, config.broker, client_id),
         )
         self._duty = (
             None

@@ -35,7 +35,7 @@ async def _serve(path: Path, *, replace: bool, once: bool) -> None:
     config = config.model_copy(update={"once": config.once or once})
     if config.broker.url != "embedded":
         return await serve(config, replace=replace)
-    async with embedded_broker() as broker:
+    async with embedded_broker(config.broker) as broker:
         return await serve(config.model_copy(update={"broker": broker.config}), replace=replace)
 
 

@@ -11,7 +11,7 @@ import structlog
 from meerkat_mq.config import ServerConfig
 from meerkat_mq.core.path import short_hash
 from meerkat_mq.errors import AnotherServer, MeerkatError, NotConnected, PayloadTooLarge, TooFewNodes, WireError
-from meerkat_mq.mqtt import Count, Message, Session, Will
+from meerkat_mq.mqtt import Count, Marker, Message, Session, Will
 from meerkat_mq.observe.events import Observer, RunStarted
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.alarm import Alarm
@@ -27,7 +27,7 @@ from meerkat_mq.wire.arrays import chunks_of, split
 from meerkat_mq.wire.descriptor import ControlMessage, NodeStatus, ServerState, decode_control
 from meerkat_mq.wire.frames import decode, encode
 from meerkat_mq.wire.messages import Chunk, Entries, Header, Offer, Refusal, Round, Update, Want, Welcome
-from meerkat_mq.wire.topics import Topics
+from meerkat_mq.wire.topics import SERVER_NAME, Topics
 
 OUTBOX_BYTES = 64 * 2**20
 SIGHTINGS_EVERY_S = 1.0
@@ -73,6 +73,8 @@ class Server:
             farewell=lambda link: Will(self._topics.server, self._state(self._parting_word(), link).encode()),
             kind_of=self._kind_of,
             outbox_bytes=OUTBOX_BYTES + 2 * len(run.blob),
+            name=SERVER_NAME,
+            marker=Marker(config.state_dir, config.broker, f"meerkat-{config.federation}-server"),
         )  # fmt: skip
         self._succession = Succession(
             self._topics.server, scribe.past, replace=replace, alone=alone, take=self._take_term,
