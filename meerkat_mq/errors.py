@@ -38,6 +38,7 @@ MeerkatError                     1
 import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from typing import Any, ClassVar
 
 VALUE_SHOWN = 60  # characters of a value, in an error
@@ -55,6 +56,14 @@ def shown(value: Any) -> str:
     return short.repr(value)
 
 
+class Fate(StrEnum):
+    """What a service makes of an error: docs/errors.md says it class by class."""
+
+    FINAL = "final"
+    AGAIN = "tried again"
+    DROPPED = "dropped and counted"
+
+
 class MeerkatError(Exception):
     """Base of all errors that users meet: one line.
 
@@ -65,6 +74,7 @@ class MeerkatError(Exception):
     """
 
     exit_code: ClassVar[int] = 1
+    fate: ClassVar[Fate] = Fate.FINAL
 
     def __init__(self, where: str, problem: str, remedy: str = "") -> None:
         self.where = where
@@ -137,6 +147,7 @@ class BrokerError(MeerkatError):
     """The broker, or the way to it, fails."""
 
     exit_code = 5
+    fate = Fate.AGAIN
 
 
 class BrokerUnreachable(BrokerError):
@@ -150,9 +161,13 @@ class BadCredentials(BrokerError):
 class PayloadTooLarge(BrokerError):
     """A message is larger than the configured packet limit; raised before sending."""
 
+    fate = Fate.DROPPED
+
 
 class NotConnected(BrokerError):
     """A message could not be sent before its deadline."""
+
+    fate = Fate.DROPPED
 
 
 class RunError(MeerkatError):
@@ -164,9 +179,13 @@ class RunError(MeerkatError):
 class AnotherServer(RunError):
     """Another server is online in this federation, or has fenced this one."""
 
+    fate = Fate.AGAIN
+
 
 class NodeReplaced(RunError):
     """Another process took this node's id."""
+
+    fate = Fate.AGAIN
 
 
 class TooFewNodes(RunError):
@@ -184,6 +203,8 @@ class LedgerError(RunError):
 class LedgerUnavailable(LedgerError):
     """The ledger cannot be read or written just now; what was tried left no trace, and a server tries it again."""
 
+    fate = Fate.AGAIN
+
 
 class LedgerFailing(LedgerUnavailable):
     """The ledger's disk gives errors; a server that meets them for long ends, for its supervisor to start it again."""
@@ -197,6 +218,7 @@ class WireError(MeerkatError):
     """Bytes that do not decode; the receiver counts and drops them."""
 
     exit_code = 7
+    fate = Fate.DROPPED
 
 
 class Truncated(WireError):

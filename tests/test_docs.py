@@ -1,6 +1,9 @@
 """The documentation says what the code does: keys and defaults, links, commands and options, exit codes."""
 
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +18,8 @@ from meerkat_mq import errors
 from meerkat_mq.cli import app
 from meerkat_mq.config import NodeConfig, ServerConfig, check_config
 from meerkat_mq.model.tasks import load_task
+from meerkat_mq.observe.signals import IN_ORDER_S
+from meerkat_mq.observe.start import SIGNALLED, WORDS
 
 ROOT = Path(__file__).parents[1]
 NOT_OURS = ("runs", "build", "dist")
@@ -157,9 +162,52 @@ def test_exit_codes_are_documented() -> None:
     assert codes == exit_codes(errors.MeerkatError) | {0}
 
 
+# --- what ends a service ---
+
+
+def below(kind: type[errors.MeerkatError]) -> Iterator[type[errors.MeerkatError]]:
+    yield kind
+    for inner in kind.__subclasses__():
+        yield from below(inner)
+
+
+def test_the_fate_of_every_error_is_documented() -> None:
+    text = (ROOT / "docs/errors.md").read_text(encoding="utf-8")
+    table = dict(re.findall(r"^\| `(\w+)` \| ([a-z ]+) \|", text, re.MULTILINE))
+    for kind in below(errors.MeerkatError):
+        listed = next(parent.__name__ for parent in kind.__mro__ if parent.__name__ in table)
+        assert table[listed] == kind.fate, kind.__name__
+    assert table.keys() <= {kind.__name__ for kind in below(errors.MeerkatError)}
+
+
+def final_codes() -> set[int]:
+    """The exit codes that only an error that a person must mend can cause."""
+    by_code: dict[int, set[errors.Fate]] = {}
+    for kind in below(errors.MeerkatError):
+        by_code.setdefault(kind.exit_code, set()).add(kind.fate)
+    return {code for code, fates in by_code.items() if fates == {errors.Fate.FINAL}} - {errors.MeerkatError.exit_code}
+
+
+def unit_of(name: str) -> dict[str, str]:
+    return dict(re.findall(r"^(\w+)=(.*)$", (ROOT / "nodes" / name).read_text(encoding="utf-8"), re.MULTILINE))
+
+
 @pytest.mark.parametrize("name", ["meerkat-node.service", "meerkat-server.service"])
-def test_a_service_is_not_restarted_after_an_error_of_ours(name: str) -> None:
-    unit = (ROOT / "nodes" / name).read_text(encoding="utf-8")
-    match = re.search(r"^RestartPreventExitStatus=(.*)$", unit, re.MULTILINE)
-    assert match is not None
-    assert {int(code) for code in match[1].split()} == exit_codes(errors.MeerkatError) - {1}
+def test_no_exit_code_that_may_come_of_a_fault_that_passes_forbids_a_restart(name: str) -> None:
+    unit = unit_of(name)
+    forbidden = {int(code) for code in unit["RestartPreventExitStatus"].split()}
+    assert forbidden == final_codes() == {2, 3, 4}
+    assert (unit["Restart"], unit["StartLimitIntervalSec"]) == ("on-failure", "0")
+    assert int(unit["RestartSec"]) >= 30  # what fails again and again does so at a slow pace
+    assert int(unit["TimeoutStopSec"]) > IN_ORDER_S
+    assert unit["SuccessExitStatus"].split() == [str(SIGNALLED + number) for number in sorted(WORDS)]
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+@pytest.mark.parametrize("name", ["meerkat-node.service", "meerkat-server.service"])
+def test_systemd_takes_the_units(name: str, tmp_path: Path) -> None:
+    text = (ROOT / "nodes" / name).read_text(encoding="utf-8").replace("/opt/meerkat/bin/meerkat", sys.executable)
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    command = ["systemd-analyze", "verify", "--man=no", str(tmp_path / name)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert [line for line in done.stderr.splitlines() if name in line] == []
