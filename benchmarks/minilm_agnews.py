@@ -60,7 +60,8 @@ def mask_file(folder: Path, source: str, method: Method, density: float, seed: i
 
 
 def report(args: argparse.Namespace, result: LocalResult) -> dict[str, object]:
-    finished, rounds = result.finished, len(result.rounds)
+    finished = result.finished
+    rounds = finished.version if finished else 0
     assert finished is not None
     first, last = result.evaluations[0], result.evaluations[-1]
     reports = result.node_reports

@@ -16,7 +16,7 @@ from meerkat_mq.model.commands import doctor, export, mask, partition
 from meerkat_mq.node.__main__ import command as node
 from meerkat_mq.observe.process import run_process
 from meerkat_mq.server.__main__ import command as server
-from meerkat_mq.server.commands import ledger, status, verify
+from meerkat_mq.server.commands import ledger, report, status, verify
 from meerkat_mq.sweep.command import command as sweep
 
 
@@ -53,6 +53,7 @@ app.command("sweep")(sweep)
 app.command("status")(status)
 app.command("ledger")(ledger)
 app.command("verify")(verify)
+app.command("report")(report)
 
 
 def _version(wanted: bool) -> None:

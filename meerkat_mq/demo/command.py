@@ -29,6 +29,14 @@ def command(
     density: Annotated[float | None, typer.Option(help="Share of each linear matrix that is trained.")] = None,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the model on nodes.")] = "float32",
     seed: Annotated[int, typer.Option(help="Of data and mask.")] = 0,
+    bound: Annotated[
+        bool | None,
+        typer.Option(
+            "--bound/--no-bound",
+            help="First-order training on the same mask afterwards, for comparison; default: not on your own --model.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for everything that the run leaves.")] = Path("runs/demo"),
 ) -> None:
     """Run a whole federation on this machine: broker, server and nodes, live progress, a report at the end."""
@@ -51,6 +59,7 @@ def command(
         density=density,
         dtype=dtype,
         seed=seed,
+        bound=bound,
     )
     plan = make_plan(choices)
     with importing("model", "meerkat demo"):  # after the checks: it takes seconds

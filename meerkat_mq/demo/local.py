@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,12 +23,13 @@ from meerkat_mq.config import (
 from meerkat_mq.core.step import Row
 from meerkat_mq.errors import RunError
 from meerkat_mq.model.data import write_rows
-from meerkat_mq.observe.events import Evaluated, Observer, RoundClosed, RunEvent, RunFinished
-from meerkat_mq.observe.paths import Paths
+from meerkat_mq.observe.events import Evaluated, Observer, RunEvent, RunFinished, RunStarted
+from meerkat_mq.observe.facts import Facts
 from meerkat_mq.server import DIFFERENCE_FILE, remove_run, serve
 from meerkat_mq.wire.descriptor import Task
 
 NODE_EXIT_S = 30.0
+SERVER = "server"  # its state_dir, in the demo's folder
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class LocalFederation:
         held_out: rows that the server evaluates on.
         every: rounds between evaluations.
         threads: CPU threads of each node.
+        facts: what is known of the run beforehand, for its report.
     """
 
     folder: Path
@@ -59,6 +61,7 @@ class LocalFederation:
     device: str = "cpu"
     threads: int = 1
     name: str = "demo"
+    facts: Facts | None = None
 
 
 @dataclass
@@ -66,14 +69,13 @@ class LocalResult:
     """What came of it.
 
     Attributes:
-        rounds: without their GradIP, which `paths` has.
+        run: its id, hex.
         node_reports: each node's own last words: peak_rss_mib, digest, sent and received bytes by kind.
         program: the broker that was used.
     """
 
-    rounds: list[RoundClosed] = field(default_factory=list)
+    run: str = ""
     evaluations: list[Evaluated] = field(default_factory=list)
-    paths: Paths = field(default_factory=Paths)
     finished: RunFinished | None = None
     node_reports: dict[str, dict[str, Any]] = field(default_factory=dict)
     program: str = ""
@@ -81,20 +83,22 @@ class LocalResult:
     def take(self, event: RunEvent) -> None:
         """Keep an event of the server."""
         match event:
-            case RoundClosed():
-                self.rounds.append(replace(event, gradip={}))
-                self.paths.take(event)
+            case RunStarted():
+                self.run = event.descriptor.run
             case Evaluated():
                 self.evaluations.append(event)
             case RunFinished():
                 self.finished = event
 
 
-def _make_room(folder: Path) -> None:
-    """Remove the run of an earlier demo; its model stays, as `previous.mkd`."""
+def _make_room(folder: Path, facts: Facts | None) -> None:
+    """Remove the run of an earlier demo; its model stays, as `previous.mkd`. Leave what is known of the new one."""
     remove_run(folder)
     with contextlib.suppress(FileNotFoundError):
         (folder / DIFFERENCE_FILE).replace(folder / "previous.mkd")
+    if facts is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        facts.save(folder)
 
 
 async def run_local(plan: LocalFederation, observer: Observer = lambda event: None) -> LocalResult:
@@ -109,7 +113,7 @@ async def run_local(plan: LocalFederation, observer: Observer = lambda event: No
         result.take(event)
         observer(event)
 
-    await asyncio.to_thread(_make_room, plan.folder / "server")
+    await asyncio.to_thread(_make_room, plan.folder / SERVER, plan.facts)
     async with embedded_broker() as broker:
         result.program = broker.program
         async with asyncio.TaskGroup() as tasks:
@@ -138,7 +142,7 @@ def _server_config(plan: LocalFederation, broker: BrokerConfig) -> ServerConfig:
     task.write_text(to_toml(plan.task.model_dump(mode="json")), encoding="utf-8")
     return ServerConfig(
         federation=plan.name,
-        state_dir=plan.folder / "server",
+        state_dir=plan.folder / SERVER,
         broker=broker,
         rounds=plan.rounds,
         early_stopping=plan.early_stopping,

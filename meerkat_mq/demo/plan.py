@@ -35,6 +35,7 @@ class Choices:
     density: float | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
+    bound: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Plan:
         calibration: text that scores the mask, made when it is needed.
         shards: the rows of each node; the first node's have one label only.
         sequences: of calibration text, of `length` tokens.
+        bound: whether first-order training on the same mask follows, for comparison: on a model of one's own it may
+            take longer, and far more memory, than the run itself.
         first_order_steps: of AdamW with `first_order_lr`, for the bound.
     """
 
@@ -60,6 +63,7 @@ class Plan:
     density: float
     sequences: int
     length: int
+    bound: bool
     first_order_steps: int
     first_order_lr: float
     dtype: Literal["float32", "bfloat16"]
@@ -111,6 +115,7 @@ def _own(choices: Choices) -> Plan:
         density=DEMO.density if choices.density is None else choices.density,
         sequences=DEMO.calibration_sequences,
         length=DEMO.calibration_tokens,
+        bound=choices.bound is not False,
         first_order_steps=150,
         first_order_lr=1e-2,
         dtype=choices.dtype,
@@ -140,6 +145,7 @@ def _given(choices: Choices, model: str, task: Task, data: Path | str) -> Plan:
         density=1e-3 if choices.density is None else choices.density,
         sequences=100,
         length=512 if text is not None else 128,
+        bound=choices.bound is True,
         first_order_steps=100,
         first_order_lr=1e-3,
         dtype=choices.dtype,

@@ -2,29 +2,31 @@
 
 import asyncio
 import os
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.core.step import Row
-from meerkat_mq.demo.local import LocalFederation, LocalResult, node_name, run_local
+from meerkat_mq.demo.facts import facts_after, facts_before
+from meerkat_mq.demo.local import SERVER, LocalFederation, run_local
 from meerkat_mq.demo.plan import Plan
 from meerkat_mq.errors import ConfigError, RunMismatch
 from meerkat_mq.model.engine import TransformersEngine
 from meerkat_mq.model.evaluate import evaluate, first_order
 from meerkat_mq.model.load import LoadedModel, load_model
 from meerkat_mq.model.masks import make_mask
-from meerkat_mq.observe.events import RunEvent, RunStarted
+from meerkat_mq.observe.facts import Facts
 from meerkat_mq.observe.live import Live
 from meerkat_mq.observe.logs import configure_logs
 from meerkat_mq.observe.page import write_report
-from meerkat_mq.observe.report import NodeReport, Report
+from meerkat_mq.observe.report import Report
 from meerkat_mq.observe.summary import print_summary, unchanged_line
-from meerkat_mq.wire.descriptor import RunDescriptor, Task
+from meerkat_mq.observe.tables import say
+from meerkat_mq.server.ledger import LEDGER_FILE
+from meerkat_mq.server.reporting import PAGE_FILE, read_report
 
 EVALUATIONS = 12
 
@@ -46,32 +48,51 @@ async def run_demo(plan: Plan, out: Path, console: Console) -> None:
 
 
 async def _run(plan: Plan, out: Path, console: Console) -> None:
-    started: list[RunDescriptor] = []
     config, local_steps = plan.early_stopping, plan.rounds.local_steps
     if config.by != "off" and local_steps <= config.steps:
         console.print(unchanged_line(local_steps, config), soft_wrap=True, highlight=False)
-    with Live(console, rounds=plan.rounds.count, nodes=len(plan.shards)) as live:
-
-        def observe(event: RunEvent) -> None:
-            if isinstance(event, RunStarted):
-                started.append(event.descriptor)
-            live(event)
-
-        live.note(f"loading {plan.name}")
-        loaded = await asyncio.to_thread(load_model, plan.source)
-        live.note("scoring the mask")
-        mask = await asyncio.to_thread(_make_mask, plan, loaded)
-        mask.save(out / "mask.mkm")
-        live.note(f"starting the broker, the server and {len(plan.shards)} nodes")
-        result = await run_local(_federation(plan, out), observe)
-        live.note("first-order training on the same mask, for comparison")
-        bound = await asyncio.to_thread(_bound, plan, mask, loaded)
-    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
-    report = _report(plan, mask, result, descriptor=started[0], parameters=parameters, bound=bound)
+    try:
+        with Live(console, rounds=plan.rounds.count, nodes=len(plan.shards)) as live:
+            report = await _federate(plan, out, live)
+    except asyncio.CancelledError:
+        if (out / SERVER / LEDGER_FILE).exists():
+            say(console, f"The page of what there is: meerkat report {shlex.quote(str(out / SERVER))}")
+        raise
     print_summary(console, report)
-    await asyncio.to_thread(write_report, out / "report.html", report)
-    console.print(f"Report: {out / 'report.html'}", soft_wrap=True, highlight=False)
+    say(console, f"Report: {out / PAGE_FILE}")
     _check_digests(report, out)
+
+
+async def _federate(plan: Plan, out: Path, live: Live) -> Report:
+    """Every phase; after each, what `meerkat report` makes its page of is on the disk."""
+    live.note(f"loading {plan.name}")
+    loaded = await asyncio.to_thread(load_model, plan.source)
+    live.note("scoring the mask")
+    mask = await asyncio.to_thread(_make_mask, plan, loaded)
+    mask.save(out / "mask.mkm")
+    facts = facts_before(plan, mask, sum(parameter.numel() for parameter in loaded.model.parameters()))
+    live.note(f"starting the broker, the server and {len(plan.shards)} nodes")
+    result = await run_local(_federation(plan, out, facts), live)
+    facts = facts_after(facts, plan, result)
+    report = await asyncio.to_thread(_leave_page, facts, out)
+    if plan.bound:
+        live.note("first-order training on the same mask, for comparison (Ctrl-C leaves it out)")
+        loop = asyncio.get_running_loop()
+
+        def progress(done: int, total: int) -> None:
+            loop.call_soon_threadsafe(live.advance, done, total)
+
+        bound = await asyncio.to_thread(_bound, plan, mask, loaded, progress)
+        report = await asyncio.to_thread(_leave_page, facts.model_copy(update={"bound": bound}), out)
+    return report
+
+
+def _leave_page(facts: Facts, out: Path) -> Report:
+    """Keep the facts, and make the run's page, as `meerkat report` does."""
+    facts.save(out / SERVER)
+    report = read_report(out / SERVER)
+    write_report(out / PAGE_FILE, report)
+    return report
 
 
 def _make_mask(plan: Plan, loaded: LoadedModel) -> Mask:
@@ -80,7 +101,7 @@ def _make_mask(plan: Plan, loaded: LoadedModel) -> Mask:
     )
 
 
-def _federation(plan: Plan, out: Path) -> LocalFederation:
+def _federation(plan: Plan, out: Path, facts: Facts) -> LocalFederation:
     return LocalFederation(
         folder=out,
         source=plan.source,
@@ -92,10 +113,11 @@ def _federation(plan: Plan, out: Path) -> LocalFederation:
         early_stopping=plan.early_stopping,
         every=max(1, plan.rounds.count // EVALUATIONS),
         dtype=plan.dtype,
+        facts=facts,
     )
 
 
-def _bound(plan: Plan, mask: Mask, loaded: LoadedModel) -> float:
+def _bound(plan: Plan, mask: Mask, loaded: LoadedModel, progress: Callable[[int, int], None]) -> float:
     engine = TransformersEngine(loaded, mask, plan.task)
     rows = engine.usable([row for shard in plan.shards for row in shard])
     first_order(
@@ -106,56 +128,9 @@ def _bound(plan: Plan, mask: Mask, loaded: LoadedModel) -> float:
         lr=plan.first_order_lr,
         batch_size=2 * plan.rounds.batch_size,
         seed=plan.seed,
+        progress=progress,
     )
     return evaluate(engine, engine.usable(plan.held_out)).accuracy
-
-
-def _report(
-    plan: Plan, mask: Mask, result: LocalResult, *, descriptor: RunDescriptor, parameters: int, bound: float
-) -> Report:
-    finished = result.finished
-    assert finished is not None
-    nodes = {
-        name: _node_report(plan.task, rows, result, name)
-        for name, rows in ((node_name(number), rows) for number, rows in enumerate(plan.shards))
-    }
-    return Report(
-        descriptor=descriptor,
-        model=plan.name,
-        parameters=parameters,
-        classes=[word.strip() for word in plan.task.label_words],
-        rounds=result.rounds,
-        evaluations=result.evaluations,
-        nodes=nodes,
-        digest=finished.digest,
-        bound=bound,
-        seconds=finished.seconds,
-        counts=finished.counts,
-        covered=mask.covered,
-        magnitudes=result.paths.magnitudes,
-        judgements=result.paths.judgements,
-        early_stopping=plan.early_stopping,
-    )
-
-
-def _node_report(task: Task, rows: Sequence[Row], result: LocalResult, name: str) -> NodeReport:
-    words: dict[str, Any] = result.node_reports[name]
-    assert result.finished is not None
-    updates = result.finished.updates[name]
-
-    def packets(direction: str) -> int:
-        return sum(int(count["packet_bytes"]) for count in words.get(direction, {}).values())
-
-    return NodeReport(
-        labels=[sum(row[task.label_field] == label for row in rows) for label in range(len(task.label_words))],
-        updates=updates.messages,
-        payload_bytes=updates.payload_bytes,
-        packet_bytes=updates.packet_bytes,
-        sent_bytes=packets("sent"),
-        received_bytes=packets("received"),
-        peak_rss_mib=float(words.get("peak_rss_mib", 0.0)),
-        digest=str(words.get("digest", "")),
-    )
 
 
 def _check_digests(report: Report, out: Path) -> None:

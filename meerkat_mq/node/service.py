@@ -104,12 +104,6 @@ class _Node:
         )
 
     async def run(self) -> None:
-        try:
-            await self._run()
-        finally:
-            self._log.info("stopped", round=self._machine.version if self._machine else None)
-
-    async def _run(self) -> None:
         attendance = self._session if self._duty is None else self._duty
         async with asyncio.TaskGroup() as tasks:
             parts = (attendance.run(), self._alarm.run(), self._follow_runs())

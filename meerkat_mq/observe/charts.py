@@ -189,8 +189,13 @@ def legend(entries: Sequence[tuple[str, str]]) -> Markup:
 
 
 def colour(index: int) -> str:
-    """CSS class of the index-th colour."""
+    """CSS class of the index-th class's colour."""
     return f"c{index % COLOURS}"
+
+
+def node_colour(index: int) -> str:
+    """CSS class of the index-th node's colour: of another palette, for a node is no class."""
+    return f"n{index % COLOURS}"
 
 
 def thinned(points: Sequence[Point]) -> Sequence[Point]:

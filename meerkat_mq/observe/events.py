@@ -83,5 +83,12 @@ class RunFinished:
     counts: Mapping[str, int]
 
 
-RunEvent = RunStarted | RoundClosed | Evaluated | RunFinished
+@dataclass(frozen=True)
+class Warned:
+    """Something is wrong with the run: `text` says what, and the remedy."""
+
+    text: str
+
+
+RunEvent = RunStarted | RoundClosed | Evaluated | Warned | RunFinished
 Observer = Callable[[RunEvent], None]

@@ -28,7 +28,14 @@ def section(title: str, *content: str, note: str = "", style: str = "card") -> M
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Markup:
-    """A table that scrolls."""
+    """A table that scrolls; on a phone, each row is a list of its cells, and each cell says its column's head."""
     first = tag("thead", tag("tr", *(tag("th", head, scope="col") for head in heads)))
-    others = (tag("tr", *(tag("td", cell) for cell in row)) for row in rows)
+    others = (
+        tag("tr", *(tag("td", cell, data_label=head) for head, cell in zip(heads, row, strict=True))) for row in rows
+    )
     return tag("div", tag("table", first, tag("tbody", *others)), class_="scroll")
+
+
+def pairs(entries: Iterable[tuple[str, str]], style: str) -> Markup:
+    """Labels and what they say."""
+    return tag("dl", *(tag("div", tag("dt", label), tag("dd", value)) for label, value in entries), class_=style)

@@ -11,10 +11,10 @@ from rich.spinner import Spinner
 from rich.text import Text
 
 from meerkat_mq.errors import printable
-from meerkat_mq.observe.events import Evaluated, RoundClosed, RunEvent, RunFinished, RunStarted
+from meerkat_mq.observe.events import Evaluated, RoundClosed, RunEvent, RunFinished, RunStarted, Warned
 from meerkat_mq.observe.figures import DASH, Smoother, duration, human_bytes, named, percent
 
-REPORTS = 20
+REPORTS, STAGE_REPORTS = 20, 5
 SMOOTHED_ROUNDS = 20
 
 
@@ -38,6 +38,7 @@ class Live:
         self._loss = 0.0
         self._spinner = Spinner("dots")
         self._staged = False
+        self._stage = ""
         self._early_stopped = ""
         self._progress = Progress(
             TextColumn("rounds"),
@@ -67,12 +68,20 @@ class Live:
 
     def note(self, text: str) -> None:
         """Say which stage begins, e.g. "scoring the mask …"."""
-        self._spinner.update(text=Text(printable(text)))
+        self._stage = printable(text)
+        self._spinner.update(text=Text(self._stage))
         self._staged = True
         if self._display is None:
             self._say(text)
         else:
             self._display.refresh()
+
+    def advance(self, done: int, total: int) -> None:
+        """Say how far the stage is: on a terminal each time, else at each fifth."""
+        if self._display is not None:
+            self._spinner.update(text=Text(f"{self._stage}: {done:,} of {total:,}"))
+        elif done * STAGE_REPORTS // total > (done - 1) * STAGE_REPORTS // total:
+            self._say(f"{done:,} of {total:,} steps")
 
     def __call__(self, event: RunEvent) -> None:
         """Take an event of the server."""
@@ -83,6 +92,8 @@ class Live:
                 self._closed(event)
             case Evaluated():
                 self._evaluated(event)
+            case Warned():
+                self._say(f"warning: {event.text}")
             case RunFinished():
                 self._say(f"{event.version} rounds in {duration(event.seconds)}, theta's digest {event.digest}")
 

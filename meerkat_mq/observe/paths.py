@@ -1,11 +1,8 @@
 """GradIP as people see it: its magnitude over a node's local steps, in bounded memory however long the run."""
 
-from collections.abc import Mapping, Sequence
 from typing import Final
 
 from meerkat_mq.observe.charts import Point
-from meerkat_mq.observe.events import RoundClosed
-from meerkat_mq.rounds.records import Judgement
 
 MOST_SPANS: Final = 512  # even
 
@@ -34,28 +31,3 @@ class Magnitudes:
     def points(self) -> list[Point]:
         """(local step of the node, mean up to it from the point before)."""
         return [(self._span * number, mean) for number, mean in enumerate(self._means, start=1)]
-
-
-class Paths:
-    """The virtual paths of a run.
-
-    Attributes:
-        judgements: the newest of each node.
-    """
-
-    def __init__(self) -> None:
-        self._magnitudes: dict[str, Magnitudes] = {}
-        self.judgements: dict[str, Judgement] = {}
-
-    def take(self, event: RoundClosed) -> None:
-        """A round closed."""
-        self.judgements |= {judgement.node: judgement for judgement in event.judgements}
-        for node, steps in event.gradip.items():
-            magnitudes = self._magnitudes.setdefault(node, Magnitudes())
-            for value in steps:
-                magnitudes.add(value)
-
-    @property
-    def magnitudes(self) -> Mapping[str, Sequence[Point]]:
-        """The points of each node's curve."""
-        return {node: magnitudes.points for node, magnitudes in sorted(self._magnitudes.items())}

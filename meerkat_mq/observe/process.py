@@ -77,8 +77,7 @@ def run_service(main: Callable[[], Coroutine[Any, Any, None]], *, config: Path |
             raise
         say_error(error, config)
         return error.exit_code
-    if signals.came() is not None:
-        structlog.get_logger().info("stopped")
+    structlog.get_logger().info("stopped")
     return 0
 
 

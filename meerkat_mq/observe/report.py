@@ -1,11 +1,12 @@
-"""What a finished run comes to; `summary` prints it, `page` draws it."""
+"""What a run comes to, running, interrupted or finished; `summary` prints it, `page` draws it. What is None or empty is
+not known, and is left out."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 
 from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.observe.charts import Point
-from meerkat_mq.observe.events import Evaluated, RoundClosed
 from meerkat_mq.rounds.records import Judgement
 from meerkat_mq.wire.descriptor import RunDescriptor
 
@@ -13,87 +14,140 @@ MASKED_VALUE_BYTES = 4
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
+class Standing(Enum):
+    """How a run stands."""
+
+    FINISHED = "finished"
+    RUNNING = "running"
+    INTERRUPTED = "interrupted"
+    UNKNOWN = "not known to run"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """theta of a version on held-out rows.
+
+    Attributes:
+        version: theta's, so the number of rounds closed before.
+        rows: how many.
+        majority: accuracy of always answering the most frequent class.
+    """
+
+    version: int
+    accuracy: float
+    loss: float | None = None
+    rows: int | None = None
+    majority: float | None = None
+
+
 @dataclass(frozen=True)
 class NodeReport:
     """One node of a run.
 
     Attributes:
+        updates: that reached the server.
+        rows: size of its data.
         labels: rows of each class.
-        updates: updates that reached the server.
-        payload_bytes: of these updates.
-        packet_bytes: of these updates, as MQTT packets.
-        sent_bytes: everything that the node sent, as MQTT packets.
+        payload_bytes: of its updates.
+        packet_bytes: of its updates, as MQTT packets.
+        sent_bytes: everything that it sent, as MQTT packets.
         received_bytes: everything that it received, as MQTT packets.
         peak_rss_mib: largest resident memory, MiB.
-        digest: of its theta, hex.
+        digest: of its theta at the end, hex.
+        proven: the newest version of theta that it held, bit for bit, as the server saw by an update.
     """
 
-    labels: Sequence[int]
     updates: int
-    payload_bytes: int
-    packet_bytes: int
-    sent_bytes: int
-    received_bytes: int
-    peak_rss_mib: float
-    digest: str
+    rows: int | None = None
+    labels: Sequence[int] = ()
+    payload_bytes: int | None = None
+    packet_bytes: int | None = None
+    sent_bytes: int | None = None
+    received_bytes: int | None = None
+    peak_rss_mib: float | None = None
+    digest: str = ""
+    proven: int | None = None
+
+    @property
+    def traffic_bytes(self) -> int:
+        """Both directions, as far as they are known."""
+        return (self.sent_bytes or 0) + (self.received_bytes or 0)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What the node that sent most has sent in updates, and what weights would have cost it, as often; bytes.
+    """What the node with the most traffic has sent and received, and what weights would have cost it; bytes.
 
     Attributes:
         updates: rounds that it took part in.
-        payload: of its updates.
-        packets: of its updates, as MQTT packets.
-        masked: the masked values in each of these rounds, float32.
-        weights: all weights of the model in each of these rounds, in the run's dtype.
+        sent: everything that it sent, as MQTT packets.
+        received: everything that it received, the mask too; None: not known.
+        payload, packets: of its updates, as such and as MQTT packets; None: not known.
+        masked: the masked values in each of these rounds, float32, in one direction.
+        weights: all weights of the model, likewise, in the run's dtype; None: their number is not known.
     """
 
     updates: int
-    payload: int
-    packets: int
+    sent: int
+    received: int | None
+    payload: int | None
+    packets: int | None
     masked: int
-    weights: int
+    weights: int | None
 
-    def saving(self, other: int) -> float:
-        """How many times the packets go into another size."""
-        return other / max(1, self.packets)
+    @property
+    def ways(self) -> int:
+        """In how many directions the traffic is known, and so is compared."""
+        return 1 if self.received is None else 2
+
+    def saving(self, one_way: int) -> float:
+        """How many times the traffic goes into another size, that in the same directions."""
+        return self.ways * one_way / max(1, self.sent + (self.received or 0))
 
 
 @dataclass(frozen=True)
 class Report:
-    """A finished run.
+    """A run.
 
     Attributes:
         model: name, for people.
+        standing: how it stands.
+        closed: number of rounds closed.
+        losses: (round, mean loss over the nodes on their own batches).
+        evaluations: by version.
+        at: when the report was made, in UTC.
+        digest: of the server's theta at the last round with a digest, hex.
+        seconds: that it was worked on, about.
+        counts: what happened, by reason.
         parameters: d, all weights of the model.
         classes: names of the classes.
-        digest: of the server's theta, hex.
-        bound: held-out accuracy of first-order training on the same mask; None where it was not measured.
-        seconds: from the opening of the first round to the close of the last.
-        counts: everything that the server counted, by reason.
-        covered: weights of the matrices that the mask covers; None where it is not known.
-        magnitudes: |GradIP| over the local steps of each node; empty where it was not measured.
+        bound: held-out accuracy of first-order training on the same mask.
+        covered: weights of the matrices that the mask covers.
+        magnitudes: |GradIP| over the local steps of each node; empty where it says nothing (T = 1).
         judgements: the newest of each node; empty where no round calibrated.
         early_stopping: the run's rules of it.
+        warning: what is wrong with the run, and the remedy.
     """
 
     descriptor: RunDescriptor
     model: str
-    parameters: int
-    classes: Sequence[str]
-    rounds: Sequence[RoundClosed]
-    evaluations: Sequence[Evaluated]
+    standing: Standing
+    closed: int
+    losses: Sequence[Point]
+    evaluations: Sequence[Evaluation]
     nodes: Mapping[str, NodeReport]
-    digest: str
-    bound: float | None
-    seconds: float
-    counts: Mapping[str, int]
+    at: str
+    digest: str = ""
+    seconds: float | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
+    parameters: int | None = None
+    classes: Sequence[str] = ()
+    bound: float | None = None
     covered: int | None = None
     magnitudes: Mapping[str, Sequence[Point]] = field(default_factory=dict)
     judgements: Mapping[str, Judgement] = field(default_factory=dict)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+    warning: str = ""
 
     @property
     def gained(self) -> float | None:
@@ -108,9 +162,14 @@ class Report:
         return self.gained / (self.bound - self.evaluations[0].accuracy)
 
     @property
+    def ended(self) -> list[str]:
+        """Nodes of which it is known with what theta they ended."""
+        return [name for name, node in self.nodes.items() if node.digest and self.digest]
+
+    @property
     def astray(self) -> list[str]:
-        """Nodes whose digest is not known to be the server's."""
-        return [name for name, node in self.nodes.items() if node.digest != self.digest]
+        """Those of them whose theta is not the server's."""
+        return [name for name in self.ended if self.nodes[name].digest != self.digest]
 
     @property
     def early_stopped(self) -> list[str]:
@@ -118,12 +177,15 @@ class Report:
         return [name for name, judgement in self.judgements.items() if judgement.early_stopped]
 
     @property
-    def cost(self) -> Cost:
-        """Bytes of updates against bytes of weights."""
-        most = max(self.nodes.values(), key=lambda node: node.packet_bytes, default=None)
-        if most is None:
-            return Cost(0, 0, 0, 0, 0)
-        updates = min(most.updates, len(self.rounds))
+    def cost(self) -> Cost | None:
+        """Bytes of the run against bytes of weights; None where no traffic is known."""
+        most = max(self.nodes.values(), key=lambda node: node.traffic_bytes, default=None)
+        if most is None or most.sent_bytes is None:
+            return None
+        updates = min(most.updates, self.closed)
         masked = updates * self.descriptor.weights * MASKED_VALUE_BYTES
-        weights = updates * self.parameters * WEIGHT_BYTES[self.descriptor.dtype]
-        return Cost(updates, most.payload_bytes, most.packet_bytes, masked, weights)
+        size = WEIGHT_BYTES[self.descriptor.dtype]
+        weights = None if self.parameters is None else updates * self.parameters * size
+        return Cost(
+            updates, most.sent_bytes, most.received_bytes, most.payload_bytes, most.packet_bytes, masked, weights
+        )

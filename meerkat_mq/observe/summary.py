@@ -27,15 +27,16 @@ OTHER_COLUMNS_WIDTH = 48  # of the node table, its node column apart
 
 
 def print_summary(console: Console, report: Report) -> None:
-    """Print the figures of a run, and its nodes as a table."""
+    """Print the figures of a run, and its nodes as a table; what is not known is left out."""
     figures = Table.grid(padding=(0, 2))
     figures.add_column(style="bold", no_wrap=True)
     figures.add_column()
     for label, lines in (
+        ("warning", [report.warning]),
         ("accuracy", accuracy_lines(report)),
         ("weights", weight_lines(report)),
         ("time", [time_line(report)]),
-        ("sent", cost_lines(report)),
+        ("traffic", cost_lines(report)),
         ("digests", [digest_line(report)]),
         ("stopped", early_stopping_lines(report)),
         ("counted", [", ".join(f"{why}: {count:,}" for why, count in sorted(report.counts.items()) if why != "left")]),
@@ -54,10 +55,10 @@ def accuracy_lines(report: Report) -> list[str]:
     if not report.evaluations or report.gained is None:
         return ["not measured"]
     before, after = report.evaluations[0], report.evaluations[-1]
-    lines = [
-        f"{percent(before.accuracy)} → {percent(after.accuracy)}: {points(report.gained)}",
-        f"{percent(after.majority)} by always naming the most frequent class ({after.rows:,} held-out rows)",
-    ]
+    lines = [f"{percent(before.accuracy)} → {percent(after.accuracy)}: {points(report.gained)}"]
+    if after.majority is not None:
+        rows = "" if after.rows is None else f" ({after.rows:,} held-out rows)"
+        lines.append(f"{percent(after.majority)} by always naming the most frequent class{rows}")
     if report.bound is not None:
         lines.append(f"{percent(report.bound)} by first-order training on the same mask (the bound)")
     if report.gap_closed is not None:
@@ -68,7 +69,9 @@ def accuracy_lines(report: Report) -> list[str]:
 def weight_lines(report: Report) -> list[str]:
     """How many weights were tuned, and their share."""
     tuned = report.descriptor.weights
-    lines = [f"{tuned:,} of {report.parameters:,} tuned: {small_percent(tuned / max(1, report.parameters))} of all"]
+    if not report.parameters:
+        return [f"{tuned:,} tuned"]
+    lines = [f"{tuned:,} of {report.parameters:,} tuned: {small_percent(tuned / report.parameters)} of all"]
     if report.covered:
         lines.append(f"{small_percent(tuned / report.covered)} of the {report.covered:,} in the masked matrices")
     return lines
@@ -76,30 +79,44 @@ def weight_lines(report: Report) -> list[str]:
 
 def time_line(report: Report) -> str:
     """Rounds and seconds."""
-    return ", ".join([f"{len(report.rounds):,} rounds in {duration(report.seconds)}", *pace(report)])
+    took = "" if report.seconds is None else f" in {duration(report.seconds)}"
+    return ", ".join([f"{report.closed:,} rounds{took}", *pace(report)])
 
 
 def pace(report: Report) -> list[str]:
     """Rounds a second, where any time passed."""
-    return [f"{len(report.rounds) / report.seconds:.2g} a second"] if report.seconds > 0 else []
+    return [f"{report.closed / report.seconds:.2g} a second"] if report.seconds else []
 
 
 def cost_lines(report: Report) -> list[str]:
-    """Bytes of updates against bytes of weights."""
+    """Bytes of a node in both directions against bytes of weights."""
     cost = report.cost
-    lines = [f"{human_bytes(cost.packets)} by a node at most, as MQTT packets ({human_bytes(cost.payload)} payload)"]
-    for size, what in ((cost.weights, "all weights"), (cost.masked, "the masked values")):
-        factor = human_factor(cost.saving(size))
-        lines.append(f"instead of {human_bytes(size)} for {what} each round: {factor} × less")
+    if cost is None:
+        return []
+    received = "" if cost.received is None else f", {human_bytes(cost.received)} received (the mask too)"
+    lines = [f"{human_bytes(cost.sent)} sent{received} by a node at most"]
+    both = ", both ways" if cost.ways == 2 else ""
+    for size, what in ((cost.weights, "all weights"), (cost.masked, "masked values")):
+        if size is not None:
+            factor = human_factor(cost.saving(size))
+            lines.append(f"instead of {human_bytes(cost.ways * size)} for {what} as often{both}: {factor} × less")
     return lines
 
 
 def digest_line(report: Report) -> str:
-    """Whether every node ended with the server's theta."""
-    equal, short = len(report.nodes) - len(report.astray), report.digest[:8]
-    if not report.astray:
+    """Which nodes are known to hold the server's theta, at the end or when they began their last update."""
+    if not report.ended:
+        proven = sum(node.proven is not None for node in report.nodes.values())
+        return (
+            f"{proven} of {len(report.nodes)} nodes were seen to hold the server's weights, bit for bit"
+            if proven
+            else ""
+        )
+    equal, short = len(report.ended) - len(report.astray), report.digest[:8]
+    if equal == len(report.nodes):
         return f"all {equal} nodes hold the server's weights, bit for bit ({short}…)"
-    return f"{equal} of {len(report.nodes)} nodes hold the server's weights ({short}…); not {named(report.astray)}"
+    others = [name for name in report.nodes if name in report.astray or name not in report.ended]
+    return f"{equal} of {len(report.nodes)} nodes hold the server's weights ({short}…); not known to: {named(others)}"
 
 
 def early_stopping_lines(report: Report) -> list[str]:
@@ -107,8 +124,10 @@ def early_stopping_lines(report: Report) -> list[str]:
     config, names = report.early_stopping, report.early_stopped
     if config.by == "off":
         return []
-    if not report.judgements:
+    if report.descriptor.local_steps <= config.steps:
         return [unchanged_line(report.descriptor.local_steps, config)]
+    if not report.judgements:
+        return ["no calibration round has closed yet"]
     lines = [f"{len(names)} of {len(report.judgements)} nodes, by {config.by}: {named(names)}"]
     for name in names[:MOST_NAMED]:
         found = report.judgements[name]
@@ -131,36 +150,49 @@ def _node_table(report: Report, width: int) -> Table:
     classes = _class_columns(report, width)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("node", no_wrap=True)
-    for head in (*(classes or ["rows by class"]), "updates", "payload", "packets", "peak RSS"):
+    for head in (
+        *(classes or ["rows by class" if any(node.labels for node in report.nodes.values()) else "rows"]),
+        "updates",
+        "sent",
+        "received",
+        "peak RSS",
+    ):
         table.add_column(Text(head), justify="right", no_wrap=True)
-    table.add_column("digest", no_wrap=True)
+    table.add_column("weights", no_wrap=True)
     for name, node in list(report.nodes.items())[:MOST_NODES]:
         rows = [f"{count:,}" for count in node.labels] if classes else [_rows(node)]
-        table.add_row(Text(printable(name)), *rows, *_node_figures(node), verdict(node.digest, report.digest))
+        table.add_row(Text(printable(name)), *rows, *_node_figures(node), verdict(report, node))
     if len(report.nodes) > MOST_NODES:
         table.add_row(f"… and {len(report.nodes) - MOST_NODES:,} more")
     return table
 
 
 def _class_columns(report: Report, width: int) -> list[str]:
+    if not all(node.labels for node in report.nodes.values()):
+        return []
     names = [printable(name) for name in report.classes]
     needed = OTHER_COLUMNS_WIDTH + max(map(len, report.nodes)) + sum(max(4, len(name)) + 2 for name in names)
     return names if needed <= width else []
 
 
 def _rows(node: NodeReport) -> str:
-    return "/".join(map(str, node.labels)) if len(node.labels) <= MOST_CLASSES else f"{sum(node.labels):,} in all"
+    if 0 < len(node.labels) <= MOST_CLASSES:
+        return "/".join(map(str, node.labels))
+    if node.labels:
+        return f"{sum(node.labels):,} in all"
+    return DASH if node.rows is None else f"{node.rows:,}"
 
 
 def _node_figures(node: NodeReport) -> list[str]:
     return [
         f"{node.updates:,}",
-        human_bytes(node.payload_bytes),
-        human_bytes(node.packet_bytes),
-        f"{node.peak_rss_mib:,.0f} MiB",
+        *(DASH if size is None else human_bytes(size) for size in (node.sent_bytes, node.received_bytes)),
+        DASH if node.peak_rss_mib is None else f"{node.peak_rss_mib:,.0f} MiB",
     ]
 
 
-def verdict(digest: str, servers: str) -> str:
-    """A node's digest against the server's."""
-    return f"{DASH} not known" if not digest else "✓ equal" if digest == servers else "✗ differs"
+def verdict(report: Report, node: NodeReport) -> str:
+    """Whether a node holds the server's theta: at its end, or else at the last version of which that was checked."""
+    if node.digest and report.digest:
+        return "✓ equal" if node.digest == report.digest else "✗ differs"
+    return f"{DASH} not known" if node.proven is None else f"✓ at version {node.proven:,}"

@@ -1,4 +1,4 @@
-"""`meerkat status`, `ledger` and `verify`: all that they need is a server's state_dir, also while the server runs."""
+"""`meerkat status`, `ledger`, `verify` and `report`: all that they need is a state_dir, also while its server runs."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -15,12 +15,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from meerkat_mq.errors import ConfigError
 from meerkat_mq.extras import need
 from meerkat_mq.observe.figures import duration
+from meerkat_mq.observe.page import write_report
 from meerkat_mq.observe.shown import RoundShown, RunShown, StepShown, UpdateShown, json_line
 from meerkat_mq.observe.signals import Interrupted
 from meerkat_mq.observe.tables import path_table, round_pages, round_table, say, status_line, status_table, step_table
 from meerkat_mq.server.inspect import path_shown, round_shown, rounds_shown, run_shown, steps_shown
 from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
 from meerkat_mq.server.rebuild import rebuilt_path
+from meerkat_mq.server.reporting import PAGE_FILE, read_report
 from meerkat_mq.server.verify import mask_of, run_of, verify_folder
 
 REFRESH_S = 1.0
@@ -178,3 +180,25 @@ def verify(
     also = f"; {', '.join(found.files)} too" if found.files else ""
     said = f"{found.rounds:,} rounds and {found.updates:,} updates are as they must be{also}"
     say(Console(), f"{state_dir}: {said}; digest {found.digest.hex()}, {duration(time.monotonic() - began)}")
+
+
+def report(
+    state_dir: StateDir,
+    *,
+    out: Annotated[Path | None, typer.Option(help="The page to write; default: report.html in state_dir.")] = None,
+) -> None:
+    """Make the page of a run, running, interrupted or finished: one HTML file, for a browser or a phone."""
+    target = state_dir / PAGE_FILE if out is None else out
+    with _progress("reading the ledger") as progress:
+        made = read_report(state_dir, progress)
+    try:
+        write_report(target, made)
+    except OSError as error:
+        raise ConfigError(
+            str(target), f"cannot be written ({error.strerror})", "name another file with --out"
+        ) from error
+    console = Console()
+    if made.warning:
+        say(console, f"warning: {made.warning}")
+    closed = f"{made.closed:,} of {made.descriptor.rounds:,} rounds"
+    say(console, f"Report: {target} ({made.standing.value}, {closed})")

@@ -15,6 +15,7 @@ from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
 from meerkat_mq.server.alive import is_alive
 from meerkat_mq.server.ledger import Ledger
 from meerkat_mq.server.ledger_rows import Closed, NodeRow, Products
+from meerkat_mq.server.losses import mean_loss, rising_now
 from meerkat_mq.server.run import early_stopping_in_words, mode_in_words, settings_of
 from meerkat_mq.server.verify import run_of
 from meerkat_mq.wire.descriptor import RunDescriptor
@@ -66,11 +67,12 @@ def run_shown(ledger: Ledger, now: float | None = None) -> RunShown:
         heard=len(heard),
         closed_s=now - closed[-1] if closed else None,
         round_s=(closed[-1] - closed[0]) / (len(closed) - 1) if len(closed) > 1 else None,
-        loss=_loss(past[-1]) if past else None,
+        loss=mean_loss(past[-1]) if past else None,
         early_stopping=_early_stopping(settings, sum(node.node not in paths.judgements for node in nodes)),
         nodes=tuple(_node_shown(node, last.get(node.node), version, flagged, paths=paths, now=now) for node in nodes),
         mode=mode_in_words(settings),
         staleness=ledger.staleness(guards.window),
+        warning=rising_now(ledger),
     )
 
 
@@ -93,12 +95,12 @@ def _mean_gradip(ledger: Ledger, settings: RoundSettings, rounds: Iterable[Seque
     """Node to its mean |GradIP| over the steps that were not refused."""
     sizes: dict[str, list[float]] = {}
     for records in rounds:
-        for record, measured in _measured(ledger, settings, records):
-            sizes.setdefault(record.node, []).extend(map(abs, measured))
+        for record, found in measured(ledger, settings, records):
+            sizes.setdefault(record.node, []).extend(map(abs, found))
     return {node: math.fsum(found) / len(found) for node, found in sizes.items() if found}
 
 
-def _measured(
+def measured(
     ledger: Ledger, settings: RoundSettings, records: Sequence[UpdateRecord]
 ) -> Iterator[tuple[UpdateRecord, tuple[float, ...]]]:
     """The updates of a round that were not refused, each with its GradIP; not those whose version has no products."""
@@ -123,12 +125,6 @@ def gradip_of(ledger: Ledger, record: UpdateRecord, products: Products) -> tuple
         problem = f"holds {len(record.scalars)} projected gradients of {record.node} in round {record.version}"
         raise LedgerError(str(ledger.path), f"{problem}, of {len(lane)} directions", "`meerkat verify` says more")
     return gradip(record.scalars, lane)
-
-
-def _loss(records: Iterable[UpdateRecord]) -> float | None:
-    """Mean over the accepted ones."""
-    losses = [record.loss for record in _not_refused(records)]
-    return math.fsum(losses) / len(losses) if losses else None
 
 
 def _node_shown(
@@ -219,9 +215,9 @@ def steps_shown(ledger: Ledger, node: str | None, first: int, count: int) -> Ite
         problem = "is not measured in this run: its mask has no pre-training gradient"
         raise RunMismatch("GradIP", problem, "score the mask of the next one: `meerkat mask`")
     for version in range(first, end):
-        for record, measured in _measured(ledger, settings, ledger.records(version)):
+        for record, found in measured(ledger, settings, ledger.records(version)):
             if node in (None, record.node):
-                yield from _steps_shown(run, record, measured)
+                yield from _steps_shown(run, record, found)
 
 
 def _steps_shown(run: RunDescriptor, record: UpdateRecord, measured: Sequence[float]) -> Iterator[StepShown]:
@@ -240,7 +236,7 @@ def _round_shown(
         closed=utc(closed.closed),
         asked=closed.asked,
         overdue=closed.overdue,
-        loss=_loss(records),
+        loss=mean_loss(records),
         digest="" if entry.digest == NO_DIGEST else entry.digest.hex(),
         previous=entry.previous.hex(),
         hash=entry.hash(run.run_id).hex(),

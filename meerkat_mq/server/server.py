@@ -84,12 +84,6 @@ class Server:
     async def run(self) -> None:
         """Serve until cancelled; with `config.once`, until the run is finished."""
         try:
-            await self._serve()
-        finally:
-            self._log.info("stopped", round=self._machine.version if self._machine else None)
-
-    async def _serve(self) -> None:
-        try:
             async with asyncio.TaskGroup() as tasks:
                 coroutines = (self._session.run(), self._alarm.run(), self._write(), self._keep_sightings(),
                               self._measurer.run(self.handle), self._fetches.run(), self._succeed(),

@@ -11,6 +11,7 @@ from meerkat_mq.observe.process import Threads
 from meerkat_mq.server.alive import alive
 from meerkat_mq.server.files import unusable
 from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
+from meerkat_mq.server.losses import rising_from
 from meerkat_mq.server.mark import marked
 from meerkat_mq.server.patience import patiently
 from meerkat_mq.server.recovery import recovered
@@ -59,7 +60,8 @@ async def serve(config: ServerConfig, *, replace: bool = False, observer: Observ
             replica = await patiently(lambda: off_the_loop(worker, recovered, ledger, run, snapshots))
             scribe = await off_the_loop(worker, Scribe, ledger, replica, run, snapshots, worker)
             every = config.evaluation.every if config.evaluation else 1
-            watch = Watch(observer, evaluator, every, run.descriptor)
+            rising = await off_the_loop(worker, rising_from, ledger)
+            watch = Watch(observer, evaluator, every, run.descriptor, rising)
             with marked(config.state_dir) as alone:
                 await Server(config, run, scribe, watch, observer, replace=replace, alone=alone).run()
         finally:

@@ -132,6 +132,13 @@ def remove_run(folder: Path) -> None:
     Raises:
         OSError: the folder is read-only.
     """
-    for pattern in ("ledger.sqlite*", ".ledger.sqlite.*", "snapshot-*.mks", ".snapshot-*.mks.*", "mask-*.mkm"):
+    for pattern in (
+        "ledger.sqlite*",
+        ".ledger.sqlite.*",
+        "snapshot-*.mks",
+        ".snapshot-*.mks.*",
+        "mask-*.mkm",
+        "facts.json",
+    ):
         for file in folder.glob(pattern):
             file.unlink()

@@ -13,13 +13,15 @@ from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.gradip import gradip
 from meerkat_mq.core.path import digest
 from meerkat_mq.mqtt import Count
-from meerkat_mq.observe.events import Evaluated, Observer, RoundClosed, RunFinished
+from meerkat_mq.observe.events import Evaluated, Observer, RoundClosed, RunFinished, Warned
 from meerkat_mq.observe.figures import log_keys, rounded
+from meerkat_mq.observe.rising import RisingLoss
 from meerkat_mq.rounds.events import EntryCommitted
 from meerkat_mq.rounds.guards import NOT_REFUSED
 from meerkat_mq.rounds.policy import lane_of
 from meerkat_mq.rounds.records import UpdateRecord
 from meerkat_mq.server.ledger_rows import Products, Sighting
+from meerkat_mq.server.losses import mean_loss, watched_loss
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor
 from meerkat_mq.wire.frames import MAX_SLOTS
 
@@ -37,7 +39,23 @@ class Watch:
         counts: everything counted, by reason.
     """
 
-    def __init__(self, observer: Observer, evaluator: "Evaluator | None", every: int, run: RunDescriptor) -> None:
+    def __init__(
+        self,
+        observer: Observer,
+        evaluator: "Evaluator | None",
+        every: int,
+        run: RunDescriptor,
+        rising: RisingLoss | None = None,
+    ) -> None:
+        """Watch a run.
+
+        Args:
+            observer: is told.
+            evaluator: of theta, if there is one.
+            every: rounds between evaluations.
+            run: what is run.
+            rising: watches its loss, from where the ledger stands; default: from its first round.
+        """
         self.statuses: dict[str, NodeStatus] = {}
         self.counts: Counter[str] = Counter()
         self._observe = observer
@@ -51,6 +69,7 @@ class Watch:
         self._snapshots: asyncio.Queue[tuple[int, float, Float32Array]] = asyncio.Queue()
         self._spoken = asyncio.Event()
         self._noted: dict[str, tuple[NodeStatus, int, int]] = {}
+        self._rising = rising or RisingLoss()
 
     def _seconds(self) -> float:
         now = asyncio.get_running_loop().time()
@@ -69,17 +88,31 @@ class Watch:
     def closed(self, commit: EntryCommitted, online: int, bytes_up: int) -> None:
         """A round was committed."""
         records = [found for found in commit.records if found.verdict in NOT_REFUSED]
-        loss = math.fsum(record.loss for record in records) / len(records) if records else math.nan
+        loss = mean_loss(commit.records)
         recent = {
             version: found for version, found in self._products.items() if version >= commit.version - self._window
         }
         self._products = recent | {commit.version: commit.products}
         paths = {found.node: path for found in records if (path := self._gradip(found))}
         event = RoundClosed(
-            commit.version, self._seconds(), loss, len(commit.records), online, bytes_up, paths, commit.judgements
+            commit.version,
+            self._seconds(),
+            math.nan if loss is None else loss,
+            len(commit.records),
+            online,
+            bytes_up,
+            paths,
+            commit.judgements,
         )
-        self._log.info("round closed", round=event.round, loss=rounded(loss, 5), heard=event.heard, online=online)
+        self._log.info("round closed", round=event.round, loss=rounded(event.loss, 5), heard=event.heard, online=online)
         self._observe(event)
+        if (watched := watched_loss(commit.records)) is not None:
+            self._warn(self._rising.closed(event.round, watched))
+
+    def _warn(self, text: str) -> None:
+        if text:
+            self._log.warning("the run goes wrong", problem=text)
+            self._observe(Warned(text))
 
     def _gradip(self, record: UpdateRecord) -> tuple[float, ...]:
         """Of an update, along the directions of its own version; () where these are not measured, or not known here."""
@@ -120,6 +153,7 @@ class Watch:
             said = {"accuracy": rounded(event.accuracy, 4), "loss": rounded(event.loss, 4)}
             self._log.info("evaluated", version=version, **said)
             self._observe(event)
+            self._warn(self._rising.evaluated(version, found.loss))
             figures = {
                 "accuracy": found.accuracy, "loss": found.loss, "majority": found.majority, "rows": float(found.rows),
             }  # fmt: skip

@@ -1,20 +1,50 @@
 """The whole demo in small: broker, server, two node processes, report, export."""
 
+import asyncio
+import io
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from meerkat_mq.demo import run as demo
+from meerkat_mq.demo.plan import Choices, Plan, make_plan
 from meerkat_mq.demo.settings import WEIGHTS
+from meerkat_mq.observe.live import Live
+from meerkat_mq.observe.report import Report
 from meerkat_mq.wire.difference import Difference
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "meerkat_mq", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+
+
+def _but_the_time(page: str) -> str:
+    return re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", "", page)
+
+
+async def test_an_interrupted_demo_says_how_its_page_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def interrupted(plan: Plan, out: Path, live: Live) -> Report:
+        (out / "server").mkdir()
+        if ledger:
+            (out / "server" / "ledger.sqlite").touch()
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(demo, "_federate", interrupted)
+    monkeypatch.setattr(demo, "configure_logs", lambda *, as_json, file: file.close())
+    for ledger in (True, False):
+        out = tmp_path / f"my demo {ledger}"
+        console = Console(file=io.StringIO(), width=40)
+        with pytest.raises(asyncio.CancelledError):
+            await demo.run_demo(make_plan(Choices()), out, console)
+        assert isinstance(console.file, io.StringIO)
+        said = console.file.getvalue()
+        assert (f"meerkat report '{out}/server'\n" in said) is ledger
 
 
 @pytest.mark.timeout(300)
@@ -29,7 +59,10 @@ def test_the_demo_ends_by_itself_with_equal_digests_and_a_model_to_export(tmp_pa
     assert "\x1b" not in done.stdout
     report = (out / "report.html").read_text(encoding="utf-8")
     assert "<svg" in report
-    assert len(re.findall(r'class="curve c\d( stopped)?"', report)) == 2
+    assert len(re.findall(r'class="curve n\d( stopped)?"', report)) == 2
+    again = run("report", str(out / "server"), "--out", str(out / "again.html"))
+    assert again.returncode == 0, again.stderr
+    assert _but_the_time((out / "again.html").read_text(encoding="utf-8")) == _but_the_time(report)
     difference = Difference.load(out / "server" / "difference.mkd")
     assert difference.version == 6
 

@@ -10,6 +10,7 @@ from meerkat_mq.demo.corpus import TASK, triage_rows
 from meerkat_mq.demo.plan import Choices, make_plan, shards
 from meerkat_mq.demo.settings import DEMO
 from meerkat_mq.errors import ConfigError, DataError
+from meerkat_mq.model.data import write_rows
 from meerkat_mq.model.tasks import load_task
 from meerkat_mq.wire.descriptor import Task
 
@@ -20,6 +21,16 @@ def test_without_choices_the_demo_runs_its_own_model() -> None:
     assert len(plan.shards) == plan.rounds.min_nodes == 4
     lines = {row["line"] for shard in plan.shards for row in shard}
     assert not lines & {row["line"] for row in plan.held_out}
+
+
+def test_the_bound_is_on_for_the_demos_own_model_and_off_for_a_given_one(tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    write_rows(data, triage_rows(0, 60, "train"))
+    task = tmp_path / "task.toml"
+    task.write_text(to_toml(TASK.model_dump(mode="json")))
+    given: dict[str, Any] = {"model": "x", "task": str(task), "data": data}
+    assert [make_plan(Choices(bound=bound)).bound for bound in (None, True, False)] == [True, True, False]
+    assert [make_plan(Choices(bound=bound, **given)).bound for bound in (None, True, False)] == [False, True, False]
 
 
 @pytest.mark.parametrize(

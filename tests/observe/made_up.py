@@ -7,7 +7,7 @@ from typing import Any
 
 from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.observe.events import Evaluated, RoundClosed
-from meerkat_mq.observe.report import NodeReport, Report
+from meerkat_mq.observe.report import Evaluation, NodeReport, Report, Standing
 from meerkat_mq.rounds.records import Judgement
 from meerkat_mq.wire.descriptor import RunDescriptor, Task
 
@@ -71,6 +71,7 @@ def calibrated(stopped: str, *others: str) -> dict[str, Any]:
 
     names = (stopped, *others)
     return {
+        "descriptor": a_descriptor(local_steps=10),
         "magnitudes": {
             name: [
                 (step, size(step, 0.05 if name == stopped else 0)) for step in range(1, 121 if name == stopped else 301)
@@ -82,14 +83,19 @@ def calibrated(stopped: str, *others: str) -> dict[str, Any]:
     }
 
 
-def an_evaluation(version: int, accuracy: float, *, majority: float = 0.31) -> Evaluated:
-    return Evaluated(version, 0.37 * version, 1000, accuracy, 2 * (1 - accuracy), majority)
+def evaluated(version: int, accuracy: float) -> Evaluated:
+    return Evaluated(version, 0.37 * version, 1000, accuracy, 2 * (1 - accuracy), 0.31)
+
+
+def an_evaluation(version: int, accuracy: float, *, majority: float | None = 0.31) -> Evaluation:
+    return Evaluation(version, accuracy, 2 * (1 - accuracy), 1000, majority)
 
 
 def a_node(**changes: Any) -> NodeReport:
     figures: dict[str, Any] = {
-        "labels": LABELS[0],
         "updates": 300,
+        "rows": sum(LABELS[0]),
+        "labels": LABELS[0],
         "payload_bytes": 15_600,
         "packet_bytes": 27_300,
         "sent_bytes": 31_200,
@@ -110,7 +116,10 @@ def a_report(**changes: Any) -> Report:
         "model": "field-logs-1m",
         "parameters": 1_063_040,
         "classes": CLASSES,
-        "rounds": [a_round(number, loss=loss) for number, loss in enumerate(losses)],
+        "standing": Standing.FINISHED,
+        "closed": 300,
+        "at": "2026-11-28T19:20:08.123456Z",
+        "losses": list(enumerate(losses)),
         "evaluations": [
             an_evaluation(0, 0.581),
             *(an_evaluation(20 * index, accuracy) for index, accuracy in enumerate(accuracies, 1)),

@@ -6,17 +6,17 @@ from rich.console import Console
 from meerkat_mq.mqtt.message import Count
 from meerkat_mq.observe.events import RoundClosed, RunFinished, RunStarted
 from meerkat_mq.observe.live import Live
-from tests.observe.made_up import DIGEST, a_descriptor, a_judgement, a_round, an_evaluation
+from tests.observe.made_up import DIGEST, a_descriptor, a_judgement, a_round, evaluated
 
 
 def a_run(live: Live, rounds: int, *, every: int) -> None:
     live.note("scoring the mask")
     live(RunStarted(a_descriptor(), 1))
-    live(an_evaluation(0, 0.581))
+    live(evaluated(0, 0.581))
     for version in range(1, rounds + 1):
         live(a_round(version - 1, loss=1.25, seconds=version / 2))
         if version % every == 0:
-            live(an_evaluation(version, 0.6 + version / (10 * rounds)))
+            live(evaluated(version, 0.6 + version / (10 * rounds)))
     live(RunFinished(rounds, rounds / 2, DIGEST, {}, {"node-0": Count()}, {}))
 
 

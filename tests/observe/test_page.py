@@ -7,15 +7,17 @@ from typing import Any
 import pytest
 
 from meerkat_mq.config import EarlyStoppingConfig
-from meerkat_mq.observe.page import MEANINGS, write_report
-from meerkat_mq.rounds.records import Judgement
+from meerkat_mq.observe.meanings import MEANINGS, meaning
+from meerkat_mq.observe.page import write_report
+from meerkat_mq.observe.report import NodeReport, Standing
+from meerkat_mq.rounds.records import Judgement, Verdict
+from meerkat_mq.wire.messages import Reason, in_words
 from tests.observe.made_up import (
     TASK,
     a_descriptor,
     a_judgement,
     a_node,
     a_report,
-    a_round,
     an_evaluation,
     calibrated,
 )
@@ -66,8 +68,9 @@ def page(tmp_path: Path) -> Any:
 def test_it_has_the_figures(page: Any) -> None:
     text = page()[1].text
     for figure in ("88.4 %", "+30.3 points, from 58.1 %", "majority class 31.0 %", "first-order bound 91.2 %", "92 %",
-                   "27.3 kB", "instead of 1.28 GB for all weights:", "47,000 × less", "742", "0.070 % of all 1,063,040",
-                   "✓ 4 of 4", "1 min 52 s", "12" * 16, "312 MiB", "180", "✓ equal", "0.01"):  # fmt: skip
+                   "119 kB", "31.2 kB sent, 88.0 kB received", "21,000 × less", "742",
+                   "instead of 2.55 GB for all weights both ways, each round:", "0.070 % of all 1,063,040",
+                   "✓ 4 of 4", "1 min 52 s", "12" * 16, "312 MiB", "✓ equal", "0.01"):  # fmt: skip
         assert figure in text, figure
 
 
@@ -90,8 +93,10 @@ def test_hostile_names_are_text(page: Any) -> None:
         classes=[HOSTILE] * 4,
         nodes={HOSTILE: a_node()},
         counts={HOSTILE: 1},
-        **calibrated(HOSTILE, HOSTILE + "2"),
-        descriptor=a_descriptor().model_copy(update={"task": task}),
+        **(
+            calibrated(HOSTILE, HOSTILE + "2")
+            | {"descriptor": a_descriptor(local_steps=10).model_copy(update={"task": task})}
+        ),
     )
     assert checker.tags.isdisjoint({"script"})
     assert "<script" not in html
@@ -105,14 +110,17 @@ def test_hostile_names_are_text(page: Any) -> None:
     [
         {"evaluations": [an_evaluation(0, 0.581)]},
         {"evaluations": []},
-        {"evaluations": [], "rounds": [], "nodes": {}, "seconds": 0.0, "bound": None},
+        {"evaluations": [], "losses": [], "closed": 0, "nodes": {}, "seconds": 0.0, "bound": None},
+        {"evaluations": [an_evaluation(0, 0.5, majority=None)], "seconds": None, "parameters": None, "counts": {}},
+        {"nodes": {"a": NodeReport(updates=3, rows=9, sent_bytes=312, proven=2)}, "digest": "", "bound": None},
+        {"nodes": {"a": NodeReport(updates=0)}, "standing": Standing.UNKNOWN, "closed": 12},
         {"bound": None},
         {"nodes": {"node-0": a_node()}},
         {"nodes": {"node-0": a_node(labels=[0] * 4, updates=0, payload_bytes=0, packet_bytes=0)}},
-        {"rounds": [a_round(0)]},
-        {"rounds": [a_round(number, loss=0.5) for number in range(9)]},
-        {"rounds": [a_round(number, loss=0.0) for number in range(9)]},
-        {"rounds": [a_round(0), a_round(1, loss=float("nan")), a_round(2, loss=float("inf"))]},
+        {"losses": [(0, 1.0)], "closed": 1},
+        {"losses": [(number, 0.5) for number in range(9)]},
+        {"losses": [(number, 0.0) for number in range(9)]},
+        {"losses": [(0, 1.0), (5, 2.0)]},
         {"evaluations": [an_evaluation(version, 1.0, majority=1.0) for version in range(5)], "bound": 1.0},
         {"evaluations": [an_evaluation(version, 0.0, majority=0.0) for version in range(5)], "bound": 0.0},
         {"descriptor": a_descriptor(task=None, engine="toy")},
@@ -158,8 +166,8 @@ def test_a_node_that_differs_is_marked(page: Any) -> None:
 
 def test_gradip_is_a_line_a_node_and_early_stopped_ones_are_marked(page: Any) -> None:
     html, checker = page(**calibrated("node-3", "node-0", "node-1", "node-2"))
-    assert len(re.findall(r'class="curve c\d( stopped)?"', html)) == 4
-    assert len(re.findall(r'class="curve c\d stopped"', html)) == 1
+    assert len(re.findall(r'class="curve n\d( stopped)?"', html)) == 4
+    assert len(re.findall(r'class="curve n\d stopped"', html)) == 1
     assert 'class="band calibration"' in html
     text = checker.text
     for words in (" node-3: early-stopped", " node-0", "rho_later (≥ 2.5)", "rho_quiet (≥ 0.5)", "4.25", "0.62"):
@@ -189,14 +197,76 @@ def test_random_early_stopping_has_no_thresholds(page: Any) -> None:
 
 def test_where_early_stopping_changes_nothing_the_page_says_so(page: Any) -> None:
     magnitudes = {"node-0": [(step, 0.1) for step in range(1, 10)]}
-    html, _ = page(magnitudes=magnitudes, early_stopping=EarlyStoppingConfig(by="vpcs"))
+    html, checker = page(magnitudes=magnitudes, early_stopping=EarlyStoppingConfig(by="vpcs"))
     assert "Early stopping changes nothing at T = 1" in html
+    assert "GradIP" not in " ".join(checker.text)
+
+
+def test_at_one_local_step_there_is_no_gradip_card(page: Any) -> None:
+    text = " ".join(page(magnitudes={"node-0": [(step, 0.1) for step in range(1, 10)]})[1].text)
+    assert "GradIP" not in text
 
 
 def test_counts_are_explained(page: Any) -> None:
-    text = page(counts={"late": 2, "refused: wrong seeds": 1, "misplaced: Want": 3})[1].text
-    for reason in ("late", "refused", "misplaced"):
-        assert MEANINGS[reason] in text
+    text = page(counts={"late": 2, "refused: outlier": 1, "misplaced: Want": 3})[1].text
+    assert MEANINGS["late"] in text
+    assert "far from those of the other nodes" in " ".join(text)
+    assert MEANINGS["misplaced"] in text
+
+
+@pytest.mark.parametrize("member", [*Reason, *(verdict for verdict in Verdict if verdict is not Verdict.ACCEPTED)])
+def test_every_refusal_is_explained_by_its_own_words(member: Any) -> None:
+    if member is not Verdict.EARLY_STOPPED:  # it counts as accepted
+        assert meaning(f"refused: {in_words(member)}") != meaning("refused")
+    assert "does not fit the server's theta" not in meaning(f"refused: {in_words(member)}")
+
+
+def test_nodes_and_classes_have_colours_of_their_own(page: Any) -> None:
+    html = page(**calibrated("node-3", "node-0", "node-1", "node-2"))[0]
+    colours = dict(re.findall(r"--([cn]\d): (#[0-9a-f]{6});", html.split("prefers-color-scheme")[0]))
+    assert len(colours) == len(set(colours.values())) == 16
+    assert re.search(r'class="n0 stopped"|class="n0"', html)
+    assert 'class="part c0"' in html
+
+
+def test_on_a_phone_a_cell_says_its_column(page: Any) -> None:
+    html = page()[0]
+    for head in ("node", "updates", "sent", "received", "peak memory", "weights", "what", "times", "meaning"):
+        assert f'<td data-label="{head}">' in html
+    phone = html.split("@media (max-width: 560px)")[1]
+    assert "content: attr(data-label)" in phone
+
+
+@pytest.mark.parametrize(
+    ("standing", "words"),
+    [
+        (Standing.FINISHED, "Fine-tuned by 4 nodes over MQTT in 1 min 52 s"),
+        (Standing.RUNNING, "Running: 40 of 300 rounds by 4 nodes over MQTT in 1 min 52 s"),
+        (Standing.INTERRUPTED, "Interrupted: 40 of 300 rounds"),
+        (Standing.UNKNOWN, "Not known to run: 40 of 300 rounds"),
+    ],
+)
+def test_it_says_how_the_run_stands_and_when(page: Any, standing: Standing, words: str) -> None:
+    text = " ".join(page(standing=standing, closed=40)[1].text)
+    assert words in text
+    assert "2026-11-28 19:20 UTC" in text
+
+
+def test_a_warning_is_seen(page: Any) -> None:
+    html, checker = page(warning="the loss rises; lower rounds.lr")
+    assert 'role="alert"' in html
+    assert "Warning: the loss rises; lower rounds.lr." in checker.text
+    assert "Warning" not in page()[1].text
+
+
+def test_what_is_not_known_is_left_out(page: Any) -> None:
+    nodes = {"a": NodeReport(updates=3, rows=9, sent_bytes=312, proven=2)}
+    html = page(nodes=nodes, digest="", parameters=None, covered=None, counts={})[0]
+    text = re.sub("<[^>]*>", " ", html.partition("</style>")[2])
+    for word in ("received", "peak memory", "all weights", "Data on the nodes", "of all"):
+        assert word not in text
+    assert "Sent by a node" in text
+    assert "✓ at version 2" in text
 
 
 def test_lines_of_a_template_are_kept(page: Any) -> None:

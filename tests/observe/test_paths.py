@@ -2,8 +2,7 @@ import random
 
 import pytest
 
-from meerkat_mq.observe.paths import MOST_SPANS, Magnitudes, Paths
-from tests.observe.made_up import a_judgement, a_round
+from meerkat_mq.observe.paths import MOST_SPANS, Magnitudes
 
 
 def test_a_short_path_keeps_every_magnitude() -> None:
@@ -27,20 +26,3 @@ def test_a_long_path_is_thinned_to_means_and_reaches_its_end(steps: int) -> None
     for number, (step, mean) in enumerate(points):
         assert step == (number + 1) * span
         assert mean == pytest.approx(sum(map(abs, values[number * span : (number + 1) * span])) / span)
-
-
-def test_paths_go_on_over_rounds_at_each_nodes_own_steps() -> None:
-    paths = Paths()
-    paths.take(a_round(0, gradip={"b": (0.5, -0.25), "a": (1.0, 2.0)}))
-    paths.take(a_round(1, gradip={"b": (0.125,)}))
-    assert paths.magnitudes == {"a": [(1, 1.0), (2, 2.0)], "b": [(1, 0.5), (2, 0.25), (3, 0.125)]}
-    assert list(paths.magnitudes) == ["a", "b"]
-
-
-def test_the_newest_judgement_of_a_node_stands() -> None:
-    paths = Paths()
-    first, second = a_judgement("a", early_stopped=True), a_judgement("a", early_stopped=False, version=5)
-    other = a_judgement("b", early_stopped=True)
-    paths.take(a_round(0, judgements=(first, other)))
-    paths.take(a_round(5, judgements=(second,)))
-    assert paths.judgements == {"a": second, "b": other}

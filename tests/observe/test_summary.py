@@ -4,8 +4,9 @@ from typing import Any
 from rich.console import Console
 
 from meerkat_mq.config import EarlyStoppingConfig
+from meerkat_mq.observe.report import NodeReport
 from meerkat_mq.observe.summary import print_summary
-from tests.observe.made_up import a_descriptor, a_node, a_report, a_round, an_evaluation, calibrated
+from tests.observe.made_up import a_descriptor, a_node, a_report, an_evaluation, calibrated
 
 
 def summary(*, width: int = 80, terminal: bool = False, **changes: Any) -> str:
@@ -26,17 +27,17 @@ accuracy  58.1 % → 88.4 %: +30.3 points
 weights   742 of 1,063,040 tuned: 0.070 % of all
           0.10 % of the 740,000 in the masked matrices
 time      300 rounds in 1 min 52 s, 2.7 a second
-sent      27.3 kB by a node at most, as MQTT packets (15.6 kB payload)
-          instead of 1.28 GB for all weights each round: 47,000 × less
-          instead of 890 kB for the masked values each round: 33 × less
+traffic   31.2 kB sent, 88.0 kB received (the mask too) by a node at most
+          instead of 2.55 GB for all weights as often, both ways: 21,000 × less
+          instead of 1.78 MB for masked values as often, both ways: 15 × less
 digests   all 4 nodes hold the server's weights, bit for bit (0f0f0f0f…)
 counted   late: 2, refused: resynchronise: 1
 
-node    rows by class  updates  payload  packets  peak RSS  digest
-node-0   140/96/90/74      300  15.6 kB  27.3 kB   312 MiB  ✓ equal
-node-1  61/180/103/56      300  15.6 kB  27.3 kB   312 MiB  ✓ equal
-node-2  210/34/120/36      300  15.6 kB  27.3 kB   312 MiB  ✓ equal
-node-3      0/0/0/400      300  15.6 kB  27.3 kB   312 MiB  ✓ equal
+node    rows by class  updates     sent  received  peak RSS  weights
+node-0   140/96/90/74      300  31.2 kB   88.0 kB   312 MiB  ✓ equal
+node-1  61/180/103/56      300  31.2 kB   88.0 kB   312 MiB  ✓ equal
+node-2  210/34/120/36      300  31.2 kB   88.0 kB   312 MiB  ✓ equal
+node-3      0/0/0/400      300  31.2 kB   88.0 kB   312 MiB  ✓ equal
 """
     )
 
@@ -55,18 +56,38 @@ def test_on_a_terminal_it_has_the_same_figures() -> None:
 
 
 def test_bfloat16_weights_would_cost_half() -> None:
-    assert "instead of 638 MB for all weights" in summary(descriptor=a_descriptor(dtype="bfloat16"))
+    assert "instead of 1.28 GB for all weights as often, both ways" in summary(
+        descriptor=a_descriptor(dtype="bfloat16")
+    )
 
 
 def test_weights_are_compared_over_the_rounds_that_the_node_took_part_in() -> None:
-    # 100 × 1,063,040 × 4 bytes
-    assert "instead of 425 MB for all weights" in summary(nodes={"node-0": a_node(updates=100)})
-    assert "instead of 425 MB for all weights" in summary(rounds=[a_round(version + 1) for version in range(100)])
+    # 2 × 100 × 1,063,040 × 4 bytes
+    assert "instead of 850 MB for all weights" in summary(nodes={"node-0": a_node(updates=100)})
+    assert "instead of 850 MB for all weights" in summary(closed=100)
+
+
+def test_what_is_not_known_is_left_out() -> None:
+    bare = NodeReport(updates=300, rows=400, sent_bytes=31_200, proven=290)
+    text = summary(nodes={"node-0": bare}, parameters=None, covered=None, seconds=None, evaluations=[], bound=None)
+    assert "weights   742 tuned\n" in text
+    assert "time      300 rounds\n" in text
+    assert "traffic   31.2 kB sent by a node at most\n" in text
+    assert "all weights" not in text
+    assert "instead of 890 kB for masked values as often: 29 × less\n" in text
+    assert "digests   1 of 1 nodes were seen to hold the server's weights, bit for bit\n" in text
+    assert "✓ at version 290\n" in text
+
+
+def test_a_warning_comes_first() -> None:
+    assert summary(warning="the loss rises; lower rounds.lr").startswith(
+        "\nwarning   the loss rises; lower rounds.lr\n"
+    )
 
 
 def test_a_node_that_differs_or_said_nothing_is_named() -> None:
     text = summary(nodes={"a": a_node(), "b": a_node(digest="aa" * 16), "c": a_node(digest="")})
-    assert "1 of 3 nodes hold the server's weights (0f0f0f0f…); not b, c\n" in text
+    assert "1 of 3 nodes hold the server's weights (0f0f0f0f…); not known to: b, c\n" in text
     assert "✗ differs\n" in text
     assert "– not known\n" in text
 
@@ -88,7 +109,7 @@ def test_one_evaluation_gains_nothing() -> None:
 
 
 def test_an_empty_run() -> None:
-    text = summary(evaluations=[], rounds=[], nodes={}, counts={"left": 4}, seconds=0.0, covered=None)
+    text = summary(evaluations=[], losses=[], closed=0, nodes={}, counts={"left": 4}, seconds=0.0, covered=None)
     assert "accuracy  not measured\n" in text
     assert "time      0 rounds in 0.0 s\n" in text
     assert "masked matrices" not in text

@@ -53,4 +53,4 @@ async def test_a_stopped_server_says_so(federation: Federation) -> None:
     await server.says("in charge")
     server.stop()
     await server.ended()
-    assert server.said("stopped", round=0)
+    assert server.said("stopped")
