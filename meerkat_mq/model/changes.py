@@ -1,8 +1,9 @@
 """What theta makes of a checkpoint's tensors, in the checkpoint's own bits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +14,9 @@ from meerkat_mq.core.mask import Mask, UInt32Array
 from meerkat_mq.errors import ModelMismatch
 from meerkat_mq.model.adapter import SCALING, adapter_pairs
 from meerkat_mq.model.checkpoint import StoredTensor
+from meerkat_mq.model.names import FLOATS
 
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-Bits = npt.NDArray[np.uint32] | npt.NDArray[np.uint16]
+Bits = npt.NDArray[np.unsignedinteger[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,36 +37,37 @@ class Change:
 
 
 def changes_of(
-    stored: dict[str, StoredTensor], mask: Mask, theta: Float32Array
+    copies: Mapping[str, Sequence[StoredTensor]], mask: Mask, theta: Float32Array
 ) -> dict[StoredTensor, Callable[[], Change]]:
     """By the stored tensor, what theta makes of it; merged weights are made when they are asked for.
+
+    Args:
+        copies: of the base, by parameter: `names.stored_copies`. Every tied copy changes.
+        mask: of the run.
+        theta: float32 (n,).
 
     Raises:
         ModelMismatch: the checkpoint has no such tensors.
     """
     pairs = adapter_pairs(mask)
-    if not pairs:
-        return {
-            _find(stored, matrix.name, {matrix.shape}): partial(
-                Change, matrix.name, matrix.indices, matrix.theta_0, theta[part]
-            )
-            for matrix, part in mask.slices()
-        }
-    parts = {matrix.name: theta[part].reshape(matrix.shape) for matrix, part in mask.slices()}
     changes: dict[StoredTensor, Callable[[], Change]] = {}
+    if not pairs:
+        for matrix, part in mask.slices():
+            change = partial(Change, matrix.name, matrix.indices, matrix.theta_0, theta[part])
+            changes |= dict.fromkeys(_stored(copies, matrix.name, {matrix.shape}), change)
+        return changes
+    parts = {matrix.name: theta[part].reshape(matrix.shape) for matrix, part in mask.slices()}
     for layer, (_, inputs, outputs) in pairs.items():
         name, (a, b) = f"{layer}.weight", (parts[f"{layer}.lora_{part}.default.weight"] for part in "AB")
-        tensor = _find(stored, name, {(outputs, inputs), (inputs, outputs)})
-        changes[tensor] = partial(_merged, name, tensor, a, b)
+        for tensor in _stored(copies, name, {(outputs, inputs), (inputs, outputs)}):
+            changes[tensor] = partial(_merged, name, tensor, a, b)
     return changes
 
 
 def bits(values: Float32Array, dtype: torch.dtype) -> Bits:
     """The values in another dtype, as unsigned integers of its width: NumPy has no bfloat16."""
-    cast = torch.tensor(values).to(dtype)
-    if dtype == torch.float32:
-        return np.asarray(cast.view(torch.int32).numpy().view(np.uint32))
-    return np.asarray(cast.view(torch.int16).numpy().view(np.uint16))
+    cast: Bits = torch.tensor(values).to(dtype).view(torch.uint8).numpy().view(f"u{dtype.itemsize}")
+    return cast
 
 
 def _merged(name: str, tensor: StoredTensor, a: Float32Array, b: Float32Array) -> Change:
@@ -88,16 +89,11 @@ def _merged(name: str, tensor: StoredTensor, a: Float32Array, b: Float32Array) -
     return Change(name, np.arange(base.size, dtype=np.uint32), None, after.astype(np.float32))
 
 
-def _find(stored: dict[str, StoredTensor], name: str, shapes: set[tuple[int, ...]]) -> StoredTensor:
-    """The stored tensor of a parameter; checkpoints of bare models and of models with a head differ by a prefix."""
-    found = [
-        tensor
-        for key, tensor in stored.items()
-        if key == name or (name not in stored and (key.endswith(f".{name}") or name.endswith(f".{key}")))
-        if tensor.shape in shapes and tensor.dtype in FLOATS
-    ]
-    if len(found) != 1:
-        raise ModelMismatch(
-            name, f"{len(found)} tensors of the checkpoint match", "export a checkpoint saved by save_pretrained()"
-        )
-    return found[0]
+def _stored(
+    copies: Mapping[str, Sequence[StoredTensor]], name: str, shapes: set[tuple[int, ...]]
+) -> Sequence[StoredTensor]:
+    found = copies.get(name, ())
+    if not found or any(tensor.shape not in shapes or tensor.dtype not in FLOATS for tensor in found):
+        problem = "is no tensor of the checkpoint" if not found else f"is stored as {found[0].dtype} {found[0].shape}"
+        raise ModelMismatch(name, problem, "give the base model that the run's mask was made on")
+    return found

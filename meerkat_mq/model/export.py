@@ -17,10 +17,11 @@ from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.files import keep_names
 from meerkat_mq.core.mask import Mask, UInt32Array
 from meerkat_mq.errors import ModelError, ModelMismatch, ModelNotFound
-from meerkat_mq.model.changes import FLOATS, Change, bits, changes_of
+from meerkat_mq.model.changes import Change, bits, changes_of
 from meerkat_mq.model.checkpoint import INDEX, SINGLE, StoredTensor, fingerprint, stored_tensors, weight_files
 from meerkat_mq.model.folder import find_folder
 from meerkat_mq.model.links import model_files
+from meerkat_mq.model.names import FLOATS, stored_copies
 
 _EXPORT_AGAIN = "export the model again"
 _PIECE = 1 << 20
@@ -55,7 +56,7 @@ def export_model(source: str | Path, mask: Mask, theta: Float32Array, out: Path)
         )
     if fingerprint(folder) != mask.fingerprint:
         raise ModelMismatch(str(folder), "is not the checkpoint that the mask was made on", "give the run's base model")
-    changes, files = changes_of(stored_tensors(folder), mask, theta), exported_files(folder)
+    changes, files = changes_of(stored_copies(folder), mask, theta), exported_files(folder)
     with _new_folder(out, folder) as new:
         for name, file in files.items():
             with _writing(out, name):
@@ -87,7 +88,7 @@ def check_export(folder: Path, source: str | Path, mask: Mask, theta: Float32Arr
     if fingerprint(base) != mask.fingerprint:
         raise ModelMismatch(str(base), "is not the checkpoint that the mask was made on", "give the run's base model")
     expected, found = stored_tensors(base), stored_tensors(folder)
-    changes = changes_of(expected, mask, theta)
+    changes = changes_of(stored_copies(base), mask, theta)
     for name in sorted(expected.keys() | found.keys()):
         ours, theirs = expected.get(name), found.get(name)
         if ours is None or theirs is None or _layout(ours) != _layout(theirs):

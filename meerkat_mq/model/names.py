@@ -92,7 +92,8 @@ def check_writable(found: Names, stored: Mapping[str, StoredTensor], wanted: Ite
     """Make sure that new values of these parameters can be written back into the checkpoint.
 
     Raises:
-        UnsupportedModel: one is put together from several tensors, or stored in no floating-point format.
+        UnsupportedModel: one is put together from several tensors, or stored in no floating-point format, or its tied
+            copies are stored in two.
     """
     for name in wanted:
         if name not in found.copies:
@@ -109,6 +110,12 @@ def check_writable(found: Names, stored: Mapping[str, StoredTensor], wanted: Ite
                 raise UnsupportedModel(
                     f"{folder}: {copy}", f"is stored as {stored[copy].dtype}", "use an unquantised checkpoint"
                 )
+        if len(formats := sorted({stored[copy].dtype for copy in found.copies[name]})) > 1:
+            raise UnsupportedModel(
+                f"{folder}: {name}",
+                f"its tied copies are stored as {' and '.join(formats)}, which would round new values differently",
+                "load the model and save it again by save_pretrained()",
+            )
 
 
 def check_stored(found: Names, stored: Mapping[str, StoredTensor], matrices: Iterable[MaskedMatrix]) -> None:

@@ -13,12 +13,13 @@ from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.errors import ModelMismatch
 from meerkat_mq.model.adapter import adapter_pairs
-from meerkat_mq.model.changes import FLOATS, changes_of
-from meerkat_mq.model.checkpoint import INDEX, stored_tensors, weight_files
+from meerkat_mq.model.changes import changes_of
+from meerkat_mq.model.checkpoint import INDEX, weight_files
 from meerkat_mq.model.engine import TransformersEngine
 from meerkat_mq.model.export import exported_files
 from meerkat_mq.model.folder import find_folder
 from meerkat_mq.model.load import LoadedModel, load_model
+from meerkat_mq.model.names import FLOATS, stored_copies
 from meerkat_mq.model.probes import PROBES
 from meerkat_mq.model.scoring import scorer_for
 from meerkat_mq.wire.descriptor import Task
@@ -146,7 +147,7 @@ def _scores(loaded: LoadedModel, task: Task) -> Outputs:
 
 def _rounded(base: Path, mask: Mask, theta: Float32Array) -> tuple[Float32Array, set[str]]:
     """Theta as the checkpoint's formats hold it, and which these are."""
-    formats = {make().name: tensor.dtype for tensor, make in changes_of(stored_tensors(base), mask, theta).items()}
+    formats = {make().name: tensor.dtype for tensor, make in changes_of(stored_copies(base), mask, theta).items()}
     if adapter_pairs(mask):
         return theta, set(formats.values())
     parts = [
