@@ -20,6 +20,7 @@ MeerkatError                     1
 │   ├── NodeReplaced                 another process connected with this node's id
 │   ├── TooFewNodes
 │   ├── RunMismatch                  ledger, digest or settings do not fit the run
+│   ├── NotFinite                    a loss, or weights, left what a float can hold
 │   ├── LedgerError                  the ledger's file or folder cannot be used
 │   │   └── LedgerUnavailable            not now: its disk is full, or another process writes it
 │   │       └── LedgerFailing                its disk cannot be read or written
@@ -194,6 +195,10 @@ class TooFewNodes(RunError):
 
 class RunMismatch(RunError):
     """The ledger, the digests or the settings do not fit the run."""
+
+
+class NotFinite(RunError):
+    """A loss, or weights, left what a float can hold."""
 
 
 class LedgerError(RunError):

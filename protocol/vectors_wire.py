@@ -331,6 +331,7 @@ def control() -> bytes:
         toy.model_copy(update={"engine": "transformers", "task": task, "model": "TinyLlama"}),
         toy.model_copy(update={"dtype": "float16", "local_steps": 100, "perturbations": 10}),
         toy.model_copy(update={"mode": "buffered", "max_staleness": 20, "values": True}),
+        toy.model_copy(update={"max_step": 2.140484708207958}),
         ServerState(status="online", run=run, term=1, server_id=server, link=7, host="hub", round=12, nodes=8),
         ServerState(status="lost", run=run, term=_TOP, server_id=server, link=_TOP, host="hub", round=12),
         NodeStatus(status="online", boot=1, link=2, host="pump-3", run=run, rows=800),

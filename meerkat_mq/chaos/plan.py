@@ -22,7 +22,10 @@ NODES = "nodes"
 _PLANS = resources.files("meerkat_mq.chaos") / "plans"
 _EARLIER = (1.0, 0.75, 0.5, 0.25, 0.0)  # drawn moments come so much earlier until all faults fit
 _BUFFERED = {"mode": "buffered", "max_staleness": 8}  # and a buffer of half the nodes
-_ROUNDS = {"lr": 0.05, "batch_size": 4, "deadline_s": 1.0, "grace_s": 0.5, "snapshot_every": 100}
+_ROUNDS = {
+    "lr": 0.05, "batch_size": 4, "deadline_s": 1.0, "grace_s": 0.5, "snapshot_every": 100,
+    "min_updates": 1,  # its nodes are its own, and faults leave few of them
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -177,9 +180,10 @@ def _server(
 
 
 def _check_quorum(rounds: RoundsConfig, nodes: int, where: str) -> None:
-    if rounds.min_nodes > nodes:
-        problem = f"is {rounds.min_nodes}, but the drill has {nodes} nodes"
-        raise ConfigError(f"{where}.min_nodes", problem, "ask for fewer, or start more")
+    for key in ("min_nodes", "min_updates"):
+        if (least := getattr(rounds, key)) > nodes:
+            problem = f"is {least}, but the drill has {nodes} nodes"
+            raise ConfigError(f"{where}.{key}", problem, "ask for fewer, or start more")
 
 
 def _checked(file: PlanFile, number: int, nodes: dict[str, NodeConfig | None], path: Path) -> tuple[Fault, str]:

@@ -46,8 +46,10 @@ class RoundsConfig(Section):
         perturbations: projected gradients a local step, along as many directions from one point (DeComFL's P).
         batch_size: rows a local step.
         stream: direction stream.
-        min_nodes: nodes that must be at hand before a round opens.
-        fraction: share of the nodes at hand that a round asks.
+        min_nodes: nodes that must be at hand before a round opens; never fewer than `min_updates`.
+        min_updates: usable updates, each of another node, that a round takes at least to close (docs/guards.md). Below
+            three nothing can be compared, and one node alone can ruin the model.
+        fraction: share of the nodes at hand that a round asks; at least `min_updates` nodes.
         quorum: share of the nodes asked that a round needs.
         deadline_s: a round closes at the latest then, if the quorum is met.
         grace_s: a node counts as dead this long after its death was announced.
@@ -73,6 +75,7 @@ class RoundsConfig(Section):
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 16
     stream: Literal["mk1", "rademacher"] = "mk1"
     min_nodes: Annotated[int, Field(ge=1, le=65535)] = 1
+    min_updates: Annotated[int, Field(ge=1, le=65535)] = 3
     fraction: Share = 1.0
     quorum: Share = 0.5
     deadline_s: Seconds = 60.0
@@ -116,11 +119,15 @@ class GuardsConfig(Section):
         against: correlation with the median of the lane's others, over the window, below which a node counts as working
             against them, and is refused; -1: never. Needs ten rounds.
         window: rounds of past that a node is judged by.
+        max_step: how far one projected gradient, or one local step of a displacement, may move the weights: lr·|g|, or
+            the root mean square, in multiples of that of theta_0's weights; 0: no bound but that of float32. It holds
+            from the first update on, and is fixed for a run.
     """
 
     outlier: Annotated[float, Field(gt=1)] = 8.0
     against: Annotated[float, Field(ge=-1, lt=0)] = -0.5
     window: Annotated[int, Field(ge=5, le=1000)] = 20
+    max_step: Annotated[float, Field(ge=0)] = 50.0
 
 
 class EarlyStoppingConfig(Section):

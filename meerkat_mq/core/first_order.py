@@ -1,5 +1,6 @@
 """First-order local steps on the mask: what a values node does, and the bound that a sweep compares with."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
@@ -8,7 +9,7 @@ import numpy as np
 from meerkat_mq.config import NodeValuesConfig
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.step import Engine, Row
-from meerkat_mq.errors import RunError
+from meerkat_mq.errors import NotFinite
 
 Batch = TypeVar("Batch")
 
@@ -83,7 +84,7 @@ def first_order_walk(
         (theta after the step, loss before it) of each; one array, float32 (n,), changed from step to step.
 
     Raises:
-        RunError: the loss, or where a step leads, is not finite.
+        NotFinite: the loss, or where a step leads, is not finite.
     """
     walker, optimiser = theta.copy(), _OPTIMISERS[settings.optimiser](settings.lr, theta.size)
     for rows in batches:
@@ -92,7 +93,7 @@ def first_order_walk(
         with np.errstate(over="ignore", invalid="ignore"):
             optimiser.move(walker, gradient)
         if not (np.isfinite(loss) and np.isfinite(walker).all()):
-            raise RunError("first-order step", f"a loss of {loss} leads to no finite weights", "lower values.lr")
+            raise NotFinite("first-order step", f"a loss of {loss} leads to no finite weights", "lower values.lr")
         yield walker, loss
 
 
@@ -113,15 +114,16 @@ def first_order_steps(
         stop: asked after each local step; where it answers yes, that was the last one.
 
     Returns:
-        (displacement: float32 (n,), where the steps led − theta; mean loss; steps made).
-
-    Raises:
-        RunError: a loss, or where a step leads, is not finite.
+        (displacement: float32 (n,), where the steps led − theta; mean loss; steps made). Where a loss, or where a step
+        leads, is not finite: no displacement, and NaN as the loss, which the guards refuse.
     """
     end, losses = theta, list[float]()
-    for walker, loss in first_order_walk(engine, theta, batches, settings):
-        end = walker
-        losses.append(loss)
-        if stop():
-            break
-    return end - theta, sum(losses) / len(losses), len(losses)
+    try:
+        for walker, loss in first_order_walk(engine, theta, batches, settings):
+            end = walker
+            losses.append(loss)
+            if stop():
+                break
+        return end - theta, sum(losses) / len(losses), len(losses)
+    except NotFinite:
+        return np.zeros_like(theta), math.nan, len(losses) + 1

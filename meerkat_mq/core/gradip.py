@@ -3,6 +3,7 @@
 The ledger keeps ⟨g_p, z⟩ of each direction, so its sum has one order, the same on every machine.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -27,6 +28,11 @@ def tree_sum(values: Float64Array) -> float:
         values[: count - half] += values[half:count]
         count = half
     return float(values[0])
+
+
+def root_mean_square(values: Float32Array) -> float:
+    """√(Σ x² / n) in float64, exact squares by `tree_sum`: the same bits everywhere; float32 (n,), n ≥ 1."""
+    return math.sqrt(tree_sum(np.square(values, dtype=np.float64)) / values.size)
 
 
 def inner_product(g_p: Float32Array, z: Float32Array) -> float:

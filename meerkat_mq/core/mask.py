@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.files import write_atomically
+from meerkat_mq.core.gradip import root_mean_square
 from meerkat_mq.core.path import short_hash
 from meerkat_mq.errors import MaskError
 
@@ -106,6 +107,13 @@ class Mask:
     def hash(self) -> bytes:
         """The mask hash: first 16 bytes of SHA-256 over the mask file."""
         return short_hash(self.to_bytes())
+
+    @cached_property
+    def scale(self) -> float:
+        """The size of a weight: the root mean square of those of theta_0 that are not zero; 1 where all are."""
+        theta_0 = self.theta_0
+        weights = theta_0[theta_0 != 0]
+        return root_mean_square(weights) if weights.size else 1.0
 
     @property
     def covered(self) -> int:

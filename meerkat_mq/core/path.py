@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from meerkat_mq.core.directions import Float32Array, direction
-from meerkat_mq.errors import BadValue, RunError
+from meerkat_mq.errors import BadValue, NotFinite
 
 HASH_BYTES = 16
 NO_DIGEST = bytes(HASH_BYTES)
 MAX_WEIGHT = 2**24  # of a node
+ROUNDED_UP = 2.0**-20  # by so much, or less, a coefficient at the bound is over it as a float32
 LARGEST_PRODUCT = 2**32  # of a node's weight and a staleness weight in 256ths
 
 
@@ -74,7 +75,7 @@ def apply(theta: Float32Array, z: Float32Array, c: float, scratch: Float32Array)
     """theta -= c·z in place: the one update that node, server and verification share; float32 (n,) each.
 
     Raises:
-        RunError: theta is not finite after it.
+        NotFinite: theta is not finite after it.
     """
     try:
         with np.errstate(over="raise", invalid="raise"):
@@ -88,7 +89,7 @@ def displace(theta: Float32Array, displacement: Float32Array) -> None:
     """theta += displacement in place; float32 (n,) each.
 
     Raises:
-        RunError: theta is not finite after it.
+        NotFinite: theta is not finite after it.
     """
     try:
         with np.errstate(over="raise", invalid="raise"):
@@ -97,8 +98,8 @@ def displace(theta: Float32Array, displacement: Float32Array) -> None:
         raise _not_finite("a displacement") from error
 
 
-def _not_finite(what: str) -> RunError:
-    return RunError("theta", f"is not finite after {what}", "lower the learning rate, and begin a new run")
+def _not_finite(what: str) -> NotFinite:
+    return NotFinite("theta", f"is not finite after {what}", "lower the learning rate, and begin a new run")
 
 
 def digest(theta: Float32Array) -> bytes:
@@ -124,7 +125,7 @@ def virtual_path(
 
     Raises:
         BadValue: a projected gradient is not finite, or its coefficient is not a float32.
-        RunError: the path leads out of float32.
+        NotFinite: the path leads out of float32.
     """
     walker, scratch = theta.copy(), np.empty_like(theta)
     for index, (scalar, seed) in enumerate(zip(scalars, seeds, strict=True)):
@@ -194,6 +195,18 @@ class Entry:
         return short_hash(b"".join([*parts, self.previous, self.digest]))
 
 
+def check_steps(entry: Entry, max_step: float) -> None:
+    """Refuse an entry with a longer step than the run's bound.
+
+    Raises:
+        BadValue: names the coefficient.
+    """
+    for term in entry.terms:
+        if abs(term.coefficient) > max_step * (1 + ROUNDED_UP):
+            problem = f"{term.coefficient:.9g} in entry {entry.version} is over the run's max_step, {max_step:.9g}"
+            raise BadValue("coefficient", problem)
+
+
 def pack_terms(terms: Iterable[Term], aged: bool) -> bytes:
     """u16 lane, u16 step, f32 coefficient each; with ages, a u16 age before each."""
     if aged:
@@ -216,7 +229,7 @@ def apply_terms(
     """Apply terms in order to theta in place; `seed(term)` names each direction; calls may share a scratch.
 
     Raises:
-        RunError: theta is not finite after one of them.
+        NotFinite: theta is not finite after one of them.
     """
     scratch = np.empty_like(theta) if scratch is None else scratch
     for term in terms:

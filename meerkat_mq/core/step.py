@@ -1,5 +1,10 @@
-"""A local step: two forward passes give one projected gradient."""
+"""A local step: two forward passes give one projected gradient.
 
+What is not finite is reported, as NaN, and never an error: it may come of weights that another node ruined, and a node
+that ended for it would not be there when they are put right. The guards refuse such an update, and count it.
+"""
+
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -7,7 +12,7 @@ import numpy as np
 
 from meerkat_mq.core.directions import Float32Array, direction
 from meerkat_mq.core.path import apply, coefficient
-from meerkat_mq.errors import RunError
+from meerkat_mq.errors import BadValue, NotFinite
 
 Row = Mapping[str, Any]
 Batch = TypeVar("Batch")
@@ -41,22 +46,18 @@ def projected_gradient(
         batch: from `engine.prepare`.
 
     Returns:
-        (g, loss): g a float that is exactly a float32; loss the mean over both passes.
-
-    Raises:
-        RunError: a loss is not finite.
+        (g, loss): g a float that is exactly a float32; loss the mean over both passes. NaN both where a loss, or g, is
+        not finite.
     """
     shift = z * np.float32(eps)
     point = theta + shift
     engine.write(point)
-    plus = float(np.mean(engine.losses(batch), dtype=np.float64))
-    engine.write(np.subtract(theta, shift, out=point))
-    minus = float(np.mean(engine.losses(batch), dtype=np.float64))
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
+        plus = float(np.mean(engine.losses(batch), dtype=np.float64))
+        engine.write(np.subtract(theta, shift, out=point))
+        minus = float(np.mean(engine.losses(batch), dtype=np.float64))
         g = float(np.float32((plus - minus) / (2 * eps)))
-    if not np.isfinite(g):
-        raise RunError("projected gradient", f"losses {plus} and {minus} give {g}", "lower the learning rate")
-    return g, (plus + minus) / 2
+    return (g, (plus + minus) / 2) if math.isfinite(g) else (math.nan, math.nan)
 
 
 def local_steps(
@@ -88,10 +89,8 @@ def local_steps(
         stop: asked after each local step; where it answers yes, that was the last one: a partial path.
 
     Returns:
-        (T·K projected gradients, fewer where it was stopped; mean loss).
-
-    Raises:
-        RunError: a loss is not finite.
+        (T·K projected gradients, fewer where it was stopped; mean loss). From the first one on that is not finite, or
+        leads out of float32, all are NaN, and so is the loss.
     """
     perturbations, rest = divmod(len(seeds), len(batches))
     assert perturbations > 0 == rest
@@ -102,11 +101,22 @@ def local_steps(
         for seed in seeds[step * perturbations : (step + 1) * perturbations]:
             z = draw(stream, seed, 0, theta.size)
             g, loss = projected_gradient(engine, walker, z, eps, batch)
+            if step + 1 < len(batches) and not _moved(ahead, z, lr / perturbations, g, scratch):
+                g = math.nan
+            if math.isnan(g):
+                return (*scalars, *[math.nan] * (len(seeds) - len(scalars))), math.nan
             scalars.append(g)
             losses.append(loss)
-            if step + 1 < len(batches):
-                apply(ahead, z, coefficient(lr / perturbations, [(1, g)], 1), scratch)
         if stop():
             break
         np.copyto(walker, ahead)
     return tuple(scalars), sum(losses) / len(losses)
+
+
+def _moved(walker: Float32Array, z: Float32Array, lr: float, g: float, scratch: Float32Array) -> bool:
+    """Take a step of the node's own walk, in place; False where it leads out of float32, or g is NaN."""
+    try:
+        apply(walker, z, coefficient(lr, [(1, g)], 1), scratch)
+    except (BadValue, NotFinite):
+        return False
+    return True

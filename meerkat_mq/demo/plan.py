@@ -162,7 +162,7 @@ def _count(steps: int, choices: Choices, config: EarlyStoppingConfig) -> int:
 
 def _rounds(choices: Choices, **defaults: float) -> RoundsConfig:
     chosen = {"count": choices.rounds, "directions": choices.directions, "lr": choices.lr}
-    always = {"local_steps": choices.local_steps, "min_nodes": choices.nodes}
+    always = {"local_steps": choices.local_steps, "min_nodes": choices.nodes, "min_updates": min(3, choices.nodes)}
     table = defaults | always | {key: value for key, value in chosen.items() if value is not None}
     return check_config(table, RoundsConfig, where="command line")
 

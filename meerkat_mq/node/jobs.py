@@ -13,7 +13,7 @@ import structlog
 
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.path import Displacement, Entry, seeds_of
-from meerkat_mq.errors import BadValue, NotConnected, WireError
+from meerkat_mq.errors import BadValue, NotConnected, NotFinite, WireError
 from meerkat_mq.node.blobs import Blobs
 from meerkat_mq.node.limits import Allowance
 from meerkat_mq.node.state import KeptUpdate, NodeState
@@ -148,7 +148,7 @@ class Jobs:
             for part in _parts(entries):
                 values = await self._values(part[-1].displacement)
                 digests += await in_worker(self._worker, self._work.apply, part, values)
-        except (NotConnected, WireError) as error:
+        except (NotConnected, NotFinite, WireError) as error:
             await in_worker(self._worker, self._work.stand, before)
             structlog.get_logger().warning("entries missed", first=entries[0].version, problem=str(error))
             return e.EntriesMissed(_now(), entries)

@@ -1,5 +1,6 @@
 """A node's model work in one run: blocking, and called from one worker thread only."""
 
+import math
 import threading
 import time
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from meerkat_mq.core.batches import batch_rows
 from meerkat_mq.core.directions import Float32Array, direction
 from meerkat_mq.core.first_order import NodeEngine, first_order_steps
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.core.path import Entry, digest, seeds_of, short_hash
+from meerkat_mq.core.path import Entry, check_steps, digest, seeds_of, short_hash
 from meerkat_mq.core.replica import Change, Replica
 from meerkat_mq.core.step import Row, local_steps
 from meerkat_mq.core.toy import QuadraticEngine
@@ -103,8 +104,16 @@ class Work:
         Returns:
             The digests, zeros where none is due.
         """
+        self._check_steps(entries)
         changes: list[Change] = [(entry.terms, None) for entry in entries[:-1]]
         return self._replica.replay([*changes, (entries[-1].terms, displacement)])
+
+    def _check_steps(self, entries: tuple[Entry, ...]) -> None:
+        """Refuse, as BadValue, entries of which a step is longer than any of this run can be."""
+        bound = self._descriptor.max_step
+        if bound is not None:
+            for entry in entries:
+                check_steps(entry, bound)
 
     def check_offer(self, offer: Offer) -> None:
         """Refuse, as BadValue, a snapshot that no server of this run can offer."""
@@ -133,9 +142,6 @@ class Work:
 
         Returns:
             None where it was set before the first one: no step was made, and none was taken of the data.
-
-        Raises:
-            RunError: a loss, or where a step leads, is not finite.
         """
         run = self._descriptor
         if not self._pace.begin(order.steps, stop):
@@ -149,6 +155,10 @@ class Work:
         batches = [[self.rows[number] for number in batch] for batch in numbers]
         walk = self._walk if self._residual is None else self._displace
         result = walk(order, batches, stop)
+        if not math.isfinite(result.loss):
+            structlog.get_logger().warning(
+                "a loss is not finite: reported as NaN, which is refused", round=order.version
+            )
         structlog.get_logger().debug(
             "stepped", round=order.version, loss=round(result.loss, 5), cpu_s=round(time.thread_time() - began, 4)
         )

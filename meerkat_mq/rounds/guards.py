@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from meerkat_mq.config import GuardsConfig
-from meerkat_mq.rounds.policy import applicable, lane_of
+from meerkat_mq.rounds.policy import MAX_STEP, applicable, lane_of
 from meerkat_mq.rounds.records import UpdateRecord, Verdict
 
 FEWEST_IN_LANE = 3
@@ -31,11 +31,11 @@ def place(record: UpdateRecord) -> Place:
     return record.version, record.slot
 
 
-def on_arrival(scalars: Sequence[float], loss: float, lr: float) -> Verdict:
+def on_arrival(scalars: Sequence[float], loss: float, lr: float, max_step: float = MAX_STEP) -> Verdict:
     """What can be said of an update alone: NOT_FINITE, TOO_LARGE or ACCEPTED."""
     if not all(map(math.isfinite, (loss, *scalars))):
         return Verdict.NOT_FINITE
-    return Verdict.ACCEPTED if applicable(scalars, lr) else Verdict.TOO_LARGE
+    return Verdict.ACCEPTED if applicable(scalars, lr, max_step) else Verdict.TOO_LARGE
 
 
 def median(ordered: Sequence[float]) -> float:

@@ -7,7 +7,7 @@ from meerkat_mq.core.path import Entry, Term
 from meerkat_mq.rounds.early_stopping import EarlyStopping
 from meerkat_mq.rounds.events import CommitEntry
 from meerkat_mq.rounds.policy import ANNOUNCE_AT, RoundSettings, deadline_length
-from meerkat_mq.rounds.records import Judgement, UpdateRecord
+from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
 from meerkat_mq.wire.frames import Header, Round
 
 PAIRS = 16_000  # of slots and numbers in a frame: 16,371 fit beside whole bitmaps and an entry of 16 KiB
@@ -23,6 +23,7 @@ class OpenRound:
         needed: how many updates from theta of this version it takes to close; of a buffered one, its buffer's size.
         heard: committed updates that close with it, refused ones too, by base version and node.
         products: ⟨g_p, z⟩ by lane and step; None until they are measured.
+        candidates: nodes of which an update that can be used is among those heard.
         taken: how many updates are taken, committed or not, that will close with it.
         awaited: nodes asked whose update from theta of this version is not committed.
         attempt: how often the deadline was doubled.
@@ -38,6 +39,7 @@ class OpenRound:
     needed: int
     heard: dict[tuple[int, str], UpdateRecord]
     products: tuple[tuple[float, ...], ...] | None
+    candidates: set[str] = field(init=False)
     taken: int = field(init=False)
     awaited: set[str] = field(init=False)
     deadline_at: float = 0.0
@@ -52,6 +54,7 @@ class OpenRound:
 
     def __post_init__(self) -> None:
         """Those heard need not be awaited."""
+        self.candidates = {record.node for record in self.heard.values() if record.verdict is Verdict.ACCEPTED}
         self.taken = len(self.heard)
         self.awaited = self.asked.keys() - {name for version, name in self.heard if version == self.version}
 
@@ -64,6 +67,11 @@ class OpenRound:
     def answers(self) -> int:
         """How many of the nodes asked were heard."""
         return len(self.asked) - len(self.awaited)
+
+    def comparable(self, least: int) -> bool:
+        """Whether usable updates came of `least` nodes; or of none, which changes nothing, of as many that answered."""
+        found = self.candidates or {name for _, name in self.heard}
+        return len(found) >= least
 
     @property
     def records(self) -> tuple[UpdateRecord, ...]:
@@ -92,6 +100,8 @@ class OpenRound:
     def hear(self, record: UpdateRecord) -> None:
         """Its update is committed."""
         self.heard.setdefault((record.version, record.node), record)
+        if record.verdict is Verdict.ACCEPTED:
+            self.candidates.add(record.node)
         if record.version == self.version:
             self.awaited.discard(record.node)
 

@@ -27,6 +27,7 @@ class RoundSettings:
 
     Attributes:
         measured: whether the mask's g_p tells anything, so that GradIP is kept.
+        max_step: the largest |lr·g| of an update.
     """
 
     run_id: bytes
@@ -56,10 +57,12 @@ class RoundSettings:
     staleness: Literal["constant", "polynomial"] = "polynomial"
     staleness_exponent: float = 0.5
     values_accepted: bool = False
+    min_updates: int = 1
+    max_step: float = MAX_STEP
 
     def __post_init__(self) -> None:
         """Refuse, as ConfigError, what no round can be: more lanes than nodes, more directions than a frame holds."""
-        fewest = share(self.fraction, self.min_nodes)
+        fewest = max(share(self.fraction, self.min_nodes), min(self.min_updates, self.min_nodes))
         if self.lanes > fewest:
             raise ConfigError(
                 "rounds.directions",
@@ -85,9 +88,18 @@ class RoundSettings:
                 )
 
     @property
+    def fewest_nodes(self) -> int:
+        """How many nodes must be at hand before a round opens."""
+        return max(self.min_nodes, self.min_updates)
+
+    @property
     def buffered(self) -> bool:
         """Whether versions take what comes instead of waiting for their nodes."""
         return self.mode == "buffered"
+
+    def reach(self, steps: int) -> float:
+        """The largest root mean square of a displacement of so many local steps; infinite in a run without a bound."""
+        return math.inf if self.max_step >= MAX_STEP else self.max_step * steps
 
     def staleness_weight(self, age: int) -> int:
         """s(τ) in 256ths, of an update from a theta that is `age` = τ versions old; 0 where that is too old.
@@ -143,14 +155,17 @@ def lane_of(slot: int, lanes: int) -> int:
     return slot % lanes
 
 
-def sample(run_id: bytes, version: int, slots: Iterable[int], fraction: float) -> frozenset[int]:
-    """The slots that a round asks: those with the lowest SHA-256(run id ‖ "sample" ‖ u32 version ‖ u32 slot)."""
+def sample(run_id: bytes, version: int, slots: Iterable[int], fraction: float, least: int = 1) -> frozenset[int]:
+    """The slots that a round asks: those with the lowest SHA-256(run id ‖ "sample" ‖ u32 version ‖ u32 slot).
+
+    A share of them, but `least` where there are so many.
+    """
 
     def rank(slot: int) -> bytes:
         return hashlib.sha256(run_id + b"sample" + struct.pack("<II", version, slot)).digest()
 
     ranked = sorted(slots, key=rank)
-    return frozenset(ranked[: share(fraction, len(ranked))])
+    return frozenset(ranked[: max(share(fraction, len(ranked)), least)])
 
 
 def share(part: float, count: int) -> int:
@@ -198,9 +213,12 @@ def steps_fit(scalars: int, steps: int, settings: RoundSettings) -> bool:
     return rest == 0 and (made == steps or (settings.buffered and 1 <= made < steps))
 
 
-def applicable(scalars: Iterable[float], lr: float) -> bool:
-    """Whether every |lr·g|, and so any weighted mean of such, is at most 2⁶⁴: theta of no version leaves float32."""
-    return all(abs(lr * g) <= MAX_STEP for g in scalars)
+def applicable(scalars: Iterable[float], lr: float, max_step: float = MAX_STEP) -> bool:
+    """Whether every |lr·g|, and so any weighted mean of such, is at most `max_step`.
+
+    At 2⁶⁴, theta of no version leaves float32.
+    """
+    return all(abs(lr * g) <= max_step for g in scalars)
 
 
 def deadline_length(settings: RoundSettings, version: int, attempt: int) -> float:

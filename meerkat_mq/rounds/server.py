@@ -276,7 +276,9 @@ class ServerMachine:
             self._window.fetch(name, update.header.version)
             self._effects.append(e.FetchValues(name, update))
         else:
-            self._take(name, update, on_arrival(update.scalars, update.loss, self._settings.lr))
+            self._take(
+                name, update, on_arrival(update.scalars, update.loss, self._settings.lr, self._settings.max_step)
+            )
 
     def _on_values_came(self, event: e.ValuesCame) -> None:
         name, update = event.node, event.update
@@ -370,9 +372,11 @@ class ServerMachine:
     def _proceed(self, now: float) -> None:
         """Open the next round if there is one, and nodes for it."""
         version, settings, eligible = self.version, self._settings, self._nodes.eligible(now)
-        if self.finished or len(eligible) < settings.min_nodes:
+        if self.finished or len(eligible) < settings.fewest_nodes:
             return
-        chosen = sample(settings.run_id, version, eligible.values(), settings.fraction_of(version))
+        chosen = sample(
+            settings.run_id, version, eligible.values(), settings.fraction_of(version), settings.min_updates
+        )
         asked = {name: slot for name, slot in eligible.items() if slot in chosen}
         heard = self._window.open()
         asked |= {record.node: record.slot for record in heard.values() if record.version == version}
@@ -403,10 +407,13 @@ class ServerMachine:
             due = len(current.heard) >= (1 if overdue or nobody_to_wait_for else current.needed)
         else:
             due = current.answers >= current.needed and (overdue or nobody_to_wait_for)
-        if due:
+        comparable = current.comparable(self._settings.min_updates)
+        if due and comparable:
             if current.products is not None:  # else it closes as soon as they are measured
                 self._close(current, current.products, overdue=overdue)
         elif overdue:
+            if due:
+                self._count(f"fewer than {self._settings.min_updates} updates can be used")
             self._extend(current, now)
 
     def _close(self, current: OpenRound, products: Sequence[Sequence[float]], *, overdue: bool) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from meerkat_mq.core.directions import Float32Array
+from meerkat_mq.core.gradip import root_mean_square
 from meerkat_mq.core.values import mean_displacement
 from meerkat_mq.rounds.records import Share, Verdict
 from meerkat_mq.server.ledger_reader import LedgerReader
@@ -13,12 +14,18 @@ from meerkat_mq.server.ledger_reader import LedgerReader
 FARTHEST = 1000.0  # weights of models lie within ±100, and 2³² versions that each move one so far stay in float32
 
 
-def verdict_on(values: Float32Array, loss: float) -> Verdict:
-    """What the guards say of a displacement alone, float32 (n,): NOT_FINITE, TOO_LARGE or ACCEPTED."""
+def verdict_on(values: Float32Array, loss: float, reach: float = math.inf) -> Verdict:
+    """What the guards say of a displacement alone, float32 (n,): NOT_FINITE, TOO_LARGE or ACCEPTED.
+
+    Args:
+        values: the displacement.
+        loss: that came with it.
+        reach: the largest root mean square: the run's `max_step` for each of its local steps.
+    """
     farthest = float(np.abs(values).max())
     if not (math.isfinite(farthest) and math.isfinite(loss)):
         return Verdict.NOT_FINITE
-    return Verdict.ACCEPTED if farthest <= FARTHEST else Verdict.TOO_LARGE
+    return Verdict.ACCEPTED if farthest <= FARTHEST and root_mean_square(values) <= reach else Verdict.TOO_LARGE
 
 
 def mean_of(shares: Sequence[Share], ledger: LedgerReader, weights: int) -> Float32Array:

@@ -1,6 +1,7 @@
 """Displacements that values nodes announce: got chunk by chunk, checked, and handed on to be kept."""
 
 import asyncio
+import math
 from collections.abc import Callable
 
 import structlog
@@ -27,10 +28,18 @@ class Fetches:
         weights: n.
         desk: asks the nodes, and is told of a displacement that did not come, or is none.
         keep: takes one that decodes, and what the guards say of it.
+        reach: the largest root mean square of a displacement, by its local steps.
     """
 
-    def __init__(self, weights: int, desk: Desk, keep: Callable[[KeepValues], None]) -> None:
+    def __init__(
+        self,
+        weights: int,
+        desk: Desk,
+        keep: Callable[[KeepValues], None],
+        reach: Callable[[int], float] = lambda steps: math.inf,
+    ) -> None:
         self._weights = weights
+        self._reach = reach
         self._desk = desk
         self._keep = keep
         self._room = asyncio.Semaphore(max(1, min(AT_ONCE, MEMORY_BYTES // largest_blob(weights))))
@@ -111,4 +120,5 @@ class Fetches:
         return KeepValues(order.node, update, blob, verdict)
 
     def _verdict(self, update: Update, name: bytes, blob: bytes) -> Verdict:
-        return verdict_on(decode_values(blob, name, self._weights), update.loss)
+        steps = update.values.steps if update.values is not None else 1
+        return verdict_on(decode_values(blob, name, self._weights), update.loss, self._reach(steps))

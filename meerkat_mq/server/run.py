@@ -13,12 +13,18 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.toy import toy_mask
 from meerkat_mq.errors import ConfigError, RunMismatch, within
 from meerkat_mq.model.tasks import load_task
-from meerkat_mq.rounds.policy import RoundSettings, default_lanes
+from meerkat_mq.rounds.guards import FEWEST_IN_LANE
+from meerkat_mq.rounds.policy import MAX_STEP, RoundSettings, default_lanes
 from meerkat_mq.wire.arrays import encode_mask, split
 from meerkat_mq.wire.descriptor import RunDescriptor, Task
 from meerkat_mq.wire.frames import Chunk, Header
 
-_MAY_DIFFER = {"mask_bytes", "mask_chunks", "model"}  # how a mask is compressed and where a model lies; hashes say what
+_MAY_DIFFER = {
+    "mask_bytes",
+    "mask_chunks",
+    "model",
+    "max_step",
+}  # how a mask is compressed and where a model lies; hashes say what
 _RENAMED = {"rounds": "rounds.count", "weights": "toy_weights", "values": "values.accept"} | {
     key: f"rounds.{key}"
     for key in (
@@ -27,6 +33,7 @@ _RENAMED = {"rounds": "rounds.count", "weights": "toy_weights", "values": "value
     )
 }  # fmt: skip
 _HASHES = {"mask", "fingerprint", "tokenizer"}  # say less than what else differs with them
+_FIXED_GUARDS = ("max_step",)
 _FIXED_RULES = ("aggregate", "trim", "weigh_by_rows", "staleness", "staleness_exponent")
 
 
@@ -70,6 +77,11 @@ def prepare_run(config: ServerConfig, begun: RunDescriptor | None = None) -> Run
     lanes = rounds.directions or by_default
     blob = encode_mask(mask)
     chunks = split(Header.of(run_id, 0, 0, mask.hash), mask.hash, blob)
+    sections = {
+        "rounds": rounds, "guards": config.guards, "early_stopping": config.early_stopping, "values": config.values,
+    }  # fmt: skip
+    rules = {name: section.model_dump(mode="json") for name, section in sections.items()}
+    bounded = begun is None or begun.max_step is not None  # a run that is older than the bound goes on without
     with _in_words():
         descriptor = RunDescriptor(
             federation=config.federation,
@@ -96,11 +108,8 @@ def prepare_run(config: ServerConfig, begun: RunDescriptor | None = None) -> Run
             mode=rounds.mode,
             max_staleness=rounds.max_staleness if rounds.mode == "buffered" else 0,
             values=config.values.accept,
+            max_step=max_step_of(rules, mask) if bounded else None,
         )
-    sections = {
-        "rounds": rounds, "guards": config.guards, "early_stopping": config.early_stopping, "values": config.values,
-    }  # fmt: skip
-    rules = {name: section.model_dump(mode="json") for name, section in sections.items()}
     return Run(descriptor, settings_of(descriptor, rules, measured=bool(mask.g_p.any())), mask, blob, rules)
 
 
@@ -135,6 +144,7 @@ def settings_of(run: RunDescriptor, rules: Mapping[str, Any], *, measured: bool 
         lr=run.lr,
         eps=run.eps,
         min_nodes=rounds.min_nodes,
+        min_updates=rounds.min_updates,
         fraction=rounds.fraction,
         quorum=rounds.quorum,
         deadline_s=rounds.deadline_s,
@@ -154,7 +164,14 @@ def settings_of(run: RunDescriptor, rules: Mapping[str, Any], *, measured: bool 
         staleness=rounds.staleness,
         staleness_exponent=rounds.staleness_exponent,
         values_accepted=run.values,
+        max_step=MAX_STEP if run.max_step is None else run.max_step,
     )
+
+
+def max_step_of(rules: Mapping[str, Any], mask: Mask) -> float | None:
+    """The largest coefficient, under rules as the ledger keeps them; None: no bound but that of float32."""
+    step = GuardsConfig(**rules["guards"]).max_step * mask.scale
+    return min(step, MAX_STEP) if step > 0 else None
 
 
 def codec_of(rules: Mapping[str, Any]) -> Codec:
@@ -170,6 +187,16 @@ def mode_in_words(settings: RoundSettings) -> str:
     return (
         f"buffered: {settings.buffer_size} updates close a version, from theta up to {settings.max_staleness} versions "
         f"old; one that is τ versions old weighs {weight}"
+    )
+
+
+def trust_in_words(settings: RoundSettings) -> str:
+    """What few updates a round mean, where the run has opted out of comparing them; else ""."""
+    if settings.min_updates >= FEWEST_IN_LANE:
+        return ""
+    return (
+        f"rounds.min_updates = {settings.min_updates}: a round may close with fewer than {FEWEST_IN_LANE} updates, and "
+        "then one node alone decides where the model goes, up to guards.max_step an update; for nodes that you trust"
     )
 
 
@@ -194,6 +221,7 @@ def check_same(run: Run, begun: RunDescriptor, rules: Mapping[str, Any], ledger:
     keys = sorted((was | now).keys() - _MAY_DIFFER, key=lambda key: (key in _HASHES, key))
     found = [(_RENAMED.get(key, key), was.get(key), now.get(key)) for key in keys]
     found += [(f"rounds.{key}", rules["rounds"][key], run.rules["rounds"][key]) for key in _FIXED_RULES]
+    found += [(f"guards.{key}", rules["guards"][key], run.rules["guards"][key]) for key in _FIXED_GUARDS]
     if begun.values and run.descriptor.values:
         found.append(("values.codec", rules["values"]["codec"], run.rules["values"]["codec"]))
     was, now = rules["early_stopping"], run.rules["early_stopping"]

@@ -19,7 +19,7 @@ from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.server.fetches import Fetches
 from meerkat_mq.server.measure import Measurer
 from meerkat_mq.server.model_file import ModelFile
-from meerkat_mq.server.run import Run, early_stopping_in_words, mode_in_words
+from meerkat_mq.server.run import Run, early_stopping_in_words, mode_in_words, trust_in_words
 from meerkat_mq.server.scribe import KeepMetrics, KeepSightings, Scribe
 from meerkat_mq.server.succession import Succession
 from meerkat_mq.server.watch import Watch
@@ -47,7 +47,7 @@ class Server:
         self._scribe = scribe
         self._server_id = scribe.server_id
         self._measurer = Measurer(run)
-        self._fetches = Fetches(run.mask.size, self, scribe.put)
+        self._fetches = Fetches(run.mask.size, self, scribe.put, run.settings.reach)
         self._model = ModelFile(config.state_dir, run, scribe)
         self._watch = watch
         self._observe = observer
@@ -125,8 +125,8 @@ class Server:
             online = self._machine.online if self._machine else 0
             raise TooFewNodes(
                 f"federation {self._config.federation}",
-                f"{online} of {self._config.rounds.min_nodes} nodes came within {wait_s:g} s",
-                "start more nodes, or lower rounds.min_nodes",
+                f"{online} of {self._run.settings.fewest_nodes} nodes came within {wait_s:g} s",
+                "start more nodes, or lower rounds.min_nodes and rounds.min_updates",
             ) from None
 
     async def _keep_sightings(self) -> None:
@@ -189,6 +189,8 @@ class Server:
         if first:
             if said := mode_in_words(self._run.settings):
                 self._log.info("mode", how=said)
+            if said := trust_in_words(self._run.settings):
+                self._log.warning("nothing compares updates", means=said)
             if said := early_stopping_in_words(self._run.settings):
                 self._log.info("early stopping", how=said)
             self._observe(RunStarted(self._run.descriptor, term))
@@ -300,7 +302,7 @@ class Server:
             self._carry_out(effect)
         if self._machine is not None:
             self._say_who_is_awaited(self._machine)
-            if self._is_open or self._machine.online >= self._config.rounds.min_nodes:
+            if self._is_open or self._machine.online >= self._run.settings.fewest_nodes:
                 self._enough_nodes.set()
         self._alarm.changed()
 
@@ -353,7 +355,7 @@ class Server:
         waiting = not self._is_open and not machine.finished
         online = machine.online if waiting else None
         if waiting and online != self._awaited:
-            self._log.info("waiting for nodes", online=online, min_nodes=self._config.rounds.min_nodes)
+            self._log.info("waiting for nodes", online=online, min_nodes=self._run.settings.fewest_nodes)
         self._awaited = online
 
     def distribute(self, blob: bytes) -> None:

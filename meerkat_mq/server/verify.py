@@ -26,7 +26,7 @@ from meerkat_mq.server.files import DIFFERENCE_FILE, mask_file, snapshot_file
 from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
 from meerkat_mq.server.ledger_rows import KeptSnapshot, Products
 from meerkat_mq.server.remains import check_remains
-from meerkat_mq.server.run import codec_of, settings_of
+from meerkat_mq.server.run import codec_of, max_step_of, settings_of
 from meerkat_mq.wire.descriptor import RunDescriptor, Task
 from meerkat_mq.wire.difference import Difference
 from meerkat_mq.wire.messages import in_words
@@ -83,6 +83,8 @@ def verify_ledger(
     g_p = mask.g_p
     settings, codec = settings_of(run, ledger.rules, measured=bool(g_p.any())), codec_of(ledger.rules)
     check_mask(mask, run)
+    if run.max_step is not None:
+        _same("max_step", run.max_step, max_step_of(ledger.rules, mask), "its rules and mask give")
     replica = Replica(mask, run_id=run.run_id, stream=run.stream, digest_every=run.digest_every)
     early, kept = EarlyStopping(settings), False
     head, term, updates = mask.hash, 0, 0
@@ -176,7 +178,7 @@ def _check_records(
             asked = settings.perturbations * steps
             problem = f"{where} has {len(record.scalars)} projected gradients, but was asked for {asked}"
             raise RunMismatch("updates", problem)
-        _check_verdict(record, on_arrival(record.scalars, record.loss, settings.lr))
+        _check_verdict(record, on_arrival(record.scalars, record.loss, settings.lr, settings.max_step))
 
 
 def _check_verdict(record: UpdateRecord, verdict: Verdict) -> None:
@@ -194,7 +196,7 @@ def _check_values(ledger: Ledger, records: Sequence[UpdateRecord], settings: Rou
             raise RunMismatch("updates", f"its update of {record.node} is a displacement; this run takes none")
         found = ledger.values(record.values.blob, weights)
         _check_size(ledger.blob(record.values.blob), record.values.size)
-        _check_verdict(record, verdict_on(found, record.loss))
+        _check_verdict(record, verdict_on(found, record.loss, settings.reach(record.values.steps)))
 
 
 def _check_size(blob: bytes | None, size: int) -> None:

@@ -18,11 +18,12 @@ from meerkat_mq.model.evaluate import Evaluation, evaluate, first_order
 from meerkat_mq.rounds.guards import NOT_REFUSED
 from meerkat_mq.rounds.memory import SERVER, MemoryFederation, MemoryNode
 from meerkat_mq.rounds.policy import RoundSettings, lane_of
-from meerkat_mq.rounds.records import Judgement
+from meerkat_mq.rounds.records import Judgement, Verdict
 from meerkat_mq.sweep.plan import PASSES_OF_A_GRADIENT
 from meerkat_mq.wire.frames import Frame, Update, encode
 
 LOOK_S = 0.004  # virtual: between two looks at the federation, less than a round lasts
+UNUSABLE = (Verdict.NOT_FINITE, Verdict.TOO_LARGE)
 WORSE_THAN_A_GUESS = 1.1
 WORSE_THAN_BEFORE = 1.5
 
@@ -196,6 +197,8 @@ class Federated:
                 return str(error)
             if federation.errors:
                 return str(federation.errors[0][1])
+            if federation.records and all(record.verdict in UNUSABLE for record in federation.records[-1]):
+                return f"no update of round {len(federation.records) - 1} has numbers that can be used"
             if len(federation.entries) > before:
                 last_s = federation.now + self.settings.deadline_s
             elif federation.now > last_s:

@@ -74,6 +74,7 @@ class RunDescriptor(ControlMessage):
         mode: whether rounds wait for their nodes, or take what comes (docs/buffered.md).
         max_staleness: how many versions old an update's theta may be; 0 in a synchronous run.
         values: whether nodes may send displacements (docs/values.md).
+        max_step: no coefficient of an entry is larger in magnitude; None: 2⁶⁴.
     """
 
     protocol: Literal[1] = 1
@@ -101,6 +102,7 @@ class RunDescriptor(ControlMessage):
     mode: Literal["synchronous", "buffered"] = "synchronous"
     max_staleness: Annotated[int, Field(ge=0, le=MAX_STALENESS)] = 0
     values: bool = False
+    max_step: Annotated[float, Field(gt=0, le=2.0**64)] | None = None
 
     @model_validator(mode="after")
     def _stale_only_in_a_buffered_run(self) -> Self:

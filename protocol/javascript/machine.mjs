@@ -366,7 +366,8 @@ export class Machine {
   step(task) {
     const found = this.engine.localSteps(this.theta, task);
     if (![found.loss, ...found.scalars].every(Number.isFinite)) {
-      throw new Ended(6, `version ${this.version}: a loss is not finite; lower the learning rate`);
+      this.count("a loss is not finite"); // reported as NaN, which the server refuses: the weights may be put right
+      found.loss = NaN;
     }
     this.done = { task, ...found, base: this.base.slice(0, 16), answered: false, heard: false };
     this.sendUpdate();

@@ -177,7 +177,8 @@ def test_a_toy_federation_has_rounds_that_last(load: Any) -> None:
 
 
 def test_a_federation_of_files(tmp_path: Path, load: Any) -> None:
-    (tmp_path / "federation.toml").write_text('federation = "f"\nstate_dir = "s"\nengine = "toy"\nonce = true\n')
+    text = 'federation = "f"\nstate_dir = "s"\nengine = "toy"\nonce = true\nrounds.min_updates = 2\n'
+    (tmp_path / "federation.toml").write_text(text)
     for node in ("a", "b"):
         (tmp_path / f"{node}.toml").write_text(
             f'id = "{node}"\nfederation = "f"\ndata = "rows.jsonl"\nstate_dir = "{node}"\nexit_when_finished = true\n'

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -5,10 +6,10 @@ import pytest
 
 from meerkat_mq.config import NodeValuesConfig
 from meerkat_mq.core.directions import Float32Array, direction
-from meerkat_mq.core.first_order import AdamW, Sgd, first_order_steps
+from meerkat_mq.core.first_order import AdamW, Sgd, first_order_steps, first_order_walk
 from meerkat_mq.core.step import Row
 from meerkat_mq.core.toy import QuadraticEngine
-from meerkat_mq.errors import RunError
+from meerkat_mq.errors import NotFinite
 
 N = 200
 ROWS = [{"seed": 1}, {"seed": 2}, {"seed": 3}]
@@ -71,11 +72,13 @@ def test_a_stop_ends_after_the_present_step() -> None:
 
 @pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
 @pytest.mark.parametrize("found", [([np.nan], 1.0), ([np.inf], 1.0), ([3e38], 1.0), ([0.0], np.nan)])
-def test_what_leads_nowhere_finite_is_refused(optimiser: str, found: tuple[list[float], float]) -> None:
+def test_what_leads_nowhere_finite_is_reported(optimiser: str, found: tuple[list[float], float]) -> None:
     settings = NodeValuesConfig.model_validate({"optimiser": optimiser, "lr": 2.0})
     theta = np.full(1, -3e38, np.float32)
-    with pytest.raises(RunError, match=r"first-order step: .*lower values\.lr"):
-        first_order_steps(Fixed(found), theta, [ROWS], settings)
+    with pytest.raises(NotFinite, match=r"first-order step: .*lower values\.lr"):
+        list(first_order_walk(Fixed(found), theta, [ROWS], settings))
+    displacement, loss, steps = first_order_steps(Fixed(found), theta, [ROWS], settings)
+    assert (displacement.tolist(), math.isnan(loss), steps) == ([0.0], True, 1)
 
 
 def test_the_state_of_the_optimiser_begins_afresh() -> None:

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,7 +8,6 @@ from meerkat_mq.core.directions import Float32Array, direction
 from meerkat_mq.core.path import apply, coefficient
 from meerkat_mq.core.step import Row, local_steps, projected_gradient
 from meerkat_mq.core.toy import QuadraticEngine
-from meerkat_mq.errors import RunError
 
 N = 200
 ROWS = [{"seed": 1}, {"seed": 2}, {"seed": 3}]
@@ -53,9 +53,38 @@ def test_theta_is_unchanged_and_written_on_both_sides() -> None:
 
 
 @pytest.mark.parametrize("plus", [[np.nan], [np.inf], [3e38]])
-def test_a_loss_without_a_finite_slope_is_refused(plus: list[float]) -> None:
-    with pytest.raises(RunError, match="projected gradient"):
-        projected_gradient(Fixed(plus, [0.0]), np.zeros(1, np.float32), np.ones(1, np.float32), 1e-3, 1)
+def test_a_loss_without_a_finite_slope_is_reported(plus: list[float]) -> None:
+    found = projected_gradient(Fixed(plus, [0.0]), np.zeros(1, np.float32), np.ones(1, np.float32), 1e-3, 1)
+    assert all(map(math.isnan, found))
+
+
+class Breaks(QuadraticEngine):
+    """Its losses are infinite from a number of forward passes on."""
+
+    def __init__(self, size: int, good: int) -> None:
+        super().__init__(size)
+        self.good = good
+
+    def losses(self, batch: Float32Array) -> Float32Array:
+        self.good -= 1
+        return super().losses(batch) if self.good >= 0 else np.full(len(batch), np.inf, np.float32)
+
+
+@pytest.mark.parametrize(("passes", "whole"), [(0, 0), (1, 0), (5, 2), (8, 4)])
+def test_a_walk_that_leads_nowhere_finite_is_reported_from_there_on(passes: int, whole: int) -> None:
+    """The update is as long as the round asked for, so that the server keeps it as evidence."""
+    scalars, loss = local_steps(
+        Breaks(N, passes), np.zeros(N, np.float32), range(4), [ROWS] * 4, stream="mk1", eps=0.1, lr=0.1
+    )
+    assert [math.isnan(scalar) for scalar in scalars] == [number >= whole for number in range(4)]
+    assert math.isnan(loss) == (whole < 4)
+
+
+def test_a_step_of_the_own_walk_that_leaves_float32_is_reported() -> None:
+    scalars, loss = local_steps(
+        QuadraticEngine(N), np.zeros(N, np.float32), range(2), [ROWS] * 2, stream="mk1", eps=0.1, lr=1e42
+    )
+    assert all(map(math.isnan, (*scalars, loss)))
 
 
 def test_the_toy_learns() -> None:

@@ -151,7 +151,7 @@ class Federation:
     ) -> Service:  # fmt: skip
         """Start a server with the toy engine; `difference` and `ledger` read what it leaves."""
         table = {"federation": NAME, "state_dir": name, "engine": "toy", **settings}
-        table |= {"rounds": {"batch_size": 4, "lr": 0.05, **rounds}}
+        table |= {"rounds": {"batch_size": 4, "lr": 0.05, "min_updates": 1, **rounds}}
         return self._start(module, name, flags, table, environment or {})
 
     def node(self, node: str, *, name: str = "", seed: int = 7, **settings: Any) -> Service:

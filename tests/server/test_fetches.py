@@ -222,9 +222,9 @@ async def test_the_time_of_a_fetch_begins_when_there_is_room_for_it(monkeypatch:
 async def test_no_displacement_is_looked_at_on_the_event_loop(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[threading.Thread] = []
 
-    def watched(values: Float32Array, loss: float) -> Verdict:
+    def watched(values: Float32Array, loss: float, *bound: float) -> Verdict:
         threads.append(threading.current_thread())
-        return verdict_on(values, loss)
+        return verdict_on(values, loss, *bound)
 
     monkeypatch.setattr(module, "verdict_on", watched)
     blob = blob_of(1)

@@ -283,15 +283,18 @@ class Server(Process):
     def _keep_values(self, work: KeepValues) -> None:
         """Keep it, and have its update committed at once."""
         update, node = work.order.update, work.order.node
-        assert update.values is not None
+        announced, settings = update.values, self._history.settings
+        assert announced is not None
         try:
-            values = decode_values(work.blob, update.values.blob, self._theta.values.size)
+            values = decode_values(work.blob, announced.blob, self._theta.values.size)
         except WireError:
             self._handle(e.ValuesMissed(self.clock.now, node, update))
             return
         self.carry_out(
             lambda: self.disk.ledger.keep_blob(self._mine, work.blob),
-            lambda: e.ValuesCame(self.clock.now, node, update, verdict_on(values, update.loss)),
+            lambda: e.ValuesCame(
+                self.clock.now, node, update, verdict_on(values, update.loss, settings.reach(announced.steps))
+            ),
         )
 
     def _mean(self, shares: Sequence[Share]) -> bytes:
