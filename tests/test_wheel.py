@@ -84,6 +84,7 @@ def test_help_of_every_command(bare: Bare) -> None:
 def test_commands_that_need_an_extra(bare: Bare) -> None:
     calls = {
         ("demo", "--out", "out"): "model",
+        ("doctor", "--model", "model"): "model",
         ("mask", "--model", "model", "--text", "rows.jsonl", "--out", "m.mkm"): "model",
         ("export", "--model", "model", "--difference", "d.mkd", "--out", "out"): "model",
         ("verify", "state", "--model", "tuned", "--base", "model"): "model",
@@ -134,7 +135,7 @@ def test_a_federation(bare: Bare) -> None:
         for service in running:
             service.kill()
             service.wait()
-    for looked in bare.run(["status", "state"], ["ledger", "state"], ["verify", "state"]):
+    for looked in bare.run(["status", "state"], ["ledger", "state"], ["verify", "state"], ["report", "state"]):
         looked.works("3")
 
 
