@@ -19,6 +19,8 @@ from typing import Self
 
 from meerkat_mq.errors import ConfigError
 
+PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # what a disk can do for a while
+
 
 @dataclass(frozen=True)
 class Holder:
@@ -64,7 +66,7 @@ def locked(file: Path, where: str, user: str) -> Iterator[bool]:
         ConfigError: another process holds it; names that.
         OSError: the folder cannot be read or written.
     """
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = _open(file)
     try:
         has_locks = _take(descriptor, where, user)
         _write(descriptor, Holder.here())
@@ -72,6 +74,15 @@ def locked(file: Path, where: str, user: str) -> Iterator[bool]:
         _write(descriptor, None)
     finally:
         os.close(descriptor)
+
+
+def _open(file: Path) -> int:
+    try:
+        return os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno not in PASSING or not file.exists():
+            raise
+    return os.open(file, os.O_RDONLY | os.O_CLOEXEC)  # it worked before, and a lock needs no more
 
 
 def _take(descriptor: int, where: str, user: str) -> bool:

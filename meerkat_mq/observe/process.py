@@ -113,7 +113,11 @@ async def _until_signal(main: Coroutine[Any, Any, None]) -> None:
     task = asyncio.ensure_future(main)
 
     def end(_: int) -> None:
-        loop.call_soon_threadsafe(task.cancel)
+        loop.call_soon_threadsafe(cancel)
+
+    def cancel() -> None:
+        signals.be_patient(signals.IN_ORDER_S)  # the loop is not stuck: children are being ended, perhaps
+        task.cancel()
 
     with signals.handled(end), contextlib.suppress(asyncio.CancelledError):
         await task

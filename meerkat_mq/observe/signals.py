@@ -27,7 +27,7 @@ AT_ONCE_S = 1.5
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM ends a command."""
+    """SIGINT or SIGTERM ends a command; or SIGPIPE, as it were: nobody reads what it says."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -36,7 +36,7 @@ class Interrupted(BaseException):
     @property
     def word(self) -> str:
         """What is said of it."""
-        return WORDS[self.number]
+        return WORDS.get(self.number, "")
 
     @property
     def exit_code(self) -> int:
@@ -49,6 +49,7 @@ class _Heard:
 
     number: int | None = None
     patience_s = AT_ONCE_S
+    handler: Callable[[int], None] | None = None
 
 
 def listen() -> None:
@@ -71,14 +72,15 @@ def came() -> int | None:
 
 
 def be_patient(seconds: float) -> None:
-    """Give what the first signal ends so much time."""
+    """Give what the first signal ends so much time, from that signal on."""
     _Heard.patience_s = seconds
 
 
 def say(number: int) -> None:
     """Say the one word."""
-    with suppress(Exception):
-        sys.stderr.write(f"{WORDS[number]}\n")
+    if number in WORDS:
+        with suppress(Exception):
+            sys.stderr.write(f"{WORDS[number]}\n")
 
 
 def leave(number: int) -> NoReturn:
@@ -91,18 +93,25 @@ def leave(number: int) -> NoReturn:
 def handled(action: Callable[[int], None]) -> Iterator[None]:
     """Within, the first signal calls `action`, in the main thread, wherever that is; a second one ends the process."""
 
-    def heard(number: int, _: FrameType | None) -> None:
+    def heard(number: int, _: FrameType | None = None) -> None:
         if _Heard.number is not None:
             leave(number)
         _Heard.number = number
         action(number)
 
+    outer, _Heard.handler = _Heard.handler, heard
     before = {number: signal.signal(number, heard) for number in WORDS}
     try:
         yield
     finally:
+        _Heard.handler = outer
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def hear(number: int) -> None:
+    """Do what is done when a signal comes."""
+    (_Heard.handler or leave)(number)
 
 
 def interrupt(number: int) -> NoReturn:
@@ -114,5 +123,7 @@ def _end_late(reading: int) -> None:
     """End this process where a signal did not: a library holds the main thread, or the loop is stuck."""
     while (number := os.read(reading, 1)[0]) not in WORDS:
         pass
-    time.sleep(_Heard.patience_s)
+    began = time.monotonic()
+    while (left := began + _Heard.patience_s - time.monotonic()) > 0:
+        time.sleep(left)
     leave(number)

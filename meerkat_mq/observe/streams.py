@@ -14,8 +14,8 @@ from contextlib import suppress
 from typing import Any, Protocol, TextIO
 
 from meerkat_mq.errors import ConfigError
+from meerkat_mq.observe import signals
 
-READER_LEFT = 128 + signal.SIGPIPE  # as of any program that a shell runs
 PIECE = 4096  # a pipe that is ready takes so many bytes without making us wait
 PATIENCE_MS = 250  # of a reader that is slow, not stuck
 
@@ -86,8 +86,9 @@ class Diagnostics(io.RawIOBase):
 class Answers(io.RawIOBase):
     """Standard output: once it cannot be written, the command ends, and what it still says is for nobody.
 
+    A reader that left wants no more: that ends the command as a signal would, without a word.
+
     Raises:
-        SystemExit: the reader of a pipe left; quietly, since it wants no more.
         ConfigError: the disk is full, the descriptor closed.
     """
 
@@ -119,7 +120,8 @@ class Answers(io.RawIOBase):
             except OSError as error:
                 self._over = True
                 if isinstance(error, BrokenPipeError):
-                    raise SystemExit(READER_LEFT) from None
+                    signals.hear(signal.SIGPIPE)
+                    break
                 problem, remedy = f"cannot be written ({error.strerror})", "free space there, or send it elsewhere"
                 raise ConfigError("standard output", problem, remedy) from error
         return len(data)

@@ -97,6 +97,29 @@ def test_an_update_that_was_forgotten_meanwhile_is_not_written_later(
 
 # --- the lock ---
 
+
+def test_a_disk_that_takes_nothing_for_a_while_does_not_keep_a_node_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read-only since an error, say; but the state folder was used before."""
+    opened = os.open
+
+    def read_only(path: Path, flags: int, *mode: int) -> int:
+        if flags & (os.O_RDWR | os.O_WRONLY):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return opened(path, flags, *mode)
+
+    with NodeState(tmp_path) as state:
+        state.take_steps("a", 3)
+    monkeypatch.setattr(os, "open", read_only)
+    with NodeState(tmp_path) as state, pytest.raises(ConfigError, match="in use"), NodeState(tmp_path):
+        pass
+    with NodeState(tmp_path) as state:
+        assert [state.take_steps("a", 1), state.take_steps("a", 1)] == [3, 4]
+    with pytest.raises(ConfigError, match=r"cannot be used \(Read-only file system\)"), NodeState(tmp_path / "new"):
+        pass
+
+
 HOLDS = """
 import sys
 from pathlib import Path

@@ -15,7 +15,7 @@ import structlog
 
 from meerkat_mq.errors import ConfigError
 from meerkat_mq.observe.logs import configure_logs
-from meerkat_mq.observe.streams import READER_LEFT, Diagnostics
+from meerkat_mq.observe.streams import Diagnostics
 
 MEERKAT = [sys.executable, "-m", "meerkat_mq"]
 
@@ -115,7 +115,41 @@ def test_a_reader_that_has_enough_ends_a_command_quietly() -> None:
     os.close(reading)
     done = subprocess.run([*MEERKAT, "--help"], stdout=writing, stderr=subprocess.PIPE, check=False)
     os.close(writing)
-    assert (done.returncode, done.stderr) == (READER_LEFT, b"")
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+PRINTING = """
+import asyncio, sys
+from meerkat_mq.observe.start import start
+start()
+from meerkat_mq.observe.process import run_process, run_task
+
+async def main():
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(2):
+                tasks.create_task(say())
+    finally:
+        await asyncio.sleep(0)
+        print("in order", file=sys.stderr)
+
+async def say():
+    while True:
+        print("more", flush=True)
+        await asyncio.sleep(0.01)
+
+run_process(lambda: run_task(main))
+"""
+
+
+def test_a_reader_that_left_ends_what_runs_on_a_loop_in_order() -> None:
+    process = subprocess.Popen([sys.executable, "-c", PRINTING], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline() == b"more\n"
+    process.stdout.close()
+    assert (process.wait(20), process.stderr.read()) == (141, b"in order\n")
+    process.stderr.close()
 
 
 @pytest.mark.parametrize("redirected", ["2>/dev/full", "2>&-", "<&- >&- 2>&-"])
