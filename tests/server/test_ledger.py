@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import resource
 import shutil
 import sqlite3
@@ -374,3 +375,53 @@ def test_ten_thousand_rounds_of_ten_nodes_take_less_than_ten_megabytes(path: Pat
                 opened.commit_updates(records)
                 opened.commit_entry(replace(ENTRY, version=version), records, 10, overdue=False)
     assert 3e6 < sum(file.stat().st_size for file in path.parent.iterdir()) <= 10e6
+
+
+def said_by_sqlite(name: str, words: str = "words of SQLite") -> LedgerError:
+    """What users read of an error of this name."""
+    error = sqlite3.OperationalError(words)
+    error.sqlite_errorname = name
+    with pytest.raises(LedgerError) as caught, ledger_file.in_words(Path("ledger.sqlite")):
+        raise error
+    return caught.value
+
+
+NAMES = [name for name in dir(sqlite3) if name.startswith("SQLITE_")]
+DAMAGE = ("SQLITE_CORRUPT", "SQLITE_ERROR")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("SQLITE_PROTOCOL", "file system does not lock files .*local disk.*goes on where it was"),
+        ("SQLITE_IOERR_LOCK", "file system does not lock files .*local disk"),
+        ("SQLITE_IOERR_RDLOCK", "file system does not lock files .*local disk"),
+        ("SQLITE_IOERR_SHMMAP", "file system does not lock files .*local disk"),
+        ("SQLITE_BUSY", "is locked: another process .*or its file system has no locks.*local disk"),  # also ENOLCK
+        ("SQLITE_BUSY_SNAPSHOT", "is locked"),
+        ("SQLITE_IOERR_FSYNC", "cannot be read or written .*see to the disk"),
+        ("SQLITE_IOERR_CORRUPTFS", "the file system is damaged"),
+        ("SQLITE_IOERR_NOMEM", "not enough memory"),
+        ("SQLITE_NOMEM", "not enough memory"),
+        ("SQLITE_FULL", "no space left"),
+        ("SQLITE_READONLY", "cannot be written .*let this user write"),
+        ("SQLITE_READONLY_DBMOVED", "was moved or replaced while it was open"),
+        ("SQLITE_CANTOPEN_ISDIR", "cannot be opened"),
+        ("SQLITE_CORRUPT_VTAB", "is damaged .*keep it and its -wal file"),
+        ("SQLITE_CONSTRAINT", "SQLite says why .words of SQLite.; leave the file as it is"),
+        ("SQLITE_MISUSE", "leave the file as it is"),
+    ],
+)
+def test_what_sqlite_says_has_its_true_cause_in_words(name: str, words: str) -> None:
+    assert re.search(words, str(said_by_sqlite(name)))
+    assert "words of SQLite" in str(said_by_sqlite(name))
+
+
+def test_nothing_but_damage_is_called_damage_and_no_remedy_destroys() -> None:
+    for name in NAMES:
+        error = said_by_sqlite(name)
+        if not name.startswith(DAMAGE):
+            assert not error.problem.startswith("is damaged"), name
+            assert "backup" not in error.remedy, name
+        for word in ("remove", "delete", "overwrite"):
+            assert word not in error.remedy, name
