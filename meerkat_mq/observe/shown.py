@@ -19,7 +19,7 @@ class NodeShown:
 
     Attributes:
         status: its last word: "starting", "online", "asleep", "stopped" or "lost".
-        seen_s: seconds since it was last heard of.
+        seen_s: seconds since it was last heard of; None also where the clock was set since.
         rows: size of its data.
         updates: update messages that came from it, repeated ones and chunks of displacements too.
         packet_bytes: all MQTT packets that came from it.
@@ -66,8 +66,8 @@ class RunShown:
         evaluated: theta's version, so the number of rounds closed, at that evaluation.
         base_accuracy: of the evaluation before the first round.
         heard: committed updates that are in no round yet.
-        closed_s: seconds since the last round closed.
-        round_s: seconds a round, over the recent ones.
+        closed_s: seconds since the last round closed; None also where the clock was set since.
+        round_s: seconds a round, the median of the recent ones.
         loss: mean over the accepted updates of the last round.
         warning: what is wrong with the run, and the remedy; "" if nothing is.
         early_stopping: what it does, in words; "" where it is off.

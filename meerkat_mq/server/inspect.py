@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from meerkat_mq.core.clocks import elapsed, typical
 from meerkat_mq.core.gradip import gradip
 from meerkat_mq.core.path import NO_DIGEST, seed_for
 from meerkat_mq.errors import LedgerError, RunMismatch
@@ -65,8 +66,8 @@ def run_shown(ledger: Ledger, now: float | None = None) -> RunShown:
         evaluated=evaluated,
         base_accuracy=metrics.get(0, {}).get("accuracy"),
         heard=len(heard),
-        closed_s=now - closed[-1] if closed else None,
-        round_s=(closed[-1] - closed[0]) / (len(closed) - 1) if len(closed) > 1 else None,
+        closed_s=elapsed(closed[-1], now) if closed else None,
+        round_s=typical(closed),
         loss=mean_loss(past[-1]) if past else None,
         early_stopping=_early_stopping(settings, sum(node.node not in paths.judgements for node in nodes)),
         nodes=tuple(_node_shown(node, last.get(node.node), version, flagged, paths=paths, now=now) for node in nodes),
@@ -136,7 +137,7 @@ def _node_shown(
         slot=node.slot,
         host=node.host or "",
         status=node.status or "",
-        seen_s=None if node.last_seen is None else now - node.last_seen,
+        seen_s=None if node.last_seen is None else elapsed(node.last_seen, now),
         boot=node.boot,
         rows=node.rows or 0,
         updates=node.updates,

@@ -7,6 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from meerkat_mq.core.clocks import elapsed
 from meerkat_mq.core.path import NO_DIGEST
 from meerkat_mq.observe.charts import Point
 from meerkat_mq.observe.facts import Facts, NodeFacts, facts_of
@@ -141,7 +142,7 @@ class _History:
         spans, before = [], (0, 0.0)
         for term, at in self.closings:
             began = before[1] if term == before[0] else taken.get(term, at)
-            spans.append(max(0.0, at - began))
+            spans.append(elapsed(began, at) or 0.0)
             before = term, at
         return sum(spans) if spans else None
 

@@ -1,6 +1,7 @@
 """What status and ledger show of a run, from its ledger alone."""
 
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.core.path import seed_for
 from meerkat_mq.errors import LedgerError, RunMismatch
+from meerkat_mq.observe.tables import status_line
 from meerkat_mq.rounds.records import Verdict
 from meerkat_mq.server import inspect
 from meerkat_mq.server.inspect import path_shown, round_shown, rounds_shown, run_shown, steps_shown
@@ -27,6 +29,34 @@ def close(writer: Writer, *times: float) -> None:
     for at in times:
         writer.round()
         alter(writer.folder, "UPDATE entries SET closed = ? WHERE version = ?", at, len(writer.entries) - 1)
+
+
+NOW = 1_796_000_000.0
+
+
+@pytest.mark.parametrize(
+    ("times", "now", "closed_s", "round_s"),
+    [
+        ((1.0, 3.0, NOW, NOW + 2), NOW + 3, 1.0, 2.0),  # at 1970, then set
+        ((NOW, NOW + 2, 5.0, 7.0), 8.0, 1.0, 2.0),  # back to 1970
+        ((NOW, NOW + 2, NOW - 9_000, NOW - 8_998), NOW - 8_997, 1.0, 2.0),
+        ((NOW, NOW + 2), 8.0, None, 2.0),
+        ((5.0, 7.0), NOW, None, 2.0),
+        ((7.0, NOW), NOW, 0.0, None),
+        ((NOW, 7.0), 7.0, 0.0, None),
+        ((NOW, NOW + 1), NOW + 0.5, 0.0, 1.0),  # a round closed while this was read
+        ((NOW, NOW + 2, NOW + 7_202, NOW + 7_204), NOW + 7_204, 0.0, 2.0),  # an hour of summer
+    ],
+)
+def test_no_step_of_the_clock_is_a_pace(
+    tmp_path: Path, times: tuple[float, ...], now: float, closed_s: float | None, round_s: float | None
+) -> None:
+    writer = Writer(tmp_path)
+    close(writer, *times)
+    writer.see(0, "online", times[-1])
+    shown = run_shown(writer.ledger, now=now)
+    assert (shown.closed_s, shown.round_s, shown.nodes[0].seen_s) == (closed_s, round_s, closed_s)
+    assert re.search(r"[-−]\d+ (ms|s)", status_line(shown)) is None
 
 
 def test_a_run_as_it_stands(tmp_path: Path) -> None:
