@@ -42,6 +42,7 @@ class Seldom:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lines: dict[Hashable, _Line] = {}
+        self._tidied_at = -QUIET_S
 
     def say(self, say: Callable[..., object], event: str, *key: Hashable, **fields: object) -> bool:
         """Say an event through a logger's method, unless it is too soon; with `left_out`, where some were.
@@ -68,8 +69,9 @@ class Seldom:
     def _due(self, key: tuple[Hashable, ...]) -> int | None:
         """How many were left out before this one; None where it is left out itself."""
         now = self._clock()
-        if key not in self._lines and len(self._lines) >= MOST_KEYS:
-            self._drop_the_silent(now)
+        if len(self._lines) >= MOST_KEYS and now - self._tidied_at >= QUIET_S:
+            self._tidied_at = now
+            self._lines = {known: line for known, line in self._lines.items() if not line.is_over(now)}
         if key not in self._lines and len(self._lines) >= MOST_KEYS:
             key = key[:1]
         line = self._lines.get(key)
@@ -83,6 +85,3 @@ class Seldom:
         left_out, line.left_out, line.said_at = line.left_out, 0, now
         line.wait_s = min(2 * line.wait_s, LONGEST_S)
         return left_out
-
-    def _drop_the_silent(self, now: float) -> None:
-        self._lines = {key: line for key, line in self._lines.items() if not line.is_over(now)}

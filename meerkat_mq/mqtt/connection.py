@@ -331,7 +331,7 @@ class Connection:
 
     def _closed(self, reason: str, answered: bool) -> None:
         lost = self._words.failure(self._last_words.text or reason)
-        lost.unanswered = not answered
+        lost.closed, lost.unanswered = True, not answered
         self._end(lost)
 
     def _take(self, raw: aiomqtt.Message) -> None:

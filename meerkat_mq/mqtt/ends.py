@@ -10,7 +10,7 @@ _CLOCK = ("expired", "not yet valid")  # a clock that is set, or a renewed certi
 
 
 class Sending(NamedTuple):
-    """A message that the broker had not acknowledged when the connection ended.
+    """A message that may have to do with the end of a connection.
 
     Attributes:
         size: of the whole packet, in bytes.
@@ -28,11 +28,13 @@ class Lost(Exception):
     """The connection failed or ended; the next one may work.
 
     Attributes:
-        sending: what was on its way, the oldest first.
-        unanswered: the broker closed the connection instead of answering CONNECT.
+        sending: what was on its way, the oldest first; or else what was acknowledged just before.
+        closed: it ended from the other side, not because an answer was missing.
+        unanswered: that was before the answer to CONNECT.
     """
 
     sending: tuple[Sending, ...] = ()
+    closed = False
     unanswered = False
 
 

@@ -1,6 +1,7 @@
 """What is on its way to the broker: bounded, in order, kept until the broker acknowledged it."""
 
 import asyncio
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from meerkat_mq.errors import MeerkatError, NotConnected
 from meerkat_mq.mqtt.message import packet_bytes
 
+_JUST_NOW_S = 0.1
 _OVERHEAD_BYTES = 512  # what one waiting message costs besides its payload
 
 
@@ -56,6 +58,7 @@ class Outbox:
 
     def __init__(self, limit_bytes: int, *, window_messages: int = 32, window_bytes: int = 256 * 1024) -> None:
         self._one_by_one = False
+        self._last: tuple[Outgoing, float] | None = None
         self._limit_bytes = limit_bytes
         self._window_messages = window_messages
         self._window_bytes = window_bytes
@@ -71,9 +74,14 @@ class Outbox:
         return len(self._waiting) + len(self._in_flight)
 
     @property
-    def in_flight(self) -> tuple[Outgoing, ...]:
-        """The messages in flight, oldest first."""
-        return tuple(self._in_flight)
+    def suspects(self) -> tuple[Outgoing, ...]:
+        """What a connection may have ended at: the messages in flight, oldest first, or the one acknowledged just now.
+
+        Some brokers acknowledge what they refuse, and then close the connection.
+        """
+        last = self._last
+        just_now = last is not None and time.monotonic() - last[1] < _JUST_NOW_S
+        return tuple(self._in_flight) or ((last[0],) if last is not None and just_now else ())
 
     def put(self, out: Outgoing) -> None:
         """Add a message; a retained one takes the place of an older one on its topic.
@@ -98,6 +106,8 @@ class Outbox:
         """Move the next message into flight, once there is one and the window has room."""
         while not self._waiting or self._window_full():
             await self._change()
+            if self._one_by_one:
+                await asyncio.sleep(_JUST_NOW_S / 2)
         out, _ = self._waiting.popitem(last=False)
         if self._retained.get(out.topic) is out:
             del self._retained[out.topic]
@@ -107,6 +117,7 @@ class Outbox:
 
     def acknowledge(self, out: Outgoing) -> None:
         """The broker has it."""
+        self._last = out, time.monotonic()
         if self._closed is None:
             del self._in_flight[out]
             self._flying_bytes -= out.cost
@@ -123,7 +134,8 @@ class Outbox:
             self._append(out)
 
     def narrow(self, one_by_one: bool) -> None:
-        """Whether only one message may be in flight, so that it is known which one ends a connection."""
+        """Whether only one message may be in flight, and the next has to wait, so that it is known which one ends a
+        connection."""
         self._one_by_one = one_by_one
         self._changed.set()
 

@@ -226,7 +226,7 @@ class Session:
             await self._flush(connection, talk)
             raise
         finally:
-            sending = tuple(Sending(out.topic, out.packet_bytes, out.retain) for out in self._outbox.in_flight)
+            sending = tuple(Sending(out.topic, out.packet_bytes, out.retain) for out in self._outbox.suspects)
             talk.cancel()
             try:
                 await asyncio.gather(talk, return_exceptions=True)

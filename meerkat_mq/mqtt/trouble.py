@@ -95,9 +95,10 @@ class Trouble:
             self._seldom.forget()
         if lived_s >= self._timeouts.stable_s:
             self._back_off.reset()
-            self._short_lived = self._stuck = 0
-        self._short_lived += 1
-        same = len(lost.sending) == 1 and lost.sending == self._sending
+            self._short_lived = 0
+        else:
+            self._short_lived += 1
+        same = lost.closed and len(lost.sending) == 1 and lost.sending == self._sending
         self._stuck = self._stuck + 1 if same else 0  # connections in a row that ended with the one before's message
         self._sending = lost.sending
 
@@ -105,13 +106,12 @@ class Trouble:
         """What a person may have to mend, and whether it is more than a guess."""
         if self.will_refused:
             return _NO_WILL, True
-        if self._short_lived < _SUSPICIOUS:
-            return "", False
-        if flaws:
+        suspicious = self._short_lived >= _SUSPICIOUS
+        if flaws and suspicious:
             return bound(flaws)["hint"], self._short_lived >= 2 * _SUSPICIOUS
         if self._stuck >= _SUSPICIOUS - 1:
-            return _why_not_sent(self._sending[0]), True
-        return _ANOTHER, False
+            return _why_not_sent(self._sending[0]), suspicious
+        return (_ANOTHER, False) if suspicious else ("", False)
 
 
 def bound(flaws: Sequence[str]) -> dict[str, str]:

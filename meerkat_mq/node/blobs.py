@@ -6,6 +6,7 @@ from dataclasses import replace
 import structlog
 
 from meerkat_mq.core.path import Displacement
+from meerkat_mq.core.seldom import Seldom
 from meerkat_mq.errors import TooLarge
 from meerkat_mq.mqtt.blob_fetch import BlobFetch
 from meerkat_mq.node.state import KeptUpdate
@@ -32,6 +33,7 @@ class Blobs:
         self._header = Header.of(run.run_id, 0, 0, run.mask_hash)
         self._largest_pushed = largest_blob(run.weights)
         self._boot = boot
+        self._seldom = Seldom()
         self._send = send
         self._fetch: BlobFetch | None = None
         self._pushed: dict[bytes, BlobFetch] = {}  # by name, the newest last
@@ -122,8 +124,8 @@ class Blobs:
 
     def _new(self, name: bytes, size: int) -> BlobFetch:
         def ask(chunks: tuple[int, ...]) -> None:
-            log = structlog.get_logger()
-            log.info("asking for chunks", blob=name.hex()[:8], first=chunks[0], count=len(chunks))
+            say, said = structlog.get_logger().info, {"first": chunks[0], "count": len(chunks)}
+            self._seldom.say(say, "asking for chunks", name, blob=name.hex()[:8], **said)
             self._send(Want(self._header, self._boot, blob=name, chunks=chunks))
 
         return BlobFetch(name, size, ask)

@@ -13,6 +13,7 @@ import structlog
 
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.path import Displacement, Entry, seeds_of
+from meerkat_mq.core.seldom import Seldom
 from meerkat_mq.errors import BadValue, NotConnected, NotFinite, WireError
 from meerkat_mq.node.blobs import Blobs
 from meerkat_mq.node.limits import Allowance
@@ -65,6 +66,7 @@ class Jobs:
         tell: Callable[[e.NodeEvent | None], None],
         send: Callable[[Update], None],
     ) -> None:
+        self._seldom = Seldom()
         self._run = run
         self._work = work
         self._blobs = blobs
@@ -150,7 +152,8 @@ class Jobs:
                 digests += await in_worker(self._worker, self._work.apply, part, values)
         except (NotConnected, NotFinite, WireError) as error:
             await in_worker(self._worker, self._work.stand, before)
-            structlog.get_logger().warning("entries missed", first=entries[0].version, problem=str(error))
+            said = {"first": entries[0].version, "problem": str(error)}
+            self._seldom.say(structlog.get_logger().warning, "entries missed", type(error).__name__, **said)
             return e.EntriesMissed(_now(), entries)
         self._work.digest = next((found for found in reversed(digests) if any(found)), self._work.digest)
         return e.EntriesApplied(_now(), entries, tuple(digests))
@@ -184,7 +187,8 @@ class Jobs:
             blob = await self._collect(offer.blob, offer.size)
             head, work.digest = await in_worker(self._worker, work.load, blob, offer)
         except (NotConnected, WireError) as error:
-            log.warning("snapshot missed", version=offer.version, problem=str(error))
+            said = {"version": offer.version, "problem": str(error)}
+            self._seldom.say(log.warning, "snapshot missed", type(error).__name__, **said)
             return e.SnapshotMissed(_now(), offer.version)
         log.info("snapshot loaded", version=offer.version, bytes=offer.size)
         return e.SnapshotLoaded(_now(), offer.version, head, work.digest)

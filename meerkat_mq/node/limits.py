@@ -11,6 +11,7 @@ import time
 import structlog
 
 from meerkat_mq.config import LimitsConfig
+from meerkat_mq.core.seldom import Seldom
 from meerkat_mq.errors import ConfigError
 
 ANSWER_S = 10.0  # of the user's command
@@ -24,6 +25,7 @@ class Allowance:
     """
 
     def __init__(self, limits: LimitsConfig) -> None:
+        self._seldom = Seldom()
         self._command = limits.allow
         self._check_s = limits.check_s
         self._ask_at = float("-inf")
@@ -40,7 +42,7 @@ class Allowance:
             async with asyncio.timeout_at(self._ask_at):
                 await moved_on.wait()
             return False
-        before, self._given = self._given, await _succeeds(self._command)
+        before, self._given = self._given, await _succeeds(self._command, self._seldom)
         if not self._given:
             self._ask_at = asyncio.get_running_loop().time() + self._check_s
         if self._given is not before and not (self._given and before is None):
@@ -48,7 +50,7 @@ class Allowance:
         return self._given
 
 
-async def _succeeds(command: tuple[str, ...]) -> bool:
+async def _succeeds(command: tuple[str, ...], seldom: Seldom) -> bool:
     """Whether a command exits with 0 in time; it and its children are killed otherwise."""
     quiet = asyncio.subprocess.DEVNULL
     try:
@@ -56,13 +58,13 @@ async def _succeeds(command: tuple[str, ...]) -> bool:
             *command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True
         )
     except OSError as error:
-        structlog.get_logger().warning("limits.allow cannot be run", problem=error.strerror)
+        seldom.say(structlog.get_logger().warning, "limits.allow cannot be run", problem=error.strerror)
         return False
     try:
         async with asyncio.timeout(ANSWER_S):
             return await process.wait() == 0
     except TimeoutError:
-        structlog.get_logger().warning("limits.allow gave no answer", within_s=ANSWER_S)
+        seldom.say(structlog.get_logger().warning, "limits.allow gave no answer", within_s=ANSWER_S)
         return False
     finally:
         if process.returncode is None:

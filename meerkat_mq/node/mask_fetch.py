@@ -6,6 +6,7 @@ from collections.abc import Callable
 import structlog
 
 from meerkat_mq.core.mask import Mask
+from meerkat_mq.core.seldom import Seldom
 from meerkat_mq.errors import BadValue, WireError
 from meerkat_mq.mqtt import Session
 from meerkat_mq.mqtt.blob_fetch import BlobFetch
@@ -42,13 +43,13 @@ async def fetch_mask(
 
 
 async def _collect(fetch: BlobFetch, run: RunDescriptor) -> Mask:
-    unasked = True
+    unasked, seldom = True, Seldom()
     while True:
         blob = await fetch.collect(unasked=unasked)
         try:
             return await asyncio.to_thread(decode_mask, blob, run.mask_hash, run.weights)
         except WireError as error:
-            structlog.get_logger().warning("mask refused, fetching it again", problem=str(error))
+            seldom.say(structlog.get_logger().warning, "mask refused, fetching it again", problem=str(error))
             fetch.start_over()
             unasked = False
 

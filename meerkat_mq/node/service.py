@@ -10,7 +10,8 @@ from pathlib import Path
 import structlog
 
 from meerkat_mq.config import NodeConfig
-from meerkat_mq.errors import DataError, NodeReplaced, NotConnected, RunMismatch, WireError, within
+from meerkat_mq.core.seldom import Seldom
+from meerkat_mq.errors import DataError, NodeReplaced, NotConnected, PayloadTooLarge, RunMismatch, WireError, within
 from meerkat_mq.extras import need
 from meerkat_mq.mqtt import Marker, Message, Presence, Session, Verdict, Will
 from meerkat_mq.node.blobs import Blobs
@@ -59,6 +60,7 @@ class _Node:
         self._worker = worker
         self._boot = secrets.randbits(32)
         self._log = structlog.get_logger().bind(node=config.id, federation=config.federation)
+        self._seldom = Seldom()
         self._topics = Topics(config.federation)
         self._own_status = self._topics.up(config.id, "status")
         self._presence = Presence(self._boot)
@@ -193,9 +195,10 @@ class _Node:
         topic = self._topics.up(self._config.id, "want" if wants else "update")
         try:
             self._session.publish(topic, encode(frame))
-        except NotConnected as error:  # the outbox is full; an update goes out again, a want is asked again
-            self._counts[f"not sent: {type(frame).__name__}"] += 1
-            self._log.warning("not sent", frame=type(frame).__name__, problem=str(error))
+        except (NotConnected, PayloadTooLarge) as error:  # an update goes out again, a want is asked again
+            kind = type(frame).__name__
+            self._counts[f"not sent: {kind}"] += 1
+            self._seldom.say(self._log.warning, "not sent", kind, type(error).__name__, frame=kind, problem=str(error))
 
     # --- the duty cycle ---
 
@@ -248,7 +251,7 @@ class _Node:
         if self._machine is None:
             self._publish_status("starting")
             if self._descriptor is None:
-                self._log.info("waiting for a server")
+                self._seldom.say(self._log.info, "waiting for a server")
         else:
             self._handle(e.Connected(self._now()))
 
@@ -293,7 +296,8 @@ class _Node:
                 self._on_frame(message)
         except WireError as error:
             self._counts[f"undecodable: {type(error).__name__}"] += 1
-            self._log.warning("message dropped", topic=message.topic, problem=str(error))
+            key, said = (message.topic, type(error).__name__), {"topic": message.topic, "problem": str(error)}
+            self._seldom.say(self._log.warning, "message dropped", *key, **said)
 
     def _on_own_status(self, message: Message) -> None:
         try:
@@ -352,8 +356,9 @@ class _Node:
             case Want() as want if message.topic == reply and self._blobs is not None:
                 self._blobs.answer(want)
             case frame:
-                self._counts[f"misplaced: {type(frame).__name__}"] += 1
-                self._log.warning("frame out of place", topic=message.topic, frame=type(frame).__name__)
+                topic, kind = message.topic, type(frame).__name__
+                self._counts[f"misplaced: {kind}"] += 1
+                self._seldom.say(self._log.warning, "frame out of place", topic, kind, topic=topic, frame=kind)
 
     def _expect_displacement(self, frame: Round) -> None:
         """To a round that was opened just now, the server sends its newest entry's displacement after it."""
@@ -394,7 +399,7 @@ class _Node:
                 jobs.stop_steps()
             case e.Count(reason):
                 self._counts[reason] += 1
-                self._log.info(reason, round=effect.round)
+                self._seldom.say(self._log.info, reason, round=effect.round)
             case e.End(error):
                 raise error
 

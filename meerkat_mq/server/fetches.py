@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import structlog
 
+from meerkat_mq.core.seldom import Seldom
 from meerkat_mq.errors import BadValue, NotConnected, WireError
 from meerkat_mq.mqtt.blob_fetch import BlobFetch
 from meerkat_mq.rounds.events import FetchValues, ValuesMissed
@@ -38,6 +39,7 @@ class Fetches:
         keep: Callable[[KeepValues], None],
         reach: Callable[[int], float] = lambda steps: math.inf,
     ) -> None:
+        self._seldom = Seldom()
         self._weights = weights
         self._reach = reach
         self._desk = desk
@@ -88,7 +90,8 @@ class Fetches:
             try:
                 found = await self._collect(order)
             except (NotConnected, WireError) as error:
-                structlog.get_logger().warning("displacement dropped", node=order.node, problem=str(error))
+                say, said = structlog.get_logger().warning, {"node": order.node, "problem": str(error)}
+                self._seldom.say(say, "displacement dropped", order.node, type(error).__name__, **said)
                 found = None
         self._tasks.pop(order.node, None)
         if found is None:

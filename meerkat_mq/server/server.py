@@ -10,6 +10,7 @@ import structlog
 
 from meerkat_mq.config import ServerConfig
 from meerkat_mq.core.path import short_hash
+from meerkat_mq.core.seldom import Seldom
 from meerkat_mq.errors import AnotherServer, MeerkatError, NotConnected, PayloadTooLarge, TooFewNodes, WireError
 from meerkat_mq.mqtt import Count, Marker, Message, Session, Will
 from meerkat_mq.observe.events import Observer, RunStarted
@@ -52,6 +53,7 @@ class Server:
         self._watch = watch
         self._observe = observer
         self._log = structlog.get_logger().bind(federation=config.federation, run=run.descriptor.run[:8])
+        self._seldom = Seldom()
         self._topics = Topics(config.federation)
         self._machine: ServerMachine | None = None
         self._taking_term = False
@@ -229,7 +231,8 @@ class Server:
                 self._on_node_message(*parsed, message.payload)
         except WireError as error:
             self._watch.counts[f"undecodable: {type(error).__name__}"] += 1
-            self._log.warning("message dropped", topic=message.topic, problem=str(error))
+            key, said = (message.topic, type(error).__name__), {"topic": message.topic, "problem": str(error)}
+            self._seldom.say(self._log.warning, "message dropped", *key, **said)
 
     def _on_server_state(self, message: Message) -> None:
         try:
@@ -330,7 +333,7 @@ class Server:
                 self._send_chunks(effect)
             case e.Count(reason, node):
                 self._watch.counts[reason] += 1
-                self._log.info(reason, node=node or None, round=effect.round)
+                self._seldom.say(self._log.info, reason, node, node=node or None, round=effect.round)
             case e.End(error):
                 self._session.disown()
                 raise error
@@ -355,7 +358,8 @@ class Server:
         waiting = not self._is_open and not machine.finished
         online = machine.online if waiting else None
         if waiting and online != self._awaited:
-            self._log.info("waiting for nodes", online=online, min_nodes=self._run.settings.fewest_nodes)
+            said = {"online": online, "min_nodes": self._run.settings.fewest_nodes}
+            self._seldom.say(self._log.info, "waiting for nodes", online, **said)
         self._awaited = online
 
     def distribute(self, blob: bytes) -> None:
