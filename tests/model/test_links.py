@@ -130,7 +130,7 @@ PARTS = st.sampled_from(
 NAMES = st.lists(PARTS, max_size=6).map("".join) | st.text() | st.integers() | st.none() | st.lists(st.text())
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(names=st.lists(NAMES, min_size=1, max_size=4))
 def test_any_names_in_an_index(tmp_path_factory: pytest.TempPathFactory, names: list[object]) -> None:
     """Whatever they are: one line of ours, or files of the folder."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from importlib.metadata import distribution
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 import meerkat_mq
 
 _DRIVER = """
@@ -117,8 +119,6 @@ class Bare:
 
 def _needed(name: str, extras: frozenset[str] = frozenset()) -> set[str]:
     """All distributions that one needs, by their markers in this Python."""
-    from pip._vendor.packaging.requirements import Requirement
-
     found, waiting = set[str](), [(name, extras)]
     while waiting:
         name, extras = waiting.pop()
