@@ -67,6 +67,8 @@ async def _federate(plan: Plan, out: Path, live: Live) -> Report:
     """Every phase; after each, what `meerkat report` makes its page of is on the disk."""
     live.note(f"loading {plan.name}")
     loaded = await asyncio.to_thread(load_model, plan.source)
+    for note in loaded.notes:
+        live.note(note)
     live.note("scoring the mask")
     mask = await asyncio.to_thread(_make_mask, plan, loaded)
     mask.save(out / "mask.mkm")

@@ -17,6 +17,7 @@ from meerkat_mq.model.in_words import reason
 from meerkat_mq.model.links import is_folder, model_files
 
 CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 _MOST_BYTES = {CONFIG: 16 << 20, TOKENIZER_CONFIG: 64 << 20}

@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from meerkat_mq.errors import MeerkatError, ModelError
@@ -12,25 +12,24 @@ _LONGEST = 300
 
 
 @contextmanager
-def in_words(where: str, what: str, remedy: str, table: Mapping[str, object] | None = None) -> Iterator[None]:
-    """Errors of a library inside this block become ModelErrors, with the key of the file where it is known.
+def in_words(where: str | Callable[[str], str], what: str, remedy: str) -> Iterator[None]:
+    """Errors of a library inside this block become ModelErrors.
 
     Args:
-        where: the file or folder that the library reads.
+        where: the file or folder that the library reads; or what finds it, and the key in it, from the library's words.
         what: what then holds of it, such as "cannot be loaded".
         remedy: what to do about it.
-        table: what the file holds.
     """
     try:
         yield
     except (MeerkatError, KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError):
         raise
     except BaseException as error:  # a panic in Rust is no Exception
-        key = _key(str(error), table or {})
-        raise ModelError(f"{where}: {key}" if key else where, f"{what} ({reason(error)})", remedy) from error
+        place = where if isinstance(where, str) else where(str(error))
+        raise ModelError(place, f"{what} ({reason(error)})", remedy) from error
 
 
-def _key(said: str, table: Mapping[str, object]) -> str | None:
+def key_of(said: str, table: Mapping[str, object]) -> str | None:
     """The key of a table that a library's words are about: it says its name, or quotes its value."""
     field = _FIELD.search(said)
     if field:

@@ -1,5 +1,7 @@
 """Which kind of model a configuration describes: decided by its class, as transformers maps it, not by a name."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +15,7 @@ from transformers.models.auto.modeling_auto import (
 
 from meerkat_mq.errors import ModelError, UnsupportedModel
 from meerkat_mq.model.folder import CONFIG, Json, read_json
-from meerkat_mq.model.in_words import in_words
+from meerkat_mq.model.in_words import in_words, key_of
 
 Kind = Literal["causal", "encoder"]
 
@@ -21,8 +23,9 @@ _POSITIVE = {
     *("hidden_size", "n_embd", "d_model", "dim", "intermediate_size", "n_inner", "vocab_size", "head_dim"),
     *("num_attention_heads", "n_head", "n_heads", "num_key_value_heads", "num_local_experts", "num_experts"),
 }
-_LAYERS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers"}
+LAYERS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers"}
 _POSITIONS = {"max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"}
+_MOST_TRIED = 64
 _MOST_POSITIONS = 1 << 24
 _RESTORE = "restore the model's own config.json"
 _ANOTHER = "give a causal LM (…ForCausalLM), or an encoder such as BERT or MiniLM"
@@ -44,7 +47,7 @@ def read_config(folder: Path, tensors: int) -> Any:
     for key in ("text_config", "vision_config", "audio_config"):
         if isinstance(table.get(key), dict):
             _check_table(file, table[key], tensors, f"{key}.")
-    with in_words(str(file), "cannot be used", _RESTORE, table):
+    with in_words(partial(_place, file, table, _config), "cannot be used", _RESTORE):
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         text = config.get_text_config()
         pad, ids = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
@@ -57,9 +60,9 @@ def _check_table(file: Path, table: Json, tensors: int, prefix: str = "") -> Non
     """Values that would be believed: sizes below one, layers or positions without end."""
     for key, value in table.items():
         where = f"{file}: {prefix}{key}"
-        most = tensors if key in _LAYERS else _MOST_POSITIONS if key in _POSITIONS else 1 << 31
+        most = tensors if key in LAYERS else _MOST_POSITIONS if key in _POSITIONS else 1 << 31
         if (
-            key in _POSITIVE | _LAYERS | _POSITIONS
+            key in _POSITIVE | LAYERS | _POSITIONS
             and value is not None
             and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most)
         ):
@@ -77,7 +80,7 @@ def _check_type(file: Path, table: Json) -> None:
     if model_type not in CONFIG_MAPPING_NAMES:
         raise ModelError(
             f"{file}: model_type",
-            f"{model_type!r} cannot be used: transformers {transformers.__version__} does not know it",
+            f"{_short(model_type)} cannot be used: transformers {transformers.__version__} does not know it",
             "update transformers, or use another model",
         )
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
@@ -122,6 +125,33 @@ def skeleton(config: Any, kind: Kind, folder: Path) -> Any:
     Raises:
         ModelError: the configuration contradicts itself.
     """
+
+    def build(config: Any) -> Any:
+        with torch.device("meta"):
+            return class_of(kind).from_config(config, trust_remote_code=False)
+
     file = folder / CONFIG
-    with in_words(str(file), "cannot be used", _RESTORE, read_json(file)), torch.device("meta"):
-        return class_of(kind).from_config(config, trust_remote_code=False)
+    place = partial(_place, file, read_json(file), lambda table: build(_config(table)))
+    with in_words(place, "cannot be used", _RESTORE):
+        return build(config)
+
+
+def _config(table: Json) -> Any:
+    return transformers.AutoConfig.for_model(**table)
+
+
+def _place(file: Path, table: Json, build: Callable[[Json], Any], said: str) -> str:
+    """The file, and the key that is wrong: the library names it, or without it all is well."""
+    key = key_of(said, table)
+    if key is None:
+        others = [key for key in table if key != "model_type"][:_MOST_TRIED]
+        key = next((key for key in others if _works(build, {k: v for k, v in table.items() if k != key})), None)
+    return f"{file}: {key}" if key else str(file)
+
+
+def _works(build: Callable[[Json], Any], table: Json) -> bool:
+    try:
+        build(table)
+    except Exception:
+        return False
+    return True

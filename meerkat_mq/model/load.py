@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from meerkat_mq.errors import ModelError, UnsupportedModel
-from meerkat_mq.model.checkpoint import StoredTensor, fingerprint, stored_tensors
-from meerkat_mq.model.folder import CONFIG, find_folder
+from meerkat_mq.model.checkpoint import fingerprint, stored_tensors
+from meerkat_mq.model.fit import NEEDLESS, check_fit, mismatch
+from meerkat_mq.model.folder import find_folder
 from meerkat_mq.model.in_words import in_words
 from meerkat_mq.model.kinds import Kind, class_of, kind_of, read_config, skeleton
 from meerkat_mq.model.names import Names, names_of
@@ -30,7 +31,6 @@ _LOSSY = {
     torch.bfloat16: {"F64", "F32", "F16"},
     torch.float16: {"F64", "F32", "BF16"},
 }
-_UNUSED = re.compile(r"(^|\.)pooler\.")  # encoders are mean-pooled here
 
 _TRIAL = "The quick brown fox jumps"
 STEPS = ("folder", "weights", "kind", "tokenizer", "names", "dtype", "trial")
@@ -116,11 +116,8 @@ def load_model(
     longest = usable_tokens(tokenizer, config, bare, folder)
     say("tokenizer", "; ".join([f"{len(tokenizer):,} tokens, {longest:,} positions", *notes]))
     names = names_of(bare, stored)
-    _check_names(names, bare, folder)
-    notes += _unused(names, stored, bare)
-    say(
-        "names", "; ".join([f"{len(names.copies):,} parameters found in the checkpoint", *_unused(names, stored, bare)])
-    )
+    left_out = _left_out(check_fit(names, stored, bare, folder))
+    say("names", "; ".join([f"{len(names.copies):,} parameters found in the checkpoint", *left_out]))
     model = _weights(folder, kind, _DTYPES[dtype], config).to(device)
     exact = held.isdisjoint(_LOSSY[_DTYPES[dtype]])
     say("dtype", f"{dtype} {'holds every weight exactly' if exact else 'rounds weights: masks need another'}")
@@ -137,11 +134,12 @@ def load_model(
         max_tokens=longest,
         start=once(before),
         names=names,
-        notes=notes,
+        notes=notes + left_out,
     )
 
 
 def _quieten() -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")  # about keys of older models
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -158,38 +156,8 @@ def _additions(tokenizer: Any, kind: Kind, before: tuple[int, ...], after: tuple
     return tuple(notes)
 
 
-def _check_names(names: Names, bare: Any, folder: Path) -> None:
-    """The checkpoint must hold the whole model, before anything of it is read."""
-    ignored = [re.compile(pattern) for pattern in bare._keys_to_ignore_on_load_missing or ()]
-    missing = [name for name in names.missing if not any(pattern.search(name) for pattern in [_UNUSED, *ignored])]
-    head = bare.get_output_embeddings()
-    heads = [name for name, parameter in bare.named_parameters() if head is not None and parameter is head.weight]
-    if missing[:1] == heads[:1] and missing:
-        named = next(iter(bare.config.architectures or ()), "the model")
-        raise ModelError(
-            f"{folder / CONFIG}: architectures",
-            f"{named} is loaded as {type(bare).__name__}, whose trained head {missing[0]} the weights lack",
-            "give the causal LM that it was made from",
-        )
-    if missing or names.misshapen:
-        raise _of_another(min([*missing, *names.misshapen]), folder)
-
-
-def _of_another(name: str, folder: Path) -> ModelError:
-    return ModelError(
-        str(folder), f"the weights lack or misshape {name}", "weights and config.json are of different models"
-    )
-
-
-def _unused(names: Names, stored: dict[str, StoredTensor], bare: Any) -> tuple[str, ...]:
+def _left_out(unused: list[str]) -> tuple[str, ...]:
     """A trained head, or whatever else of the checkpoint the model has no place for."""
-    ignored = [re.compile(pattern) for pattern in bare._keys_to_ignore_on_load_unexpected or ()]
-    unused = [
-        name
-        for name in names.unused
-        if stored[name].dtype[0] in "FB" and stored[name].dtype != "BOOL"
-        if not any(pattern.search(name) for pattern in ignored)
-    ]
     some = ", ".join(unused[:3]) + (" …" if len(unused) > 3 else "")
     return (f"{len(unused)} tensors are left out, such as a head trained for something else: {some}",) if unused else ()
 
@@ -208,9 +176,9 @@ def _weights(folder: Path, kind: Kind, dtype: torch.dtype, config: Any) -> Any:
             output_loading_info=True,
         )
     misshapen = {name for name, *_ in report["mismatched_keys"]}
-    wrong = sorted(name for name in misshapen.union(report["missing_keys"]) if not _UNUSED.search(name))
+    wrong = sorted(name for name in misshapen.union(report["missing_keys"]) if not NEEDLESS.search(name))
     if wrong:
-        raise _of_another(wrong[0], folder)
+        raise mismatch(wrong[0], folder)
     return model.eval().requires_grad_(False)
 
 
@@ -264,6 +232,6 @@ def all_weights(model: Any) -> dict[str, nn.Parameter]:
     weights = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.is_floating_point() and not _UNUSED.search(name)
+        if parameter.is_floating_point() and not NEEDLESS.search(name)
     }
     return dict(sorted(weights.items(), key=lambda item: item[0].encode()))

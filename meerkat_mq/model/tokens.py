@@ -1,20 +1,31 @@
 """The tokenizer of a model: read in words, held against the embeddings, and what it adds to a text by itself."""
 
+import json
 import math
+import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import transformers
 
 from meerkat_mq.errors import ModelError
-from meerkat_mq.model.folder import TOKENIZER_CONFIG
-from meerkat_mq.model.in_words import in_words
+from meerkat_mq.model.folder import TOKENIZER, TOKENIZER_CONFIG, Json, read_json
+from meerkat_mq.model.in_words import in_words, key_of
 from meerkat_mq.model.kinds import Kind
 from meerkat_mq.model.probes import PROBES
 
 _FEWEST = 8  # tokens: what a text that says anything needs
 _TEXT = "The quick brown fox"
+_RUST = re.compile(r"at line \d+ column \d+")
+_OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+_TYPES: dict[str, tuple[type, ...]] = {
+    "tokenizer_class": (str,),
+    "model_max_length": (int, float),
+    "added_tokens_decoder": (dict,),
+    **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token"), (str, dict)),
+}
 _OWN_FILES = "put this model's own tokenizer files into the folder"
 
 
@@ -24,7 +35,8 @@ def read_tokenizer(folder: Path, kind: Kind) -> Any:
     Raises:
         ModelError: its files are absent, damaged, or contradict each other.
     """
-    with in_words(str(folder), "the tokenizer cannot be loaded", "add its files to the folder"):
+    table = _table(folder)
+    with in_words(partial(_place, folder, table), "the tokenizer cannot be loaded", _OWN_FILES):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         tokenizer.padding_side = "right"
         if tokenizer.pad_token is None:
@@ -39,6 +51,40 @@ def read_tokenizer(folder: Path, kind: Kind) -> Any:
             "restore the model's own value",
         )
     return tokenizer
+
+
+def _table(folder: Path) -> Json:
+    """What tokenizer_config.json holds, with types that transformers takes for granted.
+
+    Raises:
+        ModelError: names the key.
+    """
+    file = folder / TOKENIZER_CONFIG
+    table = read_json(file) if file.exists() else {}
+    for key, kinds in _TYPES.items():
+        value = table.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+            raise ModelError(f"{file}: {key}", f"{value!r:.60} cannot be used", _OWN_FILES)
+    return table
+
+
+def _place(folder: Path, table: Json, said: str) -> str:
+    """The file that a library's words are about, and the key in it where it is known."""
+    core = folder / TOKENIZER
+    if not core.exists() and not any((folder / name).exists() for name in _OTHER_TOKENIZERS):
+        return str(folder)
+    if core.exists() and (_RUST.search(said) or not _is_json(core)):
+        return str(core)
+    key = key_of(said, table)
+    return f"{folder / TOKENIZER_CONFIG}: {key}" if key else str(core if core.exists() else folder)
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def ids_of(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

@@ -1,13 +1,14 @@
 """One small pass before a model is used: what a configuration gets wrong shows there, not at step k."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from meerkat_mq.errors import ModelError, UnsupportedModel
-from meerkat_mq.model.folder import CONFIG
-from meerkat_mq.model.in_words import in_words
+from meerkat_mq.model.folder import CONFIG, read_json
+from meerkat_mq.model.in_words import in_words, key_of
 from meerkat_mq.model.kinds import Kind
 
 _RESTORE = "restore the model's own config.json, or fetch the model again"
@@ -28,7 +29,7 @@ def try_out(model: Any, kind: Kind, ids: list[int], folder: Path, *, finite: boo
         UnsupportedModel: a causal LM that sees later tokens, or a model that needs more than tokens.
     """
     texts = torch.tensor([ids, [*ids[:-1], ids[0]]], device=model.device)
-    with in_words(str(folder / CONFIG), "the model does not run", _RESTORE), torch.inference_mode():
+    with in_words(partial(_place, folder / CONFIG), "the model does not run", _RESTORE), torch.inference_mode():
         if kind == "causal":
             out = model(input_ids=texts, use_cache=False).logits.float()
         else:
@@ -49,3 +50,8 @@ def try_out(model: Any, kind: Kind, ids: list[int], folder: Path, *, finite: boo
             f"{type(model).__name__} sees later tokens, so it is no causal LM",
             "set is_decoder to true, if it was trained as one",
         )
+
+
+def _place(file: Path, said: str) -> str:
+    key = key_of(said, read_json(file))
+    return f"{file}: {key}" if key else str(file)

@@ -211,7 +211,10 @@ def _load_engine(config: NodeConfig, source: str, task: Task, descriptor: RunDes
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     dtype = config.dtype or descriptor.dtype
-    engine = TransformersEngine(load_model(source, dtype=dtype, device=config.device), mask, task)
+    loaded = load_model(source, dtype=dtype, device=config.device)
+    for note in loaded.notes:
+        structlog.get_logger().warning("about the model", note=note)
+    engine = TransformersEngine(loaded, mask, task)
     engine.check(mask)
     if dtype != "float32":
         survival = engine.surviving_share(mask.theta_0, direction(descriptor.stream, 0, 0, mask.size), descriptor.eps)

@@ -2,6 +2,8 @@
 
 import asyncio
 
+import structlog
+
 from meerkat_mq.config import ServerConfig
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
@@ -28,6 +30,8 @@ class Evaluator:
             rows = read_rows(config.evaluation.data, task)
         with within("model.source"):
             loaded = load_model(config.model.source, dtype=config.model.dtype, device=config.model.device)
+            for note in loaded.notes:
+                structlog.get_logger().warning("about the model", note=note)
             self._engine = TransformersEngine(loaded, mask, task)
             self._engine.check(mask)
         with within("evaluation.data"):

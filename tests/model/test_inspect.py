@@ -232,7 +232,20 @@ def test_positions_behind_the_padding_index(tmp_path: Path) -> None:
         ("config.json", {"hidden_act": "wave"}, "hidden_act: "),
         ("config.json", {"architectures": 5}, "architectures: 5 is no list of names"),
         ("config.json", {"model_type": None}, "model_type: is missing"),
-        ("config.json", {"vocab_size": 10**9}, "lack or misshape"),
+        ("config.json", {"vocab_size": 10**9}, r"config\.json: vocab_size: the weights lack or misshape lm_head"),
+        ("config.json", {"num_hidden_layers": 1}, r"config\.json: num_hidden_layers: leaves out model\.layers\.1\."),
+        ("config.json", {"num_hidden_layers": 3}, r"config\.json: num_hidden_layers: the weights lack or misshape"),
+        ("config.json", {"rope_parameters": {"rope_theta": "x"}}, r"config\.json: rope_parameters: cannot be used"),
+        ("config.json", {"num_key_value_heads": 3}, r"config\.json: "),
+        (
+            "tokenizer_config.json",
+            {"model_max_length": "x"},
+            r"tokenizer_config\.json: model_max_length: 'x' cannot be",
+        ),
+        ("tokenizer_config.json", {"tokenizer_class": 5}, r"tokenizer_config\.json: tokenizer_class: 5 cannot be used"),
+        ("tokenizer_config.json", {"pad_token": [1]}, r"tokenizer_config\.json: pad_token: \[1\] cannot be used"),
+        ("tokenizer.json", {"model": 5}, r"tokenizer\.json: the tokenizer cannot be loaded"),
+        ("tokenizer.json", {"post_processor": {"type": "?"}}, r"tokenizer\.json: the tokenizer cannot be loaded"),
     ],
 )
 def test_values_that_cannot_be(copy: Copy, file: str, keys: dict[str, Any], words: str) -> None:
