@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test check test-arm test-brokers test-numpy test-wheel mosquitto rabbitmq-server nats-server nodejs npm clean
+.PHONY: help demo test check fuzz test-arm test-brokers test-numpy test-wheel mosquitto rabbitmq-server nats-server nodejs npm clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,9 @@ test-numpy: $(VENV)/.test ## golden vectors on NumPy 2.0 and the newest
 
 test-wheel: $(VENV)/.test mosquitto ## every command of the wheel, without extras, in an empty environment
 	scripts/test-wheel
+
+fuzz: $(VENV)/.test ## 2,000 damaged files of each kind that users write or bring
+	MEERKAT_FUZZ=2000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/fuzz $(ARGS)
 
 clean: ## remove everything that the targets above made, but not runs/
 	rm -rf $(VENV) .arm build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -36,13 +36,15 @@ MeerkatError                     1
     └── TooLarge
 """
 
+import re
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any, ClassVar
 
 VALUE_SHOWN = 60  # characters of a value, in an error
+NAMES_SHOWN = 20
 
 
 def printable(text: str) -> str:
@@ -50,11 +52,22 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
+def cut(text: str, most: int = VALUE_SHOWN) -> str:
+    """A name or a message for an error, cut short."""
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
 def shown(value: Any) -> str:
     """A value for an error, cut short, however long or deep it is."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = VALUE_SHOWN
     return short.repr(value)
+
+
+def shown_names(names: Sequence[object], nothing: str) -> str:
+    """Some names for an error: in quotes where they could be misread, cut short, and no more than twenty."""
+    texts = [text if re.fullmatch(r"\w{1,60}", text := str(name)) else shown(text) for name in names[:NAMES_SHOWN]]
+    return ", ".join([*texts, *(["…"] if len(names) > NAMES_SHOWN else [])]) or nothing
 
 
 class Fate(StrEnum):

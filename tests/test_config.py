@@ -246,3 +246,10 @@ def test_a_user_without_a_password_and_one_file_for_certificate_and_key_are_take
     text = NODE + '[broker]\nurl = "mqtts://h"\nusername = "u"\ncert_file = "both.pem"\n'
     broker = load_config(write(tmp_path, text), NodeConfig).broker
     assert (broker.username, broker.password, broker.key_file) == ("u", None, None)
+
+
+def test_a_path_that_no_file_system_takes_is_refused(tmp_path: Path) -> None:
+    text = 'id = "a"\nfederation = "f"\ndata = "%s"\nstate_dir = "s"\n' % ("x" * 3000)
+    (tmp_path / "node.toml").write_text(text)
+    with pytest.raises(ConfigError, match=r"node\.toml: data: must be a path that can exist: .*, not .*; see docs"):
+        load_config(tmp_path / "node.toml", NodeConfig)

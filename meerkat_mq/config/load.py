@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from meerkat_mq.errors import ConfigError, shown
+from meerkat_mq.errors import ConfigError, cut, shown
 
+MESSAGE_SHOWN = 300
 SEE = "see docs/configuration.md"
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
@@ -37,7 +38,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(str(path), f"cannot be read ({error.strerror})", "give the path of a TOML file") from error
     except (ValueError, RecursionError) as error:  # also not UTF-8, and numbers with thousands of digits
-        raise ConfigError(str(path), f"is not TOML ({error})", SEE) from error
+        raise ConfigError(str(path), f"is not TOML ({cut(str(error), MESSAGE_SHOWN)})", SEE) from error
 
 
 def check_config(table: object, kind: type[ConfigT], *, where: str, folder: Path | None = None) -> ConfigT:
@@ -50,7 +51,7 @@ def check_config(table: object, kind: type[ConfigT], *, where: str, folder: Path
         return kind.model_validate(table, context={"folder": folder})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"]) or "file"
+        key = ".".join(cut(str(part)) for part in first["loc"]) or "file"
         hidden = first["type"] in _SAY_ALL or isinstance(first["input"], dict) or "password" in key
         found = "" if hidden else f", not {shown(_without_secrets(first['input']))}"
         remedy = _REMEDY.get(first["type"], SEE)
@@ -105,5 +106,5 @@ def _plain(error: ErrorDetails) -> str:
     known = _PLAIN.get(error["type"])
     if known is None:
         text = error["msg"].removeprefix("Value error, ")
-        return text[:1].lower() + text[1:]
+        return cut(text[:1].lower() + text[1:], MESSAGE_SHOWN)
     return re.sub(r"\b1 (\w+)s$", r"one \1", known.format_map(error.get("ctx", {})))

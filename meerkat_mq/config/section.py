@@ -1,5 +1,6 @@
 """What all sections of a configuration share: a strict base class, and the types of their keys."""
 
+import errno
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -50,6 +51,22 @@ def _parts(value: str | Path | tuple[object, ...]) -> tuple[object, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
+def _may_exist(path: Path) -> bool:
+    """False of a path that no file system takes."""
+    try:
+        path.exists()
+    except OSError as error:
+        return error.errno != errno.ENAMETOOLONG
+    return True
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 class Section(BaseModel):
     """Base of all sections: frozen, unknown keys refused, paths relative to the TOML file."""
 
@@ -60,6 +77,8 @@ class Section(BaseModel):
     def _no_nul(cls, value: object) -> object:
         if isinstance(value, str | Path | tuple) and any("\0" in str(part) for part in _parts(value)):
             raise ValueError("must not hold a NUL character")
+        if isinstance(value, Path) and not _may_exist(value):
+            raise ValueError("must be a path that can exist: no name in it longer than 255 bytes")
         return value
 
     @field_validator("*", mode="after")
@@ -68,9 +87,9 @@ class Section(BaseModel):
         folder = (info.context or {}).get("folder")
         if folder is None:
             return value
-        if isinstance(value, str) and info.field_name in _NAMES_OR_PATHS and (folder / value).exists():
+        if isinstance(value, str) and info.field_name in _NAMES_OR_PATHS and _is_there(folder / value):
             return str(folder / value)
         if isinstance(value, str) and info.field_name in _DATA and (match := HUB_DATA.fullmatch(value)):
             path = folder / match["path"]
-            return f"hf:{path if path.exists() else match['path']}{value[match.end('path') :]}"
+            return f"hf:{path if _is_there(path) else match['path']}{value[match.end('path') :]}"
         return folder / value if isinstance(value, Path) else value

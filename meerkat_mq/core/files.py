@@ -1,7 +1,10 @@
 """Files that a crash cannot tear."""
 
 import os
+from itertools import count
 from pathlib import Path
+
+from meerkat_mq.errors import ConfigError
 
 
 def write_atomically(path: Path, data: bytes, *, durable: bool = True, secret: bool = False) -> None:
@@ -43,3 +46,34 @@ def keep_names(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def new_folder(out: Path | None, default: Path) -> Path:
+    """Make the folder for what a command leaves: nothing of an earlier run is in it, and nothing of one is lost.
+
+    Args:
+        out: as the user chose it; must not exist yet, or be empty.
+        default: where nothing was chosen; if something is there, a number follows its name: demo, demo-2, demo-3 …
+
+    Raises:
+        ConfigError: `out` holds something, or a folder cannot be made.
+    """
+    if out is not None:
+        if not _is_new(out):
+            found = "is not empty" if out.is_dir() else "is no folder"
+            raise ConfigError(f"--out {out}", found, "name a new folder, or remove what is there")
+        return out
+    names = (default if number == 1 else default.with_name(f"{default.name}-{number}") for number in count(1))
+    return next(folder for folder in names if _is_new(folder))
+
+
+def _is_new(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return not any(folder.iterdir())
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise ConfigError(
+            f"--out {folder}", f"cannot be written ({error.strerror})", "choose another folder"
+        ) from error

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from meerkat_mq.broker import installed_program
+from meerkat_mq.core.files import new_folder
 from meerkat_mq.extras import importing, need
 from meerkat_mq.observe.process import run_task
 
@@ -37,7 +38,12 @@ def command(
             show_default=False,
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for everything that the run leaves.")] = Path("runs/demo"),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="New folder for everything that the run leaves.", show_default="runs/demo, else runs/demo-2, …"
+        ),
+    ] = None,
 ) -> None:
     """Run a whole federation on this machine: broker, server and nodes, live progress, a report at the end."""
     need("model", "meerkat demo")
@@ -65,4 +71,5 @@ def command(
     with importing("model", "meerkat demo"):  # after the checks: it takes seconds
         from meerkat_mq.demo.run import run_demo  # noqa: PLC0415
 
-    run_task(lambda: run_demo(plan, out, Console()))
+    folder = new_folder(out, Path("runs/demo"))
+    run_task(lambda: run_demo(plan, folder, Console()))

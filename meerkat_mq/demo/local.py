@@ -25,7 +25,7 @@ from meerkat_mq.errors import RunError
 from meerkat_mq.model.data import write_rows
 from meerkat_mq.observe.events import Evaluated, Observer, RunEvent, RunFinished, RunStarted
 from meerkat_mq.observe.facts import Facts
-from meerkat_mq.server import DIFFERENCE_FILE, remove_run, serve
+from meerkat_mq.server import serve
 from meerkat_mq.wire.descriptor import Task
 
 NODE_EXIT_S = 30.0
@@ -37,7 +37,7 @@ class LocalFederation:
     """What to run.
 
     Attributes:
-        folder: where everything is written; must exist.
+        folder: where everything is written; must exist, and hold no run.
         source: base model, folder or hub id.
         task: what its rows mean.
         mask: mask file.
@@ -91,11 +91,8 @@ class LocalResult:
                 self.finished = event
 
 
-def _make_room(folder: Path, facts: Facts | None) -> None:
-    """Remove the run of an earlier demo; its model stays, as `previous.mkd`. Leave what is known of the new one."""
-    remove_run(folder)
-    with contextlib.suppress(FileNotFoundError):
-        (folder / DIFFERENCE_FILE).replace(folder / "previous.mkd")
+def _leave_facts(folder: Path, facts: Facts | None) -> None:
+    """Leave what is known of the run beside its ledger, for its page."""
     if facts is not None:
         folder.mkdir(parents=True, exist_ok=True)
         facts.save(folder)
@@ -113,7 +110,7 @@ async def run_local(plan: LocalFederation, observer: Observer = lambda event: No
         result.take(event)
         observer(event)
 
-    await asyncio.to_thread(_make_room, plan.folder / SERVER, plan.facts)
+    await asyncio.to_thread(_leave_facts, plan.folder / SERVER, plan.facts)
     async with embedded_broker() as broker:
         result.program = broker.program
         async with asyncio.TaskGroup() as tasks:

@@ -10,11 +10,11 @@ from meerkat_mq.core.step import Row
 from meerkat_mq.demo.corpus import TASK, pretraining_text, triage_rows
 from meerkat_mq.demo.settings import DEMO, WEIGHTS
 from meerkat_mq.errors import ConfigError, DataError
-from meerkat_mq.model.data import partition, read_rows, read_texts
+from meerkat_mq.model.data import hold_out, partition, read_rows, read_texts
 from meerkat_mq.model.tasks import fill, load_task
 from meerkat_mq.wire.descriptor import Task
 
-HELD_OUT_SHARE = 5
+HELD_OUT = 0.2
 GIVEN_STEPS = 100  # of a node, on a model that is given
 
 
@@ -125,8 +125,10 @@ def _own(choices: Choices) -> Plan:
 
 def _given(choices: Choices, model: str, task: Task, data: Path | str) -> Plan:
     rows = read_rows(data, task)
-    held_out = rows[::HELD_OUT_SHARE]
-    train = [row for number, row in enumerate(rows) if number % HELD_OUT_SHARE]
+    train, held_out = hold_out(rows, HELD_OUT, seed=choices.seed, label_field=task.label_field)
+    if not held_out:
+        problem = f"{len(rows)} rows, no two of one label: none can be held out"
+        raise DataError(str(data), problem, "give more rows")
     text, early_stopping = choices.text, EarlyStoppingConfig(by=choices.early_stopping)
     count = _count(GIVEN_STEPS, choices, early_stopping)
 

@@ -32,7 +32,9 @@ EVALUATIONS = 12
 
 
 async def run_demo(plan: Plan, out: Path, console: Console) -> None:
-    """Run the demo and leave everything in `out`: mask, logs, node folders, server/difference.mkd, report.html.
+    """Run the demo and leave everything in `out`, a new folder.
+
+    That is: mask, logs, node folders, server/difference.mkd, report.html.
 
     Raises:
         ConfigError: `out` cannot be written.
@@ -40,8 +42,7 @@ async def run_demo(plan: Plan, out: Path, console: Console) -> None:
     """
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))  # the nodes work on the others
     try:
-        await asyncio.to_thread(out.mkdir, parents=True, exist_ok=True)
-        configure_logs(as_json=True, file=await asyncio.to_thread((out / "server.log").open, "w"))
+        configure_logs(as_json=True, file=await asyncio.to_thread((out / "server.log").open, "x"))
         await _run(plan, out, console)
     except OSError as error:
         raise ConfigError(f"--out {out}", f"cannot be written ({error.strerror})", "choose another folder") from error

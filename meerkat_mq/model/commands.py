@@ -1,7 +1,7 @@
 """`meerkat mask`, `partition`, `export` and `doctor`: torch is imported only where a model is used."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from meerkat_mq.config import Dtype, ModelConfig, check_config
+from meerkat_mq.core.files import write_atomically
 from meerkat_mq.errors import ConfigError, ModelError
 from meerkat_mq.extras import importing, need
 
@@ -93,10 +94,12 @@ def mask(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             say=_note,
         )
+    replaced = ", in place of the file that was there" if out.exists() else ""
     with _writing(out):
         made.save(out)
+    weights = f"{made.size:,} of {made.covered:,} weights in {len(made.matrices)} matrices"
     Console().print(
-        f"{out}: {made.size:,} of {made.covered:,} weights in {len(made.matrices)} matrices, hash {made.hash.hex()}",
+        f"{out}: {weights}, hash {made.hash.hex()}{replaced}",
         highlight=False,
         soft_wrap=True,
     )
@@ -111,7 +114,7 @@ def partition(
     alpha: Annotated[float, typer.Option(help="Of the Dirichlet distribution; smaller is more skewed.")] = 0.5,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same shards.")] = 0,
 ) -> None:
-    """Divide a data file into shards for nodes."""
+    """Divide a data file into shards for nodes; a folder with shards of another division is left as it is."""
     from meerkat_mq.model import data as files  # noqa: PLC0415
     from meerkat_mq.model.sources import named_source  # noqa: PLC0415
     from meerkat_mq.model.tasks import load_task  # noqa: PLC0415
@@ -120,13 +123,26 @@ def partition(
     shards = files.partition(
         files.read_rows(named_source(data), found), nodes, split, seed=seed, alpha=alpha, label_field=found.label_field
     )
+    contents = {f"node-{number}.jsonl": files.encode_rows(rows) for number, rows in enumerate(shards)}
     with _writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    for number, rows in enumerate(shards):
-        path = out / f"node-{number}.jsonl"
-        files.write_rows(path, rows)
+        _refuse_other_shards(out, contents)
+        for name, content in contents.items():
+            write_atomically(out / name, content)
+    for name, rows in zip(contents, shards, strict=True):
         labels = [sum(row[found.label_field] == label for row in rows) for label in range(len(found.label_words))]
-        Console().print(f"{path}: {len(rows)} rows, by label {labels}", highlight=False, soft_wrap=True)
+        Console().print(f"{out / name}: {len(rows)} rows, by label {labels}", highlight=False, soft_wrap=True)
+
+
+def _refuse_other_shards(out: Path, contents: Mapping[str, bytes]) -> None:
+    """A folder keeps one division: the same one may be written again, or to its end."""
+    for path in sorted(out.glob("node-*.jsonl")):
+        if contents.get(path.name) != path.read_bytes():
+            raise ConfigError(
+                f"--out {out}",
+                f"holds {path.name} of another division",
+                "name a new folder, or remove the node-*.jsonl files that are there",
+            )
 
 
 def export(

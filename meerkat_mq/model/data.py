@@ -12,7 +12,7 @@ import structlog
 
 from meerkat_mq.core.files import write_atomically
 from meerkat_mq.core.step import Row
-from meerkat_mq.errors import DataError, shown
+from meerkat_mq.errors import DataError, shown, shown_names
 from meerkat_mq.model.sources import (
     SUFFIXES,
     FileRow,
@@ -23,7 +23,6 @@ from meerkat_mq.model.sources import (
     records,
     rows_within,
     shape_of,
-    shown_names,
 )
 from meerkat_mq.wire.descriptor import Task
 
@@ -195,6 +194,27 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
         write_atomically(path, encode_rows(rows))
     except OSError as error:
         raise DataError(str(path), f"cannot be written ({error.strerror})", "choose another folder") from error
+
+
+def hold_out(
+    rows: Sequence[Row], share: float, *, seed: int, label_field: str = "label"
+) -> tuple[list[Row], list[Row]]:
+    """Draw rows to be held out, of each label alike: both sides hold every label that has two rows or more.
+
+    Args:
+        rows: in any order, which decides nothing.
+        share: of each label's rows, above 0 and below 1; at least one row, and never all.
+        seed: ≥ 0; the same seed gives the same draw.
+        label_field: key of the label.
+
+    Returns:
+        (rows that stay, rows that are held out), each in a drawn order.
+    """
+    order = np.random.default_rng(seed).permutation(len(rows))
+    groups = _by_label(rows, order, label_field)
+    counts = [min(max(1, round(len(group) * share)), len(group) - 1) for group in groups]
+    held = {int(index) for group, count in zip(groups, counts, strict=True) for index in group[:count]}
+    return [rows[index] for index in order if index not in held], [rows[index] for index in order if index in held]
 
 
 def partition(

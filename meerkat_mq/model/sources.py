@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from meerkat_mq.config import HUB_DATA
-from meerkat_mq.errors import DataError
+from meerkat_mq.errors import DataError, shown, shown_names
 from meerkat_mq.extras import importing
 from meerkat_mq.model.foreign import refuse_foreign
 
@@ -20,7 +20,6 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (".jsonl", ".ndjson", ".json", *DELIMITERS)  # of what a folder of data is read for
 TEXT_SUFFIX = ".txt"
 MOST_UNPACKED = 2**30  # bytes of a gzip file's content
-NAMES_SHOWN = 20
 
 _GZIP = b"\x1f\x8b"
 _JSON = re.compile(r'\s*(\{\s*["}]|\[\s*[{"\]])')
@@ -63,10 +62,10 @@ def data_files(source: Path, *, texts: bool = False) -> list[Path]:
     Raises:
         DataError: the folder cannot be read.
     """
-    if not source.is_dir():
-        return [source]
     wanted = (*SUFFIXES, TEXT_SUFFIX) if texts else SUFFIXES
     try:
+        if not source.is_dir():
+            return [source]
         return sorted(file for file in source.iterdir() if _is_data(file, wanted))
     except OSError as error:
         raise DataError(str(source), f"cannot be read ({error.strerror})", "give a folder of data files") from error
@@ -145,7 +144,7 @@ def _table_rows(path: Path, content: str, integers: str | None) -> Iterator[File
 def _refuse_doubles(header: list[str], where: str) -> None:
     twice = next((name for name in header if name and header.count(name) > 1), None)
     if twice is not None:
-        raise DataError(where, f"has {header.count(twice)} columns {twice!r}", "rename or remove all but one")
+        raise DataError(where, f"has {header.count(twice)} columns {shown(twice)}", "rename or remove all but one")
 
 
 def _with_integer(row: dict[str, Any], column: str | None) -> dict[str, Any]:
@@ -198,7 +197,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} comes twice")
+        raise ValueError(f"the key {shown(next(key for key in keys if keys.count(key) > 1))} comes twice")
     return found
 
 
@@ -250,12 +249,6 @@ def _unpacked(path: Path, data: bytes) -> bytes:
     if len(content) > MOST_UNPACKED:
         raise DataError(str(path), f"unpacks to more than {MOST_UNPACKED >> 20} MiB", "divide it into smaller files")
     return content
-
-
-def shown_names(names: Sequence[object], nothing: str) -> str:
-    """Some names for an error: those that could be misread in quotes, and no more than twenty."""
-    texts = [name if re.fullmatch(r"\w+", name) else repr(name) for name in map(str, names[:NAMES_SHOWN])]
-    return ", ".join([*texts, *(["…"] if len(names) > NAMES_SHOWN else [])]) or nothing
 
 
 def _hub_records(source: str, columns: Sequence[str]) -> Iterator[FileRow]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from meerkat_mq.config import check_config, read_toml
 from meerkat_mq.config.load import SEE
-from meerkat_mq.errors import ConfigError, TaskError
+from meerkat_mq.errors import ConfigError, TaskError, cut, shown
 from meerkat_mq.wire.descriptor import Task
 
 MOST_BYTES = 32 * 1024  # of a task, half of what a control message may have
@@ -133,14 +133,18 @@ def _check(task: Task, where: str) -> None:
     Raises:
         TaskError: names the key.
     """
+    for number, field in enumerate(task.fields):
+        if not field or _named(f"{{{field}}}") != [field]:
+            problem = f"{shown(field)} cannot stand between braces in one line"
+            raise TaskError(f"{where}: fields.{number}", problem, "rename it in the data")
     for key, template in (("template", task.template), ("text", task.text)):
         _check_placeholders(task, f"{where}: {key}", template)
     for number, word in enumerate(task.label_words):
         if not word or word in task.label_words[:number]:
-            found = f"{word!r} comes twice" if word else "is empty"
+            found = f"{shown(word)} comes twice" if word else "is empty"
             raise TaskError(f"{where}: label_words.{number}", found, "give each class a word of its own")
     if task.label_field in task.fields:
-        problem = f"{task.label_field!r} is one of the fields too"
+        problem = f"{shown(task.label_field)} is one of the fields too"
         raise TaskError(f"{where}: label_field", problem, "a field is text, and a label is an integer: give it its key")
     size = len(task.encode())
     if size > MOST_BYTES:
@@ -149,14 +153,16 @@ def _check(task: Task, where: str) -> None:
 
 
 def _check_placeholders(task: Task, where: str, template: str) -> None:
-    used, use = set(_named(template)), f"use {{field}} of {', '.join(task.fields)}"
+    used, use = set(_named(template)), f"use {{field}} of {', '.join(map(cut, task.fields))}"
     if (doubled := _DOUBLED.search(template)) is not None:
-        problem = f"has {doubled[0]}"
+        problem = f"has {cut(doubled[0])}"
         raise TaskError(where, problem, "a field stands between single braces, and any other brace for itself")
+    if "" in used:
+        raise TaskError(where, "uses braces without a name", use)
     if not used & set(task.fields):
-        raise TaskError(where, f"uses {', '.join(sorted(used)) or 'no field at all'}", use)
+        raise TaskError(where, f"uses {', '.join(map(cut, sorted(used))) or 'no field at all'}", use)
     if unknown := sorted(used - set(task.fields)):
-        raise TaskError(where, f"uses {', '.join(unknown) if all(unknown) else 'braces without a name'}", use)
+        raise TaskError(where, f"uses {', '.join(map(cut, unknown))}", use)
 
 
 def _named(template: str) -> list[str]:

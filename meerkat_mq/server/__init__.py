@@ -6,8 +6,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from meerkat_mq.server.files import DIFFERENCE_FILE
     from meerkat_mq.server.service import serve
-    from meerkat_mq.server.snapshots import remove_run
 
-__all__ = ["DIFFERENCE_FILE", "remove_run", "serve"]
+__all__ = ["DIFFERENCE_FILE", "serve"]
 
-__getattr__ = lazily(__name__, {"DIFFERENCE_FILE": "files", "remove_run": "snapshots", "serve": "service"})
+__getattr__ = lazily(__name__, {"DIFFERENCE_FILE": "files", "serve": "service"})

@@ -124,21 +124,3 @@ class Snapshots:
 
     def _file(self, version: int) -> Path:
         return snapshot_file(self._folder, version)
-
-
-def remove_run(folder: Path) -> None:
-    """Remove a run's ledger, snapshots and mask; its model stays, and has to be moved before another run begins here.
-
-    Raises:
-        OSError: the folder is read-only.
-    """
-    for pattern in (
-        "ledger.sqlite*",
-        ".ledger.sqlite.*",
-        "snapshot-*.mks",
-        ".snapshot-*.mks.*",
-        "mask-*.mkm",
-        "facts.json",
-    ):
-        for file in folder.glob(pattern):
-            file.unlink()

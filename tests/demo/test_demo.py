@@ -66,6 +66,12 @@ def test_the_demo_ends_by_itself_with_equal_digests_and_a_model_to_export(tmp_pa
     difference = Difference.load(out / "server" / "difference.mkd")
     assert difference.version == 6
 
+    kept = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    again = run("demo", *chosen, "--out", str(out))
+    assert again.returncode == 2
+    assert again.stderr == f"meerkat: --out {out}: is not empty; name a new folder, or remove what is there\n"
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == kept
+
     tuned = tmp_path / "tuned"
     exported = run(
         "export", "--model", str(WEIGHTS), "--difference", str(out / "server" / "difference.mkd"), "--out", str(tuned)

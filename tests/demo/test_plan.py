@@ -95,3 +95,13 @@ def test_the_task_that_the_demo_writes_can_be_read(tmp_path: Path) -> None:
     (tmp_path / "task.toml").write_text(to_toml(task.model_dump(mode="json")), encoding="utf-8")
     assert load_task(str(tmp_path / "task.toml")) == task
     assert load_config(tmp_path / "task.toml", Task) == task
+
+
+def test_held_out_rows_are_of_every_label(tmp_path: Path) -> None:
+    """Rows in turn over five labels: every fifth row is of the first."""
+    (tmp_path / "t.toml").write_text('template = "{x} is"\nlabel_words = [" a", " b", " c", " d", " e"]')
+    write_rows(tmp_path / "d.jsonl", [{"x": str(number), "label": number % 5} for number in range(100)])
+    plan = make_plan(Choices(model="m", task=str(tmp_path / "t.toml"), data=tmp_path / "d.jsonl"))
+    assert sorted(row["label"] for row in plan.held_out) == sorted([0, 1, 2, 3, 4] * 4)
+    assert {row["label"] for shard in plan.shards for row in shard} == {0, 1, 2, 3, 4}
+    assert len(plan.held_out) + sum(map(len, plan.shards)) == 100

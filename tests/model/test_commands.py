@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,3 +69,28 @@ def test_partition_of_csv(meerkat: Meerkat, tmp_path: Path, rows: Path) -> None:
     arguments = ("--out", tmp_path / "shards", "--nodes", 2, "--task", tmp_path / "task.toml", "--split", "iid")
     assert meerkat("partition", tmp_path / "d.csv", *arguments).code == 0
     assert '"label": ' in (tmp_path / "shards" / "node-0.jsonl").read_text()
+
+
+def test_a_folder_keeps_one_division(meerkat: Meerkat, tmp_path: Path, rows: Path) -> None:
+    shards = tmp_path / "shards"
+
+    def divide(nodes: int, *more: object) -> Any:
+        return meerkat("partition", rows, "--out", shards, "--nodes", nodes, "--task", tmp_path / "task.toml", *more)
+
+    assert divide(6).code == 0
+    before = {path.name: path.read_bytes() for path in shards.iterdir()}
+    assert len(before) == 6
+    for other in (divide(3), divide(8), divide(6, "--seed", 1)):
+        other.failed(2, f"--out {shards}: holds node-", "of another division; name a new folder, or remove the node-*")
+    assert {path.name: path.read_bytes() for path in shards.iterdir()} == before
+    (shards / "node-3.jsonl").unlink()
+    assert divide(6).code == 0
+    assert {path.name: path.read_bytes() for path in shards.iterdir()} == before
+
+
+def test_a_mask_that_is_replaced_is_spoken_of(meerkat: Meerkat, tmp_path: Path, folders: dict[str, Path]) -> None:
+    (tmp_path / "t.txt").write_text("\n\n".join(tiny.TEXTS))
+    command = ("mask", "--model", folders["llama"], "--text", tmp_path / "t.txt", "--out", tmp_path / "m.mkm")
+    short = ("--sequences", 2, "--length", 16, "--density", 0.1, "--method", "magnitude")
+    assert "in place of" not in meerkat(*command, *short).out
+    assert "in place of the file that was there" in meerkat(*command, *short).out

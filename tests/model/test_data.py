@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from meerkat_mq.core.step import Row
 from meerkat_mq.errors import DataError
-from meerkat_mq.model.data import Division, partition, read_rows, read_texts, write_rows
+from meerkat_mq.model.data import Division, hold_out, partition, read_rows, read_texts, write_rows
 from meerkat_mq.model.tasks import TASKS
 
 SST2 = TASKS["sst2"]
@@ -182,3 +182,26 @@ def test_json_lines_are_lines(tmp_path: Path) -> None:
     lines = (tmp_path / "d.jsonl").read_bytes().split(b"\n")
     assert [json.loads(line) for line in lines[:2]] == [{"a": "x\r\ny"}, {"a": "z"}]
     assert lines[2:] == [b""]
+
+
+@pytest.mark.parametrize("order", ["in turn", "sorted", "reversed"])
+def test_held_out_rows_are_drawn_of_each_label_alike(order: str) -> None:
+    labels = {"in turn": [0, 1, 2, 3, 4] * 20, "sorted": sorted([0, 1, 2, 3, 4] * 20)}
+    rows = rows_of(*labels.get(order, labels["sorted"][::-1]))
+    train, held_out = hold_out(rows, 0.2, seed=0)
+    assert Counter(row["label"] for row in train) == dict.fromkeys(range(5), 16)
+    assert Counter(row["label"] for row in held_out) == dict.fromkeys(range(5), 4)
+    assert hold_out(rows, 0.2, seed=0) == (train, held_out)
+    assert hold_out(rows, 0.2, seed=1) != (train, held_out)
+    places = [row["id"] for row in held_out]
+    assert len({place // 20 for place in places}) > 3
+    assert places != sorted(places)
+
+
+@given(labels=labels, share=st.floats(0.01, 0.99), seed=st.integers(0, 9))
+def test_every_label_with_rows_enough_is_on_both_sides(labels: list[int], share: float, seed: int) -> None:
+    train, held_out = hold_out(rows_of(*labels), share, seed=seed)
+    assert sorted(row["id"] for row in train + held_out) == list(range(len(labels)))
+    for label, number in Counter(labels).items():
+        assert any(row["label"] == label for row in train)
+        assert any(row["label"] == label for row in held_out) == (number > 1)

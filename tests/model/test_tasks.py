@@ -175,6 +175,10 @@ def test_other_braces_stand_for_themselves(toml: Path) -> None:
         ('label_words = " yes"', "label_words: must be an array, not ' yes'; see docs/tasks.md"),
         ('label_words = [" a", " b"]\nlabel_field = "x"', "label_field: 'x' is one of the fields too"),
         ('label_words = [" a", " b"]\ndescriptions = ["%s", "b"]' % ("x" * 40_000), "takes 40,1"),
+        (
+            'label_words = [" a", " b"]\nfields = ["x", "a{b"]',
+            "fields.1: 'a{b' cannot stand between braces",
+        ),
         ('label_words = [" a", " b"]\nname = ""', "name: must have at least one character, not ''"),
         ('label_words = [" a", " b"]\nmax_tokens = %s' % ("9" * 5000), "tickets.toml: is not TOML ("),
         ('label_words = {}" a"{}'.format("[" * 5000, "]" * 5000), "tickets.toml: is not TOML ("),

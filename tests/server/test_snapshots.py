@@ -15,7 +15,7 @@ from meerkat_mq.server import snapshots as module
 from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
 from meerkat_mq.server.recovery import recovered
 from meerkat_mq.server.run import Run, prepare_run
-from meerkat_mq.server.snapshots import Snapshots, remove_run
+from meerkat_mq.server.snapshots import Snapshots
 from meerkat_mq.wire.arrays import Assembly
 from meerkat_mq.wire.frames import MAX_CHUNK_BYTES
 from meerkat_mq.wire.messages import Header, Want
@@ -140,12 +140,3 @@ def test_a_folder_that_cannot_be_written_is_an_error_that_names_the_file(
     with pytest.raises(LedgerError, match=r"snapshot-8.mks: cannot be written \(No space left on device\)"):
         kept.snapshots.keep(8, kept.head, kept.replica.theta)
     assert [snapshot.version for snapshot in kept.ledger.snapshots()] == [6, 4]
-
-
-def test_a_removed_run_leaves_only_its_model(tmp_path: Path) -> None:
-    with closing(Kept(tmp_path).ledger):
-        pass
-    (tmp_path / "difference.mkd").write_bytes(b"model")
-    remove_run(tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["difference.mkd"]
-    remove_run(tmp_path / "missing")
