@@ -439,3 +439,21 @@ async def test_an_expired_certificate_of_the_broker_is_named_until_it_is_renewed
         guarded.reload()
         await waiting.connected()
         await waiting.leave()
+
+
+@own_words
+async def test_a_node_with_anothers_certificate_names_it_and_goes_on(federation: Federation, guarded: Guarded) -> None:
+    rightful = federation.node("node-1", broker=guarded.table("nodes/node-1"))
+    wrong = federation.node("node-0", broker=guarded.table("nodes/node-1"))
+    server = federation.server(rounds=PACE, broker=guarded.table("server"))
+    await server.says("in charge")
+    line = await wrong.says("connection lost", short_lived=3)
+    file = guarded.table("nodes/node-1")["cert_file"]
+    assert f"{file} is the certificate of 'node-1', and this is 'node-0'" in line["hint"]
+    assert not any("another process" in line.get("hint", "") for line in wrong.said("connection lost"))
+    assert not any("certificate" in line.get("hint", "") for line in rightful.said("connection lost"))
+    for name in ("cert.pem", "key.pem"):  # mended in place: no restart
+        folder = Path(file).parent
+        (folder / name).write_bytes((folder.parent / "node-0" / name).read_bytes())
+    await federation.eye.status("node-0", "online")
+    assert not wrong.over
