@@ -43,10 +43,11 @@ def client_context(broker: BrokerConfig) -> Context:
         raise ConfigError("broker.ca_file", problem, _remedy(error, "give a CA file in PEM format")) from error
     if broker.cert_file is not None:
         try:
-            context.load_cert_chain(broker.cert_file, broker.key_file)
+            context.load_cert_chain(broker.cert_file, broker.key_file, password="")  # else OpenSSL asks on the terminal
         except OSError as error:
-            problem = f"{broker.cert_file}, {broker.key_file}: {_words(error)}"
-            remedy = _remedy(error, "give a certificate and its key in PEM format")
+            files = ", ".join(str(file) for file in (broker.cert_file, broker.key_file) if file is not None)
+            problem = f"{files}: {_words(error)}"
+            remedy = _remedy(error, "give a certificate and its key in PEM format, without a passphrase")
             raise ConfigError("broker.cert_file", problem, remedy) from error
     return context
 

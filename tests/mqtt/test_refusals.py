@@ -154,6 +154,27 @@ async def test_files_that_cannot_be_read_are_named(authority: Authority, tmp_pat
         await Peer(BrokerConfig(url=url, cert_file=authority.cert_file, key_file=tmp_path / "no.key"), "a").task
 
 
+async def test_a_key_with_a_passphrase_is_refused_and_nobody_is_asked_for_it(
+    authority: Authority, tmp_path: Path
+) -> None:
+    from cryptography.hazmat.primitives import serialization as pem
+
+    key = pem.load_pem_private_key(authority.key_file.read_bytes(), None)
+    hidden, format_ = pem.BestAvailableEncryption(b"secret"), pem.PrivateFormat.PKCS8
+    authority.key_file.write_bytes(key.private_bytes(pem.Encoding.PEM, format_, hidden))
+    config = BrokerConfig(url=f"mqtts://{HOST}:1", cert_file=authority.cert_file, key_file=authority.key_file)
+    with pytest.raises(ConfigError, match=r"broker\.cert_file.*without a passphrase"):
+        await Peer(config, "a").task
+
+
+async def test_one_file_for_certificate_and_key(make_mosquitto: MakeMosquitto, authority: Authority) -> None:
+    broker = make_mosquitto(*authority.lines, "require_certificate true")
+    with authority.cert_file.open("ab") as both:
+        both.write(authority.key_file.read_bytes())
+    async with peer(encrypted(broker, ca_file=authority.ca_file, cert_file=authority.cert_file), "a") as a:
+        assert a.up
+
+
 async def test_plain_text_to_a_tls_port_and_back_are_tried_again(
     make_mosquitto: MakeMosquitto, authority: Authority, mosquitto: Mosquitto
 ) -> None:
