@@ -5,6 +5,7 @@ fingerprint that server and nodes agree on, so a folder that asks for it is refu
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,7 +80,8 @@ def look_at_folder(folder: Path) -> None:
         ModelError: it holds code, an adapter, other weights, or a link that leads out of it; or it cannot be read.
         UnsupportedModel: its weights are quantised.
     """
-    files = model_files(folder)
+    is_one = any(os.path.lexists(folder / name) for name in (CONFIG, _ADAPTER))
+    files = model_files(folder) if is_one else {}  # what leads out of any other folder is not what is wrong
     if Path(_ADAPTER) in files:
         _refuse_adapter(folder, whole=Path(CONFIG) in files)
     if Path(CONFIG) not in files:

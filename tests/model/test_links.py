@@ -316,6 +316,14 @@ def test_links_in_a_circle(masks: dict[str, Mask], model: Path) -> None:
     refused(model, masks["llama"], model.parent / "out", r"a\.json: is a link that leads to itself")
 
 
+def test_a_folder_that_is_no_model(outside: Path, tmp_path: Path) -> None:
+    """Such as one's home: the links in it are not what is wrong."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "bin").symlink_to(outside)
+    with pytest.raises(ModelNotFound, match=r"home: has no config\.json"):
+        find_folder(tmp_path / "home")
+
+
 def test_hidden_names_and_other_formats_are_not_opened(masks: dict[str, Mask], model: Path, outside: Path) -> None:
     (model / ".git").mkdir()
     (model / ".git" / "hook").symlink_to(outside)
