@@ -5,15 +5,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from meerkat_mq.errors import ModelError
+from meerkat_mq.errors import ModelError, UnsupportedModel
 from meerkat_mq.model.checkpoint import StoredTensor
-from meerkat_mq.model.folder import CONFIG, Json, read_json
+from meerkat_mq.model.folder import CONFIG, DEQUANTISE, Json, read_json
 from meerkat_mq.model.kinds import LAYERS
 from meerkat_mq.model.names import FLOATS, Names
 
 NEEDLESS = re.compile(r"(^|\.)pooler\.")  # encoders are mean-pooled here
 
 _REMEDY = "weights and config.json are of different models: take both from the same one"
+_QUANTISED = (".qweight", ".qzeros", ".absmax", ".quant_map", ".weight_scale", ".weight_scale_inv")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -28,11 +29,17 @@ def check_fit(names: Names, stored: Mapping[str, StoredTensor], bare: Any, folde
 
     Raises:
         ModelError: they are of different models; names the key of config.json where it is known.
+        UnsupportedModel: the weights are quantised.
     """
+    table = read_json(folder / CONFIG)
+    _refuse_quantised(names, stored, folder)
     missing = _not_like(names.missing, [NEEDLESS.pattern, *(bare._keys_to_ignore_on_load_missing or ())])
     head = bare.get_output_embeddings()
     if missing and head is not None and dict(bare.named_parameters()).get(missing[0]) is head.weight:
         named = next(iter(bare.config.architectures or ()), "the model")
+        if named == type(bare).__name__ and "tie_word_embeddings" in table:
+            problem = f"is {table['tie_word_embeddings']}, and the weights hold no {missing[0]}"
+            raise ModelError(f"{folder / CONFIG}: tie_word_embeddings", problem, _REMEDY)
         raise ModelError(
             f"{folder / CONFIG}: architectures",
             f"{named} is loaded as {type(bare).__name__}, whose trained head {missing[0]} the weights lack",
@@ -40,16 +47,24 @@ def check_fit(names: Names, stored: Mapping[str, StoredTensor], bare: Any, folde
         )
     wrong = min([*missing, *names.misshapen], default=None)
     if wrong is not None:
-        raise mismatch(wrong, folder, _key(wrong, names, stored, bare, read_json(folder / CONFIG)))
+        raise mismatch(wrong, folder, _key(wrong, names, stored, bare, table))
     unused = _not_like(names.unused, bare._keys_to_ignore_on_load_unexpected or ())
     used = {_NUMBER.sub("#", copy) for copies in [*names.copies.values(), *names.made.values()] for copy in copies}
     blocks = [name for name in unused if _NUMBER.search(name) and _NUMBER.sub("#", name) in used]
     if blocks:
-        key = _layers_key(read_json(folder / CONFIG))
+        key = _layers_key(table)
         raise ModelError(
             f"{folder / CONFIG}{key}", f"leaves out {blocks[0]} and {len(blocks) - 1} more tensors", _REMEDY
         )
     return [name for name in unused if stored[name].dtype in FLOATS]
+
+
+def _refuse_quantised(names: Names, stored: Mapping[str, StoredTensor], folder: Path) -> None:
+    """Weights of a quantised model whose configuration does not say so."""
+    held = [copy for copies in names.copies.values() for copy in copies if stored[copy].dtype not in FLOATS]
+    parts = [name for name in names.unused if name.endswith(_QUANTISED)]
+    for name in [*held, *parts][:1]:
+        raise UnsupportedModel(f"{folder}: {name}", f"is quantised ({stored[name].dtype})", DEQUANTISE)
 
 
 def mismatch(name: str, folder: Path, key: str = "") -> ModelError:

@@ -28,9 +28,11 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HUB_WEIGHTS = ["*.json", "*.safetensors", "*.txt", "*.model"]
 _OTHER_WEIGHTS = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _KERNEL = re.compile(r"[^/:]+/[^/:]+(@[^/:]+)?(:[^/:]+)?")
+_GGUF = ".gguf"
+_ORIGINAL = "give the folder of the model that it was made from, with safetensors"
 _ADAPTER = "adapter_config.json"
 _MERGE = "merge it into its base (peft: merge_and_unload(), then save_pretrained()) and give the merged folder"
-_DEQUANTISE = "give the original, unquantised model"
+DEQUANTISE = "give the original, unquantised model"
 
 Json = dict[str, Any]
 
@@ -50,9 +52,9 @@ def find_folder(source: str | Path) -> Path:
         return folder
     name = str(source)
     if folder.suffix and folder.is_file():
-        raise ModelNotFound(
-            name, f"is {_kind_of_file(folder)}, not a folder", "give the folder of a Hugging Face model"
-        )
+        gguf = folder.suffix == _GGUF
+        what, remedy = ("a GGUF file (of llama.cpp)", _ORIGINAL) if gguf else ("a file", "give the folder of the model")
+        raise ModelNotFound(name, f"is {what}, not a folder", remedy)
     if not _HUB_ID.fullmatch(name):
         raise ModelNotFound(name, "no such folder", "give the folder of a Hugging Face model, or a hub id")
     look_at_folder(_from_hub(name, ["*.json"]))
@@ -85,9 +87,7 @@ def look_at_folder(folder: Path) -> None:
     if Path(_ADAPTER) in files:
         _refuse_adapter(folder, whole=Path(CONFIG) in files)
     if Path(CONFIG) not in files:
-        raise ModelNotFound(
-            str(folder), f"has no {CONFIG}{_what_else(folder)}", "give the folder of a Hugging Face model"
-        )
+        raise _no_config(folder)
     config = read_json(folder / CONFIG)
     _refuse_code(folder / CONFIG, config)
     if Path(TOKENIZER_CONFIG) in files:
@@ -177,29 +177,21 @@ def _refuse_quantised(file: Path, config: Json) -> None:
     for path, value in _walk(config):
         if path and path[-1] in ("quantization_config", "quantization") and isinstance(value, dict):
             method = next((str(value[key]) for key in ("quant_method", "bits") if key in value), "some method")
-            raise UnsupportedModel(f"{file}: {'.'.join(path)}", f"its weights are quantised ({method})", _DEQUANTISE)
+            raise UnsupportedModel(f"{file}: {'.'.join(path)}", f"its weights are quantised ({method})", DEQUANTISE)
     if (file.parent / "quantize_config.json").exists():
-        raise UnsupportedModel(str(file.parent / "quantize_config.json"), "its weights are quantised", _DEQUANTISE)
+        raise UnsupportedModel(str(file.parent / "quantize_config.json"), "its weights are quantised", DEQUANTISE)
 
 
-def _kind_of_file(file: Path) -> str:
-    if file.suffix == ".gguf":
-        return "a GGUF file (of llama.cpp)"
-    return f"a file ({file.suffix})" if file.suffix else "a file"
-
-
-def _what_else(folder: Path) -> str:
-    """What the folder seems to be instead, in brackets."""
-    try:
-        names = sorted(path.name for path in folder.iterdir())
-    except OSError as error:
-        return f" that can be read ({error.strerror})"
+def _no_config(folder: Path) -> ModelNotFound:
+    """What the folder seems to hold instead of a model."""
+    names = sorted(path.name for path in folder.iterdir())
+    gguf = [name for name in names if name.endswith(_GGUF)]
     inner = [name for name in names if (folder / name / CONFIG).is_file()]
-    for found, what in (
-        ([name for name in names if name.endswith(".gguf")], "GGUF files (of llama.cpp): {}"),
-        ([name for name in names if name == "params.json"], "a checkpoint in its maker's own format: {}"),
-        (inner, "a model in its folder {}"),
-    ):
-        if found:
-            return f" (it holds {what.format(found[0])})"
-    return ""
+    what, remedy = "", "give the folder of a Hugging Face model"
+    if gguf:
+        what, remedy = f" (it holds GGUF files of llama.cpp: {gguf[0]})", _ORIGINAL
+    elif "params.json" in names:
+        what, remedy = " (it holds a checkpoint in its maker's own format: params.json)", "convert it by transformers"
+    elif inner:
+        what, remedy = f" (it holds a model in {inner[0]})", f"give {folder / inner[0]}"
+    return ModelNotFound(str(folder), f"has no {CONFIG}{what}", remedy)

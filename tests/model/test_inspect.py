@@ -320,10 +320,39 @@ def test_quantised_weights(copy: Copy, settings: dict[str, Any], method: str) ->
 def test_gguf(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
-    with pytest.raises(ModelNotFound, match=r"is a GGUF file \(of llama\.cpp\), not a folder; give the folder"):
+    with pytest.raises(
+        ModelNotFound, match=r"is a GGUF file \(of llama\.cpp\), not a folder; give .* it was made from"
+    ):
         find_folder(file)
-    with pytest.raises(ModelNotFound, match=r"has no config\.json \(it holds GGUF files .*: model\.gguf\)"):
+    with pytest.raises(
+        ModelNotFound, match=r"has no config\.json \(it holds GGUF files .*: model\.gguf\); give .* made"
+    ):
         find_folder(tmp_path)
+
+
+def test_a_model_in_a_folder_of_the_folder(folders: dict[str, Path]) -> None:
+    inner = folders["llama"]
+    with pytest.raises(ModelNotFound, match=rf"has no config\.json \(it holds a model in .*\); give {inner.parent}"):
+        find_folder(inner.parent)
+
+
+def test_quantised_weights_of_which_the_configuration_says_nothing(copy: Copy) -> None:
+    folder = copy("llama")
+    rename(folder, lambda name: name.replace("up_proj.weight", "up_proj.qweight"))
+    with pytest.raises(UnsupportedModel, match=r"up_proj\.qweight: is quantised .*; give the original"):
+        load_model(folder)
+    weights = load_file(folder / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
+    changed = {"model.layers.0.mlp.down_proj.weight": weights.to(torch.float8_e4m3fn)}
+    rename(folder, lambda name: name.replace("qweight", "weight"), **changed)
+    with pytest.raises(UnsupportedModel, match=r"down_proj\.weight: is quantised \(F8_E4M3\)"):
+        load_model(folder)
+
+
+def test_a_head_that_is_neither_tied_nor_there(tmp_path: Path) -> None:
+    folder = tiny.save(tiny.llama(tie_word_embeddings=True), tmp_path)
+    change(folder / "config.json", tie_word_embeddings=False)
+    with pytest.raises(ModelError, match=r"tie_word_embeddings: is False, and the weights hold no lm_head\.weight"):
+        load_model(folder)
 
 
 def test_a_user_without_a_home(copy: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
