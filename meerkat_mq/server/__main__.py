@@ -20,7 +20,10 @@ from meerkat_mq.server.service import serve
 
 def command(
     config: Annotated[Path, typer.Option(help="The federation's TOML file.")],
-    replace: Annotated[bool, typer.Option("--replace", help="Take over from a server that is online.")] = False,
+    replace: Annotated[
+        bool,
+        typer.Option("--replace", help="Take over from a server that is online, or from a run that is not finished."),
+    ] = False,
     once: Annotated[bool, typer.Option("--once", help="End with the run; exit code 6 if too few nodes come.")] = False,
     json_logs: Annotated[bool | None, typer.Option(help="Log JSON lines; default: unless on a terminal.")] = None,
     log_level: Annotated[LogLevel, typer.Option(help="Least level to log.", case_sensitive=False)] = LogLevel.INFO,
