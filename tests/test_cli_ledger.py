@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -23,7 +24,7 @@ def writer(tmp_path: Path) -> Writer:
     made = Writer(tmp_path / "state", refused={(2, 1): Verdict.NOT_FINITE})
     for _ in range(3):
         made.round()
-    made.see(0, "online", 0.0)
+    made.see(0, "online", time.time())
     return made
 
 
