@@ -55,7 +55,7 @@ async def test_from_mask_to_export(
         federation="f",
         state_dir=tmp_path / "server",
         broker=mosquitto.config,
-        rounds=RoundsConfig(count=4, batch_size=4),
+        rounds=RoundsConfig(count=4, batch_size=4, min_updates=1),
         mask=tmp_path / "m.mkm",
         task=str(tmp_path / "task.toml"),
         model=ModelConfig(source=str(tiny_llama)),
