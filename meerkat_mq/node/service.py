@@ -26,6 +26,7 @@ from meerkat_mq.observe.process import Threads, peak_rss_mib
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.alarm import Alarm
 from meerkat_mq.rounds.node import NodeMachine
+from meerkat_mq.rounds.pulse import Pulse
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor, ServerState, decode_control
 from meerkat_mq.wire.frames import decode, encode
 from meerkat_mq.wire.messages import Chunk, Entries, Offer, Refusal, Round, Update, Want, Welcome
@@ -64,6 +65,7 @@ class _Node:
         self._topics = Topics(config.federation)
         self._own_status = self._topics.up(config.id, "status")
         self._presence = Presence(self._boot)
+        self._pulse = Pulse(rounds=10, slow_s=300.0)
         self._machine: NodeMachine | None = None
         self._work: Work | None = None
         self._jobs: Jobs | None = None
@@ -259,6 +261,7 @@ class _Node:
         if self._session.link is not None:
             payload = self._status(status, self._session.link).encode()
             self._session.publish(self._own_status, payload, retain=True)
+            self._pulse.said(self._machine.version if self._machine else 0, self._now())
 
     def _farewell(self, link: int) -> NodeStatus:
         wakes_in_s = self._duty.wakes_in_s if self._duty is not None else None
@@ -374,7 +377,10 @@ class _Node:
     def _handle(self, event: e.NodeEvent) -> None:
         if self._machine is None or self._jobs is None:
             return
-        for effect in self._machine.handle(event):
+        effects = self._machine.handle(event)
+        if isinstance(event, e.EntriesApplied) and self._pulse.due(self._machine.version, event.now):
+            self._publish_status("online")  # now, while version and digest belong together
+        for effect in effects:
             self._carry_out(effect, self._jobs)
         self._finish_if_due(self._machine)
         self._alarm.changed()

@@ -16,6 +16,7 @@ from meerkat_mq.mqtt import Count, Marker, Message, Session, Will
 from meerkat_mq.observe.events import Observer, RunStarted
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.alarm import Alarm
+from meerkat_mq.rounds.pulse import Pulse
 from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.server.fetches import Fetches
 from meerkat_mq.server.measure import Measurer
@@ -58,6 +59,7 @@ class Server:
         self._machine: ServerMachine | None = None
         self._taking_term = False
         self._term = self._saved = 0
+        self._pulse = Pulse(rounds=3, slow_s=30.0)
         self._chunks = run.chunks(self._term)
         self._is_open = self._greeted = False
         self._awaited: int | None = None
@@ -135,6 +137,9 @@ class Server:
         while True:
             await asyncio.sleep(SIGHTINGS_EVERY_S)
             self._note_sightings()
+            machine = self._machine
+            if machine is not None and not self._taking_term and self._pulse.due(machine.version, self._now()):
+                self._publish_state()
 
     def _note_sightings(self) -> None:
         if self._machine is not None and (news := self._watch.sightings(self._session.received)):
@@ -213,6 +218,7 @@ class Server:
         if self._session.link is not None and self._machine is not None:
             status = "finished" if self._machine.finished else "online"
             self._publish(self._topics.server, self._state(status, self._session.link))
+            self._pulse.said(self._machine.version, self._now())
 
     def _publish_run(self) -> None:
         if self._session.link is not None and self._machine is not None:

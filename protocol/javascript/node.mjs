@@ -83,6 +83,16 @@ class Node {
   publishStatus() {
     const { session, machine } = this;
     session.publish(session.own, this.status(machine ? "online" : "starting", session.link), true);
+    this.said = { version: machine?.version ?? 0, at: now() };
+  }
+
+  /** For people who watch: say again where theta stands, after ten rounds or 5 minutes, at most every 5 s. */
+  sayStanding() {
+    const { machine, said } = this;
+    if (!machine || !said || this.session.link === null) return;
+    const moved = Math.abs(machine.version - said.version);
+    const waited = now() - said.at;
+    if (waited >= 5 && (moved >= 10 || (moved > 0 && waited >= 300))) this.publishStatus();
   }
 
   send(topic, frame) {
@@ -166,6 +176,7 @@ class Node {
     if (this.machine) this.machine.advance(now());
     else if (this.session.link !== null) this.maskFetch?.advance(now());
     this.finishIfDue();
+    this.sayStanding();
   }
 
   /** Once all chunks of the mask are there, begin. */
