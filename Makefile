@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test check fuzz test-arm test-brokers test-numpy test-wheel mosquitto rabbitmq-server nats-server nodejs npm clean
+.PHONY: help demo test check fuzz test-arm test-brokers test-numpy test-wheel mosquitto gcc rabbitmq-server nats-server nodejs npm clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -17,7 +17,7 @@ help: ## show this
 demo: $(VENV)/.demo ## a federation on this machine, from nothing to a report; ARGS='--rounds 50' adds options
 	$(BIN)/meerkat demo $(ARGS)
 
-test: $(VENV)/.test mosquitto nodejs npm check ## all checks and tests; ARGS='-k mask' adds options of pytest
+test: $(VENV)/.test mosquitto gcc nodejs npm check ## all checks and tests; ARGS='-k mask' adds options of pytest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 check: $(VENV)/.test ## format, lint, types, floors
@@ -70,3 +70,6 @@ mosquitto rabbitmq-server nats-server npm:
 
 nodejs:
 	@command -v node >/dev/null || scripts/apt-install $@
+
+gcc:
+	@command -v cc >/dev/null || { scripts/apt-install gcc && scripts/apt-install libc6-dev; }

@@ -7,12 +7,14 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, NoReturn
 
 import structlog
 
 from meerkat_mq.broker.child import Child
 from meerkat_mq.config import BrokerConfig
+from meerkat_mq.core.files import write_atomically
 from meerkat_mq.errors import BrokerError, MissingExtra
 from meerkat_mq.extras import missing
 
@@ -53,7 +55,7 @@ class EmbeddedBroker:
 
 @asynccontextmanager
 async def embedded_broker(
-    config: BrokerConfig = _CONFIG, *, port: int = 0, program: Program | None = None
+    config: BrokerConfig = _CONFIG, *, port: int = 0, program: Program | None = None, passwords: Path | None = None
 ) -> AsyncIterator[EmbeddedBroker]:
     """Run a broker as a child process; it dies with us, also when we are killed (Linux).
 
@@ -61,6 +63,8 @@ async def embedded_broker(
         config: its `url` is replaced.
         port: on 127.0.0.1; 0 chooses a free one.
         program: default: Mosquitto where installed, else amqtt.
+        passwords: Mosquitto's password store; it reads that again at SIGHUP, and its configuration, which is written
+            beside it. Without one, everybody on this machine may connect.
 
     Raises:
         MissingExtra: neither program is installed.
@@ -68,7 +72,7 @@ async def embedded_broker(
     """
     log = structlog.get_logger()
     chosen = program or installed_program()
-    child, port = await _start(chosen, port)
+    child, port = await _start(chosen, port, passwords)
     log.info("broker started", program=chosen, port=port, pid=child.pid)
     if chosen == "amqtt":
         log.warning("amqtt is for trying things out: no keep-alive enforcement, no redelivery; install mosquitto")
@@ -79,11 +83,11 @@ async def embedded_broker(
         log.info("broker stopped", program=chosen, port=port)
 
 
-async def _start(program: Program, port: int) -> tuple[Child, int]:
+async def _start(program: Program, port: int, passwords: Path | None) -> tuple[Child, int]:
     """Start it; where we chose the port and somebody else took it meanwhile, choose again."""
     for attempt in range(1, _ATTEMPTS + 1):
         chosen = port or _free_port()
-        command, stdin = _command(program, chosen)
+        command, stdin = _command(program, chosen, passwords)
         child = await Child.start(program, f"{_HOST}:{chosen}", command, stdin)
         try:
             await child.ready(_START_S[program])
@@ -99,19 +103,24 @@ async def _start(program: Program, port: int) -> tuple[Child, int]:
     raise AssertionError("the last attempt returns or raises")
 
 
-def _command(program: Program, port: int) -> tuple[list[str], bytes]:
+def _command(program: Program, port: int, passwords: Path | None) -> tuple[list[str], bytes]:
     if program == "amqtt":
         return [sys.executable, "-m", "meerkat_mq.broker.fallback", str(port)], b""
     path = _mosquitto()
     if path is None:
         raise BrokerError("embedded broker", "mosquitto is not installed", "install your system's package mosquitto")
-    return [path, "-c", "/dev/stdin"], _mosquitto_config(port).encode()
+    config = _mosquitto_config(port, passwords)
+    if passwords is None:
+        return [path, "-c", "/dev/stdin"], config.encode()
+    file = passwords.with_name("mosquitto.conf")
+    write_atomically(file, config.encode(), durable=False)
+    return [path, "-c", str(file)], b""
 
 
-def _mosquitto_config(port: int) -> str:
+def _mosquitto_config(port: int, passwords: Path | None) -> str:
     lines = [
         f"listener {port} {_HOST}",
-        "allow_anonymous true",
+        *(["allow_anonymous true"] if passwords is None else ["allow_anonymous false", f"password_file {passwords}"]),
         "set_tcp_nodelay true",
         "max_queued_messages 0",
         "persistence false",

@@ -69,6 +69,16 @@ class Plan:
     server: ServerConfig | None
     nodes: dict[str, NodeConfig | None]
 
+    @property
+    def secured(self) -> bool:
+        """Whether a fault needs passwords and certificates."""
+        return any(strike.fault.secured for strike in self.strikes)
+
+    @property
+    def clocked(self) -> bool:
+        """Whether a fault needs wall clocks that can be stepped."""
+        return any(strike.fault.clocked for strike in self.strikes)
+
 
 def shipped() -> list[str]:
     """Names of the plans that come with the package."""
@@ -213,8 +223,9 @@ def _checked(file: PlanFile, number: int, nodes: dict[str, NodeConfig | None], p
 
 
 def _check_attached(attach: AttachPlan, fault: Fault, target: str, where: str) -> None:
-    if fault.starts:
-        raise ConfigError(f"{where}.fault", f"{fault.name!r} starts processes", "leave it out with attach")
+    if not fault.attachable:
+        problem = f"{fault.name!r} strikes what a drill started itself"
+        raise ConfigError(f"{where}.fault", problem, "leave it out with attach")
     table = {SERVER: attach.server, **attach.nodes}
     key = "proxy_port" if fault.on in ("link", "node") else "pid"
     for name in attach.nodes if target == NODES else [target]:

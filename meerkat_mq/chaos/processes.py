@@ -3,15 +3,17 @@
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import sys
-from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from meerkat_mq.broker import EmbeddedBroker, embedded_broker
+from meerkat_mq.chaos.log_pipe import LogPipe
+from meerkat_mq.chaos.wall_clock import WallClock
 from meerkat_mq.config import BrokerConfig
 from meerkat_mq.errors import BrokerError, DrillFailed, RunError
 
@@ -28,6 +30,9 @@ class Process(Protocol):
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal."""
+
+    def limit_files(self, size: int | None) -> None:
+        """Let no file of it grow beyond so many bytes; None: as before."""
 
     async def kill(self) -> None:
         """SIGKILL."""
@@ -55,10 +60,16 @@ class Service:
     Attributes:
         deaths: ends that nobody asked for; each was followed by another start.
         forgiven: ends in words are not counted as deaths for now.
+        log_pipe: its standard error.
+        clock: its wall clock, where that can be stepped.
     """
 
-    def __init__(self, name: str, role: str, config: Path, log: Path, *flags: str) -> None:
+    def __init__(
+        self, name: str, role: str, config: Path, log: Path, *flags: str, clock: WallClock | None = None
+    ) -> None:
         self.name = name
+        self.clock = clock
+        self.log_pipe = LogPipe(log)
         self.deaths: list[End] = []
         self.forgiven = False
         self._command = [sys.executable, "-m", f"meerkat_mq.{role}", "--config", str(config), "--json-logs", *flags]
@@ -84,6 +95,7 @@ class Service:
         self._wanted = True
         if self._keeper is not None and not self._keeper.done():
             return  # it died meanwhile, and is started again already
+        self.log_pipe.read()
         await self._spawn()
         self._keeper = asyncio.create_task(self._keep())
 
@@ -92,6 +104,12 @@ class Service:
         if self.alive:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)  # asyncio's own way may take the exit code away from itself
+
+    def limit_files(self, size: int | None) -> None:
+        """Let no file of it grow beyond so many bytes, unless it has just ended; None: as before."""
+        if self.alive:
+            with contextlib.suppress(ProcessLookupError):
+                _limit_files(self.pid, size)
 
     def expect_end(self) -> None:
         """From now on its end is as it should be, until it is started again."""
@@ -117,6 +135,11 @@ class Service:
         except TimeoutError:
             await self.kill()
             raise DrillFailed(self.name, f"did not end within {STOP_S:g} s of SIGTERM", f"see {self._log}") from None
+
+    async def close(self) -> None:
+        """End it for good: SIGKILL, and its log is whole."""
+        await self.kill()
+        self.log_pipe.close()
 
     async def ends_in_words(self, code: int, *, within_s: float) -> None:
         """Wait until it ends by itself as a service should that finds it must not go on.
@@ -144,21 +167,16 @@ class Service:
             await asyncio.wait({self._keeper})
 
     async def _spawn(self) -> None:
-        with self._appending() as log:
-            self._process = await asyncio.create_subprocess_exec(
-                *self._command,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                start_new_session=True,
-            )
-
-    @contextlib.contextmanager
-    def _appending(self) -> Iterator[int]:
-        with self._log.open("ab") as file:
-            self._begins = file.tell()
-            yield file.fileno()
+        self.log_pipe.drain()
+        self._begins = self._log.stat().st_size if self._log.exists() else 0
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=self.log_pipe.writer,
+            stderr=self.log_pipe.writer,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(self.clock.environment if self.clock else {})},
+            start_new_session=True,
+        )
 
     async def _keep(self) -> None:
         while True:
@@ -176,6 +194,7 @@ class Service:
 
     def _end(self) -> End:
         assert self._process is not None
+        self.log_pipe.drain()
         with self._log.open("rb") as file:
             file.seek(self._begins)
             lines = file.read().decode(errors="replace").splitlines()
@@ -202,6 +221,17 @@ class Attached:
         except OSError as error:
             raise DrillFailed(self.name, f"process {self._pid} cannot be signalled ({error.strerror})") from error
 
+    def limit_files(self, size: int | None) -> None:
+        """Let no file of it grow beyond so many bytes; None: as before.
+
+        Raises:
+            DrillFailed: there is no such process, or it is not ours.
+        """
+        try:
+            _limit_files(self._pid, size)
+        except OSError as error:
+            raise DrillFailed(self.name, f"process {self._pid} cannot be limited ({error.strerror})") from error
+
     async def kill(self) -> None:
         """SIGKILL."""
         self.signal(signal.SIGKILL)
@@ -213,12 +243,16 @@ class Attached:
 class Broker:
     """A Mosquitto of the drill's own: loopback, without persistence, on a port that stays the same.
 
+    Args:
+        passwords: its password store; None: everybody may connect.
+
     Attributes:
         config: the way to it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, passwords: Path | None = None) -> None:
         self.config = BrokerConfig()
+        self._passwords = passwords
         self._port = 0
         self._embedded: EmbeddedBroker | None = None
         self._running = AsyncExitStack()
@@ -229,12 +263,19 @@ class Broker:
         Raises:
             BrokerError: Mosquitto is not installed, or does not start.
         """
-        broker = await self._running.enter_async_context(embedded_broker(port=self._port, program="mosquitto"))
+        broker = await self._running.enter_async_context(
+            embedded_broker(port=self._port, program="mosquitto", passwords=self._passwords)
+        )
         self.config, self._port, self._embedded = broker.config, broker.config.port, broker
 
     async def stop(self) -> None:
         """SIGTERM."""
         await self._running.aclose()
+
+    def reload(self) -> None:
+        """SIGHUP: it reads its password store anew, and ends the connections of those that it knows no more."""
+        assert self._embedded is not None
+        os.kill(self._embedded.pid, signal.SIGHUP)
 
     async def kill(self) -> None:
         """SIGKILL: nothing is said to anybody, nothing is kept."""
@@ -243,3 +284,9 @@ class Broker:
             os.kill(self._embedded.pid, signal.SIGKILL)
             await self._embedded.watch()
         await self._running.aclose()
+
+
+def _limit_files(pid: int, size: int | None) -> None:
+    """Set RLIMIT_FSIZE of a process; its hard limit stays, so that the soft one can be lifted again."""
+    _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (hard if size is None else size, hard))

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import math
 import socket
+import ssl
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ KINDS = {
 
 _HOST = "127.0.0.1"
 _MOST_WAITING = 256
+_DISCARDED_BYTES = 65_536
 _LOOK_S = 0.05  # a packet that waits notices within this time that its link has healed
+_TLS_END_S = 1.0  # a client that stands still does not answer the end of TLS
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ class Proxy:
         target_host: the broker's.
         port: to listen on, on 127.0.0.1; 0 chooses a free one.
         random: draws the jitter.
+        tls: clients must speak TLS with this context; to the broker the proxy speaks plain MQTT, so it sees packets.
 
     Attributes:
         connections: accepted so far.
@@ -105,10 +109,17 @@ class Proxy:
         bytes_per_s: bandwidth each way; None where it has no limit.
         treat: takes each packet, says how it goes on; where it raises, the connection is reset.
         failures: what it raised.
+        tls: as given.
     """
 
     def __init__(
-        self, target_port: int, *, target_host: str = _HOST, port: int = 0, random: Random | None = None
+        self,
+        target_port: int,
+        *,
+        target_host: str = _HOST,
+        port: int = 0,
+        random: Random | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.connections = 0
         self.refuse = False
@@ -120,6 +131,8 @@ class Proxy:
         self.port = port
         self._target = (target_host, target_port)
         self._random = random or Random(0)  # noqa: S311 - a schedule that can be repeated, no secret
+        self.tls = tls
+        self._abandoned = asyncio.Event()  # of the connections that are open now
         self._flowing = {True: asyncio.Event(), False: asyncio.Event()}
         self._server: asyncio.Server | None = None
         self._links: set[asyncio.Task[None]] = set()
@@ -132,7 +145,10 @@ class Proxy:
         Raises:
             OSError: the port is taken.
         """
-        self._server = await asyncio.start_server(self._accept, _HOST, self.port)
+        end_s = None if self.tls is None else _TLS_END_S
+        self._server = await asyncio.start_server(
+            self._accept, _HOST, self.port, ssl=self.tls, ssl_shutdown_timeout=end_s
+        )
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -154,7 +170,8 @@ class Proxy:
     @property
     def config(self) -> BrokerConfig:
         """The way to the broker through this proxy."""
-        return BrokerConfig(url=f"mqtt://{_HOST}:{self.port}")
+        scheme = "mqtt" if self.tls is None else "mqtts"
+        return BrokerConfig(url=f"{scheme}://{_HOST}:{self.port}")
 
     def freeze(self, *, up: bool = True, down: bool = True) -> None:
         """Half-open: connections stay, nothing goes through in these directions."""
@@ -170,6 +187,11 @@ class Proxy:
         """RST to both sides of every open connection."""
         for writer in self._writers:
             _reset(writer)
+
+    def abandon(self) -> None:
+        """The client's host loses power: to the broker every open connection stays, and nothing comes from it."""
+        self._abandoned.set()
+        self._abandoned = asyncio.Event()
 
     def saw(self, packet: Packet) -> None:
         """Called with each packet that comes, also with what is then lost."""
@@ -192,16 +214,20 @@ class Proxy:
             return
         self._writers.add(far_writer)
         ways = [_Way(self, reader, writer, far_writer, up=True), _Way(self, far_reader, far_writer, writer, up=False)]
+        abandoned = self._abandoned
         senders = [asyncio.create_task(way.send()) for way in ways]
         receivers = [asyncio.create_task(way.receive()) for way in ways]
+        power = asyncio.create_task(abandoned.wait())
         try:
-            await asyncio.wait(senders, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({*senders, power}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (*senders, *receivers):
+            for task in (*senders, *receivers, power):
                 task.cancel()
-            await asyncio.gather(*senders, *receivers, return_exceptions=True)
-            for end in (writer, far_writer):
-                await self._close(end)
+            await asyncio.gather(*senders, *receivers, power, return_exceptions=True)
+            await self._close(writer)
+            if abandoned.is_set():
+                await _until_it_closes(far_reader)
+            await self._close(far_writer)
 
     async def _close(self, writer: asyncio.StreamWriter) -> None:
         self._writers.discard(writer)
@@ -304,6 +330,13 @@ class _Way:
             _reset(self._target)
 
 
+async def _until_it_closes(reader: asyncio.StreamReader) -> None:
+    """Take what the broker sends to a host that is gone, until it gives the connection up."""
+    with contextlib.suppress(OSError):
+        while await reader.read(_DISCARDED_BYTES):
+            pass
+
+
 async def _read_packet(reader: asyncio.StreamReader) -> bytes:
     """One whole packet."""
     head = await reader.readexactly(2)
@@ -317,6 +350,6 @@ async def _read_packet(reader: asyncio.StreamReader) -> bytes:
 
 def _reset(writer: asyncio.StreamWriter) -> None:
     connection = writer.get_extra_info("socket")
-    with contextlib.suppress(OSError):  # closed already
+    with contextlib.suppress(OSError, AttributeError):  # closed already; then TLS has no socket
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()

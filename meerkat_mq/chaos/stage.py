@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import BaseModel
 
+from meerkat_mq.chaos.credentials import Credentials
 from meerkat_mq.chaos.processes import Attached, Broker, Process, Service
 from meerkat_mq.chaos.proxy import Proxy
+from meerkat_mq.chaos.wall_clock import WallClock, build_library
 from meerkat_mq.config import BrokerConfig, to_toml
 from meerkat_mq.errors import ConfigError, MeerkatError
 
@@ -39,7 +41,6 @@ class Stage:
     """
 
     def __init__(self, plan: "Plan", folder: Path) -> None:
-        self.broker = Broker()
         self.observed = BrokerConfig()
         self.links: dict[str, Proxy] = {}
         self.processes: dict[str, Process] = {}
@@ -48,12 +49,17 @@ class Stage:
         self.folder = folder
         self._plan = plan
         self._open = AsyncExitStack()
+        self._credentials: Credentials | None = None
+        self._library: Path | None = None
         attach = plan.file.attach
         if plan.server is not None:
             self.federation, self.state_dir = plan.server.federation, plan.server.state_dir
+            if plan.secured:
+                self._credentials = Credentials(folder / "credentials", self.federation, plan.nodes)
         else:
             assert attach is not None
             self.federation, self.state_dir = attach.federation, attach.state_dir
+        self.broker = Broker(None if self._credentials is None else self._credentials.passwords)
 
     async def __aenter__(self) -> Self:
         """Start what is to be started, or listen for what is attached.
@@ -71,9 +77,15 @@ class Stage:
 
     async def __aexit__(self, *exc: object) -> None:
         """End whatever still runs."""
-        await asyncio.gather(*(service.kill() for service in (*self.services.values(), *self.retired)))
+        await asyncio.gather(*(service.close() for service in (*self.services.values(), *self.retired)))
         await self._open.aclose()
         await self.broker.stop()
+
+    @property
+    def credentials(self) -> Credentials:
+        """Of a federation with passwords and certificates."""
+        assert self._credentials is not None
+        return self._credentials
 
     @property
     def everybody(self) -> list[Service]:
@@ -105,8 +117,10 @@ class Stage:
 
     async def _start(self) -> None:
         await self.broker.start()
-        self.observed = self.broker.config
-        plan = self._plan
+        plan, credentials = self._plan, self._credentials
+        if plan.clocked:
+            self._library = await asyncio.to_thread(build_library, self.folder)
+        self.observed = self.broker.config if credentials is None else credentials.way(self.broker.config)
         assert plan.server is not None
         self.services[SERVER] = self._service(SERVER, "server", plan.server, await self._link(SERVER))
         for number, (node, config) in enumerate(plan.nodes.items()):
@@ -129,7 +143,8 @@ class Stage:
     async def _link(self, name: str, port: int = 0) -> str:
         broker = self.observed
         random = Random(f"{self._plan.file.seed} {name}")  # noqa: S311 - a drill that can be repeated
-        link = Proxy(broker.port, target_host=broker.host, port=port, random=random)
+        tls = None if self._credentials is None else self._credentials.context()
+        link = Proxy(broker.port, target_host=broker.host, port=port, random=random, tls=tls)
         try:
             self.links[name] = await self._open.enter_async_context(link)
         except OSError as error:
@@ -139,13 +154,17 @@ class Stage:
 
     def _service(self, name: str, role: str, config: BaseModel, link: str, *flags: str) -> Service:
         file = self.folder / f"{name}.toml"
+        broker = self.links[link].config
+        if self._credentials is not None:
+            broker = self._credentials.way(broker, link)
         table = config.model_dump(mode="json", exclude_none=True)
-        table["broker"] = {**table["broker"], "url": self.links[link].config.url}
+        table["broker"] |= broker.model_dump(mode="json", exclude_none=True, exclude_unset=True)
         try:
             file.write_text(to_toml(table), encoding="utf-8")
         except OSError as error:
             raise MeerkatError(str(file), f"cannot be written ({error.strerror})", "choose another --out") from error
-        return Service(name, role, file, self.folder / f"{name}.log", *flags)
+        clock = None if self._library is None else WallClock(self._library, self.folder / f"{name}.clock")
+        return Service(name, role, file, self.folder / f"{name}.log", *flags, clock=clock)
 
 
 def _write_rows(file: Path, number: int) -> None:

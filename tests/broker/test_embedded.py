@@ -179,7 +179,7 @@ async def test_the_shipped_configuration_is_ready_to_run() -> None:
     assert "listener 1883 127.0.0.1\n" in shipped
     for rule in ("set_tcp_nodelay true", "max_queued_messages 0", "user mosquitto"):
         assert f"\n{rule}\n" in shipped
-    assert {"set_tcp_nodelay true", "max_queued_messages 0"} <= set(embedded._mosquitto_config(port).splitlines())
+    assert {"set_tcp_nodelay true", "max_queued_messages 0"} <= set(embedded._mosquitto_config(port, None).splitlines())
     program = embedded._mosquitto()
     assert program is not None
     with _Killed([program, "-c", "/dev/stdin"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:

@@ -43,6 +43,7 @@ def test_the_shipped_plans_are_those_that_are_promised() -> None:
         "broker-restart",
         "cloned-node",
         "everything",
+        "field",
         "flaky-wifi",
         "poisoned-node",
         "power-cuts",
@@ -56,7 +57,7 @@ def test_a_shipped_plan_is_valid_at_every_length(name: str, tmp_path: Path) -> N
     for seconds in (None, 30, 60):
         plan = load_plan(name, out=tmp_path, seconds=seconds)
         assert plan.name == name
-        assert len(plan.nodes) == 8
+        assert len(plan.nodes) == (9 if name == "everything" else 8)
         assert plan.strikes
 
 
@@ -226,7 +227,7 @@ ATTACH = '[attach]\nfederation = "f"\nstate_dir = "s"\nbroker = { url = "mqtt://
         ('[federation]\nconfig = "none.toml"', [KILL], ["federation", "config and node_configs go together"]),
         ('[federation]\nconfig = "f.toml"\nnode_configs = ["none.toml"]', [KILL], ["none.toml", "cannot be read"]),
         (ATTACH, [KILL], ["attach.nodes", "is missing"]),
-        (f"{ATTACH}nodes.a.pid = 7", [{"fault": "clone", "at": 1}], ["faults.0.fault", "starts processes"]),
+        (f"{ATTACH}nodes.a.pid = 7", [{"fault": "clone", "at": 1}], ["faults.0.fault", "what a drill started"]),
         (f"{ATTACH}nodes.a.pid = 7", [{"fault": "reset", "at": 1}], ["faults.0.target", "no proxy_port of a"]),
         (f"{ATTACH}nodes.a.proxy_port = 7", [KILL], ["faults.0.target", "no pid of a"]),
     ],

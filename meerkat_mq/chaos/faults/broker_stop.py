@@ -14,7 +14,7 @@ class BrokerStop(Fault):
 
     name: ClassVar[str] = "broker-stop"
     on: ClassVar[Place] = "broker"
-    starts: ClassVar[bool] = True
+    attachable: ClassVar[bool] = False
 
     @asynccontextmanager
     async def strike(self, stage: Stage, target: str, random: Random) -> AsyncIterator[None]:

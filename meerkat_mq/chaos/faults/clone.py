@@ -17,7 +17,7 @@ class Clone(Fault):
 
     name: ClassVar[str] = "clone"
     on: ClassVar[Place] = "node"
-    starts: ClassVar[bool] = True
+    attachable: ClassVar[bool] = False
 
     @asynccontextmanager
     async def strike(self, stage: Stage, target: str, random: Random) -> AsyncIterator[None]:

@@ -20,12 +20,16 @@ class Fault(Section):
     Attributes:
         name: what a plan calls it.
         on: what it strikes; "process" is the server or a node, "link" the link of one of them to the broker.
-        starts: whether it starts processes, which a drill cannot do to a federation that it only attached to.
+        attachable: whether it can strike a federation that the drill did not start but only attached to.
+        secured: whether it needs a federation with passwords and certificates.
+        clocked: whether it needs processes whose wall clock can be stepped.
     """
 
     name: ClassVar[str]
     on: ClassVar[Place]
-    starts: ClassVar[bool] = False
+    attachable: ClassVar[bool] = True
+    secured: ClassVar[bool] = False
+    clocked: ClassVar[bool] = False
 
     @abstractmethod
     def strike(self, stage: Stage, target: str, random: Random) -> AbstractAsyncContextManager[None]:

@@ -18,7 +18,7 @@ class SecondServer(Fault):
 
     name: ClassVar[str] = "second-server"
     on: ClassVar[Place] = "server"
-    starts: ClassVar[bool] = True
+    attachable: ClassVar[bool] = False
 
     @asynccontextmanager
     async def strike(self, stage: Stage, target: str, random: Random) -> AsyncIterator[None]:
