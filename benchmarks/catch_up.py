@@ -49,7 +49,7 @@ from tests.support.peer import Peer
 from tests.support.waiting import until
 
 NODE, NODES, PATIENCE_S = "node-0", 10, 600.0
-SETTINGS = {"batch_size": 4, "lr": 0.05, "min_nodes": 2, "directions": 1, "snapshot_every": 500}
+SETTINGS = {"batch_size": 4, "lr": 0.05, "min_nodes": 2, "min_updates": 2, "directions": 1, "snapshot_every": 500}
 
 
 @dataclass(frozen=True)
