@@ -11,6 +11,7 @@ from meerkat_mq.broker.__main__ import command as broker
 from meerkat_mq.broker.commands import certs, revoke
 from meerkat_mq.chaos.command import command as chaos
 from meerkat_mq.chaos.simulator.command import command as simulate
+from meerkat_mq.demo.begin import command as init
 from meerkat_mq.demo.command import command as demo
 from meerkat_mq.model.commands import doctor, export, mask, partition
 from meerkat_mq.node.__main__ import command as node
@@ -39,6 +40,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo)
 app.command("doctor")(doctor)
+app.command("init")(init)
 app.command("mask")(mask)
 app.command("partition")(partition)
 app.command("certs")(certs)
