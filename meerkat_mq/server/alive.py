@@ -19,14 +19,19 @@ _FLOCK: Final = (
 
 
 @contextmanager
-def alive(folder: Path) -> Iterator[None]:
-    """Be seen running on a folder. Where its file system has no locks, one is not seen."""
-    descriptor = None
+def alive(folder: Path) -> Iterator[bool]:
+    """Be seen running on a folder; gives whether no other process is.
+
+    A hint: where the folder's file system has no locks one is not seen, and always alone. What keeps two servers apart
+    is the term.
+    """
+    descriptor, alone = None, True
     with suppress(OSError, AttributeError):
         descriptor = os.open(folder, os.O_RDONLY)
         fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0))
+        alone = not _is_held(descriptor)
     try:
-        yield
+        yield alone
     finally:
         if descriptor is not None:
             os.close(descriptor)
@@ -45,12 +50,17 @@ def is_alive(folder: Path, host: str) -> bool | None:
     try:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
-            asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-            found = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked))
+            held = _is_held(descriptor)
         finally:
             os.close(descriptor)
     except (OSError, AttributeError):
         return None
-    if found[0] != fcntl.F_UNLCK:
+    if held:
         return True
     return False if host in ("", socket.gethostname()) else None
+
+
+def _is_held(descriptor: int) -> bool:
+    """Whether a lock stands on the folder that was not set through this descriptor."""
+    asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    return bool(struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked))[0] != fcntl.F_UNLCK)

@@ -12,7 +12,6 @@ from meerkat_mq.server.alive import alive
 from meerkat_mq.server.files import unusable
 from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
 from meerkat_mq.server.losses import rising_from
-from meerkat_mq.server.mark import marked
 from meerkat_mq.server.patience import patiently
 from meerkat_mq.server.recovery import recovered
 from meerkat_mq.server.remains import check_remains
@@ -51,7 +50,7 @@ async def serve(config: ServerConfig, *, replace: bool = False, observer: Observ
         await asyncio.to_thread(config.state_dir.mkdir, parents=True, exist_ok=True)
     except OSError as error:
         raise unusable(config, error) from error
-    with alive(config.state_dir), Threads(1, "ledger") as worker:
+    with alive(config.state_dir) as alone, Threads(1, "ledger") as worker:
         ledger = await patiently(lambda: off_the_loop(worker, Ledger.open, config.state_dir / LEDGER_FILE))
         try:
             run = await patiently(lambda: off_the_loop(worker, _prepare, config, ledger))
@@ -62,8 +61,7 @@ async def serve(config: ServerConfig, *, replace: bool = False, observer: Observ
             every = config.evaluation.every if config.evaluation else 1
             rising = await off_the_loop(worker, rising_from, ledger)
             watch = Watch(observer, evaluator, every, run.descriptor, rising)
-            with marked(config.state_dir) as alone:
-                await Server(config, run, scribe, watch, observer, replace=replace, alone=alone).run()
+            await Server(config, run, scribe, watch, observer, replace=replace, alone=alone).run()
         finally:
             with suppress(TimeoutError):  # a replay may take minutes; a ledger that nobody closed is whole
                 async with asyncio.timeout(CLOSE_S):

@@ -3,6 +3,8 @@
 import fcntl
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,10 @@ from meerkat_mq.server.inspect import run_shown
 from tests.server.federation import Federation
 
 HERE = socket.gethostname()
+HOLD = (
+    "import sys, pathlib; from meerkat_mq.server.alive import alive\nwith alive(pathlib.Path(sys.argv[1])) as alone:\n"
+    "    print(alone, flush=True); sys.stdin.read()"
+)
 
 
 def test_seen_while_it_lasts_by_any_number_of_askers(tmp_path: Path) -> None:
@@ -41,6 +47,31 @@ def test_where_there_are_no_locks_nothing_is_known(tmp_path: Path, monkeypatch: 
     monkeypatch.undo()
     monkeypatch.delattr(fcntl, "F_OFD_GETLK")
     assert is_alive(tmp_path, HERE) is None
+
+
+def test_each_process_sees_the_others_and_a_killed_one_is_none(tmp_path: Path) -> None:
+    def start() -> tuple[subprocess.Popen[str], str]:
+        command = [sys.executable, "-c", HOLD, str(tmp_path)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        return process, process.stdout.readline().strip()
+
+    first, alone = start()
+    assert alone == "True"
+    with alive(tmp_path) as too:
+        assert not too
+        first.communicate()
+        second, alone = start()
+        assert alone == "False"
+    second.kill()
+    second.communicate()
+    with alive(tmp_path) as alone_again:
+        assert alone_again
+
+
+def test_where_nothing_can_be_locked_nothing_is_held_against_it(tmp_path: Path) -> None:
+    with alive(tmp_path / "no-such-folder") as alone:
+        assert alone
 
 
 async def test_a_killed_server_is_not_running(federation: Federation) -> None:
