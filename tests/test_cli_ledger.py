@@ -239,7 +239,7 @@ def test_a_wrong_command_line(meerkat: Meerkat, writer: Writer, tmp_path: Path) 
     def fails(code: int, *arguments: object, says: str) -> None:
         meerkat(*arguments).failed(code, says)
 
-    fails(2, "verify", writer.folder, "--model", tmp_path, says="--model: and --base belong together")
+    fails(2, "verify", writer.folder, "--model", tmp_path, says="--model, --base: only one of them was given")
     fails(4, "verify", writer.folder, "--mask", tmp_path / "none.mkm", says="none.mkm: is missing")
     fails(2, "ledger", writer.folder, "--round", 1, "--node", "n1", says="--node: is for many rounds, --round for one")
     for half in (("--round", 1), ("--node", "n1")):
@@ -273,6 +273,8 @@ def test_a_ledger_whose_run_is_damaged(meerkat: Meerkat, tmp_path: Path, name: s
 @pytest.mark.parametrize("name", ["status", "ledger", "verify"])
 def test_no_ledger(meerkat: Meerkat, tmp_path: Path, name: str) -> None:
     meerkat(name, tmp_path / "none").failed(6, "there is no ledger; give the state_dir of a server that was started")
+    write(tmp_path / "demo" / "server")
+    meerkat(name, tmp_path / "demo").failed(6, f"there is no ledger; give {tmp_path / 'demo' / 'server'}")
     write(tmp_path / "newer")
     alter_schema(tmp_path / "newer", 99)
     meerkat(name, tmp_path / "newer").failed(6, "was written by a newer Meerkat-MQ (schema 99")

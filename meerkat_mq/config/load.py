@@ -1,11 +1,12 @@
 """TOML in, checked objects out; every error names the file, the key and the remedy."""
 
+import difflib
 import json
 import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -50,12 +51,28 @@ def check_config(table: object, kind: type[ConfigT], *, where: str, folder: Path
     try:
         return kind.model_validate(table, context={"folder": folder})
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        wrong = error.errors(include_url=False)
+        first = next(
+            (one for one in wrong if one["type"] == "extra_forbidden"), wrong[0]
+        )  # a typo leaves its key missing
         key = ".".join(cut(str(part)) for part in first["loc"]) or "file"
         hidden = first["type"] in _SAY_ALL or isinstance(first["input"], dict) or "password" in key
         found = "" if hidden else f", not {shown(_without_secrets(first['input']))}"
-        remedy = _REMEDY.get(first["type"], SEE)
+        meant = _meant(first["loc"], kind) if first["type"] == "extra_forbidden" else None
+        remedy = meant or _REMEDY.get(first["type"], SEE)
         raise ConfigError(f"{where}: {key}", f"{_plain(first)}{found}", remedy) from error
+
+
+def _meant(unknown: tuple[int | str, ...], kind: type[BaseModel]) -> str | None:
+    """The remedy where a known key of the same section is spelt nearly like the unknown one."""
+    *sections, name = map(str, unknown)
+    section: type[BaseModel] | None = kind
+    for part in sections:
+        field = section.model_fields.get(part) if section else None
+        within = (field.annotation, *get_args(field.annotation)) if field else ()
+        section = next((one for one in within if isinstance(one, type) and issubclass(one, BaseModel)), None)
+    near = difflib.get_close_matches(name, section.model_fields, n=1) if section else []
+    return f"write '{near[0]}', or remove the key" if near else None
 
 
 def to_toml(table: Mapping[str, Any]) -> str:

@@ -47,7 +47,9 @@ async def run_node(config: NodeConfig) -> None:
         need("datasets", config.data)
     with within("data"):
         if isinstance(config.data, Path) and not config.data.exists():
-            raise DataError(str(config.data), "there is no such file", "give the node its data: a JSONL file")
+            raise DataError(
+                str(config.data), "there is no such file", "name the node's rows: a JSON, CSV or TSV file, or a folder"
+            )
     allowance = Allowance(config.limits)
     with NodeState(config.state_dir) as state, Threads(1, "model") as worker:
         await _Node(config, state, allowance, worker).run()

@@ -171,7 +171,7 @@ def verify(
 ) -> None:
     """Prove that the model is what the ledger says: rebuild it from the mask, and recompute every entry."""
     if (model is None) != (base is None):
-        raise ConfigError("--model", "and --base belong together", "give both, or neither")
+        raise ConfigError("--model, --base", "only one of them was given", "give both, or neither")
     if model is not None:
         need("model", "meerkat verify --model")
     began = time.monotonic()

@@ -163,7 +163,11 @@ def open_to_read(path: Path) -> sqlite3.Connection:
     """
     if not _exists(path):
         check_remains(path, None, 0)
-        raise LedgerError(str(path), "there is no ledger", "give the state_dir of a server that was started")
+        below = [path.parent / name for name in ("server", "server-state")]  # a demo's folder, one of `meerkat init`
+        near = next((str(folder) for folder in below if (folder / path.name).is_file()), None)
+        raise LedgerError(
+            str(path), "there is no ledger", f"give {near or 'the state_dir of a server that was started'}"
+        )
     _look(path, thorough=False)
     with in_words(path):
         connection = _reader(path)

@@ -110,7 +110,7 @@ def test_what_is_wrong_before_any_connection(meerkat: Meerkat, files: Files, tmp
     meerkat("node", "--config", config).failed(2, f"{config}: id: ", "'köln/1'", "letters, digits, '_' and '-'")
     config = files(data="none.jsonl")
     meerkat("node", "--config", config).failed(
-        3, f"{config}: data: {tmp_path}/none.jsonl: there is no such file; give the node its data"
+        3, f"{config}: data: {tmp_path}/none.jsonl: there is no such file; name the node's rows: a JSON"
     )
     config = files(state_dir="rows.jsonl")
     meerkat("node", "--config", config).failed(2, f"{config}: state_dir {tmp_path}/rows.jsonl: cannot be used")
