@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from meerkat_mq.errors import MaskError, UnsupportedModel
 from meerkat_mq.model.data import problem_of
+from meerkat_mq.model.in_words import in_words
 from meerkat_mq.model.load import LoadedModel, linear_layers
 from meerkat_mq.model.scoring import Inputs, embed, tokenise
 
@@ -157,7 +158,8 @@ def each_gradient(
         ]
         try:
             for batch in batches:
-                torch.autograd.backward(calibration_loss(loaded, batch))
+                with in_words(str(loaded.folder), "gives no gradients", "use another model, or more memory"):
+                    torch.autograd.backward(calibration_loss(loaded, batch))
                 tick()
         finally:
             for handle in handles:
@@ -219,8 +221,9 @@ def input_norms(
         for batch in batches:
             for inputs in ({"input_ids": batch},) if isinstance(batch, Tensor) else batch:
                 real = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
+                settings = {"use_cache": False} if isinstance(batch, Tensor) else {}
                 with torch.inference_mode():
-                    loaded.model.base_model(**inputs)
+                    loaded.model.base_model(**inputs, **settings)
             tick()
     finally:
         for handle in handles:

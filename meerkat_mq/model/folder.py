@@ -27,7 +27,7 @@ _DEEPEST = 64
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HUB_WEIGHTS = ["*.json", "*.safetensors", "*.txt", "*.model"]
 _OTHER_WEIGHTS = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
-_KERNEL = re.compile(r"[^/:]+/[^/:]+(@[^/:]+)?(:[^/:]+)?")
+_KERNEL = re.compile(r"[^/:]+/[^/:]+(@[^/:]+)?(:[^/:]+)?|.*flash.*")  # flash: fetched from there where it is absent
 _GGUF = ".gguf"
 _ORIGINAL = "give the folder of the model that it was made from, with safetensors"
 _ADAPTER = "adapter_config.json"
@@ -158,7 +158,8 @@ def _refuse_code(file: Path, found: Json) -> None:
             )
         if key == "transformers_weights" and value:
             raise ModelError(where, f"names weights of its own ({value!r})", "remove the key")
-        if key.endswith("_implementation") and isinstance(value, str) and _KERNEL.fullmatch(value):
+        chooses = any(part.endswith("_implementation") for part in path)  # one for all, or a table by part of the model
+        if chooses and isinstance(value, str) and _KERNEL.fullmatch(value):
             raise ModelError(where, f"names code of another place ({value!r})", "remove the key")
 
 

@@ -1,5 +1,6 @@
 """Which kind of model a configuration describes: decided by its class, as transformers maps it, not by a name."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ _POSITIVE = {
 }
 LAYERS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers"}
 _POSITIONS = {"max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"}
+_CAUSAL = re.compile("Causal|LMHead")  # also in a name that transformers does not know
 _MOST_TRIED = 64
 _MOST_POSITIONS = 1 << 24
 _RESTORE = "restore the model's own config.json"
@@ -105,7 +107,7 @@ def kind_of(config: Any, folder: Path) -> Kind:
         raise UnsupportedModel(where, f"{named or family} is neither a causal LM nor an encoder", _ANOTHER)
     if causal and (not encoder or getattr(config, "is_decoder", False)):
         return "causal"
-    if named in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+    if named in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or _CAUSAL.search(named or ""):
         raise UnsupportedModel(
             where,
             f"{named} is a causal LM, but is_decoder is false, so that its attention sees later tokens",

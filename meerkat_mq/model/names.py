@@ -75,9 +75,11 @@ def names_of(model: Any, stored: Mapping[str, StoredTensor]) -> Names:
     missing = []
     for aliases in groups.values():
         whole = [alias for alias in aliases if alias in takers]
-        if not whole:
-            if not any(alias in made for alias in aliases):
-                missing.append(aliases[0])
+        parts = next((made[alias] for alias in aliases if alias in made), ())
+        if parts:
+            made[aliases[0]] = parts
+        elif not whole:
+            missing.append(aliases[0])
         elif _all_same([stored[takers[alias]] for alias in whole]):
             copies[aliases[0]] = tuple(takers[alias] for alias in whole)
         else:  # tied by the configuration, but not in fact: transformers leaves them apart

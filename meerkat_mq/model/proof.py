@@ -73,7 +73,7 @@ class _Look:
 
     Attributes:
         tokenizer: its fingerprint.
-        parameters: a digest of each, by all of its names.
+        parameters: a digest of each that the checkpoint holds, by all of its names.
         outputs: over the texts and rows, by what they are.
     """
 
@@ -87,7 +87,8 @@ def _look(loaded: LoadedModel, task: Task) -> _Look:
         parameter.data = parameter.data.clone()  # sums can depend on where a tensor begins in memory
     with torch.inference_mode():
         outputs = _outputs(loaded) | _scores(loaded, task)
-    digests = {name: _digest(value) for name, value in loaded.model.state_dict().items()}
+    made_up = set(loaded.names.missing)  # such as a BERT's pooler: drawn anew at each load, and never used
+    digests = {name: _digest(value) for name, value in loaded.model.state_dict().items() if name not in made_up}
     return _Look(loaded.tokenizer_fingerprint, digests, outputs)
 
 
@@ -127,8 +128,10 @@ def _outputs(loaded: LoadedModel) -> Outputs:
     found: Outputs = {}
     for text in _TEXTS:
         ids = torch.tensor([loaded.tokenizer(text)["input_ids"][: loaded.max_tokens]], device=loaded.model.device)
-        output = loaded.model(input_ids=ids)
-        what, values = ("logits", output.logits) if loaded.kind == "causal" else ("states", output.last_hidden_state)
+        if loaded.kind == "causal":
+            what, values = "logits", loaded.model(input_ids=ids, use_cache=False).logits
+        else:
+            what, values = "states", loaded.model(input_ids=ids).last_hidden_state
         found[f"{what} of {text!r}"] = values[0].float().cpu().numpy()
     return found
 

@@ -20,6 +20,7 @@ _FEWEST = 8  # tokens: what a text that says anything needs
 _TEXT = "The quick brown fox"
 _RUST = re.compile(r"at line \d+ column \d+")
 _OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+_CORE_FILES = (TOKENIZER, "added_tokens.json", "special_tokens_map.json", "vocab.json")
 _TYPES: dict[str, tuple[type, ...]] = {
     "tokenizer_class": (str,),
     "model_max_length": (int, float),
@@ -73,7 +74,10 @@ def _place(folder: Path, table: Json, said: str) -> str:
     core = folder / TOKENIZER
     if not core.exists() and not any((folder / name).exists() for name in _OTHER_TOKENIZERS):
         return str(folder)
-    if core.exists() and (_RUST.search(said) or not _is_json(core)):
+    broken = next((file for name in _CORE_FILES if (file := folder / name).exists() and not _is_json(file)), None)
+    if broken is not None:
+        return str(broken)
+    if core.exists() and _RUST.search(said):
         return str(core)
     key = key_of(said, table)
     return f"{folder / TOKENIZER_CONFIG}: {key}" if key else str(core if core.exists() else folder)

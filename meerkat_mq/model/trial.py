@@ -48,7 +48,9 @@ def try_out(model: Any, kind: Kind, ids: list[int], folder: Path, *, finite: boo
         raise UnsupportedModel(
             f"{folder / CONFIG}: architectures",
             f"{type(model).__name__} sees later tokens, so it is no causal LM",
-            "set is_decoder to true, if it was trained as one",
+            "set is_decoder to true, if it was trained as one"
+            if hasattr(model.config, "is_decoder")
+            else "use a causal LM; of an encoder, one of a family that has encoders only, such as BERT",
         )
 
 

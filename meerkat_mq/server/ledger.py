@@ -49,6 +49,7 @@ class Ledger(LedgerReader):
         super().__init__(path, connection)
         self._mine: tuple[int, str] | None = None
         self._loose = set[bytes]()  # displacements kept since the last entry
+        self._number = ledger_file.number_of(path)
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -74,6 +75,7 @@ class Ledger(LedgerReader):
 
         Raises:
             AnotherServer: the ledger holds the term of another server.
+            LedgerUnavailable: the file was removed, moved or replaced: SQLite itself would write on into the void.
         """
         if self._connection.in_transaction:
             yield
@@ -82,6 +84,8 @@ class Ledger(LedgerReader):
             before = (self._mine, set(self._loose))
             self._connection.execute("BEGIN IMMEDIATE")
             try:
+                if ledger_file.number_of(self.path) != self._number:
+                    raise ledger_file.moved(self.path)
                 self._assert_in_charge()
                 yield
                 self._connection.execute("COMMIT")

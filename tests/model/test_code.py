@@ -105,6 +105,23 @@ def test_kernels_of_another_place_are_refused(planted: Callable[..., Path], key:
         load_model(folder)
 
 
+@pytest.mark.parametrize(
+    ("value", "place"),
+    [
+        ({"": "somebody/kernel"}, r"attn_implementation\.: "),
+        ({"text_config": "somebody/kernel"}, r"attn_implementation\.text_config: "),
+        (["somebody/kernel"], r"attn_implementation\.0: "),
+        ("flash_attention_2", "attn_implementation: "),
+        ("paged|flash_attention_3", "attn_implementation: "),
+    ],
+)
+def test_kernels_named_by_part_or_by_their_short_name(planted: Callable[..., Path], value: object, place: str) -> None:
+    """transformers fetches flash kernels, where they are not installed, from the hub."""
+    folder = planted(lambda folder: change(folder / "config.json", attn_implementation=value))
+    with pytest.raises(ModelError, match=f"{place}names code of another place .*; remove the key"):
+        find_folder(folder)
+
+
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("how", [in_config, in_tokenizer])
 def test_a_terminal_that_answers_yes(planted: Callable[..., Path], tmp_path: Path, how: Callable[[Path], None]) -> None:

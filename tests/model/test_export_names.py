@@ -111,6 +111,18 @@ def test_copies_in_two_formats(tmp_path: Path) -> None:
         dense(base)
 
 
+def test_two_tensors_of_one_name_are_refused_when_the_mask_is_made(tmp_path: Path) -> None:
+    """transformers reads both names as the same parameter; which of the two wins, is its own affair."""
+
+    def doubled(tensors: Tensors) -> Tensors:
+        copy = tensors["transformer.wte.weight"]
+        return tensors | {"wte.weight": copy, "lm_head.weight": copy}
+
+    base = rewritten(tiny.save(tiny.gpt2(), tmp_path / "base"), doubled)
+    with pytest.raises(UnsupportedModel, match=r"wte\.weight: is put together from 2 tensors of the checkpoint"):
+        dense(base)
+
+
 def bert_lm() -> Any:
     torch.manual_seed(0)
     config = BertConfig(

@@ -97,13 +97,39 @@ def test_bert_is_a_causal_model_only_as_a_decoder(tmp_path: Path) -> None:
         load_model(folder)
 
 
+@pytest.mark.parametrize("name", ["BertForCausalLM", "FSDPBertLMHeadModel"])
+def test_a_causal_model_by_a_name_that_nobody_knows_is_no_encoder(copy: Copy, name: str) -> None:
+    folder = copy("bert")
+    change(folder / "config.json", architectures=[name])
+    with pytest.raises(UnsupportedModel, match=f"architectures: {name} is a causal LM, but is_decoder is false"):
+        load_model(folder)
+
+
 def test_a_model_that_sees_later_tokens_is_no_causal_model(tmp_path: Path) -> None:
     config = transformers.XLNetConfig(
         vocab_size=320, d_model=32, n_layer=2, n_head=4, d_inner=48, initializer_range=0.2
     )
     tiny.save(transformers.XLNetLMHeadModel(config), tmp_path)
-    with pytest.raises(UnsupportedModel, match="XLNetLMHeadModel sees later tokens"):
+    with pytest.raises(UnsupportedModel, match=r"XLNetLMHeadModel sees later tokens, .*; use a causal LM"):
         load_model(tmp_path)
+
+
+def test_a_model_that_gives_no_gradients_is_an_error_in_words(tmp_path: Path) -> None:
+    """An XLM keeps what its layers computed, which a second computation then finds."""
+    config = transformers.XLMConfig(
+        vocab_size=320, emb_dim=32, n_layers=2, n_heads=4, max_position_embeddings=64, pad_index=2
+    )
+    loaded = load_model(tiny.save(transformers.XLMModel(config), tmp_path))
+    with pytest.raises(ModelError, match=r"gives no gradients \(.*\); use another model"):
+        make_mask(loaded, tiny.TEXTS, **SMALL)
+
+
+@pytest.mark.parametrize("name", ["added_tokens.json", "special_tokens_map.json"])
+def test_the_damaged_one_of_the_tokenizers_files_is_named(copy: Copy, name: str) -> None:
+    folder = copy("llama")
+    (folder / name).write_text("{")
+    with pytest.raises(ModelError, match=f"{name}: the tokenizer cannot be loaded"):
+        load_model(folder)
 
 
 @pytest.mark.parametrize("family", ["T5ForConditionalGeneration", "T5EncoderModel"])

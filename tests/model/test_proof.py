@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import BertForMaskedLM
 
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.errors import ModelMismatch
@@ -33,6 +34,22 @@ def test_what_was_exported_loads(folders: dict[str, Path], masks: dict[str, Mask
     other[-1] += 1
     with pytest.raises(ModelMismatch, match=r"out: .*weight does not load as base and theta give it; export the model"):
         check_loaded(out, folders[name], mask, other, tiny.TASK)
+
+
+def test_what_the_checkpoint_lacks_and_nobody_uses_is_no_difference(tmp_path: Path) -> None:
+    """A BERT that was saved with another head has no pooler: it is drawn anew at each load."""
+    base, out = tiny.save(BertForMaskedLM(tiny.bert().config), tmp_path / "base"), tmp_path / "out"
+    mask = make_mask(load_model(base), tiny.TEXTS, density=0.05, sequences=4, length=32)
+    export_model(base, mask, moved(mask), out)
+    check_loaded(out, base, mask, moved(mask), tiny.TASK)
+
+
+def test_a_configuration_without_what_a_cache_wants(tmp_path: Path) -> None:
+    base, out = tiny.save(tiny.llama(), tmp_path / "base"), tmp_path / "out"
+    config(base, layer_types=["full_attention", "sliding_attention"])
+    mask = make_mask(load_model(base), tiny.TEXTS, "magnitude-activation", density=0.05, sequences=4, length=32)
+    export_model(base, mask, moved(mask), out)
+    check_loaded(out, base, mask, moved(mask), tiny.TASK)
 
 
 @pytest.mark.parametrize("name", FAMILIES[1:])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
-from tests.server.federation import Federation
+from tests.server.federation import Federation, all_end
 from tests.server.replay import verified
 from tests.support.waiting import until
 
@@ -75,6 +75,32 @@ async def test_a_server_whose_disk_is_full_waits_for_it(federation: Federation, 
     assert await server.ended() == 0
     with federation.ledger() as ledger:
         verified(ledger)
+
+
+@pytest.mark.parametrize("removed", [False, True])
+async def test_a_server_whose_ledger_is_taken_away_commits_nothing(
+    federation: Federation, tmp_path: Path, removed: bool
+) -> None:
+    """Of a file that was removed while it is open, SQLite takes every commit, and all are lost at the end."""
+    server = federation.server(rounds=ROUNDS, toy_weights=50)
+    nodes = [federation.node(name) for name in ("a", "b", "c")]
+    await federation.eye.reaches(10)
+    folder, aside = tmp_path / "server", tmp_path / "aside"
+    folder.rename(aside)
+    if removed:
+        (aside / LEDGER_FILE).unlink()
+    assert "was removed, moved" in (await server.says("ledger not available, trying again"))["problem"]
+    if not removed:
+        stood = federation.eye.version
+        aside.rename(folder)
+        await server.says("ledger available again")
+        await federation.eye.reaches(stood + 10)
+    for service in (server, *nodes):
+        service.stop()
+    assert await all_end(server, *nodes) == [0] * 4
+    if not removed:
+        with federation.ledger() as ledger:
+            verified(ledger)
 
 
 async def test_a_server_may_be_started_while_its_disk_is_full(
