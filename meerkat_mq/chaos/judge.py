@@ -37,7 +37,7 @@ def all_checks(
     of_drill = {
         "faults strike and heal as planned": iter(problems),
         "the next round closes after each fault": recovers(plan, [struck for _, struck in happened]),
-        "every process ends in words": ends_in_words(stage),
+        "no process dies unasked": ends_in_words(stage),
         "every node ends at the ledger's theta": _arrives(plan, seen, history),
         "poison is refused": refused(happened, seen, history, plan.file.recover_s),
         "the ledger verifies": _verifies(stage),
