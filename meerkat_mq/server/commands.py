@@ -54,7 +54,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Again each second, until the run is finished.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show how a run stands: round, pace, loss, and each node with its last verdict and what its virtual path shows.
+    """Show a run: accuracy, loss, round, whether the server is running; each node, its last verdict and virtual path.
 
     A node's updates are the messages that came with one, repeated ones too; its bytes are all that came from it;
     its GradIP is the mean size over the recent rounds.
