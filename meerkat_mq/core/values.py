@@ -118,7 +118,7 @@ class Residual:
         return wanted
 
     def forget(self, version: int, *, heard: bool) -> None:
-        """The update from theta of `version` is heard: what its encoding left out counts now; else nothing changes."""
+        """Settle an update: if it was acknowledged, what its encoding left out is added to the next displacement."""
         before, after = self._sent.pop(version, (self._left, self._left))
         if heard:
             self._left = after if before is self._left else self._left + (after - before)

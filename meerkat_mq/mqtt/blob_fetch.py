@@ -16,9 +16,9 @@ CHUNKS_A_WANT = 16
 class BlobFetch:
     """Collects the chunks of one blob; `add` is called for every chunk that arrives.
 
-    It asks for some chunks at a time. After a silence it asks for one alone, the last, and waits twice as long: where
-    another one comes before it, those that were asked for are still on their way, and asking again would clog a slow
-    link; else they were lost.
+    It asks for some chunks at a time. After a silence it asks for the last of them only, and waits
+    twice as long. If another chunk comes first, the chunks are still on their way, and asking again would clog a slow
+    link. If not, they were lost.
 
     Args:
         name: the blob's hash, 16 bytes.

@@ -9,8 +9,8 @@ class Timeouts:
 
     Attributes:
         connect_s: for TCP and TLS together, and again for the broker's answer to CONNECT.
-        answer_s: for the broker's answer to SUBSCRIBE and to each QoS 1 message, and again from all else that comes
-            before it: on a slow link, answers stand in line. Then the connection counts as dead.
+        answer_s: for the broker's answer to SUBSCRIBE and to each QoS 1 message, counted anew from each packet
+            that comes before it: on a slow link, an answer waits behind others. Then the connection counts as dead.
         longest_answer_s: for such an answer, whatever else comes.
         flush_s: at an orderly end, for what still waits to be sent.
         back_off_first_s: the pause after a first failure is drawn from 0.1 to 1 times this; doubled after each more.

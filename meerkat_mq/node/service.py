@@ -32,7 +32,7 @@ from meerkat_mq.wire.frames import decode, encode
 from meerkat_mq.wire.messages import Chunk, Entries, Offer, Refusal, Round, Update, Want, Welcome
 from meerkat_mq.wire.topics import Topics
 
-GRACE_S = 2.0  # in which a round may still ask something of a node that has nothing to do
+GRACE_S = 2.0  # an idle node waits this long for a request of the round before it sleeps
 
 
 async def run_node(config: NodeConfig) -> None:
@@ -213,7 +213,7 @@ class _Node:
         if not late:
             return self._is_idle(jobs) or (self._at_rest and not jobs.busy and not self._is_behind)
         job = jobs.catching_up
-        self._last_job = self._last_job or job  # what it catches up with after this one would have no end
+        self._last_job = self._last_job or job  # only this one: catching up with every later one would never end
         return job is None or job is not self._last_job
 
     @property

@@ -188,7 +188,7 @@ class NodeMachine:
             self._link = state.link if state.connected else self._link
 
     def _see_two_servers(self) -> None:
-        """A ledger restored from backup forgot its newest terms, and so did the broker: ask until one is above them.
+        """A ledger from a backup lacks its newest terms, and so may the broker: ask until the term is above them.
 
         Under one term, this node could not tell that server's past from the one that it knows.
         """

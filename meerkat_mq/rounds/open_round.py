@@ -161,7 +161,7 @@ def round_frame(
 def _ages(acknowledged: Mapping[int, int], version: int, oldest: int, *, room: int) -> tuple[tuple[int, int], ...]:
     """(slot, age) of those heard before `version`, up to an age, by slot; the newest where there is no room for all.
 
-    Who is left out sends again what is committed already, until it is too old: a duplicate.
+    A node that is left out sends its committed update again, as a duplicate, until that update is too old.
     """
     ages = ((version - base, slot) for slot, base in acknowledged.items()) if oldest else ()
     newest = sorted((age, slot) for age, slot in ages if 1 <= age <= oldest)[:room]

@@ -9,7 +9,9 @@ Committed = dict[tuple[int, str], UpdateRecord]  # by base version and node
 
 
 class Window:
-    """The versions from head − max_staleness to the head; one update a node and base version, never back to an older.
+    """Which updates may still count: those from theta of the versions head − max_staleness to head.
+
+    Each node has one update for each base version, and never one from an older version than its newest.
 
     Attributes:
         acknowledged: slot to the newest base version of a committed update.
@@ -72,7 +74,7 @@ class Window:
         self._fetched[node] = base
 
     def fetched(self, node: str, base: int) -> bool:
-        """It is on its way no more; False where it was not."""
+        """The displacement arrived, or will not come; False if it was not being fetched."""
         if self._fetched.get(node) != base:
             return False
         del self._fetched[node]
