@@ -71,7 +71,7 @@ def _shards(index: Path, folder: Path) -> list[str]:
 
 
 def _is_plain(name: object) -> bool:
-    return isinstance(name, str) and name.isprintable() and _SHARD.fullmatch(name) is not None
+    return isinstance(name, str) and name.isprintable() and len(name) <= 128 and _SHARD.fullmatch(name) is not None
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -119,7 +119,7 @@ def read_json(file: Path) -> Json:
         raise ModelError(
             str(file), f"cannot be used (it holds {type(found).__name__}, not an object)", "fetch the model again"
         )
-    if any(len(path) > _DEEPEST for path, _ in _walk(found)):
+    if any(len(path) > _DEEPEST for path, _ in walk(found)):
         raise ModelError(str(file), f"is nested more than {_DEEPEST} levels deep", "fetch the model again")
     return found
 
@@ -134,7 +134,7 @@ def _check_size(file: Path) -> None:
         raise ModelError(str(file), f"has {size:,} bytes; {most:,} are the most", "fetch the model again")
 
 
-def _walk(found: Json) -> Iterator[tuple[tuple[str, ...], Any]]:
+def walk(found: Json) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Each value inside, with its path, without recursion; deeper ones than are allowed are not entered."""
     waiting: list[tuple[tuple[str, ...], Any]] = [((), found)]
     while waiting:
@@ -147,7 +147,7 @@ def _walk(found: Json) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 def _refuse_code(file: Path, found: Json) -> None:
     """Whatever makes transformers run code, or read weights, that lie in the folder or on the hub."""
-    for path, value in _walk(found):
+    for path, value in walk(found):
         key = path[-1] if path else ""
         where = f"{file}: {'.'.join(path)}"
         if key == "auto_map" and value:
@@ -175,7 +175,7 @@ def _refuse_adapter(folder: Path, *, whole: bool) -> None:
 
 
 def _refuse_quantised(file: Path, config: Json) -> None:
-    for path, value in _walk(config):
+    for path, value in walk(config):
         if path and path[-1] in ("quantization_config", "quantization") and isinstance(value, dict):
             method = next((str(value[key]) for key in ("quant_method", "bits") if key in value), "some method")
             raise UnsupportedModel(f"{file}: {'.'.join(path)}", f"its weights are quantised ({method})", DEQUANTISE)

@@ -1,13 +1,17 @@
 """Which kind of model a configuration describes: decided by its class, as transformers maps it, not by a name."""
 
+import itertools
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -22,13 +26,19 @@ Kind = Literal["causal", "encoder"]
 
 _POSITIVE = {
     *("hidden_size", "n_embd", "d_model", "dim", "intermediate_size", "n_inner", "vocab_size", "head_dim"),
-    *("num_attention_heads", "n_head", "n_heads", "num_key_value_heads", "num_local_experts", "num_experts"),
+    *("num_attention_heads", "n_head", "n_heads", "num_key_value_heads"),
 }
 LAYERS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers"}
 _POSITIONS = {"max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"}
 _CAUSAL = re.compile("Causal|LMHead")  # also in a name that transformers does not know
+_EXPERTS = {"num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"}
 _MOST_TRIED = 64
 _MOST_POSITIONS = 1 << 24
+_MOST_EXPERTS = 1 << 12
+_MOST_LABELS = 1 << 16  # each is an object in memory
+_MODULES = 1000  # of a model at most, and for each tensor of the checkpoint _MODULES_A_TENSOR more
+_MODULES_A_TENSOR = 50
+_MOST_BUFFERS = 1 << 30  # bytes
 _RESTORE = "restore the model's own config.json"
 _ANOTHER = "give a causal LM (…ForCausalLM), or an encoder such as BERT or MiniLM"
 
@@ -61,18 +71,20 @@ def read_config(folder: Path, tensors: int) -> Any:
 def _check_table(file: Path, table: Json, tensors: int, prefix: str = "") -> None:
     """Values that would be believed: sizes below one, layers or positions without end."""
     for key, value in table.items():
-        where = f"{file}: {prefix}{key}"
-        most = tensors if key in LAYERS else _MOST_POSITIONS if key in _POSITIONS else 1 << 31
-        if (
-            key in _POSITIVE | LAYERS | _POSITIONS
-            and value is not None
-            and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most)
-        ):
-            raise ModelError(
-                where, f"{_short(value)} is no integer from 1 to {most:,}", "restore the model's own value"
-            )
+        least, most = _bounds(key, tensors)
+        if most and value is not None and not (type(value) is int and least <= value <= most):
+            problem = f"{_short(value)} is no integer from {least} to {most:,}"
+            raise ModelError(f"{file}: {prefix}{key}", problem, "restore the model's own value")
     if not prefix:
         _check_type(file, table)
+
+
+def _bounds(key: str, tensors: int) -> tuple[int, int]:
+    """The least and the largest value that a key may have; (0, 0) where anything goes."""
+    if key == "num_labels":
+        return 0, _MOST_LABELS
+    kinds = ((LAYERS, tensors), (_POSITIONS, _MOST_POSITIONS), (_EXPERTS, _MOST_EXPERTS), (_POSITIVE, 1 << 31))
+    return next(((1, most) for keys, most in kinds if key in keys), (0, 0))
 
 
 def _check_type(file: Path, table: Json) -> None:
@@ -121,21 +133,48 @@ def class_of(kind: Kind) -> Any:
     return transformers.AutoModelForCausalLM if kind == "causal" else transformers.AutoModel
 
 
-def skeleton(config: Any, kind: Kind, folder: Path) -> Any:
+def skeleton(config: Any, kind: Kind, folder: Path, tensors: int) -> Any:
     """The model without weights: names, shapes and ties, in no memory.
 
+    Args:
+        config: as `read_config` gives it.
+        kind: what is loaded.
+        folder: the checkpoint.
+        tensors: how many it holds; what has far more parts than that is no model of it.
+
     Raises:
-        ModelError: the configuration contradicts itself.
+        ModelError: the configuration contradicts itself, or describes something far larger than the checkpoint.
     """
 
     def build(config: Any) -> Any:
-        with torch.device("meta"):
+        with torch.device("meta"), _few_modules(_MODULES + _MODULES_A_TENSOR * tensors):
             return class_of(kind).from_config(config, trust_remote_code=False)
 
     file = folder / CONFIG
     place = partial(_place, file, read_json(file), lambda table: build(_config(table)))
     with in_words(place, "cannot be used", _RESTORE):
-        return build(config)
+        bare = build(config)
+    buffers = {name: buffer.numel() * buffer.element_size() for name, buffer in bare.named_buffers()}
+    if sum(buffers.values()) > _MOST_BUFFERS:
+        largest = max(buffers, key=buffers.__getitem__)
+        raise ModelError(str(file), f"{largest} would take {buffers[largest]:,} bytes of memory", _RESTORE)
+    return bare
+
+
+@contextmanager
+def _few_modules(most: int) -> Iterator[None]:
+    """A configuration may ask for any number of blocks, experts or streams: refuse before they take all memory."""
+    builder, left = threading.get_ident(), itertools.count(most, -1)
+
+    def count(*_: object) -> None:
+        if threading.get_ident() == builder and next(left) < 0:
+            raise ValueError(f"it describes more than {most:,} parts, and the checkpoint holds far fewer tensors")
+
+    hook = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _config(table: Json) -> Any:

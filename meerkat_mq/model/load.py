@@ -107,7 +107,7 @@ def load_model(
     say("weights", f"{len(stored)} tensors in {', '.join(sorted(held))}")
     config = read_config(folder, len(stored))
     kind = kind_of(config, folder)
-    bare = skeleton(config, kind, folder)
+    bare = skeleton(config, kind, folder, len(stored))
     say("kind", f"{'causal LM' if kind == 'causal' else 'encoder'}, {type(bare).__name__}")
     tokenizer = read_tokenizer(folder, kind)
     check_ids(tokenizer, bare.get_input_embeddings().num_embeddings, folder)
@@ -141,7 +141,7 @@ def load_model(
 def _quieten() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")  # about keys of older models
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error, it raises too
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 

@@ -52,7 +52,7 @@ def stored_copies(folder: Path) -> dict[str, tuple[StoredTensor, ...]]:
     """
     stored = stored_tensors(folder)
     config = read_config(folder, len(stored))
-    found = names_of(skeleton(config, kind_of(config, folder), folder), stored)
+    found = names_of(skeleton(config, kind_of(config, folder), folder, len(stored)), stored)
     return {name: tuple(stored[copy] for copy in copies) for name, copies in found.copies.items()}
 
 

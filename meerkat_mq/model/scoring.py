@@ -255,7 +255,9 @@ def _check_descriptions(loaded: LoadedModel, task: Task, limit: int) -> None:
 def tokenise(loaded: LoadedModel, texts: list[str], max_tokens: int) -> Inputs:
     """Padded inputs of an encoder, int64 (texts, length) each, on the model's device."""
     limit = min(max_tokens, loaded.max_tokens)
-    encoded = loaded.tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+    encoded = loaded.tokenizer(
+        texts, padding=True, truncation=True, max_length=limit, return_attention_mask=True, return_tensors="pt"
+    )
     return {name: tensor.to(loaded.model.device) for name, tensor in encoded.items()}
 
 

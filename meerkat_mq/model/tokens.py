@@ -10,21 +10,26 @@ from typing import Any
 
 import transformers
 
-from meerkat_mq.errors import ModelError
-from meerkat_mq.model.folder import TOKENIZER, TOKENIZER_CONFIG, Json, read_json
+from meerkat_mq.errors import ModelError, shown
+from meerkat_mq.model.folder import TOKENIZER, TOKENIZER_CONFIG, Json, read_json, walk
 from meerkat_mq.model.in_words import in_words, key_of
 from meerkat_mq.model.kinds import Kind
 from meerkat_mq.model.probes import PROBES
+from meerkat_mq.model.tokenizer_trial import try_tokenizer
 
 _FEWEST = 8  # tokens: what a text that says anything needs
 _TEXT = "The quick brown fox"
 _RUST = re.compile(r"at line \d+ column \d+")
+_SPECIAL_TOKENS = "special_tokens_map.json"
 _OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
-_CORE_FILES = (TOKENIZER, "added_tokens.json", "special_tokens_map.json", "vocab.json")
+_CORE_FILES = (TOKENIZER, "added_tokens.json", _SPECIAL_TOKENS, "vocab.json")
+_TOKEN_KEYS = {"content", "single_word", "lstrip", "rstrip", "normalized", "special", "__type"}
+_TOKENS = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
 _TYPES: dict[str, tuple[type, ...]] = {
     "tokenizer_class": (str,),
     "model_max_length": (int, float),
     "added_tokens_decoder": (dict,),
+    "model_input_names": (list,),
     **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token"), (str, dict)),
 }
 _OWN_FILES = "put this model's own tokenizer files into the folder"
@@ -37,6 +42,8 @@ def read_tokenizer(folder: Path, kind: Kind) -> Any:
         ModelError: its files are absent, damaged, or contradict each other.
     """
     table = _table(folder)
+    if (folder / TOKENIZER).exists():
+        try_tokenizer(folder / TOKENIZER)
     with in_words(partial(_place, folder, table), "the tokenizer cannot be loaded", _OWN_FILES):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         tokenizer.padding_side = "right"
@@ -51,6 +58,9 @@ def read_tokenizer(folder: Path, kind: Kind) -> Any:
             f"{tokenizer.model_max_length!r} tokens hold no text",
             "restore the model's own value",
         )
+    if next(iter(tokenizer.model_input_names), None) != "input_ids":
+        problem = f"{shown(tokenizer.model_input_names)} does not begin with 'input_ids'"
+        raise ModelError(f"{folder / TOKENIZER_CONFIG}: model_input_names", problem, "restore the model's own value")
     return tokenizer
 
 
@@ -65,8 +75,19 @@ def _table(folder: Path) -> Json:
     for key, kinds in _TYPES.items():
         value = table.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
-            raise ModelError(f"{file}: {key}", f"{value!r:.60} cannot be used", _OWN_FILES)
+            raise ModelError(f"{file}: {key}", f"{shown(value)} cannot be used", _OWN_FILES)
+    _refuse_strange_tokens(file, table)
+    if (folder / _SPECIAL_TOKENS).exists() and _is_json(folder / _SPECIAL_TOKENS):  # else its loader says so
+        _refuse_strange_tokens(folder / _SPECIAL_TOKENS, read_json(folder / _SPECIAL_TOKENS))
     return table
+
+
+def _refuse_strange_tokens(file: Path, table: Json) -> None:
+    """Of a token's keys that it does not know, the library says so on stdout, in the midst of what is read there."""
+    for path, token in walk(table):
+        named = path and (path[-1].endswith("_token") or (len(path) == 2 and path[0] in _TOKENS))
+        if named and isinstance(token, dict) and (strange := token.keys() - _TOKEN_KEYS):
+            raise ModelError(f"{file}: {'.'.join(path)}", f"a token has no {shown(min(strange))}", "remove the key")
 
 
 def _place(folder: Path, table: Json, said: str) -> str:
@@ -108,7 +129,7 @@ def check_ids(tokenizer: Any, embeddings: int, folder: Path) -> None:
     if token and table[token] >= embeddings:
         raise ModelError(
             str(folder),
-            f"the tokenizer makes ids beyond the {embeddings} embeddings: {token!r} is {table[token]}",
+            f"the tokenizer makes ids beyond the {embeddings} embeddings: {shown(token)} is {table[token]}",
             f"{_OWN_FILES}, or save the model after resize_token_embeddings()",
         )
 
