@@ -24,6 +24,7 @@ from meerkat_mq.observe.start import SIGNALLED, WORDS
 
 IN_ORDER_S = 10.0
 AT_ONCE_S = 1.5
+_IMPORTER = "<frozen importlib._bootstrap>"
 
 
 class Interrupted(BaseException):
@@ -115,7 +116,16 @@ def hear(number: int) -> None:
 
 
 def interrupt(number: int) -> NoReturn:
-    """Raise Interrupted: the action of commands."""
+    """Raise Interrupted: the action of commands.
+
+    In the middle of an import, leave instead: compiled libraries abort where what they import
+    raises.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_filename == _IMPORTER:
+            leave(number)
+        frame = frame.f_back
     raise Interrupted(number)
 
 

@@ -5,7 +5,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from meerkat_mq.config import ServerConfig
+from meerkat_mq.errors import ConfigError
 from meerkat_mq.extras import importing, need
+from meerkat_mq.mqtt import packet_bytes
 from meerkat_mq.observe.events import Observer
 from meerkat_mq.observe.process import Threads
 from meerkat_mq.server.alive import alive
@@ -20,6 +22,8 @@ from meerkat_mq.server.scribe import Scribe
 from meerkat_mq.server.server import Server
 from meerkat_mq.server.snapshots import Snapshots
 from meerkat_mq.server.watch import Watch
+from meerkat_mq.wire.frames import encode
+from meerkat_mq.wire.topics import Topics
 
 if TYPE_CHECKING:
     from meerkat_mq.server.evaluation import Evaluator
@@ -74,7 +78,23 @@ def _prepare(config: ServerConfig, ledger: Ledger) -> Run:
     run = prepare_run(config, begun)
     if begun is not None:
         check_same(run, begun, ledger.rules, str(ledger.path))
+    _check_room(config, run)
     return run
+
+
+def _check_room(config: ServerConfig, run: Run) -> None:
+    """Make sure that packets hold what every node needs: the run's description, and the parts of the mask."""
+    topics, limit, first = Topics(config.federation), config.broker.max_packet_bytes, run.chunks(0)[0]
+    for what, topic, payload in (
+        ("the run's description", topics.run, run.descriptor.encode()),
+        ("a part of the mask", topics.blob(first.blob, first.index), encode(first)),
+    ):
+        size = packet_bytes(topic, payload, 1)
+        if size > limit:
+            problem = f"is {limit}, and {what} makes a packet of {size} bytes"
+            raise ConfigError(
+                "broker.max_packet_bytes", problem, f"set it to {size} or more, and the broker's limit too"
+            )
 
 
 def _load_evaluator(config: ServerConfig, run: Run) -> "Evaluator | None":

@@ -57,6 +57,15 @@ def importing():
     except BaseException:
         raise ImportError("a library makes this of what ended it") from None
 
+def half_imported():
+    import os, pathlib, tempfile
+    folder = pathlib.Path(tempfile.mkdtemp())
+    (folder / "compiled.py").write_text(
+        "import os, time\\ntry:\\n print('ready', flush=True); time.sleep(60)\\nexcept BaseException:\\n os.abort()"
+    )
+    sys.path.insert(0, str(folder))
+    import compiled
+
 def deep():
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # one call, deaf to Python's handlers
@@ -120,7 +129,7 @@ async def test_process_1_loses_no_signal_either(module: str) -> None:
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-@pytest.mark.parametrize("phase", ["sleep", "in_a_thread", "on_the_loop", "importing", "deep"])
+@pytest.mark.parametrize("phase", ["sleep", "in_a_thread", "on_the_loop", "importing", "half_imported", "deep"])
 async def test_a_command_is_interrupted_in_every_phase(phase: str, number: signal.Signals) -> None:
     process = started(sys.executable, "-c", FRAME, phase)
     assert process.stdout is not None

@@ -40,7 +40,7 @@ def files(tmp_path: Path) -> Files:
             ["rounds.directions: 8 lanes are more than the 4 nodes", "lower directions, or raise min_nodes"],
         ),
         (
-            {"rounds": {"directions": 3, "min_nodes": 4, "fraction": 0.5}},
+            {"rounds": {"directions": 3, "min_nodes": 4, "min_updates": 1, "fraction": 0.5}},
             2,
             ["rounds.directions: 3 lanes are more than the 2 nodes", "or fraction"],
         ),
@@ -53,6 +53,11 @@ def files(tmp_path: Path) -> Files:
         ({"state_dir": "mask.mkm"}, 2, ["state_dir ", "mask.mkm: cannot be used", "name a folder that can be written"]),
         ({"federation": "f/g"}, 2, ["federation: ", "'f/g'"]),
         ({"rounds": {"count": 0}}, 2, ["rounds.count: ", "not 0"]),
+        (
+            {"engine": "toy", "broker": {"max_packet_bytes": 1024}},
+            2,
+            ["broker.max_packet_bytes: is 1024, and ", " makes a packet of ", "set it to ", "the broker's limit too"],
+        ),
     ],
 )
 def test_a_wrong_setting(meerkat: Meerkat, files: Files, settings: dict[str, Any], code: int, words: list[str]) -> None:
