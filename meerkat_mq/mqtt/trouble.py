@@ -90,6 +90,8 @@ class Trouble:
     def _count(self, lost: Lost, lived_s: float | None) -> None:
         if lived_s is None:
             self._unanswered = self._unanswered + 1 if lost.unanswered else 0
+            if not lost.unanswered and not isinstance(lost, Refused):
+                self._short_lived = self._stuck = 0  # it is away: no message of ours ended the connections before
             return
         if lived_s >= QUIET_S:
             self._seldom.forget()

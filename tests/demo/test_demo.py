@@ -39,6 +39,7 @@ async def test_an_interrupted_demo_says_how_its_page_is_made(tmp_path: Path, mon
     monkeypatch.setattr(demo, "configure_logs", lambda *, as_json, file: file.close())
     for ledger in (True, False):
         out = tmp_path / f"my demo {ledger}"
+        out.mkdir()
         console = Console(file=io.StringIO(), width=40)
         with pytest.raises(asyncio.CancelledError):
             await demo.run_demo(make_plan(Choices()), out, console)
