@@ -61,7 +61,7 @@ def write_certificates(
         acl = mosquitto_acl(federation)
         if acl_file.exists() and not acl_file.read_text(encoding="utf-8", errors="replace").startswith(acl):
             problem = f"is not the ACL that this version writes for the federation {federation!r}"
-            raise ConfigError(str(acl_file), problem, "name the federation of this folder, or move the file away")
+            raise ConfigError(str(acl_file), problem, "name the federation of this folder, or move it away")
         wanted += [(folder / home, name, ()) for name, home in _HOMES.items()]
     if hosts:
         for host in hosts:
