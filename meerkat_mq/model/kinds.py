@@ -62,6 +62,7 @@ def read_config(folder: Path, tensors: int) -> Any:
     with in_words(partial(_place, file, table, _config), "cannot be used", _RESTORE):
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         text = config.get_text_config()
+        config.return_dict = True  # outputs are read by name
         pad, ids = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
     if pad is not None and ids is not None and not -ids <= pad < ids:  # Llama's -1 is the last
         raise ModelError(f"{file}: pad_token_id", f"{pad} is no id of the {ids} embeddings", _RESTORE)
@@ -71,6 +72,8 @@ def read_config(folder: Path, tensors: int) -> Any:
 def _check_table(file: Path, table: Json, tensors: int, prefix: str = "") -> None:
     """Values that would be believed: sizes below one, layers or positions without end."""
     for key, value in table.items():
+        if key == "attention_types":
+            _check_repeats(f"{file}: {prefix}{key}", value, tensors)
         least, most = _bounds(key, tensors)
         if most and value is not None and not (type(value) is int and least <= value <= most):
             problem = f"{_short(value)} is no integer from {least} to {most:,}"
@@ -85,6 +88,18 @@ def _bounds(key: str, tensors: int) -> tuple[int, int]:
         return 0, _MOST_LABELS
     kinds = ((LAYERS, tensors), (_POSITIONS, _MOST_POSITIONS), (_EXPERTS, _MOST_EXPERTS), (_POSITIVE, 1 << 31))
     return next(((1, most) for keys, most in kinds if key in keys), (0, 0))
+
+
+def _check_repeats(where: str, groups: object, tensors: int) -> None:
+    """GPT-Neo's list of (kinds of attention, how often): transformers writes it out before it looks at the length."""
+    try:
+        layers = sum(len(kinds) * times for kinds, times in groups or ())  # type: ignore[attr-defined]
+    except (TypeError, ValueError) as error:
+        raise ModelError(where, f"{_short(groups)} is no list of pairs", _RESTORE) from error
+    if not (type(layers) is int and layers <= tensors):
+        raise ModelError(
+            where, f"describes {_short(layers)} layers, and the checkpoint holds {tensors} tensors", _RESTORE
+        )
 
 
 def _check_type(file: Path, table: Json) -> None:

@@ -138,17 +138,17 @@ def added_around(tokenizer: Any, folder: Path) -> tuple[tuple[int, ...], tuple[i
     """The ids that the tokenizer puts before and after any text.
 
     Raises:
-        ModelError: without them it makes other tokens of the same text.
+        ModelError: without them it makes other tokens of the same text, or with them the text comes more than once.
     """
     text = _TEXT
     whole = ids_of(tokenizer, [text])[0]
     bare = list(tokenizer([text], add_special_tokens=False)["input_ids"][0])
-    for start in range(len(whole) - len(bare) + 1):
-        if bare and whole[start : start + len(bare)] == bare:
-            return tuple(whole[:start]), tuple(whole[start + len(bare) :])
-    raise ModelError(
-        str(folder), f"the tokenizer makes nothing of {text!r}, or other tokens than beside special ones", _OWN_FILES
-    )
+    starts = range(len(whole) - len(bare) + 1)
+    found = [start for start in starts if bare and whole[start : start + len(bare)] == bare]
+    if len(found) == 1:
+        return tuple(whole[: found[0]]), tuple(whole[found[0] + len(bare) :])
+    said = "repeats" if found else "makes nothing, or other tokens than beside special ones, of"
+    raise ModelError(str(folder), f"the tokenizer {said} {text!r}", _OWN_FILES)
 
 
 def prompt_ids(tokenizer: Any, start: tuple[int, ...], texts: Sequence[str]) -> list[list[int]]:

@@ -74,6 +74,11 @@ class OpenRound:
         return len(found) >= least
 
     @property
+    def useless(self) -> list[str]:
+        """The nodes that were heard, but with no update that can be used."""
+        return sorted({name for _, name in self.heard} - self.candidates)
+
+    @property
     def records(self) -> tuple[UpdateRecord, ...]:
         """The committed updates, by base version and slot."""
         return tuple(sorted(self.heard.values(), key=lambda record: (record.version, record.slot)))

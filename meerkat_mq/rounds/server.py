@@ -413,7 +413,10 @@ class ServerMachine:
                 self._close(current, current.products, overdue=overdue)
         elif overdue:
             if due:
-                self._count(f"fewer than {self._settings.min_updates} updates can be used")
+                fewest = self._settings.min_updates
+                self._count(f"fewer than {fewest} updates can be used")
+                for name in current.useless:
+                    self._count(f"cannot be used, and the round waits for {fewest} that can", name)
             self._extend(current, now)
 
     def _close(self, current: OpenRound, products: Sequence[Sequence[float]], *, overdue: bool) -> None:

@@ -47,6 +47,34 @@ def test_no_labels_are_fine(copy: Copy) -> None:
     assert load_model(folder).kind == "encoder"
 
 
+@pytest.mark.parametrize("groups", [[[["global"], 10**9]], [[["global"], 2.0]], [["global", "local"]], {"a": 1}])
+def test_attention_types_that_are_written_out(tmp_path: Path, groups: Any) -> None:
+    config = transformers.GPTNeoConfig(
+        vocab_size=320, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=32, max_position_embeddings=64,
+        attention_types=[[["global", "local"], 1]], initializer_range=0.2, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    folder = tiny.save(transformers.GPTNeoForCausalLM(config), tmp_path)
+    assert load_model(folder).kind == "causal"
+    change(folder / "config.json", attention_types=groups)
+    with pytest.raises(ModelError, match=r"config\.json: attention_types: .*restore the model's own config\.json"):
+        load_model(folder)
+
+
+def test_outputs_without_names_are_asked_for_with_names(copy: Copy) -> None:
+    folder = copy("llama")
+    change(folder / "config.json", return_dict=False)
+    assert load_model(folder).model.config.return_dict is True
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_tokenizer_that_repeats_the_text(copy: Copy, name: str) -> None:
+    folder = copy(name)
+    again = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 2, "pair": []}
+    change(folder / "tokenizer.json", post_processor=again | {"special_tokens": {}})
+    with pytest.raises(ModelError, match="the tokenizer repeats 'The quick brown fox'; put this model's own"):
+        load_model(folder)
+
+
 def test_more_parts_than_the_checkpoint_has_tensors(tmp_path: Path) -> None:
     config = transformers.MobileBertConfig(
         vocab_size=320, hidden_size=32, embedding_size=8, num_hidden_layers=1, num_attention_heads=2,
