@@ -14,6 +14,7 @@ from meerkat_mq.core.seldom import Seldom
 from meerkat_mq.errors import DataError, NodeReplaced, NotConnected, PayloadTooLarge, RunMismatch, WireError, within
 from meerkat_mq.extras import need
 from meerkat_mq.mqtt import Marker, Message, Presence, Session, Verdict, Will
+from meerkat_mq.mqtt.alarm import Alarm
 from meerkat_mq.node.blobs import Blobs
 from meerkat_mq.node.duty import DutyCycle
 from meerkat_mq.node.jobs import Job, Jobs, in_worker
@@ -24,7 +25,6 @@ from meerkat_mq.node.words import say_finished
 from meerkat_mq.node.work import Work
 from meerkat_mq.observe.process import Threads, peak_rss_mib
 from meerkat_mq.rounds import events as e
-from meerkat_mq.rounds.alarm import Alarm
 from meerkat_mq.rounds.node import NodeMachine
 from meerkat_mq.rounds.pulse import Pulse
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor, ServerState, decode_control

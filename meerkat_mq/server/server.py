@@ -13,9 +13,9 @@ from meerkat_mq.core.path import short_hash
 from meerkat_mq.core.seldom import Seldom
 from meerkat_mq.errors import AnotherServer, MeerkatError, NotConnected, PayloadTooLarge, TooFewNodes, WireError
 from meerkat_mq.mqtt import Count, Marker, Message, Session, Will
+from meerkat_mq.mqtt.alarm import Alarm
 from meerkat_mq.observe.events import Observer, RunStarted
 from meerkat_mq.rounds import events as e
-from meerkat_mq.rounds.alarm import Alarm
 from meerkat_mq.rounds.pulse import Pulse
 from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.server.fetches import Fetches

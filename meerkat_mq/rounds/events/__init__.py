@@ -1,0 +1,28 @@
+"""What the machines are told, and what they ask for.
+
+Events carry `now`, seconds on whatever clock drives the machine. Effects are carried out in order by a driver:
+the asyncio services, or the in-memory federation.
+"""
+
+# isort: off
+from meerkat_mq.rounds.events.common import Count, End, Tick
+from meerkat_mq.rounds.events.node import (
+    ApplyEntries, Connected, EntriesApplied, EntriesMissed, FetchSnapshot, Forget, FrameCame, NodeEffect, NodeEvent,
+    PublishStatus, ResetTheta, Send, ServerCame, SnapshotLoaded, SnapshotMissed, StartSteps, StepsDone, StopSteps,
+)  # fmt: skip
+from meerkat_mq.rounds.events.server import (
+    ApplyTerms, CommitEntry, CommitSlot, CommitUpdate, DirectionsMeasured, EntryCommitted, FetchValues, KeepSnapshot,
+    MeasureDirections, PublishRound, PublishState, Reply, SendChunks, SendEntries, ServerEffect, ServerEvent,
+    ServerSeen, SlotCommitted, StatusCame, TakeTerm, TermsApplied, UpdateCame, UpdatesCommitted, ValuesCame,
+    ValuesMissed, WantCame,
+)  # fmt: skip
+
+__all__ = [
+    "ApplyEntries", "ApplyTerms", "CommitEntry", "CommitSlot", "CommitUpdate", "Connected", "Count",
+    "DirectionsMeasured", "End", "EntriesApplied", "EntriesMissed", "EntryCommitted", "FetchSnapshot", "FetchValues",
+    "Forget", "FrameCame", "KeepSnapshot", "MeasureDirections", "NodeEffect", "NodeEvent", "PublishRound",
+    "PublishState", "PublishStatus", "Reply", "ResetTheta", "Send", "SendChunks", "SendEntries", "ServerCame",
+    "ServerEffect", "ServerEvent", "ServerSeen", "SlotCommitted", "SnapshotLoaded", "SnapshotMissed", "StartSteps",
+    "StatusCame", "StepsDone", "StopSteps", "TakeTerm", "TermsApplied", "Tick", "UpdateCame", "UpdatesCommitted",
+    "ValuesCame", "ValuesMissed", "WantCame",
+]  # fmt: skip
