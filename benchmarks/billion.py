@@ -27,13 +27,13 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
 
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.model.data import read_texts
-from meerkat_mq.model.engine import TransformersEngine
-from meerkat_mq.model.load import load_model
-from meerkat_mq.model.masks import make_mask
-from meerkat_mq.model.tasks import TASKS
+from meerkat_mq.engines.torch.engine import TransformersEngine
+from meerkat_mq.engines.torch.load import load_model
+from meerkat_mq.engines.torch.masks import make_mask
 from meerkat_mq.rounds.memory import MemoryFederation, MemoryNode
 from meerkat_mq.rounds.policy import RoundSettings
+from meerkat_mq.tasks.data import read_texts
+from meerkat_mq.tasks.load import TASKS
 
 SHARED = Path(os.environ.get("MEERKAT_SHARED", Path(__file__).parents[2] / "shared"))
 TOKENIZER = SHARED / "models" / "stories260K"

@@ -30,7 +30,7 @@ import numpy as np
 from meerkat_mq.config import BrokerConfig, RoundsConfig, ServerConfig
 from meerkat_mq.core.path import Entry, Term, digest, short_hash
 from meerkat_mq.core.replica import Replica
-from meerkat_mq.core.toy import toy_mask
+from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.mqtt import Message
 from meerkat_mq.mqtt.message import packet_bytes
 from meerkat_mq.observe.logs import LogLevel, configure_logs

@@ -28,14 +28,14 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import Row
 from meerkat_mq.demo.corpus import triage_rows
 from meerkat_mq.demo.plan import Choices, make_plan
-from meerkat_mq.model.data import partition, read_rows
-from meerkat_mq.model.engine import TransformersEngine
-from meerkat_mq.model.load import load_model
-from meerkat_mq.model.masks import make_mask
+from meerkat_mq.engines.torch.engine import TransformersEngine
+from meerkat_mq.engines.torch.load import load_model
+from meerkat_mq.engines.torch.masks import make_mask
 from meerkat_mq.rounds.early_stopping import is_extreme, path_ratios
 from meerkat_mq.rounds.guards import NOT_REFUSED
 from meerkat_mq.rounds.memory import MemoryFederation, MemoryNode
 from meerkat_mq.rounds.policy import RoundSettings
+from meerkat_mq.tasks.data import partition, read_rows
 
 IID, EXTREME = range(8), range(8, 10)
 SHARD = 300

@@ -24,12 +24,12 @@ import torch
 from meerkat_mq.config import RoundsConfig
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.demo.local import LocalFederation, LocalResult, run_local
-from meerkat_mq.model.data import partition, read_rows, read_texts
-from meerkat_mq.model.load import load_model
-from meerkat_mq.model.masks import METHODS, Method, make_mask
-from meerkat_mq.model.tasks import load_task
+from meerkat_mq.engines.torch.load import load_model
+from meerkat_mq.engines.torch.masks import METHODS, Method, make_mask
 from meerkat_mq.observe.events import Evaluated, RunEvent
 from meerkat_mq.observe.logs import configure_logs
+from meerkat_mq.tasks.data import partition, read_rows, read_texts
+from meerkat_mq.tasks.load import load_task
 from meerkat_mq.wire.descriptor import Task
 
 SHARED = Path(os.environ.get("MEERKAT_SHARED", Path(__file__).parents[2] / "shared"))

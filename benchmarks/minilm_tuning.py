@@ -15,12 +15,12 @@ import torch
 
 from benchmarks.minilm_agnews import NODES, SHARED, agnews_task, mask_file, minilm
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.model.data import partition, read_rows
-from meerkat_mq.model.engine import TransformersEngine
-from meerkat_mq.model.evaluate import evaluate
-from meerkat_mq.model.load import load_model
+from meerkat_mq.engines.torch.engine import TransformersEngine
+from meerkat_mq.engines.torch.evaluate import evaluate
+from meerkat_mq.engines.torch.load import load_model
 from meerkat_mq.rounds.memory import MemoryFederation, MemoryNode
 from meerkat_mq.rounds.policy import RoundSettings
+from meerkat_mq.tasks.data import partition, read_rows
 
 
 def settings(args: argparse.Namespace, mask: Mask, lr: float) -> RoundSettings:

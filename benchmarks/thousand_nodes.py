@@ -27,7 +27,7 @@ from meerkat_mq.config import BrokerConfig
 from meerkat_mq.core.path import digest, seed_for
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.step import local_steps
-from meerkat_mq.core.toy import QuadraticEngine, toy_mask
+from meerkat_mq.engines.toy import QuadraticEngine, toy_mask
 from meerkat_mq.mqtt import Message, Session
 from meerkat_mq.observe.logs import LogLevel, configure_logs
 from meerkat_mq.rounds import events as e

@@ -117,8 +117,8 @@ def make_rows(case: Case) -> list[dict[str, Any]]:
 
 def make_engine(case: Case, folder: Path, mask_file: Path, dtype: str) -> tuple[Any, Any]:
     from meerkat_mq.core.mask import Mask
-    from meerkat_mq.model.engine import TransformersEngine
-    from meerkat_mq.model.load import load_model
+    from meerkat_mq.engines.torch.engine import TransformersEngine
+    from meerkat_mq.engines.torch.load import load_model
 
     mask = Mask.load(mask_file)
     engine = TransformersEngine(load_model(folder, dtype=dtype), mask, make_task(case))
@@ -210,8 +210,8 @@ def ratio(over: list[float], under: list[float]) -> str:
 
 
 def report(case: Case, folder: Path, dtype: str, pairs: int, work_folder: Path) -> None:
-    from meerkat_mq.model.load import load_model
-    from meerkat_mq.model.masks import make_mask
+    from meerkat_mq.engines.torch.load import load_model
+    from meerkat_mq.engines.torch.masks import make_mask
 
     mask_file = work_folder / f"{case.name}.mask"
     loaded = load_model(folder)

@@ -13,7 +13,7 @@ from meerkat_mq.chaos.command import command as chaos
 from meerkat_mq.chaos.simulator.command import command as simulate
 from meerkat_mq.demo.begin import command as init
 from meerkat_mq.demo.command import command as demo
-from meerkat_mq.model.commands import doctor, export, mask, partition
+from meerkat_mq.engines.commands import doctor, export, mask, partition
 from meerkat_mq.node.__main__ import command as node
 from meerkat_mq.observe.process import run_process
 from meerkat_mq.server.__main__ import command as server

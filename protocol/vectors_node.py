@@ -12,8 +12,8 @@ from meerkat_mq.core.directions import Float32Array, direction
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Displacement, Entry, Term, apply_terms, digest, short_hash
 from meerkat_mq.core.step import projected_gradient
-from meerkat_mq.core.toy import QuadraticEngine
 from meerkat_mq.core.values import mean_displacement
+from meerkat_mq.engines.toy import QuadraticEngine
 from meerkat_mq.wire.values import MAGIC, decode_values, encode_values
 from protocol.vectors_core import RUN_ID, golden_mask, hex_float32, hex_u64, refusal, run_meaning, seed_of, to_json
 

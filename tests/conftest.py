@@ -16,6 +16,8 @@ from tests.support.nats import Nats
 from tests.support.proxy import Proxy
 from tests.support.rabbitmq import RabbitMQ
 
+SHARED = Path(os.environ.get("MEERKAT_SHARED", Path(__file__).parents[2] / "shared"))
+
 # A busy machine is no failure; pytest's own time-out ends what hangs.
 settings.register_profile("meerkat", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("meerkat")
@@ -97,6 +99,14 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a random Llama with two layers."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-    from tests.model import tiny
+    from tests.engines import tiny
 
     return tiny.save(tiny.llama(), tmp_path_factory.mktemp("model") / "llama")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real models and data."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} does not exist: set MEERKAT_SHARED to the folder of real models and data")
+    return SHARED

@@ -17,9 +17,9 @@ from pydantic.fields import FieldInfo
 from meerkat_mq import errors
 from meerkat_mq.cli import app
 from meerkat_mq.config import NodeConfig, ServerConfig, check_config
-from meerkat_mq.model.tasks import load_task
 from meerkat_mq.observe.signals import IN_ORDER_S
 from meerkat_mq.observe.start import SIGNALLED, WORDS
+from meerkat_mq.tasks.load import load_task
 
 ROOT = Path(__file__).parents[1]
 NOT_OURS = ("runs", "build", "dist")

@@ -84,7 +84,7 @@ def test_what_is_damaged(error: Exception, words: str) -> None:
 
 def test_a_fault_of_our_own_is_not_hidden() -> None:
     with pytest.raises(ImportError), importing("model", "x"):
-        raise ImportError("cannot import name 'y'", name="meerkat_mq.model.load")
+        raise ImportError("cannot import name 'y'", name="meerkat_mq.engines.torch.load")
 
 
 # --- commands; in an environment without the packages: tests/test_wheel.py ---

@@ -29,7 +29,7 @@ def test_the_version_is_the_same_everywhere() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["meerkat_mq.cli", "meerkat_mq.server.__main__", "meerkat_mq.node.__main__", "meerkat_mq.model.tasks"]
+    "module", ["meerkat_mq.cli", "meerkat_mq.server.__main__", "meerkat_mq.node.__main__", "meerkat_mq.tasks.load"]
 )
 def test_nothing_imports_torch_before_a_model_is_used(module: str) -> None:
     heavy = "{'torch', 'transformers', 'safetensors', 'amqtt'}"

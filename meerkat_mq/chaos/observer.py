@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from meerkat_mq.chaos.history import History, Injected
 from meerkat_mq.config import BrokerConfig
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.core.toy import toy_mask
+from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.errors import WireError
 from meerkat_mq.mqtt import Message, Session
 from meerkat_mq.rounds.records import UpdateRecord

@@ -70,9 +70,9 @@ def command(
     broker: Annotated[str, typer.Option(help="Its address.")] = "mqtt://127.0.0.1:1883",
 ) -> None:
     """Make the folder of a federation: federation.toml, a TOML file and rows for each node; say how it is started."""
-    from meerkat_mq.model.data import partition, read_rows  # noqa: PLC0415
-    from meerkat_mq.model.sources import named_source  # noqa: PLC0415
-    from meerkat_mq.model.tasks import load_task  # noqa: PLC0415
+    from meerkat_mq.tasks.data import partition, read_rows  # noqa: PLC0415
+    from meerkat_mq.tasks.load import load_task  # noqa: PLC0415
+    from meerkat_mq.tasks.sources import named_source  # noqa: PLC0415
 
     a_node = {"id": "node-0", "federation": name, "data": "rows", "state_dir": "state", "broker": {"url": broker}}
     check_config(a_node, NodeConfig, where="command line")
@@ -130,8 +130,8 @@ class _Places:
 
 
 def _write(place: _Places, task: Task, shards: Sequence[Sequence[Row]], held_out: Sequence[Row]) -> None:
-    from meerkat_mq.model.data import write_rows  # noqa: PLC0415
-    from meerkat_mq.model.tasks import fill  # noqa: PLC0415
+    from meerkat_mq.tasks.data import write_rows  # noqa: PLC0415
+    from meerkat_mq.tasks.load import fill  # noqa: PLC0415
 
     nodes, folder = len(shards), place.folder
     write_rows(folder / "held-out.jsonl", held_out)

@@ -49,7 +49,7 @@ def command(
     need("model", "meerkat demo")
     installed_program()
     from meerkat_mq.demo.plan import Choices, make_plan  # noqa: PLC0415
-    from meerkat_mq.model.sources import named_source  # noqa: PLC0415
+    from meerkat_mq.tasks.sources import named_source  # noqa: PLC0415
 
     choices = Choices(
         model=model,

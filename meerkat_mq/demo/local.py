@@ -22,10 +22,10 @@ from meerkat_mq.config import (
 )
 from meerkat_mq.core.step import Row
 from meerkat_mq.errors import RunError
-from meerkat_mq.model.data import write_rows
 from meerkat_mq.observe.events import Evaluated, Observer, RunEvent, RunFinished, RunStarted
 from meerkat_mq.observe.facts import Facts
 from meerkat_mq.server import serve
+from meerkat_mq.tasks.data import write_rows
 from meerkat_mq.wire.descriptor import Task
 
 NODE_EXIT_S = 30.0

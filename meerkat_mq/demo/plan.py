@@ -10,8 +10,8 @@ from meerkat_mq.core.step import Row
 from meerkat_mq.demo.corpus import TASK, pretraining_text, triage_rows
 from meerkat_mq.demo.settings import DEMO, WEIGHTS
 from meerkat_mq.errors import ConfigError, DataError
-from meerkat_mq.model.data import hold_out, partition, read_rows, read_texts
-from meerkat_mq.model.tasks import fill, load_task
+from meerkat_mq.tasks.data import hold_out, partition, read_rows, read_texts
+from meerkat_mq.tasks.load import fill, load_task
 from meerkat_mq.wire.descriptor import Task
 
 HELD_OUT = 0.2

@@ -13,11 +13,11 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.demo.facts import facts_after, facts_before
 from meerkat_mq.demo.local import SERVER, LocalFederation, run_local
 from meerkat_mq.demo.plan import Plan
+from meerkat_mq.engines.torch.engine import TransformersEngine
+from meerkat_mq.engines.torch.evaluate import evaluate, first_order
+from meerkat_mq.engines.torch.load import LoadedModel, load_model
+from meerkat_mq.engines.torch.masks import make_mask
 from meerkat_mq.errors import ConfigError, RunMismatch
-from meerkat_mq.model.engine import TransformersEngine
-from meerkat_mq.model.evaluate import evaluate, first_order
-from meerkat_mq.model.load import LoadedModel, load_model
-from meerkat_mq.model.masks import make_mask
 from meerkat_mq.observe.facts import Facts
 from meerkat_mq.observe.live import Live
 from meerkat_mq.observe.logs import configure_logs

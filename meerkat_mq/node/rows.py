@@ -8,8 +8,8 @@ import structlog
 from meerkat_mq.config import NodeConfig
 from meerkat_mq.core.step import Row
 from meerkat_mq.errors import DataError, within
-from meerkat_mq.model.data import no_rows, read_rows
-from meerkat_mq.model.sources import FileRow, data_files, records
+from meerkat_mq.tasks.data import no_rows, read_rows
+from meerkat_mq.tasks.sources import FileRow, data_files, records
 from meerkat_mq.wire.descriptor import Task
 
 _TOY_REMEDY = 'give JSON lines such as {"seed": 7}'

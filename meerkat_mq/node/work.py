@@ -16,8 +16,8 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Entry, check_steps, digest, seeds_of, short_hash
 from meerkat_mq.core.replica import Change, Replica
 from meerkat_mq.core.step import Row, local_steps
-from meerkat_mq.core.toy import QuadraticEngine
 from meerkat_mq.core.values import Residual
+from meerkat_mq.engines.toy import QuadraticEngine
 from meerkat_mq.errors import BadValue, ConfigError, within
 from meerkat_mq.extras import importing
 from meerkat_mq.node.limits import Pace
@@ -205,8 +205,8 @@ def _load_engine(config: NodeConfig, source: str, task: Task, descriptor: RunDes
     with importing("model", f"node {config.id}"):  # a toy node never imports torch
         import torch  # noqa: PLC0415
 
-        from meerkat_mq.model.engine import TransformersEngine  # noqa: PLC0415
-        from meerkat_mq.model.load import load_model  # noqa: PLC0415
+        from meerkat_mq.engines.torch.engine import TransformersEngine  # noqa: PLC0415
+        from meerkat_mq.engines.torch.load import load_model  # noqa: PLC0415
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)

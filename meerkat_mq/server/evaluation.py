@@ -7,11 +7,11 @@ import structlog
 from meerkat_mq.config import ServerConfig
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
+from meerkat_mq.engines.torch.engine import TransformersEngine
+from meerkat_mq.engines.torch.evaluate import Evaluation, evaluate
+from meerkat_mq.engines.torch.load import load_model
 from meerkat_mq.errors import ConfigError, within
-from meerkat_mq.model.data import read_rows
-from meerkat_mq.model.engine import TransformersEngine
-from meerkat_mq.model.evaluate import Evaluation, evaluate
-from meerkat_mq.model.load import load_model
+from meerkat_mq.tasks.data import read_rows
 from meerkat_mq.wire.descriptor import Task
 
 

@@ -10,11 +10,11 @@ from pydantic import ValidationError
 
 from meerkat_mq.config import Codec, EarlyStoppingConfig, GuardsConfig, RoundsConfig, ServerConfig, ServerValuesConfig
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.core.toy import toy_mask
+from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.errors import ConfigError, RunMismatch, within
-from meerkat_mq.model.tasks import load_task
 from meerkat_mq.rounds.guards import FEWEST_IN_LANE
 from meerkat_mq.rounds.policy import MAX_STEP, RoundSettings, default_lanes
+from meerkat_mq.tasks.load import load_task
 from meerkat_mq.wire.arrays import encode_mask, split
 from meerkat_mq.wire.descriptor import RunDescriptor, Task
 from meerkat_mq.wire.frames import Chunk, Header

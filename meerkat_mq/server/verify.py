@@ -13,8 +13,8 @@ from meerkat_mq.core.gradip import inner_products
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import MAX_WEIGHT, Entry, Term, digest
 from meerkat_mq.core.replica import Replica
-from meerkat_mq.core.toy import toy_mask
 from meerkat_mq.core.values import quantised
+from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.errors import LedgerError, MaskError, MeerkatError, ModelError, RunMismatch, WireError
 from meerkat_mq.extras import importing, need
 from meerkat_mq.rounds.early_stopping import EarlyStopping, judgements_of, with_verdicts
@@ -389,9 +389,9 @@ def _compare(file: Path, found: bytes, version: int, theta: Float32Array) -> Non
 def _model_look(model: Path, base: str, mask: Mask, task: Task | None) -> Look:
     """The bytes of the model first, then what loads."""
     with importing("model", "meerkat verify --model"):
-        from meerkat_mq.model.adapter import adapter_pairs  # noqa: PLC0415
-        from meerkat_mq.model.export import check_export  # noqa: PLC0415
-        from meerkat_mq.model.proof import check_loaded  # noqa: PLC0415
+        from meerkat_mq.engines.torch.adapter import adapter_pairs  # noqa: PLC0415
+        from meerkat_mq.engines.torch.export import check_export  # noqa: PLC0415
+        from meerkat_mq.engines.torch.proof import check_loaded  # noqa: PLC0415
 
     if adapter_pairs(mask):
         need("lora", "a LoRA adapter")

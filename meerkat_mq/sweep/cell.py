@@ -13,12 +13,12 @@ from meerkat_mq.core.mask import Mask, MaskedMatrix
 from meerkat_mq.core.path import digest
 from meerkat_mq.core.step import Row
 from meerkat_mq.demo.settings import WEIGHTS
-from meerkat_mq.model.checkpoint import fingerprint
-from meerkat_mq.model.engine import TransformersEngine
-from meerkat_mq.model.evaluate import Evaluation, evaluate
-from meerkat_mq.model.folder import find_folder
-from meerkat_mq.model.load import LoadedModel, linear_layers, load_model
-from meerkat_mq.model.masks import make_mask
+from meerkat_mq.engines.torch.checkpoint import fingerprint
+from meerkat_mq.engines.torch.engine import TransformersEngine
+from meerkat_mq.engines.torch.evaluate import Evaluation, evaluate
+from meerkat_mq.engines.torch.folder import find_folder
+from meerkat_mq.engines.torch.load import LoadedModel, linear_layers, load_model
+from meerkat_mq.engines.torch.masks import make_mask
 from meerkat_mq.observe.process import peak_rss_mib
 from meerkat_mq.sweep.energy import EnergyMeter
 from meerkat_mq.sweep.grid import Cell

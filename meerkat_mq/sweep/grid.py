@@ -12,8 +12,6 @@ from typing import Any
 from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.core.path import short_hash
 from meerkat_mq.errors import ConfigError, DataError
-from meerkat_mq.model.sources import data_files
-from meerkat_mq.model.tasks import load_task
 from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.sweep.plan import (
     PASSES_OF_A_GRADIENT,
@@ -23,6 +21,8 @@ from meerkat_mq.sweep.plan import (
     SweepPlan,
     TaskPlan,
 )
+from meerkat_mq.tasks.load import load_task
+from meerkat_mq.tasks.sources import data_files
 from meerkat_mq.wire.descriptor import Task
 
 DEADLINE_S = 60.0

@@ -10,10 +10,10 @@ from meerkat_mq.core.step import Row
 from meerkat_mq.demo.corpus import TASK, pretraining_text, triage_rows
 from meerkat_mq.demo.settings import DEMO
 from meerkat_mq.errors import DataError
-from meerkat_mq.model.data import partition, read_rows, read_texts
-from meerkat_mq.model.tasks import fill
 from meerkat_mq.sweep.grid import Cell
 from meerkat_mq.sweep.plan import OWN_MODEL, SplitPlan
+from meerkat_mq.tasks.data import partition, read_rows, read_texts
+from meerkat_mq.tasks.load import fill
 
 OWN_TASK = TASK
 SEQUENCES, TOKENS = 100, 512

@@ -11,7 +11,7 @@ from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.core.gradip import inner_products
 from meerkat_mq.core.path import Displacement, Entry, digest
 from meerkat_mq.core.replica import Replica
-from meerkat_mq.core.toy import toy_mask
+from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.rounds.early_stopping import judgements_of
 from meerkat_mq.rounds.policy import terms_of
 from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict

@@ -8,7 +8,7 @@ from meerkat_mq.config import NodeValuesConfig
 from meerkat_mq.core.directions import Float32Array, direction
 from meerkat_mq.core.first_order import AdamW, Sgd, first_order_steps, first_order_walk
 from meerkat_mq.core.step import Row
-from meerkat_mq.core.toy import QuadraticEngine
+from meerkat_mq.engines.toy import QuadraticEngine
 from meerkat_mq.errors import NotFinite
 
 N = 200

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meerkat_mq.core.mask import Mask, MaskedMatrix
-from meerkat_mq.core.toy import toy_mask
+from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.errors import MaskError
 from protocol.vectors_core import golden_mask
 from tests.support.memory import peak_of

@@ -6,7 +6,7 @@ import pytest
 from meerkat_mq.core.directions import direction
 from meerkat_mq.core.path import NO_DIGEST, Term, apply, digest, seed_for
 from meerkat_mq.core.replica import Change, Replica
-from meerkat_mq.core.toy import toy_mask
+from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.errors import RunError
 
 RUN_ID = bytes(range(16))

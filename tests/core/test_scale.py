@@ -9,7 +9,7 @@ from meerkat_mq.core.directions import direction
 from meerkat_mq.core.gradip import root_mean_square
 from meerkat_mq.core.mask import Mask, MaskedMatrix
 from meerkat_mq.core.path import Entry, Term, check_steps
-from meerkat_mq.core.toy import toy_mask
+from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.errors import BadValue
 
 

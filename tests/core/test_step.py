@@ -7,7 +7,7 @@ import pytest
 from meerkat_mq.core.directions import Float32Array, direction
 from meerkat_mq.core.path import apply, coefficient
 from meerkat_mq.core.step import Row, local_steps, projected_gradient
-from meerkat_mq.core.toy import QuadraticEngine
+from meerkat_mq.engines.toy import QuadraticEngine
 
 N = 200
 ROWS = [{"seed": 1}, {"seed": 2}, {"seed": 3}]

@@ -8,8 +8,8 @@ import pytest
 from meerkat_mq.config import NodeConfig, ServerConfig, load_config
 from meerkat_mq.demo.begin import divided
 from meerkat_mq.demo.corpus import TASK, triage_rows
-from meerkat_mq.model.data import read_rows, write_rows
-from meerkat_mq.model.tasks import load_task
+from meerkat_mq.tasks.data import read_rows, write_rows
+from meerkat_mq.tasks.load import load_task
 from tests.server.federation import Service
 from tests.support.command import Meerkat
 from tests.support.mosquitto import Mosquitto

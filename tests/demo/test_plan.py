@@ -10,8 +10,8 @@ from meerkat_mq.demo.corpus import TASK, triage_rows
 from meerkat_mq.demo.plan import Choices, make_plan, shards
 from meerkat_mq.demo.settings import DEMO
 from meerkat_mq.errors import ConfigError, DataError
-from meerkat_mq.model.data import write_rows
-from meerkat_mq.model.tasks import load_task
+from meerkat_mq.tasks.data import write_rows
+from meerkat_mq.tasks.load import load_task
 from meerkat_mq.wire.descriptor import Task
 
 

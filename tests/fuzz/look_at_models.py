@@ -23,14 +23,14 @@ os.environ["HF_HUB_OFFLINE"] = "0"  # a model folder must not lead to the hub, w
 
 import torch
 
+from meerkat_mq.engines.torch import tokenizer_trial
+from meerkat_mq.engines.torch.export import export_model
+from meerkat_mq.engines.torch.inspect import Finding, inspect_model
+from meerkat_mq.engines.torch.load import load_model
+from meerkat_mq.engines.torch.masks import make_mask
 from meerkat_mq.errors import MeerkatError
-from meerkat_mq.model import tokenizer_trial
-from meerkat_mq.model.export import export_model
-from meerkat_mq.model.inspect import Finding, inspect_model
-from meerkat_mq.model.load import load_model
-from meerkat_mq.model.masks import make_mask
+from tests.engines import tiny
 from tests.fuzz.model_files import Mutant, make_mutant
-from tests.model import tiny
 
 SECONDS = 30  # of processor time, a mutant
 MEMORY = 400 << 20  # more than before

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.engines import tiny
 from tests.fuzz.model_keys import CONFIG, HEADER, INDEX, TOKENIZER, TOKENIZER_CONFIG
 from tests.fuzz.mutate import mutant
 from tests.fuzz.mutate_json import ELSEWHERE, Keys, json_mutant
-from tests.model import tiny
 
 BESIDE: Mapping[str, Mapping[str, Any]] = {
     "special_tokens_map.json": {"bos_token": "<s>", "pad_token": {"content": "<pad>", "lstrip": False}},

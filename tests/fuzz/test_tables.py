@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from meerkat_mq.config import NodeConfig, ServerConfig, load_config, to_toml
-from meerkat_mq.model.data import partition, read_rows, read_texts, write_rows
-from meerkat_mq.model.tasks import TASKS, fill, load_task
 from meerkat_mq.sweep.plan import SweepPlan
+from meerkat_mq.tasks.data import partition, read_rows, read_texts, write_rows
+from meerkat_mq.tasks.load import TASKS, fill, load_task
 from tests.fuzz.mutate import COUNT, mutants
 from tests.fuzz.refusals import read_or_refused
 

@@ -14,7 +14,7 @@ from meerkat_mq.config import BrokerConfig, NodeConfig
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.path import Displacement, Entry, Term, short_hash
 from meerkat_mq.core.replica import Replica
-from meerkat_mq.core.toy import QuadraticEngine, toy_mask
+from meerkat_mq.engines.toy import QuadraticEngine, toy_mask
 from meerkat_mq.mqtt import Message
 from meerkat_mq.node import run_node
 from meerkat_mq.wire.arrays import encode_mask, split

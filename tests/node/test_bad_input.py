@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from meerkat_mq.config import BrokerConfig, ServerConfig
-from meerkat_mq.core.toy import toy_mask
+from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.server.run import Run, prepare_run
 from meerkat_mq.wire.frames import encode
 from tests.server.federation import TOPICS, Federation, toml
@@ -137,9 +137,9 @@ def test_a_model_that_is_not_the_masks(
 ) -> None:
     import torch
 
-    from meerkat_mq.model.load import load_model
-    from meerkat_mq.model.masks import make_mask
-    from tests.model import tiny
+    from meerkat_mq.engines.torch.load import load_model
+    from meerkat_mq.engines.torch.masks import make_mask
+    from tests.engines import tiny
 
     mask = tmp_path / "m.mkm"
     make_mask(load_model(tiny_llama), tiny.TEXTS, "magnitude", density=0.1, sequences=4, length=32).save(mask)

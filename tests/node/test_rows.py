@@ -9,9 +9,9 @@ from structlog.testing import capture_logs
 from meerkat_mq.config import NodeConfig
 from meerkat_mq.core.step import Row
 from meerkat_mq.errors import DataError
-from meerkat_mq.model.data import usable_rows
-from meerkat_mq.model.tasks import load_task
 from meerkat_mq.node.rows import LocalRows
+from meerkat_mq.tasks.data import usable_rows
+from meerkat_mq.tasks.load import load_task
 from tests.node.mini_server import MiniServer, node
 from tests.support.mosquitto import Mosquitto
 from tests.support.waiting import until

@@ -13,7 +13,7 @@ from meerkat_mq.config import BrokerConfig, NodeConfig
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Entry, Term, short_hash
 from meerkat_mq.core.replica import Replica
-from meerkat_mq.core.toy import toy_mask
+from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.mqtt import Message, blob_fetch
 from meerkat_mq.node import run_node
 from meerkat_mq.wire.arrays import encode_mask, split

@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 
 from meerkat_mq.core.lock import Holder
 from meerkat_mq.core.path import short_hash
-from meerkat_mq.core.toy import toy_mask
+from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.errors import ConfigError
 from meerkat_mq.node.state import KeptUpdate, NodeState
 from meerkat_mq.wire.descriptor import RunDescriptor

@@ -6,7 +6,7 @@ from typing import Any
 from meerkat_mq.config import BrokerConfig
 from meerkat_mq.core.path import Displacement, Entry, Term, digest, short_hash
 from meerkat_mq.core.replica import Replica
-from meerkat_mq.core.toy import toy_mask
+from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.wire.arrays import encode_mask, split
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor, ServerState, decode_control
 from meerkat_mq.wire.frames import Chunk, Entries, Frame, Header, Round, Update, Want, Welcome, decode, encode

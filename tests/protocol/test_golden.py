@@ -17,8 +17,8 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import digest, short_hash
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.step import projected_gradient
-from meerkat_mq.core.toy import QuadraticEngine
 from meerkat_mq.core.values import mean_displacement
+from meerkat_mq.engines.toy import QuadraticEngine
 from meerkat_mq.errors import MaskError, WireError
 from meerkat_mq.wire import descriptor
 from meerkat_mq.wire.arrays import decode_mask, encode_array, read_array

@@ -9,7 +9,7 @@ import pytest
 
 from meerkat_mq.core.path import digest, seed_for
 from meerkat_mq.core.step import local_steps
-from meerkat_mq.core.toy import QuadraticEngine, toy_mask
+from meerkat_mq.engines.toy import QuadraticEngine, toy_mask
 from meerkat_mq.rounds.records import Verdict
 from tests.protocol.javascript import JavaScriptNode
 from tests.server.federation import Federation, Service, all_end

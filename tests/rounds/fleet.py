@@ -10,7 +10,7 @@ import numpy as np
 from meerkat_mq.core.gradip import inner_products
 from meerkat_mq.core.path import digest
 from meerkat_mq.core.replica import Replica
-from meerkat_mq.core.toy import QuadraticEngine, toy_mask
+from meerkat_mq.engines.toy import QuadraticEngine, toy_mask
 from meerkat_mq.rounds.early_stopping import judgements_of
 from meerkat_mq.rounds.memory import Deliver, MemoryFederation, MemoryNode, instantly
 from meerkat_mq.rounds.policy import fewest_needed, shares_of, terms_of

@@ -11,7 +11,7 @@ from meerkat_mq.core.directions import direction
 from meerkat_mq.core.path import seeds_of
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.step import local_steps
-from meerkat_mq.core.toy import QuadraticEngine, toy_mask
+from meerkat_mq.engines.toy import QuadraticEngine, toy_mask
 from meerkat_mq.rounds.memory import MemoryFederation
 from meerkat_mq.rounds.policy import lane_of
 from tests.rounds.fleet import WEIGHTS, Network, check, fleet, heal, run

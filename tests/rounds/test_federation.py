@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from meerkat_mq.core.directions import direction
-from meerkat_mq.core.toy import QuadraticEngine
+from meerkat_mq.engines.toy import QuadraticEngine
 from meerkat_mq.rounds.memory import MemoryFederation
 from meerkat_mq.wire.frames import Round, Update, Want
 from tests.rounds.fleet import WEIGHTS, Network, check, fleet, heal, heard, run

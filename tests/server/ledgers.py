@@ -15,7 +15,7 @@ from meerkat_mq.core.gradip import inner_products
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Displacement, Entry, short_hash
 from meerkat_mq.core.replica import Replica
-from meerkat_mq.core.toy import toy_mask
+from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.rounds.early_stopping import EarlyStopping, judgements_of, with_verdicts
 from meerkat_mq.rounds.policy import shares_of, terms_of
 from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict

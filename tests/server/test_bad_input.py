@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from meerkat_mq.core.toy import toy_mask
+from meerkat_mq.engines.toy import toy_mask
 from tests.server.federation import toml
 from tests.server.ledgers import alter, write
 from tests.support.command import Meerkat

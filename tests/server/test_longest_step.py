@@ -11,7 +11,7 @@ import pytest
 
 from meerkat_mq.config import GuardsConfig, ServerConfig
 from meerkat_mq.core.path import digest
-from meerkat_mq.core.toy import toy_mask
+from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.errors import RunMismatch
 from meerkat_mq.rounds.guards import on_arrival
 from meerkat_mq.rounds.records import Verdict

@@ -9,7 +9,7 @@ import pytest
 from meerkat_mq.core.path import seeds_of, virtual_path
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.step import local_steps
-from meerkat_mq.core.toy import QuadraticEngine, toy_mask
+from meerkat_mq.engines.toy import QuadraticEngine, toy_mask
 from meerkat_mq.errors import BadValue, LedgerError, RunMismatch
 from meerkat_mq.rounds.records import Verdict
 from meerkat_mq.server.inspect import steps_shown

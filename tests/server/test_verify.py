@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Term, digest
-from meerkat_mq.core.toy import toy_mask
+from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.errors import LedgerError, MaskError, ModelMismatch, ModelNotFound, RunMismatch
 from meerkat_mq.rounds.policy import terms_of
 from meerkat_mq.rounds.records import Verdict
@@ -369,10 +369,10 @@ def test_a_difference_of_something_else(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def exported(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run on the tiny model and, in `tuned`, what was exported from its end."""
-    from meerkat_mq.model.export import export_model
-    from meerkat_mq.model.load import load_model
-    from meerkat_mq.model.masks import make_mask
-    from tests.model import tiny
+    from meerkat_mq.engines.torch.export import export_model
+    from meerkat_mq.engines.torch.load import load_model
+    from meerkat_mq.engines.torch.masks import make_mask
+    from tests.engines import tiny
 
     folder = tmp_path_factory.mktemp("exported")
     mask = make_mask(load_model(tiny_llama), tiny.TEXTS, "magnitude", density=0.1, sequences=2, length=32)
@@ -393,7 +393,7 @@ def copy(exported: Path, tmp_path: Path) -> Path:
 
 def weight_at(folder: Path, name: str, index: int) -> tuple[Path, int]:
     """Where a float32 weight of a checkpoint lies."""
-    from meerkat_mq.model.checkpoint import stored_tensors
+    from meerkat_mq.engines.torch.checkpoint import stored_tensors
 
     tensor = stored_tensors(folder)[name]
     return tensor.file, tensor.start + 4 * index

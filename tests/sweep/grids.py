@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from meerkat_mq.config import check_config
-from meerkat_mq.model.data import write_rows
 from meerkat_mq.sweep import cell as jobs
 from meerkat_mq.sweep.grid import Cell, cells_of
 from meerkat_mq.sweep.plan import SweepPlan
 from meerkat_mq.sweep.rows import OWN_TASK
 from meerkat_mq.sweep.workers import Job, Outcome
-from tests.model import tiny
+from meerkat_mq.tasks.data import write_rows
+from tests.engines import tiny
 
 TASK_FILE = """
 name = "state"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from meerkat_mq.model.evaluate import Evaluation
+from meerkat_mq.engines.torch.evaluate import Evaluation
 from meerkat_mq.sweep.cell import load_evaluation, own_mix, save_evaluation
 from meerkat_mq.sweep.training import Trained, diverged
 from tests.sweep import grids

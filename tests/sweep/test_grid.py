@@ -9,7 +9,7 @@ from meerkat_mq.errors import ConfigError, DataError
 from meerkat_mq.sweep.grid import Cell, cells_of
 from meerkat_mq.sweep.plan import SplitPlan
 from meerkat_mq.sweep.rows import OWN_TASK, rows_of, shards_of
-from tests.model import tiny
+from tests.engines import tiny
 from tests.sweep import grids
 
 NOWHERE = Path("nowhere")

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from meerkat_mq.core.directions import direction
 from meerkat_mq.core.mask import Mask, MaskedMatrix
-from meerkat_mq.core.toy import toy_mask
+from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.errors import BadValue, TooLarge, Truncated, UnknownType, WireError
 from meerkat_mq.wire.arrays import (
     MAX_BLOB_BYTES,

@@ -12,7 +12,7 @@ from meerkat_mq.chaos.simulator.server import Server
 from meerkat_mq.chaos.simulator.world import Clock, Process
 from meerkat_mq.config import Codec, EarlyStoppingConfig
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.core.toy import toy_mask
+from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.rounds.policy import RoundSettings
 
 RUN = bytes(range(16))

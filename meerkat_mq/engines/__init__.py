@@ -1,0 +1,1 @@
+"""What computes: a model to which theta is written, and which gives a batch's losses."""

@@ -1,0 +1,190 @@
+"""`meerkat mask`, `partition`, `export` and `doctor`: torch is imported only where a model is used."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from meerkat_mq.config import Dtype, ModelConfig, check_config
+from meerkat_mq.core.files import write_atomically
+from meerkat_mq.errors import ConfigError, ModelError
+from meerkat_mq.extras import importing, need
+
+Method = Literal["sensitivity", "magnitude-activation", "magnitude", "random", "dense", "lora"]
+Split = Literal["iid", "dirichlet", "one-label"]
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"--out {out}", f"cannot be written ({error.strerror})", "choose another place") from error
+
+
+def _note(text: str) -> None:
+    Console(stderr=True).print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def mask(
+    model: Annotated[str, typer.Option(help="Base model: local folder or hub id.")],
+    text: Annotated[
+        str, typer.Option(help="Calibration text: plain, or rows with a field text, as partition takes them.")
+    ],
+    out: Annotated[Path, typer.Option(help="Mask file to write.")],
+    method: Annotated[
+        Method, typer.Option(help="How weights are scored; or all of them, or an adapter.")
+    ] = "sensitivity",
+    density: Annotated[
+        float | None,
+        typer.Option(
+            help="Share u of each linear matrix that is trained, 0 < u ≤ 1; not of dense and lora.",
+            show_default="0.001",
+        ),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Of the adapter, with --method lora.", show_default="8")] = None,
+    sequences: Annotated[int, typer.Option(help="Sequences of calibration text.")] = 100,
+    length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Order of the text, and the random mask.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:<i>.")] = "cpu",
+    dtype: Annotated[
+        Dtype, typer.Option(help="Of the model while it is scored; it must hold the checkpoint exactly.")
+    ] = "float32",
+) -> None:
+    """Score the weights of a model and write a mask."""
+    with importing("model", "meerkat mask"):  # torch only where a model is used
+        from meerkat_mq.engines.torch.load import load_model  # noqa: PLC0415
+        from meerkat_mq.engines.torch.masks import make_mask  # noqa: PLC0415
+        from meerkat_mq.tasks.data import read_texts  # noqa: PLC0415
+        from meerkat_mq.tasks.sources import named_source  # noqa: PLC0415
+
+    for option, unused in (
+        ("--density", density is not None and method in ("dense", "lora")),
+        ("--rank", rank is not None and method != "lora"),
+    ):
+        if unused:
+            raise ConfigError(option, f"means nothing to --method {method}", "leave it out")
+    if method == "lora":
+        need("lora", "--method lora")
+    if out.is_dir() or not out.parent.is_dir():
+        raise ConfigError(f"--out {out}", "is not a file in a folder that exists", "make the folder, name the file")
+    check_config({"source": model, "device": device}, ModelConfig, where="command line")
+    texts, loaded = read_texts(named_source(text)), load_model(model, dtype=dtype, device=device)
+    for note in loaded.notes:
+        _note(note)
+    with Progress(
+        TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)
+    ) as bar:
+        task = bar.add_task("scoring")
+        made = make_mask(
+            loaded,
+            texts,
+            method,
+            density=1e-3 if density is None else density,
+            rank=8 if rank is None else rank,
+            seed=seed,
+            sequences=sequences,
+            length=length,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            say=_note,
+        )
+    replaced = ", in place of the file that was there" if out.exists() else ""
+    with _writing(out):
+        made.save(out)
+    weights = f"{made.size:,} of {made.covered:,} weights in {len(made.matrices)} matrices"
+    Console().print(
+        f"{out}: {weights}, hash {made.hash.hex()}{replaced}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def partition(
+    data: Annotated[str, typer.Argument(help="Rows to divide: JSON, CSV, TSV, a folder, or hf:… (docs/tasks.md).")],
+    out: Annotated[Path, typer.Option(help="Folder for node-0.jsonl, node-1.jsonl, …")],
+    nodes: Annotated[int, typer.Option(help="How many shards.")],
+    task: Annotated[str, typer.Option(help="Built-in task or a task's TOML file.")],
+    split: Annotated[Split, typer.Option(help="How labels are spread.")] = "dirichlet",
+    alpha: Annotated[float, typer.Option(help="Of the Dirichlet distribution; smaller is more skewed.")] = 0.5,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same shards.")] = 0,
+) -> None:
+    """Divide a data file into shards for nodes; a folder with shards of another division is left as it is."""
+    from meerkat_mq.tasks import data as files  # noqa: PLC0415
+    from meerkat_mq.tasks.load import load_task  # noqa: PLC0415
+    from meerkat_mq.tasks.sources import named_source  # noqa: PLC0415
+
+    found = load_task(task)
+    shards = files.partition(
+        files.read_rows(named_source(data), found), nodes, split, seed=seed, alpha=alpha, label_field=found.label_field
+    )
+    contents = {f"node-{number}.jsonl": files.encode_rows(rows) for number, rows in enumerate(shards)}
+    with _writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        _refuse_other_shards(out, contents)
+        for name, content in contents.items():
+            write_atomically(out / name, content)
+    for name, rows in zip(contents, shards, strict=True):
+        labels = [sum(row[found.label_field] == label for row in rows) for label in range(len(found.label_words))]
+        Console().print(f"{out / name}: {len(rows)} rows, by label {labels}", highlight=False, soft_wrap=True)
+
+
+def _refuse_other_shards(out: Path, contents: Mapping[str, bytes]) -> None:
+    """A folder keeps one division: the same one may be written again, or to its end."""
+    for path in sorted(out.glob("node-*.jsonl")):
+        if contents.get(path.name) != path.read_bytes():
+            raise ConfigError(
+                f"--out {out}",
+                f"holds {path.name} of another division",
+                "name a new folder, or remove the node-*.jsonl files that are there",
+            )
+
+
+def export(
+    model: Annotated[str, typer.Option(help="Base model of the run: local folder or hub id.")],
+    difference: Annotated[Path, typer.Option(help="difference.mkd from the server's state_dir.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; must not exist yet, or be empty.")],
+) -> None:
+    """Write the fine-tuned model as a Hugging Face folder."""
+    with importing("model", "meerkat export"):
+        from meerkat_mq.engines.torch.export import export_model  # noqa: PLC0415
+    from meerkat_mq.wire.difference import Difference  # noqa: PLC0415
+
+    found = Difference.load(difference)
+    export_model(model, found.mask, found.theta, out)
+    Console().print(
+        f"{out}: version {found.version} of run {found.run_id.hex()[:8]}, {found.mask.size:,} weights trained",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def doctor(
+    model: Annotated[str, typer.Option(help="Model to look at: local folder or hub id.")],
+    task: Annotated[str | None, typer.Option(help="Also look at this task: built in, or its TOML file.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the model.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:<i>.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines instead of words.")] = False,
+) -> None:
+    """Look at a model before it is used, and say what is wrong with it; exit code 4 if anything is."""
+    with importing("model", "meerkat doctor"):
+        from meerkat_mq.engines.torch.inspect import Finding, inspect_model  # noqa: PLC0415
+        from meerkat_mq.tasks.load import load_task  # noqa: PLC0415
+
+    check_config({"source": model, "device": device}, ModelConfig, where="command line")
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+
+    def show(found: Finding) -> None:
+        if as_json:
+            print(json.dumps(asdict(found)), flush=True)  # noqa: T201 - no terminal's width must break it
+            return
+        sign = {True: "✓", False: "✗", None: "–"}[found.good]
+        console.print(f"{sign} {found.step}: {found.text}" + (f"; {found.remedy}" if found.remedy else ""))
+
+    if not inspect_model(model, dtype=dtype, device=device, task=load_task(task) if task else None, show=show):
+        raise typer.Exit(ModelError.exit_code)

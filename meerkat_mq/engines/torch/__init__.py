@@ -1,0 +1,1 @@
+"""torch + transformers: loading, mask scoring, the engine, evaluation, export."""

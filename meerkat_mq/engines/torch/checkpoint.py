@@ -1,0 +1,203 @@
+"""Checkpoint files: where each tensor's bytes lie, and the fingerprint over them. No torch.
+
+Only safetensors: other formats are pickles, which run code when they are read.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from meerkat_mq.core.files import write_atomically
+from meerkat_mq.engines.torch.links import real_file
+from meerkat_mq.errors import ModelError, ModelNotFound
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_CHUNK = 1 << 20
+_MAX_HEADER = 100_000_000
+_SHARD = re.compile(r"[^./\\][^/\\]*\.safetensors")  # hidden files are none of a model's
+_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16}
+_BITS |= {"U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies: `file[start:stop]`, dtype as safetensors names it ("F32", "BF16" …)."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that `from_pretrained` reads. Each lies in the folder, or where `real_file` lets it be.
+
+    Raises:
+        ModelNotFound: there are none, or one is missing.
+        ModelError: the index is damaged, names anything but plain file names, or a link leads out of the folder.
+    """
+    if os.path.lexists(folder / SINGLE):
+        names = [SINGLE]
+    elif os.path.lexists(folder / INDEX):
+        names = _shards(folder / INDEX, folder)
+    else:
+        raise ModelNotFound(
+            str(folder), f"has no {SINGLE}", "convert the checkpoint: load it and call save_pretrained()"
+        )
+    for name in names:
+        real_file(folder / name, folder)
+    return [folder / name for name in names]
+
+
+def _shards(index: Path, folder: Path) -> list[str]:
+    try:
+        names = list(json.loads(real_file(index, folder).read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ModelError(str(index), f"is no checkpoint index ({error!s:.200})", "fetch the model again") from error
+    wrong = [name for name in names if not _is_plain(name)]
+    if wrong or not names:
+        problem = f"weight_map: {wrong[0]!r:.200} is no plain file name" if wrong else "weight_map: names no file"
+        raise ModelError(str(index), problem, "name .safetensors files beside the index, or fetch the model again")
+    return sorted(set(names))
+
+
+def _is_plain(name: object) -> bool:
+    return isinstance(name, str) and name.isprintable() and len(name) <= 128 and _SHARD.fullmatch(name) is not None
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors of a checkpoint, ordered by the bytes of their names.
+
+    Raises:
+        ModelNotFound: a weight file is missing.
+        ModelError: a weight file is damaged or cut short, or two files hold a tensor of the same name.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for file in weight_files(folder):
+        for name, tensor in _header(file).items():
+            if name in tensors:
+                raise ModelError(
+                    str(file), f"holds {name}, and so does {tensors[name].file.name}", "remove one of them"
+                )
+            tensors[name] = tensor
+    return dict(sorted(tensors.items(), key=lambda item: item[0].encode()))
+
+
+def _header(file: Path) -> dict[str, StoredTensor]:
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 2 <= length <= min(_MAX_HEADER, size - 8):
+                raise ValueError(f"header of {length} bytes in a file of {size}")
+            table: dict[str, Any] = json.loads(stream.read(length))
+        table.pop("__metadata__", None)
+        return {name: _tensor(file, name, entry, 8 + length, size) for name, entry in table.items()}
+    except OSError as error:
+        raise ModelNotFound(str(file), f"cannot be read ({error.strerror})", "fetch the model again") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise ModelError(str(file), f"is no safetensors file ({error!s:.200})", "fetch the model again") from error
+
+
+def _tensor(file: Path, name: str, entry: Any, data: int, size: int) -> StoredTensor:
+    """A tensor of the header; `data` is where the file's data begin.
+
+    Raises:
+        ValueError: what the entry says does not fit together, or the file.
+    """
+    name.encode()  # not of half a character
+    dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    numbers = [start, stop, *shape]
+    if any(type(number) is not int or not 0 <= number < 2**63 for number in numbers) or start > stop:
+        raise ValueError(f"shape {shape!s:.50}, bytes {start!s:.20} to {stop!s:.20}")
+    if stop > size - data:
+        raise ValueError(f"{size} bytes instead of {data + stop}")
+    if dtype in _BITS and math.prod(shape) * _BITS[dtype] != 8 * (stop - start):
+        raise ValueError(f"{stop - start} bytes for {dtype} of shape {shape!s:.50}")
+    return StoredTensor(file, str(dtype), tuple(shape), data + start, data + stop)
+
+
+def fingerprint(folder: Path, cache: Path | None = None) -> bytes:
+    """32 bytes: SHA-256 over name, dtype, shape and bytes of the checkpoint's tensors, sorted by name.
+
+    Each tensor enters as `name NUL dtype NUL dim,dim,… NUL bytes`. Reads the files in pieces of 1 MiB; the result is
+    cached by path, size and modification time.
+
+    Args:
+        folder: the checkpoint.
+        cache: the cache file; default: `fingerprints.json` in the user's cache folder.
+
+    Raises:
+        ModelNotFound, ModelError: as `stored_tensors`.
+    """
+    cache = cache or _cache_file()
+    key = str(folder.resolve())
+    state = [[file.name, stat.st_size, stat.st_mtime_ns] for file in weight_files(folder) for stat in [_stat(file)]]
+    known = _read_cache(cache)
+    entry = known.get(key)
+    if isinstance(entry, dict) and entry.get("files") == state:
+        return bytes.fromhex(str(entry["fingerprint"]))
+    digest = _hash(stored_tensors(folder))
+    _write_cache(cache, known | {key: {"files": state, "fingerprint": digest.hex()}})
+    return digest
+
+
+def _stat(file: Path) -> os.stat_result:
+    try:
+        return file.stat()
+    except OSError as error:
+        raise ModelNotFound(str(file), f"cannot be read ({error.strerror})", "fetch the model again") from error
+
+
+def _hash(tensors: dict[str, StoredTensor]) -> bytes:
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        shape = ",".join(map(str, tensor.shape))
+        digest.update(f"{name}\0{tensor.dtype}\0{shape}\0".encode())
+        with tensor.file.open("rb") as stream:
+            stream.seek(tensor.start)
+            left = tensor.stop - tensor.start
+            while left:
+                piece = stream.read(min(_CHUNK, left))
+                if not piece:
+                    raise ModelError(str(tensor.file), "was cut short while being read", "fetch the model again")
+                digest.update(piece)
+                left -= len(piece)
+    return digest.digest()
+
+
+def _cache_file() -> Path | None:
+    """None where this user has no home: a user id without an account, as in many containers."""
+    try:
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return Path(root) / "meerkat-mq" / "fingerprints.json"
+
+
+def _read_cache(path: Path | None) -> dict[str, object]:
+    if path is None:
+        return {}
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return table if isinstance(table, dict) else {}
+
+
+def _write_cache(path: Path | None, table: dict[str, object]) -> None:
+    """Best effort: a cache that cannot be written costs time, not correctness."""
+    if path is None:
+        return
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(table, indent=1).encode(), durable=False)

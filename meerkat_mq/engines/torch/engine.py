@@ -1,0 +1,247 @@
+"""The engine of torch and transformers: theta in, losses and gradients out."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from meerkat_mq.core.directions import Float32Array
+from meerkat_mq.core.mask import Mask
+from meerkat_mq.core.step import Row
+from meerkat_mq.engines.torch.adapter import with_adapter
+from meerkat_mq.engines.torch.load import LoadedModel
+from meerkat_mq.engines.torch.scoring import Scorer, scorer_for
+from meerkat_mq.errors import ModelMismatch
+from meerkat_mq.tasks.data import problem_of, usable_rows
+from meerkat_mq.wire.descriptor import Task
+
+_PASS_TOKENS = {"cpu": 768, "cuda": 16384}  # larger passes only cost memory
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A batch, ready for passes.
+
+    Attributes:
+        passes: what the scorer made of the rows, those of like length together, which spares padding.
+        place: int64 (rows,), where each row's scores are found among those of the passes.
+        labels: int64 (rows,).
+    """
+
+    passes: list[Any]
+    place: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a part of theta goes.
+
+    Attributes:
+        name: the matrix.
+        parameter: the model's tensor; flat: the same memory, one-dimensional.
+        indices: int64 (k,), positions in flat; None: all of it.
+        part: the matrix's place in theta.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    flat: Tensor
+    indices: Tensor | None
+    part: slice
+
+    def values(self, whole: Tensor) -> Tensor:
+        """What theta stands for of a tensor with the parameter's shape: (k,)."""
+        return whole.flatten() if self.indices is None else whole.flatten()[self.indices]
+
+
+@dataclass(frozen=True, slots=True)
+class Survival:
+    """What is left of a perturbation when the model's dtype rounds both of its sides.
+
+    With wanted w = 2·eps·z and got d = cast(theta + eps·z) − cast(theta − eps·z):
+
+    Attributes:
+        kept: ⟨d, w⟩ ÷ ⟨w, w⟩; 1 in exact arithmetic, 0 where everything is swallowed.
+        moved: share of the weights with d ≠ 0.
+        error: ‖d − w‖ ÷ ‖w‖; what rounding adds to the direction, swallowed parts included.
+    """
+
+    kept: float
+    moved: float
+    error: float
+
+
+class TransformersEngine:
+    """Implements `core.first_order.NodeEngine` for a loaded model, a mask and a task.
+
+    Args:
+        loaded: the base model; its masked weights are overwritten by each `write`, those of an adapter in a copy of the
+            model that shares all else.
+        mask: which weights theta stands for.
+        task: how rows become text and classes.
+
+    Raises:
+        ModelMismatch: the model has no such matrices.
+        ModelError: the mask is of an adapter, and peft is not installed.
+        TaskError: the tokenizer cannot tell the label words apart.
+        UnsupportedModel: a causal LM without a linear head.
+    """
+
+    def __init__(self, loaded: LoadedModel, mask: Mask, task: Task) -> None:
+        self.loaded = with_adapter(loaded, mask)
+        self._task = task
+        self.scorer: Scorer = scorer_for(self.loaded, task)
+        self.targets = _targets(self.loaded, mask)
+        self._size = mask.size
+
+    def write(self, theta: Float32Array) -> None:
+        """Put theta, float32 (n,), into the model's tensors, cast to their dtype."""
+        if theta.shape != (self._size,) or theta.dtype != np.float32:
+            raise ValueError(f"theta is {theta.dtype} {theta.shape}, not float32 ({self._size},)")
+        values = torch.from_numpy(theta if theta.flags.writeable else theta.copy()).to(self.loaded.model.device)
+        with torch.inference_mode():
+            for target in self.targets:
+                if target.indices is None:
+                    target.flat.copy_(values[target.part])
+                else:
+                    target.flat.index_copy_(0, target.indices, values[target.part].to(target.flat.dtype))
+
+    def prepare(self, rows: Sequence[Row]) -> Prepared:
+        """Tokenise and collate, once for all passes over these rows; those that fail are left out.
+
+        Raises:
+            DataError: all of them fail.
+        """
+        try:
+            return self._prepared(rows)
+        except BaseException as error:
+            problem_of(error)
+            return self._prepared(self.usable(rows))
+
+    def usable(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows that can be prepared; the log names the others.
+
+        Raises:
+            DataError: there are none.
+        """
+        return usable_rows(rows, self._prepared)
+
+    def _prepared(self, rows: Sequence[Row]) -> Prepared:
+        tokens = self.scorer.tokens(rows)
+        order = sorted(range(len(rows)), key=lambda row: len(tokens[row]))
+        device = self.loaded.model.device
+        limit = _PASS_TOKENS[device.type] // self.scorer.sequences
+        return Prepared(
+            passes=[self.scorer.collate(part) for part in _parts([tokens[row] for row in order], limit)],
+            place=torch.tensor(order, device=device).argsort(),
+            labels=torch.tensor([row[self._task.label_field] for row in rows], device=device),
+        )
+
+    def class_scores(self, batch: Prepared) -> Tensor:
+        """Float32 (rows, classes); gradients flow where the caller allows them."""
+        return self.scorer.scores(batch.passes)[batch.place]
+
+    def scores(self, batch: Prepared) -> Float32Array:
+        """Float32 (rows, classes)."""
+        with torch.inference_mode():
+            return _to_numpy(self.class_scores(batch))
+
+    def losses(self, batch: Prepared) -> Float32Array:
+        """Cross-entropy over the classes, float32 (rows,)."""
+        with torch.inference_mode():
+            return _to_numpy(functional.cross_entropy(self.class_scores(batch), batch.labels, reduction="none"))
+
+    def gradient(self, batch: Prepared) -> tuple[Float32Array, float]:
+        """The gradient of the mean cross-entropy in theta, float32 (n,), and that loss."""
+        parameters = [target.parameter.requires_grad_(True) for target in self.targets]
+        try:
+            loss = functional.cross_entropy(self.class_scores(batch), batch.labels)
+            found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+        parts = [target.values(whole).float() for target, whole in zip(self.targets, found, strict=True)]
+        return _to_numpy(torch.cat(parts)), loss.item()
+
+    def predict(self, batch: Prepared) -> npt.NDArray[np.int64]:
+        """The class with the highest score, int64 (rows,)."""
+        return np.asarray(self.scores(batch).argmax(axis=1), dtype=np.int64)
+
+    def check(self, mask: Mask) -> None:
+        """Make sure that this is the model that the mask was made for; call it before the first write.
+
+        Raises:
+            ModelMismatch: says whether tokenizer, checkpoint or masked weights differ.
+        """
+        where = str(self.loaded.folder)
+        remedy = "give the base model that the run's mask was made on"
+        _same(where, "tokenizer", self.loaded.tokenizer_fingerprint, mask.tokenizer_fingerprint, remedy)
+        _same(where, "checkpoint", self.loaded.fingerprint, mask.fingerprint, remedy)
+        for target, matrix in zip(self.targets, mask.matrices, strict=True):
+            expected = torch.tensor(matrix.theta_0).to(target.flat.device, target.flat.dtype)
+            differing = int((target.values(target.flat) != expected).sum())
+            if differing:
+                raise ModelMismatch(
+                    where, f"{differing} of {len(expected)} masked weights of {matrix.name} differ from theta_0", remedy
+                )
+
+    def surviving_share(self, theta: Float32Array, z: Float32Array, eps: float) -> Survival:
+        """What the model's dtype leaves of theta ± eps·z."""
+        shift = z * np.float32(eps)
+        got = self._cast(theta + shift) - self._cast(theta - shift)
+        wanted = 2 * eps * z.astype(np.float64)
+        size = float(wanted @ wanted)
+        return Survival(
+            kept=float(got @ wanted) / size,
+            moved=float(np.count_nonzero(got)) / got.size,
+            error=float(np.linalg.norm(got - wanted)) / size**0.5,
+        )
+
+    def _cast(self, theta: Float32Array) -> npt.NDArray[np.float64]:
+        values = torch.tensor(theta)
+        parts = [values[target.part].to(target.flat.dtype).double() for target in self.targets]
+        return np.asarray(torch.cat(parts).numpy())
+
+
+def _targets(loaded: LoadedModel, mask: Mask) -> list[Target]:
+    parameters = dict(loaded.model.named_parameters())
+    targets = []
+    for matrix, part in mask.slices():
+        parameter = parameters.get(matrix.name)
+        if parameter is None or tuple(parameter.shape) != matrix.shape:
+            found = "no matrix of this name" if parameter is None else f"shape {tuple(parameter.shape)}"
+            raise ModelMismatch(
+                str(loaded.folder),
+                f"the mask's {matrix.name} has shape {matrix.shape}, the model has {found}",
+                "give the base model that the run's mask was made on",
+            )
+        whole = matrix.indices.size == parameter.numel()
+        indices = None if whole else torch.from_numpy(matrix.indices.astype(np.int64)).to(parameter.device)
+        targets.append(Target(matrix.name, parameter, parameter.data.view(-1), indices, part))
+    return targets
+
+
+def _parts(tokens: list[list[int]], limit: int) -> Iterator[list[list[int]]]:
+    """Cut sequences, shortest first, into parts that padded hold no more than `limit` tokens, or one sequence."""
+    part: list[list[int]] = []
+    for sequence in tokens:
+        if part and (len(part) + 1) * len(sequence) > limit:
+            yield part
+            part = []
+        part.append(sequence)
+    yield part
+
+
+def _same(where: str, what: str, found: bytes, wanted: bytes, remedy: str) -> None:
+    if found != wanted:
+        raise ModelMismatch(where, f"another {what}: fingerprint {found.hex()[:16]}…, not {wanted.hex()[:16]}…", remedy)
+
+
+def _to_numpy(values: Tensor) -> Float32Array:
+    return np.asarray(values.float().cpu().numpy(), dtype=np.float32)

@@ -1,0 +1,198 @@
+"""The folder of a model, looked at before any library reads it: what it is, and what it would have picked up. No torch.
+
+transformers follows what a folder says: code to run, an adapter to add, other weights to read. None of this is in the
+fingerprint that server and nodes agree on, so a folder that asks for it is refused.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+from meerkat_mq.engines.torch.in_words import reason
+from meerkat_mq.engines.torch.links import is_folder, model_files
+from meerkat_mq.errors import ModelError, ModelNotFound, UnsupportedModel
+
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+_MOST_BYTES = {CONFIG: 16 << 20, TOKENIZER_CONFIG: 64 << 20}
+_MOST_BYTES_ELSE = 512 << 20
+_DEEPEST = 64
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_HUB_WEIGHTS = ["*.json", "*.safetensors", "*.txt", "*.model"]
+_OTHER_WEIGHTS = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+_KERNEL = re.compile(r"[^/:]+/[^/:]+(@[^/:]+)?(:[^/:]+)?|.*flash.*")  # flash: fetched from there where it is absent
+_GGUF = ".gguf"
+_ORIGINAL = "give the folder of the model that it was made from, with safetensors"
+_ADAPTER = "adapter_config.json"
+_MERGE = "merge it into its base (peft: merge_and_unload(), then save_pretrained()) and give the merged folder"
+DEQUANTISE = "give the original, unquantised model"
+
+Json = dict[str, Any]
+
+
+def find_folder(source: str | Path) -> Path:
+    """The local folder of a model, after a look at it; a hub id is fetched, or found in the hub cache.
+
+    Of a hub id the small files come first, so that weights are fetched only for a model that can be used.
+
+    Raises:
+        ModelNotFound: neither a folder with a config.json nor a hub id that can be resolved.
+        ModelError, UnsupportedModel: as `look_at_folder`.
+    """
+    folder = Path(source)
+    if is_folder(folder):
+        look_at_folder(folder)
+        return folder
+    name = str(source)
+    if folder.suffix and folder.is_file():
+        gguf = folder.suffix == _GGUF
+        what, remedy = ("a GGUF file (of llama.cpp)", _ORIGINAL) if gguf else ("a file", "give the folder of the model")
+        raise ModelNotFound(name, f"is {what}, not a folder", remedy)
+    if not _HUB_ID.fullmatch(name):
+        raise ModelNotFound(name, "no such folder", "give the folder of a Hugging Face model, or a hub id")
+    look_at_folder(_from_hub(name, ["*.json"]))
+    found = _from_hub(name, _HUB_WEIGHTS)
+    look_at_folder(found)
+    return found
+
+
+def _from_hub(name: str, patterns: list[str]) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise ModelNotFound(
+            name,
+            f"is no folder here, and the hub does not give it ({reason(error)})",
+            "check the name, or download the model and give its folder",
+        ) from error
+
+
+def look_at_folder(folder: Path) -> None:
+    """Make sure that a folder holds a plain model, and nothing that would be picked up beside it.
+
+    Raises:
+        ModelNotFound: it has no config.json.
+        ModelError: it holds code, an adapter, other weights, or a link that leads out of it; or it cannot be read.
+        UnsupportedModel: its weights are quantised.
+    """
+    is_one = any(os.path.lexists(folder / name) for name in (CONFIG, _ADAPTER))
+    files = model_files(folder) if is_one else {}  # what leads out of any other folder is not what is wrong
+    if Path(_ADAPTER) in files:
+        _refuse_adapter(folder, whole=Path(CONFIG) in files)
+    if Path(CONFIG) not in files:
+        raise _no_config(folder)
+    config = read_json(folder / CONFIG)
+    _refuse_code(folder / CONFIG, config)
+    if Path(TOKENIZER_CONFIG) in files:
+        _refuse_code(folder / TOKENIZER_CONFIG, read_json(folder / TOKENIZER_CONFIG))
+    _refuse_quantised(folder / CONFIG, config)
+    for name in files:
+        if _OTHER_WEIGHTS.fullmatch(str(name)):
+            raise ModelError(
+                str(folder / name), "is a part of a distributed checkpoint", "save it whole by save_pretrained()"
+            )
+        if name.suffix == ".json":
+            _check_size(folder / name)
+
+
+def read_json(file: Path) -> Json:
+    """A JSON object, of bounded size and depth.
+
+    Raises:
+        ModelError: it cannot be read, or is none.
+    """
+    _check_size(file)
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(str(file), f"cannot be read ({error.strerror})", "let this user read it") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(str(file), f"cannot be used (it is not JSON: {error})", "fetch the model again") from error
+    if not isinstance(found, dict):
+        raise ModelError(
+            str(file), f"cannot be used (it holds {type(found).__name__}, not an object)", "fetch the model again"
+        )
+    if any(len(path) > _DEEPEST for path, _ in walk(found)):
+        raise ModelError(str(file), f"is nested more than {_DEEPEST} levels deep", "fetch the model again")
+    return found
+
+
+def _check_size(file: Path) -> None:
+    most = _MOST_BYTES.get(file.name, _MOST_BYTES_ELSE)
+    try:
+        size = file.stat().st_size
+    except OSError as error:
+        raise ModelError(str(file), f"cannot be read ({error.strerror})", "fetch the model again") from error
+    if size > most:
+        raise ModelError(str(file), f"has {size:,} bytes; {most:,} are the most", "fetch the model again")
+
+
+def walk(found: Json) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Each value inside, with its path, without recursion; deeper ones than are allowed are not entered."""
+    waiting: list[tuple[tuple[str, ...], Any]] = [((), found)]
+    while waiting:
+        path, value = waiting.pop()
+        yield path, value
+        if len(path) <= _DEEPEST:
+            inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+            waiting.extend(((*path, str(key)), item) for key, item in inner)
+
+
+def _refuse_code(file: Path, found: Json) -> None:
+    """Whatever makes transformers run code, or read weights, that lie in the folder or on the hub."""
+    for path, value in walk(found):
+        key = path[-1] if path else ""
+        where = f"{file}: {'.'.join(path)}"
+        if key == "auto_map" and value:
+            raise ModelError(
+                where,
+                "names code that belongs to the model; Meerkat-MQ never runs code from a model",
+                "use a model whose class transformers has itself; if it has this one, remove the key",
+            )
+        if key == "transformers_weights" and value:
+            raise ModelError(where, f"names weights of its own ({value!r})", "remove the key")
+        chooses = any(part.endswith("_implementation") for part in path)  # one for all, or a table by part of the model
+        if chooses and isinstance(value, str) and _KERNEL.fullmatch(value):
+            raise ModelError(where, f"names code of another place ({value!r})", "remove the key")
+
+
+def _refuse_adapter(folder: Path, *, whole: bool) -> None:
+    if whole:
+        raise ModelError(
+            str(folder / _ADAPTER),
+            "is an adapter beside a whole model, which transformers would add without a word",
+            f"{_MERGE}, or take its files away",
+        )
+    base = read_json(folder / _ADAPTER).get("base_model_name_or_path")
+    raise ModelError(str(folder), f"is an adapter (of {base!r}), not a model", _MERGE)
+
+
+def _refuse_quantised(file: Path, config: Json) -> None:
+    for path, value in walk(config):
+        if path and path[-1] in ("quantization_config", "quantization") and isinstance(value, dict):
+            method = next((str(value[key]) for key in ("quant_method", "bits") if key in value), "some method")
+            raise UnsupportedModel(f"{file}: {'.'.join(path)}", f"its weights are quantised ({method})", DEQUANTISE)
+    if (file.parent / "quantize_config.json").exists():
+        raise UnsupportedModel(str(file.parent / "quantize_config.json"), "its weights are quantised", DEQUANTISE)
+
+
+def _no_config(folder: Path) -> ModelNotFound:
+    """What the folder seems to hold instead of a model."""
+    names = sorted(path.name for path in folder.iterdir())
+    gguf = [name for name in names if name.endswith(_GGUF)]
+    inner = [name for name in names if (folder / name / CONFIG).is_file()]
+    what, remedy = "", "give the folder of a Hugging Face model"
+    if gguf:
+        what, remedy = f" (it holds GGUF files of llama.cpp: {gguf[0]})", _ORIGINAL
+    elif "params.json" in names:
+        what, remedy = " (it holds a checkpoint in its maker's own format: params.json)", "convert it by transformers"
+    elif inner:
+        what, remedy = f" (it holds a model in {inner[0]})", f"give {folder / inner[0]}"
+    return ModelNotFound(str(folder), f"has no {CONFIG}{what}", remedy)

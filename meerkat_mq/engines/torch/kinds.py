@@ -1,0 +1,213 @@
+"""Which kind of model a configuration describes: decided by its class, as transformers maps it, not by a name."""
+
+import itertools
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch.nn.modules.module import register_module_module_registration_hook
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from meerkat_mq.engines.torch.folder import CONFIG, Json, read_json
+from meerkat_mq.engines.torch.in_words import in_words, key_of
+from meerkat_mq.errors import ModelError, UnsupportedModel
+
+Kind = Literal["causal", "encoder"]
+
+_POSITIVE = {
+    *("hidden_size", "n_embd", "d_model", "dim", "intermediate_size", "n_inner", "vocab_size", "head_dim"),
+    *("num_attention_heads", "n_head", "n_heads", "num_key_value_heads"),
+}
+LAYERS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers"}
+_POSITIONS = {"max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"}
+_CAUSAL = re.compile("Causal|LMHead")  # also in a name that transformers does not know
+_EXPERTS = {"num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"}
+_MOST_TRIED = 64
+_MOST_POSITIONS = 1 << 24
+_MOST_EXPERTS = 1 << 12
+_MOST_LABELS = 1 << 16  # each is an object in memory
+_MODULES = 1000  # of a model at most, and for each tensor of the checkpoint _MODULES_A_TENSOR more
+_MODULES_A_TENSOR = 50
+_MOST_BUFFERS = 1 << 30  # bytes
+_RESTORE = "restore the model's own config.json"
+_ANOTHER = "give a causal LM (…ForCausalLM), or an encoder such as BERT or MiniLM"
+
+
+def read_config(folder: Path, tensors: int) -> Any:
+    """The model's configuration.
+
+    Args:
+        folder: after a look at it.
+        tensors: how many tensors the checkpoint holds; no model has more layers.
+
+    Raises:
+        ModelError: config.json does not describe a model; names the key where it is known.
+    """
+    file = folder / CONFIG
+    table = read_json(file)
+    _check_table(file, table, tensors)
+    for key in ("text_config", "vision_config", "audio_config"):
+        if isinstance(table.get(key), dict):
+            _check_table(file, table[key], tensors, f"{key}.")
+    with in_words(partial(_place, file, table, _config), "cannot be used", _RESTORE):
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        text = config.get_text_config()
+        config.return_dict = True  # outputs are read by name
+        pad, ids = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+    if pad is not None and ids is not None and not -ids <= pad < ids:  # Llama's -1 is the last
+        raise ModelError(f"{file}: pad_token_id", f"{pad} is no id of the {ids} embeddings", _RESTORE)
+    return config
+
+
+def _check_table(file: Path, table: Json, tensors: int, prefix: str = "") -> None:
+    """Values that would be believed: sizes below one, layers or positions without end."""
+    for key, value in table.items():
+        if key == "attention_types":
+            _check_repeats(f"{file}: {prefix}{key}", value, tensors)
+        least, most = _bounds(key, tensors)
+        if most and value is not None and not (type(value) is int and least <= value <= most):
+            problem = f"{_short(value)} is no integer from {least} to {most:,}"
+            raise ModelError(f"{file}: {prefix}{key}", problem, "restore the model's own value")
+    if not prefix:
+        _check_type(file, table)
+
+
+def _bounds(key: str, tensors: int) -> tuple[int, int]:
+    """The least and the largest value that a key may have; (0, 0) where anything goes."""
+    if key == "num_labels":
+        return 0, _MOST_LABELS
+    kinds = ((LAYERS, tensors), (_POSITIONS, _MOST_POSITIONS), (_EXPERTS, _MOST_EXPERTS), (_POSITIVE, 1 << 31))
+    return next(((1, most) for keys, most in kinds if key in keys), (0, 0))
+
+
+def _check_repeats(where: str, groups: object, tensors: int) -> None:
+    """GPT-Neo's list of (kinds of attention, how often): transformers writes it out before it looks at the length."""
+    try:
+        layers = sum(len(kinds) * times for kinds, times in groups or ())  # type: ignore[attr-defined]
+    except (TypeError, ValueError) as error:
+        raise ModelError(where, f"{_short(groups)} is no list of pairs", _RESTORE) from error
+    if not (type(layers) is int and layers <= tensors):
+        raise ModelError(
+            where, f"describes {_short(layers)} layers, and the checkpoint holds {tensors} tensors", _RESTORE
+        )
+
+
+def _check_type(file: Path, table: Json) -> None:
+    model_type, names = table.get("model_type"), table.get("architectures")
+    if not isinstance(model_type, str):
+        raise ModelError(f"{file}: model_type", "is missing, or no name", "give the folder of a Hugging Face model")
+    if model_type not in CONFIG_MAPPING_NAMES:
+        raise ModelError(
+            f"{file}: model_type",
+            f"{_short(model_type)} cannot be used: transformers {transformers.__version__} does not know it",
+            "update transformers, or use another model",
+        )
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ModelError(f"{file}: architectures", f"{_short(names)} is no list of names", "restore the model's own")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else f"{text[:60]}…"
+
+
+def kind_of(config: Any, folder: Path) -> Kind:
+    """Causal LM or encoder, by the configuration's class; one that can be both, such as BERT, by its `is_decoder`.
+
+    Raises:
+        UnsupportedModel: it is neither, or says that it is a causal LM while its attention sees later tokens.
+    """
+    family, named = config.model_type, next(iter(config.architectures or ()), None)
+    causal, encoder = family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, family in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    where = f"{folder / CONFIG}: architectures"
+    if getattr(config, "is_encoder_decoder", False) or not (causal or encoder):
+        raise UnsupportedModel(where, f"{named or family} is neither a causal LM nor an encoder", _ANOTHER)
+    if causal and (not encoder or getattr(config, "is_decoder", False)):
+        return "causal"
+    if named in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or _CAUSAL.search(named or ""):
+        raise UnsupportedModel(
+            where,
+            f"{named} is a causal LM, but is_decoder is false, so that its attention sees later tokens",
+            "set is_decoder to true; or, for an encoder, architectures to the class without a head",
+        )
+    return "encoder"
+
+
+def class_of(kind: Kind) -> Any:
+    """The class of transformers that loads a kind."""
+    return transformers.AutoModelForCausalLM if kind == "causal" else transformers.AutoModel
+
+
+def skeleton(config: Any, kind: Kind, folder: Path, tensors: int) -> Any:
+    """The model without weights: names, shapes and ties, in no memory.
+
+    Args:
+        config: as `read_config` gives it.
+        kind: what is loaded.
+        folder: the checkpoint.
+        tensors: how many it holds; what has far more parts than that is no model of it.
+
+    Raises:
+        ModelError: the configuration contradicts itself, or describes something far larger than the checkpoint.
+    """
+
+    def build(config: Any) -> Any:
+        with torch.device("meta"), _few_modules(_MODULES + _MODULES_A_TENSOR * tensors):
+            return class_of(kind).from_config(config, trust_remote_code=False)
+
+    file = folder / CONFIG
+    place = partial(_place, file, read_json(file), lambda table: build(_config(table)))
+    with in_words(place, "cannot be used", _RESTORE):
+        bare = build(config)
+    buffers = {name: buffer.numel() * buffer.element_size() for name, buffer in bare.named_buffers()}
+    if sum(buffers.values()) > _MOST_BUFFERS:
+        largest = max(buffers, key=buffers.__getitem__)
+        raise ModelError(str(file), f"{largest} would take {buffers[largest]:,} bytes of memory", _RESTORE)
+    return bare
+
+
+@contextmanager
+def _few_modules(most: int) -> Iterator[None]:
+    """A configuration may ask for any number of blocks, experts or streams: refuse before they take all memory."""
+    builder, left = threading.get_ident(), itertools.count(most, -1)
+
+    def count(*_: object) -> None:
+        if threading.get_ident() == builder and next(left) < 0:
+            raise ValueError(f"it describes more than {most:,} parts, and the checkpoint holds far fewer tensors")
+
+    hook = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _config(table: Json) -> Any:
+    return transformers.AutoConfig.for_model(**table)
+
+
+def _place(file: Path, table: Json, build: Callable[[Json], Any], said: str) -> str:
+    """The file, and the key that is wrong: the library names it, or without it all is well."""
+    key = key_of(said, table)
+    if key is None:
+        others = [key for key in table if key != "model_type"][:_MOST_TRIED]
+        key = next((key for key in others if _works(build, {k: v for k, v in table.items() if k != key})), None)
+    return f"{file}: {key}" if key else str(file)
+
+
+def _works(build: Callable[[Json], Any], table: Json) -> bool:
+    try:
+        build(table)
+    except Exception:
+        return False
+    return True

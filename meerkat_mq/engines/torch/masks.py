@@ -1,0 +1,253 @@
+"""Making a mask: score the weights of each linear matrix and keep the best; or take all weights, or an adapter's."""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from meerkat_mq.core.directions import Float32Array
+from meerkat_mq.core.mask import Mask, MaskedMatrix
+from meerkat_mq.engines.torch.adapter import adapter_weights, new_adapter
+from meerkat_mq.engines.torch.calibration import (
+    CalibrationBatch,
+    calibration_batches,
+    each_gradient,
+    input_norms,
+    reached,
+)
+from meerkat_mq.engines.torch.checkpoint import stored_tensors
+from meerkat_mq.engines.torch.load import LoadedModel, all_weights, linear_layers
+from meerkat_mq.engines.torch.names import check_stored, check_writable
+from meerkat_mq.errors import MaskError
+from meerkat_mq.wire.descriptor import MAX_RUN_WEIGHTS
+
+Method = Literal["sensitivity", "magnitude-activation", "magnitude", "random", "dense", "lora"]
+METHODS: tuple[Method, ...] = get_args(Method)
+Progress = Callable[[int, int], None]
+Indices = npt.NDArray[np.int64]
+
+_DEFAULT_BATCH = {"causal": 1, "encoder": 16}
+
+
+def make_mask(
+    loaded: LoadedModel,
+    texts: Sequence[str],
+    method: Method = "sensitivity",
+    *,
+    density: float = 1e-3,
+    rank: int = 8,
+    seed: int = 0,
+    sequences: int = 100,
+    length: int = 512,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Mask:
+    """Keep the floor(size · density) best weights of each linear matrix; ties go to the lowest index.
+
+    Scores: `sensitivity` is the mean over calibration batches of the squared gradient of the causal-LM loss (of an
+    encoder: of in-batch contrast between the halves of a document), MEERKAT (arXiv 2506.03337); `magnitude-activation`
+    is |w|·‖x‖₂; `magnitude` is |w|; `random` is drawn from the seed. Two methods score nothing: `dense` takes every
+    floating-point parameter that passes use, tied ones once, MeZO (arXiv 2305.17333); `lora` takes all of a fresh
+    adapter on the query and value projections. What gets no gradient from the calibration loss, such as a vision tower,
+    is left out: noise alone would move it. With every method a last pass over the batches yields g_p, the mean signed
+    gradient on the mask. Memory beyond the model's: one float32 matrix of scores for each linear matrix (`sensitivity`
+    alone), and one gradient and the activations of one block at a time.
+
+    Args:
+        loaded: a model whose dtype holds the checkpoint exactly.
+        texts: calibration text, like what the model was pretrained on.
+        method: one of METHODS.
+        density: u, 0 < u ≤ 1, of the methods that score; 1 keeps every weight of the linear matrices.
+        rank: of the adapter.
+        seed: order of the texts, and the random mask.
+        sequences: how many sequences (encoder: documents) of calibration text.
+        length: tokens a sequence.
+        batch_size: sequences a gradient; default: 1 for a causal LM, 16 for an encoder.
+        progress: called with (batches done, all batches).
+        say: called with what a user should know about the mask.
+
+    Raises:
+        MaskError: an argument is out of range, the text is too short, a score is not finite, or the mask would hold no
+            weight, or more than a run can.
+        UnsupportedModel: the model has no maskable matrices, or some that cannot be written back into the checkpoint.
+        ModelError: `lora` without peft.
+    """
+    _check(loaded, method, density)
+    candidates = _candidates(loaded, method)
+    whole = density == 1 or method in ("dense", "lora")
+    if not whole:
+        _counts(candidates, density)
+    stored = stored_tensors(loaded.folder)
+    check_writable(loaded.names, stored, candidates, loaded.folder)
+    batches = calibration_batches(
+        loaded,
+        texts,
+        seed=seed,
+        sequences=sequences,
+        length=length,
+        batch_size=_DEFAULT_BATCH[loaded.kind] if batch_size is None else batch_size,
+    )
+    weights = _inside(loaded, batches[0], candidates, say)
+    if method == "lora":
+        loaded = new_adapter(loaded, rank, weights)
+        weights = adapter_weights(loaded.model)
+    counts = _counts(weights, 1 if whole else density)
+    passes = 1 + (not whole and method in ("sensitivity", "magnitude-activation"))
+    tick = _ticker(progress, passes * len(batches))
+    if whole:
+        chosen = {name: np.arange(count) for name, count in counts.items()}
+    else:
+        score = _scorer(loaded, batches, method, seed, tick, weights=weights)
+        chosen = {name: best(_finite(score(name), name), count) for name, count in counts.items()}
+    g_p = _mean_gradient(loaded, batches, {name: weights[name] for name in chosen}, chosen, tick)
+    matrices = tuple(_matrix(name, weights[name], indices, g_p[name]) for name, indices in chosen.items())
+    if method != "lora":
+        check_stored(loaded.names, stored, matrices)
+    return Mask(matrices, loaded.fingerprint, loaded.tokenizer_fingerprint)
+
+
+def _check(loaded: LoadedModel, method: Method, density: float) -> None:
+    if method not in METHODS:
+        raise MaskError("mask method", f"{method!r} is unknown", f"use one of {', '.join(METHODS)}")
+    if not 0 < density <= 1:
+        raise MaskError("density", f"{density} is outside (0, 1]", "0.001 keeps one weight in a thousand")
+    if not loaded.exact:
+        dtype = str(loaded.model.dtype).removeprefix("torch.")
+        raise MaskError(str(loaded.folder), f"{dtype} rounds this checkpoint's weights", "load it in float32 for masks")
+
+
+def _candidates(loaded: LoadedModel, method: Method) -> Mapping[str, Tensor]:
+    """What the mask chooses from, or adapts, ordered by the bytes of the names."""
+    if method == "dense":
+        return all_weights(loaded.model)
+    return {name: layer.weight for name, layer in linear_layers(loaded.model).items()}
+
+
+def _inside(
+    loaded: LoadedModel, batch: CalibrationBatch, weights: Mapping[str, Tensor], say: Callable[[str], None]
+) -> dict[str, Tensor]:
+    """Those of the weights that the calibration loss depends on."""
+    found = reached(loaded, batch, weights)
+    outside = [name for name in weights if name not in found]
+    if len(outside) == len(weights):
+        raise MaskError("mask", "the calibration loss depends on no weight", "use another model")
+    if outside:
+        say(f"{len(outside)} matrices get no gradient from text and are left out: {outside[0]} …")
+    return {name: weight for name, weight in weights.items() if name in found}
+
+
+def _counts(weights: Mapping[str, Tensor], density: float) -> dict[str, int]:
+    """How many weights each matrix keeps; matrices that keep none are left out."""
+    share = Fraction(str(density))  # 0.29 · 100 in floats is below 29
+    sizes = {name: weight.numel() for name, weight in weights.items()}
+    counts = {name: int(size * share) for name, size in sizes.items() if int(size * share)}
+    if not counts:
+        raise MaskError("density", f"{density} of {max(sizes.values())} weights keeps none", "raise the density")
+    if sum(counts.values()) > MAX_RUN_WEIGHTS:
+        raise MaskError(
+            "mask",
+            f"{sum(counts.values()):,} weights, and a run holds {MAX_RUN_WEIGHTS:,} at most",
+            "lower the density",
+        )
+    return counts
+
+
+def _ticker(progress: Progress | None, total: int) -> Callable[[], None]:
+    done = itertools.count(1)
+
+    def tick() -> None:
+        number = next(done)
+        if progress is not None:
+            progress(number, total)
+
+    return tick
+
+
+def _scorer(
+    loaded: LoadedModel,
+    batches: Sequence[CalibrationBatch],
+    method: Method,
+    seed: int,
+    tick: Callable[[], None],
+    *,
+    weights: Mapping[str, Tensor],
+) -> Callable[[str], Tensor]:
+    """Scores of a matrix by its name, in the shape of its weight, or flat."""
+    layers = linear_layers(loaded.model)
+    if method == "sensitivity":
+        squares = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
+
+        def add(name: str, gradient: Tensor) -> None:
+            squares[name].addcmul_(gradient, gradient)
+
+        each_gradient(loaded, batches, weights, add, tick)
+        return squares.pop
+    if method == "magnitude-activation":
+        norms = input_norms(loaded, batches, tick)
+        return lambda name: layers[name].weight.float().abs() * _per_input(layers[name], norms[name])
+    if method == "magnitude":
+        return lambda name: layers[name].weight.float().abs()
+    place = {name: index for index, name in enumerate(layers)}
+    return lambda name: torch.from_numpy(
+        np.random.default_rng([seed, place[name]]).random(layers[name].weight.numel(), dtype=np.float32)
+    )
+
+
+def _per_input(layer: nn.Module, norms: Tensor) -> Tensor:
+    return norms[:, None] if isinstance(layer, Conv1D) else norms[None, :]
+
+
+def _finite(scores: Tensor, name: str) -> Float32Array:
+    flat = np.asarray(scores.flatten().cpu().numpy())
+    if not np.isfinite(flat).all():
+        raise MaskError(name, "a score is not finite", "check the checkpoint and the calibration text")
+    return flat
+
+
+def best(scores: Float32Array, count: int) -> Indices:
+    """Positions of the `count` highest scores, ascending; of equal scores the lowest positions.
+
+    Args:
+        scores: float32 (m,), 1 ≤ count ≤ m, finite.
+    """
+    threshold = np.partition(scores, scores.size - count)[scores.size - count]
+    above = np.flatnonzero(scores > threshold)
+    level = np.flatnonzero(scores == threshold)[: count - above.size]
+    return np.sort(np.concatenate([above, level]))
+
+
+def _mean_gradient(
+    loaded: LoadedModel,
+    batches: Sequence[CalibrationBatch],
+    weights: Mapping[str, Tensor],
+    chosen: Mapping[str, Indices],
+    tick: Callable[[], None],
+) -> dict[str, Float32Array]:
+    """The mean signed gradient of each matrix at the chosen positions, float32."""
+    places = {
+        name: None if indices.size == weights[name].numel() else torch.from_numpy(indices).to(weights[name].device)
+        for name, indices in chosen.items()
+    }
+    sums = {
+        name: torch.zeros(indices.size, dtype=torch.float64, device=weights[name].device)
+        for name, indices in chosen.items()
+    }
+
+    def visit(name: str, gradient: Tensor) -> None:
+        place = places[name]
+        sums[name] += gradient.flatten() if place is None else gradient.flatten()[place]
+
+    each_gradient(loaded, batches, weights, visit, tick)
+    return {name: (total / len(batches)).float().cpu().numpy() for name, total in sums.items()}
+
+
+def _matrix(name: str, weight: Tensor, indices: Indices, g_p: Float32Array) -> MaskedMatrix:
+    theta_0 = weight.detach().flatten().cpu()[torch.from_numpy(indices)].float().numpy()
+    return MaskedMatrix(name, tuple(weight.shape), indices.astype(np.uint32), theta_0, g_p)

@@ -1,0 +1,167 @@
+"""Proof of an exported model by what loads: its bytes are compared by `export.check_export`."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from meerkat_mq.core.directions import Float32Array
+from meerkat_mq.core.mask import Mask
+from meerkat_mq.engines.torch.adapter import adapter_pairs
+from meerkat_mq.engines.torch.changes import changes_of
+from meerkat_mq.engines.torch.checkpoint import INDEX, weight_files
+from meerkat_mq.engines.torch.engine import TransformersEngine
+from meerkat_mq.engines.torch.export import exported_files
+from meerkat_mq.engines.torch.folder import find_folder
+from meerkat_mq.engines.torch.load import LoadedModel, load_model
+from meerkat_mq.engines.torch.names import FLOATS, stored_copies
+from meerkat_mq.engines.torch.probes import PROBES
+from meerkat_mq.engines.torch.scoring import scorer_for
+from meerkat_mq.errors import ModelMismatch
+from meerkat_mq.wire.descriptor import Task
+
+# Of the largest output: what may differ where an adapter is merged, since W + 2·B·A is rounded to the stored format.
+MERGED_TOLERANCE = {"F32": 1e-4, "F16": 1e-2, "BF16": 5e-2}
+
+_TEXTS = [text for text in PROBES if len(text) >= 20][:8]
+
+Outputs = dict[str, Float32Array]
+
+
+def check_loaded(folder: Path, source: str | Path, mask: Mask, theta: Float32Array, task: Task) -> None:
+    """Load base and export as `from_pretrained` does, write theta into the base, and compare the two models.
+
+    Theta is written through the engine, as nodes and server do, after it was rounded to the checkpoint's formats. Both
+    models are loaded in float32, which holds these exactly, one after the other. Then what the tokenizers make of the
+    probes, every parameter by its name, the outputs over eight texts, and scores and losses of eight rows of the task
+    must be the same, bit for bit. Of an adapter, whose export is merged, no parameters are compared, and outputs may
+    differ by `MERGED_TOLERANCE`.
+
+    Args:
+        folder: the exported model.
+        source: the base: local folder or hub id.
+        mask: of the run.
+        theta: float32 (n,).
+        task: of the run.
+
+    Raises:
+        ModelNotFound, ModelError: one of the two does not load.
+        ModelMismatch: names what differs.
+        MissingExtra: the mask is an adapter's, and peft is not installed.
+    """
+    base = find_folder(source)
+    rounded, formats = _rounded(base, mask, theta)
+    merged = bool(adapter_pairs(mask))
+    engine = TransformersEngine(load_model(base), mask, task)
+    engine.write(theta if merged else rounded)
+    expected = _look(engine.loaded, task)
+    del engine
+    found = _look(load_model(folder, finite=False), task)
+    problem = _difference(expected, found, merged=merged, formats=formats)
+    if problem is not None:
+        problem += _altered(folder, base)
+        raise ModelMismatch(str(folder), problem, "export the model again, and change no file of it")
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What there is to see of a loaded model.
+
+    Attributes:
+        tokenizer: its fingerprint.
+        parameters: a digest of each that the checkpoint holds, by all of its names.
+        outputs: over the texts and rows, by what they are.
+    """
+
+    tokenizer: bytes
+    parameters: dict[str, bytes]
+    outputs: Outputs
+
+
+def _look(loaded: LoadedModel, task: Task) -> _Look:
+    for parameter in loaded.model.parameters():
+        parameter.data = parameter.data.clone()  # sums can depend on where a tensor begins in memory
+    with torch.inference_mode():
+        outputs = _outputs(loaded) | _scores(loaded, task)
+    made_up = set(loaded.names.missing)  # such as a BERT's pooler: drawn anew at each load, and never used
+    digests = {name: _digest(value) for name, value in loaded.model.state_dict().items() if name not in made_up}
+    return _Look(loaded.tokenizer_fingerprint, digests, outputs)
+
+
+def _difference(expected: _Look, found: _Look, *, merged: bool, formats: set[str]) -> str | None:
+    """The first thing that differs, in words."""
+    if found.tokenizer != expected.tokenizer:
+        return "its tokenizer gives other ids than the base's"
+    names = () if merged else sorted(expected.parameters.keys() | found.parameters.keys())
+    for name in names:
+        if expected.parameters.get(name) != found.parameters.get(name):
+            return f"{name} does not load as base and theta give it"
+    tolerance = max(map(MERGED_TOLERANCE.__getitem__, formats)) if merged else 0.0
+    for what, wanted in expected.outputs.items():
+        values = found.outputs[what]
+        if wanted.shape != values.shape:
+            return f"{what}: shape {values.shape}, base and theta give {wanted.shape}"
+        if np.array_equal(values, wanted, equal_nan=True):
+            continue
+        apart = float(np.abs(values - wanted).max())
+        if not apart <= tolerance * float(np.abs(wanted).max()):
+            return f"{what} differ by up to {apart:.3g} from what base and theta give"
+    return None
+
+
+def _altered(folder: Path, base: Path) -> str:
+    """Which file may be the reason, in brackets."""
+    ours = exported_files(base)
+    for name in sorted(ours.keys() - {file.relative_to(base) for file in weight_files(base)} - {Path(INDEX)}):
+        theirs = folder / name
+        if not theirs.is_file() or theirs.read_bytes() != ours[name].read_bytes():
+            return f" ({name} is not the base's)"
+    return ""
+
+
+def _outputs(loaded: LoadedModel) -> Outputs:
+    """Of each text, logits of a causal LM, or hidden states of an encoder: float32 (tokens, size)."""
+    found: Outputs = {}
+    for text in _TEXTS:
+        ids = torch.tensor([loaded.tokenizer(text)["input_ids"][: loaded.max_tokens]], device=loaded.model.device)
+        if loaded.kind == "causal":
+            what, values = "logits", loaded.model(input_ids=ids, use_cache=False).logits
+        else:
+            what, values = "states", loaded.model(input_ids=ids).last_hidden_state
+        found[f"{what} of {text!r}"] = values[0].float().cpu().numpy()
+    return found
+
+
+def _scores(loaded: LoadedModel, task: Task) -> Outputs:
+    """Of each row, the scores of its classes and the loss, float32."""
+    scorer, found = scorer_for(loaded, task), Outputs()
+    for number, text in enumerate(_TEXTS):
+        row = dict.fromkeys(task.fields, text)
+        scores = scorer.scores([scorer.collate(scorer.tokens([row]))])
+        label = torch.tensor([number % len(task.label_words)], device=scores.device)
+        found[f"scores of the row {text!r}"] = scores.cpu().numpy()
+        found[f"loss of the row {text!r}"] = functional.cross_entropy(scores, label).cpu().numpy()
+    return found
+
+
+def _rounded(base: Path, mask: Mask, theta: Float32Array) -> tuple[Float32Array, set[str]]:
+    """Theta as the checkpoint's formats hold it, and which these are."""
+    formats = {make().name: tensor.dtype for tensor, make in changes_of(stored_copies(base), mask, theta).items()}
+    if adapter_pairs(mask):
+        return theta, set(formats.values())
+    parts = [
+        torch.tensor(theta[part]).to(FLOATS[formats[matrix.name]]).float().numpy() for matrix, part in mask.slices()
+    ]
+    return np.concatenate(parts), set(formats.values())
+
+
+def _digest(tensor: Any) -> bytes:
+    values = tensor.detach().cpu().contiguous()
+    shape = f"{values.dtype} {tuple(values.shape)} ".encode()
+    digest = hashlib.sha256(shape)
+    digest.update(values.flatten().view(torch.uint8).numpy().data)
+    return digest.digest()

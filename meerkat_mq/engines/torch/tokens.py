@@ -1,0 +1,198 @@
+"""The tokenizer of a model: read in words, held against the embeddings, and what it adds to a text by itself."""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from meerkat_mq.engines.torch.folder import TOKENIZER, TOKENIZER_CONFIG, Json, read_json, walk
+from meerkat_mq.engines.torch.in_words import in_words, key_of
+from meerkat_mq.engines.torch.kinds import Kind
+from meerkat_mq.engines.torch.probes import PROBES
+from meerkat_mq.engines.torch.tokenizer_trial import try_tokenizer
+from meerkat_mq.errors import ModelError, shown
+
+_FEWEST = 8  # tokens: what a text that says anything needs
+_TEXT = "The quick brown fox"
+_RUST = re.compile(r"at line \d+ column \d+")
+_SPECIAL_TOKENS = "special_tokens_map.json"
+_OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+_CORE_FILES = (TOKENIZER, "added_tokens.json", _SPECIAL_TOKENS, "vocab.json")
+_TOKEN_KEYS = {"content", "single_word", "lstrip", "rstrip", "normalized", "special", "__type"}
+_TOKENS = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
+_TYPES: dict[str, tuple[type, ...]] = {
+    "tokenizer_class": (str,),
+    "model_max_length": (int, float),
+    "added_tokens_decoder": (dict,),
+    "model_input_names": (list,),
+    **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token"), (str, dict)),
+}
+_OWN_FILES = "put this model's own tokenizer files into the folder"
+
+
+def read_tokenizer(folder: Path, kind: Kind) -> Any:
+    """The tokenizer; it pads on the right, with its end token where it has no pad token.
+
+    Raises:
+        ModelError: its files are absent, damaged, or contradict each other.
+    """
+    table = _table(folder)
+    if (folder / TOKENIZER).exists():
+        try_tokenizer(folder / TOKENIZER)
+    with in_words(partial(_place, folder, table), "the tokenizer cannot be loaded", _OWN_FILES):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer.padding_side = "right"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        ids_of(tokenizer, PROBES)
+    if kind == "encoder" and tokenizer.pad_token_id is None:
+        raise ModelError(f"{folder / TOKENIZER_CONFIG}: pad_token", "is missing, and an encoder needs it", _OWN_FILES)
+    if not isinstance(tokenizer.model_max_length, int | float) or not tokenizer.model_max_length >= _FEWEST:
+        raise ModelError(
+            f"{folder / TOKENIZER_CONFIG}: model_max_length",
+            f"{tokenizer.model_max_length!r} tokens hold no text",
+            "restore the model's own value",
+        )
+    if next(iter(tokenizer.model_input_names), None) != "input_ids":
+        problem = f"{shown(tokenizer.model_input_names)} does not begin with 'input_ids'"
+        raise ModelError(f"{folder / TOKENIZER_CONFIG}: model_input_names", problem, "restore the model's own value")
+    return tokenizer
+
+
+def _table(folder: Path) -> Json:
+    """What tokenizer_config.json holds, with types that transformers takes for granted.
+
+    Raises:
+        ModelError: names the key.
+    """
+    file = folder / TOKENIZER_CONFIG
+    table = read_json(file) if file.exists() else {}
+    for key, kinds in _TYPES.items():
+        value = table.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+            raise ModelError(f"{file}: {key}", f"{shown(value)} cannot be used", _OWN_FILES)
+    _refuse_strange_tokens(file, table)
+    if (folder / _SPECIAL_TOKENS).exists() and _is_json(folder / _SPECIAL_TOKENS):  # else its loader says so
+        _refuse_strange_tokens(folder / _SPECIAL_TOKENS, read_json(folder / _SPECIAL_TOKENS))
+    return table
+
+
+def _refuse_strange_tokens(file: Path, table: Json) -> None:
+    """Of a token's keys that it does not know, the library says so on stdout, in the midst of what is read there."""
+    for path, token in walk(table):
+        named = path and (path[-1].endswith("_token") or (len(path) == 2 and path[0] in _TOKENS))
+        if named and isinstance(token, dict) and (strange := token.keys() - _TOKEN_KEYS):
+            raise ModelError(f"{file}: {'.'.join(path)}", f"a token has no {shown(min(strange))}", "remove the key")
+
+
+def _place(folder: Path, table: Json, said: str) -> str:
+    """The file that a library's words are about, and the key in it where it is known."""
+    core = folder / TOKENIZER
+    if not core.exists() and not any((folder / name).exists() for name in _OTHER_TOKENIZERS):
+        return str(folder)
+    broken = next((file for name in _CORE_FILES if (file := folder / name).exists() and not _is_json(file)), None)
+    if broken is not None:
+        return str(broken)
+    if core.exists() and _RUST.search(said):
+        return str(core)
+    key = key_of(said, table)
+    return f"{folder / TOKENIZER_CONFIG}: {key}" if key else str(core if core.exists() else folder)
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def ids_of(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Ids as the tokenizer itself gives them, with all that it adds."""
+    return [list(ids) for ids in tokenizer(list(texts))["input_ids"]]
+
+
+def check_ids(tokenizer: Any, embeddings: int, folder: Path) -> None:
+    """Make sure that the model has an embedding for each token, special and added ones too: a text may name any.
+
+    Raises:
+        ModelError: it has not; names the token.
+    """
+    with in_words(str(folder), "the tokenizer's tokens cannot be listed", _OWN_FILES):
+        table = {token: int(number) for token, number in tokenizer.get_vocab().items()}
+        token = max(table, key=table.__getitem__, default="")
+    if token and table[token] >= embeddings:
+        raise ModelError(
+            str(folder),
+            f"the tokenizer makes ids beyond the {embeddings} embeddings: {shown(token)} is {table[token]}",
+            f"{_OWN_FILES}, or save the model after resize_token_embeddings()",
+        )
+
+
+def added_around(tokenizer: Any, folder: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that the tokenizer puts before and after any text.
+
+    Raises:
+        ModelError: without them it makes other tokens of the same text, or with them the text comes more than once.
+    """
+    text = _TEXT
+    whole = ids_of(tokenizer, [text])[0]
+    bare = list(tokenizer([text], add_special_tokens=False)["input_ids"][0])
+    starts = range(len(whole) - len(bare) + 1)
+    found = [start for start in starts if bare and whole[start : start + len(bare)] == bare]
+    if len(found) == 1:
+        return tuple(whole[: found[0]]), tuple(whole[found[0] + len(bare) :])
+    said = "repeats" if found else "makes nothing, or other tokens than beside special ones, of"
+    raise ModelError(str(folder), f"the tokenizer {said} {text!r}", _OWN_FILES)
+
+
+def prompt_ids(tokenizer: Any, start: tuple[int, ...], texts: Sequence[str]) -> list[list[int]]:
+    """Ids of texts that a causal LM is to continue: `start` before each, nothing after its last token of text.
+
+    An end token that the tokenizer would append tells the model that nothing follows. A start token that the text
+    itself begins with is not put before it a second time.
+
+    Args:
+        tokenizer: of a causal LM.
+        start: as `once` leaves what the tokenizer puts before a text.
+        texts: any.
+    """
+    bare = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    return [[*start, *_without(list(ids), start[-1:])] for ids in bare]
+
+
+def once(start: tuple[int, ...]) -> tuple[int, ...]:
+    """Start tokens without immediate repetition: models never saw two."""
+    return tuple(token for index, token in enumerate(start) if not index or start[index - 1] != token)
+
+
+def _without(ids: list[int], first: tuple[int, ...]) -> list[int]:
+    while first and ids[:1] == list(first):
+        ids = ids[1:]
+    return ids
+
+
+def usable_tokens(tokenizer: Any, config: Any, model: Any, folder: Path) -> int:
+    """The longest input, in tokens: what tokenizer, configuration and position embeddings all hold.
+
+    Position embeddings with a padding index start after it: RoBERTa's 514 hold 512 tokens.
+
+    Raises:
+        ModelError: it is too short for any text.
+    """
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None) or 0  # XLNet says -1: any number
+    limits = [tokenizer.model_max_length, positions if positions > 0 else math.inf]
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            limits.append(module.num_embeddings - padding - 1)
+    longest = int(min(*limits, 2**31))
+    if longest < _FEWEST:
+        raise ModelError(str(folder), f"its positions hold {longest} tokens", "restore the model's own config.json")
+    return longest

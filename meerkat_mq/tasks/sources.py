@@ -1,0 +1,274 @@
+"""One reader of rows and texts: JSON lines, JSON arrays, CSV, TSV, plain text, folders, data sets. No torch."""
+
+import csv
+import gzip
+import io
+import json
+import re
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from meerkat_mq.config import HUB_DATA
+from meerkat_mq.errors import DataError, shown, shown_names
+from meerkat_mq.extras import importing
+from meerkat_mq.tasks.foreign import refuse_foreign
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+SUFFIXES = (".jsonl", ".ndjson", ".json", *DELIMITERS)  # of what a folder of data is read for
+TEXT_SUFFIX = ".txt"
+MOST_UNPACKED = 2**30  # bytes of a gzip file's content
+
+_GZIP = b"\x1f\x8b"
+_JSON = re.compile(r'\s*(\{\s*["}]|\[\s*[{"\]])')
+_INTEGER = re.compile(r"-?\d{1,20}")
+
+Shape = Literal["table", "json", "text"]
+
+
+class FileRow(dict[str, Any]):
+    """A row that knows where it was read.
+
+    Attributes:
+        where: file and line, or the data set's row.
+    """
+
+    __slots__ = ("where",)
+
+    def __init__(self, values: dict[str, Any], where: str) -> None:
+        super().__init__(values)
+        self.where = where
+
+
+def named_source(given: str) -> Path | str:
+    """What a command line names: a path, or a data set's `hf:…`."""
+    return given if given.startswith("hf:") else Path(given)
+
+
+def place_of(row: object) -> str:
+    """Where a row was read; "a row" of one that was made here."""
+    return row.where if isinstance(row, FileRow) else "a row"
+
+
+def data_files(source: Path, *, texts: bool = False) -> list[Path]:
+    """A folder's data files, by name, also gzipped; of anything else, itself.
+
+    Args:
+        source: file or folder.
+        texts: whether plain text (*.txt) is data too.
+
+    Raises:
+        DataError: the folder cannot be read.
+    """
+    wanted = (*SUFFIXES, TEXT_SUFFIX) if texts else SUFFIXES
+    try:
+        if not source.is_dir():
+            return [source]
+        return sorted(file for file in source.iterdir() if _is_data(file, wanted))
+    except OSError as error:
+        raise DataError(str(source), f"cannot be read ({error.strerror})", "give a folder of data files") from error
+
+
+def _is_data(file: Path, wanted: Sequence[str]) -> bool:
+    return not file.name.startswith(".") and _suffix(file) in wanted and file.is_file()
+
+
+def _suffix(path: Path) -> str:
+    """The name's ending that says what a file holds: of `a.csv.gz`, ".csv"."""
+    plain = path.with_suffix("") if path.suffix.lower() == ".gz" else path
+    return plain.suffix.lower()
+
+
+def records(source: Path | str, columns: Sequence[str], integers: str | None = None) -> Iterator[FileRow]:
+    """The rows of a source, as they stand there.
+
+    Args:
+        source: file, folder, or `hf:…`.
+        columns: those that are needed; of `hf:…`, only these are read.
+        integers: a column of integers, which a table knows only as text.
+
+    Raises:
+        DataError: names the file, the line and what is wrong with it.
+    """
+    if isinstance(source, str):
+        yield from _hub_records(source, columns)
+        return
+    for file in data_files(source):
+        content = read_content(file)
+        shape = shape_of(file, content)
+        yield from rows_within(file, content, "json" if shape == "text" else shape, integers)
+
+
+def shape_of(path: Path, content: str) -> Shape:
+    """What a file holds: tables and JSON by the ending of their name; else JSON where it begins like JSON."""
+    suffix = _suffix(path)
+    if suffix in DELIMITERS:
+        return "table"
+    return "json" if suffix in SUFFIXES or _JSON.match(content) else "text"
+
+
+def rows_within(path: Path, content: str, shape: Shape, integers: str | None = None) -> Iterator[FileRow]:
+    """The rows of a file whose content was read already."""
+    if shape == "table":
+        return _table_rows(path, content, integers)
+    return _array_rows(path, content) if content.lstrip().startswith("[") else _line_rows(path, content)
+
+
+def _table_rows(path: Path, content: str, integers: str | None) -> Iterator[FileRow]:
+    """Rows of a CSV or TSV file, whose first line names the columns."""
+    csv.field_size_limit(sys.maxsize)  # the library's own is 128 KiB
+    kind = _suffix(path)
+    reader = csv.reader(io.StringIO(content, newline=""), delimiter=DELIMITERS[kind], strict=True)
+    header: list[str] | None = None
+    while True:
+        where = f"{path}:{reader.line_num + 1}"
+        try:
+            values = next(reader, None)
+        except csv.Error as error:
+            raise DataError(where, f"is not {kind[1:].upper()} ({error})", "mend or remove the line") from error
+        if values is None:
+            return
+        if not values:
+            continue
+        if header is None:
+            header = values
+            _refuse_doubles(header, where)
+        elif len(values) != len(header):
+            raise DataError(where, f"has {len(values)} columns, the header {len(header)}", "quote text with commas")
+        else:
+            yield FileRow(_with_integer(dict(zip(header, values, strict=True)), integers), where)
+
+
+def _refuse_doubles(header: list[str], where: str) -> None:
+    twice = next((name for name in header if name and header.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(where, f"has {header.count(twice)} columns {shown(twice)}", "rename or remove all but one")
+
+
+def _with_integer(row: dict[str, Any], column: str | None) -> dict[str, Any]:
+    value = row.get(column, "").strip() if column is not None else ""
+    return {**row, column: int(value)} if column is not None and _INTEGER.fullmatch(value) else row
+
+
+def _array_rows(path: Path, content: str) -> Iterator[FileRow]:
+    """Rows of one JSON array of objects."""
+    try:
+        found = _parsed(content)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}", f"is not JSON ({error.msg})", "mend or remove the line") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(str(path), f"is not JSON ({error})", "mend the file") from error
+    for number, value in enumerate(found, start=1):
+        where = f"{path}: item {number}"
+        yield FileRow(_object(value, where, "give an array of objects"), where)
+
+
+def _line_rows(path: Path, content: str) -> Iterator[FileRow]:
+    """Rows of JSON lines. Not splitlines(): JSON strings may hold U+2028 and its like as they are."""
+    for number, line in enumerate(content.split("\n"), start=1):
+        if line.strip():
+            where = f"{path}:{number}"
+            try:
+                value = _parsed(line)
+            except (ValueError, RecursionError) as error:  # ValueError: also of a number with thousands of digits
+                raise DataError(where, f"is not JSON ({error})", _remedy(path, content)) from error
+            yield FileRow(_object(value, where, "mend or remove the line"), where)
+
+
+def _remedy(path: Path, content: str) -> str:
+    """What helps a line that is not JSON."""
+    if shape_of(path, content) == "text":
+        return f"rows are JSON lines, a JSON array, or a table whose name ends in {' or '.join(DELIMITERS)}"
+    try:
+        whole = _parsed(content)
+    except (ValueError, RecursionError):
+        return "mend or remove the line"
+    return f"the file is one {type(whole).__name__}: write one object a line, or an array of objects"
+
+
+def _parsed(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, unless a key comes twice: which of the two values counts would be chance."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {shown(next(key for key in keys if keys.count(key) > 1))} comes twice")
+    return found
+
+
+def _object(value: Any, where: str, remedy: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(where, f"is {type(value).__name__}, not a JSON object", remedy)
+    return value
+
+
+def paragraphs(path: Path, content: str) -> list[str]:
+    """Those of plain text: parted by blank lines.
+
+    Raises:
+        DataError: it is not text.
+    """
+    if "\0" in content:
+        raise DataError(str(path), "holds NUL characters: it is not text", "give plain text, or a data file")
+    whole = "\n".join(line.rstrip() for line in content.split("\n"))
+    return [paragraph.strip() for paragraph in whole.split("\n\n") if paragraph.strip()]
+
+
+def read_content(path: Path) -> str:
+    """A file's text, without its byte order mark; gzip is unpacked.
+
+    Raises:
+        DataError: it cannot be read, or holds something else than text.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(str(path), f"cannot be read ({error.strerror})", "give the path of a data file") from error
+    if data.startswith(_GZIP):
+        data = _unpacked(path, data)
+    refuse_foreign(path, data)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+        remedy = "it begins as UTF-16 does: save it as UTF-8" if wide else "save it as UTF-8"
+        raise DataError(str(path), f"is not UTF-8 ({error.reason} at byte {error.start})", remedy) from error
+
+
+def _unpacked(path: Path, data: bytes) -> bytes:
+    try:
+        with gzip.open(io.BytesIO(data)) as file:
+            content = file.read(MOST_UNPACKED + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(str(path), f"is damaged gzip ({error})", "copy or pack it again") from error
+    if len(content) > MOST_UNPACKED:
+        raise DataError(str(path), f"unpacks to more than {MOST_UNPACKED >> 20} MiB", "divide it into smaller files")
+    return content
+
+
+def _hub_records(source: str, columns: Sequence[str]) -> Iterator[FileRow]:
+    """Rows of a data set, of which only these columns are read: others may be images or dates."""
+    match = HUB_DATA.fullmatch(source)
+    if match is None:
+        raise DataError(source, "is no hf:<folder or hub id>[,<config>]:<split>", "such as hf:imdb:train")
+    with importing("datasets", source):
+        import datasets  # noqa: PLC0415 - slow to import
+
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(match["path"], match["config"], split=match["split"], trust_remote_code=False)
+    except Exception as error:  # the library, its readers and the hub's client raise all kinds
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise DataError(
+            source, f"cannot be loaded ({first})", "check folder or hub id, config, split, and the network"
+        ) from error
+    absent = [column for column in columns if column not in rows.column_names]
+    if absent:
+        raise DataError(source, f"has no column {absent[0]!r}", f"it has {shown_names(rows.column_names, 'none')}")
+    for number, row in enumerate(rows.select_columns(list(columns))):
+        yield FileRow(row, f"{source}: row {number}")

@@ -1,0 +1,212 @@
+"""What a folder's JSON asks for is bounded before it is given: memory, time, the terminal."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from meerkat_mq.engines.torch import tokenizer_trial
+from meerkat_mq.engines.torch.load import load_model
+from meerkat_mq.engines.torch.scoring import embed, tokenise
+from meerkat_mq.errors import ModelError
+from tests.engines import tiny
+
+Copy = Callable[[str], Path]
+DOUBLED = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+
+
+@pytest.fixture
+def copy(folders: dict[str, Path], tmp_path: Path) -> Copy:
+    """A copy of a tiny checkpoint, to be changed."""
+    return lambda name: Path(shutil.copytree(folders[name], tmp_path / name))
+
+
+def change(file: Path, **keys: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_labels", 10**6), ("num_labels", -1), ("num_experts", 2**40), ("num_local_experts", 10**6)],
+)
+def test_counts_of_objects(copy: Copy, key: str, value: int) -> None:
+    folder = copy("bert")
+    change(folder / "config.json", **{key: value})
+    with pytest.raises(ModelError, match=rf"config\.json: {key}: {value} is no integer from \d to [\d,]+; restore"):
+        load_model(folder)
+
+
+def test_no_labels_are_fine(copy: Copy) -> None:
+    folder = copy("bert")
+    change(folder / "config.json", num_labels=0)
+    assert load_model(folder).kind == "encoder"
+
+
+@pytest.mark.parametrize("groups", [[[["global"], 10**9]], [[["global"], 2.0]], [["global", "local"]], {"a": 1}])
+def test_attention_types_that_are_written_out(tmp_path: Path, groups: Any) -> None:
+    config = transformers.GPTNeoConfig(
+        vocab_size=320, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=32, max_position_embeddings=64,
+        attention_types=[[["global", "local"], 1]], initializer_range=0.2, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    folder = tiny.save(transformers.GPTNeoForCausalLM(config), tmp_path)
+    assert load_model(folder).kind == "causal"
+    change(folder / "config.json", attention_types=groups)
+    with pytest.raises(ModelError, match=r"config\.json: attention_types: .*restore the model's own config\.json"):
+        load_model(folder)
+
+
+def test_outputs_without_names_are_asked_for_with_names(copy: Copy) -> None:
+    folder = copy("llama")
+    change(folder / "config.json", return_dict=False)
+    assert load_model(folder).model.config.return_dict is True
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_tokenizer_that_repeats_the_text(copy: Copy, name: str) -> None:
+    folder = copy(name)
+    again = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 2, "pair": []}
+    change(folder / "tokenizer.json", post_processor=again | {"special_tokens": {}})
+    with pytest.raises(ModelError, match="the tokenizer repeats 'The quick brown fox'; put this model's own"):
+        load_model(folder)
+
+
+def test_more_parts_than_the_checkpoint_has_tensors(tmp_path: Path) -> None:
+    config = transformers.MobileBertConfig(
+        vocab_size=320, hidden_size=32, embedding_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, intra_bottleneck_size=8, max_position_embeddings=64, num_feedforward_networks=2,
+    )  # fmt: skip
+    folder = tiny.save(transformers.MobileBertModel(config), tmp_path)
+    assert load_model(folder).kind == "encoder"
+    change(folder / "config.json", num_feedforward_networks=10**9)
+    words = r"config\.json: num_feedforward_networks: cannot be used \(it describes more than [\d,]+ parts"
+    with pytest.raises(ModelError, match=words):
+        load_model(folder)
+
+
+def test_buffers_that_no_tensor_of_the_checkpoint_bounds(tmp_path: Path) -> None:
+    config = transformers.GPTJConfig(
+        vocab_size=320, n_embd=64, n_layer=1, n_head=2, rotary_dim=32, n_positions=64,
+        initializer_range=0.2, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    folder = tiny.save(transformers.GPTJForCausalLM(config), tmp_path)
+    assert load_model(folder).kind == "causal"
+    change(folder / "config.json", n_positions=1 << 24)
+    with pytest.raises(
+        ModelError, match=r"would take [\d,]{10,} bytes of memory; restore the model's own config\.json"
+    ):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("key", ["sub_configs", "use_return_dict"])
+def test_what_the_library_logs_is_in_the_refusal_alone(copy: Copy, key: str, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = copy("llama")
+    load_model(folder)
+    change(folder / "config.json", **{key: False})
+    with pytest.raises(ModelError, match=rf"config\.json: {key}: cannot be used"):
+        load_model(folder)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "normalizer",
+    [
+        {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
+        {"type": "Replace", "pattern": {"Regex": ""}, "content": "x" * 1000},
+    ],
+)
+def test_panics_stay_off_the_terminal(
+    copy: Copy, normalizer: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy("llama")
+    change(folder / "tokenizer.json", normalizer=normalizer)
+    with pytest.raises(
+        ModelError, match=r"tokenizer\.json: the tokenizer cannot be loaded \(.+\); put this model's own"
+    ):
+        load_model(folder)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_tokenizer_that_makes_texts_endless(copy: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_trial, "_SECONDS", 1)
+    folder = copy("llama")
+    change(folder / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": [DOUBLED] * 40})
+    with pytest.raises(
+        ModelError, match=r"tokenizer\.json: .*it takes more than 1 s or 1,024 MiB, or ends the process"
+    ):
+        load_model(folder)
+
+
+def test_a_tokenizer_is_tried_once(copy: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = copy("llama")
+    before = load_model(folder).tokenizer_fingerprint
+    monkeypatch.setattr("subprocess.run", pytest.fail)
+    assert load_model(folder).tokenizer_fingerprint == before
+
+
+def test_where_no_process_can_be_started_nothing_is_tried(copy: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "/nonexistent")
+    load_model(copy("llama"))
+
+
+@pytest.mark.parametrize(
+    ("file", "keys"),
+    [
+        ("tokenizer_config.json", {"bos_token": {"content": "<s>", "colour": "red"}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"0": {"content": "<s>", "colour": "red"}}}),
+        ("special_tokens_map.json", {"bos_token": {"colour": "red"}}),
+        ("special_tokens_map.json", {"additional_special_tokens": [{"colour": "red"}]}),
+    ],
+)
+def test_a_token_with_another_key(
+    copy: Copy, capfd: pytest.CaptureFixture[str], file: str, keys: dict[str, Any]
+) -> None:
+    folder = copy("llama")
+    (folder / file).touch()
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text() or "{}") | keys))
+    with pytest.raises(ModelError, match=rf"{file}: {next(iter(keys))}.*: a token has no 'colour'; remove the key"):
+        load_model(folder)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("names", [["x"], [], "x", ["attention_mask", "input_ids"], [7]])
+def test_inputs_that_are_no_ids(copy: Copy, names: object) -> None:
+    folder = copy("bert")
+    change(folder / "tokenizer_config.json", model_input_names=names)
+    with pytest.raises(ModelError, match=r"tokenizer_config\.json: model_input_names: "):
+        load_model(folder)
+
+
+def test_an_encoder_sees_no_padding_whatever_its_tokenizer_gives(copy: Copy) -> None:
+    folder = copy("bert")
+    texts = ["The pump", "The pump in the cellar was broken when the farmer came back"]
+    vectors = []
+    for names in (["input_ids", "attention_mask"], ["input_ids"]):
+        change(folder / "tokenizer_config.json", model_input_names=names)
+        loaded = load_model(folder)
+        vectors.append(embed(loaded.model, tokenise(loaded, texts, 32)))
+    assert torch.equal(*vectors)
+
+
+def test_a_long_token_is_cut(copy: Copy) -> None:
+    folder = copy("llama")
+    change(folder / "tokenizer_config.json", bos_token="x" * 5000)
+    with pytest.raises(ModelError, match=r"beyond the 320 embeddings: 'x+") as caught:
+        load_model(folder)
+    assert len(str(caught.value)) - len(str(folder)) < 400
+
+
+def test_names_of_thousands_of_characters(copy: Copy, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="File name too long"):
+        load_model(tmp_path / ("x" * 5000))
+    folder = copy("llama")
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"lm_head.weight": "x" * 5000 + ".safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=r"weight_map: 'x+ is no plain file name") as caught:
+        load_model(folder)
+    assert len(str(caught.value)) - len(str(folder)) < 400
