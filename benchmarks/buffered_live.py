@@ -16,6 +16,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 from benchmarks.buffered import (
     BATCH,
     LANES,
@@ -32,7 +34,6 @@ from benchmarks.buffered import (
 )
 from meerkat_mq.chaos.drill import Drill
 from meerkat_mq.chaos.plan import load_plan
-from meerkat_mq.config import to_toml
 from meerkat_mq.demo.plan import Choices, Plan, make_plan
 from meerkat_mq.demo.settings import DEMO
 from meerkat_mq.engines.torch.load import load_model
@@ -69,13 +70,13 @@ def rounds_of(policy: Policy, count: int) -> dict[str, Any]:
 def write_configs(folder: Path, plan: Plan, mask: Path, policy: Policy, count: int, seed: int, faults: str) -> Path:
     """federation.toml, the nodes' files and the drill's plan; returns the last."""
     write_rows(folder / "held-out.jsonl", plan.held_out[:ROWS])
-    (folder / "task.toml").write_text(to_toml(plan.task.model_dump(mode="json")), encoding="utf-8")
+    (folder / "task.toml").write_text(tomli_w.dumps(plan.task.model_dump(mode="json")), encoding="utf-8")
     federation = {
         "federation": "drill", "state_dir": str(folder / "server"), "mask": str(mask), "task": "task.toml",
         "rounds": rounds_of(policy, count), "model": {"source": plan.source},
         "evaluation": {"data": "held-out.jsonl", "every": max(LOOK_EVERY, policy.buffer_size)},
     }  # fmt: skip
-    (folder / "federation.toml").write_text(to_toml(federation), encoding="utf-8")
+    (folder / "federation.toml").write_text(tomli_w.dumps(federation), encoding="utf-8")
     names = []
     for number, (rows, step_s) in enumerate(zip(plan.shards, step_times(seed), strict=True)):
         write_rows(folder / f"rows-{number}.jsonl", rows)
@@ -87,12 +88,12 @@ def write_configs(folder: Path, plan: Plan, mask: Path, policy: Policy, count: i
             "limits": {"allow": ["sh", "-c", rest]},
         }  # fmt: skip
         names.append(f"node-{number}.toml")
-        (folder / names[-1]).write_text(to_toml(node), encoding="utf-8")
+        (folder / names[-1]).write_text(tomli_w.dumps(node), encoding="utf-8")
     struck: dict[str, Any] = tomllib.loads((PLANS / f"{faults}.toml").read_text(encoding="utf-8")) if faults else QUIET
     head = {key: value for key, value in struck.items() if key != "faults"} | {"seed": seed}
-    text = to_toml(head | {"federation": {"config": "federation.toml", "node_configs": names, "pace_s": 0.0}})
+    text = tomli_w.dumps(head | {"federation": {"config": "federation.toml", "node_configs": names, "pace_s": 0.0}})
     for fault in struck.get("faults", []):
-        text += "\n[[faults]]\n" + to_toml(fault)
+        text += "\n[[faults]]\n" + tomli_w.dumps(fault)
     path = folder / "plan.toml"
     path.write_text(text, encoding="utf-8")
     return path

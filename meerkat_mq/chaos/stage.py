@@ -7,13 +7,14 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Self
 
+import tomli_w
 from pydantic import BaseModel
 
 from meerkat_mq.chaos.credentials import Credentials
 from meerkat_mq.chaos.processes import Attached, Broker, Process, Service
 from meerkat_mq.chaos.proxy import Proxy
 from meerkat_mq.chaos.wall_clock import WallClock, build_library
-from meerkat_mq.config import BrokerConfig, to_toml
+from meerkat_mq.config import BrokerConfig
 from meerkat_mq.errors import ConfigError, MeerkatError
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ class Stage:
         table = config.model_dump(mode="json", exclude_none=True)
         table["broker"] |= broker.model_dump(mode="json", exclude_none=True, exclude_unset=True)
         try:
-            file.write_text(to_toml(table), encoding="utf-8")
+            file.write_text(tomli_w.dumps(table), encoding="utf-8")
         except OSError as error:
             raise MeerkatError(str(file), f"cannot be written ({error.strerror})", "choose another --out") from error
         clock = None if self._library is None else WallClock(self._library, self.folder / f"{name}.clock")

@@ -1,7 +1,7 @@
 """Configuration files: TOML in, checked objects out; every error names the file, the key and the remedy."""
 
 from meerkat_mq.config.broker import BrokerConfig
-from meerkat_mq.config.load import check_config, load_config, read_toml, to_toml
+from meerkat_mq.config.load import check_config, load_config, read_toml
 from meerkat_mq.config.schema import (
     EarlyStoppingConfig,
     EvaluationConfig,
@@ -52,5 +52,4 @@ __all__ = [
     "check_config",
     "load_config",
     "read_toml",
-    "to_toml",
 ]

@@ -1,10 +1,8 @@
 """TOML in, checked objects out; every error names the file, the key and the remedy."""
 
 import difflib
-import json
 import re
 import tomllib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -73,17 +71,6 @@ def _meant(unknown: tuple[int | str, ...], kind: type[BaseModel]) -> str | None:
         section = next((one for one in within if isinstance(one, type) and issubclass(one, BaseModel)), None)
     near = difflib.get_close_matches(name, section.model_fields, n=1) if section else []
     return f"write '{near[0]}', or remove the key" if near else None
-
-
-def to_toml(table: Mapping[str, Any]) -> str:
-    """A table as TOML: its plain values, then its sections, one deep."""
-    plain = [
-        f"{key} = {json.dumps(value, ensure_ascii=False)}\n".replace("\x7f", "\\u007f")
-        for key, value in table.items()
-        if not isinstance(value, Mapping)
-    ]
-    sections = [f"\n[{key}]\n{to_toml(value)}" for key, value in table.items() if isinstance(value, Mapping)]
-    return "".join(plain + sections)
 
 
 def _without_secrets(value: object) -> object:

@@ -1,12 +1,12 @@
 """`meerkat init`: the folder of a new federation, whose files run as they are."""
 
-import json
 import os
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Final
 
+import tomli_w
 import typer
 from rich.console import Console
 
@@ -123,10 +123,13 @@ class _Places:
 
     def toml(self, template: str, path: Path, **values: object) -> None:
         """Write a file from its template, and see that it can be read."""
-        strings = {key: json.dumps(value, ensure_ascii=False) for key, value in self.said.items()}
-        shown = {key: json.dumps(value) if isinstance(value, str) else value for key, value in values.items()}
-        text = template.format(**strings | shown, config=shlex.quote(os.path.relpath(path)))
+        shown = {key: _toml(value) for key, value in (self.said | values).items()}
+        text = template.format(**shown, config=shlex.quote(os.path.relpath(path)))
         write_atomically(path, text.encode(), durable=False)
+
+
+def _toml(value: object) -> str:
+    return tomli_w.dumps({"_": value}).removeprefix("_ = ").rstrip()
 
 
 def _write(place: _Places, task: Task, shards: Sequence[Sequence[Row]], held_out: Sequence[Row]) -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import tomli_w
+
 from meerkat_mq.broker import embedded_broker
 from meerkat_mq.config import (
     BrokerConfig,
@@ -18,7 +20,6 @@ from meerkat_mq.config import (
     ModelConfig,
     RoundsConfig,
     ServerConfig,
-    to_toml,
 )
 from meerkat_mq.core.step import Row
 from meerkat_mq.errors import RunError
@@ -136,7 +137,7 @@ def node_name(number: int) -> str:
 def _server_config(plan: LocalFederation, broker: BrokerConfig) -> ServerConfig:
     held_out, task = plan.folder / "held-out.jsonl", plan.folder / "task.toml"
     write_rows(held_out, plan.held_out)
-    task.write_text(to_toml(plan.task.model_dump(mode="json")), encoding="utf-8")
+    task.write_text(tomli_w.dumps(plan.task.model_dump(mode="json")), encoding="utf-8")
     return ServerConfig(
         federation=plan.name,
         state_dir=plan.folder / SERVER,
@@ -168,7 +169,7 @@ async def _run_node(plan: LocalFederation, number: int, rows: Sequence[Row], bro
         "broker": {"url": broker.url},
     }
     config, log = plan.folder / f"{name}.toml", plan.folder / f"{name}.log"
-    config.write_text(to_toml(settings), encoding="utf-8")
+    config.write_text(tomli_w.dumps(settings), encoding="utf-8")
     with log.open("wb") as file:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "meerkat_mq.node", "--config", str(config), "--json-logs"),

@@ -53,6 +53,16 @@ def test_the_files_can_be_read_and_say_what_was_asked_for(meerkat: Meerkat, tmp_
     assert all(f"'{folder}/" in line for line in lines[2:])
 
 
+def test_every_name_that_a_shell_takes_can_be_read_back(meerkat: Meerkat, tmp_path: Path, rows: Path) -> None:
+    """TOML takes no U+007F as it is."""
+    folder, model = tmp_path / "a field", 'a\x7f\t"b\\ \u0085\u2028😀'
+    said = meerkat("init", folder, "--model", model, "--task", "sst2", "--data", rows, "--nodes", 3)
+    assert said.code == 0, said.err
+    server = load_config(folder / "federation.toml", ServerConfig)
+    assert server.model is not None
+    assert server.model.source == model
+
+
 def test_what_is_wrong_is_said_and_nothing_is_left(meerkat: Meerkat, tmp_path: Path, rows: Path) -> None:
     good = {"--model": "m", "--task": "sst2", "--data": rows, "--nodes": 3}
 

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
-from meerkat_mq.config import load_config, to_toml
+from meerkat_mq.config import load_config
 from meerkat_mq.demo.corpus import TASK, triage_rows
 from meerkat_mq.demo.plan import Choices, make_plan, shards
 from meerkat_mq.demo.settings import DEMO
@@ -27,7 +28,7 @@ def test_the_bound_is_on_for_the_demos_own_model_and_off_for_a_given_one(tmp_pat
     data = tmp_path / "rows.jsonl"
     write_rows(data, triage_rows(0, 60, "train"))
     task = tmp_path / "task.toml"
-    task.write_text(to_toml(TASK.model_dump(mode="json")))
+    task.write_text(tomli_w.dumps(TASK.model_dump(mode="json")))
     given: dict[str, Any] = {"model": "x", "task": str(task), "data": data}
     assert [make_plan(Choices(bound=bound)).bound for bound in (None, True, False)] == [True, True, False]
     assert [make_plan(Choices(bound=bound, **given)).bound for bound in (None, True, False)] == [False, True, False]
@@ -92,7 +93,7 @@ def test_one_label_is_too_few() -> None:
 
 def test_the_task_that_the_demo_writes_can_be_read(tmp_path: Path) -> None:
     task = TASK.model_copy(update={"template": 'a "quoted"\n\\ line with 😀: {line}', "name": "odd"})
-    (tmp_path / "task.toml").write_text(to_toml(task.model_dump(mode="json")), encoding="utf-8")
+    (tmp_path / "task.toml").write_text(tomli_w.dumps(task.model_dump(mode="json")), encoding="utf-8")
     assert load_task(str(tmp_path / "task.toml")) == task
     assert load_config(tmp_path / "task.toml", Task) == task
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
-from meerkat_mq.config import NodeConfig, ServerConfig, load_config, to_toml
+from meerkat_mq.config import NodeConfig, ServerConfig, load_config
 from meerkat_mq.sweep.plan import SweepPlan
 from meerkat_mq.tasks.data import partition, read_rows, read_texts, write_rows
 from meerkat_mq.tasks.load import TASKS, fill, load_task
@@ -86,7 +87,7 @@ def use_task(path: Path) -> None:
     task = load_task(path)
     row = {field: f"<{field}>" for field in task.fields}
     assert any(value in fill(task.template, row) for value in row.values())
-    to_toml(task.model_dump(mode="json"))
+    tomli_w.dumps(task.model_dump(mode="json"))
     task.encode()
 
 

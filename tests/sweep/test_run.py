@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 from rich.console import Console
 
-from meerkat_mq.config import load_config, to_toml
+from meerkat_mq.config import load_config
 from meerkat_mq.errors import ConfigError, DataError, ModelError, RunError
 from meerkat_mq.observe.signals import Interrupted
 from meerkat_mq.sweep import run
@@ -167,12 +168,7 @@ def test_the_time_left() -> None:
 
 def written(folder: Path, model: Path, **changes: Any) -> Path:
     table = grids.table(folder, model, **changes)
-    lists = {key: table.pop(key) for key in ("tasks", "methods", "splits")}
-    inline = [
-        f"{key} = [{', '.join('{ ' + to_toml(one).strip().replace(chr(10), ', ') + ' }' for one in entries)}]\n"
-        for key, entries in lists.items()
-    ]
-    (folder / "plan.toml").write_text("".join(inline) + to_toml(table))
+    (folder / "plan.toml").write_text(tomli_w.dumps(table))
     load_config(folder / "plan.toml", SweepPlan)
     return folder / "plan.toml"
 
