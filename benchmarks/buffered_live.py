@@ -38,7 +38,7 @@ from meerkat_mq.demo.plan import Choices, Plan, make_plan
 from meerkat_mq.demo.settings import DEMO
 from meerkat_mq.engines.torch.load import load_model
 from meerkat_mq.engines.torch.masks import make_mask
-from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
+from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.tasks.data import write_rows
 
 STEP_CPU_S = 0.02  # what a step of this model takes by itself

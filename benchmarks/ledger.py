@@ -15,8 +15,8 @@ from pathlib import Path
 
 from meerkat_mq.config import ServerConfig
 from meerkat_mq.core.path import Entry, Term
+from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.rounds.records import UpdateRecord
-from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
 from meerkat_mq.server.run import prepare_run
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from meerkat_mq.ledger.sqlite import LEDGER_FILE
 from meerkat_mq.rounds.records import Verdict
 from meerkat_mq.server import commands
-from meerkat_mq.server.ledger import LEDGER_FILE
-from tests.server.ledgers import RUN, Writer, alter, close_all, write
+from tests.ledger.ledgers import RUN, Writer, alter, close_all, write
 from tests.support.command import Meerkat
 
 

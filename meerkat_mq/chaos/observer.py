@@ -14,12 +14,12 @@ from meerkat_mq.config import BrokerConfig
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.errors import WireError
+from meerkat_mq.ledger.files import mask_file
+from meerkat_mq.ledger.run import codec_of, settings_of
+from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
+from meerkat_mq.ledger.verify import run_of
 from meerkat_mq.mqtt import Message, Session
 from meerkat_mq.rounds.records import UpdateRecord
-from meerkat_mq.server.files import mask_file
-from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
-from meerkat_mq.server.run import codec_of, settings_of
-from meerkat_mq.server.verify import run_of
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor, ServerState, decode_control
 from meerkat_mq.wire.frames import decode
 from meerkat_mq.wire.messages import Round, Update

@@ -18,6 +18,7 @@ from meerkat_mq.engines.torch.evaluate import evaluate, first_order
 from meerkat_mq.engines.torch.load import LoadedModel, load_model
 from meerkat_mq.engines.torch.masks import make_mask
 from meerkat_mq.errors import ConfigError, RunMismatch
+from meerkat_mq.ledger.sqlite import LEDGER_FILE
 from meerkat_mq.observe.facts import Facts
 from meerkat_mq.observe.live import Live
 from meerkat_mq.observe.logs import configure_logs
@@ -25,7 +26,6 @@ from meerkat_mq.observe.page import write_report
 from meerkat_mq.observe.report import Report
 from meerkat_mq.observe.summary import print_summary, unchanged_line
 from meerkat_mq.observe.tables import say
-from meerkat_mq.server.ledger import LEDGER_FILE
 from meerkat_mq.server.reporting import PAGE_FILE, read_report
 
 EVALUATIONS = 12

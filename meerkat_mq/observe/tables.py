@@ -7,9 +7,9 @@ from rich.table import Table
 from rich.text import Text
 
 from meerkat_mq.errors import printable
+from meerkat_mq.ledger.shown import NodeShown, RebuiltShown, RoundShown, RunShown, StepShown, UpdateShown
 from meerkat_mq.observe.figures import DASH, duration, human_bytes, percent, points
 from meerkat_mq.observe.fitting import Column, FittingTable
-from meerkat_mq.observe.shown import NodeShown, RebuiltShown, RoundShown, RunShown, StepShown, UpdateShown
 
 SHORT = 8
 MOST_SHOWN = 100

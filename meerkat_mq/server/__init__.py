@@ -4,9 +4,8 @@ from meerkat_mq.lazily import lazily
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from meerkat_mq.server.files import DIFFERENCE_FILE
     from meerkat_mq.server.service import serve
 
-__all__ = ["DIFFERENCE_FILE", "serve"]
+__all__ = ["serve"]
 
-__getattr__ = lazily(__name__, {"DIFFERENCE_FILE": "files", "serve": "service"})
+__getattr__ = lazily(__name__, {"serve": "service"})

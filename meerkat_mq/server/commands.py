@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -14,16 +15,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from meerkat_mq.errors import ConfigError
 from meerkat_mq.extras import need
+from meerkat_mq.ledger.inspect import path_shown, round_shown, rounds_shown, run_shown, steps_shown
+from meerkat_mq.ledger.rebuild import rebuilt_path
+from meerkat_mq.ledger.shown import RoundShown, RunShown, StepShown, UpdateShown, json_line
+from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
+from meerkat_mq.ledger.verify import mask_of, run_of, verify_folder
 from meerkat_mq.observe.figures import duration
 from meerkat_mq.observe.page import write_report
-from meerkat_mq.observe.shown import RoundShown, RunShown, StepShown, UpdateShown, json_line
 from meerkat_mq.observe.signals import Interrupted
 from meerkat_mq.observe.tables import path_table, round_pages, round_table, say, status_line, status_table, step_table
-from meerkat_mq.server.inspect import path_shown, round_shown, rounds_shown, run_shown, steps_shown
-from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
-from meerkat_mq.server.rebuild import rebuilt_path
+from meerkat_mq.server.alive import is_alive
 from meerkat_mq.server.reporting import PAGE_FILE, read_report
-from meerkat_mq.server.verify import mask_of, run_of, verify_folder
 
 REFRESH_S = 1.0
 PIPE_WIDTH = 200
@@ -48,6 +50,12 @@ def _ledger(folder: Path) -> Iterator[Ledger]:
         yield ledger
 
 
+def run_now(ledger: Ledger) -> RunShown:
+    """The run as it stands, and whether a server runs on its folder."""
+    shown = run_shown(ledger)
+    return replace(shown, running=is_alive(ledger.path.parent, shown.host))
+
+
 def status(
     state_dir: StateDir,
     *,
@@ -61,14 +69,14 @@ def status(
     """
     console = _console()
     with _ledger(state_dir) as ledger:
-        shown = run_shown(ledger)
+        shown = run_now(ledger)
         if as_json or not (watch and console.is_terminal):
             _status_lines(console, ledger, shown, watch=watch, as_json=as_json)
             return
         with Live(status_table(shown), console=console, auto_refresh=False) as live, suppress(*STOPPED):
             while not shown.finished:
                 time.sleep(REFRESH_S)
-                shown = run_shown(ledger)
+                shown = run_now(ledger)
                 live.update(status_table(shown), refresh=True)
 
 
@@ -82,7 +90,7 @@ def _status_lines(console: Console, ledger: Ledger, shown: RunShown, *, watch: b
             if not watch or shown.finished:
                 return
             time.sleep(REFRESH_S)
-            shown = run_shown(ledger)
+            shown = run_now(ledger)
 
 
 def ledger(

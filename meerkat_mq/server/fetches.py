@@ -8,10 +8,10 @@ import structlog
 
 from meerkat_mq.core.seldom import Seldom
 from meerkat_mq.errors import BadValue, NotConnected, WireError
+from meerkat_mq.ledger.displacement import verdict_on
 from meerkat_mq.mqtt.blob_fetch import BlobFetch
 from meerkat_mq.rounds.events import FetchValues, ValuesMissed
 from meerkat_mq.rounds.records import Verdict
-from meerkat_mq.server.displacement import verdict_on
 from meerkat_mq.server.scribe import Desk, KeepValues
 from meerkat_mq.wire.messages import Chunk, Update, Want
 from meerkat_mq.wire.values import decode_values, largest_blob

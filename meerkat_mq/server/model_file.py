@@ -6,8 +6,8 @@ from pathlib import Path
 import structlog
 
 from meerkat_mq.errors import ConfigError, LedgerUnavailable
-from meerkat_mq.server.files import DIFFERENCE_FILE
-from meerkat_mq.server.run import Run
+from meerkat_mq.ledger.files import DIFFERENCE_FILE
+from meerkat_mq.ledger.run import Run
 from meerkat_mq.server.scribe import Scribe
 from meerkat_mq.wire.difference import Difference
 

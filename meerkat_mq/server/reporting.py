@@ -9,22 +9,22 @@ from pathlib import Path
 
 from meerkat_mq.core.clocks import elapsed
 from meerkat_mq.core.path import NO_DIGEST
+from meerkat_mq.ledger.inspect import PAGE, measured
+from meerkat_mq.ledger.losses import mean_loss, watched_loss
+from meerkat_mq.ledger.rising import RisingLoss
+from meerkat_mq.ledger.rows import Closed, NodeRow, Term
+from meerkat_mq.ledger.run import settings_of
+from meerkat_mq.ledger.shown import utc
+from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
+from meerkat_mq.ledger.verify import run_of
 from meerkat_mq.observe.charts import Point
 from meerkat_mq.observe.facts import Facts, NodeFacts, facts_of
 from meerkat_mq.observe.paths import Magnitudes
 from meerkat_mq.observe.report import Evaluation, NodeReport, Report, Standing
-from meerkat_mq.observe.rising import RisingLoss
-from meerkat_mq.observe.shown import utc
 from meerkat_mq.rounds.guards import NOT_REFUSED
 from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.rounds.records import UpdateRecord
 from meerkat_mq.server.alive import is_alive
-from meerkat_mq.server.inspect import PAGE, measured
-from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
-from meerkat_mq.server.ledger_rows import Closed, NodeRow, Term
-from meerkat_mq.server.losses import mean_loss, watched_loss
-from meerkat_mq.server.run import settings_of
-from meerkat_mq.server.verify import run_of
 from meerkat_mq.wire.messages import in_words
 
 PAGE_FILE = "report.html"

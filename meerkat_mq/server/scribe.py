@@ -12,18 +12,18 @@ from typing import Protocol, TypeVar, TypeVarTuple
 from meerkat_mq.core.path import Displacement, Term
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.errors import LedgerUnavailable
+from meerkat_mq.ledger.displacement import mean_of
+from meerkat_mq.ledger.files import keep_mask
+from meerkat_mq.ledger.recovery import follow, resumed
+from meerkat_mq.ledger.rows import Sighting
+from meerkat_mq.ledger.run import Run
+from meerkat_mq.ledger.snapshots import Snapshots
+from meerkat_mq.ledger.sqlite import Ledger
 from meerkat_mq.observe.spare import Spare
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.records import Share, UpdateRecord, Verdict
 from meerkat_mq.rounds.server import ServerMachine
-from meerkat_mq.server.displacement import mean_of
-from meerkat_mq.server.files import keep_mask
-from meerkat_mq.server.ledger import Ledger
-from meerkat_mq.server.ledger_rows import Sighting
 from meerkat_mq.server.patience import patiently
-from meerkat_mq.server.recovery import follow, resumed
-from meerkat_mq.server.run import Run
-from meerkat_mq.server.snapshots import Snapshots
 from meerkat_mq.server.succession import Past
 from meerkat_mq.wire.arrays import chunks_of, split
 from meerkat_mq.wire.frames import MAX_FRAME_BYTES, Update

@@ -12,6 +12,7 @@ from meerkat_mq.config import ServerConfig
 from meerkat_mq.core.path import short_hash
 from meerkat_mq.core.seldom import Seldom
 from meerkat_mq.errors import AnotherServer, MeerkatError, NotConnected, PayloadTooLarge, TooFewNodes, WireError
+from meerkat_mq.ledger.run import Run, early_stopping_in_words, mode_in_words, trust_in_words
 from meerkat_mq.mqtt import Count, Marker, Message, Session, Will
 from meerkat_mq.mqtt.alarm import Alarm
 from meerkat_mq.observe.events import Observer, RunStarted
@@ -21,7 +22,6 @@ from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.server.fetches import Fetches
 from meerkat_mq.server.measure import Measurer
 from meerkat_mq.server.model_file import ModelFile
-from meerkat_mq.server.run import Run, early_stopping_in_words, mode_in_words, trust_in_words
 from meerkat_mq.server.scribe import KeepMetrics, KeepSightings, Scribe
 from meerkat_mq.server.succession import Succession
 from meerkat_mq.server.watch import Watch

@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING
 from meerkat_mq.config import ServerConfig
 from meerkat_mq.errors import ConfigError
 from meerkat_mq.extras import importing, need
+from meerkat_mq.ledger.losses import rising_from
+from meerkat_mq.ledger.recovery import recovered
+from meerkat_mq.ledger.remains import check_remains
+from meerkat_mq.ledger.run import Run, check_same
+from meerkat_mq.ledger.snapshots import Snapshots
+from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.mqtt import packet_bytes
 from meerkat_mq.observe.events import Observer
 from meerkat_mq.observe.process import Threads
 from meerkat_mq.server.alive import alive
-from meerkat_mq.server.files import unusable
-from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
-from meerkat_mq.server.losses import rising_from
 from meerkat_mq.server.patience import patiently
-from meerkat_mq.server.recovery import recovered
-from meerkat_mq.server.remains import check_remains
-from meerkat_mq.server.run import Run, check_same, prepare_run
+from meerkat_mq.server.run import prepare_run
 from meerkat_mq.server.scribe import Scribe
 from meerkat_mq.server.server import Server
-from meerkat_mq.server.snapshots import Snapshots
 from meerkat_mq.server.watch import Watch
 from meerkat_mq.wire.frames import encode
 from meerkat_mq.wire.topics import Topics
@@ -53,7 +53,7 @@ async def serve(config: ServerConfig, *, replace: bool = False, observer: Observ
     try:
         await asyncio.to_thread(config.state_dir.mkdir, parents=True, exist_ok=True)
     except OSError as error:
-        raise unusable(config, error) from error
+        raise _unusable(config, error) from error
     with alive(config.state_dir) as alone, Threads(1, "ledger") as worker:
         ledger = await patiently(lambda: off_the_loop(worker, Ledger.open, config.state_dir / LEDGER_FILE))
         try:
@@ -104,3 +104,10 @@ def _load_evaluator(config: ServerConfig, run: Run) -> "Evaluator | None":
         from meerkat_mq.server.evaluation import Evaluator  # noqa: PLC0415
 
     return Evaluator(config, run.mask, run.descriptor.task)
+
+
+def _unusable(config: ServerConfig, error: OSError) -> ConfigError:
+    """The state folder cannot be written."""
+    return ConfigError(
+        f"state_dir {config.state_dir}", f"cannot be used ({error.strerror})", "name a folder that can be written"
+    )

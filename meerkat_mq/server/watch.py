@@ -12,16 +12,16 @@ import structlog
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.gradip import gradip
 from meerkat_mq.core.path import digest
+from meerkat_mq.ledger.losses import mean_loss, watched_loss
+from meerkat_mq.ledger.rising import RisingLoss
+from meerkat_mq.ledger.rows import Products, Sighting
 from meerkat_mq.mqtt import Count
 from meerkat_mq.observe.events import Evaluated, Observer, RoundClosed, RunFinished, Warned
 from meerkat_mq.observe.figures import log_keys, rounded
-from meerkat_mq.observe.rising import RisingLoss
 from meerkat_mq.rounds.events import EntryCommitted
 from meerkat_mq.rounds.guards import NOT_REFUSED
 from meerkat_mq.rounds.policy import lane_of
 from meerkat_mq.rounds.records import UpdateRecord
-from meerkat_mq.server.ledger_rows import Products, Sighting
-from meerkat_mq.server.losses import mean_loss, watched_loss
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor
 from meerkat_mq.wire.frames import MAX_SLOTS
 

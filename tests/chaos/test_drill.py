@@ -32,9 +32,9 @@ from meerkat_mq.chaos.proxy import Packet, Passage
 from meerkat_mq.chaos.stage import Stage
 from meerkat_mq.chaos.verdict import Struck, Verdict
 from meerkat_mq.errors import DrillFailed
+from meerkat_mq.ledger.sqlite import LEDGER_FILE
 from meerkat_mq.rounds.records import UpdateRecord
 from meerkat_mq.rounds.records import Verdict as Guarded
-from meerkat_mq.server.ledger import LEDGER_FILE
 from meerkat_mq.wire.messages import Header, Update
 from tests.server.federation import NAME, Federation
 from tests.support.command import Meerkat

@@ -10,7 +10,8 @@ import pytest
 
 from meerkat_mq.config import BrokerConfig, ServerConfig
 from meerkat_mq.engines.toy import toy_mask
-from meerkat_mq.server.run import Run, prepare_run
+from meerkat_mq.ledger.run import Run
+from meerkat_mq.server.run import prepare_run
 from meerkat_mq.wire.frames import encode
 from tests.server.federation import TOPICS, Federation, toml
 from tests.support.command import Meerkat

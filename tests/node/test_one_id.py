@@ -5,7 +5,7 @@ from contextlib import closing
 
 import pytest
 
-from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
+from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from tests.server.federation import PACE, Federation
 
 pytestmark = pytest.mark.timeout(150)

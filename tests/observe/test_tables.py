@@ -8,8 +8,7 @@ from io import StringIO
 import pytest
 from rich.console import Console, RenderableType
 
-from meerkat_mq.observe.figures import human_bytes
-from meerkat_mq.observe.shown import (
+from meerkat_mq.ledger.shown import (
     NodeShown,
     RebuiltShown,
     RoundShown,
@@ -19,6 +18,7 @@ from meerkat_mq.observe.shown import (
     UpdateShown,
     json_line,
 )
+from meerkat_mq.observe.figures import human_bytes
 from meerkat_mq.observe.tables import (
     MOST_SHOWN,
     path_table,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from meerkat_mq.config import BrokerConfig
-from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
+from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor, ServerState, decode_control
 from meerkat_mq.wire.difference import Difference
 from meerkat_mq.wire.frames import decode

@@ -12,13 +12,13 @@ from typing import Any
 
 import typer
 
-from meerkat_mq.server import ledger_file, snapshots
+from meerkat_mq.ledger import snapshots, sqlite_file
+from meerkat_mq.ledger.sqlite import Ledger
 from meerkat_mq.server.__main__ import command
-from meerkat_mq.server.ledger import Ledger
 from meerkat_mq.wire import difference
 
 POINTS: dict[str, tuple[Any, str]] = {
-    "make": (ledger_file, "_name"),
+    "make": (sqlite_file, "_name"),
     "begin": (Ledger, "begin"),
     "term": (Ledger, "take_term"),
     "slot": (Ledger, "commit_slot"),

@@ -6,8 +6,8 @@ from functools import partial
 from meerkat_mq.core.path import Term, apply_terms, coefficient, digest, seed_for
 from meerkat_mq.core.step import local_steps
 from meerkat_mq.engines.toy import QuadraticEngine, toy_mask
-from meerkat_mq.server.ledger import Ledger
-from meerkat_mq.server.verify import verify_ledger
+from meerkat_mq.ledger.sqlite import Ledger
+from meerkat_mq.ledger.verify import verify_ledger
 
 
 def undisturbed(ledger: Ledger, seeds: Mapping[str, int]) -> bytes:

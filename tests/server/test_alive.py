@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from meerkat_mq.server.alive import alive, is_alive
-from meerkat_mq.server.inspect import run_shown
+from meerkat_mq.server.commands import run_now
 from tests.server.federation import Federation
 
 HERE = socket.gethostname()
@@ -78,7 +78,7 @@ async def test_a_killed_server_is_not_running(federation: Federation) -> None:
     server = federation.server(rounds={"count": 5})
     await server.says("in charge")
     with federation.ledger() as ledger:
-        assert run_shown(ledger).running is True
+        assert run_now(ledger).running is True
     server.kill()
     with federation.ledger() as ledger:
-        assert run_shown(ledger).running is False
+        assert run_now(ledger).running is False

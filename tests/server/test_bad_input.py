@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from meerkat_mq.engines.toy import toy_mask
+from tests.ledger.ledgers import alter, write
 from tests.server.federation import toml
-from tests.server.ledgers import alter, write
 from tests.support.command import Meerkat
 from tests.support.mosquitto import Mosquitto
 

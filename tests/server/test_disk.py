@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
+from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from tests.server.federation import Federation, all_end
 from tests.server.replay import verified
 from tests.support.waiting import until

@@ -11,10 +11,11 @@ import pytest
 from meerkat_mq.config import ServerConfig
 from meerkat_mq.core.mask import Mask, MaskedMatrix
 from meerkat_mq.errors import ConfigError, RunMismatch
+from meerkat_mq.ledger.inspect import run_shown
+from meerkat_mq.ledger.run import Run, check_same, early_stopping_in_words, settings_of
+from meerkat_mq.ledger.verify import run_of
 from meerkat_mq.rounds.records import Verdict
-from meerkat_mq.server.inspect import run_shown
-from meerkat_mq.server.run import Run, check_same, early_stopping_in_words, prepare_run, settings_of
-from meerkat_mq.server.verify import run_of
+from meerkat_mq.server.run import prepare_run
 from tests.server.federation import Federation, Service, all_end
 from tests.server.replay import verified
 from tests.server.test_kills import ALL, start_nodes

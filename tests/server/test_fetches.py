@@ -13,12 +13,12 @@ import pytest
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.path import short_hash
 from meerkat_mq.errors import BadValue
+from meerkat_mq.ledger.displacement import verdict_on
 from meerkat_mq.mqtt import blob_fetch
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.records import Verdict
 from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.server import fetches as module
-from meerkat_mq.server.displacement import verdict_on
 from meerkat_mq.server.fetches import Fetches
 from meerkat_mq.server.scribe import KeepValues
 from meerkat_mq.wire.arrays import encode_array, split

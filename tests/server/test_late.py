@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from meerkat_mq.core.path import Entry, digest
+from meerkat_mq.ledger.recovery import recovered
+from meerkat_mq.ledger.run import Run
+from meerkat_mq.ledger.snapshots import Snapshots
+from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
+from meerkat_mq.ledger.verify import verify_ledger
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.policy import terms_of
 from meerkat_mq.rounds.server import ServerMachine
-from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
-from meerkat_mq.server.recovery import recovered
-from meerkat_mq.server.run import Run
 from meerkat_mq.server.scribe import Scribe
-from meerkat_mq.server.snapshots import Snapshots
-from meerkat_mq.server.verify import verify_ledger
-from tests.server.ledgers import OPEN, Writer
+from tests.ledger.ledgers import OPEN, Writer
 
 
 class Desk:

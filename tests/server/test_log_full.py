@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from meerkat_mq.server.ledger import Ledger
+from meerkat_mq.ledger.sqlite import Ledger
 from tests.server.federation import NAME, Federation, toml
 from tests.support.broker import Broker
 from tests.support.waiting import until

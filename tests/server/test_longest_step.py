@@ -13,15 +13,16 @@ from meerkat_mq.config import GuardsConfig, ServerConfig
 from meerkat_mq.core.path import digest
 from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.errors import RunMismatch
+from meerkat_mq.ledger.displacement import verdict_on
+from meerkat_mq.ledger.run import Run, check_same, trust_in_words
+from meerkat_mq.ledger.verify import verify_folder
 from meerkat_mq.rounds.guards import on_arrival
 from meerkat_mq.rounds.records import Verdict
-from meerkat_mq.server.displacement import verdict_on
-from meerkat_mq.server.run import Run, check_same, prepare_run, trust_in_words
-from meerkat_mq.server.verify import verify_folder
+from meerkat_mq.server.run import prepare_run
 from meerkat_mq.wire.frames import encode
 from meerkat_mq.wire.messages import Header, Update
+from tests.ledger.ledgers import write
 from tests.server.federation import TOPICS, Federation
-from tests.server.ledgers import write
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.timeout(150)

@@ -9,10 +9,11 @@ import pytest
 
 from meerkat_mq.config import ServerConfig
 from meerkat_mq.core.gradip import inner_products
+from meerkat_mq.ledger.run import Run
 from meerkat_mq.rounds import events as e
 from meerkat_mq.server import measure
 from meerkat_mq.server.measure import Measurer
-from meerkat_mq.server.run import Run, prepare_run
+from meerkat_mq.server.run import prepare_run
 from tests.support.waiting import until
 
 

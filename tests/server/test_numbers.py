@@ -4,7 +4,7 @@ import json
 from datetime import datetime
 from pathlib import Path
 
-from meerkat_mq.server.inspect import rounds_shown
+from meerkat_mq.ledger.inspect import rounds_shown
 from tests.server.federation import Federation, all_end
 from tests.support.command import Meerkat
 

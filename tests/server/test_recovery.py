@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from meerkat_mq.ledger.sqlite import LEDGER_FILE
 from meerkat_mq.rounds.records import UpdateRecord
-from meerkat_mq.server.ledger import LEDGER_FILE
 from tests.server.federation import PACE, PATIENCE_S, Federation, Service, all_end
 from tests.server.replay import undisturbed, verified
 from tests.server.test_kills import ALL, SEEDS, check_the_end, start_nodes

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from meerkat_mq.errors import LedgerError
-from meerkat_mq.server.files import mask_file, snapshot_file
-from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
-from meerkat_mq.server.remains import check_remains
-from meerkat_mq.server.verify import verify_folder
+from meerkat_mq.ledger.files import mask_file, snapshot_file
+from meerkat_mq.ledger.remains import check_remains
+from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
+from meerkat_mq.ledger.verify import verify_folder
 from meerkat_mq.wire.descriptor import ServerState
 from meerkat_mq.wire.difference import Difference
 from meerkat_mq.wire.snapshot import encode_snapshot
+from tests.ledger.ledgers import RUN, Writer
 from tests.server.federation import PACE, Federation
-from tests.server.ledgers import RUN, Writer
 
 pytestmark = pytest.mark.timeout(150)
 

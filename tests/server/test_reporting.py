@@ -9,14 +9,14 @@ import pytest
 
 from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.errors import ConfigError
+from meerkat_mq.ledger.inspect import run_shown
 from meerkat_mq.observe.facts import FACTS_FILE, Facts, NodeFacts
 from meerkat_mq.observe.report import Standing
 from meerkat_mq.rounds.records import Verdict
 from meerkat_mq.server.alive import alive
-from meerkat_mq.server.inspect import run_shown
 from meerkat_mq.server.reporting import read_report
+from tests.ledger.ledgers import RUN, Writer, alter, close_all, write
 from tests.server.federation import Federation, all_end
-from tests.server.ledgers import RUN, Writer, alter, close_all, write
 from tests.support.command import Meerkat
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from meerkat_mq.config import ServerConfig
 from meerkat_mq.errors import ConfigError, RunMismatch
-from meerkat_mq.server.run import Run, check_same, mode_in_words, prepare_run
+from meerkat_mq.ledger.run import Run, check_same, mode_in_words
+from meerkat_mq.server.run import prepare_run
 
 BUFFERED: dict[str, Any] = {"mode": "buffered", "max_staleness": 4}
 CLOSE = "close a version, from theta up to 4 versions old; one that is τ versions old weighs"

@@ -11,13 +11,14 @@ import pytest
 
 from meerkat_mq.config import ServerConfig
 from meerkat_mq.core.path import Entry, Term
+from meerkat_mq.ledger import sqlite_reader
+from meerkat_mq.ledger.recovery import recovered
+from meerkat_mq.ledger.run import Run
+from meerkat_mq.ledger.snapshots import Snapshots
+from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.rounds import events as e
-from meerkat_mq.server import ledger_reader
-from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
-from meerkat_mq.server.recovery import recovered
-from meerkat_mq.server.run import Run, prepare_run
+from meerkat_mq.server.run import prepare_run
 from meerkat_mq.server.scribe import REPLY_BYTES, REPLY_ENTRIES, Scribe
-from meerkat_mq.server.snapshots import Snapshots
 from meerkat_mq.wire.frames import decode_entry, entry_bytes
 from meerkat_mq.wire.messages import Entries, Header
 
@@ -74,7 +75,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
         seen.append(data)
         return decode_entry(data)
 
-    monkeypatch.setattr(ledger_reader, "decode_entry", counted)
+    monkeypatch.setattr(sqlite_reader, "decode_entry", counted)
     return seen
 
 

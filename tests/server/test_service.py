@@ -15,16 +15,17 @@ from meerkat_mq.config import ServerConfig, ServerValuesConfig
 from meerkat_mq.core.path import Entry, Term, short_hash
 from meerkat_mq.core.values import quantised
 from meerkat_mq.errors import LedgerError, NotConnected, RunError, TooFewNodes
+from meerkat_mq.ledger.recovery import recovered
+from meerkat_mq.ledger.run import Run
+from meerkat_mq.ledger.snapshots import Snapshots
+from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.mqtt import Message, Session
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.records import Share, UpdateRecord, Verdict
 from meerkat_mq.rounds.server import ServerMachine
-from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
-from meerkat_mq.server.recovery import recovered
-from meerkat_mq.server.run import Run, prepare_run
+from meerkat_mq.server.run import prepare_run
 from meerkat_mq.server.scribe import GROUP_S, WANTS, KeepMetrics, KeepValues, Scribe
 from meerkat_mq.server.server import Server
-from meerkat_mq.server.snapshots import Snapshots
 from meerkat_mq.server.watch import Watch
 from meerkat_mq.wire.arrays import CHUNKS_A_REPLY, split
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState

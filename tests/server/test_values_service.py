@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from meerkat_mq.server.inspect import run_shown
+from meerkat_mq.ledger.inspect import run_shown
 from tests.server.federation import Federation, Service, all_end
 from tests.server.replay import verified
 

@@ -10,12 +10,12 @@ import pytest
 from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.core.path import seed_for
 from meerkat_mq.errors import LedgerError, RunMismatch
+from meerkat_mq.ledger import inspect
+from meerkat_mq.ledger.inspect import path_shown, round_shown, rounds_shown, run_shown, steps_shown
+from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.observe.tables import status_line
 from meerkat_mq.rounds.records import Verdict
-from meerkat_mq.server import inspect
-from meerkat_mq.server.inspect import path_shown, round_shown, rounds_shown, run_shown, steps_shown
-from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
-from tests.server.ledgers import RUN, Writer, alter, close_all
+from tests.ledger.ledgers import RUN, Writer, alter, close_all
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,9 @@ from meerkat_mq.core.directions import direction
 from meerkat_mq.core.mask import Mask, MaskedMatrix
 from meerkat_mq.core.path import seed_for
 from meerkat_mq.errors import RunMismatch
+from meerkat_mq.ledger.verify import verify_folder
 from meerkat_mq.rounds.records import Verdict
-from meerkat_mq.server.verify import verify_folder
-from tests.server.ledgers import RUN, Writer, alter, close_all, write
+from tests.ledger.ledgers import RUN, Writer, alter, close_all, write
 
 RULES: dict[str, Any] = {"steps": 2, "calibration_steps": 12, "every": 4, "rho_later": 1.2, "rho_quiet": 0.9}
 PATHS: dict[str, Any] = {"nodes": 4, "lanes": 2, "steps": 5}

@@ -10,10 +10,10 @@ from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.files import write_atomically
 from meerkat_mq.core.path import digest, digest_due, short_hash
 from meerkat_mq.errors import LedgerError, WireError
+from meerkat_mq.ledger.files import snapshot_file
+from meerkat_mq.ledger.rows import KeptSnapshot
+from meerkat_mq.ledger.sqlite import Ledger
 from meerkat_mq.rounds.catch_up import Stretch, snapshot_is_cheaper
-from meerkat_mq.server.files import snapshot_file
-from meerkat_mq.server.ledger import Ledger
-from meerkat_mq.server.ledger_rows import KeptSnapshot
 from meerkat_mq.wire.arrays import chunks_of
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.frames import MAX_CHUNK_BYTES

@@ -8,8 +8,8 @@ import numpy as np
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.gradip import root_mean_square
 from meerkat_mq.core.values import mean_displacement
+from meerkat_mq.ledger.sqlite_reader import LedgerReader
 from meerkat_mq.rounds.records import Share, Verdict
-from meerkat_mq.server.ledger_reader import LedgerReader
 
 FARTHEST = 1000.0  # weights of models lie within ±100, and 2³² versions that each move one so far stay in float32
 

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.errors import LedgerError
+from meerkat_mq.ledger.recovery import resumed
+from meerkat_mq.ledger.rows import pack_products, unpack_products
+from meerkat_mq.ledger.run import Run
+from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.rounds.records import Judgement
-from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
-from meerkat_mq.server.ledger_rows import pack_products, unpack_products
-from meerkat_mq.server.recovery import resumed
-from meerkat_mq.server.run import Run
+from tests.ledger.ledgers import Writer, alter, close_all
+from tests.ledger.test_ledger import ENTRY, begin, record
 from tests.rounds.support import settings
-from tests.server.ledgers import Writer, alter, close_all
-from tests.server.test_ledger import ENTRY, begin, record
 
 RULES = settings(lanes=2, steps=2)
 

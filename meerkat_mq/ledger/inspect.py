@@ -9,16 +9,15 @@ from meerkat_mq.core.clocks import elapsed, typical
 from meerkat_mq.core.gradip import gradip
 from meerkat_mq.core.path import NO_DIGEST, seed_for
 from meerkat_mq.errors import LedgerError, RunMismatch
-from meerkat_mq.observe.shown import NodeShown, RoundShown, RunShown, StepShown, TermShown, UpdateShown, utc
+from meerkat_mq.ledger.losses import mean_loss, rising_now
+from meerkat_mq.ledger.rows import Closed, NodeRow, Products
+from meerkat_mq.ledger.run import early_stopping_in_words, mode_in_words, settings_of
+from meerkat_mq.ledger.shown import NodeShown, RoundShown, RunShown, StepShown, TermShown, UpdateShown, utc
+from meerkat_mq.ledger.sqlite import Ledger
+from meerkat_mq.ledger.verify import run_of
 from meerkat_mq.rounds.guards import NOT_REFUSED, Guard
 from meerkat_mq.rounds.policy import RoundSettings, lane_of
 from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
-from meerkat_mq.server.alive import is_alive
-from meerkat_mq.server.ledger import Ledger
-from meerkat_mq.server.ledger_rows import Closed, NodeRow, Products
-from meerkat_mq.server.losses import mean_loss, rising_now
-from meerkat_mq.server.run import early_stopping_in_words, mode_in_words, settings_of
-from meerkat_mq.server.verify import run_of
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.messages import in_words
 
@@ -27,6 +26,8 @@ PAGE = 200
 
 def run_shown(ledger: Ledger, now: float | None = None) -> RunShown:
     """The run as it stands. What it costs does not grow with the number of rounds, only with that of calibrations.
+
+    Whether its server runs, a ledger does not say: `running` is None.
 
     Args:
         ledger: of a run.
@@ -48,17 +49,17 @@ def run_shown(ledger: Ledger, now: float | None = None) -> RunShown:
     )
     given = sorted((record for records in (*past, heard) for record in records), key=lambda record: record.version)
     last = {record.node: record for record in given}
-    nodes, host = ledger.nodes(), newest[0].host if newest else ""
+    nodes = ledger.nodes()
     metrics = ledger.metrics()
     evaluated = max(metrics, default=None)
     found = metrics[evaluated] if evaluated is not None else {}
     return RunShown(
         federation=run.federation,
         run=run.run,
-        running=is_alive(ledger.path.parent, host),
+        running=None,
         term=newest[0].term if newest else 0,
         server_id=newest[0].server_id if newest else "",
-        host=host,
+        host=newest[0].host if newest else "",
         round=version,
         rounds=run.rounds,
         accuracy=found.get("accuracy"),

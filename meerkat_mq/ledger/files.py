@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from meerkat_mq.config import ServerConfig
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.errors import ConfigError, LedgerError
+from meerkat_mq.errors import LedgerError
 from meerkat_mq.wire.descriptor import RunDescriptor
 
 DIFFERENCE_FILE = "difference.mkd"
@@ -33,10 +32,3 @@ def keep_mask(folder: Path, run: RunDescriptor, mask: Mask) -> None:
     except OSError as error:
         problem = f"cannot be written ({error.strerror})"
         raise LedgerError(str(file), problem, "free space, and start the server again: it goes on") from error
-
-
-def unusable(config: ServerConfig, error: OSError) -> ConfigError:
-    """The state folder cannot be written."""
-    return ConfigError(
-        f"state_dir {config.state_dir}", f"cannot be used ({error.strerror})", "name a folder that can be written"
-    )

@@ -10,10 +10,10 @@ from typing import Any, Self
 
 from meerkat_mq.core.path import Entry, short_hash
 from meerkat_mq.errors import AnotherServer
+from meerkat_mq.ledger import sqlite_file
+from meerkat_mq.ledger.rows import Products, Sighting, pack_products, update_row
+from meerkat_mq.ledger.sqlite_reader import LedgerReader
 from meerkat_mq.rounds.records import Judgement, UpdateRecord
-from meerkat_mq.server import ledger_file
-from meerkat_mq.server.ledger_reader import LedgerReader
-from meerkat_mq.server.ledger_rows import Products, Sighting, pack_products, update_row
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.frames import encode_entry
 
@@ -49,7 +49,7 @@ class Ledger(LedgerReader):
         super().__init__(path, connection)
         self._mine: tuple[int, str] | None = None
         self._loose = set[bytes]()  # displacements kept since the last entry
-        self._number = ledger_file.number_of(path)
+        self._number = sqlite_file.number_of(path)
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -58,7 +58,7 @@ class Ledger(LedgerReader):
         Raises:
             LedgerError: it is no ledger, damaged, of a newer version, or cannot be written. The file stays as it is.
         """
-        return cls(path, ledger_file.open_to_write(path))
+        return cls(path, sqlite_file.open_to_write(path))
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -67,7 +67,7 @@ class Ledger(LedgerReader):
         Raises:
             LedgerError: there is none, or it cannot be used.
         """
-        return cls(path, ledger_file.open_to_read(path))
+        return cls(path, sqlite_file.open_to_read(path))
 
     @contextmanager
     def group(self) -> Iterator[None]:
@@ -80,12 +80,12 @@ class Ledger(LedgerReader):
         if self._connection.in_transaction:
             yield
             return
-        with ledger_file.in_words(self.path):
+        with sqlite_file.in_words(self.path):
             before = (self._mine, set(self._loose))
             self._connection.execute("BEGIN IMMEDIATE")
             try:
-                if ledger_file.number_of(self.path) != self._number:
-                    raise ledger_file.moved(self.path)
+                if sqlite_file.number_of(self.path) != self._number:
+                    raise sqlite_file.moved(self.path)
                 self._assert_in_charge()
                 yield
                 self._connection.execute("COMMIT")
@@ -144,7 +144,7 @@ class Ledger(LedgerReader):
 
         Whoever reads just then is waited for, up to 15 s.
         """
-        with ledger_file.in_words(self.path):
+        with sqlite_file.in_words(self.path):
             self._connection.execute("PRAGMA wal_checkpoint(FULL)").fetchone()
 
     def commit_slot(self, node: str, slot: int, version: int) -> None:

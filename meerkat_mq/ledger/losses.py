@@ -3,10 +3,10 @@
 import math
 from collections.abc import Iterable, Sequence
 
-from meerkat_mq.observe.rising import FIRST, LAST, RisingLoss
+from meerkat_mq.ledger.rising import FIRST, LAST, RisingLoss
+from meerkat_mq.ledger.sqlite_reader import LedgerReader
 from meerkat_mq.rounds.guards import NOT_REFUSED
 from meerkat_mq.rounds.records import UpdateRecord, Verdict
-from meerkat_mq.server.ledger_reader import LedgerReader
 
 
 def mean_loss(records: Sequence[UpdateRecord]) -> float | None:

@@ -12,10 +12,8 @@ from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.path import Entry
 from meerkat_mq.core.replica import Change
 from meerkat_mq.errors import LedgerError
-from meerkat_mq.rounds.policy import RoundSettings
-from meerkat_mq.rounds.records import Judgement, UpdateRecord
-from meerkat_mq.server import ledger_file
-from meerkat_mq.server.ledger_rows import (
+from meerkat_mq.ledger import sqlite_file
+from meerkat_mq.ledger.rows import (
     Closed,
     KeptSnapshot,
     NodeRow,
@@ -28,6 +26,8 @@ from meerkat_mq.server.ledger_rows import (
     unpack_products,
     update_record,
 )
+from meerkat_mq.rounds.policy import RoundSettings
+from meerkat_mq.rounds.records import Judgement, UpdateRecord
 from meerkat_mq.wire.descriptor import RunDescriptor, decode_control
 from meerkat_mq.wire.frames import decode_entry
 from meerkat_mq.wire.values import decode_values
@@ -77,7 +77,7 @@ class LedgerReader:
         self._connection.close()
 
     def _rows(self, query: str, *values: object) -> list[Row]:
-        with ledger_file.in_words(self.path):
+        with sqlite_file.in_words(self.path):
             return self._connection.execute(query, values).fetchall()
 
     def _row(self, query: str, *values: object) -> Row:
@@ -85,14 +85,14 @@ class LedgerReader:
 
     def _all(self, kind: type[RowT], what: str, query: str) -> tuple[RowT, ...]:
         rows = self._rows(query)
-        with ledger_file.decoding(self.path, what):
+        with sqlite_file.decoding(self.path, what):
             return tuple(from_row(kind, row) for row in rows)
 
     @property
     def run(self) -> RunDescriptor | None:
         """The run as it was described at its first start; None before `begin`."""
         row = self._row("SELECT descriptor FROM run")
-        with ledger_file.decoding(self.path, "a run"):
+        with sqlite_file.decoding(self.path, "a run"):
             return decode_control(str(row[0]).encode(), RunDescriptor) if row else None
 
     @property
@@ -101,7 +101,7 @@ class LedgerReader:
         row = self._row("SELECT rules FROM run")
         if not row:
             return {}
-        with ledger_file.decoding(self.path, "rules of a run"):
+        with sqlite_file.decoding(self.path, "rules of a run"):
             rules = dict(json.loads(row[0]))
             rounds = check_config(rules.get("rounds"), RoundsConfig, where="rounds")
             guards = check_config(rules.get("guards"), GuardsConfig, where="guards")
@@ -148,7 +148,7 @@ class LedgerReader:
         """At most `limit` entries from version `first` on, with how their rounds closed."""
         query = "SELECT entry, term, closed, asked, overdue FROM entries WHERE version >= ? ORDER BY version LIMIT ?"
         rows = self._rows(query, first, limit)
-        with ledger_file.decoding(self.path, "an entry"):
+        with sqlite_file.decoding(self.path, "an entry"):
             return tuple(from_row(Closed, (decode_entry(row[0]), *row[1:4], bool(row[4]))) for row in rows)
 
     def changes(self, entries: Iterable[Entry], weights: int) -> Iterator[Change]:
@@ -175,7 +175,7 @@ class LedgerReader:
         if blob is None:
             problem = f"lacks the displacement {name.hex()}"
             raise LedgerError(str(self.path), problem, "restore it from a backup")
-        with ledger_file.decoding(self.path, "a displacement"):
+        with sqlite_file.decoding(self.path, "a displacement"):
             return decode_values(blob, name, weights)
 
     def blob(self, name: bytes) -> bytes | None:
@@ -205,21 +205,21 @@ class LedgerReader:
         """Of these entries, with their number, in order."""
         where = "WHERE version BETWEEN ? AND ? AND entry BETWEEN ? AND ? ORDER BY entry, version, updates.slot"
         rows = self._rows(f"{_UPDATES} {where}", first - self.window, last, first, last)
-        with ledger_file.decoding(self.path, f"in versions {first - self.window} to {last} an update"):
+        with sqlite_file.decoding(self.path, f"in versions {first - self.window} to {last} an update"):
             return [(row[0], update_record(row[1:])) for row in rows]
 
     def open_updates(self) -> tuple[UpdateRecord, ...]:
         """The updates that are in no entry yet and not too old for one, by base version and slot."""
         first = self.version - self.window
         rows = self._rows(f"{_UPDATES} WHERE version >= ? AND entry IS NULL ORDER BY version, updates.slot", first)
-        with ledger_file.decoding(self.path, f"since version {first} an update"):
+        with sqlite_file.decoding(self.path, f"since version {first} an update"):
             return tuple(update_record(row[1:]) for row in rows)
 
     def given_by(self, node: str, first: int, end: int) -> tuple[tuple[int | None, UpdateRecord], ...]:
         """A node's updates from theta of versions `first` to `end` − 1, each with its entry; None while in none."""
         where = "WHERE version >= ? AND version < ? AND node = ? ORDER BY version"
         rows = self._rows(f"{_UPDATES} {where}", first, end, node)
-        with ledger_file.decoding(self.path, f"in versions {first} to {end - 1} an update"):
+        with sqlite_file.decoding(self.path, f"in versions {first} to {end - 1} an update"):
             return tuple((row[0], update_record(row[1:])) for row in rows)
 
     def heard(self) -> dict[str, int]:
@@ -229,7 +229,7 @@ class LedgerReader:
 
     def astray(self) -> object | None:
         """The version of an update that is in an entry where it cannot be, or in none for too long; None: no such."""
-        with ledger_file.in_words(self.path):
+        with sqlite_file.in_words(self.path):
             found = self._connection.execute(_ASTRAY, {"window": self.window}).fetchone()
         return None if found is None else found[0]
 
@@ -246,7 +246,7 @@ class LedgerReader:
             LedgerError: they are of another number of directions.
         """
         packed = next(iter(self._row("SELECT products FROM entries WHERE version = ?", version)), None)
-        with ledger_file.decoding(self.path, "products"):
+        with sqlite_file.decoding(self.path, "products"):
             directions = settings.directions_of(version)
             return None if packed is None else unpack_products(packed, settings.lanes, directions)
 
@@ -266,7 +266,7 @@ class LedgerReader:
 
     def _judged(self, query: str, *values: object) -> tuple[Judgement, ...]:
         rows = self._rows(query, *values)
-        with ledger_file.decoding(self.path, "a judgement"):
+        with sqlite_file.decoding(self.path, "a judgement"):
             return tuple(map(judgement, rows))
 
     def judged_while_open(self) -> object | None:
@@ -277,7 +277,7 @@ class LedgerReader:
     def early_stopped_since(self) -> dict[str, int]:
         """Early-stopped node to the calibration round from which on every one said so."""
         rows = self._rows(_EARLY_STOPPED_SINCE)
-        with ledger_file.decoding(self.path, "judgements"):
+        with sqlite_file.decoding(self.path, "judgements"):
             return {str(node): int(version) for node, version in rows}
 
     def past(self, window: int) -> list[tuple[UpdateRecord, ...]]:

@@ -17,16 +17,16 @@ from meerkat_mq.core.values import quantised
 from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.errors import LedgerError, MaskError, MeerkatError, ModelError, RunMismatch, WireError
 from meerkat_mq.extras import importing, need
+from meerkat_mq.ledger.displacement import mean_of, verdict_on
+from meerkat_mq.ledger.files import DIFFERENCE_FILE, mask_file, snapshot_file
+from meerkat_mq.ledger.remains import check_remains
+from meerkat_mq.ledger.rows import KeptSnapshot, Products
+from meerkat_mq.ledger.run import codec_of, max_step_of, settings_of
+from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.rounds.early_stopping import EarlyStopping, judgements_of, with_verdicts
 from meerkat_mq.rounds.guards import on_arrival
 from meerkat_mq.rounds.policy import RoundSettings, shares_of, steps_fit, terms_of
 from meerkat_mq.rounds.records import Judgement, Share, UpdateRecord, Verdict
-from meerkat_mq.server.displacement import mean_of, verdict_on
-from meerkat_mq.server.files import DIFFERENCE_FILE, mask_file, snapshot_file
-from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
-from meerkat_mq.server.ledger_rows import KeptSnapshot, Products
-from meerkat_mq.server.remains import check_remains
-from meerkat_mq.server.run import codec_of, max_step_of, settings_of
 from meerkat_mq.wire.descriptor import RunDescriptor, Task
 from meerkat_mq.wire.difference import Difference
 from meerkat_mq.wire.messages import in_words

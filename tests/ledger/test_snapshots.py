@@ -11,11 +11,12 @@ from meerkat_mq.config import ServerConfig
 from meerkat_mq.core.path import Entry, Term, short_hash
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.errors import LedgerError
-from meerkat_mq.server import snapshots as module
-from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
-from meerkat_mq.server.recovery import recovered
-from meerkat_mq.server.run import Run, prepare_run
-from meerkat_mq.server.snapshots import Snapshots
+from meerkat_mq.ledger import snapshots as module
+from meerkat_mq.ledger.recovery import recovered
+from meerkat_mq.ledger.run import Run
+from meerkat_mq.ledger.snapshots import Snapshots
+from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
+from meerkat_mq.server.run import prepare_run
 from meerkat_mq.wire.arrays import Assembly
 from meerkat_mq.wire.frames import MAX_CHUNK_BYTES
 from meerkat_mq.wire.messages import Header, Want

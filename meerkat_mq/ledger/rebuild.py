@@ -10,12 +10,12 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import seeds_of, virtual_path
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.errors import RunMismatch
-from meerkat_mq.observe.shown import RebuiltShown
+from meerkat_mq.ledger.inspect import gradip_of
+from meerkat_mq.ledger.run import settings_of
+from meerkat_mq.ledger.shown import RebuiltShown
+from meerkat_mq.ledger.sqlite import Ledger
+from meerkat_mq.ledger.verify import check_mask, run_of
 from meerkat_mq.rounds.policy import lane_of
-from meerkat_mq.server.inspect import gradip_of
-from meerkat_mq.server.ledger import Ledger
-from meerkat_mq.server.run import settings_of
-from meerkat_mq.server.verify import check_mask, run_of
 
 AT_ONCE = 100
 

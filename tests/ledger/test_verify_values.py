@@ -12,13 +12,13 @@ import pytest
 
 from meerkat_mq.core.path import Displacement, digest, short_hash
 from meerkat_mq.errors import RunMismatch
+from meerkat_mq.ledger.inspect import path_shown, round_shown, run_shown
+from meerkat_mq.ledger.rebuild import rebuilt_path
+from meerkat_mq.ledger.sqlite import LEDGER_FILE
+from meerkat_mq.ledger.verify import verify_folder
 from meerkat_mq.rounds.records import Verdict
-from meerkat_mq.server.inspect import path_shown, round_shown, run_shown
-from meerkat_mq.server.ledger import LEDGER_FILE
-from meerkat_mq.server.rebuild import rebuilt_path
-from meerkat_mq.server.verify import verify_folder
 from meerkat_mq.wire.values import encode_values
-from tests.server.ledgers import WEIGHTS, Writer, alter, alter_entry, close_all, write
+from tests.ledger.ledgers import WEIGHTS, Writer, alter, alter_entry, close_all, write
 
 AGES = {(2, 0): 2, (3, 1): 1, (4, 0): 3, (4, 2): 1}
 BUFFERED: dict[str, Any] = {
@@ -260,5 +260,5 @@ def test_a_theta_that_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         patched.setattr(Writer, "displacement", lambda *of: ruinous)
         write(tmp_path, count=3, nodes=1, values={0: "float32"})
     fails(tmp_path, 0, "its update of n0 is kept as accepted, but is too large")
-    monkeypatch.setattr("meerkat_mq.server.displacement.FARTHEST", 1e39)
+    monkeypatch.setattr("meerkat_mq.ledger.displacement.FARTHEST", 1e39)
     fails(tmp_path, 1, "theta is not finite after a displacement")

@@ -19,13 +19,13 @@ import pytest
 from meerkat_mq.config import ServerConfig
 from meerkat_mq.core.path import Entry, Term
 from meerkat_mq.errors import AnotherServer, LedgerError
+from meerkat_mq.ledger import sqlite_file
+from meerkat_mq.ledger.rows import Sighting
+from meerkat_mq.ledger.sqlite import Ledger
 from meerkat_mq.rounds.records import UpdateRecord, Verdict
-from meerkat_mq.server import ledger_file
-from meerkat_mq.server.ledger import Ledger
-from meerkat_mq.server.ledger_rows import Sighting
 from meerkat_mq.server.run import prepare_run
 
-IMPORTS = "import sys; from pathlib import Path; from meerkat_mq.server.ledger import Ledger"
+IMPORTS = "import sys; from pathlib import Path; from meerkat_mq.ledger.sqlite import Ledger"
 NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
 ENTRY = Entry(0, (Term(0, 0, 0.5), Term(1, 0, -(2.0**-20))), bytes(16), bytes(range(16)))
 
@@ -283,12 +283,12 @@ def test_an_older_schema_is_brought_up_to_date_in_one_step(path: Path, monkeypat
         begin(opened)
         round_(opened, 0)
     with monkeypatch.context() as patched:
-        migrations, newer = ledger_file.MIGRATIONS, ledger_file.SCHEMA + 1
-        patched.setattr(ledger_file, "SCHEMA", newer)
-        patched.setattr(ledger_file, "MIGRATIONS", [*migrations, "CREATE TABLE extra (x); SELECT nonsense"])
+        migrations, newer = sqlite_file.MIGRATIONS, sqlite_file.SCHEMA + 1
+        patched.setattr(sqlite_file, "SCHEMA", newer)
+        patched.setattr(sqlite_file, "MIGRATIONS", [*migrations, "CREATE TABLE extra (x); SELECT nonsense"])
         with pytest.raises(LedgerError, match="no such column: nonsense"):
             Ledger.open(path)
-        patched.setattr(ledger_file, "MIGRATIONS", [*migrations, "CREATE TABLE extra (x)"])
+        patched.setattr(sqlite_file, "MIGRATIONS", [*migrations, "CREATE TABLE extra (x)"])
         with closing(Ledger.open(path)) as opened:
             assert opened.version == 1
     with pytest.raises(LedgerError, match=rf"newer Meerkat-MQ \(schema {newer}, this one knows {newer - 1}\)"):
@@ -381,7 +381,7 @@ def said_by_sqlite(name: str, words: str = "words of SQLite") -> LedgerError:
     """What users read of an error of this name."""
     error = sqlite3.OperationalError(words)
     error.sqlite_errorname = name
-    with pytest.raises(LedgerError) as caught, ledger_file.in_words(Path("ledger.sqlite")):
+    with pytest.raises(LedgerError) as caught, sqlite_file.in_words(Path("ledger.sqlite")):
         raise error
     return caught.value
 

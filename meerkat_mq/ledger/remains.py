@@ -8,7 +8,7 @@ with rounds missing.
 from pathlib import Path
 
 from meerkat_mq.errors import LedgerError
-from meerkat_mq.server.files import DIFFERENCE_FILE
+from meerkat_mq.ledger.files import DIFFERENCE_FILE
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.stamp import stamp_of
 

@@ -16,14 +16,14 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Displacement, Entry, short_hash
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.engines.toy import toy_mask
+from meerkat_mq.ledger.displacement import mean_of
+from meerkat_mq.ledger.files import DIFFERENCE_FILE, snapshot_file
+from meerkat_mq.ledger.rows import Sighting
+from meerkat_mq.ledger.run import settings_of
+from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.rounds.early_stopping import EarlyStopping, judgements_of, with_verdicts
 from meerkat_mq.rounds.policy import shares_of, terms_of
 from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
-from meerkat_mq.server.displacement import mean_of
-from meerkat_mq.server.files import DIFFERENCE_FILE, snapshot_file
-from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
-from meerkat_mq.server.ledger_rows import Sighting
-from meerkat_mq.server.run import settings_of
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.difference import Difference
 from meerkat_mq.wire.frames import encode_entry

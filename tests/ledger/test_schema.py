@@ -13,11 +13,11 @@ import pytest
 
 from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.errors import LedgerError, RunMismatch
-from meerkat_mq.server import ledger_file
-from meerkat_mq.server.inspect import run_shown
-from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
-from meerkat_mq.server.verify import verify_folder, verify_ledger
-from tests.server.ledgers import Writer, alter, close_all
+from meerkat_mq.ledger import sqlite_file
+from meerkat_mq.ledger.inspect import run_shown
+from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
+from meerkat_mq.ledger.verify import verify_folder, verify_ledger
+from tests.ledger.ledgers import Writer, alter, close_all
 
 KEPT = {
     "run": "id, run, created, descriptor, rules",
@@ -61,7 +61,7 @@ def in_schema(
     with closing(sqlite3.connect(writer.folder / LEDGER_FILE)) as new, closing(
         sqlite3.connect(folder / LEDGER_FILE)
     ) as old, old:  # fmt: skip
-        for script in ledger_file.MIGRATIONS[:schema]:
+        for script in sqlite_file.MIGRATIONS[:schema]:
             old.executescript(script)
         for table, columns in kept.items():
             rows: list[list[Any]] = [list(row) for row in new.execute(f"SELECT {columns} FROM {table}")]
@@ -71,7 +71,7 @@ def in_schema(
             if rows:
                 places = ", ".join("?" * len(rows[0]))
                 old.executemany(f"INSERT INTO {table} ({columns}) VALUES ({places})", rows)
-        old.execute(f"PRAGMA application_id = {ledger_file.APPLICATION_ID}")
+        old.execute(f"PRAGMA application_id = {sqlite_file.APPLICATION_ID}")
         old.execute(f"PRAGMA user_version = {schema}")
     return folder
 
@@ -86,7 +86,7 @@ def writer(tmp_path: Path) -> Writer:
 
 
 def test_the_scripts_of_older_schemas_are_those_that_made_their_files() -> None:
-    assert [hashlib.sha256(script.encode()).hexdigest() for script in ledger_file.MIGRATIONS[:2]] == [
+    assert [hashlib.sha256(script.encode()).hexdigest() for script in sqlite_file.MIGRATIONS[:2]] == [
         "863217ab1cdcdcb122df80c222a1b453cc418425444bdcab4015d6480ddc5809",
         "ab26209c7e420e297ee30bcca0c7cd043b5a361e06e4653e836dda9929976de3",
     ]
@@ -124,7 +124,7 @@ def test_a_server_migrates_it_and_goes_on(writer: Writer, tmp_path: Path) -> Non
     assert writer.ledger.nodes()[0].last_seen == 5.0
     assert verify_ledger(writer.ledger, writer.mask).rounds == 6
     with closing(sqlite3.connect(folder / LEDGER_FILE)) as connection:
-        assert connection.execute("PRAGMA user_version").fetchone() == (ledger_file.SCHEMA,)
+        assert connection.execute("PRAGMA user_version").fetchone() == (sqlite_file.SCHEMA,)
 
 
 def test_what_a_server_of_today_kept_must_not_get_lost(writer: Writer, tmp_path: Path) -> None:

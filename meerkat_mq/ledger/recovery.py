@@ -7,11 +7,11 @@ import structlog
 from meerkat_mq.core.path import NO_DIGEST, digest
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.errors import LedgerError
+from meerkat_mq.ledger.run import Run
+from meerkat_mq.ledger.snapshots import Snapshots
+from meerkat_mq.ledger.sqlite import Ledger
 from meerkat_mq.rounds.policy import ROUND_ENTRY_BYTES
 from meerkat_mq.rounds.server import ServerMachine
-from meerkat_mq.server.ledger import Ledger
-from meerkat_mq.server.run import Run
-from meerkat_mq.server.snapshots import Snapshots
 
 AT_ONCE = 100
 SAY_EVERY_S = 2.0

@@ -11,14 +11,14 @@ import pytest
 from meerkat_mq.core.path import Displacement, Entry, Term, digest
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.errors import LedgerError
+from meerkat_mq.ledger.recovery import recovered, resumed
+from meerkat_mq.ledger.run import Run
+from meerkat_mq.ledger.snapshots import Snapshots
+from meerkat_mq.ledger.sqlite import Ledger
 from meerkat_mq.rounds.records import UpdateRecord, Verdict
-from meerkat_mq.server.ledger import Ledger
-from meerkat_mq.server.recovery import recovered, resumed
-from meerkat_mq.server.run import Run
-from meerkat_mq.server.snapshots import Snapshots
 from meerkat_mq.wire.messages import Values
 from meerkat_mq.wire.values import encode_values
-from tests.server.ledgers import Writer, alter, close_all
+from tests.ledger.ledgers import Writer, alter, close_all
 
 MIXED: dict[str, Any] = {"nodes": 4, "values": {1: "int8", 3: "bfloat16"}}
 

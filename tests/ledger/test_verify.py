@@ -14,14 +14,14 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Term, digest
 from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.errors import LedgerError, MaskError, ModelMismatch, ModelNotFound, RunMismatch
+from meerkat_mq.ledger.files import mask_file
+from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
+from meerkat_mq.ledger.verify import verify_folder, verify_ledger
 from meerkat_mq.rounds.policy import terms_of
 from meerkat_mq.rounds.records import Verdict
-from meerkat_mq.server.files import mask_file
-from meerkat_mq.server.ledger import LEDGER_FILE, Ledger
-from meerkat_mq.server.verify import verify_folder, verify_ledger
 from meerkat_mq.wire.difference import Difference
 from meerkat_mq.wire.frames import encode_entry
-from tests.server.ledgers import RUN, Writer, alter, alter_entry, close_all, write
+from tests.ledger.ledgers import RUN, Writer, alter, alter_entry, close_all, write
 
 BAD = 3  # the entry that tests alter
 
