@@ -265,6 +265,9 @@ class MemoryFederation(VirtualClock):
                 self.at(self.now, self._in_term(lambda: e.DirectionsMeasured(self.now, version, products)))
             case e.FetchValues():
                 self._fetch(effect)
+            case e.JudgeRound(term, version, judge):
+                outcome = judge()
+                self.at(self.now, self._in_term(lambda: e.RoundJudged(self.now, term, version, outcome)))
             case e.ApplyTerms(version, terms, shares):
                 added = self.displacements.mean(shares)
                 after = self.replica.apply(terms, self.displacements.get(added))

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from meerkat_mq.core.path import Entry, Term
+from meerkat_mq.core.path import Entry
 from meerkat_mq.rounds.early_stopping import EarlyStopping
 from meerkat_mq.rounds.events import CommitEntry
 from meerkat_mq.rounds.policy import ANNOUNCE_AT, RoundSettings, deadline_length
-from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
+from meerkat_mq.rounds.records import Outcome, UpdateRecord, Verdict
 from meerkat_mq.wire.frames import Header, Round
 
 PAIRS = 16_000  # of slots and numbers in a frame: 16,371 fit beside whole bitmaps and an entry of 16 KiB
@@ -27,10 +27,9 @@ class OpenRound:
         taken: how many updates are taken, committed or not, that will close with it.
         awaited: nodes asked whose update from theta of this version is not committed.
         attempt: how often the deadline was doubled.
-        judged: the updates with their final verdicts, once the round closes.
-        judgements: what it showed of the nodes, where it calibrates.
+        closing: whether it is decided which updates the entry is made of; nothing is heard from then on.
         overdue: whether the deadline closed it.
-        terms: set when the round closes; nothing is heard from then on.
+        outcome: set when the updates are judged.
         entry: set when the terms are applied.
     """
 
@@ -46,10 +45,9 @@ class OpenRound:
     deadline_s: float = 0.0
     attempt: int = 0
     announce_at: list[float] = field(default_factory=list)
-    judged: tuple[UpdateRecord, ...] = ()
-    judgements: tuple[Judgement, ...] = ()
+    closing: bool = False
     overdue: bool = False
-    terms: tuple[Term, ...] | None = None
+    outcome: Outcome | None = None
     entry: Entry | None = None
 
     def __post_init__(self) -> None:
@@ -57,11 +55,6 @@ class OpenRound:
         self.candidates = {record.node for record in self.heard.values() if record.verdict is Verdict.ACCEPTED}
         self.taken = len(self.heard)
         self.awaited = self.asked.keys() - {name for version, name in self.heard if version == self.version}
-
-    @property
-    def closing(self) -> bool:
-        """Whether it is decided what the entry says."""
-        return self.terms is not None
 
     @property
     def answers(self) -> int:
@@ -84,9 +77,11 @@ class OpenRound:
         return tuple(sorted(self.heard.values(), key=lambda record: (record.version, record.slot)))
 
     def commit(self, entry: Entry) -> CommitEntry:
-        """What the ledger keeps of the round, once it is closed."""
+        """What the ledger keeps of the round, once it is judged."""
         assert self.products is not None
-        return CommitEntry(entry, self.judged, len(self.asked), self.overdue, self.products, self.judgements)
+        assert self.outcome is not None
+        records, judgements = self.outcome.records, self.outcome.judgements
+        return CommitEntry(entry, records, len(self.asked), self.overdue, self.products, judgements)
 
     def ask(self, name: str, slot: int) -> bool:
         """Ask one more node; False where it is asked already."""

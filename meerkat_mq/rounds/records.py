@@ -1,8 +1,10 @@
 """What the ledger keeps of a round besides its entry: updates, the verdicts on them, judgements of nodes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 
+from meerkat_mq.core.path import Term
 from meerkat_mq.wire.frames import Values
 
 
@@ -60,3 +62,22 @@ class Share:
 
     blob: bytes
     weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a closed round comes to.
+
+    Attributes:
+        records: its updates with their final verdicts, by base version and slot.
+        judgements: what it showed of the nodes, where it calibrates.
+        terms: of its entry.
+        shares: of its entry's mean displacement.
+        flagged: nodes that stand out, this round included, and the verdict that they got most.
+    """
+
+    records: tuple[UpdateRecord, ...]
+    judgements: tuple[Judgement, ...]
+    terms: tuple[Term, ...]
+    shares: tuple[Share, ...]
+    flagged: Mapping[str, Verdict]

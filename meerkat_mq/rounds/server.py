@@ -3,12 +3,14 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from meerkat_mq.core.path import MAX_WEIGHT, Entry
 from meerkat_mq.errors import AnotherServer
 from meerkat_mq.rounds import events as e
-from meerkat_mq.rounds.early_stopping import EarlyStopping, judgements_of, with_verdicts
-from meerkat_mq.rounds.guards import Guard, on_arrival
+from meerkat_mq.rounds.closing import outcome_of
+from meerkat_mq.rounds.early_stopping import EarlyStopping
+from meerkat_mq.rounds.guards import NOT_REFUSED, Guard, on_arrival
 from meerkat_mq.rounds.open_round import OpenRound, round_frame
 from meerkat_mq.rounds.policy import (
     RoundSettings,
@@ -17,9 +19,7 @@ from meerkat_mq.rounds.policy import (
     needed,
     newest_that_fit,
     sample,
-    shares_of,
     snapshot_due,
-    terms_of,
     why_refused,
 )
 from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
@@ -85,7 +85,7 @@ class ServerMachine:
         for node, newest in (heard or {}).items():
             self._window.heard(node, self._nodes[node].slot, newest)
         self._guard = Guard(settings.guards, settings.lanes, past)
-        self._flagged = dict(self._guard.flagged)
+        self._flagged: Mapping[str, Verdict] = dict(self._guard.flagged)
         self._early = EarlyStopping(settings, judgements)
         self._outranked = False
         self._open: OpenRound | None = None
@@ -138,28 +138,35 @@ class ServerMachine:
         match event:
             case e.UpdateCame():
                 self._on_update_came(event)
-            case e.UpdatesCommitted():
-                self._on_updates_committed(event)
             case e.StatusCame():
                 self._on_status_came(event)
             case e.WantCame():
                 self._on_want_came(event)
+            case e.ServerSeen():
+                self._on_server_seen(event)
             case e.Tick():
                 self._on_tick(event)
+            case answer:
+                self._on_answer(answer)
+
+    def _on_answer(self, event: e.ServerAnswer) -> None:
+        match event:
+            case e.UpdatesCommitted():
+                self._on_updates_committed(event)
             case e.ValuesCame():
                 self._on_values_came(event)
             case e.ValuesMissed():
                 self._on_values_missed(event)
-            case e.TermsApplied():
-                self._on_terms_applied(event)
             case e.DirectionsMeasured():
                 self._on_directions_measured(event)
+            case e.RoundJudged():
+                self._on_round_judged(event)
+            case e.TermsApplied():
+                self._on_terms_applied(event)
             case e.EntryCommitted():
                 self._on_entry_committed(event)
             case e.SlotCommitted():
                 self._on_slot_committed(event)
-            case e.ServerSeen():
-                self._on_server_seen(event)
 
     # --- nodes come and go ---
 
@@ -313,17 +320,13 @@ class ServerMachine:
         record = UpdateRecord(
             base, name, node.slot, update.boot, node.weight, update.scalars, update.loss, verdict, update.values
         )  # fmt: skip
-        self._count_refused([record])
+        if verdict is not Verdict.ACCEPTED:
+            self._count(f"refused: {in_words(verdict)}", name)
         current.taken += not current.closing
         enough = current.needed if self._settings.takes_what_comes(self.version) else len(current.asked)
         self._effects.append(e.CommitUpdate(record, last=current.taken >= enough))
         if verdict is not Verdict.ACCEPTED:
             self._reply_refusal(name, update, Reason.OUT_OF_RANGE)
-
-    def _count_refused(self, records: Iterable[UpdateRecord]) -> None:
-        for record in records:
-            if record.verdict is not Verdict.ACCEPTED:
-                self._count(f"refused: {in_words(record.verdict)}", record.node)
 
     def _why_dropped(self, name: str, update: Update) -> str | None:
         mine, header, current = self._header(), update.header, self._open
@@ -420,14 +423,20 @@ class ServerMachine:
             self._extend(current, now)
 
     def _close(self, current: OpenRound, products: Sequence[Sequence[float]], *, overdue: bool) -> None:
-        judged = self._guard.judge(current.records)
-        before = zip(current.records, judged, strict=True)
-        self._count_refused(record for was, record in before if record.verdict != was.verdict)
-        current.judgements = judgements_of(self.version, judged, products, self._settings)
-        current.judged, current.overdue = with_verdicts(judged, current.judgements), overdue
-        current.terms = terms_of(current.judged, self._settings, self.version)
-        shares = shares_of(current.judged, self._settings, self.version)
-        self._effects.append(e.ApplyTerms(self.version, current.terms, shares))
+        current.closing, current.overdue = True, overdue
+        judge = partial(outcome_of, self._guard, self._settings, self.version, current.records, products)
+        self._effects.append(e.JudgeRound(self._rank[0], self.version, judge))
+
+    def _on_round_judged(self, event: e.RoundJudged) -> None:
+        current, mine = self._open, (self._rank[0], self.version)
+        if current is None or not current.closing or current.outcome or (event.term, event.version) != mine:
+            self._count("unexpected answer")
+            return
+        current.outcome = outcome = event.outcome
+        for was, record in zip(current.records, outcome.records, strict=True):
+            if record.verdict is not was.verdict and record.verdict not in NOT_REFUSED:
+                self._count(f"refused: {in_words(record.verdict)}", record.node)
+        self._effects.append(e.ApplyTerms(self.version, outcome.terms, outcome.shares))
 
     def _extend(self, current: OpenRound, now: float) -> None:
         """Below quorum: nothing is written; ask everybody at hand, and wait longer."""
@@ -440,25 +449,26 @@ class ServerMachine:
 
     def _on_terms_applied(self, event: e.TermsApplied) -> None:
         current = self._open
-        if current is None or current.terms is None or current.entry is not None or event.version != self.version:
+        outcome = current.outcome if current is not None else None
+        if current is None or outcome is None or current.entry is not None or event.version != self.version:
             self._count("unexpected answer")
             return
-        current.entry = Entry(self.version, current.terms, self._head, event.digest, event.displacement)
+        current.entry = Entry(self.version, outcome.terms, self._head, event.digest, event.displacement)
         self._effects.append(current.commit(current.entry))
 
     def _on_entry_committed(self, event: e.EntryCommitted) -> None:
         current = self._open
-        entry = current.entry if current is not None else None
-        if current is None or entry is None or event.version != entry.version:
+        entry, outcome = (current.entry, current.outcome) if current is not None else (None, None)
+        if entry is None or outcome is None or event.version != entry.version:
             self._count("unexpected answer")
             return
         self._entries = newest_that_fit([*self._entries, entry])
         self._head = entry.hash(self._settings.run_id)
         self.version += 1
         self._window.advance(entry)
-        self._early.remember(current.judgements)
+        self._early.remember(outcome.judgements)
         self._open = None
-        self._remember(event.records)
+        self._flag(outcome.flagged)
         if snapshot_due(self.version, self._settings):
             self._effects.append(e.KeepSnapshot(self.version, self._head))
         self._proceed(event.now)
@@ -466,9 +476,8 @@ class ServerMachine:
         if self.finished:
             self._effects.append(e.PublishState(finished=True))
 
-    def _remember(self, records: Sequence[UpdateRecord]) -> None:
-        self._guard.remember(records)
-        before, self._flagged = self._flagged, dict(self._guard.flagged)
+    def _flag(self, flagged: Mapping[str, Verdict]) -> None:
+        before, self._flagged = self._flagged, flagged
         for node, verdict in self._flagged.items():
             if before.get(node) is not verdict:
                 self._count(f"flagged: {in_words(verdict)}", node, self.version - 1)  # by the round that closed

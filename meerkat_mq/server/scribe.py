@@ -72,7 +72,7 @@ class _Wanted:
 
 
 Commit = e.CommitSlot | e.CommitUpdate | e.CommitEntry | KeepSightings | KeepMetrics
-Task = e.ApplyTerms | e.KeepSnapshot | e.TakeTerm | KeepValues
+Task = e.JudgeRound | e.ApplyTerms | e.KeepSnapshot | e.TakeTerm | KeepValues
 Want = e.SendEntries | e.SendChunks
 Work = Commit | Task | _Wanted
 
@@ -226,6 +226,9 @@ class Scribe:
     async def _do(self, desk: Desk, task: Task) -> None:
         now = asyncio.get_running_loop().time
         match task:
+            case e.JudgeRound(term, version, judge):
+                outcome = await self._off_the_loop(judge)
+                desk.handle(e.RoundJudged(now(), term, version, outcome))
             case e.ApplyTerms(version, terms, shares):
                 after, displacement = await self._patiently(self._apply, terms, shares)
                 desk.handle(e.TermsApplied(now(), version, after, displacement))

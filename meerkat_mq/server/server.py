@@ -317,8 +317,8 @@ class Server:
 
     def _carry_out(self, effect: e.ServerEffect) -> None:
         match effect:
-            case (e.CommitSlot() | e.CommitUpdate() | e.ApplyTerms() | e.CommitEntry() | e.KeepSnapshot()
-                  | e.SendEntries()):  # fmt: skip
+            case (e.CommitSlot() | e.CommitUpdate() | e.JudgeRound() | e.ApplyTerms() | e.CommitEntry()
+                  | e.KeepSnapshot() | e.SendEntries()):  # fmt: skip
                 self._scribe.put(effect)
             case e.FetchValues():
                 self._fetches.put(effect)

@@ -11,7 +11,7 @@ from meerkat_mq.chaos.simulator import server as simulated
 from meerkat_mq.chaos.simulator.durable import Ledger, Theta, measured
 from meerkat_mq.chaos.simulator.server import Server
 from meerkat_mq.core.path import Term, short_hash
-from meerkat_mq.rounds import server as machine
+from meerkat_mq.rounds import closing
 from meerkat_mq.rounds.events import CommitEntry, ServerEvent
 from meerkat_mq.rounds.open_round import OpenRound
 from meerkat_mq.rounds.policy import RoundSettings, counted, lane_of, shares_of, terms_of
@@ -121,7 +121,7 @@ def add_in_arrival_order(patch: pytest.MonkeyPatch) -> None:
                 terms.append(Term(lane, step, float(np.float32(lr) * (g / total)), age))
         return tuple(terms)
 
-    patch.setattr(machine, "terms_of", terms_of)
+    patch.setattr(closing, "terms_of", terms_of)
 
 
 def skip_the_digest_check(patch: pytest.MonkeyPatch) -> None:
@@ -174,7 +174,7 @@ def lose_judgements_on_resume(patch: pytest.MonkeyPatch) -> None:
 
 def count_all_steps_of_an_early_stopped_node(patch: pytest.MonkeyPatch) -> None:
     """A virtual path counts whole, though its node is early-stopped."""
-    patch.setattr(machine, "terms_of", lambda records, *more: terms_of(_unmarked(records), *more))
+    patch.setattr(closing, "terms_of", lambda records, *more: terms_of(_unmarked(records), *more))
 
 
 def _unmarked(records: Sequence[UpdateRecord]) -> list[UpdateRecord]:
@@ -206,7 +206,7 @@ def weigh_by_the_wrong_age(patch: pytest.MonkeyPatch) -> None:
         wider = replace(settings, mode="buffered", max_staleness=settings.max_staleness + 1)
         return tuple(replace(term, age=term.age - 1) for term in terms_of(records, wider, version + 1))
 
-    patch.setattr(machine, "terms_of", broken)
+    patch.setattr(closing, "terms_of", broken)
 
 
 def draw_stale_directions_anew(patch: pytest.MonkeyPatch) -> None:
@@ -251,7 +251,7 @@ def weigh_displacements_alike(patch: pytest.MonkeyPatch) -> None:
         shares = shares_of(*args)
         return tuple(replace(share, weight=1 / len(shares)) for share in shares)
 
-    patch.setattr(machine, "shares_of", broken)
+    patch.setattr(closing, "shares_of", broken)
 
 
 # Each with the faults that bring it to light.

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.node import NodeMachine
-from meerkat_mq.rounds.records import UpdateRecord, Verdict
+from meerkat_mq.rounds.records import Outcome, UpdateRecord, Verdict
 from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.wire.frames import Entries, Header, Reason, Refusal, Round, Update, Values, Want, Welcome, encode
 from tests.rounds import support as s
@@ -62,6 +62,8 @@ frames = (
     | st.builds(Entries, headers, entries)
 )
 
+NOTHING = Outcome((), (), (), (), {})
+
 server_junk = st.one_of(
     st.builds(e.StatusCame, st.just(0.0), names, statuses),
     st.builds(e.UpdateCame, st.just(0.0), names, updates),
@@ -71,6 +73,7 @@ server_junk = st.one_of(
     st.builds(e.UpdatesCommitted, st.just(0.0), records.map(tuple)),
     st.builds(e.ValuesCame, st.just(0.0), names, announcements, st.sampled_from(Verdict)),
     st.builds(e.ValuesMissed, st.just(0.0), names, announcements),
+    st.builds(e.RoundJudged, st.just(0.0), st.just(2), small, st.just(NOTHING)),
     st.builds(e.TermsApplied, st.just(0.0), small, digests),
     st.builds(e.EntryCommitted, st.just(0.0), small, records.map(tuple)),
     st.builds(e.DirectionsMeasured, st.just(0.0), small, products),
@@ -111,7 +114,9 @@ buffered = [BUFFERED, BUFFERED | {"steps": 2, "max_staleness": 0}, BUFFERED | ME
     ),
 )
 def test_no_order_of_events_upsets_the_server(moves: list[Any], changes: dict[str, Any]) -> None:
-    slow = (e.CommitSlot, e.CommitUpdate, e.ApplyTerms, e.CommitEntry, e.MeasureDirections, e.FetchValues)
+    slow = (
+        e.CommitSlot, e.CommitUpdate, e.JudgeRound, e.ApplyTerms, e.CommitEntry, e.MeasureDirections, e.FetchValues
+    )  # fmt: skip
     desk = s.desk(*slow, deadline_s=10.0, grace_s=3.0, **changes)
     now = 0.0
     for move in moves:

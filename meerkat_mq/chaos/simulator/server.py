@@ -320,6 +320,12 @@ class Server(Process):
         event = lambda: self._handle(e.DirectionsMeasured(self.clock.now, effect.version, products))  # noqa: E731
         self.later(self._measure_s, event)
 
+    def _judge(self, effect: e.JudgeRound) -> None:
+        """Off the loop, as `_measure`."""
+        outcome = effect.judge()
+        event = lambda: self._handle(e.RoundJudged(self.clock.now, effect.term, effect.version, outcome))  # noqa: E731
+        self.later(self._commit_s, event)
+
     def carry_out(self, commit: Callable[[], object], event: Callable[[], e.ServerEvent]) -> None:
         """Commit first, then say so."""
         self.step()
@@ -391,6 +397,7 @@ class Server(Process):
         e.FetchValues: _fetch_values,
         e.ApplyTerms: _put,
         e.MeasureDirections: _measure,
+        e.JudgeRound: _judge,
         e.CommitEntry: _put,
         e.KeepSnapshot: _put,
         e.PublishRound: _publish_round,

@@ -11,18 +11,18 @@ from meerkat_mq.rounds.events.node import (
     PublishStatus, ResetTheta, Send, ServerCame, SnapshotLoaded, SnapshotMissed, StartSteps, StepsDone, StopSteps,
 )  # fmt: skip
 from meerkat_mq.rounds.events.server import (
-    ApplyTerms, CommitEntry, CommitSlot, CommitUpdate, DirectionsMeasured, EntryCommitted, FetchValues, KeepSnapshot,
-    MeasureDirections, PublishRound, PublishState, Reply, SendChunks, SendEntries, ServerEffect, ServerEvent,
-    ServerSeen, SlotCommitted, StatusCame, TakeTerm, TermsApplied, UpdateCame, UpdatesCommitted, ValuesCame,
-    ValuesMissed, WantCame,
+    ApplyTerms, CommitEntry, CommitSlot, CommitUpdate, DirectionsMeasured, EntryCommitted, FetchValues, JudgeRound,
+    KeepSnapshot, MeasureDirections, PublishRound, PublishState, Reply, RoundJudged, SendChunks, SendEntries,
+    ServerAnswer, ServerEffect, ServerEvent, ServerSeen, SlotCommitted, StatusCame, TakeTerm, TermsApplied, UpdateCame,
+    UpdatesCommitted, ValuesCame, ValuesMissed, WantCame,
 )  # fmt: skip
 
 __all__ = [
     "ApplyEntries", "ApplyTerms", "CommitEntry", "CommitSlot", "CommitUpdate", "Connected", "Count",
     "DirectionsMeasured", "End", "EntriesApplied", "EntriesMissed", "EntryCommitted", "FetchSnapshot", "FetchValues",
-    "Forget", "FrameCame", "KeepSnapshot", "MeasureDirections", "NodeEffect", "NodeEvent", "PublishRound",
-    "PublishState", "PublishStatus", "Reply", "ResetTheta", "Send", "SendChunks", "SendEntries", "ServerCame",
-    "ServerEffect", "ServerEvent", "ServerSeen", "SlotCommitted", "SnapshotLoaded", "SnapshotMissed", "StartSteps",
-    "StatusCame", "StepsDone", "StopSteps", "TakeTerm", "TermsApplied", "Tick", "UpdateCame", "UpdatesCommitted",
-    "ValuesCame", "ValuesMissed", "WantCame",
+    "Forget", "FrameCame", "JudgeRound", "KeepSnapshot", "MeasureDirections", "NodeEffect", "NodeEvent", "PublishRound",
+    "PublishState", "PublishStatus", "Reply", "ResetTheta", "RoundJudged", "Send", "SendChunks", "SendEntries",
+    "ServerAnswer", "ServerCame", "ServerEffect", "ServerEvent", "ServerSeen", "SlotCommitted", "SnapshotLoaded",
+    "SnapshotMissed", "StartSteps", "StatusCame", "StepsDone", "StopSteps", "TakeTerm", "TermsApplied", "Tick",
+    "UpdateCame", "UpdatesCommitted", "ValuesCame", "ValuesMissed", "WantCame",
 ]  # fmt: skip

@@ -1,10 +1,11 @@
 """What the server's machine is told, and what it asks for."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from meerkat_mq.core.path import Displacement, Entry, Term
 from meerkat_mq.rounds.events.common import Count, End, Tick
-from meerkat_mq.rounds.records import Judgement, Share, UpdateRecord, Verdict
+from meerkat_mq.rounds.records import Judgement, Outcome, Share, UpdateRecord, Verdict
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState
 from meerkat_mq.wire.frames import Refusal, Round, Update, Want, Welcome
 
@@ -86,6 +87,16 @@ class ValuesMissed:
 
 
 @dataclass(frozen=True, slots=True)
+class RoundJudged:
+    """What a closed round comes to; `term` and `version` as in JudgeRound."""
+
+    now: float
+    term: int
+    version: int
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
 class TermsApplied:
     """The server's theta took entry `version`.
 
@@ -158,6 +169,22 @@ class FetchValues:
 
     node: str
     update: Update
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeRound:
+    """Call `judge`, once and off the event loop: pure Python that takes up to a second; answered by RoundJudged.
+
+    An answer may be lost, or reach the machine of a later term, which drops it.
+
+    Attributes:
+        term: of the machine that asks.
+        judge: touches nothing but what this machine gave it.
+    """
+
+    term: int
+    version: int
+    judge: Callable[[], Outcome]
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,24 +274,22 @@ class PublishState:
     finished: bool
 
 
-ServerEvent = (
-    StatusCame
-    | UpdateCame
-    | WantCame
-    | ServerSeen
-    | SlotCommitted
+ServerAnswer = (  # to an effect
+    SlotCommitted
     | UpdatesCommitted
     | ValuesCame
     | ValuesMissed
-    | TermsApplied
     | DirectionsMeasured
+    | RoundJudged
+    | TermsApplied
     | EntryCommitted
-    | Tick
 )
+ServerEvent = StatusCame | UpdateCame | WantCame | ServerSeen | Tick | ServerAnswer
 ServerEffect = (
     CommitSlot
     | CommitUpdate
     | FetchValues
+    | JudgeRound
     | ApplyTerms
     | MeasureDirections
     | CommitEntry
