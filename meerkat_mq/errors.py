@@ -45,6 +45,7 @@ from typing import Any, ClassVar
 
 VALUE_SHOWN = 60  # characters of a value, in an error
 NAMES_SHOWN = 20
+REASON_SHOWN = 300
 
 
 def printable(text: str) -> str:
@@ -68,6 +69,16 @@ def shown_names(names: Sequence[object], nothing: str) -> str:
     """Some names for an error: in quotes where they could be misread, cut short, and no more than twenty."""
     texts = [text if re.fullmatch(r"\w{1,60}", text := str(name)) else shown(text) for name in names[:NAMES_SHOWN]]
     return ", ".join([*texts, *(["…"] if len(names) > NAMES_SHOWN else [])]) or nothing
+
+
+def reason(error: BaseException) -> str:
+    """What an error that is none of ours says, in one short line."""
+    said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not said:
+        return type(error).__name__
+    line = " ".join(said[:2]) if said[0].endswith(":") else said[0]
+    words = f"{type(error).__name__}: {line}" if isinstance(error, KeyError | AttributeError | AssertionError) else line
+    return printable(cut(words, REASON_SHOWN))
 
 
 class Fate(StrEnum):

@@ -14,7 +14,7 @@ import structlog
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.path import Displacement, Entry, seeds_of
 from meerkat_mq.core.seldom import Seldom
-from meerkat_mq.errors import BadValue, NotConnected, NotFinite, WireError
+from meerkat_mq.errors import BadValue, NotConnected, NotFinite, WireError, reason
 from meerkat_mq.node.blobs import Blobs
 from meerkat_mq.node.limits import Allowance
 from meerkat_mq.node.state import KeptUpdate, NodeState
@@ -195,11 +195,16 @@ class Jobs:
 
     # --- steps, and what comes of them ---
 
-    async def _step(self, order: e.StartSteps) -> e.StepsDone:
+    async def _step(self, order: e.StartSteps) -> e.StepsDone | e.StepsFailed:
         stop = self._stop
         result = None
         if await self._allowance.given(self._moved_on) and not stop.is_set():
-            result = await in_worker(self._worker, self._work.step, order, stop)
+            try:
+                result = await in_worker(self._worker, self._work.step, order, stop)
+            except Exception as error:  # an engine raises what its library does: CUDA out of memory, for one
+                say, said = structlog.get_logger().warning, {"round": order.version, "problem": reason(error)}
+                self._seldom.say(say, "steps failed", type(error).__name__, **said)
+                return e.StepsFailed(_now(), order.version)
         if result is None:  # an earlier update may still be unsent: its blob and lane stay
             return e.StepsDone(_now(), order.version, (), math.nan)
         self._blob, self._lane = result.blob, order.lane

@@ -10,6 +10,7 @@ from meerkat_mq.wire.frames import Entries, Header, Offer, Reason, Refusal, Roun
 from meerkat_mq.wire.messages import in_words
 
 RETRY_S = 2.0
+LONGEST_PAUSE_S = 60.0  # between local steps that fail
 RESYNCHRONISATIONS = 3
 IN_VAIN = 5  # wants without an answer, after which nobody stands where the newest round says
 
@@ -91,7 +92,8 @@ class NodeMachine:
         self._heard_version: int | None = None
         self._busy: e.ApplyEntries | e.FetchSnapshot | e.StartSteps | None = None
         self._greet_at = now + RETRY_S
-        self._ask_at = float("-inf")
+        self._ask_at = self._step_at = float("-inf")
+        self._pause_s = RETRY_S
         self._digests_refused = 0
         self._effects: list[e.NodeEffect] = []
         self.slot: int | None = None
@@ -113,6 +115,8 @@ class NodeMachine:
         times = [self._greet_at] if self._unknown else []
         if self._two_servers or self._lacks_entries:
             times.append(self._ask_at)
+        if self._due is not None:
+            times.append(self._step_at)
         return min(times, default=None)
 
     @property
@@ -149,6 +153,8 @@ class NodeMachine:
                 self._on_entries_missed(event)
             case e.StepsDone():
                 self._on_steps_done(event)
+            case e.StepsFailed():
+                self._on_steps_failed(event)
             case e.Tick():
                 pass
             case e.ServerCame():
@@ -362,9 +368,20 @@ class NodeMachine:
         if not event.scalars and event.values is None:
             return  # none was made: the present round is asked about again
         self._forget()
+        self._pause_s = RETRY_S
         self._answered, self._sent, base = False, False, self._base[:8]
         self._done = _Done(task.version, task, self._boot, base, event.scalars, event.loss, event.values)
         self._drop_if_late()
+
+    def _on_steps_failed(self, event: e.StepsFailed) -> None:
+        """Try again in a while, and after each failure in a longer one: what the round asks for then."""
+        task = self._busy
+        if not isinstance(task, e.StartSteps) or task.version != event.version:
+            self._count("unexpected answer")
+            return
+        self._count("steps failed", task.version)
+        self._busy, self._stopping = None, False
+        self._step_at, self._pause_s = event.now + self._pause_s, min(2 * self._pause_s, LONGEST_PAUSE_S)
 
     # --- what next ---
 
@@ -379,8 +396,9 @@ class NodeMachine:
         self._send_done()
         if self._busy is not None:
             self._stop_if_late(self._busy)
-        elif not self._behind:
-            self._step()
+        elif self._due is not None and now >= self._step_at:
+            self._busy = self._due
+            self._effects.append(self._busy)
         if now >= self._ask_at and (self._two_servers or self._lacks_entries):
             self._ask(now)
 
@@ -408,12 +426,11 @@ class NodeMachine:
             else:
                 self._trusted_term = term
 
-    def _step(self) -> None:
-        """Do the steps that the round asks of this node, unless they are done."""
-        task = self._task()
-        if task is not None and not self._has_done(task):
-            self._busy = task
-            self._effects.append(task)
+    @property
+    def _due(self) -> e.StartSteps | None:
+        """The steps that the round asks of this node, unless they are done, or something else has to be done first."""
+        task = self._task() if self._busy is None and not self._behind else None
+        return None if task is None or self._has_done(task) else task
 
     def _has_done(self, task: e.StartSteps) -> bool:
         done = self._done

@@ -22,9 +22,9 @@ from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.server.fetches import Fetches
 from meerkat_mq.server.measure import Measurer
 from meerkat_mq.server.model_file import ModelFile
+from meerkat_mq.server.monitor import Monitor
 from meerkat_mq.server.scribe import KeepMetrics, KeepSightings, Scribe
 from meerkat_mq.server.succession import Succession
-from meerkat_mq.server.watch import Watch
 from meerkat_mq.wire.arrays import chunks_of, split
 from meerkat_mq.wire.descriptor import ControlMessage, NodeStatus, ServerState, decode_control
 from meerkat_mq.wire.frames import decode, encode
@@ -41,7 +41,7 @@ class Server:
     """One server process: its session, the machine, and the scribe that writes for it."""
 
     def __init__(
-        self, config: ServerConfig, run: Run, scribe: Scribe, watch: Watch, observer: Observer, *, replace: bool,
+        self, config: ServerConfig, run: Run, scribe: Scribe, monitor: Monitor, observer: Observer, *, replace: bool,
         alone: bool = True,
     ) -> None:  # fmt: skip
         self._config = config
@@ -51,7 +51,7 @@ class Server:
         self._measurer = Measurer(run)
         self._fetches = Fetches(run.mask.size, self, scribe.put, run.settings.reach)
         self._model = ModelFile(config.state_dir, run, scribe)
-        self._watch = watch
+        self._monitor = monitor
         self._observe = observer
         self._log = structlog.get_logger().bind(federation=config.federation, run=run.descriptor.run[:8])
         self._seldom = Seldom()
@@ -91,12 +91,12 @@ class Server:
             async with asyncio.TaskGroup() as tasks:
                 coroutines = (self._session.run(), self._alarm.run(), self._write(), self._keep_sightings(),
                               self._measurer.run(self.handle), self._fetches.run(), self._succeed(),
-                              self._watch.run(self._keep_metrics))  # fmt: skip
+                              self._monitor.run(self._keep_metrics))  # fmt: skip
                 work = [tasks.create_task(coroutine) for coroutine in coroutines]
                 if self._config.once:
                     await self._wait_for_nodes()
                 await self._finished.wait()
-                await self._watch.finish(self._scribe.committed[1], self._updates())
+                await self._monitor.finish(self._scribe.committed[1], self._updates())
                 self._note_sightings()
                 await self._scribe.idle()
                 await self._model.complete(once=self._config.once)
@@ -142,7 +142,7 @@ class Server:
                 self._publish_state()
 
     def _note_sightings(self) -> None:
-        if self._machine is not None and (news := self._watch.sightings(self._session.received)):
+        if self._machine is not None and (news := self._monitor.sightings(self._session.received)):
             self._scribe.put(KeepSightings(news))
 
     def _keep_metrics(self, version: int, metrics: Mapping[str, float]) -> None:
@@ -176,7 +176,7 @@ class Server:
         for chunk in self._chunks:
             self._session.publish(self._topics.blob(chunk.blob, chunk.index), encode(chunk), retain=True)
         self._perform(machine.start(self._now()))
-        for node, status in list(self._watch.statuses.items()):
+        for node, status in list(self._monitor.statuses.items()):
             self.handle(e.StatusCame(self._now(), node, status))
 
     def _take_term(self, above: int) -> None:
@@ -201,7 +201,7 @@ class Server:
             if said := early_stopping_in_words(self._run.settings):
                 self._log.info("early stopping", how=said)
             self._observe(RunStarted(self._run.descriptor, term))
-            self._watch.stood(*self._scribe.committed)
+            self._monitor.stood(*self._scribe.committed)
         self._session.renew()  # for a will that holds this term; then `_on_connected` greets
 
     def _parting_word(self) -> str:
@@ -236,7 +236,7 @@ class Server:
             elif message.payload and (parsed := self._topics.parse_up(message.topic)) is not None:
                 self._on_node_message(*parsed, message.payload)
         except WireError as error:
-            self._watch.counts[f"undecodable: {type(error).__name__}"] += 1
+            self._monitor.counts[f"undecodable: {type(error).__name__}"] += 1
             key, said = (message.topic, type(error).__name__), {"topic": message.topic, "problem": str(error)}
             self._seldom.say(self._log.warning, "message dropped", *key, **said)
 
@@ -258,7 +258,7 @@ class Server:
     def _on_node_message(self, node: str, kind: str, payload: bytes) -> None:
         if kind == "status":
             status = decode_control(payload, NodeStatus)
-            self._watch.heard_from(node, status)
+            self._monitor.heard_from(node, status)
             self.handle(e.StatusCame(self._now(), node, status))
             if status.status in ("starting", "online") and status.run != self._run.descriptor.run:
                 self._publish_run()
@@ -269,18 +269,18 @@ class Server:
             case Chunk() as chunk if kind == "update" and chunk.header.run == self.header().run:
                 self._fetches.add(node, chunk)
             case Want() as want if kind == "want" and want.header.run != self.header().run:
-                self._watch.counts["of another run"] += 1
+                self._monitor.counts["of another run"] += 1
                 self._publish_run()
             case Want() as want if kind == "want":
                 self.handle(e.WantCame(self._now(), node, want))
             case frame:
-                self._watch.counts[f"misplaced: {type(frame).__name__}"] += 1
+                self._monitor.counts[f"misplaced: {type(frame).__name__}"] += 1
 
     def _kind_of(self, topic: str) -> str:
         parsed = self._topics.parse_up(topic)
         if parsed is None:
             return topic.removeprefix(f"{self._topics.root}/").split("/", 1)[0]
-        return f"{parsed[1]}/{parsed[0]}" if parsed[0] in self._watch.statuses else parsed[1]
+        return f"{parsed[1]}/{parsed[0]}" if parsed[0] in self._monitor.statuses else parsed[1]
 
     def _updates(self) -> dict[str, Count]:
         return {
@@ -303,8 +303,8 @@ class Server:
             self._perform(self._machine.handle(event))
         if isinstance(event, e.EntryCommitted) and self._machine is not None:
             bytes_up = sum(count.payload_bytes for count in self._updates().values())
-            self._watch.closed(event, self._machine.online, bytes_up)
-            self._watch.stood(*self._scribe.committed)
+            self._monitor.closed(event, self._machine.online, bytes_up)
+            self._monitor.stood(*self._scribe.committed)
 
     def _perform(self, effects: list[e.ServerEffect]) -> None:
         for effect in effects:
@@ -338,7 +338,7 @@ class Server:
             case e.SendChunks():
                 self._send_chunks(effect)
             case e.Count(reason, node):
-                self._watch.counts[reason] += 1
+                self._monitor.counts[reason] += 1
                 self._seldom.say(self._log.info, reason, node, node=node or None, round=effect.round)
             case e.End(error):
                 self._session.disown()
@@ -356,7 +356,7 @@ class Server:
     def _publish_round(self, frame: Round) -> None:
         self._is_open = frame.is_open
         if frame.is_open:
-            self._watch.opened()
+            self._monitor.opened()
         self._session.publish(self._topics.round, encode(frame), retain=True)
 
     def _say_who_is_awaited(self, machine: ServerMachine) -> None:
@@ -374,7 +374,7 @@ class Server:
             for chunk in split(self.header(), short_hash(blob), blob):
                 self._session.publish(self._topics.values, encode(chunk))
         except NotConnected:
-            self._watch.counts["displacement not published: the outbox is full"] += 1
+            self._monitor.counts["displacement not published: the outbox is full"] += 1
 
     def reply(self, node: str, frame: Answer) -> None:
         """Answer a node; where too much waits for the broker already, it has to ask again."""
@@ -385,9 +385,9 @@ class Server:
         try:
             self._session.publish(self._topics.reply(node), encode(frame))
         except NotConnected:
-            self._watch.counts["reply dropped: the outbox is full"] += 1
+            self._monitor.counts["reply dropped: the outbox is full"] += 1
         except PayloadTooLarge:
-            self._watch.counts["reply dropped: over broker.max_packet_bytes"] += 1
+            self._monitor.counts["reply dropped: over broker.max_packet_bytes"] += 1
         else:
             return True
         return False

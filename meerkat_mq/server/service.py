@@ -17,11 +17,11 @@ from meerkat_mq.mqtt import packet_bytes
 from meerkat_mq.observe.events import Observer
 from meerkat_mq.observe.process import Threads
 from meerkat_mq.server.alive import alive
+from meerkat_mq.server.monitor import Monitor
 from meerkat_mq.server.patience import patiently
 from meerkat_mq.server.run import prepare_run
 from meerkat_mq.server.scribe import Scribe
 from meerkat_mq.server.server import Server
-from meerkat_mq.server.watch import Watch
 from meerkat_mq.wire.frames import encode
 from meerkat_mq.wire.topics import Topics
 
@@ -64,8 +64,8 @@ async def serve(config: ServerConfig, *, replace: bool = False, observer: Observ
             scribe = await off_the_loop(worker, Scribe, ledger, replica, run, snapshots, worker)
             every = config.evaluation.every if config.evaluation else 1
             rising = await off_the_loop(worker, rising_from, ledger)
-            watch = Watch(observer, evaluator, every, run.descriptor, rising)
-            await Server(config, run, scribe, watch, observer, replace=replace, alone=alone).run()
+            monitor = Monitor(observer, evaluator, every, run.descriptor, rising)
+            await Server(config, run, scribe, monitor, observer, replace=replace, alone=alone).run()
         finally:
             with suppress(TimeoutError):  # a replay may take minutes; a ledger that nobody closed is whole
                 async with asyncio.timeout(CLOSE_S):

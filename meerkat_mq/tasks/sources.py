@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from meerkat_mq.config import HUB_DATA
-from meerkat_mq.errors import DataError, shown, shown_names
+from meerkat_mq.errors import DataError, reason, shown, shown_names
 from meerkat_mq.extras import importing
 from meerkat_mq.tasks.foreign import refuse_foreign
 
@@ -263,10 +263,8 @@ def _hub_records(source: str, columns: Sequence[str]) -> Iterator[FileRow]:
     try:
         rows = datasets.load_dataset(match["path"], match["config"], split=match["split"], trust_remote_code=False)
     except Exception as error:  # the library, its readers and the hub's client raise all kinds
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise DataError(
-            source, f"cannot be loaded ({first})", "check folder or hub id, config, split, and the network"
-        ) from error
+        problem = f"cannot be loaded ({reason(error)})"
+        raise DataError(source, problem, "check folder or hub id, config, split, and the network") from error
     absent = [column for column in columns if column not in rows.column_names]
     if absent:
         raise DataError(source, f"has no column {absent[0]!r}", f"it has {shown_names(rows.column_names, 'none')}")

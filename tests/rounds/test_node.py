@@ -404,3 +404,35 @@ def test_a_round_of_a_version_that_nobody_stands_at_is_given_up() -> None:
     assert reasons(node.frames(20.0, announced(1, entries=ledger))) == []
     assert node.machine.version == 1
     assert node.task == e.StartSteps(1, 0, 1, 2.0**-10)
+
+
+# --- a model that fails ---------------------------------------------------------------------------------------------
+
+
+def test_steps_that_fail_are_tried_again_later_and_later() -> None:
+    node = Hand()
+    (task,) = only(e.StartSteps, node.frames(1.0, welcome(), announced()))
+    now = 1.0
+    for pause_s in (2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0):
+        effects = node.give(e.StepsFailed(now, 0))
+        assert reasons(effects) == ["steps failed"]
+        assert not only(e.StartSteps, effects)
+        now += pause_s
+        assert node.machine.wake_at == now
+        assert not only(e.StartSteps, node.frames(now - 0.1, announced()))
+        assert only(e.StartSteps, node.give(e.Tick(now))) == [task]
+    assert sent(node.step(now, 0.5), Update)
+    (second,) = only(e.StartSteps, node.frames(now, announced(1, entries=tuple(chain(1)))))
+    assert second.version == 1
+    node.give(e.StepsFailed(now, 1))
+    assert node.machine.wake_at == now + RETRY_S
+
+
+def test_a_round_that_closed_meanwhile_is_not_tried_again() -> None:
+    node = Hand()
+    node.frames(1.0, welcome(), announced())
+    node.give(e.StepsFailed(1.0, 0))
+    node.frames(1.5, announced(1, entries=tuple(chain(1))))
+    (task,) = only(e.StartSteps, node.give(e.Tick(3.0)))
+    assert task.version == 1
+    assert reasons(node.give(e.StepsFailed(3.0, 0))) == ["unexpected answer"]

@@ -87,6 +87,7 @@ node_junk = st.one_of(
     st.builds(e.EntriesMissed, st.just(0.0), entries),
     st.builds(e.StepsDone, st.just(0.0), small, scalars | st.just(()), loss),
     st.builds(e.StepsDone, st.just(0.0), small, st.just(()), loss, values),
+    st.builds(e.StepsFailed, st.just(0.0), small),
 )
 # Beside junk: time passes, an update that fits comes, or the oldest effect is answered as a driver would.
 helpful = st.floats(0.0, 60.0) | st.tuples(names, scalars) | st.just("answer")

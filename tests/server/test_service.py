@@ -23,10 +23,10 @@ from meerkat_mq.mqtt import Message, Session
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.records import Share, UpdateRecord, Verdict
 from meerkat_mq.rounds.server import ServerMachine
+from meerkat_mq.server.monitor import Monitor
 from meerkat_mq.server.run import prepare_run
 from meerkat_mq.server.scribe import GROUP_S, WANTS, KeepMetrics, KeepValues, Scribe
 from meerkat_mq.server.server import Server
-from meerkat_mq.server.watch import Watch
 from meerkat_mq.wire.arrays import CHUNKS_A_REPLY, split
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState
 from meerkat_mq.wire.frames import decode, encode
@@ -285,7 +285,7 @@ async def test_what_ruins_theta_ends_the_server_before_there_is_an_entry(office:
 
 
 async def test_chunks_that_nobody_asked_for_are_counted(office: Office) -> None:
-    watch = Watch(lambda event: None, None, 1, office.run.descriptor)
+    watch = Monitor(lambda event: None, None, 1, office.run.descriptor)
     server = Server(office.config, office.run, office.scribe, watch, lambda event: None, replace=False)
     ours = Header.of(office.run.descriptor.run_id, 0, 0, office.run.mask.hash)
     for header, kind in ((ours, "update"), (replace(ours, run=ours.run ^ 1), "update"), (ours, "want")):
@@ -296,7 +296,7 @@ async def test_chunks_that_nobody_asked_for_are_counted(office: Office) -> None:
 
 async def test_a_finished_run_is_said_before_its_server_may_leave(office: Office) -> None:
     run = office.run
-    watch = Watch(lambda event: None, None, 1, run.descriptor)
+    watch = Monitor(lambda event: None, None, 1, run.descriptor)
     server = Server(office.config, run, office.scribe, watch, lambda event: None, replace=False)
     machine = ServerMachine(
         run.settings, term=2, server_id=office.scribe.server_id, base=bytes(16), version=run.settings.count
@@ -315,7 +315,7 @@ async def test_a_reply_that_does_not_fit_into_the_outbox_is_dropped_and_counted(
     office: Office, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = office.run
-    watch = Watch(lambda event: None, None, 1, run.descriptor)
+    watch = Monitor(lambda event: None, None, 1, run.descriptor)
     server = Server(office.config, run, office.scribe, watch, lambda event: None, replace=False)
     sent: list[str] = []
 
@@ -335,10 +335,10 @@ async def test_a_reply_that_does_not_fit_into_the_outbox_is_dropped_and_counted(
     assert watch.counts["reply dropped: the outbox is full"] == 2
 
 
-def in_charge(office: Office, config: ServerConfig, slots: dict[str, int]) -> tuple[Server, Watch]:
+def in_charge(office: Office, config: ServerConfig, slots: dict[str, int]) -> tuple[Server, Monitor]:
     """A server that has taken a term and knows these nodes; it has a link, and nothing leaves its outbox."""
     run = office.run
-    watch = Watch(lambda event: None, None, 1, run.descriptor)
+    watch = Monitor(lambda event: None, None, 1, run.descriptor)
     server = Server(config, run, office.scribe, watch, lambda event: None, replace=False)
     settings = replace(run.settings, min_nodes=config.rounds.min_nodes)
     machine = ServerMachine(settings, term=2, server_id=office.scribe.server_id, base=bytes(16), slots=slots)

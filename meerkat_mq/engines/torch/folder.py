@@ -13,9 +13,8 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from meerkat_mq.engines.torch.in_words import reason
 from meerkat_mq.engines.torch.links import is_folder, model_files
-from meerkat_mq.errors import ModelError, ModelNotFound, UnsupportedModel
+from meerkat_mq.errors import ModelError, ModelNotFound, UnsupportedModel, reason
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"

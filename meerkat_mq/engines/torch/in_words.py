@@ -5,10 +5,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from meerkat_mq.errors import MeerkatError, ModelError
+from meerkat_mq.errors import MeerkatError, ModelError, reason
 
 _FIELD = re.compile(r"Validation error for '?(?:field )?'?(\w+)'?")
-_LONGEST = 300
 
 
 @contextmanager
@@ -37,13 +36,3 @@ def key_of(said: str, table: Mapping[str, object]) -> str | None:
     quoted = (key for key, value in table.items() if isinstance(value, str) and len(value) > 1 and f"'{value}'" in said)
     named = (key for key in table if re.search(rf"\b{re.escape(key)}\b", said))
     return next(quoted, None) or next(named, None)
-
-
-def reason(error: BaseException) -> str:
-    """What an error says, in one short line."""
-    said = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not said:
-        return type(error).__name__
-    line = " ".join(said[:2]) if said[0].endswith(":") else said[0]
-    words = f"{type(error).__name__}: {line}" if isinstance(error, KeyError | AttributeError | AssertionError) else line
-    return words if len(words) <= _LONGEST else f"{words[:_LONGEST]}…"

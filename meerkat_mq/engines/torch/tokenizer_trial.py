@@ -14,9 +14,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from meerkat_mq.engines.torch.in_words import reason
 from meerkat_mq.engines.torch.probes import PROBES
-from meerkat_mq.errors import ModelError
+from meerkat_mq.errors import ModelError, reason
 
 _SECONDS, _SECONDS_A_MIB = 10, 2  # of processor time, and so many more for each MiB of the file
 _MEMORY, _MEMORY_A_BYTE = 1 << 30, 64  # bytes, and so many more for each of the file

@@ -8,7 +8,8 @@ the asyncio services, or the in-memory federation.
 from meerkat_mq.rounds.events.common import Count, End, Tick
 from meerkat_mq.rounds.events.node import (
     ApplyEntries, Connected, EntriesApplied, EntriesMissed, FetchSnapshot, Forget, FrameCame, NodeEffect, NodeEvent,
-    PublishStatus, ResetTheta, Send, ServerCame, SnapshotLoaded, SnapshotMissed, StartSteps, StepsDone, StopSteps,
+    PublishStatus, ResetTheta, Send, ServerCame, SnapshotLoaded, SnapshotMissed, StartSteps, StepsDone, StepsFailed,
+    StopSteps,
 )  # fmt: skip
 from meerkat_mq.rounds.events.server import (
     ApplyTerms, CommitEntry, CommitSlot, CommitUpdate, DirectionsMeasured, EntryCommitted, FetchValues, JudgeRound,
@@ -23,6 +24,6 @@ __all__ = [
     "Forget", "FrameCame", "JudgeRound", "KeepSnapshot", "MeasureDirections", "NodeEffect", "NodeEvent", "PublishRound",
     "PublishState", "PublishStatus", "Reply", "ResetTheta", "RoundJudged", "Send", "SendChunks", "SendEntries",
     "ServerAnswer", "ServerCame", "ServerEffect", "ServerEvent", "ServerSeen", "SlotCommitted", "SnapshotLoaded",
-    "SnapshotMissed", "StartSteps", "StatusCame", "StepsDone", "StopSteps", "TakeTerm", "TermsApplied", "Tick",
-    "UpdateCame", "UpdatesCommitted", "ValuesCame", "ValuesMissed", "WantCame",
+    "SnapshotMissed", "StartSteps", "StatusCame", "StepsDone", "StepsFailed", "StopSteps", "TakeTerm", "TermsApplied",
+    "Tick", "UpdateCame", "UpdatesCommitted", "ValuesCame", "ValuesMissed", "WantCame",
 ]  # fmt: skip

@@ -90,6 +90,14 @@ class StepsDone:
     values: Values | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class StepsFailed:
+    """The model could not do the local steps of a round; theta is as it was."""
+
+    now: float
+    version: int
+
+
 # --- effects ---
 
 
@@ -126,7 +134,7 @@ class ResetTheta:
 
 @dataclass(frozen=True, slots=True)
 class StartSteps:
-    """Do the local steps of a round from the present theta; answered by StepsDone."""
+    """Do the local steps of a round from the present theta; answered by StepsDone or StepsFailed."""
 
     version: int
     lane: int
@@ -158,6 +166,7 @@ NodeEvent = (
     | SnapshotLoaded
     | SnapshotMissed
     | StepsDone
+    | StepsFailed
     | Tick
 )
 NodeEffect = (

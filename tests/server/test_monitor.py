@@ -2,10 +2,12 @@
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
+from structlog.testing import capture_logs
 
 from meerkat_mq.config import RoundsConfig, ServerConfig
 from meerkat_mq.core.directions import Float32Array
@@ -13,8 +15,8 @@ from meerkat_mq.mqtt import Count
 from meerkat_mq.observe.events import Evaluated, RoundClosed, RunEvent
 from meerkat_mq.rounds.events import EntryCommitted
 from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
+from meerkat_mq.server.monitor import Monitor
 from meerkat_mq.server.run import prepare_run
-from meerkat_mq.server.watch import Watch
 from meerkat_mq.wire.descriptor import NodeStatus
 from meerkat_mq.wire.frames import MAX_SLOTS
 from meerkat_mq.wire.messages import Values
@@ -30,9 +32,9 @@ class Evaluator:
         return Found()
 
 
-def watch(tmp_path: Any, evaluator: Any = None, told: list[RunEvent] | None = None, **rounds: Any) -> Watch:
+def made(tmp_path: Any, evaluator: Any = None, told: list[RunEvent] | None = None, **rounds: Any) -> Monitor:
     run = prepare_run(ServerConfig(federation="f", state_dir=tmp_path, engine="toy", rounds=RoundsConfig(**rounds)))
-    return Watch((told if told is not None else []).append, evaluator, 5, run.descriptor)
+    return Monitor((told if told is not None else []).append, evaluator, 5, run.descriptor)
 
 
 def status(word: str = "online", link: int = 1) -> NodeStatus:
@@ -40,7 +42,7 @@ def status(word: str = "online", link: int = 1) -> NodeStatus:
 
 
 def test_a_sighting_says_what_is_new(tmp_path: Any) -> None:
-    eye = watch(tmp_path)
+    eye = made(tmp_path)
     eye.heard_from("a", status())
     eye.heard_from("b", status())
     counts = {
@@ -61,7 +63,7 @@ def test_a_sighting_says_what_is_new(tmp_path: Any) -> None:
 
 
 def test_strangers_without_number_are_counted_and_not_kept(tmp_path: Any) -> None:
-    eye = watch(tmp_path)
+    eye = made(tmp_path)
     eye.statuses.update(dict.fromkeys(map(str, range(MAX_SLOTS)), status()))
     eye.heard_from("one-more", status())
     eye.heard_from("7", status("stopped"))
@@ -73,11 +75,11 @@ def test_strangers_without_number_are_counted_and_not_kept(tmp_path: Any) -> Non
 async def test_evaluations_go_to_the_ledger(tmp_path: Any) -> None:
     kept: list[tuple[int, Mapping[str, float]]] = []
     told: list[RunEvent] = []
-    eye = watch(tmp_path, Evaluator(), told)
+    eye = made(tmp_path, Evaluator(), told)
     task = asyncio.create_task(eye.run(lambda version, metrics: kept.append((version, metrics))))
     for version in (0, 3, 10):
         eye.stood(version, np.zeros(2, dtype=np.float32))
-    await until(lambda: len(kept) == 2)
+        await until(partial(lambda version: len(kept) > version // 10, version))
     found = {"accuracy": 0.75, "loss": 1.5, "majority": 0.5, "rows": 10.0}
     assert kept == [(0, found), (10, found)]
     assert [event.version for event in told if isinstance(event, Evaluated)] == [0, 10]
@@ -95,7 +97,7 @@ async def test_a_closed_round_tells_gradip_and_judgements(tmp_path: Any) -> None
         )
     )
     judgements = (Judgement(0, "c", 4.0, 0.5, True),)
-    eye = watch(tmp_path, told=told)
+    eye = made(tmp_path, told=told)
     eye.closed(EntryCommitted(0.0, 0, records, ((0.5, 0.25), (0.0, 0.0)), judgements), 3, 156)
     eye.closed(EntryCommitted(0.0, 1, records), 3, 156)
     first, second = told
@@ -108,7 +110,7 @@ async def test_a_closed_round_tells_gradip_and_judgements(tmp_path: Any) -> None
 
 async def test_gradip_of_a_stale_update_is_along_the_directions_of_its_own_version(tmp_path: Any) -> None:
     told: list[RunEvent] = []
-    eye = watch(tmp_path, told=told, mode="buffered", max_staleness=1)
+    eye = made(tmp_path, told=told, mode="buffered", max_staleness=1)
     stale = UpdateRecord(0, "a", 0, 1, 1, (2.0,), 1.0)
     values = UpdateRecord(1, "b", 1, 1, 1, (), 1.0, values=Values(bytes(16), 100, 5))
     eye.closed(EntryCommitted(0.0, 0, (), ((0.5,),)), 3, 156)
@@ -119,7 +121,71 @@ async def test_gradip_of_a_stale_update_is_along_the_directions_of_its_own_versi
 
 
 async def test_nobody_waits_for_the_last_words_of_a_sleeper(tmp_path: Any) -> None:
-    eye = watch(tmp_path)
+    eye = made(tmp_path)
     eye.heard_from("a", NodeStatus(status="asleep", boot=1, link=1, host="h", wakes_in_s=600))
     async with asyncio.timeout(5):
         await eye.finish(np.zeros(2, dtype=np.float32), {})
+
+
+class Slow:
+    """Evaluates what it is told to; `CUDA out of memory` at every version in `fails`."""
+
+    def __init__(self, *fails: int) -> None:
+        self.began: list[float] = []
+        self.may_end = asyncio.Event()
+        self._fails = fails
+
+    async def evaluate(self, theta: Float32Array) -> Found:
+        self.began.append(float(theta[0]))
+        await self.may_end.wait()
+        if int(theta[0]) in self._fails:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore\nand more")
+        return Found()
+
+
+def at(version: int) -> Float32Array:
+    return np.full(2, version, dtype=np.float32)
+
+
+@contextlib.asynccontextmanager
+async def running(eye: Monitor) -> AsyncIterator[list[int]]:
+    kept: list[int] = []
+    task = asyncio.create_task(eye.run(lambda version, metrics: kept.append(version)))
+    try:
+        yield kept
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def test_behind_a_slow_evaluation_only_the_newest_waits(tmp_path: Any) -> None:
+    slow = Slow()
+    eye = made(tmp_path, slow, count=1000)
+    async with running(eye) as kept:
+        eye.stood(0, at(0))
+        await until(lambda: slow.began)
+        for version in range(5, 1001, 5):
+            eye.stood(version, at(version))
+        slow.may_end.set()
+        async with asyncio.timeout(5):
+            await eye.finish(at(1000), {})
+        assert slow.began == kept == [0, 1000]
+    assert eye.counts["evaluation left out: a newer one was due"] == 199
+
+
+async def test_an_evaluation_that_fails_costs_its_figure_alone(tmp_path: Any) -> None:
+    slow = Slow(5, 10, 15)
+    slow.may_end.set()
+    eye = made(tmp_path, slow, count=20)
+    with capture_logs() as lines:
+        async with running(eye) as kept:
+            for number, version in enumerate(range(0, 25, 5), start=1):
+                eye.stood(version, at(version))
+                await until(partial(lambda number: len(slow.began) == number, number))
+            async with asyncio.timeout(5):
+                await eye.finish(at(20), {})
+    assert kept == [0, 20]
+    assert eye.counts["evaluation failed"] == 3
+    (line,) = [line for line in lines if line["event"] == "evaluation failed"]
+    assert (line["version"], line["problem"]) == (5, "CUDA out of memory. Tried to allocate 2.00 GiB")

@@ -12,6 +12,8 @@ import structlog
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.gradip import gradip
 from meerkat_mq.core.path import digest
+from meerkat_mq.core.seldom import Seldom
+from meerkat_mq.errors import reason
 from meerkat_mq.ledger.losses import mean_loss, watched_loss
 from meerkat_mq.ledger.rising import RisingLoss
 from meerkat_mq.ledger.rows import Products, Sighting
@@ -26,12 +28,13 @@ from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor
 from meerkat_mq.wire.frames import MAX_SLOTS
 
 if TYPE_CHECKING:
+    from meerkat_mq.engines.torch.evaluate import Evaluation
     from meerkat_mq.server.evaluation import Evaluator
 
 LAST_WORDS_S = 10.0
 
 
-class Watch:
+class Monitor:
     """Tells the observer and the log; evaluates theta beside the rounds.
 
     Attributes:
@@ -47,7 +50,7 @@ class Watch:
         run: RunDescriptor,
         rising: RisingLoss | None = None,
     ) -> None:
-        """Watch a run.
+        """Look on at a run.
 
         Args:
             observer: is told.
@@ -66,7 +69,10 @@ class Watch:
         self._products: dict[int, Products] = {}
         self._log = structlog.get_logger().bind(federation=run.federation, run=run.run[:8])
         self._began: float | None = None
-        self._snapshots: asyncio.Queue[tuple[int, float, Float32Array]] = asyncio.Queue()
+        self._due: tuple[int, float, Float32Array] | None = None
+        self._is_due, self._evaluated = asyncio.Event(), asyncio.Event()
+        self._evaluated.set()
+        self._seldom = Seldom()
         self._spoken = asyncio.Event()
         self._noted: dict[str, tuple[NodeStatus, int, int]] = {}
         self._rising = rising or RisingLoss()
@@ -81,9 +87,14 @@ class Watch:
         self._seconds()
 
     def stood(self, version: int, theta: Float32Array) -> None:
-        """theta stands at a version; evaluate it if that is due."""
-        if self._evaluator is not None and (version % self._every == 0 or version == self._rounds):
-            self._snapshots.put_nowait((version, self._seconds() if version else 0.0, theta))
+        """theta stands at a version; evaluate it if that is due. Of those that wait only the newest one is kept."""
+        if self._evaluator is None or (version % self._every and version != self._rounds):
+            return
+        if self._due is not None:
+            self.counts["evaluation left out: a newer one was due"] += 1
+        self._due = version, self._seconds() if version else 0.0, theta
+        self._evaluated.clear()
+        self._is_due.set()
 
     def closed(self, commit: EntryCommitted, online: int, bytes_up: int) -> None:
         """A round was committed."""
@@ -144,21 +155,38 @@ class Watch:
         return tuple(news)
 
     async def run(self, keep: Callable[[int, Mapping[str, float]], None]) -> None:
-        """Evaluate until cancelled; `keep` takes what was found of each version."""
+        """Evaluate until cancelled; `keep` takes what was found of each version.
+
+        What a model raises costs the run this figure, and nothing else.
+        """
         while True:
-            version, seconds, theta = await self._snapshots.get()
+            await self._is_due.wait()
+            self._is_due.clear()
+            assert self._due is not None
             assert self._evaluator is not None
-            found = await self._evaluator.evaluate(theta)
-            event = Evaluated(version, seconds, found.rows, found.accuracy, found.loss, found.majority)
-            said = {"accuracy": rounded(event.accuracy, 4), "loss": rounded(event.loss, 4)}
-            self._log.info("evaluated", version=version, **said)
-            self._observe(event)
-            self._warn(self._rising.evaluated(version, found.loss))
-            figures = {
-                "accuracy": found.accuracy, "loss": found.loss, "majority": found.majority, "rows": float(found.rows),
-            }  # fmt: skip
-            keep(version, {name: value for name, value in figures.items() if math.isfinite(value)})
-            self._snapshots.task_done()
+            (version, seconds, theta), self._due = self._due, None
+            try:
+                found = await self._evaluator.evaluate(theta)
+            except Exception as error:  # of any kind: CUDA out of memory, for one
+                self.counts["evaluation failed"] += 1
+                say, said = self._log.warning, {"version": version, "problem": reason(error)}
+                self._seldom.say(say, "evaluation failed", type(error).__name__, **said)
+            else:
+                self._tell(version, seconds, found, keep)
+            if self._due is None:
+                self._evaluated.set()
+
+    def _tell(
+        self, version: int, seconds: float, found: "Evaluation", keep: Callable[[int, Mapping[str, float]], None]
+    ) -> None:
+        event = Evaluated(version, seconds, found.rows, found.accuracy, found.loss, found.majority)
+        self._log.info("evaluated", version=version, accuracy=rounded(event.accuracy, 4), loss=rounded(event.loss, 4))
+        self._observe(event)
+        self._warn(self._rising.evaluated(version, found.loss))
+        figures = {
+            "accuracy": found.accuracy, "loss": found.loss, "majority": found.majority, "rows": float(found.rows),
+        }  # fmt: skip
+        keep(version, {name: value for name, value in figures.items() if math.isfinite(value)})
 
     async def finish(self, theta: Float32Array, updates: Mapping[str, Count]) -> None:
         """Wait for the last evaluation and for the nodes at hand to say where they stand; then tell how it ended."""
@@ -170,7 +198,7 @@ class Watch:
                     await self._spoken.wait()
             except TimeoutError:
                 self._log.warning("some nodes did not say where they stand")
-        await self._snapshots.join()
+        await self._evaluated.wait()
         final = digest(theta).hex()
         counted = log_keys(self.counts)
         self._log.info("run finished", rounds=self._rounds, seconds=round(seconds, 2), digest=final, **counted)
