@@ -94,7 +94,7 @@ class Maker:
         if not ledger.slots():
             for slot in range(NODES):
                 ledger.commit_slot(f"node-{slot}", slot, 0)
-        snapshots = Snapshots(self._folder, ledger, self._run.descriptor)
+        snapshots = Snapshots(ledger, self._run.descriptor)
         while (version := self._replica.version) < until_version:
             self._close_rounds(ledger, min(version // 100 * 100 + 100, until_version))
             if self._replica.version % SETTINGS["snapshot_every"] == 0 and self._replica.version < last:

@@ -11,7 +11,7 @@ from meerkat_mq.chaos.plan import LINK, Plan, Strike, is_core
 from meerkat_mq.chaos.stage import Stage
 from meerkat_mq.chaos.verdict import Struck
 from meerkat_mq.errors import MeerkatError
-from meerkat_mq.ledger.verify import verify_folder
+from meerkat_mq.ledger.folder import verify_folder
 from meerkat_mq.rounds.records import Verdict as Guarded
 
 FLAGGED_WITHIN = 20

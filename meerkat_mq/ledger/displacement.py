@@ -8,7 +8,7 @@ import numpy as np
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.gradip import root_mean_square
 from meerkat_mq.core.values import mean_displacement
-from meerkat_mq.ledger.sqlite_reader import LedgerReader
+from meerkat_mq.ledger.store import Store
 from meerkat_mq.rounds.records import Share, Verdict
 
 FARTHEST = 1000.0  # weights of models lie within ±100, and 2³² versions that each move one so far stay in float32
@@ -28,7 +28,7 @@ def verdict_on(values: Float32Array, loss: float, reach: float = math.inf) -> Ve
     return Verdict.ACCEPTED if farthest <= FARTHEST and root_mean_square(values) <= reach else Verdict.TOO_LARGE
 
 
-def mean_of(shares: Sequence[Share], ledger: LedgerReader, weights: int) -> Float32Array:
+def mean_of(shares: Sequence[Share], ledger: Store, weights: int) -> Float32Array:
     """The mean of displacements that a ledger keeps, in the order of the shares: float32 (n,), n = `weights`.
 
     One of them is in memory at a time.

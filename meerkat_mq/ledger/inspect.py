@@ -13,7 +13,7 @@ from meerkat_mq.ledger.losses import mean_loss, rising_now
 from meerkat_mq.ledger.rows import Closed, NodeRow, Products
 from meerkat_mq.ledger.run import early_stopping_in_words, mode_in_words, settings_of
 from meerkat_mq.ledger.shown import NodeShown, RoundShown, RunShown, StepShown, TermShown, UpdateShown, utc
-from meerkat_mq.ledger.sqlite import Ledger
+from meerkat_mq.ledger.store import Store
 from meerkat_mq.ledger.verify import run_of
 from meerkat_mq.rounds.guards import NOT_REFUSED, Guard
 from meerkat_mq.rounds.policy import RoundSettings, lane_of
@@ -24,7 +24,7 @@ from meerkat_mq.wire.messages import in_words
 PAGE = 200
 
 
-def run_shown(ledger: Ledger, now: float | None = None) -> RunShown:
+def run_shown(ledger: Store, now: float | None = None) -> RunShown:
     """The run as it stands. What it costs does not grow with the number of rounds, only with that of calibrations.
 
     Whether its server runs, a ledger does not say: `running` is None.
@@ -93,7 +93,7 @@ class _Paths:
     early_stopped_since: Mapping[str, int]
 
 
-def _mean_gradip(ledger: Ledger, settings: RoundSettings, rounds: Iterable[Sequence[UpdateRecord]]) -> dict[str, float]:
+def _mean_gradip(ledger: Store, settings: RoundSettings, rounds: Iterable[Sequence[UpdateRecord]]) -> dict[str, float]:
     """Node to its mean |GradIP| over the steps that were not refused."""
     sizes: dict[str, list[float]] = {}
     for records in rounds:
@@ -103,7 +103,7 @@ def _mean_gradip(ledger: Ledger, settings: RoundSettings, rounds: Iterable[Seque
 
 
 def measured(
-    ledger: Ledger, settings: RoundSettings, records: Sequence[UpdateRecord]
+    ledger: Store, settings: RoundSettings, records: Sequence[UpdateRecord]
 ) -> Iterator[tuple[UpdateRecord, tuple[float, ...]]]:
     """The updates of a round that were not refused, each with its GradIP; not those whose version has no products."""
     products = {version: ledger.products(version, settings) for version in {record.version for record in records}}
@@ -116,7 +116,7 @@ def _not_refused(records: Iterable[UpdateRecord]) -> list[UpdateRecord]:
     return [record for record in records if record.verdict in NOT_REFUSED]
 
 
-def gradip_of(ledger: Ledger, record: UpdateRecord, products: Products) -> tuple[float, ...]:
+def gradip_of(ledger: Store, record: UpdateRecord, products: Products) -> tuple[float, ...]:
     """GradIP of each projected gradient of an update.
 
     Raises:
@@ -125,7 +125,7 @@ def gradip_of(ledger: Ledger, record: UpdateRecord, products: Products) -> tuple
     lane = products[lane_of(record.slot, len(products))]
     if len(record.scalars) > len(lane):
         problem = f"holds {len(record.scalars)} projected gradients of {record.node} in round {record.version}"
-        raise LedgerError(str(ledger.path), f"{problem}, of {len(lane)} directions", "`meerkat verify` says more")
+        raise LedgerError(ledger.where, f"{problem}, of {len(lane)} directions", "`meerkat verify` says more")
     return gradip(record.scalars, lane)
 
 
@@ -155,7 +155,7 @@ def _node_shown(
     )
 
 
-def rounds_shown(ledger: Ledger, first: int, count: int) -> Iterator[RoundShown]:
+def rounds_shown(ledger: Store, first: int, count: int) -> Iterator[RoundShown]:
     """At most `count` closed rounds from version `first` on."""
     run = run_of(ledger)
     settings = settings_of(run, ledger.rules)
@@ -166,7 +166,7 @@ def rounds_shown(ledger: Ledger, first: int, count: int) -> Iterator[RoundShown]
             return
 
 
-def round_shown(ledger: Ledger, version: int) -> RoundShown:
+def round_shown(ledger: Store, version: int) -> RoundShown:
     """One closed round.
 
     Raises:
@@ -178,7 +178,7 @@ def round_shown(ledger: Ledger, version: int) -> RoundShown:
     raise RunMismatch(f"round {version}", f"did not close; {ledger.version} rounds have", "name an earlier one")
 
 
-def path_shown(ledger: Ledger, node: str, first: int, count: int) -> Iterator[UpdateShown]:
+def path_shown(ledger: Store, node: str, first: int, count: int) -> Iterator[UpdateShown]:
     """What a node gave from theta of version `first` on, of at most `count` versions, the open one included.
 
     Raises:
@@ -193,14 +193,14 @@ def path_shown(ledger: Ledger, node: str, first: int, count: int) -> Iterator[Up
             return
 
 
-def _check_known(ledger: Ledger, node: str) -> None:
+def _check_known(ledger: Store, node: str) -> None:
     slots = ledger.slots()
     if node not in slots:
         known = ", ".join(sorted(slots)[:5]) or "none"
         raise RunMismatch(f"node {node}", "is not in the ledger", f"it knows {known}" + ", …" * (len(slots) > 5))
 
 
-def steps_shown(ledger: Ledger, node: str | None, first: int, count: int) -> Iterator[StepShown]:
+def steps_shown(ledger: Store, node: str | None, first: int, count: int) -> Iterator[StepShown]:
     """GradIP of closed rounds, of one node or of all: of at most `count` rounds from version `first` on.
 
     Updates that were refused are left out, and rounds that closed under a server that did not keep GradIP.

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from meerkat_mq.ledger.rising import FIRST, LAST, RisingLoss
-from meerkat_mq.ledger.sqlite_reader import LedgerReader
+from meerkat_mq.ledger.store import Store
 from meerkat_mq.rounds.guards import NOT_REFUSED
 from meerkat_mq.rounds.records import UpdateRecord, Verdict
 
@@ -21,12 +21,12 @@ def watched_loss(records: Sequence[UpdateRecord]) -> float | None:
     return math.nan if hopeless else mean_loss(records)
 
 
-def rising_from(ledger: LedgerReader) -> RisingLoss:
+def rising_from(ledger: Store) -> RisingLoss:
     """Watches a run from where its ledger stands: knows the losses of its first rounds, and of its base."""
     return _told(ledger, range(min(FIRST, ledger.version)), versions=[0])
 
 
-def rising_now(ledger: LedgerReader) -> str:
+def rising_now(ledger: Store) -> str:
     """What is wrong with a run's newest rounds and its newest evaluation; "" if nothing is."""
     metrics, version = ledger.metrics(), ledger.version
     first = range(min(FIRST, version))
@@ -34,7 +34,7 @@ def rising_now(ledger: LedgerReader) -> str:
     return _told(ledger, [*first, *newest], versions=[0, max(metrics, default=0)]).warning
 
 
-def _told(ledger: LedgerReader, rounds: Iterable[int], versions: Iterable[int]) -> RisingLoss:
+def _told(ledger: Store, rounds: Iterable[int], versions: Iterable[int]) -> RisingLoss:
     rising, metrics = RisingLoss(), ledger.metrics()
     for number in rounds:
         if (loss := watched_loss(ledger.records(number))) is not None:

@@ -13,7 +13,7 @@ from meerkat_mq.errors import RunMismatch
 from meerkat_mq.ledger.inspect import gradip_of
 from meerkat_mq.ledger.run import settings_of
 from meerkat_mq.ledger.shown import RebuiltShown
-from meerkat_mq.ledger.sqlite import Ledger
+from meerkat_mq.ledger.store import Store
 from meerkat_mq.ledger.verify import check_mask, run_of
 from meerkat_mq.rounds.policy import lane_of
 
@@ -21,7 +21,7 @@ AT_ONCE = 100
 
 
 def rebuilt_path(
-    ledger: Ledger, mask: Mask, version: int, node: str, progress: Callable[[int, int], None] = lambda done, total: None
+    ledger: Store, mask: Mask, version: int, node: str, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Iterator[RebuiltShown]:
     """A node's projected gradients from theta of a version, and how far from there each local step led it.
 
@@ -64,7 +64,7 @@ def rebuilt_path(
             yield RebuiltShown(version, node, lane, index, seed, scalar, measured[index], away)
 
 
-def _where(ledger: Ledger, version: int, node: str) -> str:
+def _where(ledger: Store, version: int, node: str) -> str:
     """Which path of the node closed with the entry, from an older theta; else how to find one."""
     for record in ledger.records(version):
         if record.node == node:
@@ -73,7 +73,7 @@ def _where(ledger: Ledger, version: int, node: str) -> str:
     return "`meerkat ledger --node` says from which versions it gave something"
 
 
-def theta_of(ledger: Ledger, mask: Mask, version: int, progress: Callable[[int, int], None]) -> Float32Array:
+def theta_of(ledger: Store, mask: Mask, version: int, progress: Callable[[int, int], None]) -> Float32Array:
     """theta of a version, float32 (n,): theta_0 and the entries up to there; digests are left to verification."""
     run = run_of(ledger)
     replica = Replica(mask, run_id=run.run_id, stream=run.stream, digest_every=run.rounds + 1)

@@ -9,7 +9,7 @@ from meerkat_mq.core.replica import Replica
 from meerkat_mq.errors import LedgerError
 from meerkat_mq.ledger.run import Run
 from meerkat_mq.ledger.snapshots import Snapshots
-from meerkat_mq.ledger.sqlite import Ledger
+from meerkat_mq.ledger.store import Store
 from meerkat_mq.rounds.policy import ROUND_ENTRY_BYTES
 from meerkat_mq.rounds.server import ServerMachine
 
@@ -18,14 +18,20 @@ SAY_EVERY_S = 2.0
 NEWEST = ROUND_ENTRY_BYTES // 38  # an entry without terms has 38 bytes
 
 
-def recovered(ledger: Ledger, run: Run, snapshots: Snapshots) -> Replica:
+def recovered(ledger: Store, run: Run, snapshots: Snapshots, replica: Replica | None = None) -> Replica:
     """theta as the ledger says: the newest whole snapshot, or theta_0, and the entries since; every digest checked.
+
+    Args:
+        ledger: of the run, or empty.
+        run: what is run.
+        snapshots: of it.
+        replica: at theta_0; led on to the ledger's version. Default: a new one.
 
     Raises:
         LedgerError: an entry does not extend the one before it, or does not lead to its digest.
     """
     descriptor = run.descriptor
-    replica = Replica(
+    replica = replica or Replica(
         run.mask, run_id=descriptor.run_id, stream=descriptor.stream, digest_every=descriptor.digest_every
     )  # fmt: skip
     snapshot = snapshots.newest()
@@ -35,13 +41,13 @@ def recovered(ledger: Ledger, run: Run, snapshots: Snapshots) -> Replica:
     return replica
 
 
-def follow(ledger: Ledger, run: Run, replica: Replica) -> None:
+def follow(ledger: Store, run: Run, replica: Replica) -> None:
     """Lead theta, which is the ledger's of some version, on to where the ledger stands; every digest checked.
 
     Raises:
         LedgerError: an entry does not extend the one before it, or does not lead to its digest.
     """
-    log, version = structlog.get_logger().bind(file=str(ledger.path)), ledger.version
+    log, version = structlog.get_logger().bind(file=ledger.where), ledger.version
     say_at = time.monotonic() + SAY_EVERY_S
     before = ledger.entries(replica.version - 1, 1) if replica.version else ()
     head = before[0].hash(run.descriptor.run_id) if before else run.mask.hash
@@ -52,14 +58,14 @@ def follow(ledger: Ledger, run: Run, replica: Replica) -> None:
             if entry.previous != head or entry.digest != found:
                 problem = f"entry {entry.version} does not follow from those before it"
                 remedy = "restore the ledger from a backup; `meerkat verify` says more"
-                raise LedgerError(str(ledger.path), problem, remedy)
+                raise LedgerError(ledger.where, problem, remedy)
             head = entry.hash(run.descriptor.run_id)
         if time.monotonic() >= say_at:
             say_at = time.monotonic() + SAY_EVERY_S
             log.info("replaying the ledger", version=replica.version, of=version)
 
 
-def resumed(ledger: Ledger, run: Run, *, term: int, server_id: str) -> ServerMachine:
+def resumed(ledger: Store, run: Run, *, term: int, server_id: str) -> ServerMachine:
     """A machine that goes on where the ledger stands, the committed updates that no entry holds yet included."""
     version = ledger.version
     bases = _bases(ledger, run, version)
@@ -81,7 +87,7 @@ def resumed(ledger: Ledger, run: Run, *, term: int, server_id: str) -> ServerMac
     )
 
 
-def _bases(ledger: Ledger, run: Run, version: int) -> dict[int, bytes]:
+def _bases(ledger: Store, run: Run, version: int) -> dict[int, bytes]:
     """By version that an update's theta may be of, the newest due digest at or before it."""
     versions = range(max(0, version - run.descriptor.max_staleness), version + 1)
     due = {found: found - found % run.descriptor.digest_every for found in versions}

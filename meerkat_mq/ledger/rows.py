@@ -1,21 +1,10 @@
-"""Rows of the ledger: what they are in Python, and that they are what a server writes."""
+"""What a ledger tells besides entries and updates."""
 
-import math
-import struct
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass
-from typing import Any, TypeVar, get_type_hints
+from dataclasses import dataclass
 
-from meerkat_mq.core.gradip import by_lane
 from meerkat_mq.core.path import Entry
-from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
-from meerkat_mq.wire.messages import Values
 
-_FLOAT = struct.Struct("<f")
-Row = tuple[Any, ...]
 Products = tuple[tuple[float, ...], ...]
-RowT = TypeVar("RowT")
-LATEST = 1e11  # seconds since 1970, in the year 5138
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,107 +74,3 @@ class Sighting:
     seen: float
     updates: int = 0
     packet_bytes: int = 0
-
-
-def from_row(kind: type[RowT], row: Row) -> RowT:
-    """A row as a dataclass with the same fields; its floats are times.
-
-    Raises:
-        TypeError: a value is not of its field's type; SQLite itself takes text for a number.
-        ValueError: a time that no clock shows.
-    """
-    for (name, hint), value in zip(get_type_hints(kind).items(), row, strict=True):
-        if not isinstance(value, hint):
-            raise TypeError(f"{name} is {value!r:.50}")
-        if isinstance(value, float) and not abs(value) < LATEST:
-            raise ValueError(f"{name} is {value}")
-    return kind(*row)
-
-
-def update_row(record: UpdateRecord) -> Row:
-    """Version, slot, boot, weight, scalars, loss, verdict, blob, size, steps; the last three NULL for a path.
-
-    SQLite makes NULL of a NaN, so that one goes as bytes.
-    """
-    scalars = struct.pack(f"<{len(record.scalars)}f", *record.scalars)
-    loss = _FLOAT.pack(record.loss) if math.isnan(record.loss) else record.loss
-    values = (None, None, None) if record.values is None else astuple(record.values)
-    return record.version, record.slot, record.boot, record.weight, scalars, loss, int(record.verdict), *values
-
-
-def update_record(row: Row) -> UpdateRecord:
-    """From version, node, slot, boot, weight, scalars, loss, verdict, blob, size, steps.
-
-    Raises:
-        TypeError: a value is not of its column's type, or nobody has the slot.
-        ValueError: there is no such verdict, or it is a displacement with projected gradients.
-        struct.error: scalars or loss do not have whole floats.
-    """
-    version, node, slot, boot, weight, packed, loss, verdict, *described = row
-    if node is None:
-        raise TypeError(f"no node has slot {slot!s:.50}")
-    for name, value in (("slot", slot), ("boot", boot), ("weight", weight), ("verdict", verdict)):
-        if not isinstance(value, int):
-            raise TypeError(f"{name} is {value!r:.50}")
-    if not isinstance(loss, float | bytes):
-        raise TypeError(f"loss is {loss!r:.50}")
-    scalars = struct.unpack(f"<{len(packed) // 4}f", packed)
-    if isinstance(loss, bytes):
-        (loss,) = _FLOAT.unpack(loss)
-    values = None if described == [None, None, None] else _values(*described)
-    if values is not None and scalars:
-        raise ValueError("a displacement has projected gradients")
-    return UpdateRecord(version, node, slot, boot, weight, scalars, loss, Verdict(verdict), values)
-
-
-def _values(blob: object, size: object, steps: object) -> Values:
-    if not (isinstance(blob, bytes) and isinstance(size, int) and isinstance(steps, int)):
-        raise TypeError(f"a displacement is {blob!r:.50}, {size!r:.50}, {steps!r:.50}")
-    return Values(blob, size, steps)
-
-
-def pack_products(products: Sequence[Sequence[float]]) -> bytes:
-    """⟨g_p, z⟩ by lane and step, as little-endian float32; empty where there are none."""
-    return b"".join(struct.pack(f"<{len(lane)}f", *lane) for lane in products)
-
-
-def unpack_products(packed: bytes, lanes: int, steps: int) -> Products:
-    """What was packed, of `steps` directions a lane.
-
-    Raises:
-        TypeError: it is not bytes.
-        ValueError: it has another size, and is not empty either.
-    """
-    if not isinstance(packed, bytes):
-        raise TypeError(f"{packed!r:.50}")
-    if not packed:
-        return ()
-    size = 4 * lanes * steps
-    if len(packed) != size:
-        raise ValueError(f"{len(packed)} bytes; {lanes} × {steps} directions have {size}")
-    return by_lane(struct.unpack(f"<{lanes * steps}f", packed), lanes)
-
-
-def judgement(row: Row) -> Judgement:
-    """From version, node, slot, rho_later, rho_quiet, early_stopped, and whether the round closed.
-
-    Raises:
-        TypeError: a value is not of its column's type, or nobody has the slot.
-        ValueError: early_stopped is neither 0 nor 1, or the round did not close.
-    """
-    version, node, slot, rho_later, rho_quiet, early_stopped, closed = row
-    if node is None:
-        raise TypeError(f"no node has slot {slot!s:.50}")
-    for name, value, kind in (
-        ("version", version, int),
-        ("rho_later", rho_later, float),
-        ("rho_quiet", rho_quiet, float),
-        ("early_stopped", early_stopped, int),
-    ):
-        if not isinstance(value, kind):
-            raise TypeError(f"{name} is {value!r:.50}")
-    if early_stopped not in (0, 1):
-        raise ValueError(f"early_stopped is {early_stopped}")
-    if not closed:
-        raise ValueError(f"round {version} did not close")
-    return Judgement(version, node, rho_later, rho_quiet, bool(early_stopped))

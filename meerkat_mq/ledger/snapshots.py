@@ -1,22 +1,17 @@
-"""Snapshots of theta: files beside the ledger, which knows their hashes; at most two are kept."""
+"""Snapshots of theta: kept by the server, trusted after a look, offered to nodes where they are the cheaper way."""
 
 from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
 
 import structlog
 
 from meerkat_mq.core.directions import Float32Array
-from meerkat_mq.core.files import write_atomically
-from meerkat_mq.core.path import digest, digest_due, short_hash
+from meerkat_mq.core.path import digest, digest_due
 from meerkat_mq.errors import LedgerError, WireError
-from meerkat_mq.ledger.files import snapshot_file
 from meerkat_mq.ledger.rows import KeptSnapshot
-from meerkat_mq.ledger.sqlite import Ledger
+from meerkat_mq.ledger.store import Store
 from meerkat_mq.rounds.catch_up import Stretch, snapshot_is_cheaper
-from meerkat_mq.wire.arrays import chunks_of
+from meerkat_mq.wire.arrays import chunks_of, split
 from meerkat_mq.wire.descriptor import RunDescriptor
-from meerkat_mq.wire.frames import MAX_CHUNK_BYTES
 from meerkat_mq.wire.messages import Chunk, Header, Offer, Want
 from meerkat_mq.wire.snapshot import Snapshot, decode_snapshot, encode_snapshot
 
@@ -24,65 +19,57 @@ LOOKED_AT = 1000
 
 
 class Snapshots:
-    """The snapshot files of one run. Every method blocks, on the thread of the ledger."""
+    """The snapshots of one run. Every method blocks, on the thread of the ledger."""
 
-    def __init__(self, folder: Path, ledger: Ledger, run: RunDescriptor) -> None:
-        self._folder = folder
+    def __init__(self, ledger: Store, run: RunDescriptor) -> None:
         self._ledger = ledger
         self._run = run
-        self._seen_whole: tuple[bytes, int] | None = None
 
     def keep(self, version: int, head: bytes, theta: Float32Array) -> None:
-        """Write a snapshot's file, then its row, then remove what is not among the newest two.
+        """Keep a snapshot; the newest two stay.
 
         Raises:
-            LedgerError: the folder is full or read-only.
+            LedgerError: there is no space for it.
             AnotherServer: the ledger is another server's by now.
         """
-        blob = encode_snapshot(self._run.run_id, version, head, theta)
-        file = self._file(version)
-        try:
-            write_atomically(file, blob)
-        except OSError as error:
-            problem = f"cannot be written ({error.strerror})"
-            raise LedgerError(str(file), problem, "free space, and start the server again: it goes on") from error
-        self._ledger.commit_snapshot(version, short_hash(blob), len(blob))
-        self.sweep()
+        self._ledger.keep_snapshot(version, encode_snapshot(self._run.run_id, version, head, theta))
 
     def sweep(self) -> None:
-        """Remove the files that the ledger does not know, and what an interrupted write left."""
-        known = {self._file(kept.version) for kept in self._ledger.snapshots()}
-        for file in (*self._folder.glob("snapshot-*.mks"), *self._folder.glob(".snapshot-*.mks.*")):
-            if file not in known:
-                with suppress(OSError):
-                    file.unlink()
+        """Remove what the ledger does not know."""
+        self._ledger.sweep()
 
     def newest(self) -> Snapshot | None:
         """The newest snapshot that is whole and of this ledger; None where theta_0 is all there is."""
         for kept in self._ledger.snapshots():
             try:
                 return self._load(kept)
-            except (OSError, WireError, LedgerError) as error:
-                structlog.get_logger().warning("snapshot passed over", file=str(self._file(kept.version)),
-                                               problem=str(error))  # fmt: skip
+            except (WireError, LedgerError) as error:
+                name = self._ledger.snapshot_name(kept.version)
+                structlog.get_logger().warning("snapshot passed over", file=name, problem=str(error))
         return None
 
     def _load(self, kept: KeptSnapshot) -> Snapshot:
-        file, run = self._file(kept.version), self._run
-        found = decode_snapshot(file.read_bytes(), kept.hash, run.weights)
-        (entry,) = self._ledger.entries(kept.version - 1, 1) or (None,)
+        ledger, run, name = self._ledger, self._run, self._ledger.snapshot_name(kept.version)
+        blob = ledger.snapshot(kept)
+        if blob is None:
+            raise LedgerError(name, "is gone")
+        found = decode_snapshot(blob, kept.hash, run.weights)
+        (entry,) = ledger.entries(kept.version - 1, 1) or (None,)
         ours = entry is not None and (found.run_id, found.head) == (run.run_id, entry.hash(run.run_id))
         if not ours or found.version != kept.version:
-            raise LedgerError(str(file), "is of another run or version")
+            raise LedgerError(name, "is of another run or version")
         assert entry is not None
         if digest_due(kept.version, run.digest_every) and digest(found.theta) != entry.digest:
-            raise LedgerError(str(file), "does not have the digest that the ledger gives")
+            raise LedgerError(name, "does not have the digest that the ledger gives")
         return found
 
     def offer(self, header: Header, first: int) -> Offer | None:
-        """The newest snapshot, where it brings a node that stands at version `first` to the head at less cost."""
+        """The newest snapshot, where it brings a node that is at version `first` to the head at less cost.
+
+        Not one that is damaged: a node would ask for another for ever.
+        """
         kept = next(iter(self._ledger.snapshots()), None)
-        if kept is None or kept.version <= first or not self._is_whole(kept):
+        if kept is None or kept.version <= first or not self._ledger.has_whole(kept):
             return None
         missed, after = self._stretch(first), self._stretch(kept.version)
         cheaper = snapshot_is_cheaper(
@@ -100,27 +87,15 @@ class Snapshots:
         looked_at, *sizes = self._ledger.stretch(max(first, self._ledger.version - LOOKED_AT))
         return Stretch(count, *(round(size * count / max(1, looked_at)) for size in sizes))
 
-    def _is_whole(self, kept: KeptSnapshot) -> bool:
-        """Whether its file is there and undamaged: a node would ask for the other kind for ever."""
-        file = self._file(kept.version)
-        try:
-            seen = (kept.hash, file.stat().st_mtime_ns)
-            if self._seen_whole != seen and short_hash(file.read_bytes()) == kept.hash:
-                self._seen_whole = seen
-        except OSError:
-            return False
-        return self._seen_whole == seen
-
     def chunks(self, header: Header, want: Want) -> Iterator[Chunk]:
-        """The chunks of a snapshot that a node wants, at most 64 of them; none of an unknown one."""
-        kept = next((kept for kept in self._ledger.snapshots() if kept.hash == want.blob), None)
-        if kept is None:
-            return
-        count = -(-kept.size // MAX_CHUNK_BYTES)
-        with suppress(OSError), self._file(kept.version).open("rb") as file:
-            for index in chunks_of(want, count):
-                file.seek(index * MAX_CHUNK_BYTES)
-                yield Chunk(header, kept.hash, index, count, kept.size, file.read(MAX_CHUNK_BYTES))
+        """The chunks of a snapshot or of an entry's displacement that a node wants, at most 64 of them.
 
-    def _file(self, version: int) -> Path:
-        return snapshot_file(self._folder, version)
+        None of anything else: what a node sent is nobody else's business.
+        """
+        if want.blob is not None and (blob := self._blob(want.blob)):
+            chunks = split(header, want.blob, blob)
+            yield from (chunks[index] for index in chunks_of(want, len(chunks)))
+
+    def _blob(self, name: bytes) -> bytes | None:
+        kept = next((kept for kept in self._ledger.snapshots() if kept.hash == name), None)
+        return self._ledger.displacement(name) if kept is None else self._ledger.snapshot(kept)

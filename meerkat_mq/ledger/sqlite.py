@@ -1,4 +1,4 @@
-"""The ledger: what a run is, in one SQLite file. Entries are here before anybody hears of them."""
+"""The ledger in SQLite: one file, `synchronous = FULL`, WAL; a commit is a transaction. `store.py` has the theory."""
 
 import json
 import sqlite3
@@ -8,17 +8,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Entry, short_hash
 from meerkat_mq.errors import AnotherServer
 from meerkat_mq.ledger import sqlite_file
-from meerkat_mq.ledger.rows import Products, Sighting, pack_products, update_row
+from meerkat_mq.ledger.files import keep_mask
+from meerkat_mq.ledger.remains import check_remains
+from meerkat_mq.ledger.rows import Products, Sighting
 from meerkat_mq.ledger.sqlite_reader import LedgerReader
+from meerkat_mq.ledger.sqlite_rows import pack_products, update_row
+from meerkat_mq.ledger.store import SNAPSHOTS_KEPT
 from meerkat_mq.rounds.records import Judgement, UpdateRecord
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.frames import encode_entry
 
 LEDGER_FILE = "ledger.sqlite"
-SNAPSHOTS_KEPT = 2
 
 _NEWEST_TERM = "SELECT term, server_id, host FROM terms ORDER BY term DESC LIMIT 1"
 _SIGHTING = """
@@ -37,10 +41,7 @@ _UNNAMED = """
 
 
 class Ledger(LedgerReader):
-    """A run's ledger. Every method blocks; one thread at a time may call them.
-
-    Each commit is a transaction of its own, or part of the `group` around it; it returns when what it was given would
-    outlive a power cut. After `take_term`, every commit first sees that the ledger still holds this server's term.
+    """A run's ledger in a file. Snapshots and the mask are files beside it.
 
     Any method raises LedgerError where the file cannot be read or written: the message names it and the remedy.
     """
@@ -65,18 +66,20 @@ class Ledger(LedgerReader):
         """Open a ledger for reading, beside a running server or without one.
 
         Raises:
-            LedgerError: there is none, or it cannot be used.
+            LedgerError: there is none, it cannot be used, or it is older than what lies beside it.
         """
-        return cls(path, sqlite_file.open_to_read(path))
+        ledger = cls(path, sqlite_file.open_to_read(path))
+        try:
+            if not ledger._row("SELECT 1 FROM run"):
+                check_remains(path, None, 0)
+        except BaseException:
+            ledger.close()
+            raise
+        return ledger
 
     @contextmanager
     def group(self) -> Iterator[None]:
-        """One transaction around several commits: all of them are kept, or none.
-
-        Raises:
-            AnotherServer: the ledger holds the term of another server.
-            LedgerUnavailable: the file was removed, moved or replaced: SQLite itself would write on into the void.
-        """
+        """LedgerUnavailable also where the file was moved or replaced: SQLite itself would write on into the void."""
         if self._connection.in_transaction:
             yield
             return
@@ -98,14 +101,13 @@ class Ledger(LedgerReader):
 
     @property
     def in_charge(self) -> bool:
-        """Whether the newest term is the one that this object took."""
         return self._mine is not None and self._mine == self._row(_NEWEST_TERM)[:2]
 
     def _assert_in_charge(self) -> None:
         if self._mine is not None and not self.in_charge:
             term, _, host = self._row(_NEWEST_TERM)
             raise AnotherServer(
-                str(self.path),
+                self.where,
                 f"a server of term {term} on host {host} has taken over from this one, of term {self._mine[0]}",
                 "leave it in charge, or stop it and start this one again",
             )
@@ -115,23 +117,14 @@ class Ledger(LedgerReader):
             self._connection.executemany(statement, rows)
 
     def begin(self, descriptor: RunDescriptor, rules: Mapping[str, Any]) -> None:
-        """Make this the ledger of a run; `rules` are those of its first start, as JSON takes them.
-
-        Raises:
-            AnotherServer: it is the ledger of a run by now.
-        """
         with self.group():
             if self.run is not None:
                 problem = "another server has just begun a run here"
-                raise AnotherServer(str(self.path), problem, "start this one again, with --replace to take it over")
+                raise AnotherServer(self.where, problem, "start this one again, with --replace to take it over")
             row = (descriptor.run_id, time.time(), descriptor.model_dump_json(), json.dumps(rules))
             self._write("INSERT INTO run VALUES (1, ?, ?, ?, ?)", row)
 
     def take_term(self, above: int, server_id: str, host: str) -> int:
-        """Take, for this server, the term after the ledger's newest and `above`; fences all earlier servers.
-
-        Displacements that an earlier server kept, but whose updates it did not, go.
-        """
         with self.group():
             term = 1 + max(above, self.term)
             self._write("INSERT INTO terms VALUES (?, ?, ?, ?)", (term, server_id, host, time.time()))
@@ -140,26 +133,17 @@ class Ledger(LedgerReader):
         return term
 
     def checkpoint(self) -> None:
-        """Bring all commits into the main file: a copy of it without its `-wal` is no older than this.
-
-        Whoever reads just then is waited for, up to 15 s.
-        """
+        """Whoever reads just then is waited for, up to 15 s."""
         with sqlite_file.in_words(self.path):
             self._connection.execute("PRAGMA wal_checkpoint(FULL)").fetchone()
 
     def commit_slot(self, node: str, slot: int, version: int) -> None:
-        """Keep a node's slot, given at theta's version."""
         self._write("INSERT INTO nodes (node, slot, slot_version) VALUES (?, ?, ?)", (node, slot, version))
 
     def commit_updates(self, records: Iterable[UpdateRecord]) -> None:
-        """Keep updates, refused ones too."""
         self._write(_UPDATE, *map(update_row, records))
 
     def keep_blob(self, blob: bytes) -> bytes:
-        """Keep a displacement, a node's or that of the next entry; returns its hash.
-
-        The next `commit_entry` forgets it, unless an update or that entry names it by then.
-        """
         name = short_hash(blob)
         self._write("INSERT OR IGNORE INTO blobs VALUES (?, ?)", (name, blob))
         self._loose.add(name)
@@ -175,19 +159,9 @@ class Ledger(LedgerReader):
         products: Products = (),
         judgements: Sequence[Judgement] = (),
     ) -> None:
-        """Keep an entry, and which updates closed with it, with what verdicts; those now too old for any entry go.
-
-        Args:
-            entry: of the ledger's version.
-            records: every update that closed with it.
-            asked: how many nodes were asked.
-            overdue: whether the deadline closed the round.
-            products: ⟨g_p, z⟩ by lane and step; empty where the run does not measure GradIP.
-            judgements: what a calibration round showed of nodes in `records`.
-        """
-        assert entry.version == self.version
         term = self._mine[0] if self._mine else 0
         with self.group():
+            assert entry.version == self.version
             row = (entry.version, term, time.time(), asked, overdue, encode_entry(entry), pack_products(products))
             self._write("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?)", row)
             if entry.displacement is not None:
@@ -208,21 +182,32 @@ class Ledger(LedgerReader):
             self._write(f"DELETE FROM blobs WHERE hash = ? AND {_UNNAMED}", *((name,) for name in self._loose))  # noqa: S608
             self._loose.clear()
 
-    def commit_snapshot(self, version: int, blob_hash: bytes, size: int) -> None:
-        """Keep the hash of a snapshot file, and forget all but the newest two."""
+    def keep_mask(self, mask: Mask) -> None:
+        run = self.run
+        assert run is not None
+        keep_mask(self.path.parent, run, mask)
+
+    def keep_snapshot(self, version: int, blob: bytes) -> None:
+        """Write the file, then its row, then remove what is not among the newest two."""
+        self._snapshots.write(version, blob)
+        self._commit_snapshot(version, short_hash(blob), len(blob))
+        self.sweep()
+
+    def _commit_snapshot(self, version: int, blob_hash: bytes, size: int) -> None:
         with self.group():
             self._write("INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?)", (version, blob_hash, size))
             kept = "SELECT version FROM snapshots ORDER BY version DESC LIMIT ?"
             self._write(f"DELETE FROM snapshots WHERE version NOT IN ({kept})", (SNAPSHOTS_KEPT,))  # noqa: S608
 
+    def sweep(self) -> None:
+        self._snapshots.sweep(self.snapshots())
+
     def commit_sightings(self, sightings: Iterable[Sighting]) -> None:
-        """Keep news of nodes; those without a slot are passed over."""
         rows = [
             (s.boot, s.host, s.status, s.rows, s.seen, s.seen, s.updates, s.packet_bytes, s.node) for s in sightings
         ]
         self._write(_SIGHTING, *rows)
 
     def commit_metrics(self, version: int, metrics: Mapping[str, float]) -> None:
-        """Keep what theta of a version was found to be worth."""
         rows = [(version, name, value) for name, value in metrics.items()]
         self._write("INSERT OR REPLACE INTO metrics VALUES (?, ?, ?)", *rows)

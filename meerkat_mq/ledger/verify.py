@@ -1,8 +1,7 @@
 """Verification: the model is what mask and ledger say. Nothing here knows how the server came to it."""
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -14,21 +13,16 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import MAX_WEIGHT, Entry, Term, digest
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.values import quantised
-from meerkat_mq.engines.toy import toy_mask
-from meerkat_mq.errors import LedgerError, MaskError, MeerkatError, ModelError, RunMismatch, WireError
-from meerkat_mq.extras import importing, need
+from meerkat_mq.errors import LedgerError, MeerkatError, RunMismatch, WireError
 from meerkat_mq.ledger.displacement import mean_of, verdict_on
-from meerkat_mq.ledger.files import DIFFERENCE_FILE, mask_file, snapshot_file
-from meerkat_mq.ledger.remains import check_remains
 from meerkat_mq.ledger.rows import KeptSnapshot, Products
 from meerkat_mq.ledger.run import codec_of, max_step_of, settings_of
-from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
+from meerkat_mq.ledger.store import Store
 from meerkat_mq.rounds.early_stopping import EarlyStopping, judgements_of, with_verdicts
 from meerkat_mq.rounds.guards import on_arrival
 from meerkat_mq.rounds.policy import RoundSettings, shares_of, steps_fit, terms_of
 from meerkat_mq.rounds.records import Judgement, Share, UpdateRecord, Verdict
-from meerkat_mq.wire.descriptor import RunDescriptor, Task
-from meerkat_mq.wire.difference import Difference
+from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.messages import in_words
 from meerkat_mq.wire.snapshot import decode_snapshot
 
@@ -58,7 +52,7 @@ class Verified:
 
 
 def verify_ledger(
-    ledger: Ledger,
+    ledger: Store,
     mask: Mask,
     progress: Progress = lambda done, total: None,
     looks: Mapping[int, Sequence[Look]] | None = None,
@@ -117,17 +111,16 @@ def verify_ledger(
     return Verified(rounds, updates, digest(replica.theta))
 
 
-def run_of(ledger: Ledger) -> RunDescriptor:
+def run_of(ledger: Store) -> RunDescriptor:
     """The run that a ledger is of.
 
     Raises:
-        LedgerError: it was made, but no run was begun; or it was, and was lost.
+        LedgerError: it was made, but no run was begun.
     """
     run = ledger.run
     if run is None:
-        check_remains(ledger.path, None, 0)
         remedy = "start its server, unless this is a copy without its -wal file: then copy both"
-        raise LedgerError(str(ledger.path), "holds no run yet", remedy)
+        raise LedgerError(ledger.where, "holds no run yet", remedy)
     return run
 
 
@@ -147,7 +140,7 @@ def _same(what: str, found: object, expected: object, by: str) -> None:
         raise RunMismatch(what, f"its {what} is {found}; {by} {expected}")
 
 
-def _entry_at(ledger: Ledger, version: int, head: bytes, term: int) -> tuple[Entry, int]:
+def _entry_at(ledger: Store, version: int, head: bytes, term: int) -> tuple[Entry, int]:
     """The entry that extends `head`, and the term under which it was written."""
     found = ledger.closed(version, 1)
     if not found:
@@ -188,7 +181,7 @@ def _check_verdict(record: UpdateRecord, verdict: Verdict) -> None:
         raise RunMismatch("updates", problem)
 
 
-def _check_values(ledger: Ledger, records: Sequence[UpdateRecord], settings: RoundSettings, weights: int) -> None:
+def _check_values(ledger: Store, records: Sequence[UpdateRecord], settings: RoundSettings, weights: int) -> None:
     for record in records:
         if record.values is None:
             continue
@@ -204,7 +197,7 @@ def _check_size(blob: bytes | None, size: int) -> None:
 
 
 def _displacement(
-    ledger: Ledger, entry: Entry, shares: Sequence[Share], codec: Codec, weights: int
+    ledger: Store, entry: Entry, shares: Sequence[Share], codec: Codec, weights: int
 ) -> Float32Array | None:
     """What the entry's displacement decodes to, which is what its updates give."""
     added = entry.displacement
@@ -273,66 +266,6 @@ def _words(term: Term | None) -> str:
     return f"{age}lane {term.lane}, step {term.step}, coefficient {term.coefficient:.9g}"
 
 
-# --- a state folder -------------------------------------------------------------------------------------------------
-
-
-def verify_folder(
-    folder: Path,
-    *,
-    mask: Path | None = None,
-    model: Path | None = None,
-    base: str | None = None,
-    progress: Progress = lambda done, total: None,
-) -> Verified:
-    """Verify a server's state_dir: ledger, snapshots and difference.mkd; and an exported model, against its base.
-
-    Snapshots that are not there are passed over.
-
-    Args:
-        folder: the state_dir.
-        mask: the run's mask file; default: the copy in the folder. The toy engine needs none.
-        model: folder of an exported model: of difference.mkd's version, or of the last where there is no such file.
-        base: what it was exported from: local folder or hub id.
-        progress: is told how many entries are done, of how many.
-
-    Raises:
-        LedgerError: there is no ledger, or it cannot be read.
-        MaskError: there is no mask file, or it cannot be read.
-        RunMismatch: something is not what the ledger says; names the first entry or file.
-        ModelMismatch: the exported model is not base and theta, or does not load as such; names what differs.
-        MissingExtra: there is a model, and PyTorch is not installed; or its mask is an adapter's, and peft is not.
-    """
-    with closing(Ledger.read(folder / LEDGER_FILE)) as ledger:
-        run = run_of(ledger)
-        found = mask_of(folder, run, mask)
-        looks, snapshots, files = defaultdict[int, list[Look]](list), list[str](), list[str]()
-        for kept in ledger.snapshots():
-            looks[kept.version].append(_snapshot_look(snapshot_file(folder, kept.version), kept, run, snapshots))
-        exported = ledger.version
-        if (folder / DIFFERENCE_FILE).exists():
-            exported, look = _difference_look(ledger, folder / DIFFERENCE_FILE, run)
-            looks[exported].append(look)
-            files.append(DIFFERENCE_FILE)
-        if model is not None and base is not None:
-            looks[exported].append(_model_look(model, base, found, run.task))
-            files.append(str(model))
-        return replace(verify_ledger(ledger, found, progress, looks), files=(*snapshots, *files))
-
-
-def mask_of(folder: Path, run: RunDescriptor, named: Path | None = None) -> Mask:
-    """The mask of the run in a state_dir: the file named, or the copy in the folder.
-
-    Raises:
-        MaskError: there is no such file, or it cannot be read.
-    """
-    if named is None and run.engine == "toy":
-        return toy_mask(run.weights)
-    file = named or mask_file(folder, run.mask_hash)
-    if not file.exists():
-        raise MaskError(str(file), "is missing", "name the run's mask file with --mask")
-    return Mask.load(file)
-
-
 def check_mask(mask: Mask, run: RunDescriptor) -> None:
     """Refuse the mask of another run.
 
@@ -343,62 +276,32 @@ def check_mask(mask: Mask, run: RunDescriptor) -> None:
         raise RunMismatch("mask", f"has hash {mask.hash.hex()}, the run's is {run.mask}", "give the run's mask file")
 
 
-def _snapshot_look(file: Path, kept: KeptSnapshot, run: RunDescriptor, files: list[str]) -> Look:
+def snapshot_look(ledger: Store, kept: KeptSnapshot, run: RunDescriptor, files: list[str]) -> Look:
     """Adds its name to `files`; one that is lost, or that a running server has replaced meanwhile, is passed over."""
+
+    name = ledger.snapshot_name(kept.version)
 
     def look(theta: Float32Array, head: bytes) -> None:
         try:
-            found = decode_snapshot(file.read_bytes(), kept.hash, run.weights)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise RunMismatch(str(file), f"cannot be read ({error.strerror})", ALTERED) from error
+            blob = ledger.snapshot(kept)
+            if blob is None:
+                return
+            found = decode_snapshot(blob, kept.hash, run.weights)
+        except LedgerError as error:
+            raise RunMismatch(name, error.problem, ALTERED) from error
         except WireError as error:
-            raise RunMismatch(str(file), f"{error.where} {error.problem}", ALTERED) from error
+            raise RunMismatch(name, f"{error.where} {error.problem}", ALTERED) from error
         if (found.run_id, found.version, found.head) != (run.run_id, kept.version, head):
-            raise RunMismatch(str(file), f"is not of this run's version {kept.version}", ALTERED)
-        _compare(file, digest(found.theta), kept.version, theta)
-        files.append(file.name)
+            raise RunMismatch(name, f"is not of this run's version {kept.version}", ALTERED)
+        compare(name, digest(found.theta), kept.version, theta)
+        files.append(Path(name).name)
 
     return look
 
 
-def _difference_look(ledger: Ledger, file: Path, run: RunDescriptor) -> tuple[int, Look]:
-    """Its version, and the look at it; keeps of it no more than its digest."""
-    try:
-        found = Difference.load(file)
-    except ModelError as error:
-        raise RunMismatch(error.where, error.problem, ALTERED) from error
-    if found.run_id != run.run_id:
-        raise RunMismatch(str(file), f"is of run {found.run_id.hex()[:8]}, the ledger of run {run.run[:8]}", ALTERED)
-    if found.version > ledger.version:
-        problem = f"is of version {found.version}, but the ledger ends at version {ledger.version}"
-        remedy = "if the ledger was put back to a backup, move this file elsewhere: the server leaves it anew"
-        raise RunMismatch(str(file), problem, remedy)
-    version, its_digest = found.version, digest(found.theta)
-    return version, lambda theta, head: _compare(file, its_digest, version, theta)
-
-
-def _compare(file: Path, found: bytes, version: int, theta: Float32Array) -> None:
+def compare(file: str, found: bytes, version: int, theta: Float32Array) -> None:
+    """Refuse a file whose theta is not the ledger's of that version."""
     expected = digest(theta)
     if found != expected:
         problem = f"holds a theta of digest {found.hex()}; the ledger's of version {version} has {expected.hex()}"
-        raise RunMismatch(str(file), problem, ALTERED)
-
-
-def _model_look(model: Path, base: str, mask: Mask, task: Task | None) -> Look:
-    """The bytes of the model first, then what loads."""
-    with importing("model", "meerkat verify --model"):
-        from meerkat_mq.engines.torch.adapter import adapter_pairs  # noqa: PLC0415
-        from meerkat_mq.engines.torch.export import check_export  # noqa: PLC0415
-        from meerkat_mq.engines.torch.proof import check_loaded  # noqa: PLC0415
-
-    if adapter_pairs(mask):
-        need("lora", "a LoRA adapter")
-
-    def look(theta: Float32Array, head: bytes) -> None:
-        check_export(model, base, mask, theta)
-        if task is not None:
-            check_loaded(model, base, mask, theta, task)
-
-    return look
+        raise RunMismatch(file, problem, ALTERED)

@@ -13,7 +13,6 @@ from meerkat_mq.core.path import Displacement, Term
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.errors import LedgerUnavailable
 from meerkat_mq.ledger.displacement import mean_of
-from meerkat_mq.ledger.files import keep_mask
 from meerkat_mq.ledger.recovery import follow, resumed
 from meerkat_mq.ledger.rows import Sighting
 from meerkat_mq.ledger.run import Run
@@ -25,7 +24,6 @@ from meerkat_mq.rounds.records import Share, UpdateRecord, Verdict
 from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.server.patience import patiently
 from meerkat_mq.server.succession import Past
-from meerkat_mq.wire.arrays import chunks_of, split
 from meerkat_mq.wire.frames import MAX_FRAME_BYTES, Update
 from meerkat_mq.wire.messages import Chunk, Entries, Header, Offer
 from meerkat_mq.wire.messages import Want as WantFrame
@@ -257,7 +255,7 @@ class Scribe:
         self._keep_mask()
 
     def _keep_mask(self) -> None:
-        self.spare.write("mask", lambda: keep_mask(self._ledger.path.parent, self._run.descriptor, self._run.mask))
+        self.spare.write("mask", lambda: self._ledger.keep_mask(self._run.mask))
 
     async def _answer(self, desk: Desk, want: Want) -> None:
         with suppress(LedgerUnavailable):  # a node asks again
@@ -271,12 +269,7 @@ class Scribe:
                         desk.reply(node, chunk)
 
     def _chunks(self, header: Header, want: WantFrame) -> list[Chunk]:
-        """Of a snapshot or of an entry's displacement, at most 64; none of anything else."""
-        blob = self._ledger.displacement(want.blob) if want.blob is not None else None
-        if want.blob is None or blob is None:
-            return list(self._snapshots.chunks(header, want))
-        chunks = split(header, want.blob, blob)
-        return [chunks[index] for index in chunks_of(want, len(chunks))]
+        return list(self._snapshots.chunks(header, want))
 
     def _help(self, header: Header, first: int) -> Entries | Offer | None:
         """A snapshot's offer where that is cheaper, else as many entries as a reply takes."""

@@ -59,7 +59,7 @@ async def serve(config: ServerConfig, *, replace: bool = False, observer: Observ
         try:
             run = await patiently(lambda: off_the_loop(worker, _prepare, config, ledger))
             evaluator = await asyncio.to_thread(_load_evaluator, config, run)
-            snapshots = Snapshots(config.state_dir, ledger, run.descriptor)
+            snapshots = Snapshots(ledger, run.descriptor)
             replica = await patiently(lambda: off_the_loop(worker, recovered, ledger, run, snapshots))
             scribe = await off_the_loop(worker, Scribe, ledger, replica, run, snapshots, worker)
             every = config.evaluation.every if config.evaluation else 1

@@ -170,10 +170,8 @@ class Writer:
     def snapshot(self) -> Path:
         """Keep theta as it stands."""
         blob = encode_snapshot(RUN, self.replica.version, self.head, self.replica.theta)
-        file = snapshot_file(self.folder, self.replica.version)
-        file.write_bytes(blob)
-        self.ledger.commit_snapshot(self.replica.version, short_hash(blob), len(blob))
-        return file
+        self.ledger.keep_snapshot(self.replica.version, blob)
+        return snapshot_file(self.folder, self.replica.version)
 
     def difference(self) -> Path:
         """Leave the model as it stands."""

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.errors import LedgerError
 from meerkat_mq.ledger.recovery import resumed
-from meerkat_mq.ledger.rows import pack_products, unpack_products
 from meerkat_mq.ledger.run import Run
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
+from meerkat_mq.ledger.sqlite_rows import pack_products, unpack_products
 from meerkat_mq.rounds.records import Judgement
 from tests.ledger.ledgers import Writer, alter, close_all
 from tests.ledger.test_ledger import ENTRY, begin, record

@@ -71,7 +71,7 @@ def test_what_is_kept_comes_back_also_to_another_reader(ledger: Ledger, path: Pa
     ledger.commit_sightings([Sighting("node-a", 7, "h", "lost", 30, 12.0, 1, 50)])
     ledger.commit_metrics(2, {"accuracy": 0.5, "loss": 1.5})
     for version in (2, 3, 4):
-        ledger.commit_snapshot(version, bytes([version] * 16), version * 10)
+        ledger.keep_snapshot(version, bytes([version] * 16))
     with closing(Ledger.read(path)) as reader:
         for found in (ledger, reader):
             assert found.run == ledger.run is not None
@@ -145,7 +145,7 @@ def test_whoever_takes_a_term_fences_all_before(ledger: Ledger, path: Path) -> N
             lambda: ledger.commit_slot("node-c", 2, 0),
             lambda: ledger.commit_sightings([]),
             lambda: ledger.commit_metrics(0, {"loss": 1.0}),
-            lambda: ledger.commit_snapshot(1, bytes(16), 1),
+            lambda: ledger.keep_snapshot(1, bytes(16)),
             lambda: ledger.take_term(100, "a" * 16, "here"),
         ]
         for write in writes:

@@ -151,7 +151,7 @@ def written(folder: Path, count: int = 6, **what: Any) -> tuple[Writer, Run]:
 
 
 def recover(writer: Writer, run: Run) -> Replica:
-    return recovered(writer.ledger, run, Snapshots(writer.folder, writer.ledger, writer.run))
+    return recovered(writer.ledger, run, Snapshots(writer.ledger, writer.run))
 
 
 def test_recovery_adds_the_displacements(tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ import pytest
 from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.errors import LedgerError, RunMismatch
 from meerkat_mq.ledger import sqlite_file
+from meerkat_mq.ledger.folder import verify_folder
 from meerkat_mq.ledger.inspect import run_shown
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
-from meerkat_mq.ledger.verify import verify_folder, verify_ledger
+from meerkat_mq.ledger.verify import verify_ledger
 from tests.ledger.ledgers import Writer, alter, close_all
 
 KEPT = {

@@ -15,8 +15,9 @@ from meerkat_mq.core.path import Term, digest
 from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.errors import LedgerError, MaskError, ModelMismatch, ModelNotFound, RunMismatch
 from meerkat_mq.ledger.files import mask_file
+from meerkat_mq.ledger.folder import verify_folder
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
-from meerkat_mq.ledger.verify import verify_folder, verify_ledger
+from meerkat_mq.ledger.verify import verify_ledger
 from meerkat_mq.rounds.policy import terms_of
 from meerkat_mq.rounds.records import Verdict
 from meerkat_mq.wire.difference import Difference
@@ -112,7 +113,7 @@ def test_a_server_may_write_meanwhile(tmp_path: Path) -> None:
                 writer.round()
                 writer.snapshot()
             writer.difference()
-            old.unlink()
+            assert not old.exists()
         assert total == 3
 
     found = verify_folder(tmp_path, progress=write_on)

@@ -12,7 +12,7 @@ from meerkat_mq.core.directions import direction
 from meerkat_mq.core.mask import Mask, MaskedMatrix
 from meerkat_mq.core.path import seed_for
 from meerkat_mq.errors import RunMismatch
-from meerkat_mq.ledger.verify import verify_folder
+from meerkat_mq.ledger.folder import verify_folder
 from meerkat_mq.rounds.records import Verdict
 from tests.ledger.ledgers import RUN, Writer, alter, close_all, write
 

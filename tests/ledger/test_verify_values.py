@@ -12,10 +12,10 @@ import pytest
 
 from meerkat_mq.core.path import Displacement, digest, short_hash
 from meerkat_mq.errors import RunMismatch
+from meerkat_mq.ledger.folder import verify_folder
 from meerkat_mq.ledger.inspect import path_shown, round_shown, run_shown
 from meerkat_mq.ledger.rebuild import rebuilt_path
 from meerkat_mq.ledger.sqlite import LEDGER_FILE
-from meerkat_mq.ledger.verify import verify_folder
 from meerkat_mq.rounds.records import Verdict
 from meerkat_mq.wire.values import encode_values
 from tests.ledger.ledgers import WEIGHTS, Writer, alter, alter_entry, close_all, write

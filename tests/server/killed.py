@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from meerkat_mq.ledger import snapshots, sqlite_file
+from meerkat_mq.ledger import snapshot_files, sqlite_file
 from meerkat_mq.ledger.sqlite import Ledger
 from meerkat_mq.server.__main__ import command
 from meerkat_mq.wire import difference
@@ -26,8 +26,8 @@ POINTS: dict[str, tuple[Any, str]] = {
     "blob": (Ledger, "keep_blob"),
     "entry": (Ledger, "commit_entry"),
     "sightings": (Ledger, "commit_sightings"),
-    "snapshot row": (Ledger, "commit_snapshot"),
-    "snapshot file": (snapshots, "write_atomically"),
+    "snapshot row": (Ledger, "_commit_snapshot"),
+    "snapshot file": (snapshot_files, "write_atomically"),
     "difference": (difference, "write_atomically"),
 }
 

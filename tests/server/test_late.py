@@ -41,7 +41,7 @@ async def test_theta_is_the_ledgers_when_the_term_is_taken(tmp_path: Path) -> No
         def late() -> Scribe:
             ledger = Ledger.open(tmp_path / LEDGER_FILE)
             OPEN.append(ledger)
-            snapshots = Snapshots(tmp_path, ledger, run.descriptor)
+            snapshots = Snapshots(ledger, run.descriptor)
             return Scribe(ledger, recovered(ledger, run, snapshots), run, snapshots, worker)
 
         scribe = await asyncio.get_running_loop().run_in_executor(worker, late)

@@ -14,8 +14,8 @@ from meerkat_mq.core.path import digest
 from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.errors import RunMismatch
 from meerkat_mq.ledger.displacement import verdict_on
+from meerkat_mq.ledger.folder import verify_folder
 from meerkat_mq.ledger.run import Run, check_same, trust_in_words
-from meerkat_mq.ledger.verify import verify_folder
 from meerkat_mq.rounds.guards import on_arrival
 from meerkat_mq.rounds.records import Verdict
 from meerkat_mq.server.run import prepare_run

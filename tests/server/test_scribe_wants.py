@@ -105,12 +105,12 @@ def taken(entries: list[Entry]) -> list[Entry]:
 async def test_no_more_entries_are_decoded_than_the_reply_takes(
     ledger: Ledger, run: Run, monkeypatch: pytest.MonkeyPatch, sizes: list[int], first: int
 ) -> None:
-    replica = recovered(ledger, run, Snapshots(ledger.path.parent, ledger, run.descriptor))
+    replica = recovered(ledger, run, Snapshots(ledger, run.descriptor))
     entries = fill(ledger, sizes)
     seen = decoded(monkeypatch)
     header = Header.of(run.descriptor.run_id, 1, len(entries), run.mask.hash)
     with ThreadPoolExecutor(1) as worker:
-        snapshots = Snapshots(ledger.path.parent, ledger, run.descriptor)
+        snapshots = Snapshots(ledger, run.descriptor)
         scribe, desk = Scribe(ledger, replica, run, snapshots, worker), Desk(header)
         scribe.put(e.SendEntries("node", first))
         task = asyncio.create_task(scribe.run(desk))

@@ -90,7 +90,7 @@ class Office:
         self.config = ServerConfig(federation="f", state_dir=folder, engine="toy", toy_weights=10, values=values)
         self.ledger = BusyLedger.open(folder / LEDGER_FILE)
         self.run = prepare_run(self.config)
-        self.snapshots = Snapshots(folder, self.ledger, self.run.descriptor)
+        self.snapshots = Snapshots(self.ledger, self.run.descriptor)
         self.replica = recovered(self.ledger, self.run, self.snapshots)
         self.scribe = Scribe(self.ledger, self.replica, self.run, self.snapshots, worker)
         self.desk = Desk(self.run)

@@ -1,0 +1,312 @@
+"""What a ledger promises to whoever uses it.
+
+A ledger holds one run: its description, its terms, its nodes, its entries in order, the updates, what was measured and
+judged, and snapshots of theta. Mask and entries are the model. Everything else is kept so that a server can go on, and
+so that anybody can check what the entries say. `ledger.sqlite` keeps it in a file, `worlds.store` in memory;
+`tests/ledger/test_contract.py` holds both to what is written here.
+
+**Durable.** A commit is a method that changes the ledger. When it returns, what it was given outlives the process, and
+for SQLite a power cut. So nobody is told of anything before its commit is back. What a killed process had not committed
+is as if it had never been.
+
+**All or nothing.** A commit is one transaction, or part of the `group` around it. A group is kept whole or not at all,
+and whoever reads never sees half of one. A commit that raises changes nothing: it can be tried again. It raises
+LedgerUnavailable where that may help, any other LedgerError where it will not.
+
+**The fence.** A server takes a term, which is higher than every earlier one. From then on each of its commits asserts,
+in the transaction of the commit itself, that its term is still the newest; else it raises AnotherServer and changes
+nothing. So of two servers on one ledger, only the one that took the newest term can write. A store that took no term is
+not fenced: it begins runs and takes a term. A term belongs to the store object that took it, which is one a process.
+This locks out a server that is outdated. It is no consensus: a lost ledger is a lost run.
+
+**Order.** Entries are numbered from 0 without a gap, and one is committed after the one before it. Their hashes chain
+them, which `verify` checks; a store does not. Slots are committed before updates that name them, and updates before the
+entry that takes them, in the same group at the latest.
+
+**The first one wins.** An update is identified by (run, version, node). The first one committed stays. Another one of
+the same identity is refused with LedgerError, and its group with it: a server answers repeated updates from what it
+knows, and does not commit them. An update belongs to at most one entry.
+
+**What is forgotten.** Entries, terms, slots, judgements and the updates in entries stay. When an entry is committed,
+the updates go that are in no entry and too old for the next one, and the displacements that no update and no entry
+names. A new term drops unnamed displacements too. Of snapshots the newest two stay.
+
+**Snapshots** are a convenience: one can be lost, torn or stale, and whoever reads it compares its hash. Bytes come
+first, then the row that names them, then what no row names is removed. A crash in between leaves bytes that nobody
+knows, which `sweep` removes.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from itertools import accumulate, groupby, takewhile
+from typing import Any, Final, Protocol
+
+from meerkat_mq.core.directions import Float32Array
+from meerkat_mq.core.mask import Mask
+from meerkat_mq.core.path import Entry
+from meerkat_mq.core.replica import Change
+from meerkat_mq.errors import LedgerError, WireError
+from meerkat_mq.ledger.rows import Closed, KeptSnapshot, NodeRow, Products, Sighting, Term
+from meerkat_mq.rounds.policy import RoundSettings
+from meerkat_mq.rounds.records import Judgement, UpdateRecord
+from meerkat_mq.wire.descriptor import RunDescriptor
+from meerkat_mq.wire.entries import entry_bytes
+from meerkat_mq.wire.values import decode_values
+
+SNAPSHOTS_KEPT: Final = 2
+
+
+class Store(Protocol):
+    """A run's ledger. Every method blocks; one thread at a time may call them.
+
+    Every method raises LedgerError where the ledger cannot be read or written; every commit raises AnotherServer where
+    it holds the term of another server. What has a body here follows from the rest.
+    """
+
+    # --- commits ---
+
+    def group(self) -> AbstractContextManager[None]:
+        """One transaction around several commits. Inside another group, a part of that one."""
+
+    @property
+    def in_charge(self) -> bool:
+        """Whether the newest term is the one that this object took."""
+
+    def begin(self, descriptor: RunDescriptor, rules: Mapping[str, Any]) -> None:
+        """Make this the ledger of a run; `rules` are those of its first start, as JSON takes them.
+
+        Raises:
+            AnotherServer: it is the ledger of a run by now.
+        """
+
+    def take_term(self, above: int, server_id: str, host: str) -> int:
+        """Take, for this server, the term after the ledger's newest and `above`; fences all earlier servers."""
+
+    def checkpoint(self) -> None:
+        """Bring all commits into the main file, where there are several: a copy of it alone is no older than this."""
+
+    def commit_slot(self, node: str, slot: int, version: int) -> None:
+        """Keep a node's slot, given at theta's version."""
+
+    def commit_updates(self, records: Iterable[UpdateRecord]) -> None:
+        """Keep updates, refused ones too."""
+
+    def keep_blob(self, blob: bytes) -> bytes:
+        """Keep a displacement, a node's or that of the next entry; returns its hash.
+
+        The next `commit_entry` forgets it, unless an update or that entry names it by then.
+        """
+
+    def commit_entry(
+        self,
+        entry: Entry,
+        records: Sequence[UpdateRecord],
+        asked: int,
+        overdue: bool,
+        *,
+        products: Products = (),
+        judgements: Sequence[Judgement] = (),
+    ) -> None:
+        """Keep an entry, and which updates closed with it, with what verdicts; those now too old for any entry go.
+
+        Args:
+            entry: of the ledger's version.
+            records: every update that closed with it.
+            asked: how many nodes were asked.
+            overdue: whether the deadline closed the round.
+            products: ⟨g_p, z⟩ by lane and step; empty where the run does not measure GradIP.
+            judgements: what a calibration round showed of nodes in `records`.
+        """
+
+    def commit_sightings(self, sightings: Iterable[Sighting]) -> None:
+        """Keep news of nodes; those without a slot are passed over."""
+
+    def commit_metrics(self, version: int, metrics: Mapping[str, float]) -> None:
+        """Keep what theta of a version was found to be worth."""
+
+    def keep_mask(self, mask: Mask) -> None:
+        """Keep a copy of the begun run's mask, where the ledger is one that people verify later."""
+
+    def close(self) -> None:
+        """Leave one whole ledger."""
+
+    # --- snapshots ---
+
+    def keep_snapshot(self, version: int, blob: bytes) -> None:
+        """Keep a snapshot's bytes, then its hash and size; all but the newest two go."""
+
+    def snapshots(self) -> tuple[KeptSnapshot, ...]:
+        """What snapshots there are, newest first."""
+
+    def snapshot(self, kept: KeptSnapshot) -> bytes | None:
+        """The bytes of one as they are now, whatever became of them; None where they are gone."""
+
+    def has_whole(self, kept: KeptSnapshot) -> bool:
+        """Whether its bytes are there and undamaged; cheap where that was asked before."""
+
+    def snapshot_name(self, version: int) -> str:
+        """How messages name its bytes."""
+
+    def sweep(self) -> None:
+        """Remove the bytes of snapshots that the ledger does not know, and what an interrupted write left."""
+
+    # --- what there is to read ---
+
+    @property
+    def where(self) -> str:
+        """How messages name the ledger."""
+
+    @property
+    def run(self) -> RunDescriptor | None:
+        """The run as it was described at its first start; None before `begin`."""
+
+    @property
+    def rules(self) -> dict[str, Any]:
+        """The rules of the run's first start; none before `begin`. Sections that are newer than the run: defaults."""
+
+    @property
+    def created(self) -> float:
+        """Seconds since 1970 of the run's first start; 0 before."""
+
+    @property
+    def version(self) -> int:
+        """Number of entries, theta's committed version."""
+
+    def terms(self) -> tuple[Term, ...]:
+        """All terms, oldest first."""
+
+    def nodes(self) -> tuple[NodeRow, ...]:
+        """All nodes that have a slot, by slot."""
+
+    def closed(self, first: int, limit: int) -> tuple[Closed, ...]:
+        """At most `limit` entries from version `first` on, with how their rounds closed."""
+
+    def blob(self, name: bytes) -> bytes | None:
+        """A displacement as it was encoded, a node's or an entry's; None where there is none of this hash."""
+
+    def displacement(self, name: bytes) -> bytes | None:
+        """The same, of entries only: what a node sent is nobody else's business."""
+
+    def updates_of(self, first: int, last: int) -> list[tuple[int, UpdateRecord]]:
+        """The updates that closed with these entries, each with the entry's number; by entry, base version and slot."""
+
+    def open_updates(self) -> tuple[UpdateRecord, ...]:
+        """The updates that are in no entry yet and not too old for one, by base version and slot."""
+
+    def given_by(self, node: str, first: int, end: int) -> tuple[tuple[int | None, UpdateRecord], ...]:
+        """A node's updates from theta of versions `first` to `end` − 1, each with its entry; None while in none."""
+
+    def heard(self) -> dict[str, int]:
+        """Node to the newest version within the window from whose theta there is an update of it."""
+
+    def astray(self) -> object | None:
+        """The version of an update that is in an entry where it cannot be, or in none for too long; None: no such."""
+
+    def products(self, version: int, settings: RoundSettings) -> Products | None:
+        """⟨g_p, z⟩ of an entry, by lane and step; empty where nothing was measured, None where nothing was kept.
+
+        Nothing was kept by servers older than schema 2, and of a round that did not close.
+
+        Args:
+            version: of the entry.
+            settings: of the run: how many lanes a round has, and how many directions each.
+
+        Raises:
+            LedgerError: they are of another number of directions.
+        """
+
+    def judgements(self, version: int) -> tuple[Judgement, ...]:
+        """What a calibration round showed of the nodes, by slot; nothing of any other round."""
+
+    def newest_judgements(self) -> tuple[Judgement, ...]:
+        """The newest of each node, by slot.
+
+        Raises:
+            LedgerError: one of them is of a round that did not close.
+        """
+
+    def early_stopped_since(self) -> dict[str, int]:
+        """Early-stopped node to the calibration round from which on every one said so."""
+
+    def judged_while_open(self) -> object | None:
+        """The version of a judgement whose round did not close; None: there is none, as no server writes one."""
+
+    def metrics(self) -> dict[int, dict[str, float]]:
+        """Version to what was found, by name."""
+
+    # --- what follows ---
+
+    @property
+    def window(self) -> int:
+        """How many versions old an update's theta may be; 0 before `begin`."""
+        return 0 if self.run is None else self.run.max_staleness
+
+    @property
+    def term(self) -> int:
+        """The newest term; 0 before the first."""
+        return max((taken.term for taken in self.terms()), default=0)
+
+    def slots(self) -> dict[str, int]:
+        """Node to slot."""
+        return {node.node: node.slot for node in self.nodes()}
+
+    def entries(self, first: int, limit: int) -> tuple[Entry, ...]:
+        """At most `limit` entries from version `first` on."""
+        return tuple(closed.entry for closed in self.closed(first, limit))
+
+    def entries_within(self, first: int, limit: int, size: int) -> tuple[Entry, ...]:
+        """The same, of at most `size` encoded bytes together; the first one whatever its size."""
+        entries = self.entries(first, limit)
+        fit = sum(1 for _ in takewhile(lambda total: total <= size, accumulate(map(entry_bytes, entries))))
+        return entries[: max(1, fit)]
+
+    def stretch(self, first: int) -> tuple[int, int, int]:
+        """How many entries there are from version `first` on, their encoded bytes, and those of displacements."""
+        entries = self.entries(first, self.version)
+        displaced = sum(entry.displacement.size for entry in entries if entry.displacement is not None)
+        return len(entries), sum(map(entry_bytes, entries)), displaced
+
+    def changes(self, entries: Iterable[Entry], weights: int) -> Iterator[Change]:
+        """What `Replica.replay` takes of entries; one displacement is in memory at a time.
+
+        Args:
+            entries: of this ledger.
+            weights: n.
+
+        Raises:
+            LedgerError: a displacement is missing or damaged.
+        """
+        for entry in entries:
+            added = entry.displacement
+            yield entry.terms, None if added is None else self.values(added.blob, weights)
+
+    def values(self, name: bytes, weights: int) -> Float32Array:
+        """What a displacement that was kept decodes to, a node's or an entry's: float32 (n,).
+
+        Raises:
+            LedgerError: it is missing or damaged.
+        """
+        blob = self.blob(name)
+        if blob is None:
+            raise LedgerError(self.where, f"lacks the displacement {name.hex()}", "restore it from a backup")
+        try:
+            return decode_values(blob, name, weights)
+        except WireError as error:
+            problem = f"holds a displacement that no server writes ({error})"
+            raise LedgerError(self.where, problem, "restore it from a backup") from error
+
+    def records(self, entry: int) -> tuple[UpdateRecord, ...]:
+        """The updates that closed with an entry, by base version and slot."""
+        return tuple(record for _, record in self.updates_of(entry, entry))
+
+    def past(self, window: int) -> list[tuple[UpdateRecord, ...]]:
+        """The updates of the newest entries, oldest first; of those that have any."""
+        version = self.version
+        records = self.updates_of(version - window, version - 1)
+        return [tuple(record for _, record in group) for _, group in groupby(records, key=lambda found: found[0])]
+
+    def staleness(self, window: int) -> float | None:
+        """Mean age of the updates of the newest entries, in versions; None if they have none."""
+        version = self.version
+        ages = [entry - record.version for entry, record in self.updates_of(version - window, version - 1)]
+        return sum(ages) / len(ages) if ages else None
