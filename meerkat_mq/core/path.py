@@ -55,13 +55,10 @@ def coefficient(lr: float, scalars: Iterable[tuple[int, float]], total_weight: f
     Raises:
         BadValue: a weight out of range, a g_k or a result that is not finite.
     """
-    products = []
-    for weight, scalar in scalars:
-        if not 1 <= weight <= LARGEST_PRODUCT:
-            raise BadValue("weight", f"{weight} is outside 1…2**32")
-        if not math.isfinite(scalar):
-            raise BadValue("projected gradient", f"{scalar} is not finite")
-        products.append(weight * scalar)
+    weighted = list(scalars)
+    products = [weight * scalar for weight, scalar in weighted]
+    if not all(map(math.isfinite, products)) or not all(1 <= weight <= LARGEST_PRODUCT for weight, _ in weighted):
+        _refuse(weighted)
     if total_weight < 1:
         raise BadValue("total weight", f"{total_weight} is below 1")
     with np.errstate(over="ignore"):
@@ -69,6 +66,14 @@ def coefficient(lr: float, scalars: Iterable[tuple[int, float]], total_weight: f
     if not math.isfinite(value):
         raise BadValue("coefficient", f"{value} is not finite", "lower the learning rate")
     return value + 0.0  # −0 would be another entry hash for the same theta
+
+
+def _refuse(weighted: Iterable[tuple[int, float]]) -> None:
+    for weight, scalar in weighted:
+        if not 1 <= weight <= LARGEST_PRODUCT:
+            raise BadValue("weight", f"{weight} is outside 1…2**32")
+        if not math.isfinite(scalar):
+            raise BadValue("projected gradient", f"{scalar} is not finite")
 
 
 def apply(theta: Float32Array, z: Float32Array, c: float, scratch: Float32Array) -> None:

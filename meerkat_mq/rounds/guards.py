@@ -4,6 +4,9 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from itertools import chain, zip_longest
+from operator import add, gt, mul, sub
 
 from meerkat_mq.config import GuardsConfig
 from meerkat_mq.rounds.policy import MAX_STEP, applicable, lane_of
@@ -66,6 +69,64 @@ class Spread:
     def beyond(self, value: float, limit: float) -> bool:
         """Whether a value lies more than `limit` scales from the centre."""
         return abs(value - self.centre) > limit * self.scale
+
+
+@dataclass(slots=True)
+class Near:
+    """Within the limit of each step, as most updates are: they need no closer look."""
+
+    centres: list[float]
+    widths: list[float]
+
+    @classmethod
+    def of(cls, spreads: Sequence[Spread | None], limit: float) -> "Near":
+        """Of the first steps: those with a spread."""
+        known = [spread for spread in spreads if spread is not None]
+        return cls([spread.centre for spread in known], [limit * spread.scale for spread in known])
+
+    def holds(self, scalars: Sequence[float]) -> bool:
+        """Whether these projected gradients are all near."""
+        distances = map(abs, map(sub, scalars, self.centres))
+        return len(scalars) <= len(self.centres) and not any(map(gt, distances, self.widths))
+
+
+@dataclass(slots=True)
+class Column:
+    """Some nodes' projected gradients of one step.
+
+    Attributes:
+        size: how many.
+        largest: magnitude.
+        median: of all.
+        low, high: the greatest of which the others have the medians `below` and `between`.
+        below: the median of the others, without a value up to `low`.
+        between: without one above it, up to `high`.
+        above: without one above that.
+    """
+
+    size: int
+    largest: float
+    median: float
+    low: float
+    high: float
+    below: float
+    between: float
+    above: float
+
+    @classmethod
+    def of(cls, ordered: Sequence[float]) -> "Column":
+        """Of sorted values; not empty."""
+        size, largest, middle = len(ordered), max(-ordered[0], ordered[-1]), median(ordered)
+        if size == 1:
+            return cls(size, largest, middle, middle, middle, middle, middle, middle)
+        low, high = (size - 2) // 2, (size - 1) // 2
+        below, between = (ordered[low + 1] + ordered[high + 1]) / 2, (ordered[low] + ordered[high + 1]) / 2
+        above = (ordered[low] + ordered[high]) / 2
+        return cls(size, largest, middle, ordered[low], ordered[high], below, between, above)
+
+    def without(self, value: float) -> float:
+        """The median of the others, without one of these values."""
+        return self.above if value > self.high else self.below if value <= self.low else self.between
 
 
 @dataclass(slots=True)
@@ -175,12 +236,14 @@ class Guard:
         if len(self._rounds) == self._config.window:
             self._forget(self._rounds.popleft())
         self._rounds.append(records)
-        values = _scalars(_accepted(records))
-        self._typical.append(median_magnitude(values) if values else None)
         comparisons: dict[Place, Comparison | None] = {}
+        ordered: list[list[float]] = []
         for members in self._by_lane(records).values():
-            columns = _columns(_accepted(members))
+            values = _columns(_accepted(members))
+            ordered += values
+            columns = [Column.of(column) for column in values]
             comparisons |= {place(record): _compare(record, columns) for record in members}
+        self._typical.append(median_magnitude(chain.from_iterable(ordered)) if ordered else None)
         for record in records:
             self._nodes.setdefault(record.node, NodePast()).add(record, comparisons.get(place(record)))
 
@@ -229,13 +292,14 @@ class Guard:
         """Updates with outliers."""
         window = sorted([typical for typical in self._typical if typical is not None])
         typical = median(window) if window else 0.0
-        overall = self._overall(candidates, typical, len(window))
+        lanes = [(members, _columns(members)) for members in self._by_lane(candidates).values()]
+        few = any(len(column) < FEWEST_IN_LANE for _, columns in lanes for column in columns)
+        overall = self._overall(candidates, typical, len(window)) if few else None
         found = []
-        for members in self._by_lane(candidates).values():
-            spreads = [
-                Spread.of(column, typical) if len(column) >= FEWEST_IN_LANE else overall for column in _columns(members)
-            ]
-            found += [place(record) for record in members if self._is_outlier(record, spreads)]
+        for members, columns in lanes:
+            spreads = [Spread.of(column, typical) if len(column) >= FEWEST_IN_LANE else overall for column in columns]
+            near = Near.of(spreads, self._config.outlier)
+            found += [place(record) for record in members if self._is_outlier(record, spreads, near)]
         return found
 
     def _overall(self, candidates: Sequence[UpdateRecord], typical: float, rounds: int) -> Spread | None:
@@ -246,9 +310,11 @@ class Guard:
             return None
         return Spread(0.0, SIGMAS * typical)
 
-    def _is_outlier(self, record: UpdateRecord, spreads: Sequence[Spread | None]) -> bool:
+    def _is_outlier(self, record: UpdateRecord, spreads: Sequence[Spread | None], near: Near) -> bool:
         past = self._nodes.get(record.node)
         trusted = past is None or past.refused < max(FLAGGED_AT, TRUSTED * len(past.records))
+        if trusted and near.holds(record.scalars):
+            return False
         limit = self._config.outlier * (1.0 if trusted else DISTRUST)
         far = [
             (scalar, lane)
@@ -278,33 +344,30 @@ def _scalars(records: Iterable[UpdateRecord]) -> list[float]:
 
 def _columns(records: Sequence[UpdateRecord]) -> list[list[float]]:
     """The records' projected gradients, sorted, by step."""
-    longest = max([len(record.scalars) for record in records], default=0)
-    return [
-        sorted([record.scalars[step] for record in records if step < len(record.scalars)]) for step in range(longest)
-    ]
+    steps = zip_longest(*[record.scalars for record in records])
+    return [sorted([scalar for scalar in step if scalar is not None]) for step in steps]
 
 
-def _compare(record: UpdateRecord, columns: Sequence[Sequence[float]]) -> Comparison | None:
+def _compare(record: UpdateRecord, columns: Sequence[Column]) -> Comparison | None:
     """With the lane's others, in the steps where there are three; what is far out is cut to the lane's size."""
     if record.verdict == Verdict.NOT_FINITE:
         return None
     among = record.verdict in NOT_REFUSED
-    xy, xx, yy, agreed, opposed = 0.0, 0.0, 0.0, 0, 0
-    for scalar, column in zip(record.scalars, columns, strict=False):
-        if len(column) - among >= FEWEST_IN_LANE:
-            largest = max(-column[0], column[-1])
-            x, y = max(-largest, min(scalar, largest)), _median_of_others(scalar, column, among)
-            xy, xx, yy = xy + x * y, xx + x * x, yy + y * y
-            agreed += x * y > 0
-            opposed += x * y < 0
-    return Comparison(xy, xx, yy, agreed, opposed) if agreed + opposed else None
-
-
-def _median_of_others(scalar: float, column: Sequence[float], among: bool) -> float:
-    """The median of a sorted column, without one `scalar` where that is among them."""
-    others = len(column) - among
-    low, high = (others - 1) // 2, others // 2
+    used = [column for column in columns if column.size - among >= FEWEST_IN_LANE]  # the first steps: none is skipped
+    own = zip(record.scalars, used, strict=False)
     if among:
-        low += column[low] >= scalar
-        high += column[high] >= scalar
-    return (column[low] + column[high]) / 2
+        xs: Sequence[float] = record.scalars[: len(used)]
+        ys = [column.without(scalar) for scalar, column in own]
+    else:
+        xs = [max(-column.largest, min(scalar, column.largest)) for scalar, column in own]
+        ys = [column.median for column in used[: len(xs)]]
+    products = list(map(mul, xs, ys))
+    agreed, opposed = sum(map((0.0).__lt__, products)), sum(map((0.0).__gt__, products))
+    if not agreed + opposed:
+        return None
+    return Comparison(_sum(products), _sum(map(mul, xs, xs)), _sum(map(mul, ys, ys)), agreed, opposed)
+
+
+def _sum(values: Iterable[float]) -> float:
+    """One after the other, as a loop adds: `sum` adds otherwise from Python 3.12 on."""
+    return reduce(add, values, 0.0)

@@ -271,10 +271,13 @@ def terms_of(records: Sequence[UpdateRecord], settings: RoundSettings, version: 
     terms = []
     for (age, lane), members in sorted(lanes.items()):
         part = settings.staleness_weight(age)
-        for step in range(max(len(record.scalars) for record in members)):
-            walked = [record for record in members if step < len(record.scalars)]
+        lengths = {len(record.scalars) for record in members}
+        for step in range(max(lengths)):
+            if step == 0 or step in lengths:  # fewer have walked this step
+                walked = [record for record in members if step < len(record.scalars)]
+                lane_weight = sum([record.weight for record in walked])
             kept = trimmed(walked, step, trim)
-            lane_weight, kept_weight = sum(record.weight for record in walked), sum(record.weight for record in kept)
+            kept_weight = lane_weight if kept is walked else sum([record.weight for record in kept])
             scalars = [(record.weight * part, record.scalars[step]) for record in kept]
             c = coefficient(settings.lr / settings.perturbations, scalars, total * kept_weight / lane_weight)
             if c != 0.0:
