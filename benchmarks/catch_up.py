@@ -35,13 +35,13 @@ from meerkat_mq.ledger.run import Run
 from meerkat_mq.ledger.snapshots import Snapshots
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.mqtt import Message
-from meerkat_mq.mqtt.message import packet_bytes
 from meerkat_mq.observe.logs import LogLevel, configure_logs
 from meerkat_mq.rounds.catch_up import DIGEST_NS, LINK_BYTES_A_SECOND, LOAD_NS, REPLAY_NS
 from meerkat_mq.rounds.policy import terms_of
 from meerkat_mq.rounds.records import UpdateRecord
 from meerkat_mq.server.run import prepare_run
 from meerkat_mq.wire.frames import decode
+from meerkat_mq.wire.limits import packet_bytes
 from meerkat_mq.wire.messages import Entries, Offer
 from meerkat_mq.wire.snapshot import decode_snapshot, encode_snapshot
 from tests.server.federation import NAME, TOPICS, Federation, Service

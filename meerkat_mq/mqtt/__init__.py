@@ -1,9 +1,9 @@
 """Sessions over MQTT 3.1.1: reconnect, outbox, presence."""
 
 from meerkat_mq.mqtt.marker import Marker
-from meerkat_mq.mqtt.message import Count, Message, Will, packet_bytes
+from meerkat_mq.mqtt.message import Count, Message, Will
 from meerkat_mq.mqtt.presence import Presence, Verdict
 from meerkat_mq.mqtt.session import Session
 from meerkat_mq.mqtt.timeouts import Timeouts
 
-__all__ = ["Count", "Marker", "Message", "Presence", "Session", "Timeouts", "Verdict", "Will", "packet_bytes"]
+__all__ = ["Count", "Marker", "Message", "Presence", "Session", "Timeouts", "Verdict", "Will"]

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from meerkat_mq.wire.limits import packet_bytes
+
 
 @dataclass(frozen=True)
 class Message:
@@ -39,9 +41,3 @@ class Count:
         self.messages += 1
         self.payload_bytes += len(payload)
         self.packet_bytes += packet_bytes(topic, payload, qos)
-
-
-def packet_bytes(topic: str, payload: bytes, qos: int) -> int:
-    """Size of an MQTT 3.1.1 PUBLISH packet: fixed header, topic, packet id (QoS 1), payload."""
-    rest = 2 + len(topic.encode()) + (2 if qos else 0) + len(payload)
-    return 1 + (1 if rest < 128 else 2 if rest < 16_384 else 3 if rest < 2_097_152 else 4) + rest

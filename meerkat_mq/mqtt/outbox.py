@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from meerkat_mq.errors import MeerkatError, NotConnected
-from meerkat_mq.mqtt.message import packet_bytes
+from meerkat_mq.wire.limits import packet_bytes
 
 _JUST_NOW_S = 0.1
 _OVERHEAD_BYTES = 512  # what one waiting message costs besides its payload

@@ -14,12 +14,13 @@ from meerkat_mq.errors import BrokerError, NotConnected, PayloadTooLarge
 from meerkat_mq.mqtt.connection import Connection
 from meerkat_mq.mqtt.ends import Lost, Refused, Sending
 from meerkat_mq.mqtt.marker import Marker
-from meerkat_mq.mqtt.message import Count, Message, Will, packet_bytes
+from meerkat_mq.mqtt.message import Count, Message, Will
 from meerkat_mq.mqtt.outbox import Outbox, Outgoing
 from meerkat_mq.mqtt.own_topic import OwnTopic
 from meerkat_mq.mqtt.probe import takes_without_will
 from meerkat_mq.mqtt.timeouts import Timeouts
 from meerkat_mq.mqtt.trouble import Trouble, bound
+from meerkat_mq.wire.limits import packet_bytes
 
 _TIMEOUTS = Timeouts()
 

@@ -1,7 +1,7 @@
 """The open round: who is asked, what came, and its frame."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from meerkat_mq.core.path import Entry
 from meerkat_mq.rounds.early_stopping import EarlyStopping
@@ -9,6 +9,7 @@ from meerkat_mq.rounds.events import CommitEntry
 from meerkat_mq.rounds.policy import ANNOUNCE_AT, RoundSettings, deadline_length
 from meerkat_mq.rounds.records import Outcome, UpdateRecord, Verdict
 from meerkat_mq.wire.frames import Header, Round
+from meerkat_mq.wire.limits import round_room
 
 PAIRS = 16_000  # of slots and numbers in a frame: 16,371 fit beside whole bitmaps and an entry of 16 KiB
 
@@ -135,14 +136,14 @@ def round_frame(
         early: who does fewer steps.
         current: None while none is open.
         acknowledged: slot to the newest base version of a committed update.
-        entries: the newest.
+        entries: the newest; those stay that have room.
     """
     version = header.version
     steps, asked = settings.steps_of(version), current.asked if current else {}
     deadline_s = current.deadline_s if current else deadline_length(settings, version, 0)
     fewer = sorted((asked[node], early.steps_of(version, node)) for node in early.nodes if node in asked)
     short = tuple(pair for pair in fewer if pair[1] < steps)
-    return Round(
+    frame = Round(
         header,
         is_open=current is not None,
         steps=steps,
@@ -153,9 +154,10 @@ def round_frame(
         asked=frozenset(asked.values()),
         heard=frozenset(slot for slot, base in acknowledged.items() if base == version),
         short=short,
-        entries=entries,
-        heard_before=_ages(acknowledged, version, settings.acknowledged, room=max(0, PAIRS - len(short))),
     )
+    entries, pairs = round_room(frame, entries, settings.frame_bytes)
+    ages = _ages(acknowledged, version, settings.acknowledged, room=min(pairs, max(0, PAIRS - len(short))))
+    return replace(frame, entries=entries, heard_before=ages)
 
 
 def _ages(acknowledged: Mapping[int, int], version: int, oldest: int, *, room: int) -> tuple[tuple[int, int], ...]:

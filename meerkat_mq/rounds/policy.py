@@ -11,7 +11,7 @@ from meerkat_mq.config import EarlyStoppingConfig, GuardsConfig
 from meerkat_mq.core.path import Entry, Term, coefficient, seeds_of
 from meerkat_mq.errors import ConfigError
 from meerkat_mq.rounds.records import Share, UpdateRecord, Verdict
-from meerkat_mq.wire.frames import MAX_STEPS, Reason, Update, entry_bytes, most_terms
+from meerkat_mq.wire.frames import MAX_FRAME_BYTES, MAX_STEPS, Reason, Update, entry_bytes, most_terms
 
 DEADLINE_CAP = 10
 WHOLE = 256  # a staleness weight of 1
@@ -28,6 +28,7 @@ class RoundSettings:
     Attributes:
         measured: whether the mask's g_p tells anything, so that GradIP is kept.
         max_step: the largest |lr·g| of an update.
+        frame_bytes: of the largest frame that the broker takes.
     """
 
     run_id: bytes
@@ -59,6 +60,7 @@ class RoundSettings:
     values_accepted: bool = False
     min_updates: int = 1
     max_step: float = MAX_STEP
+    frame_bytes: int = MAX_FRAME_BYTES
 
     def __post_init__(self) -> None:
         """Refuse, as ConfigError, what no round can be: more lanes than nodes, more directions than a frame holds."""
@@ -135,6 +137,11 @@ class RoundSettings:
     def steps_of(self, version: int) -> int:
         """Local steps that round `version` asks of a node that is not early-stopped."""
         return self.early_stopping.calibration_steps if self.calibrates(version) else self.steps
+
+    @property
+    def most_steps(self) -> int:
+        """Local steps that any round asks of a node at most."""
+        return max(self.steps, self.early_stopping.calibration_steps if self.early_stops else 0)
 
     def directions_of(self, version: int) -> int:
         """Directions of round `version` in each lane."""

@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from pydantic import ValidationError
 
@@ -16,6 +17,8 @@ from meerkat_mq.tasks.load import load_task
 from meerkat_mq.wire.arrays import encode_mask, split
 from meerkat_mq.wire.descriptor import RunDescriptor, Task
 from meerkat_mq.wire.frames import Header
+from meerkat_mq.wire.limits import largest_frame
+from meerkat_mq.wire.topics import Topics
 
 
 def prepare_run(config: ServerConfig, begun: RunDescriptor | None = None) -> Run:
@@ -66,7 +69,9 @@ def prepare_run(config: ServerConfig, begun: RunDescriptor | None = None) -> Run
             values=config.values.accept,
             max_step=max_step_of(rules, mask) if bounded else None,
         )
-    return Run(descriptor, settings_of(descriptor, rules, measured=bool(mask.g_p.any())), mask, blob, rules)
+    settings = settings_of(descriptor, rules, measured=bool(mask.g_p.any()))
+    room = largest_frame(config.broker.max_packet_bytes, Topics(config.federation))
+    return Run(descriptor, replace(settings, frame_bytes=room), mask, blob, rules)
 
 
 @contextmanager

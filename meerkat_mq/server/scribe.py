@@ -24,12 +24,12 @@ from meerkat_mq.rounds.records import Share, UpdateRecord, Verdict
 from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.server.patience import patiently
 from meerkat_mq.server.succession import Past
-from meerkat_mq.wire.frames import MAX_FRAME_BYTES, Update
+from meerkat_mq.wire.frames import Update
+from meerkat_mq.wire.limits import chunks_fit, reply_room
 from meerkat_mq.wire.messages import Chunk, Entries, Header, Offer
 from meerkat_mq.wire.messages import Want as WantFrame
 from meerkat_mq.wire.values import decode_values, encode_values
 
-REPLY_BYTES = MAX_FRAME_BYTES // 2
 REPLY_ENTRIES = 1000
 WANTS = 4096
 GROUP_S = 0.05
@@ -273,10 +273,10 @@ class Scribe:
 
     def _help(self, header: Header, first: int) -> Entries | Offer | None:
         """A snapshot's offer where that is cheaper, else as many entries as a reply takes."""
-        offer = self._snapshots.offer(header, first)
-        if offer is not None:
+        offer, room = self._snapshots.offer(header, first), self._run.settings.frame_bytes
+        if offer is not None and chunks_fit(offer.size, room):
             return offer
-        chosen = self._ledger.entries_within(first, REPLY_ENTRIES, REPLY_BYTES)
+        chosen = self._ledger.entries_within(first, REPLY_ENTRIES, reply_room(room))
         return Entries(header, chosen) if chosen else None
 
     def _take_term(self, above: int) -> tuple[int, ServerMachine]:

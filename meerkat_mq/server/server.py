@@ -173,11 +173,11 @@ class Server:
         self._greeted = True
         self._publish_state()
         self._publish_run()
-        for chunk in self._chunks:
-            self._session.publish(self._topics.blob(chunk.blob, chunk.index), encode(chunk), retain=True)
-        self._perform(machine.start(self._now()))
+        self._perform(machine.start(self._now()))  # the round before the mask: nodes wait for it
         for node, status in list(self._monitor.statuses.items()):
             self.handle(e.StatusCame(self._now(), node, status))
+        for chunk in self._chunks:
+            self._published(self._topics.blob(chunk.blob, chunk.index), encode(chunk), retain=True)
 
     def _take_term(self, above: int) -> None:
         """Take a term above another; until then the present machine, if there is one, hears and says nothing."""
@@ -225,7 +225,20 @@ class Server:
             self._publish(self._topics.run, self._run.descriptor)
 
     def _publish(self, topic: str, message: ControlMessage, *, retain: bool = True) -> None:
-        self._session.publish(topic, message.encode(), retain=retain)
+        self._published(topic, message.encode(), retain=retain)
+
+    def _published(self, topic: str, payload: bytes, *, retain: bool) -> bool:
+        """Publish, unless that is dropped and counted."""
+        try:
+            self._session.publish(topic, payload, retain=retain)
+        except NotConnected:
+            self._monitor.counts["not published: the outbox is full"] += 1
+        except PayloadTooLarge as error:
+            self._monitor.counts["not published: over broker.max_packet_bytes"] += 1
+            self._seldom.say(self._log.warning, "not published", topic, topic=topic, problem=error.problem)
+        else:
+            return True
+        return False
 
     # --- messages ---
 
@@ -357,7 +370,7 @@ class Server:
         self._is_open = frame.is_open
         if frame.is_open:
             self._monitor.opened()
-        self._session.publish(self._topics.round, encode(frame), retain=True)
+        self._published(self._topics.round, encode(frame), retain=True)
 
     def _say_who_is_awaited(self, machine: ServerMachine) -> None:
         """Tell the log whenever the number of nodes changes that a round waits for."""
@@ -370,11 +383,9 @@ class Server:
 
     def distribute(self, blob: bytes) -> None:
         """Publish an entry's displacement, which the round frame has just named; who lacks a part of it asks."""
-        try:
-            for chunk in split(self.header(), short_hash(blob), blob):
-                self._session.publish(self._topics.values, encode(chunk))
-        except NotConnected:
-            self._monitor.counts["displacement not published: the outbox is full"] += 1
+        for chunk in split(self.header(), short_hash(blob), blob):
+            if not self._published(self._topics.values, encode(chunk), retain=False):
+                return
 
     def reply(self, node: str, frame: Answer) -> None:
         """Answer a node; where too much waits for the broker already, it has to ask again."""
@@ -382,15 +393,7 @@ class Server:
 
     def _replied(self, node: str, frame: Answer) -> bool:
         """Answer a node, unless that is dropped and counted."""
-        try:
-            self._session.publish(self._topics.reply(node), encode(frame))
-        except NotConnected:
-            self._monitor.counts["reply dropped: the outbox is full"] += 1
-        except PayloadTooLarge:
-            self._monitor.counts["reply dropped: over broker.max_packet_bytes"] += 1
-        else:
-            return True
-        return False
+        return self._published(self._topics.reply(node), encode(frame), retain=False)
 
     def header(self) -> Header:
         """Of what this server says now."""

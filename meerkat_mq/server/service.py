@@ -13,17 +13,15 @@ from meerkat_mq.ledger.remains import check_remains
 from meerkat_mq.ledger.run import Run, check_same
 from meerkat_mq.ledger.snapshots import Snapshots
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
-from meerkat_mq.mqtt import packet_bytes
 from meerkat_mq.observe.events import Observer
 from meerkat_mq.observe.process import Threads
 from meerkat_mq.server.alive import alive
 from meerkat_mq.server.monitor import Monitor
 from meerkat_mq.server.patience import patiently
+from meerkat_mq.server.room import check_room
 from meerkat_mq.server.run import prepare_run
 from meerkat_mq.server.scribe import Scribe
 from meerkat_mq.server.server import Server
-from meerkat_mq.wire.frames import encode
-from meerkat_mq.wire.topics import Topics
 
 if TYPE_CHECKING:
     from meerkat_mq.server.evaluation import Evaluator
@@ -78,23 +76,8 @@ def _prepare(config: ServerConfig, ledger: Ledger) -> Run:
     run = prepare_run(config, begun)
     if begun is not None:
         check_same(run, begun, ledger.rules, str(ledger.path))
-    _check_room(config, run)
+    check_room(config, run)
     return run
-
-
-def _check_room(config: ServerConfig, run: Run) -> None:
-    """Make sure that packets hold what every node needs: the run's description, and the parts of the mask."""
-    topics, limit, first = Topics(config.federation), config.broker.max_packet_bytes, run.chunks(0)[0]
-    for what, topic, payload in (
-        ("the run's description", topics.run, run.descriptor.encode()),
-        ("a part of the mask", topics.blob(first.blob, first.index), encode(first)),
-    ):
-        size = packet_bytes(topic, payload, 1)
-        if size > limit:
-            problem = f"is {limit}, and {what} makes a packet of {size} bytes"
-            raise ConfigError(
-                "broker.max_packet_bytes", problem, f"set it to {size} or more, and the broker's limit too"
-            )
 
 
 def _load_evaluator(config: ServerConfig, run: Run) -> "Evaluator | None":

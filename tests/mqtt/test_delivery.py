@@ -10,7 +10,7 @@ import pytest
 
 from meerkat_mq.config import BrokerConfig
 from meerkat_mq.errors import NotConnected, PayloadTooLarge
-from meerkat_mq.mqtt import packet_bytes
+from meerkat_mq.wire.limits import packet_bytes
 from tests.support.mosquitto import Mosquitto
 from tests.support.peer import Peer, peer
 from tests.support.proxy import CONNECT, PUBACK, PUBLISH, Packet, Proxy

@@ -2,7 +2,7 @@
 
 import pytest
 
-from meerkat_mq.mqtt import packet_bytes
+from meerkat_mq.wire.limits import packet_bytes
 from tests.support.peer import peer
 from tests.support.proxy import PUBLISH, Proxy
 from tests.support.waiting import until

@@ -15,6 +15,7 @@ from tests.support.mosquitto import Mosquitto
 pytestmark = pytest.mark.timeout(300)  # the first import of torch takes long on a busy machine
 
 Files = Callable[..., Path]
+TOY: dict[str, Any] = {"engine": "toy", "toy_weights": 40, "broker": {"max_packet_bytes": 4096}}
 
 
 @pytest.fixture
@@ -57,6 +58,21 @@ def files(tmp_path: Path) -> Files:
             {"engine": "toy", "broker": {"max_packet_bytes": 1024}},
             2,
             ["broker.max_packet_bytes: is 1024, and ", " makes a packet of ", "set it to ", "the broker's limit too"],
+        ),
+        (
+            TOY | {"rounds": {"local_steps": 600}},
+            2,
+            ["broker.max_packet_bytes: is 4096, and a round's entry makes a packet of 4", "set it to 4"],
+        ),
+        (
+            TOY | {"rounds": {"local_steps": 100, "mode": "buffered", "max_staleness": 9}},
+            2,
+            ["broker.max_packet_bytes: is 4096, and a round's entry makes a packet of 10", "set it to 10"],
+        ),
+        (
+            TOY | {"rounds": {"min_nodes": 20_000, "directions": 1}},
+            2,
+            ["broker.max_packet_bytes: is 4096, and a round of 20000 nodes makes a packet of 5"],
         ),
     ],
 )

@@ -18,8 +18,9 @@ from meerkat_mq.ledger.snapshots import Snapshots
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.rounds import events as e
 from meerkat_mq.server.run import prepare_run
-from meerkat_mq.server.scribe import REPLY_BYTES, REPLY_ENTRIES, Scribe
+from meerkat_mq.server.scribe import REPLY_ENTRIES, Scribe
 from meerkat_mq.wire.frames import decode_entry, entry_bytes
+from meerkat_mq.wire.limits import REPLY_BYTES
 from meerkat_mq.wire.messages import Entries, Header
 
 LONGEST = 12_000  # terms of an entry: twice what a reply takes

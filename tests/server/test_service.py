@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from meerkat_mq.config import ServerConfig, ServerValuesConfig
 from meerkat_mq.core.path import Entry, Term, short_hash
@@ -30,7 +31,7 @@ from meerkat_mq.server.server import Server
 from meerkat_mq.wire.arrays import CHUNKS_A_REPLY, split
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState
 from meerkat_mq.wire.frames import decode, encode
-from meerkat_mq.wire.messages import Chunk, Entries, Header, Offer, Update, Values, Want
+from meerkat_mq.wire.messages import Chunk, Entries, Header, Offer, Round, Update, Values, Want
 from meerkat_mq.wire.values import decode_values, encode_values
 from tests.support.waiting import until
 
@@ -326,13 +327,13 @@ async def test_a_reply_that_does_not_fit_into_the_outbox_is_dropped_and_counted(
 
     monkeypatch.setattr(Session, "publish", publish)
     server.distribute(b"x" * 200_000)
-    assert watch.counts["displacement not published: the outbox is full"] == 1
+    assert watch.counts["not published: the outbox is full"] == 1
     assert sent.pop() == "meerkat/v1/f/values"
     want = Want(Header.of(run.descriptor.run_id, 0, 0, run.mask.hash), 1, blob=run.mask.hash, chunks=(0, 7, 0))
     for _ in range(3):
         server._carry_out(e.SendChunks("node", want))
     assert sent == ["meerkat/v1/f/down/node/reply"]
-    assert watch.counts["reply dropped: the outbox is full"] == 2
+    assert watch.counts["not published: the outbox is full"] == 1 + 2
 
 
 def in_charge(office: Office, config: ServerConfig, slots: dict[str, int]) -> tuple[Server, Monitor]:
@@ -360,7 +361,7 @@ async def test_wants_that_fill_the_outbox_do_not_end_the_server(
     monkeypatch.setattr("meerkat_mq.server.server.OUTBOX_BYTES", 2**20)
     server, watch = in_charge(office, office.config, {"node": 0})
     masked(server, office, CHUNKS_A_REPLY)
-    topic, header, dropped = "meerkat/v1/f/up/node/want", server.header(), "reply dropped: the outbox is full"
+    topic, header, dropped = "meerkat/v1/f/up/node/want", server.header(), "not published: the outbox is full"
     chunks = encode(Want(header, 1, blob=office.run.mask.hash, chunks=tuple(range(CHUNKS_A_REPLY))))
     for count in (1, 2, 3):
         server._on_message(Message(topic, chunks))
@@ -402,8 +403,24 @@ async def test_a_reply_that_is_larger_than_the_broker_takes_is_dropped_and_count
     masked(server, office, 3)
     want = Want(server.header(), 1, blob=office.run.mask.hash, chunks=(0, 1, 2))
     server._carry_out(e.SendChunks("node", want))
-    assert watch.counts["reply dropped: over broker.max_packet_bytes"] == 1
+    assert watch.counts["not published: over broker.max_packet_bytes"] == 1
     assert len(server._session._outbox) == before
+
+
+async def test_a_round_that_outgrows_the_packets_is_dropped_counted_and_said(office: Office) -> None:
+    config = office.config.model_copy(
+        update={"broker": office.config.broker.model_copy(update={"max_packet_bytes": 1024})}
+    )
+    server, watch = in_charge(office, config, {"node": 0})
+    over = watch.counts["not published: over broker.max_packet_bytes"]
+    frame = Round(server.header(), True, 1, 1, 1.0, 1000, asked=frozenset(range(8000)))
+    with capture_logs() as lines:
+        server._carry_out(e.PublishRound(frame))
+        server._carry_out(e.PublishRound(frame))
+    assert watch.counts["not published: over broker.max_packet_bytes"] == over + 2
+    (line,) = [line for line in lines if line["event"] == "not published"]
+    assert line["topic"].endswith("/round")
+    assert "over the limit of 1024" in line["problem"]
 
 
 async def test_once_waits_no_more_when_a_round_opens_for_nodes_that_sleep_in_turn(office: Office) -> None:
