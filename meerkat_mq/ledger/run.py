@@ -10,15 +10,9 @@ from meerkat_mq.errors import RunMismatch
 from meerkat_mq.rounds.guards import FEWEST_IN_LANE
 from meerkat_mq.rounds.policy import MAX_STEP, RoundSettings
 from meerkat_mq.wire.arrays import split
-from meerkat_mq.wire.descriptor import RunDescriptor
+from meerkat_mq.wire.descriptor import MAY_CHANGE, RunDescriptor
 from meerkat_mq.wire.frames import Chunk, Header
 
-_MAY_DIFFER = {
-    "mask_bytes",
-    "mask_chunks",
-    "model",
-    "max_step",
-}  # how a mask is compressed and where a model lies; hashes say what
 _RENAMED = {"rounds": "rounds.count", "weights": "toy_weights", "values": "values.accept"} | {
     key: f"rounds.{key}"
     for key in (
@@ -52,8 +46,8 @@ class Run:
 
     def chunks(self, term: int) -> list[Chunk]:
         """The mask's chunks as a server of this term publishes them."""
-        run_id, name = self.descriptor.run_id, self.mask.hash
-        return split(Header.of(run_id, term, 0, name), name, self.blob)
+        run = self.descriptor
+        return split(Header.of(run.run_id, term, 0, run.mask_hash), run.mask_name, self.blob)
 
 
 def settings_of(run: RunDescriptor, rules: Mapping[str, Any], *, measured: bool = True) -> RoundSettings:
@@ -151,7 +145,7 @@ def check_same(run: Run, begun: RunDescriptor, rules: Mapping[str, Any], ledger:
         RunMismatch: names the key and both values.
     """
     was, now = _flat(begun.model_dump(mode="json")), _flat(run.descriptor.model_dump(mode="json"))
-    keys = sorted((was | now).keys() - _MAY_DIFFER, key=lambda key: (key in _HASHES, key))
+    keys = sorted((was | now).keys() - MAY_CHANGE, key=lambda key: (key in _HASHES, key))
     found = [(_RENAMED.get(key, key), was.get(key), now.get(key)) for key in keys]
     found += [(f"rounds.{key}", rules["rounds"][key], run.rules["rounds"][key]) for key in _FIXED_RULES]
     found += [(f"guards.{key}", rules["guards"][key], run.rules["guards"][key]) for key in _FIXED_GUARDS]

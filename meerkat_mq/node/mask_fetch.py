@@ -7,12 +7,12 @@ import structlog
 
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.seldom import Seldom
-from meerkat_mq.errors import BadValue, WireError
+from meerkat_mq.errors import BadValue, WireError, shown
 from meerkat_mq.mqtt import Session
 from meerkat_mq.mqtt.blob_fetch import BlobFetch
 from meerkat_mq.node.state import NodeState
 from meerkat_mq.wire.arrays import Assembly, decode_mask
-from meerkat_mq.wire.descriptor import RunDescriptor
+from meerkat_mq.wire.descriptor import MAY_CHANGE, RunDescriptor
 from meerkat_mq.wire.topics import Topics
 
 
@@ -31,8 +31,8 @@ async def fetch_mask(
     kept = await asyncio.to_thread(state.load_mask, descriptor.mask_hash)
     if kept is not None:
         return kept
-    fetch = begin(descriptor.mask_hash, descriptor.mask_bytes)
-    filters = topics.blobs(descriptor.mask_hash)
+    fetch = begin(descriptor.mask_name, descriptor.mask_bytes)
+    filters = topics.blobs(descriptor.mask_name)
     session.subscribe(filters)
     try:
         mask = await _collect(fetch, descriptor)
@@ -62,4 +62,14 @@ def check_descriptor(descriptor: RunDescriptor, federation: str) -> None:
         raise BadValue("RunDescriptor.task", "is missing")
     if descriptor.mask_bytes > 16 * descriptor.weights + 2**20:
         raise BadValue("RunDescriptor.mask_bytes", f"{descriptor.mask_bytes} bytes for {descriptor.weights} weights")
-    Assembly(descriptor.mask_hash, descriptor.mask_bytes, descriptor.mask_chunks)
+    Assembly(descriptor.mask_name, descriptor.mask_bytes, descriptor.mask_chunks)
+
+
+def check_changes(known: RunDescriptor, descriptor: RunDescriptor) -> None:
+    """Refuse, as WireError, another descriptor of the same run that changes what no server may change."""
+    before, after = known.model_dump(), descriptor.model_dump()
+    for key in before.keys() - MAY_CHANGE:
+        if before[key] != after[key]:
+            raise BadValue(
+                f"RunDescriptor.{key}", f"was {shown(before[key])}, and is {shown(after[key])} in the same run"
+            )

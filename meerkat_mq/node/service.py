@@ -19,7 +19,7 @@ from meerkat_mq.node.blobs import Blobs
 from meerkat_mq.node.duty import DutyCycle
 from meerkat_mq.node.jobs import Job, Jobs, in_worker
 from meerkat_mq.node.limits import Allowance
-from meerkat_mq.node.mask_fetch import check_descriptor, fetch_mask
+from meerkat_mq.node.mask_fetch import check_changes, check_descriptor, fetch_mask
 from meerkat_mq.node.state import NodeState
 from meerkat_mq.node.words import say_finished
 from meerkat_mq.node.work import Work
@@ -73,6 +73,7 @@ class _Node:
         self._jobs: Jobs | None = None
         self._blobs: Blobs | None = None
         self._descriptor: RunDescriptor | None = None
+        self._has_mask = False
         self._news = asyncio.Event()
         self._server: ServerState | None = None
         self._round: Round | None = None
@@ -148,9 +149,11 @@ class _Node:
             problem = f'is "values", but run {run.run[:8]} takes projected gradients only'
             raise RunMismatch("uplink", problem, 'set uplink = "path" here, or values.accept = true on the server')
         self._log = self._log.bind(run=run.run[:8])
-        blobs = self._blobs = Blobs(run, self._boot, self._send)
+        blobs, self._has_mask = Blobs(run, self._boot, self._send), False
+        self._blobs = blobs
         mask = await fetch_mask(run, self._state, self._session, self._topics, blobs.begin)
         blobs.end()
+        self._has_mask = True
         (self._session.subscribe if run.values else self._session.unsubscribe)(self._topics.values)
         work = self._work = await in_worker(self._worker, Work, config, run, mask, self._state)
         kept = await asyncio.to_thread(self._state.load_update, run)
@@ -334,9 +337,16 @@ class _Node:
         self._handle(e.ServerCame(self._now(), state))
 
     def _on_descriptor(self, descriptor: RunDescriptor) -> None:
-        if self._descriptor is not None and descriptor.run == self._descriptor.run:
+        known = self._descriptor
+        if descriptor == known:
             return
         check_descriptor(descriptor, self._config.federation)
+        if known is not None and descriptor.run == known.run:
+            check_changes(known, descriptor)
+            self._descriptor = descriptor
+            if not self._has_mask:
+                self._news.set()  # its chunks may have another name and size now
+            return
         self._descriptor = descriptor
         self._stop_steps()
         self._machine = self._work = self._jobs = None  # at once: what comes next is of the new run

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from meerkat_mq.config import ServerConfig
 from meerkat_mq.core.mask import Mask
+from meerkat_mq.core.path import short_hash
 from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.errors import ConfigError, within
 from meerkat_mq.ledger.run import Run, max_step_of, settings_of
@@ -40,6 +41,7 @@ def prepare_run(config: ServerConfig, begun: RunDescriptor | None = None) -> Run
         "rounds": rounds, "guards": config.guards, "early_stopping": config.early_stopping, "values": config.values,
     }  # fmt: skip
     rules = {name: section.model_dump(mode="json") for name, section in sections.items()}
+    as_begun = begun is None or begun.mask_bytes == len(blob)  # not where another zstd made the chunks that nodes hold
     bounded = begun is None or begun.max_step is not None  # a run that is older than the bound goes on without
     with _in_words():
         descriptor = RunDescriptor(
@@ -54,6 +56,7 @@ def prepare_run(config: ServerConfig, begun: RunDescriptor | None = None) -> Run
             mask=mask.hash.hex(),
             mask_bytes=len(blob),
             mask_chunks=len(chunks),
+            mask_blob=None if as_begun else short_hash(blob).hex(),
             weights=mask.size,
             stream=rounds.stream,
             rounds=rounds.count,

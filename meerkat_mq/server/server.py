@@ -359,7 +359,7 @@ class Server:
 
     def _send_chunks(self, effect: e.SendChunks) -> None:
         want = effect.want
-        if want.blob != self._run.mask.hash:
+        if want.blob != self._run.descriptor.mask_name:
             self._scribe.put(effect)
             return
         for index in chunks_of(want, len(self._chunks)):

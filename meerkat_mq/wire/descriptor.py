@@ -12,6 +12,9 @@ MAX_CONTROL_BYTES = 64 * 1024
 MAX_RUN_WEIGHTS = 2**26
 
 Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+# How a mask is compressed and where a model lies may change within a run: hashes say what they are.
+MAY_CHANGE = frozenset({"mask_blob", "mask_bytes", "mask_chunks", "model", "max_step"})
+
 U32 = Annotated[int, Field(ge=0, lt=2**32)]
 RunId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
@@ -67,7 +70,9 @@ class RunDescriptor(ControlMessage):
         engine: "transformers", or "toy" for tests and drills.
         model: name of the base model, for people.
         weights: n, the number of masked weights.
+        mask: mask hash.
         mask_bytes: size of the encoded mask blob, in `mask_chunks` chunks.
+        mask_blob: hash of the encoded mask blob, where its chunks have that name; None: they have the mask hash.
         local_steps: T.
         directions: P, the lanes of a round.
         perturbations: projected gradients a local step.
@@ -103,6 +108,7 @@ class RunDescriptor(ControlMessage):
     max_staleness: Annotated[int, Field(ge=0, le=MAX_STALENESS)] = 0
     values: bool = False
     max_step: Annotated[float, Field(gt=0, le=2.0**64)] | None = None
+    mask_blob: Hash | None = None
 
     @model_validator(mode="after")
     def _stale_only_in_a_buffered_run(self) -> Self:
@@ -130,6 +136,11 @@ class RunDescriptor(ControlMessage):
     def mask_hash(self) -> bytes:
         """The 16 bytes of the mask hash."""
         return bytes.fromhex(self.mask)
+
+    @property
+    def mask_name(self) -> bytes:
+        """The 16 bytes that name the mask's chunks."""
+        return bytes.fromhex(self.mask_blob or self.mask)
 
 
 class ServerState(ControlMessage):

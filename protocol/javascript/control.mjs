@@ -39,6 +39,7 @@ const RUN = {
   mode: optional(one("synchronous", "buffered")),
   max_staleness: optional(integer(0, 1000)),
   values: optional(one(true, false)),
+  mask_blob: optional(hex(32)),
   max_step: optional((value) => positive(value) && value <= 2 ** 64),
 };
 

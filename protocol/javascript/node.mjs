@@ -147,14 +147,16 @@ class Node {
 
   /** Take part in the run that the server describes; what came before of another is forgotten. */
   onRun(run) {
-    if (run.run === this.run?.run) return;
+    const same = run.run === this.run?.run;
+    if (same && (this.machine || JSON.stringify(run) === JSON.stringify(this.run))) return;
     need(run.engine === "toy", "this node has the toy engine alone");
-    Object.assign(this, { run, machine: null, round: null, finished: false });
+    Object.assign(this, { run, machine: null, round: same ? this.round : null, finished: false });
     const runNumber = Buffer.from(run.run, "hex").readUInt32LE();
     const header = { run: runNumber, term: 0, version: 0, mask: run.mask.slice(0, 16) };
     const nothing = { welcome: false, entries_from: null };
-    this.maskFetch = new Fetch(run.mask, run.mask_bytes, (chunks) => {
-      this.send("want", { type: "want", header, boot: this.boot, ...nothing, blob: run.mask, chunks });
+    const blob = run.mask_blob ?? run.mask; // the name of the mask's chunks
+    this.maskFetch = new Fetch(blob, run.mask_bytes, (chunks) => {
+      this.send("want", { type: "want", header, boot: this.boot, ...nothing, blob, chunks });
     });
   }
 

@@ -14,6 +14,7 @@ from meerkat_mq.rounds.records import Verdict
 from tests.protocol.javascript import JavaScriptNode
 from tests.server.federation import Federation, Service, all_end
 from tests.server.replay import verified
+from tests.server.test_mask_blob import as_begun_elsewhere
 
 Start = Callable[..., JavaScriptNode]
 
@@ -164,3 +165,15 @@ async def test_sigterm_ends_it_with_its_farewell(federation: Federation, start_n
     server.stop()
     await server.ended()
     assert digest(toy_mask(1000).theta_0).hex() == federation.eye.statuses["js-1"][-1].digest
+
+
+async def test_it_gets_a_mask_whose_chunks_have_a_name_of_their_own(federation: Federation, start_node: Start) -> None:
+    rounds = ROUNDS | {"count": 20}
+    first, nodes = federation.server(rounds=rounds), python_nodes(federation)
+    await federation.eye.follows(1)
+    first.stop()
+    assert await first.ended() == 0
+    as_begun_elsewhere(federation.folder / "server")
+    server, node = federation.server("--once", rounds=rounds), start_node("--exit-when-finished")
+    await check_the_end(federation, node, server, *nodes)
+    assert federation.eye.runs[-1].mask_blob is not None
