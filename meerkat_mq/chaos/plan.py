@@ -217,6 +217,10 @@ def _checked(file: PlanFile, number: int, nodes: dict[str, NodeConfig | None], p
         raise ConfigError(
             f"{where}.target", f"{target!r} is nothing that {entry.fault} strikes", f"name one of {shown}"
         )
+    for name in nodes if target == NODES else [target]:
+        if kind.scalars and (node := nodes.get(name)) is not None and node.uplink == "values":
+            problem = f"{entry.fault!r} changes projected gradients, and {name} sends displacements"
+            raise ConfigError(f"{where}.target", problem, 'name a node with uplink = "path"')
     if file.attach is not None:
         _check_attached(file.attach, fault, target.removeprefix(LINK), where)
     return fault, target.removeprefix(LINK)

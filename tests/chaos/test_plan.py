@@ -194,6 +194,21 @@ def test_a_federation_of_files(tmp_path: Path, load: Any) -> None:
     assert not plan.nodes["a"].exit_when_finished
 
 
+def test_poison_is_for_nodes_that_send_projected_gradients(tmp_path: Path, load: Any) -> None:
+    (tmp_path / "federation.toml").write_text(
+        'federation = "f"\nstate_dir = "s"\nengine = "toy"\nvalues.accept = true\n'
+    )
+    for node, uplink in (("a", "path"), ("b", "values"), ("c", "path")):
+        (tmp_path / f"{node}.toml").write_text(
+            f'id = "{node}"\nfederation = "f"\ndata = "rows.jsonl"\nstate_dir = "{node}"\nuplink = "{uplink}"\n'
+        )
+    files = '[federation]\nconfig = "federation.toml"\nnode_configs = ["a.toml", "b.toml", "c.toml"]'
+    assert load(files, {"fault": "poison", "target": "a", "at": 1}).strikes
+    for target in ("b", "nodes"):
+        with pytest.raises(ConfigError, match=r"faults\.0\.target: 'poison' changes projected gradients, and b sends"):
+            load(files, {"fault": "poison", "target": target, "at": 1})
+
+
 # --- errors ---
 
 ATTACH = '[attach]\nfederation = "f"\nstate_dir = "s"\nbroker = { url = "mqtt://127.0.0.1:1883" }\n'

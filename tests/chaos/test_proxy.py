@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from random import Random
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from meerkat_mq.chaos.faults import FAULTS
 from meerkat_mq.chaos.proxy import Packet, Passage, Proxy, as_it_is
 from meerkat_mq.errors import WireError
 from meerkat_mq.wire.frames import decode, encode
-from meerkat_mq.wire.messages import Header, Update
+from meerkat_mq.wire.messages import Chunk, Header, Update, Values
 from tests.support.waiting import until
 
 UPDATE = Update(Header(1, 2, 3, bytes(8)), 4, bytes(8), 0.5, (0.25, -1.5))
@@ -305,6 +306,18 @@ async def test_poison_is_a_valid_update_with_other_scalars(
     assert found.scalars == pytest.approx(scalars, nan_ok=True)
     assert (found.header, found.boot, found.base) == (UPDATE.header, UPDATE.boot, UPDATE.base)
     assert wire.far[0].came.endswith(other + publish(b"nonsense"))
+
+
+@pytest.mark.parametrize("how", ["nan", "huge", "flip"])
+async def test_poison_leaves_a_values_node_alone(wire: Wire, how: str) -> None:
+    displacement = replace(UPDATE, scalars=(), values=Values(bytes(16), 3, 2))
+    chunk = Chunk(UPDATE.header, bytes(16), 0, 1, 3, b"abc")
+    packets = [publish(encode(frame)) for frame in (displacement, chunk)]
+    async with wire.strike("poison", how=how):
+        wire.up(*packets)
+        await wire.arrives(b"".join(packets))
+    assert wire.proxy.failures == []
+    assert not FAULTS["poison"].model_validate({"how": how}).may_be(())  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", ["cut", "duplicate", "reorder", "drop", "corrupt", "poison"])

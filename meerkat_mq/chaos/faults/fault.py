@@ -23,6 +23,7 @@ class Fault(Section):
         attachable: whether it can strike a federation that the drill did not start but only attached to.
         secured: whether it needs a federation with passwords and certificates.
         clocked: whether it needs processes whose wall clock can be stepped.
+        scalars: whether it needs nodes that send projected gradients.
     """
 
     name: ClassVar[str]
@@ -30,6 +31,7 @@ class Fault(Section):
     attachable: ClassVar[bool] = True
     secured: ClassVar[bool] = False
     clocked: ClassVar[bool] = False
+    scalars: ClassVar[bool] = False
 
     @abstractmethod
     def strike(self, stage: Stage, target: str, random: Random) -> AbstractAsyncContextManager[None]:

@@ -21,6 +21,8 @@ FLOAT32_MAX = (2 - 2**-23) * 2.0**127  # an update has no room for more
 class Poison(Fault):
     """A node's projected gradients are replaced on their way, under a valid checksum.
 
+    All else that a node sends passes as it is: a displacement and its chunks have no scalars.
+
     Attributes:
         how: "nan", "huge" (1e9), or "flip": the sign turned, times `scale`.
         scale: of "flip"; what float32 cannot hold becomes infinite.
@@ -28,6 +30,7 @@ class Poison(Fault):
 
     name: ClassVar[str] = "poison"
     on: ClassVar[Place] = "node"
+    scalars: ClassVar[bool] = True
 
     how: Literal["nan", "huge", "flip"] = "flip"
     scale: float = 10.0
@@ -44,7 +47,7 @@ class Poison(Fault):
 
     def may_be(self, scalars: Sequence[float]) -> bool:
         """Whether projected gradients look as if they were poisoned; those turned around do not show it."""
-        return self.how == "flip" or not all(abs(scalar) < HUGE / 10 for scalar in scalars)
+        return bool(scalars) and (self.how == "flip" or not all(abs(scalar) < HUGE / 10 for scalar in scalars))
 
     def _treat(self, packet: Packet) -> Passage:
         if not packet.up or not packet.topic.endswith("/update"):
@@ -53,7 +56,8 @@ class Poison(Fault):
             frame = decode(packet.payload)
         except WireError:
             return as_it_is(packet)
-        assert isinstance(frame, Update)
+        if not isinstance(frame, Update) or not frame.scalars:
+            return as_it_is(packet)
         poisoned = replace(frame, scalars=tuple(map(self._scalar, frame.scalars)))
         return Passage(packet.with_payload(encode(poisoned)))
 
