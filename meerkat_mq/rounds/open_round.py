@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from meerkat_mq.core.path import Entry
+from meerkat_mq.rounds.awaited import Awaited
 from meerkat_mq.rounds.early_stopping import EarlyStopping
 from meerkat_mq.rounds.events import CommitEntry
 from meerkat_mq.rounds.policy import ANNOUNCE_AT, RoundSettings, deadline_length
@@ -27,6 +28,7 @@ class OpenRound:
         candidates: nodes of which an update that can be used is among those heard.
         taken: how many updates are taken, committed or not, that will close with it.
         awaited: nodes asked whose update from theta of this version is not committed.
+        answered: nodes with a committed update, one that can be used or not.
         attempt: how often the deadline was doubled.
         closing: whether it is decided which updates the entry is made of; nothing is heard from then on.
         overdue: whether the deadline closed it.
@@ -41,7 +43,8 @@ class OpenRound:
     products: tuple[tuple[float, ...], ...] | None
     candidates: set[str] = field(init=False)
     taken: int = field(init=False)
-    awaited: set[str] = field(init=False)
+    awaited: Awaited = field(init=False)
+    answered: set[str] = field(init=False)
     deadline_at: float = 0.0
     deadline_s: float = 0.0
     attempt: int = 0
@@ -55,7 +58,8 @@ class OpenRound:
         """Those heard need not be awaited."""
         self.candidates = {record.node for record in self.heard.values() if record.verdict is Verdict.ACCEPTED}
         self.taken = len(self.heard)
-        self.awaited = self.asked.keys() - {name for version, name in self.heard if version == self.version}
+        self.awaited = Awaited(self.asked.keys() - {name for version, name in self.heard if version == self.version})
+        self.answered = {name for _, name in self.heard}
 
     @property
     def answers(self) -> int:
@@ -64,13 +68,12 @@ class OpenRound:
 
     def comparable(self, least: int) -> bool:
         """Whether usable updates came of `least` nodes; or of none, which changes nothing, of as many that answered."""
-        found = self.candidates or {name for _, name in self.heard}
-        return len(found) >= least
+        return len(self.candidates or self.answered) >= least
 
     @property
     def useless(self) -> list[str]:
         """The nodes that were heard, but with no update that can be used."""
-        return sorted({name for _, name in self.heard} - self.candidates)
+        return sorted(self.answered - self.candidates)
 
     @property
     def records(self) -> tuple[UpdateRecord, ...]:
@@ -84,13 +87,13 @@ class OpenRound:
         records, judgements = self.outcome.records, self.outcome.judgements
         return CommitEntry(entry, records, len(self.asked), self.overdue, self.products, judgements)
 
-    def ask(self, name: str, slot: int) -> bool:
+    def ask(self, name: str, slot: int, awaited_until: float) -> bool:
         """Ask one more node; False where it is asked already."""
         if name in self.asked:
             return False
         self.asked[name] = slot
         if (self.version, name) not in self.heard:
-            self.awaited.add(name)
+            self.awaited.add(name, awaited_until)
         return True
 
     def forget(self, name: str) -> None:
@@ -101,6 +104,7 @@ class OpenRound:
     def hear(self, record: UpdateRecord) -> None:
         """Its update is committed."""
         self.heard.setdefault((record.version, record.node), record)
+        self.answered.add(record.node)
         if record.verdict is Verdict.ACCEPTED:
             self.candidates.add(record.node)
         if record.version == self.version:

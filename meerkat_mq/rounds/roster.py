@@ -1,6 +1,7 @@
 """The nodes that the server's machine knows."""
 
-from collections.abc import Mapping, Set
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from meerkat_mq.wire.frames import MAX_SLOTS
@@ -23,9 +24,10 @@ class KnownNode:
     asleep: bool = False
     dead_at: float = float("-inf")
 
-    def dead(self, now: float) -> bool:
-        """Whether it has been offline for its grace."""
-        return not self.online and now >= self.dead_at
+    @property
+    def awaited_until(self) -> float:
+        """When nobody waits for it any more; infinite while it is online."""
+        return math.inf if self.online else self.dead_at
 
     def at_hand(self, now: float) -> bool:
         """Whether a round can ask it."""
@@ -33,16 +35,16 @@ class KnownNode:
 
 
 class Roster:
-    """The nodes that the server knows, by id; what is asked at each update costs no look at all of them.
+    """The nodes that the server knows, by id. No call but `eligible` looks at more than one of them.
 
     Attributes:
-        online: how many are at hand.
+        online: how many are.
     """
 
     def __init__(self, slots: Mapping[str, int]) -> None:
         self._nodes = {name: KnownNode(slot, welcomed=True) for name, slot in slots.items()}
         self._next_slot = 1 + max(slots.values(), default=-1)
-        self._offline: set[str] = set()
+        self._present: dict[str, KnownNode] = {}  # online, or asleep
         self.online = 0
 
     def __getitem__(self, name: str) -> KnownNode:
@@ -62,26 +64,23 @@ class Roster:
 
     def appeared(self, name: str) -> None:
         """The node is online."""
-        self.online += not self._nodes[name].online
-        self._nodes[name].online = True
-        self._offline.discard(name)
+        node = self._present[name] = self._nodes[name]
+        self.online += not node.online
+        node.online = True
 
     def vanished(self, name: str, dead_at: float, *, asleep: bool = False) -> None:
         """The node went offline, for ever or to sleep."""
         node = self._nodes[name]
         self.online -= node.online
         node.online, node.asleep, node.dead_at = False, asleep, dead_at
-        self._offline.add(name)
+        if asleep:
+            self._present[name] = node
+        else:
+            self._present.pop(name, None)
 
-    def eligible(self, now: float) -> dict[str, int]:
-        """Those that a round can ask, with their slots."""
-        return {name: node.slot for name, node in self._nodes.items() if node.at_hand(now)}
-
-    def dead(self, among: Set[str], now: float) -> int:
-        """How many of these nobody waits for any more."""
-        return sum(name in among and self._nodes[name].dead(now) for name in self._offline)
-
-    def deaths(self, among: Set[str], after: float) -> list[float]:
-        """When those of these that are offline will count as dead, as far as that lies ahead."""
-        times = (self._nodes[name].dead_at for name in self._offline if name in among)
-        return [dead_at for dead_at in times if dead_at > after]
+    def eligible(self, now: float, least: int = 0) -> dict[str, int]:
+        """Those that a round can ask, with their slots; none where there are not `least`."""
+        if len(self._present) < least:
+            return {}
+        found = {name: node.slot for name, node in self._present.items() if node.at_hand(now)}
+        return found if len(found) >= least else {}

@@ -109,8 +109,8 @@ class ServerMachine:
         current = self._open
         if current is None or current.closing:
             return None
-        times = [current.deadline_at, *current.announce_at[:1], *self._nodes.deaths(current.awaited, self._last_tick)]
-        return min([at for at in times if at > self._last_tick], default=None)
+        times = [current.deadline_at, *current.announce_at[:1], current.awaited.next_death]
+        return min([at for at in times if self._last_tick < at < math.inf], default=None)
 
     def start(self, now: float) -> list[e.ServerEffect]:
         """A connection stands: publish where the run stands, and open a round if none is open."""
@@ -179,7 +179,7 @@ class ServerMachine:
             self._count("late death", event.node)
         elif status.status == "asleep" and node is not None and status.wakes_in_s is not None:
             node.boot, node.link = status.boot, status.link
-            self._nodes.vanished(event.node, event.now + status.wakes_in_s + self._settings.grace_s, asleep=True)
+            self._vanished(event.node, event.now + status.wakes_in_s + self._settings.grace_s, asleep=True)
             self._close_if_due(event.now)
         elif node is None or not node.online:
             return
@@ -200,6 +200,8 @@ class ServerMachine:
                 return
             self._effects.append(e.CommitSlot(name, node.slot))
         self._nodes.appeared(name)
+        if self._open is not None:
+            self._open.awaited.until(name, node.awaited_until)
         node.boot, node.link = status.boot, status.link
         node.weight = min(max(status.rows, 1), MAX_WEIGHT) if self._settings.weigh_by_rows else 1
         if node.welcomed:
@@ -221,13 +223,18 @@ class ServerMachine:
             opened = self._open is not None
         else:
             joins = current.attempt > 0 or self._settings.takes_what_comes(self.version)
-            opened = joins and node.online and not current.closing and current.ask(name, node.slot)
+            opened = joins and node.online and not current.closing and current.ask(name, node.slot, node.awaited_until)
         if opened:  # a frame that says nothing new, for each of a thousand births, would go a million times
             self._announce()
 
+    def _vanished(self, name: str, dead_at: float, *, asleep: bool = False) -> None:
+        self._nodes.vanished(name, dead_at, asleep=asleep)
+        if self._open is not None:
+            self._open.awaited.until(name, dead_at)
+
     def _gone(self, now: float, name: str, *, left: bool) -> None:
         current = self._open
-        self._nodes.vanished(name, now + self._settings.grace_s)
+        self._vanished(name, now + self._settings.grace_s)
         self._count("left" if left else "died", name)
         if left and current is not None and name in current.asked and not self._window.took(name, self.version):
             current.forget(name)
@@ -374,8 +381,9 @@ class ServerMachine:
 
     def _proceed(self, now: float) -> None:
         """Open the next round if there is one, and nodes for it."""
-        version, settings, eligible = self.version, self._settings, self._nodes.eligible(now)
-        if self.finished or len(eligible) < settings.fewest_nodes:
+        version, settings = self.version, self._settings
+        eligible = {} if self.finished else self._nodes.eligible(now, settings.fewest_nodes)
+        if not eligible:
             return
         chosen = sample(
             settings.run_id, version, eligible.values(), settings.fraction_of(version), settings.min_updates
@@ -387,6 +395,8 @@ class ServerMachine:
         if settings.takes_what_comes(version):
             enough = settings.buffer_size
         self._open = OpenRound(version, asked, enough, heard, None if settings.measured else ())
+        for name in asked:
+            self._open.awaited.until(name, self._nodes[name].awaited_until)
         self._open.wait(now, deadline_length(settings, version, 0))
         if settings.measured:
             self._effects.append(e.MeasureDirections(version, settings.lanes, settings.directions_of(version)))
@@ -405,7 +415,7 @@ class ServerMachine:
         if current is None or current.closing:
             return
         overdue = now >= current.deadline_at
-        nobody_to_wait_for = self._nodes.dead(current.awaited, now) == len(current.awaited)
+        nobody_to_wait_for = current.awaited.all_dead(now)
         if self._settings.takes_what_comes(self.version):
             due = len(current.heard) >= (1 if overdue or nobody_to_wait_for else current.needed)
         else:
@@ -442,7 +452,7 @@ class ServerMachine:
         """Below quorum: nothing is written; ask everybody at hand, and wait longer."""
         current.attempt = min(current.attempt + 1, LAST_ATTEMPT)
         for name, slot in self._nodes.eligible(now).items():
-            current.ask(name, slot)
+            current.ask(name, slot, self._nodes[name].awaited_until)
         current.wait(now, deadline_length(self._settings, self.version, current.attempt))
         self._count("round extended")
         self._announce()

@@ -37,6 +37,7 @@ def apply_a_duplicate(patch: pytest.MonkeyPatch) -> None:
         name = record.node if (record.version, record.node) not in self.heard else f"{record.node} {len(self.heard)}"
         self.heard[record.version, name] = record
         self.awaited.discard(record.node)
+        self.answered.add(name)
 
     patch.setattr(ServerMachine, "_why_dropped", broken)
     patch.setattr(OpenRound, "hear", hear)
