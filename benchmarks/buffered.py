@@ -21,8 +21,8 @@ import torch
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.demo.plan import Choices, Plan, make_plan
 from meerkat_mq.demo.settings import DEMO
+from meerkat_mq.engines.evaluate import evaluate
 from meerkat_mq.engines.torch.engine import TransformersEngine
-from meerkat_mq.engines.torch.evaluate import evaluate
 from meerkat_mq.engines.torch.load import load_model
 from meerkat_mq.engines.torch.masks import make_mask
 from meerkat_mq.rounds.memory import MemoryFederation, MemoryNode

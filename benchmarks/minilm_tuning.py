@@ -15,8 +15,8 @@ import torch
 
 from benchmarks.minilm_agnews import NODES, SHARED, agnews_task, mask_file, minilm
 from meerkat_mq.core.mask import Mask
+from meerkat_mq.engines.evaluate import evaluate
 from meerkat_mq.engines.torch.engine import TransformersEngine
-from meerkat_mq.engines.torch.evaluate import evaluate
 from meerkat_mq.engines.torch.load import load_model
 from meerkat_mq.rounds.memory import MemoryFederation, MemoryNode
 from meerkat_mq.rounds.policy import RoundSettings

@@ -23,8 +23,8 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import Row
 from meerkat_mq.demo.local import node_name
 from meerkat_mq.demo.plan import Choices, Plan, make_plan
+from meerkat_mq.engines.evaluate import evaluate
 from meerkat_mq.engines.torch.engine import TransformersEngine
-from meerkat_mq.engines.torch.evaluate import evaluate
 from meerkat_mq.engines.torch.load import load_model
 from meerkat_mq.engines.torch.masks import make_mask
 from meerkat_mq.rounds.guards import FLAGGED_AT, Guard

@@ -11,10 +11,8 @@ from typing import Any, TextIO
 
 from meerkat_mq.chaos.history import History, Injected
 from meerkat_mq.config import BrokerConfig
-from meerkat_mq.core.mask import Mask
-from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.errors import WireError
-from meerkat_mq.ledger.files import mask_file
+from meerkat_mq.ledger.folder import mask_of
 from meerkat_mq.ledger.run import codec_of, settings_of
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.ledger.verify import run_of
@@ -127,7 +125,7 @@ def read_history(seen: Observed, state_dir: Path, faults: list[Injected], *, fin
     """
     with closing(Ledger.read(state_dir / LEDGER_FILE)) as ledger:
         run = run_of(ledger)
-        mask = toy_mask(run.weights) if run.engine == "toy" else Mask.load(mask_file(state_dir, run.mask_hash))
+        mask = mask_of(state_dir, run)
         settings = settings_of(run, ledger.rules, measured=bool(mask.g_p.any()))
         version = ledger.version  # an attached server goes on meanwhile
         starts = range(0, version, _READ_AT_ONCE)

@@ -126,7 +126,7 @@ class Stage:
         self.services[SERVER] = self._service(SERVER, "server", plan.server, await self._link(SERVER))
         for number, (node, config) in enumerate(plan.nodes.items()):
             assert config is not None
-            if plan.server.engine == "toy":
+            if plan.file.federation.config is None:
                 _write_rows(Path(config.data), number)
             self.services[node] = self._service(node, "node", config, await self._link(node))
         self.processes.update(self.services)

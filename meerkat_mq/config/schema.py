@@ -10,6 +10,7 @@ from meerkat_mq.config.section import (
     DataSource,
     Device,
     Dtype,
+    EngineName,
     Flag,
     Identifier,
     LocalPath,
@@ -255,7 +256,8 @@ class ServerConfig(Section):
     """federation.toml.
 
     Attributes:
-        mask: mask file (`meerkat mask` writes one); not needed with engine "toy".
+        engine: what computes, or "package.module:factory" of one's own (docs/engines.md).
+        mask: mask file (`meerkat mask` writes one); not needed where the engine brings its own.
         task: built-in task, or a task's TOML file.
         model: only for evaluation; without it the server never imports torch.
         wait_for_nodes_s: with `once`, how long to wait for min_nodes.
@@ -269,7 +271,7 @@ class ServerConfig(Section):
     guards: GuardsConfig = GuardsConfig()
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     values: ServerValuesConfig = ServerValuesConfig()
-    engine: Literal["transformers", "toy"] = "transformers"
+    engine: EngineName = "transformers"
     toy_weights: Annotated[int, Field(ge=1, le=10_000_000)] = 1000
     mask: LocalPath | None = None
     task: str | None = None
@@ -291,7 +293,8 @@ class NodeConfig(Section):
 
     Attributes:
         id: 1 to 64 letters, digits, "_" and "-"; unique in the federation.
-        model: local folder or hub id of the base model; not needed for engine "toy".
+        engine: one of one's own, which the run names too; default: the run's, where it is one of this package.
+        model: local folder or hub id of the base model; not needed for an engine without one.
         dtype: default: the run's.
         threads: CPU threads for the model; default: torch's own choice.
         uplink: "path": projected gradients; "values": a displacement, of first-order steps.
@@ -301,6 +304,7 @@ class NodeConfig(Section):
     federation: Identifier
     data: DataSource
     state_dir: LocalPath
+    engine: EngineName | None = None
     model: str | None = None
     broker: BrokerConfig = BrokerConfig()
     device: Device = "cpu"

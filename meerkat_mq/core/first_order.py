@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -14,22 +14,12 @@ from meerkat_mq.errors import NotFinite
 Batch = TypeVar("Batch")
 
 
+@runtime_checkable
 class FirstOrderEngine(Engine[Batch], Protocol[Batch]):
     """An engine that back-propagates."""
 
     def gradient(self, batch: Batch) -> tuple[Float32Array, float]:
         """The gradient of the batch's mean loss in theta as last written, float32 (n,), and that loss."""
-
-
-class NodeEngine(FirstOrderEngine[Batch], Protocol[Batch]):
-    """What a node works with: an engine that also tells beforehand which rows it takes."""
-
-    def usable(self, rows: Sequence[Row]) -> list[Row]:
-        """The rows that can be prepared; the log names the others.
-
-        Raises:
-            DataError: there are none.
-        """
 
 
 class AdamW:

@@ -5,7 +5,7 @@ checkpoint is needed to rebuild a model. Layout: protocol/SPECIFICATION.md, sect
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -151,6 +151,23 @@ class Mask:
             return _decode(memoryview(data))
         except (struct.error, ValueError, IndexError) as error:
             raise MaskError("mask file", f"cannot be decoded ({error})", "make or fetch it again") from error
+
+    @classmethod
+    def whole(cls, weights: Mapping[str, npt.ArrayLike]) -> "Mask":
+        """A mask of every weight of a small model: no pre-training gradient, and no checkpoint's fingerprint.
+
+        Args:
+            weights: float32 of any shape, by name; they are theta_0, in the order of the names' bytes.
+
+        Raises:
+            MaskError: there are none, or they are not finite.
+        """
+        matrices = list[MaskedMatrix]()
+        for name, values in sorted(weights.items(), key=lambda item: item[0].encode()):
+            array = np.asarray(values, np.float32)
+            indices = np.arange(array.size, dtype=np.uint32)
+            matrices.append(MaskedMatrix(name, array.shape, indices, array.flatten(), np.zeros(array.size, np.float32)))
+        return cls(tuple(matrices), bytes(32), bytes(32))
 
     def save(self, path: Path) -> None:
         """Write the mask file atomically: a crash leaves the old file or the new one."""

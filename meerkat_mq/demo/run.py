@@ -6,16 +6,15 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.demo.facts import facts_after, facts_before
 from meerkat_mq.demo.local import SERVER, LocalFederation, run_local
 from meerkat_mq.demo.plan import Plan
+from meerkat_mq.engines.evaluate import evaluate, first_order
 from meerkat_mq.engines.torch.engine import TransformersEngine
-from meerkat_mq.engines.torch.evaluate import evaluate, first_order
-from meerkat_mq.engines.torch.load import LoadedModel, load_model
+from meerkat_mq.engines.torch.load import LoadedModel, load_model, set_threads
 from meerkat_mq.engines.torch.masks import make_mask
 from meerkat_mq.errors import ConfigError, RunMismatch
 from meerkat_mq.ledger.sqlite import LEDGER_FILE
@@ -40,7 +39,7 @@ async def run_demo(plan: Plan, out: Path, console: Console) -> None:
         ConfigError: `out` cannot be written.
         MeerkatError: a process failed, or a node's digest is not the server's.
     """
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))  # the nodes work on the others
+    set_threads(max(1, (os.cpu_count() or 1) // 2))  # the nodes work on the others
     try:
         configure_logs(as_json=True, file=await asyncio.to_thread((out / "server.log").open, "x"))
         await _run(plan, out, console)

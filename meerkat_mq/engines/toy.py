@@ -5,6 +5,7 @@ each elsewhere, and the gradient of a batch goes on oscillating.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,12 @@ import numpy.typing as npt
 from meerkat_mq.core.directions import Float32Array, direction
 from meerkat_mq.core.mask import Mask, MaskedMatrix
 from meerkat_mq.core.step import Row
+from meerkat_mq.engines.protocol import Setup
+from meerkat_mq.errors import DataError
+from meerkat_mq.tasks.data import no_rows
+from meerkat_mq.tasks.sources import FileRow, records
+
+_REMEDY = 'give JSON lines such as {"seed": 7}'
 
 
 class QuadraticEngine:
@@ -48,3 +55,29 @@ def toy_mask(size: int) -> Mask:
     indices, theta_0 = np.arange(size, dtype=np.uint32), np.zeros(size, dtype=np.float32)
     matrix = MaskedMatrix("toy", (size,), indices, theta_0, direction("mk1", 0, 0, size))
     return Mask((matrix,), bytes(32), bytes(32))
+
+
+def make(setup: Setup) -> QuadraticEngine:
+    """The engine of a run."""
+    return QuadraticEngine(setup.mask.size)
+
+
+def read_seeds(source: Path | str) -> list[Row]:
+    """Rows with a seed each, 0 to 2**64 - 1.
+
+    Raises:
+        DataError: names the file, the line and what is wrong with it.
+    """
+    try:
+        rows: list[Row] = [_checked(row) for row in records(source, ("seed",), "seed")]
+    except DataError as error:
+        raise DataError(error.where, error.problem, _REMEDY) from error
+    if not rows:
+        raise no_rows(source, _REMEDY)
+    return rows
+
+
+def _checked(row: FileRow) -> FileRow:
+    if type(row.get("seed")) is not int or not 0 <= row["seed"] < 2**64:
+        raise DataError(row.where, "has no integer seed from 0 to 2**64 - 1", _REMEDY)
+    return row

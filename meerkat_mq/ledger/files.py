@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from meerkat_mq.core.mask import Mask
+from meerkat_mq.engines.registry import ENGINES
 from meerkat_mq.errors import LedgerError
 from meerkat_mq.wire.descriptor import RunDescriptor
 
@@ -19,6 +20,12 @@ def mask_file(folder: Path, mask_hash: bytes) -> Path:
     return folder / f"mask-{mask_hash.hex()}.mkm"
 
 
+def made_mask(run: RunDescriptor) -> Mask | None:
+    """The mask of an engine of this package whose masks are made from their size alone; None of any other."""
+    engine = ENGINES.get(run.engine)
+    return None if engine is None or engine.mask is None else engine.mask(run.weights)
+
+
 def keep_mask(folder: Path, run: RunDescriptor, mask: Mask) -> None:
     """Write that copy, unless it is there; once a run is begun, since without a ledger it tells of a lost one.
 
@@ -27,7 +34,7 @@ def keep_mask(folder: Path, run: RunDescriptor, mask: Mask) -> None:
     """
     file = mask_file(folder, run.mask_hash)
     try:
-        if run.engine != "toy" and not file.exists():
+        if made_mask(run) is None and not file.exists():
             mask.save(file)
     except OSError as error:
         problem = f"cannot be written ({error.strerror})"

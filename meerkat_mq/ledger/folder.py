@@ -8,10 +8,9 @@ from pathlib import Path
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import digest
-from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.errors import MaskError, ModelError, RunMismatch
 from meerkat_mq.extras import importing, need
-from meerkat_mq.ledger.files import DIFFERENCE_FILE, mask_file
+from meerkat_mq.ledger.files import DIFFERENCE_FILE, made_mask, mask_file
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.ledger.store import Store
 from meerkat_mq.ledger.verify import ALTERED, Look, Progress, Verified, compare, run_of, snapshot_look, verify_ledger
@@ -68,8 +67,8 @@ def mask_of(folder: Path, run: RunDescriptor, named: Path | None = None) -> Mask
     Raises:
         MaskError: there is no such file, or it cannot be read.
     """
-    if named is None and run.engine == "toy":
-        return toy_mask(run.weights)
+    if named is None and (made := made_mask(run)) is not None:
+        return made
     file = named or mask_file(folder, run.mask_hash)
     if not file.exists():
         raise MaskError(str(file), "is missing", "name the run's mask file with --mask")

@@ -7,6 +7,7 @@ import structlog
 
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.seldom import Seldom
+from meerkat_mq.engines.registry import ENGINES
 from meerkat_mq.errors import BadValue, WireError, shown
 from meerkat_mq.mqtt import Session
 from meerkat_mq.mqtt.blob_fetch import BlobFetch
@@ -58,7 +59,8 @@ def check_descriptor(descriptor: RunDescriptor, federation: str) -> None:
     """Refuse, as WireError, a descriptor that no server can mean."""
     if descriptor.federation != federation:
         raise BadValue("RunDescriptor.federation", f"{descriptor.federation} is not {federation}")
-    if descriptor.engine == "transformers" and descriptor.task is None:
+    engine = ENGINES.get(descriptor.engine)
+    if engine is not None and engine.task == "needed" and descriptor.task is None:
         raise BadValue("RunDescriptor.task", "is missing")
     if descriptor.mask_bytes > 16 * descriptor.weights + 2**20:
         raise BadValue("RunDescriptor.mask_bytes", f"{descriptor.mask_bytes} bytes for {descriptor.weights} weights")

@@ -5,20 +5,19 @@ from pathlib import Path
 
 import structlog
 
-from meerkat_mq.config import NodeConfig
 from meerkat_mq.core.step import Row
 from meerkat_mq.errors import DataError, within
-from meerkat_mq.tasks.data import no_rows, read_rows
-from meerkat_mq.tasks.sources import FileRow, data_files, records
-from meerkat_mq.wire.descriptor import Task
-
-_TOY_REMEDY = 'give JSON lines such as {"seed": 7}'
+from meerkat_mq.tasks.sources import data_files
 
 Stamp = tuple[tuple[str, int, int], ...]
 
 
 class LocalRows:
-    """The rows of a node's files, for a task; for the toy engine without one.
+    """The rows of a node's files.
+
+    Args:
+        source: file, folder, or `hf:…`.
+        read: reads and checks its rows.
 
     Attributes:
         rows: as last read; at least one.
@@ -28,14 +27,14 @@ class LocalRows:
         DataError: they cannot be read.
     """
 
-    def __init__(self, config: NodeConfig, task: Task | None) -> None:
-        self._source = config.data
-        self._task = task
+    def __init__(self, source: Path | str, read: Callable[[Path | str], list[Row]]) -> None:
+        self._source = source
+        self._read = read
         self._stamp = _stamp(self._source)
         self._usable: Callable[[Sequence[Row]], list[Row]] = list
         self.left_out = 0
         with within("data"):
-            self.rows = self._read()
+            self.rows = self._read(source)
 
     def check(self, usable: Callable[[Sequence[Row]], list[Row]]) -> None:
         """Keep the rows that can be prepared, now and after each change of the files.
@@ -62,14 +61,11 @@ class LocalRows:
             return
         self._stamp = stamp
         try:
-            self.rows = self._checked(self._read())
+            self.rows = self._checked(self._read(self._source))
         except DataError as error:
             structlog.get_logger().warning("data refused, the rows before it stay", problem=str(error))
             return
         structlog.get_logger().info("data read again", rows=len(self.rows), left_out=self.left_out)
-
-    def _read(self) -> list[Row]:
-        return _toy_rows(self._source) if self._task is None else read_rows(self._source, self._task)
 
 
 def _stamp(source: Path | str) -> Stamp:
@@ -81,19 +77,3 @@ def _stamp(source: Path | str) -> Stamp:
     except (DataError, OSError):
         return ()
     return tuple((file.name, stat.st_size, stat.st_mtime_ns) for file, stat in found)
-
-
-def _toy_rows(source: Path | str) -> list[Row]:
-    try:
-        rows: list[Row] = [_toy_row(row) for row in records(source, ("seed",), "seed")]
-    except DataError as error:
-        raise DataError(error.where, error.problem, _TOY_REMEDY) from error
-    if not rows:
-        raise no_rows(source, _TOY_REMEDY)
-    return rows
-
-
-def _toy_row(row: FileRow) -> FileRow:
-    if type(row.get("seed")) is not int or not 0 <= row["seed"] < 2**64:
-        raise DataError(row.where, "has no integer seed from 0 to 2**64 - 1", _TOY_REMEDY)
-    return row

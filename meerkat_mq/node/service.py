@@ -11,6 +11,7 @@ import structlog
 
 from meerkat_mq.config import NodeConfig
 from meerkat_mq.core.seldom import Seldom
+from meerkat_mq.engines.registry import check_named, entry_of
 from meerkat_mq.errors import DataError, NodeReplaced, NotConnected, PayloadTooLarge, RunMismatch, WireError, within
 from meerkat_mq.extras import need
 from meerkat_mq.mqtt import Marker, Message, Presence, Session, Verdict, Will
@@ -41,8 +42,9 @@ async def run_node(config: NodeConfig) -> None:
     Raises:
         MeerkatError: with what to do about it.
     """
-    if config.model is not None:
-        need("model", f"node {config.id}")
+    extra = entry_of(config.engine or "transformers").extra
+    if config.model is not None and extra is not None:
+        need(extra, f"node {config.id}")
     if isinstance(config.data, str):
         need("datasets", config.data)
     with within("data"):
@@ -148,6 +150,7 @@ class _Node:
         if config.uplink == "values" and not run.values:
             problem = f'is "values", but run {run.run[:8]} takes projected gradients only'
             raise RunMismatch("uplink", problem, 'set uplink = "path" here, or values.accept = true on the server')
+        check_named(run.engine, config.engine)
         self._log = self._log.bind(run=run.run[:8])
         blobs, self._has_mask = Blobs(run, self._boot, self._send), False
         self._blobs = blobs

@@ -3,28 +3,31 @@
 import math
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import structlog
 
 from meerkat_mq.config import NodeConfig
 from meerkat_mq.core.batches import batch_rows
 from meerkat_mq.core.directions import Float32Array, direction
-from meerkat_mq.core.first_order import NodeEngine, first_order_steps
+from meerkat_mq.core.first_order import FirstOrderEngine, first_order_steps
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Entry, check_steps, digest, seeds_of, short_hash
 from meerkat_mq.core.replica import Change, Replica
-from meerkat_mq.core.step import Row, local_steps
+from meerkat_mq.core.step import Engine, Row, local_steps
 from meerkat_mq.core.values import Residual
-from meerkat_mq.engines.toy import QuadraticEngine
+from meerkat_mq.engines.protocol import Rounds, Setup
+from meerkat_mq.engines.registry import entry_of, make_engine, try_out, usable
 from meerkat_mq.errors import BadValue, ConfigError, within
-from meerkat_mq.extras import importing
 from meerkat_mq.node.limits import Pace
 from meerkat_mq.node.rows import LocalRows
 from meerkat_mq.node.state import NodeState
 from meerkat_mq.rounds.events import StartSteps
-from meerkat_mq.wire.descriptor import RunDescriptor, Task
+from meerkat_mq.tasks.data import read_rows
+from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.messages import Offer, Values
 from meerkat_mq.wire.snapshot import decode_snapshot
 from meerkat_mq.wire.values import encode_values
@@ -72,11 +75,14 @@ class Work:
         self._replica = Replica(
             mask, run_id=descriptor.run_id, stream=descriptor.stream, digest_every=descriptor.digest_every
         )
-        if descriptor.engine == "transformers" and config.model is None:
+        entry, task = entry_of(descriptor.engine), descriptor.task
+        if entry.task == "needed" and config.model is None:
             raise ConfigError("model", "is missing", "name the folder or hub id of the run's base model")
-        self._rows = LocalRows(config, descriptor.task if descriptor.engine == "transformers" else None)
-        self.engine: NodeEngine[Any] = _engine(config, descriptor, mask)
-        self._rows.check(self.engine.usable)
+        read = entry.read if task is None else partial(read_rows, task=task)
+        self._rows = LocalRows(config.data, read)
+        self.engine = _engine(config, descriptor, mask)
+        self._rows.check(partial(usable, self.engine))
+        try_out(descriptor.engine, self.engine, mask.theta_0, self.rows)
         self.digest = self.theta_0_digest = digest(self._replica.theta)
 
     @property
@@ -180,8 +186,9 @@ class Work:
 
     def _displace(self, order: StartSteps, batches: list[list[Row]], stop: threading.Event) -> Result:
         assert self._residual is not None
+        engine = cast("FirstOrderEngine[Any]", self.engine)  # it was looked at when it was made
         displacement, loss, steps = first_order_steps(
-            self.engine, self._replica.theta, batches, self._settings, lambda: self._pace.ends(stop)
+            engine, self._replica.theta, batches, self._settings, lambda: self._pace.ends(stop)
         )
         blob = encode_values(self._residual.add(order.version, displacement), self._settings.codec)
         return Result((), loss, Values(short_hash(blob), len(blob), steps), blob)
@@ -192,32 +199,16 @@ class Work:
             self._residual.forget(version, heard=heard)
 
 
-def _engine(config: NodeConfig, descriptor: RunDescriptor, mask: Mask) -> NodeEngine[Any]:
-    if descriptor.engine == "toy":
-        return QuadraticEngine(mask.size)
-    assert config.model is not None
-    assert descriptor.task is not None
-    with within("model"):
-        return _load_engine(config, config.model, descriptor.task, descriptor, mask)
-
-
-def _load_engine(config: NodeConfig, source: str, task: Task, descriptor: RunDescriptor, mask: Mask) -> NodeEngine[Any]:
-    with importing("model", f"node {config.id}"):  # a toy node never imports torch
-        import torch  # noqa: PLC0415
-
-        from meerkat_mq.engines.torch.engine import TransformersEngine  # noqa: PLC0415
-        from meerkat_mq.engines.torch.load import load_model  # noqa: PLC0415
-
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    dtype = config.dtype or descriptor.dtype
-    loaded = load_model(source, dtype=dtype, device=config.device)
-    for note in loaded.notes:
-        structlog.get_logger().warning("about the model", note=note)
-    engine = TransformersEngine(loaded, mask, task)
-    engine.check(mask)
-    if dtype != "float32":
-        survival = engine.surviving_share(mask.theta_0, direction(descriptor.stream, 0, 0, mask.size), descriptor.eps)
+def _engine(config: NodeConfig, run: RunDescriptor, mask: Mask) -> Engine[Any]:
+    dtype = config.dtype or run.dtype
+    setup = Setup(mask, run.task, config.model, dtype, config.device, config.threads)
+    with within("model") if config.model is not None and entry_of(run.engine).task == "needed" else nullcontext():
+        engine = make_engine(run.engine, setup, f"node {config.id}")
+    if config.uplink == "values" and not isinstance(engine, FirstOrderEngine):
+        problem = f'is "values", and the engine {run.engine} has no method gradient'
+        raise ConfigError("uplink", problem, 'set uplink = "path"')
+    if dtype != "float32" and isinstance(engine, Rounds):
+        survival = engine.surviving_share(mask.theta_0, direction(run.stream, 0, 0, mask.size), run.eps)
         structlog.get_logger().info(
             "perturbation after the cast", dtype=dtype, kept=round(survival.kept, 4), moved=round(survival.moved, 4)
         )

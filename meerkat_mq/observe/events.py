@@ -1,5 +1,6 @@
 """What a server tells whoever watches a run."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -53,15 +54,24 @@ class Evaluated:
     Attributes:
         version: theta's version, so the number of rounds closed before.
         seconds: since the run's first round opened; 0 before.
-        majority: accuracy of always answering the most frequent class.
+        figures: what the run's task makes of it, by name: always "loss"; of a classifier "accuracy", and "majority",
+            the accuracy of always answering the most frequent class.
     """
 
     version: int
     seconds: float
     rows: int
-    accuracy: float
-    loss: float
-    majority: float
+    figures: Mapping[str, float]
+
+    @property
+    def loss(self) -> float:
+        """The mean loss."""
+        return self.figures["loss"]
+
+    @property
+    def accuracy(self) -> float:
+        """NaN of a task without one."""
+        return self.figures.get("accuracy", math.nan)
 
 
 @dataclass(frozen=True)

@@ -118,17 +118,22 @@ class Live:
         self._first_evaluation = self._first_evaluation or event
         self._last_evaluation = event
         if self._display is None:
-            self._say(f"{self._place(event.version)}: {self._accuracy()} on {event.rows:,} held-out rows")
+            self._say(f"{self._place(event.version)}: {self._held_out()} on {event.rows:,} held-out rows")
 
     def _place(self, version: int) -> str:
         return f"{version} of {self._rounds} rounds"
 
-    def _accuracy(self) -> str:
+    def _held_out(self) -> str:
+        """The newest evaluation: its accuracy, or its loss where the task has no other figure."""
         first, last = self._first_evaluation, self._last_evaluation
         if first is None or last is None:
             return f"accuracy {DASH}"
-        start = f"majority {percent(last.majority)}" if first is last else f"from {percent(first.accuracy)}"
-        return f"accuracy {percent(last.accuracy)} ({start})"
+        if "accuracy" not in last.figures:
+            return f"held-out loss {last.loss:.4f}" + ("" if first is last else f" (from {first.loss:.4f})")
+        start = f"from {percent(first.accuracy)}" if first is not last else ""
+        if not start and "majority" in last.figures:
+            start = f"majority {percent(last.figures['majority'])}"
+        return f"accuracy {percent(last.accuracy)}" + f" ({start})" * bool(start)
 
     def _figures(self) -> list[str]:
         assert self._last is not None
@@ -144,7 +149,7 @@ class Live:
     def _render(self) -> RenderableType:
         parts: list[RenderableType] = []
         if self._last is not None:
-            parts += [self._progress, Text(" · ".join([self._accuracy(), *self._figures()]))]
+            parts += [self._progress, Text(" · ".join([self._held_out(), *self._figures()]))]
         if self._staged:
             parts.append(self._spinner)
         return Group(*parts)

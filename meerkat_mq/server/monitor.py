@@ -5,7 +5,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 import structlog
 
@@ -13,6 +12,7 @@ from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.gradip import gradip
 from meerkat_mq.core.path import digest
 from meerkat_mq.core.seldom import Seldom
+from meerkat_mq.engines.evaluate import Evaluation
 from meerkat_mq.errors import reason
 from meerkat_mq.ledger.losses import mean_loss, watched_loss
 from meerkat_mq.ledger.rising import RisingLoss
@@ -24,12 +24,9 @@ from meerkat_mq.rounds.events import EntryCommitted
 from meerkat_mq.rounds.guards import NOT_REFUSED
 from meerkat_mq.rounds.policy import lane_of
 from meerkat_mq.rounds.records import UpdateRecord
+from meerkat_mq.server.evaluation import Evaluator
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor
 from meerkat_mq.wire.frames import MAX_SLOTS
-
-if TYPE_CHECKING:
-    from meerkat_mq.engines.torch.evaluate import Evaluation
-    from meerkat_mq.server.evaluation import Evaluator
 
 LAST_WORDS_S = 10.0
 
@@ -45,7 +42,7 @@ class Monitor:
     def __init__(
         self,
         observer: Observer,
-        evaluator: "Evaluator | None",
+        evaluator: Evaluator | None,
         every: int,
         run: RunDescriptor,
         rising: RisingLoss | None = None,
@@ -177,15 +174,13 @@ class Monitor:
                 self._evaluated.set()
 
     def _tell(
-        self, version: int, seconds: float, found: "Evaluation", keep: Callable[[int, Mapping[str, float]], None]
+        self, version: int, seconds: float, found: Evaluation, keep: Callable[[int, Mapping[str, float]], None]
     ) -> None:
-        event = Evaluated(version, seconds, found.rows, found.accuracy, found.loss, found.majority)
-        self._log.info("evaluated", version=version, accuracy=rounded(event.accuracy, 4), loss=rounded(event.loss, 4))
-        self._observe(event)
+        said = {name: rounded(value, 4) for name, value in found.figures.items()}
+        self._log.info("evaluated", version=version, **said)
+        self._observe(Evaluated(version, seconds, found.rows, found.figures))
         self._warn(self._rising.evaluated(version, found.loss))
-        figures = {
-            "accuracy": found.accuracy, "loss": found.loss, "majority": found.majority, "rows": float(found.rows),
-        }  # fmt: skip
+        figures = {**found.figures, "rows": float(found.rows)}
         keep(version, {name: value for name, value in figures.items() if math.isfinite(value)})
 
     async def finish(self, theta: Float32Array, updates: Mapping[str, Count]) -> None:

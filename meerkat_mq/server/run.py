@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from meerkat_mq.config import ServerConfig
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import short_hash
-from meerkat_mq.engines.toy import toy_mask
+from meerkat_mq.engines.registry import entry_of, own_mask
 from meerkat_mq.errors import ConfigError, within
 from meerkat_mq.ledger.run import Run, max_step_of, settings_of
 from meerkat_mq.rounds.policy import default_lanes
@@ -88,16 +88,18 @@ def _in_words() -> Iterator[None]:
 
 
 def _mask(config: ServerConfig) -> Mask:
-    if config.engine == "toy":
-        return toy_mask(config.toy_weights)
-    if config.mask is None:
+    if config.mask is not None and entry_of(config.engine).mask is None:
+        with within("mask"):
+            return Mask.load(config.mask)
+    mask = own_mask(config.engine, config.toy_weights)
+    if mask is None:
         raise ConfigError("mask", "is missing", "name a mask file; `meerkat mask` writes one")
-    with within("mask"):
-        return Mask.load(config.mask)
+    return mask
 
 
 def _task(config: ServerConfig) -> Task | None:
-    if config.engine == "toy":
+    wanted = entry_of(config.engine).task
+    if wanted == "none" or (wanted == "optional" and config.task is None):
         return None
     if config.task is None:
         raise ConfigError("task", "is missing", "name a built-in task or a task's TOML file; see docs/tasks.md")

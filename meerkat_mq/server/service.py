@@ -2,11 +2,11 @@
 
 import asyncio
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from meerkat_mq.config import ServerConfig
+from meerkat_mq.engines.registry import entry_of
 from meerkat_mq.errors import ConfigError
-from meerkat_mq.extras import importing, need
+from meerkat_mq.extras import need
 from meerkat_mq.ledger.losses import rising_from
 from meerkat_mq.ledger.recovery import recovered
 from meerkat_mq.ledger.remains import check_remains
@@ -16,15 +16,13 @@ from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.observe.events import Observer
 from meerkat_mq.observe.process import Threads
 from meerkat_mq.server.alive import alive
+from meerkat_mq.server.evaluation import Evaluator
 from meerkat_mq.server.monitor import Monitor
 from meerkat_mq.server.patience import patiently
 from meerkat_mq.server.room import check_room
 from meerkat_mq.server.run import prepare_run
 from meerkat_mq.server.scribe import Scribe
 from meerkat_mq.server.server import Server
-
-if TYPE_CHECKING:
-    from meerkat_mq.server.evaluation import Evaluator
 
 CLOSE_S = 1.0
 
@@ -43,8 +41,9 @@ async def serve(config: ServerConfig, *, replace: bool = False, observer: Observ
     Raises:
         MeerkatError: with what to do about it.
     """
-    if config.evaluation is not None and config.engine != "toy":
-        need("model", "evaluation")
+    if config.evaluation is not None:
+        if (extra := entry_of(config.engine).extra) is not None:
+            need(extra, "evaluation")
         if isinstance(config.evaluation.data, str):
             need("datasets", config.evaluation.data)
     off_the_loop = asyncio.get_running_loop().run_in_executor
@@ -80,13 +79,8 @@ def _prepare(config: ServerConfig, ledger: Ledger) -> Run:
     return run
 
 
-def _load_evaluator(config: ServerConfig, run: Run) -> "Evaluator | None":
-    if config.evaluation is None or run.descriptor.task is None:
-        return None
-    with importing("model", "evaluation"):  # without a model, no server imports torch
-        from meerkat_mq.server.evaluation import Evaluator  # noqa: PLC0415
-
-    return Evaluator(config, run.mask, run.descriptor.task)
+def _load_evaluator(config: ServerConfig, run: Run) -> Evaluator | None:
+    return None if config.evaluation is None else Evaluator(config, run)
 
 
 def _unusable(config: ServerConfig, error: OSError) -> ConfigError:

@@ -13,9 +13,9 @@ from meerkat_mq.core.mask import Mask, MaskedMatrix
 from meerkat_mq.core.path import digest
 from meerkat_mq.core.step import Row
 from meerkat_mq.demo.settings import WEIGHTS
+from meerkat_mq.engines.evaluate import Evaluation, evaluate
 from meerkat_mq.engines.torch.checkpoint import fingerprint
 from meerkat_mq.engines.torch.engine import TransformersEngine
-from meerkat_mq.engines.torch.evaluate import Evaluation, evaluate
 from meerkat_mq.engines.torch.folder import find_folder
 from meerkat_mq.engines.torch.load import LoadedModel, linear_layers, load_model
 from meerkat_mq.engines.torch.masks import make_mask
@@ -31,13 +31,16 @@ SECONDS_DIGITS = 3
 
 def save_evaluation(path: Path, evaluation: Evaluation) -> None:
     """Keep an evaluation in a file."""
-    write_atomically(path, json.dumps(asdict(evaluation)).encode())
+    write_atomically(
+        path, json.dumps({"rows": evaluation.rows, **evaluation.figures, "recalls": evaluation.recalls}).encode()
+    )
 
 
 def load_evaluation(path: Path) -> Evaluation:
     """Read what `save_evaluation` wrote."""
     table = json.loads(path.read_text(encoding="utf-8"))
-    return Evaluation(**table | {"recalls": tuple(table["recalls"])})
+    rows, recalls = table.pop("rows"), table.pop("recalls")
+    return Evaluation(rows, table, tuple(recalls))
 
 
 def source_of(plan: SweepPlan) -> str:
@@ -164,7 +167,7 @@ def _figures(before: Evaluation, after: Evaluation, counts: Sequence[Sequence[in
         "loss": after.loss,
         "accuracy_before": before.accuracy,
         "loss_before": before.loss,
-        "majority": before.majority,
+        "majority": before.figures["majority"],
         "own_mix_mean": sum(own) / len(own),
         "own_mix_min": min(own),
         "recalls": after.recalls,

@@ -12,8 +12,8 @@ from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.gradip import gradip
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import Row
+from meerkat_mq.engines.evaluate import Evaluation, evaluate, first_order
 from meerkat_mq.engines.torch.engine import Prepared, TransformersEngine
-from meerkat_mq.engines.torch.evaluate import Evaluation, evaluate, first_order
 from meerkat_mq.errors import BadValue, RunError
 from meerkat_mq.rounds.guards import NOT_REFUSED
 from meerkat_mq.rounds.memory import SERVER, MemoryFederation, MemoryNode

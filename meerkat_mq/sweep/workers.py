@@ -198,9 +198,9 @@ def _end_with(connection: Connection) -> None:
 
 
 def _one_thread() -> None:
-    import torch  # noqa: PLC0415 - the server of processes has it; the leader never does
+    from meerkat_mq.engines.torch.load import set_threads  # noqa: PLC0415 - the leader never imports torch
 
-    torch.set_num_threads(1)
+    set_threads(1)
 
 
 def in_words(error: Exception) -> tuple[str, str | None]:

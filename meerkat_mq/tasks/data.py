@@ -51,6 +51,18 @@ def read_rows(source: Path | str, task: Task) -> list[Row]:
     return rows
 
 
+def read_any(source: Path | str) -> list[Row]:
+    """Rows as they stand there, of a run without a task: whatever their fields are.
+
+    Raises:
+        DataError: names the file, the line and what is wrong with it.
+    """
+    rows: list[Row] = list(records(source, None))
+    if not rows:
+        raise no_rows(source, "give a JSONL file with one object a line")
+    return rows
+
+
 def no_rows(source: Path | str, remedy: str) -> DataError:
     """A source without rows; of a folder, what is there instead."""
     if isinstance(source, str) or not source.is_dir() or data_files(source):

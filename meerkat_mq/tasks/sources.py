@@ -81,12 +81,12 @@ def _suffix(path: Path) -> str:
     return plain.suffix.lower()
 
 
-def records(source: Path | str, columns: Sequence[str], integers: str | None = None) -> Iterator[FileRow]:
+def records(source: Path | str, columns: Sequence[str] | None, integers: str | None = None) -> Iterator[FileRow]:
     """The rows of a source, as they stand there.
 
     Args:
         source: file, folder, or `hf:…`.
-        columns: those that are needed; of `hf:…`, only these are read.
+        columns: those that are needed; of `hf:…`, only these are read. None: all.
         integers: a column of integers, which a table knows only as text.
 
     Raises:
@@ -251,7 +251,7 @@ def _unpacked(path: Path, data: bytes) -> bytes:
     return content
 
 
-def _hub_records(source: str, columns: Sequence[str]) -> Iterator[FileRow]:
+def _hub_records(source: str, columns: Sequence[str] | None) -> Iterator[FileRow]:
     """Rows of a data set, of which only these columns are read: others may be images or dates."""
     match = HUB_DATA.fullmatch(source)
     if match is None:
@@ -265,8 +265,9 @@ def _hub_records(source: str, columns: Sequence[str]) -> Iterator[FileRow]:
     except Exception as error:  # the library, its readers and the hub's client raise all kinds
         problem = f"cannot be loaded ({reason(error)})"
         raise DataError(source, problem, "check folder or hub id, config, split, and the network") from error
-    absent = [column for column in columns if column not in rows.column_names]
+    wanted: list[str] = list(rows.column_names if columns is None else columns)
+    absent = [column for column in wanted if column not in rows.column_names]
     if absent:
         raise DataError(source, f"has no column {absent[0]!r}", f"it has {shown_names(rows.column_names, 'none')}")
-    for number, row in enumerate(rows.select_columns(list(columns))):
+    for number, row in enumerate(rows.select_columns(wanted)):
         yield FileRow(row, f"{source}: row {number}")

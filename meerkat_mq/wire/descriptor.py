@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from meerkat_mq.config import EngineName
 from meerkat_mq.errors import BadValue, TooLarge
 from meerkat_mq.wire.frames import MAX_LANES, MAX_STALENESS, MAX_STEPS, most_terms
 
@@ -67,7 +68,7 @@ class RunDescriptor(ControlMessage):
 
     Attributes:
         run: 16 random bytes, hex.
-        engine: "transformers", or "toy" for tests and drills.
+        engine: "transformers", "toy" for tests and drills, or "package.module:factory" (docs/engines.md).
         model: name of the base model, for people.
         weights: n, the number of masked weights.
         mask: mask hash.
@@ -85,7 +86,7 @@ class RunDescriptor(ControlMessage):
     protocol: Literal[1] = 1
     federation: Identifier
     run: RunId
-    engine: Literal["transformers", "toy"]
+    engine: EngineName
     model: str
     task: Task | None = None
     dtype: Literal["float32", "bfloat16", "float16"]

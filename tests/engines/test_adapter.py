@@ -14,9 +14,9 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from meerkat_mq.core.directions import direction
 from meerkat_mq.core.mask import Mask, MaskedMatrix
+from meerkat_mq.engines.evaluate import first_order
 from meerkat_mq.engines.torch.adapter import adapter_pairs, new_adapter, with_adapter
 from meerkat_mq.engines.torch.engine import TransformersEngine
-from meerkat_mq.engines.torch.evaluate import first_order
 from meerkat_mq.engines.torch.export import check_export, export_model
 from meerkat_mq.engines.torch.load import LoadedModel
 from meerkat_mq.engines.torch.masks import make_mask

@@ -9,9 +9,9 @@ from structlog.testing import capture_logs
 
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import Row, local_steps
+from meerkat_mq.engines.evaluate import evaluate
 from meerkat_mq.engines.torch.calibration import calibration_batches
 from meerkat_mq.engines.torch.engine import TransformersEngine
-from meerkat_mq.engines.torch.evaluate import evaluate
 from meerkat_mq.errors import DataError
 from meerkat_mq.tasks.data import read_rows, read_texts, usable_rows, write_rows
 from meerkat_mq.tasks.load import TASKS

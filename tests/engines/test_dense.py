@@ -12,10 +12,10 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from meerkat_mq.core.directions import direction
 from meerkat_mq.core.mask import Mask
+from meerkat_mq.engines.evaluate import first_order
 from meerkat_mq.engines.torch import calibration
 from meerkat_mq.engines.torch.calibration import calibration_batches, calibration_loss, each_gradient
 from meerkat_mq.engines.torch.engine import TransformersEngine
-from meerkat_mq.engines.torch.evaluate import first_order
 from meerkat_mq.engines.torch.export import check_export, export_model
 from meerkat_mq.engines.torch.load import LoadedModel, all_weights, linear_layers, load_model
 from meerkat_mq.engines.torch.masks import make_mask

@@ -172,7 +172,7 @@ def test_prompts_end_in_text_and_start_once(copy: Copy, load: Callable[..., Load
     scores = []
     for loaded, mask in zip((plain, changed), masks, strict=True):
         engine = TransformersEngine(loaded, mask, tiny.TASK)
-        scores.append(engine.scores(engine.prepare(tiny.ROWS[:8])))
+        scores.append(engine.scores(engine.prepare(tiny.ROWS[:8]))[0])
     assert np.array_equal(scores[0], scores[1])
 
 

@@ -1,16 +1,17 @@
 """New data files are picked up between rounds."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
 
-from meerkat_mq.config import NodeConfig
 from meerkat_mq.core.step import Row
+from meerkat_mq.engines.toy import read_seeds
 from meerkat_mq.errors import DataError
 from meerkat_mq.node.rows import LocalRows
-from meerkat_mq.tasks.data import usable_rows
+from meerkat_mq.tasks.data import read_rows, usable_rows
 from meerkat_mq.tasks.load import load_task
 from tests.node.mini_server import MiniServer, node
 from tests.support.mosquitto import Mosquitto
@@ -18,8 +19,7 @@ from tests.support.waiting import until
 
 
 def local(data: Path, task: str | None = None) -> LocalRows:
-    config = NodeConfig(id="a", federation="f", data=data, state_dir=data.parent)
-    return LocalRows(config, load_task(task) if task is not None else None)
+    return LocalRows(data, read_seeds if task is None else partial(read_rows, task=load_task(task)))
 
 
 def refreshed(rows: LocalRows) -> int:

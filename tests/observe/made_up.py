@@ -84,7 +84,9 @@ def calibrated(stopped: str, *others: str) -> dict[str, Any]:
 
 
 def evaluated(version: int, accuracy: float) -> Evaluated:
-    return Evaluated(version, 0.37 * version, 1000, accuracy, 2 * (1 - accuracy), 0.31)
+    return Evaluated(
+        version, 0.37 * version, 1000, {"accuracy": accuracy, "loss": 2 * (1 - accuracy), "majority": 0.31}
+    )
 
 
 def an_evaluation(version: int, accuracy: float, *, majority: float | None = 0.31) -> Evaluation:

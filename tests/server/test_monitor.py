@@ -11,6 +11,7 @@ from structlog.testing import capture_logs
 
 from meerkat_mq.config import RoundsConfig, ServerConfig
 from meerkat_mq.core.directions import Float32Array
+from meerkat_mq.engines.evaluate import Evaluation
 from meerkat_mq.mqtt import Count
 from meerkat_mq.observe.events import Evaluated, RoundClosed, RunEvent
 from meerkat_mq.rounds.events import EntryCommitted
@@ -22,14 +23,12 @@ from meerkat_mq.wire.frames import MAX_SLOTS
 from meerkat_mq.wire.messages import Values
 from tests.support.waiting import until
 
-
-class Found:
-    rows, accuracy, loss, majority = 10, 0.75, 1.5, 0.5
+FOUND = Evaluation(10, {"accuracy": 0.75, "loss": 1.5, "majority": 0.5})
 
 
 class Evaluator:
-    async def evaluate(self, theta: Float32Array) -> Found:
-        return Found()
+    async def evaluate(self, theta: Float32Array) -> Evaluation:
+        return FOUND
 
 
 def made(tmp_path: Any, evaluator: Any = None, told: list[RunEvent] | None = None, **rounds: Any) -> Monitor:
@@ -135,12 +134,12 @@ class Slow:
         self.may_end = asyncio.Event()
         self._fails = fails
 
-    async def evaluate(self, theta: Float32Array) -> Found:
+    async def evaluate(self, theta: Float32Array) -> Evaluation:
         self.began.append(float(theta[0]))
         await self.may_end.wait()
         if int(theta[0]) in self._fails:
             raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore\nand more")
-        return Found()
+        return FOUND
 
 
 def at(version: int) -> Float32Array:

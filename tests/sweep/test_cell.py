@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from meerkat_mq.engines.torch.evaluate import Evaluation
+from meerkat_mq.engines.evaluate import Evaluation
 from meerkat_mq.sweep.cell import load_evaluation, own_mix, save_evaluation
 from meerkat_mq.sweep.training import Trained, diverged
 from tests.sweep import grids
@@ -92,7 +92,7 @@ def test_training_that_breaks_is_a_row(tmp_path: Path, tiny_llama: Path) -> None
     ],
 )
 def test_what_has_diverged(before: tuple[float, float], after: tuple[float, float], broken: bool) -> None:
-    first, last = (Evaluation(8, loss, accuracy, majority=0.25) for loss, accuracy in (before, after))
+    first, last = (Evaluation(8, {"loss": loss, "accuracy": accuracy}) for loss, accuracy in (before, after))
     done = Trained(np.zeros(1, np.float32), rounds=1, passes=2, cpu_seconds=0.1, wall_seconds=0.1)
     assert diverged(done, last, first, classes=4) == broken
     assert diverged(replace(done, ended="no round closed"), first, first, classes=4)
@@ -121,6 +121,6 @@ def test_early_stopping_leaves_its_judgements_and_gradips(tmp_path: Path, tiny_l
 
 
 def test_an_evaluation_is_kept(tmp_path: Path) -> None:
-    kept = Evaluation(rows=3, loss=math.log(2), accuracy=1 / 3, majority=2 / 3, recalls=(0.5, None))
+    kept = Evaluation(3, {"loss": math.log(2), "accuracy": 1 / 3, "majority": 2 / 3}, recalls=(0.5, None))
     save_evaluation(tmp_path / "before.json", kept)
     assert load_evaluation(tmp_path / "before.json") == kept

@@ -89,7 +89,7 @@ def test_servers_are_ordered_by_term_then_id() -> None:
         {"run": "0" * 31},
         {"run": "G" * 32},
         {"mask": "AB" * 16},
-        {"engine": "cuda"},
+        {"engine": "cuda;"},
         {"weights": 0},
         {"weights": 2**26 + 1},
         {"rounds": 0},

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -13,8 +14,9 @@ from torch.nn import functional
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import Row
+from meerkat_mq.engines.protocol import Setup, Survival
 from meerkat_mq.engines.torch.adapter import with_adapter
-from meerkat_mq.engines.torch.load import LoadedModel
+from meerkat_mq.engines.torch.load import LoadedModel, load_model, set_threads
 from meerkat_mq.engines.torch.scoring import Scorer, scorer_for
 from meerkat_mq.errors import ModelMismatch
 from meerkat_mq.tasks.data import problem_of, usable_rows
@@ -60,25 +62,8 @@ class Target:
         return whole.flatten() if self.indices is None else whole.flatten()[self.indices]
 
 
-@dataclass(frozen=True, slots=True)
-class Survival:
-    """What is left of a perturbation when the model's dtype rounds both of its sides.
-
-    With wanted w = 2·eps·z and got d = cast(theta + eps·z) − cast(theta − eps·z):
-
-    Attributes:
-        kept: ⟨d, w⟩ ÷ ⟨w, w⟩; 1 in exact arithmetic, 0 where everything is swallowed.
-        moved: share of the weights with d ≠ 0.
-        error: ‖d − w‖ ÷ ‖w‖; what rounding adds to the direction, swallowed parts included.
-    """
-
-    kept: float
-    moved: float
-    error: float
-
-
 class TransformersEngine:
-    """Implements `core.first_order.NodeEngine` for a loaded model, a mask and a task.
+    """Implements `core.step.Engine`, and all that `engines.protocol` adds, for a loaded model, a mask and a task.
 
     Args:
         loaded: the base model; its masked weights are overwritten by each `write`, those of an adapter in a copy of the
@@ -147,10 +132,10 @@ class TransformersEngine:
         """Float32 (rows, classes); gradients flow where the caller allows them."""
         return self.scorer.scores(batch.passes)[batch.place]
 
-    def scores(self, batch: Prepared) -> Float32Array:
-        """Float32 (rows, classes)."""
+    def scores(self, batch: Prepared) -> tuple[Float32Array, npt.NDArray[np.int64]]:
+        """Float32 (rows, classes), and the right ones, int64 (rows,)."""
         with torch.inference_mode():
-            return _to_numpy(self.class_scores(batch))
+            return _to_numpy(self.class_scores(batch)), batch.labels.cpu().numpy()
 
     def losses(self, batch: Prepared) -> Float32Array:
         """Cross-entropy over the classes, float32 (rows,)."""
@@ -168,10 +153,6 @@ class TransformersEngine:
                 parameter.requires_grad_(False)
         parts = [target.values(whole).float() for target, whole in zip(self.targets, found, strict=True)]
         return _to_numpy(torch.cat(parts)), loss.item()
-
-    def predict(self, batch: Prepared) -> npt.NDArray[np.int64]:
-        """The class with the highest score, int64 (rows,)."""
-        return np.asarray(self.scores(batch).argmax(axis=1), dtype=np.int64)
 
     def check(self, mask: Mask) -> None:
         """Make sure that this is the model that the mask was made for; call it before the first write.
@@ -207,6 +188,22 @@ class TransformersEngine:
         values = torch.tensor(theta)
         parts = [values[target.part].to(target.flat.dtype).double() for target in self.targets]
         return np.asarray(torch.cat(parts).numpy())
+
+
+def make(setup: Setup) -> TransformersEngine:
+    """Load the base model, and make the engine of a run.
+
+    Raises:
+        MeerkatError: as `load_model` and `TransformersEngine`.
+    """
+    assert setup.model is not None
+    assert setup.task is not None
+    if setup.threads is not None:
+        set_threads(setup.threads)
+    loaded = load_model(setup.model, dtype=setup.dtype, device=setup.device)
+    for note in loaded.notes:
+        structlog.get_logger().warning("about the model", note=note)
+    return TransformersEngine(loaded, setup.mask, setup.task)
 
 
 def _targets(loaded: LoadedModel, mask: Mask) -> list[Target]:

@@ -80,6 +80,11 @@ class LoadedModel:
         return prompt_ids(self.tokenizer, self.start, texts)
 
 
+def set_threads(count: int) -> None:
+    """CPU threads for all models of this process."""
+    torch.set_num_threads(count)
+
+
 def load_model(
     source: str | Path,
     *,

@@ -1,8 +1,7 @@
 """Evaluation on held-out rows, and the first-order bound on the same mask."""
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -11,9 +10,9 @@ import numpy.typing as npt
 
 from meerkat_mq.config import NodeValuesConfig
 from meerkat_mq.core.directions import Float32Array
-from meerkat_mq.core.first_order import first_order_walk
-from meerkat_mq.core.step import Row
-from meerkat_mq.engines.torch.engine import TransformersEngine
+from meerkat_mq.core.first_order import FirstOrderEngine, first_order_walk
+from meerkat_mq.core.step import Engine, Row
+from meerkat_mq.engines.protocol import Batch, Scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,48 +21,66 @@ class Evaluation:
 
     Attributes:
         rows: how many; those that cannot be prepared do not count.
-        loss: mean cross-entropy over the classes.
-        accuracy: share of rows whose class scored highest.
-        majority: share of the most frequent class: the accuracy of a constant answer.
+        figures: by name, always a mean loss, "loss"; where candidates are scored, also "accuracy", the share of rows
+            whose right one scored highest, and "majority", the share of the most frequent one: the accuracy of a
+            constant answer.
         recalls: by class, the share of its rows that were found; None where it has no rows.
     """
 
     rows: int
-    loss: float
-    accuracy: float
-    majority: float
+    figures: Mapping[str, float]
     recalls: tuple[float | None, ...] = ()
 
+    @property
+    def loss(self) -> float:
+        """The mean loss."""
+        return self.figures["loss"]
 
-def evaluate(engine: TransformersEngine, rows: Sequence[Row], batch_size: int = 64) -> Evaluation:
+    @property
+    def accuracy(self) -> float:
+        """NaN where nothing is scored."""
+        return self.figures.get("accuracy", math.nan)
+
+
+def evaluate(engine: Engine[Batch], rows: Sequence[Row], batch_size: int = 64) -> Evaluation:
     """Evaluate the engine at the theta last written.
 
     Args:
-        engine: after `write`.
-        rows: at least one; `engine.usable` tells which they may be.
+        engine: after `write`; without `scores`, its mean loss is all that is found.
+        rows: at least one; `usable` tells which they may be.
         batch_size: rows a pass.
 
     Raises:
         DataError: none of a batch's rows can be prepared.
     """
-    losses: list[float] = []
-    labels, found = Counter[int](), Counter[int]()
-    classes = 0
+    losses = list[float]()
+    scores, truth = list[Float32Array](), list[npt.NDArray[np.int64]]()
     for start in range(0, len(rows), batch_size):
         batch = engine.prepare(rows[start : start + batch_size])
-        scores = engine.scores(batch)
-        truth = batch.labels.cpu().numpy()
-        losses += _cross_entropy(scores, truth)
-        labels.update(truth.tolist())
-        found.update(truth[scores.argmax(axis=1) == truth].tolist())
-        classes = scores.shape[1]
-    count = len(losses)
+        if isinstance(engine, Scores):
+            found, right = engine.scores(batch)
+            scores.append(found)
+            truth.append(right)
+        else:
+            losses += engine.losses(batch).tolist()
+    if scores:
+        return classified(np.concatenate(scores), np.concatenate(truth))
+    return Evaluation(len(losses), {"loss": math.fsum(losses) / len(losses)})
+
+
+def classified(scores: Float32Array, truth: npt.NDArray[np.int64]) -> Evaluation:
+    """What scores, float32 (rows, classes), and the right classes, int64 (rows,), come to."""
+    losses, rows, classes = _cross_entropy(scores, truth), len(truth), scores.shape[1]
+    labels = np.bincount(truth, minlength=classes)
+    found = np.bincount(truth[scores.argmax(axis=1) == truth], minlength=classes)
     return Evaluation(
-        rows=count,
-        loss=math.fsum(losses) / count,
-        accuracy=found.total() / count,
-        majority=max(labels.values()) / count,
-        recalls=tuple(found[label] / labels[label] if labels[label] else None for label in range(classes)),
+        rows=rows,
+        figures={
+            "loss": math.fsum(losses) / rows,
+            "accuracy": int(found.sum()) / rows,
+            "majority": int(labels.max()) / rows,
+        },
+        recalls=tuple(int(hit) / int(count) if count else None for hit, count in zip(found, labels, strict=True)),
     )
 
 
@@ -75,7 +92,7 @@ def _cross_entropy(scores: Float32Array, labels: npt.NDArray[np.int64]) -> list[
 
 
 def first_order(
-    engine: TransformersEngine,
+    engine: FirstOrderEngine[Batch],
     theta: Float32Array,
     rows: Sequence[Row],
     *,

@@ -1,4 +1,4 @@
-"""Makes the demo's weights again: `python -m meerkat_mq.demo.pretrain --out FOLDER`.
+"""Makes the demo's weights again: `python -m benchmarks.pretrain_demo --out FOLDER`.
 
 A byte-level BPE tokenizer and a Llama of 935,040 parameters, both from generated text alone (`corpus.py`): about five
 CPU-minutes. One thread, deterministic algorithms, one seed: the same CPU and torch give the same bits; another CPU or

@@ -1,0 +1,212 @@
+"""Engines by name: those of this package, and a user's own, named "package.module:factory".
+
+A run descriptor names the run's engine. A node never imports a module because a server names it: that would let
+whoever speaks for the server run code on every node. An engine of a user's own is imported only where the process's
+own TOML file names it (`check_named`).
+"""
+
+import importlib
+import inspect
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+
+from meerkat_mq.core.directions import Float32Array
+from meerkat_mq.core.mask import Mask
+from meerkat_mq.core.step import Engine, Row
+from meerkat_mq.engines import toy
+from meerkat_mq.engines.protocol import Checks, Chooses, Setup
+from meerkat_mq.errors import ConfigError, MeerkatError, RunMismatch, reason
+from meerkat_mq.extras import Extra, importing
+from meerkat_mq.tasks.data import read_any, usable_rows
+
+Factory = Callable[[Setup], Engine[Any]]
+
+METHODS: Final = ("write", "prepare", "losses")
+TRIED: Final = 2  # rows of the trial batch
+SEE: Final = "see docs/engines.md"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What is known of an engine before anything of it is imported.
+
+    Attributes:
+        target: "package.module:factory"; the factory takes a `Setup` and returns an engine.
+        extra: what must be installed for it.
+        task: whether its runs have one: those of a language model do, and its processes name a base model too.
+        mask: the mask of so many weights, of an engine that needs no mask file.
+        read: reads and checks the rows of a run without a task.
+    """
+
+    target: str
+    extra: Extra | None = None
+    task: Literal["needed", "optional", "none"] = "optional"
+    mask: Callable[[int], Mask] | None = None
+    read: Callable[[Path | str], list[Row]] = read_any
+
+
+ENGINES: Final = {
+    "transformers": Entry("meerkat_mq.engines.torch.engine:make", extra="model", task="needed"),
+    "toy": Entry("meerkat_mq.engines.toy:make", task="none", mask=toy.toy_mask, read=toy.read_seeds),
+}
+
+
+def entry_of(name: str) -> Entry:
+    """The engine of a name; imports nothing.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name in ENGINES:
+        return ENGINES[name]
+    if ":" in name:
+        return Entry(name)
+    remedy = f'use {", ".join(sorted(ENGINES))}, or "package.module:factory" for one of your own'
+    raise ConfigError("engine", f"{name!r} is unknown", remedy)
+
+
+def check_named(run: str, named: str | None) -> None:
+    """Refuse to compute for a run whose engine this process was not told to use.
+
+    Args:
+        run: the engine's name in the run descriptor.
+        named: `engine` of this process's own TOML file; None: any engine of this package.
+
+    Raises:
+        RunMismatch: names both.
+    """
+    if run == named or (named is None and run in ENGINES):
+        return
+    if named is None and ":" not in run:
+        problem, remedy = "which this version does not have", "install the server's version of meerkat-mq here too"
+    else:
+        problem = "and this file names " + ("none" if named is None else f"{named!r}")
+        remedy = f'if you trust that code, install it here and set engine = "{run}"'
+    raise RunMismatch("engine", f"the run computes with {run!r}, {problem}", remedy)
+
+
+def make_engine(name: str, setup: Setup, what: str) -> Engine[Any]:
+    """Import and make an engine, and let it check that its base model is the mask's; slow.
+
+    Args:
+        name: of the engine; a name that the run's descriptor alone gives goes through `check_named` first.
+        setup: what it is made for.
+        what: needs it, for an error that says which extra is missing.
+
+    Raises:
+        ConfigError: an engine of a user's own cannot be imported or called, or is none.
+        MissingExtra: an engine of this package needs what is not installed.
+        MeerkatError: model, tokenizer or task do not fit the run.
+    """
+    factory = _factory(name, what)
+    with _in_words(name):
+        inspect.signature(factory).bind(setup)
+        engine = factory(setup)
+        lacking = next((method for method in METHODS if not callable(getattr(engine, method, None))), None)
+        if lacking is not None:
+            problem = f"{name} gives an object of type {type(engine).__name__}, without a method {lacking}"
+            raise ConfigError("engine", problem, SEE)
+        if isinstance(engine, Checks):
+            engine.check(setup.mask)
+    return engine
+
+
+def own_mask(name: str, weights: int) -> Mask | None:
+    """The mask that an engine brings along: of a user's own, what `mask()` of its factory returns; None without one.
+
+    Raises:
+        ConfigError: a user's own engine cannot be imported, or what it returns is no mask.
+    """
+    entry = entry_of(name)
+    if entry.mask is not None:
+        return entry.mask(weights)
+    make = None if entry.task == "needed" else getattr(_factory(name, "the run's mask"), "mask", None)
+    if make is None:
+        return None
+    with _in_words(name):
+        mask = make()
+    if not isinstance(mask, Mask):
+        raise ConfigError("engine", f"{name}: mask() returns an object of type {type(mask).__name__}, not a Mask", SEE)
+    return mask
+
+
+def usable(engine: Engine[Any], rows: Sequence[Row]) -> list[Row]:
+    """The rows that an engine can prepare; the log names the others.
+
+    Raises:
+        DataError: there are none.
+    """
+    return engine.usable(rows) if isinstance(engine, Chooses) else usable_rows(rows, engine.prepare)
+
+
+def try_out(name: str, engine: Engine[Any], theta: Float32Array, rows: Sequence[Row]) -> None:
+    """Let an engine of a user's own compute the losses of two rows, before a run depends on them.
+
+    Args:
+        name: of the engine; those of this package are not tried.
+        engine: to be tried.
+        theta: float32 (n,).
+        rows: usable ones.
+
+    Raises:
+        ConfigError: it fails, or what it returns is no float32 (rows,).
+    """
+    if name in ENGINES:
+        return
+    few = rows[:TRIED]
+    with _in_words(name):
+        engine.write(theta.copy())
+        found: Any = engine.losses(engine.prepare(few))
+    if not (isinstance(found, np.ndarray) and found.dtype == np.float32 and found.shape == (len(few),)):
+        shown = f"{found.dtype} {found.shape}" if isinstance(found, np.ndarray) else f"of type {type(found).__name__}"
+        problem = f"{name}: losses of {len(few)} rows are {shown}, not a NumPy array, float32 ({len(few)},)"
+        raise ConfigError("engine", problem, SEE)
+
+
+def _factory(name: str, what: str) -> Factory:
+    entry = entry_of(name)
+    module, _, attribute = entry.target.partition(":")
+    if entry.extra is not None:
+        with importing(entry.extra, what):
+            found = importlib.import_module(module)
+    else:
+        with _in_words(name):
+            found = importlib.import_module(module)
+    factory = getattr(found, attribute, None)
+    if not callable(factory):
+        problem = f"{module} has {'no' if factory is None else 'an'} attribute {attribute!r}"
+        raise ConfigError("engine", problem + (", which cannot be called" if factory is not None else ""), SEE)
+    return factory  # type: ignore[no-any-return]  # what it returns is looked at by `make_engine`
+
+
+@contextmanager
+def _in_words(name: str) -> Iterator[None]:
+    """What a user's own code raises, in one line with the place; errors of our own tree pass.
+
+    Raises:
+        ConfigError: of any exception that is none of ours, where the engine is a user's own.
+    """
+    try:
+        yield
+    except MeerkatError:
+        raise
+    except Exception as error:
+        if name in ENGINES:
+            raise
+        absent = isinstance(error, ModuleNotFoundError)
+        remedy = "install it, or set PYTHONPATH to the folder that holds it" if absent else "mend it"
+        problem = f"{name}: {type(error).__name__}: {reason(error)}{_place(error)}"
+        raise ConfigError("engine", problem, f"{remedy}; {SEE}") from error
+
+
+def _place(error: Exception) -> str:
+    """The last line of a user's own code that an error passed, in brackets."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
+    theirs = [frame for frame in frames if Path(frame.filename) not in (Path(__file__), Path(importlib.__file__))]
+    return f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else ""
