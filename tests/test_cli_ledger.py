@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from meerkat_mq.core.metrics import METRICS
 from meerkat_mq.ledger.sqlite import LEDGER_FILE
 from meerkat_mq.rounds.records import Verdict
 from meerkat_mq.server import commands
@@ -77,6 +78,8 @@ def test_status(meerkat: Meerkat, writer: Writer) -> None:
     measured = [abs(writer.records(version)[0].scalars[0] * writer.products(version)[0][0]) for version in range(3)]
     assert words(lines[8])[-1] == f"{sum(measured) / 3:.5g}"
     assert words(lines[9])[:3] == ["n1", "1", "never"]
+    assert " ".join(words(lines[-1])).startswith("refused: not finite: ")
+    assert lines[-1].endswith(METRICS["refused: not finite"])
 
 
 def test_status_as_json(meerkat: Meerkat, writer: Writer) -> None:

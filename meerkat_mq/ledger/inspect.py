@@ -2,9 +2,11 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from meerkat_mq.core import metrics as m
 from meerkat_mq.core.clocks import elapsed, typical
 from meerkat_mq.core.gradip import gradip
 from meerkat_mq.core.path import NO_DIGEST, seed_for
@@ -39,7 +41,8 @@ def run_shown(ledger: Store, now: float | None = None) -> RunShown:
     guards = settings.guards
     past = ledger.past(guards.window)
     flagged = Guard(guards, run.directions, past).flagged
-    closed = [entry.closed for entry in ledger.closed(max(0, version - guards.window), guards.window)]
+    entries = ledger.closed(max(0, version - guards.window), guards.window)
+    closed = [entry.closed for entry in entries]
     newest = ledger.terms()[-1:]
     heard = ledger.open_updates()
     paths = _Paths(
@@ -75,7 +78,14 @@ def run_shown(ledger: Store, now: float | None = None) -> RunShown:
         mode=mode_in_words(settings),
         staleness=ledger.staleness(guards.window),
         warning=rising_now(ledger),
+        counts=_counts(past, sum(entry.overdue for entry in entries)),
     )
+
+
+def _counts(past: Iterable[Sequence[UpdateRecord]], overdue: int) -> Mapping[str, int]:
+    refused = Counter(found.verdict for records in past for found in records if found.verdict not in NOT_REFUSED)
+    counts: dict[str, int] = {m.REFUSED.of(in_words(verdict)): count for verdict, count in sorted(refused.items())}
+    return counts | ({m.DEADLINE: overdue} if overdue else {})
 
 
 def _early_stopping(settings: RoundSettings, waiting: int) -> str:

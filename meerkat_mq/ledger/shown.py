@@ -6,7 +6,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Final
 
@@ -73,6 +73,7 @@ class RunShown:
         early_stopping: what it does, in words; "" where it is off.
         mode: how a buffered run closes its rounds, in words; "" of a synchronous one.
         staleness: mean age of the updates of the recent rounds, in versions; None if there are none.
+        counts: what was counted in the recent rounds, by metric.
     """
 
     federation: str
@@ -96,6 +97,7 @@ class RunShown:
     mode: str = ""
     staleness: float | None = None
     warning: str = ""
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 import structlog
 
 from meerkat_mq.config import NodeConfig
+from meerkat_mq.core import metrics as m
 from meerkat_mq.core.seldom import Seldom
 from meerkat_mq.engines.registry import check_named, entry_of
 from meerkat_mq.errors import DataError, NodeReplaced, NotConnected, PayloadTooLarge, RunMismatch, WireError, within
@@ -207,7 +208,7 @@ class _Node:
             self._session.publish(topic, encode(frame))
         except (NotConnected, PayloadTooLarge) as error:  # an update goes out again, a want is asked again
             kind = type(frame).__name__
-            self._counts[f"not sent: {kind}"] += 1
+            self._counts[m.NOT_SENT.of(kind)] += 1
             self._seldom.say(self._log.warning, "not sent", kind, type(error).__name__, frame=kind, problem=str(error))
 
     # --- the duty cycle ---
@@ -306,7 +307,7 @@ class _Node:
             elif message.payload:
                 self._on_frame(message)
         except WireError as error:
-            self._counts[f"undecodable: {type(error).__name__}"] += 1
+            self._counts[m.UNDECODABLE.of(type(error).__name__)] += 1
             key, said = (message.topic, type(error).__name__), {"topic": message.topic, "problem": str(error)}
             self._seldom.say(self._log.warning, "message dropped", *key, **said)
 
@@ -375,7 +376,7 @@ class _Node:
                 self._blobs.answer(want)
             case frame:
                 topic, kind = message.topic, type(frame).__name__
-                self._counts[f"misplaced: {kind}"] += 1
+                self._counts[m.MISPLACED.of(kind)] += 1
                 self._seldom.say(self._log.warning, "frame out of place", topic, kind, topic=topic, frame=kind)
 
     def _expect_displacement(self, frame: Round) -> None:

@@ -6,6 +6,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from meerkat_mq.core.metrics import meaning
 from meerkat_mq.errors import printable
 from meerkat_mq.ledger.shown import NodeShown, RebuiltShown, RoundShown, RunShown, StepShown, UpdateShown
 from meerkat_mq.observe.figures import DASH, duration, human_bytes, percent, points
@@ -64,7 +65,14 @@ def status_table(run: RunShown) -> RenderableType:
     judged = any(node.judged is not None for node in run.nodes)
     long_ago = DASH if run.finished else "many"
     table = _node_table(run.nodes[:MOST_SHOWN], long_ago, measured=measured, judged=judged)
-    return Group(*warning, figures, Text(), table, *more)
+    return Group(*warning, figures, Text(), table, *more, *_counted(run))
+
+
+def _counted(run: RunShown) -> Iterable[RenderableType]:
+    """What was counted in the recent rounds, and what it means."""
+    if run.counts:
+        yield Text()
+        yield _pairs(*((f"{name}: {count:,}", meaning(name)) for name, count in run.counts.items()))
 
 
 def _accuracy(run: RunShown) -> str:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from meerkat_mq.core import metrics as m
 from meerkat_mq.core.path import NO_DIGEST, Entry
 from meerkat_mq.errors import RunMismatch
 from meerkat_mq.rounds import events as e
@@ -139,7 +140,7 @@ class NodeMachine:
         effects, self._effects = self._effects, []
         return effects
 
-    def _count(self, reason: str, about: int | None = None) -> None:
+    def _count(self, reason: m.Metric, about: int | None = None) -> None:
         """Count, of the round `about`; by default the one that this node stands at."""
         self._effects.append(e.Count(reason, round=self.version if about is None else about))
 
@@ -180,11 +181,11 @@ class NodeMachine:
     def _on_server_came(self, event: e.ServerCame) -> None:
         state = event.state
         if state.run != self._run_id.hex():
-            self._count("of another run")
+            self._count(m.ANOTHER_RUN)
         elif state.term == self._rank[0] and self._rank[1] not in ("", state.server_id):
             self._see_two_servers()
         elif state.rank < self._rank:
-            self._count("stale server")
+            self._count(m.STALE_SERVER)
         else:
             if state.term > self._rank[0]:
                 self._follow_server(event.now)
@@ -198,7 +199,7 @@ class NodeMachine:
 
         Under one term, this node could not tell that server's past from the one that it knows.
         """
-        self._count("two servers in a term")
+        self._count(m.TWO_SERVERS)
         if not self._two_servers:
             self._two_servers, self._ask_at = True, float("-inf")
 
@@ -214,9 +215,9 @@ class NodeMachine:
     def _on_frame_came(self, event: e.FrameCame) -> None:
         frame = event.frame
         if (frame.header.run, frame.header.mask) != (self._header().run, self._header().mask):
-            self._count("of another run")
+            self._count(m.ANOTHER_RUN)
         elif frame.header.term < self._rank[0]:
-            self._count("stale term")
+            self._count(m.STALE_TERM)
         else:
             if frame.header.term > self._rank[0]:
                 self._follow_server(event.now)
@@ -239,7 +240,7 @@ class NodeMachine:
     def _take_round(self, frame: Round) -> None:
         known = self._frame.header.version if self._frame is not None else -1
         if frame.header.version < known and self._in_vain < IN_VAIN:
-            self._count("old round")
+            self._count(m.OLD_ROUND)
             return
         if frame.header.version != known:
             self._in_vain = 0
@@ -265,7 +266,7 @@ class NodeMachine:
         done = self._done
         if done is None or (frame.boot, frame.header.version) != (done.boot, done.version):
             return
-        self._count(f"refused: {in_words(frame.reason)}", done.version)
+        self._count(m.REFUSED.of(in_words(frame.reason)), done.version)
         if done.version < self.version or done.task is None:
             self._forget()
         elif frame.reason is Reason.RESYNCHRONISE and self._busy is None:
@@ -293,12 +294,12 @@ class NodeMachine:
             self._trusted_term = term
             self._start_over()
             return
-        self._count("entry refused")
+        self._count(m.ENTRY_REFUSED)
         if self._frame is not None:
             self._frame = replace(self._frame, entries=())  # refused once, not at every event
 
     def _start_over(self) -> None:
-        self._count("resynchronised")
+        self._count(m.RESYNCHRONISED)
         self._effects.append(e.ResetTheta())
         self._forget()
         self._ask_at = float("-inf")
@@ -317,12 +318,12 @@ class NodeMachine:
 
     def _on_entries_applied(self, event: e.EntriesApplied) -> None:
         if self._busy != e.ApplyEntries(event.entries) or len(event.digests) != len(event.entries):
-            self._count("unexpected answer")
+            self._count(m.UNEXPECTED)
             return
         self._busy = None
         for entry, digest in zip(event.entries, event.digests, strict=True):
             if entry.digest != digest:
-                self._count("digest differs")
+                self._count(m.DIGEST_DIFFERS)
                 self._digest_refused(f"the digest after entry {entry.version} differs")
                 return
         self._in_vain, last = 0, event.entries[-1]
@@ -332,9 +333,9 @@ class NodeMachine:
 
     def _on_entries_missed(self, event: e.EntriesMissed) -> None:
         if self._busy != e.ApplyEntries(event.entries):
-            self._count("unexpected answer")
+            self._count(m.UNEXPECTED)
             return
-        self._count("entries missed")
+        self._count(m.ENTRIES_MISSED)
         self._busy = None
         self._ask_at = event.now + RETRY_S
         if self._frame is not None:
@@ -343,7 +344,7 @@ class NodeMachine:
     def _on_snapshot_loaded(self, event: e.SnapshotLoaded) -> None:
         task = self._busy
         if not isinstance(task, e.FetchSnapshot) or task.offer.version != event.version:
-            self._count("unexpected answer")
+            self._count(m.UNEXPECTED)
             return
         self._busy, self._in_vain = None, 0
         self._trusted_term = task.offer.header.term
@@ -353,16 +354,16 @@ class NodeMachine:
     def _on_snapshot_missed(self, event: e.SnapshotMissed) -> None:
         task = self._busy
         if not isinstance(task, e.FetchSnapshot) or task.offer.version != event.version:
-            self._count("unexpected answer")
+            self._count(m.UNEXPECTED)
             return
-        self._count("snapshot missed")
+        self._count(m.SNAPSHOT_MISSED)
         self._busy = None
         self._ask_at = event.now + RETRY_S
 
     def _on_steps_done(self, event: e.StepsDone) -> None:
         task = self._busy
         if not isinstance(task, e.StartSteps) or task.version != event.version:
-            self._count("unexpected answer")
+            self._count(m.UNEXPECTED)
             return
         self._busy, self._stopping = None, False
         if not event.scalars and event.values is None:
@@ -377,9 +378,9 @@ class NodeMachine:
         """Try again in a while, and after each failure in a longer one: what the round asks for then."""
         task = self._busy
         if not isinstance(task, e.StartSteps) or task.version != event.version:
-            self._count("unexpected answer")
+            self._count(m.UNEXPECTED)
             return
-        self._count("steps failed", task.version)
+        self._count(m.STEPS_FAILED, task.version)
         self._busy, self._stopping = None, False
         self._step_at, self._pause_s = event.now + self._pause_s, min(2 * self._pause_s, LONGEST_PAUSE_S)
 
@@ -483,7 +484,7 @@ class NodeMachine:
         if done is not None and frame is not None and self._age(done.version) > self._max_staleness:
             heard = self._heard(done.version, frame)
             if not heard and not self._sent:
-                self._count("late step", done.version)
+                self._count(m.LATE_STEP, done.version)
             self._forget(heard=heard)
 
     def _forget(self, *, heard: bool = False) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
+from meerkat_mq.core import metrics as m
 from meerkat_mq.core.path import MAX_WEIGHT, Entry
 from meerkat_mq.errors import AnotherServer
 from meerkat_mq.rounds import events as e
@@ -130,7 +131,7 @@ class ServerMachine:
         effects, self._effects = self._effects, []
         return effects
 
-    def _count(self, reason: str, node: str = "", about: int | None = None) -> None:
+    def _count(self, reason: m.Metric, node: str = "", about: int | None = None) -> None:
         """Count, of the round `about`; by default the open one, or the one that closes just now."""
         self._effects.append(e.Count(reason, node, self.version if about is None else about))
 
@@ -176,7 +177,7 @@ class ServerMachine:
             if node is None or not node.online or (status.boot, status.link) != (node.boot, node.link):
                 self._born(event.now, event.node, status)
         elif self._is_late_death(node, status):
-            self._count("late death", event.node)
+            self._count(m.LATE_DEATH, event.node)
         elif status.status == "asleep" and node is not None and status.wakes_in_s is not None:
             node.boot, node.link = status.boot, status.link
             self._vanished(event.node, event.now + status.wakes_in_s + self._settings.grace_s, asleep=True)
@@ -196,7 +197,7 @@ class ServerMachine:
         if node is None:
             node = self._nodes.add(name)
             if node is None:
-                self._count("no slot left", name)
+                self._count(m.NO_SLOT, name)
                 return
             self._effects.append(e.CommitSlot(name, node.slot))
         self._nodes.appeared(name)
@@ -210,7 +211,7 @@ class ServerMachine:
     def _on_slot_committed(self, event: e.SlotCommitted) -> None:
         node = self._nodes.get(event.node)
         if node is None or node.welcomed:
-            self._count("unexpected answer", event.node)
+            self._count(m.UNEXPECTED, event.node)
             return
         node.welcomed = True
         self._welcome(event.now, event.node, node)
@@ -235,7 +236,7 @@ class ServerMachine:
     def _gone(self, now: float, name: str, *, left: bool) -> None:
         current = self._open
         self._vanished(name, now + self._settings.grace_s)
-        self._count("left" if left else "died", name)
+        self._count(m.LEFT if left else m.DIED, name)
         if left and current is not None and name in current.asked and not self._window.took(name, self.version):
             current.forget(name)
             fewer = max(needed(len(current.asked), self._settings.quorum), fewest_needed(self._settings, self.version))
@@ -269,10 +270,10 @@ class ServerMachine:
     def _compare(self, header: Header) -> None:
         """A node has seen a higher term: a past that neither ledger nor broker tells of any more."""
         if header.term >= min(HIGHEST_TERM, self._rank[0] + LARGEST_STEP):
-            self._count("a term that no server takes")
+            self._count(m.IMPOSSIBLE_TERM)
         elif header.term > self._rank[0] and not self._outranked:
             self._outranked = True
-            self._count("nodes have seen a higher term")
+            self._count(m.HIGHER_TERM)
             self._effects.append(e.TakeTerm(header.term))
 
     # --- updates ---
@@ -297,7 +298,7 @@ class ServerMachine:
     def _on_values_came(self, event: e.ValuesCame) -> None:
         name, update = event.node, event.update
         expected = self._window.fetched(name, update.header.version)
-        reason = self._why_dropped(name, update) if expected else "unexpected answer"
+        reason = self._why_dropped(name, update) if expected else m.UNEXPECTED
         if reason is not None:
             self._count(reason, name, update.header.version)
         elif event.verdict is Verdict.ACCEPTED and not math.isfinite(update.loss):
@@ -307,11 +308,11 @@ class ServerMachine:
 
     def _on_values_missed(self, event: e.ValuesMissed) -> None:
         expected = self._window.fetched(event.node, event.update.header.version)
-        reason = "values missed" if expected else "unexpected answer"
+        reason = m.VALUES_MISSED if expected else m.UNEXPECTED
         self._count(reason, event.node, event.update.header.version)
 
     def _refuse(self, name: str, update: Update, reason: Reason) -> None:
-        self._count(f"refused: {in_words(reason)}", name, update.header.version)
+        self._count(m.REFUSED.of(in_words(reason)), name, update.header.version)
         self._reply_refusal(name, update, reason)
 
     def _reply_refusal(self, name: str, update: Update, reason: Reason) -> None:
@@ -328,24 +329,24 @@ class ServerMachine:
             base, name, node.slot, update.boot, node.weight, update.scalars, update.loss, verdict, update.values
         )  # fmt: skip
         if verdict is not Verdict.ACCEPTED:
-            self._count(f"refused: {in_words(verdict)}", name)
+            self._count(m.REFUSED.of(in_words(verdict)), name)
         current.taken += not current.closing
         enough = current.needed if self._settings.takes_what_comes(self.version) else len(current.asked)
         self._effects.append(e.CommitUpdate(record, last=current.taken >= enough))
         if verdict is not Verdict.ACCEPTED:
             self._reply_refusal(name, update, Reason.OUT_OF_RANGE)
 
-    def _why_dropped(self, name: str, update: Update) -> str | None:
+    def _why_dropped(self, name: str, update: Update) -> m.Metric | None:
         mine, header, current = self._header(), update.header, self._open
         if (header.run, header.mask) != (mine.run, mine.mask):
-            return "of another run"
+            return m.ANOTHER_RUN
         self._compare(header)
         if header.term != mine.term:
-            return "of another term"
+            return m.ANOTHER_TERM
         if current is None:
-            return "late"
+            return m.LATE
         late = self._window.why_late(name, header.version, self.version + current.closing)
-        return late or (None if name in current.asked else "not asked")
+        return late or (None if name in current.asked else m.NOT_ASKED)
 
     def _why_refused(self, name: str, update: Update) -> Reason | None:
         slot, base = self._nodes[name].slot, update.header.version
@@ -361,7 +362,7 @@ class ServerMachine:
         for record in event.records:
             if not self._window.spans(record.version, self.version + closing):
                 self._count(
-                    "late", record.node, record.version
+                    m.LATE, record.node, record.version
                 )  # no entry takes it, so nobody may be told that it was heard
                 continue
             self._window.committed(record)
@@ -405,7 +406,7 @@ class ServerMachine:
     def _on_directions_measured(self, event: e.DirectionsMeasured) -> None:
         current = self._open
         if current is None or event.version != self.version or current.products is not None:
-            self._count("unexpected answer")
+            self._count(m.UNEXPECTED)
             return
         current.products = event.products
         self._close_if_due(event.now)
@@ -426,10 +427,9 @@ class ServerMachine:
                 self._close(current, current.products, overdue=overdue)
         elif overdue:
             if due:
-                fewest = self._settings.min_updates
-                self._count(f"fewer than {fewest} updates can be used")
+                self._count(m.TOO_FEW_USABLE)
                 for name in current.useless:
-                    self._count(f"cannot be used, and the round waits for {fewest} that can", name)
+                    self._count(m.UNUSABLE, name)
             self._extend(current, now)
 
     def _close(self, current: OpenRound, products: Sequence[Sequence[float]], *, overdue: bool) -> None:
@@ -440,12 +440,12 @@ class ServerMachine:
     def _on_round_judged(self, event: e.RoundJudged) -> None:
         current, mine = self._open, (self._rank[0], self.version)
         if current is None or not current.closing or current.outcome or (event.term, event.version) != mine:
-            self._count("unexpected answer")
+            self._count(m.UNEXPECTED)
             return
         current.outcome = outcome = event.outcome
         for was, record in zip(current.records, outcome.records, strict=True):
             if record.verdict is not was.verdict and record.verdict not in NOT_REFUSED:
-                self._count(f"refused: {in_words(record.verdict)}", record.node)
+                self._count(m.REFUSED.of(in_words(record.verdict)), record.node)
         self._effects.append(e.ApplyTerms(self.version, outcome.terms, outcome.shares))
 
     def _extend(self, current: OpenRound, now: float) -> None:
@@ -454,14 +454,14 @@ class ServerMachine:
         for name, slot in self._nodes.eligible(now).items():
             current.ask(name, slot, self._nodes[name].awaited_until)
         current.wait(now, deadline_length(self._settings, self.version, current.attempt))
-        self._count("round extended")
+        self._count(m.EXTENDED)
         self._announce()
 
     def _on_terms_applied(self, event: e.TermsApplied) -> None:
         current = self._open
         outcome = current.outcome if current is not None else None
         if current is None or outcome is None or current.entry is not None or event.version != self.version:
-            self._count("unexpected answer")
+            self._count(m.UNEXPECTED)
             return
         current.entry = Entry(self.version, outcome.terms, self._head, event.digest, event.displacement)
         self._effects.append(current.commit(current.entry))
@@ -470,7 +470,7 @@ class ServerMachine:
         current = self._open
         entry, outcome = (current.entry, current.outcome) if current is not None else (None, None)
         if entry is None or outcome is None or event.version != entry.version:
-            self._count("unexpected answer")
+            self._count(m.UNEXPECTED)
             return
         self._entries = newest_that_fit([*self._entries, entry])
         self._head = entry.hash(self._settings.run_id)
@@ -490,7 +490,7 @@ class ServerMachine:
         before, self._flagged = self._flagged, flagged
         for node, verdict in self._flagged.items():
             if before.get(node) is not verdict:
-                self._count(f"flagged: {in_words(verdict)}", node, self.version - 1)  # by the round that closed
+                self._count(m.FLAGGED.of(in_words(verdict)), node, self.version - 1)  # by the round that closed
 
     # --- frames ---
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
+from meerkat_mq.core import metrics as m
 from meerkat_mq.core.path import NO_DIGEST, Entry
 from meerkat_mq.rounds.records import UpdateRecord
 
@@ -53,13 +54,13 @@ class Window:
         """Whether an update from theta of `base` may enter an entry."""
         return entry - self._max_staleness <= base <= entry
 
-    def why_late(self, node: str, base: int, entry: int) -> str | None:
+    def why_late(self, node: str, base: int, entry: int) -> m.Metric | None:
         """Why an update cannot enter an entry any more; None: it can."""
         if base > self.head:
-            return "early"
+            return m.EARLY
         if base not in self._bases or not self.spans(base, entry):
-            return "late"
-        return "duplicate" if base <= max(self._newest.get(node, -1), self._fetched.get(node, -1)) else None
+            return m.LATE
+        return m.DUPLICATE if base <= max(self._newest.get(node, -1), self._fetched.get(node, -1)) else None
 
     def take(self, node: str, base: int) -> None:
         """A node's update is taken, committed or not."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 import structlog
 
+from meerkat_mq.core import metrics as m
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.gradip import gradip
 from meerkat_mq.core.path import digest
@@ -88,7 +89,7 @@ class Monitor:
         if self._evaluator is None or (version % self._every and version != self._rounds):
             return
         if self._due is not None:
-            self.counts["evaluation left out: a newer one was due"] += 1
+            self.counts[m.EVALUATION_LEFT_OUT] += 1
         self._due = version, self._seconds() if version else 0.0, theta
         self._evaluated.clear()
         self._is_due.set()
@@ -130,7 +131,7 @@ class Monitor:
     def heard_from(self, node: str, status: NodeStatus) -> None:
         """A node said where it stands."""
         if node not in self.statuses and len(self.statuses) >= MAX_SLOTS:
-            self.counts["too many nodes"] += 1
+            self.counts[m.TOO_MANY_NODES] += 1
             return
         self.statuses[node] = status
         if all(self._has_spoken(status) for status in self.statuses.values()):
@@ -165,9 +166,9 @@ class Monitor:
             try:
                 found = await self._evaluator.evaluate(theta)
             except Exception as error:  # of any kind: CUDA out of memory, for one
-                self.counts["evaluation failed"] += 1
+                self.counts[m.EVALUATION_FAILED] += 1
                 say, said = self._log.warning, {"version": version, "problem": reason(error)}
-                self._seldom.say(say, "evaluation failed", type(error).__name__, **said)
+                self._seldom.say(say, m.EVALUATION_FAILED, type(error).__name__, **said)
             else:
                 self._tell(version, seconds, found, keep)
             if self._due is None:

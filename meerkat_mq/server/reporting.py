@@ -7,6 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from meerkat_mq.core import metrics as m
 from meerkat_mq.core.clocks import elapsed
 from meerkat_mq.core.path import NO_DIGEST
 from meerkat_mq.ledger.inspect import PAGE, measured
@@ -51,7 +52,7 @@ def read_report(folder: Path, progress: Progress = lambda done, total: None) -> 
             progress(closed.entry.version + 1, version)
         evaluations = _evaluations(metrics, history.rising)
         terms = ledger.terms()
-        history.counts |= {"server started": len(terms)} if len(terms) > 1 else {}
+        history.counts |= {m.STARTED: len(terms)} if len(terms) > 1 else {}
         return Report(
             descriptor=run,
             model=facts.model or run.model or f"{run.engine} engine",
@@ -119,7 +120,7 @@ class _History:
         self.losses += [] if loss is None else [(version, loss)]
         if watched is not None:
             self.rising.closed(version, watched)
-        self.counts["closed at the deadline"] += closed.overdue
+        self.counts[m.DEADLINE] += closed.overdue
         self.closings.append((closed.term, closed.closed))
         if closed.entry.digest != NO_DIGEST:
             self.digest = closed.entry.digest.hex()
@@ -128,7 +129,7 @@ class _History:
             checked = record.version - record.version % self.settings.digest_every
             self.proven[record.node] = max(checked, self.proven.get(record.node, 0))
             if record.verdict not in NOT_REFUSED:
-                self.counts[f"refused: {in_words(record.verdict)}"] += 1
+                self.counts[m.REFUSED.of(in_words(record.verdict))] += 1
         self.counts = +self.counts
         if self.settings.steps > 1:  # over rounds of one step each, GradIP says nothing
             for record, found in measured(self.ledger, self.settings, records):

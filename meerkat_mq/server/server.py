@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 import structlog
 
 from meerkat_mq.config import ServerConfig
+from meerkat_mq.core import metrics as m
 from meerkat_mq.core.path import short_hash
 from meerkat_mq.core.seldom import Seldom
 from meerkat_mq.errors import AnotherServer, MeerkatError, NotConnected, PayloadTooLarge, TooFewNodes, WireError
@@ -232,9 +233,9 @@ class Server:
         try:
             self._session.publish(topic, payload, retain=retain)
         except NotConnected:
-            self._monitor.counts["not published: the outbox is full"] += 1
+            self._monitor.counts[m.OUTBOX_FULL] += 1
         except PayloadTooLarge as error:
-            self._monitor.counts["not published: over broker.max_packet_bytes"] += 1
+            self._monitor.counts[m.OVER_LIMIT] += 1
             self._seldom.say(self._log.warning, "not published", topic, topic=topic, problem=error.problem)
         else:
             return True
@@ -249,7 +250,7 @@ class Server:
             elif message.payload and (parsed := self._topics.parse_up(message.topic)) is not None:
                 self._on_node_message(*parsed, message.payload)
         except WireError as error:
-            self._monitor.counts[f"undecodable: {type(error).__name__}"] += 1
+            self._monitor.counts[m.UNDECODABLE.of(type(error).__name__)] += 1
             key, said = (message.topic, type(error).__name__), {"topic": message.topic, "problem": str(error)}
             self._seldom.say(self._log.warning, "message dropped", *key, **said)
 
@@ -282,12 +283,12 @@ class Server:
             case Chunk() as chunk if kind == "update" and chunk.header.run == self.header().run:
                 self._fetches.add(node, chunk)
             case Want() as want if kind == "want" and want.header.run != self.header().run:
-                self._monitor.counts["of another run"] += 1
+                self._monitor.counts[m.ANOTHER_RUN] += 1
                 self._publish_run()
             case Want() as want if kind == "want":
                 self.handle(e.WantCame(self._now(), node, want))
             case frame:
-                self._monitor.counts[f"misplaced: {type(frame).__name__}"] += 1
+                self._monitor.counts[m.MISPLACED.of(type(frame).__name__)] += 1
 
     def _kind_of(self, topic: str) -> str:
         parsed = self._topics.parse_up(topic)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from meerkat_mq.config import EarlyStoppingConfig
-from meerkat_mq.observe.meanings import MEANINGS, meaning
+from meerkat_mq.core.metrics import METRICS, meaning
 from meerkat_mq.observe.page import write_report
 from meerkat_mq.observe.report import NodeReport, Standing
 from meerkat_mq.rounds.records import Judgement, Verdict
@@ -209,9 +209,9 @@ def test_at_one_local_step_there_is_no_gradip_card(page: Any) -> None:
 
 def test_counts_are_explained(page: Any) -> None:
     text = page(counts={"late": 2, "refused: outlier": 1, "misplaced: Want": 3})[1].text
-    assert MEANINGS["late"] in text
+    assert METRICS["late"] in text
     assert "far from those of the other nodes" in " ".join(text)
-    assert MEANINGS["misplaced"] in text
+    assert METRICS["misplaced"] in text
 
 
 @pytest.mark.parametrize("member", [*Reason, *(verdict for verdict in Verdict if verdict is not Verdict.ACCEPTED)])

@@ -8,6 +8,7 @@ from io import StringIO
 import pytest
 from rich.console import Console, RenderableType
 
+from meerkat_mq.core.metrics import METRICS
 from meerkat_mq.ledger.shown import (
     NodeShown,
     RebuiltShown,
@@ -55,6 +56,13 @@ def test_a_flagged_node_stands_out() -> None:
     assert "\x1b[1;31m" in line
     assert "flagged: against" in line
     assert status_line(run).endswith("2 of 2 nodes online, flagged: n1")
+
+
+def test_what_was_counted_is_explained() -> None:
+    counted = text(status_table(replace(RUN, counts={"refused: outlier": 1200, "closed at the deadline": 3})))
+    lines = [" ".join(line.split()) for line in counted.splitlines()[-2:]]
+    expected = {"refused: outlier": "1,200", "closed at the deadline": "3"}
+    assert lines == [f"{name}: {count} {METRICS[name]}" for name, count in expected.items()]
 
 
 def test_a_buffered_run_its_sleepers_and_its_displacements() -> None:

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meerkat_mq.config import EarlyStoppingConfig
+from meerkat_mq.core.metrics import meaning
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.node import NodeMachine
 from meerkat_mq.rounds.records import Outcome, UpdateRecord, Verdict
@@ -135,6 +136,8 @@ def test_no_order_of_events_upsets_the_server(moves: list[Any], changes: dict[st
     for effect in desk.seen:
         if isinstance(effect, e.Reply | e.PublishRound):
             encode(effect.frame)
+        if isinstance(effect, e.Count):
+            assert meaning(effect.reason), effect
 
 
 @settings(max_examples=300, deadline=None)
@@ -163,5 +166,6 @@ def test_no_order_of_events_upsets_a_node(moves: list[Any], max_staleness: int, 
         jobs += [effect for effect in effects if isinstance(effect, e.StartSteps | e.ApplyEntries)]
         for send in s.only(e.Send, effects):
             encode(send.frame)
+        assert all(map(meaning, s.reasons(effects)))
         if isinstance(event, e.Tick):
             machine_wakes_later(machine, now)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from meerkat_mq.core.metrics import Metric
 from meerkat_mq.errors import MeerkatError
 
 
@@ -14,13 +15,15 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """Count something noteworthy, by reason.
+    """Count something noteworthy.
 
     Attributes:
+        reason: what, of the registry.
+        node: which one it is about; "" where it is about none.
         round: that it is about: that of the update, else the one that is open.
     """
 
-    reason: str
+    reason: Metric
     node: str = ""
     round: int | None = field(default=None, compare=False)
 
