@@ -133,7 +133,7 @@ class Store(Protocol):
     # --- snapshots ---
 
     def keep_snapshot(self, version: int, blob: bytes) -> None:
-        """Keep a snapshot's bytes, then its hash and size; all but the newest two go."""
+        """Keep a snapshot's bytes, then its hash and size; all but the newest two go. In no group: bytes stay."""
 
     def snapshots(self) -> tuple[KeptSnapshot, ...]:
         """What snapshots there are, newest first."""

@@ -21,6 +21,7 @@ from meerkat_mq.ledger.files import DIFFERENCE_FILE, snapshot_file
 from meerkat_mq.ledger.rows import Sighting
 from meerkat_mq.ledger.run import settings_of
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
+from meerkat_mq.ledger.store import Store
 from meerkat_mq.rounds.early_stopping import EarlyStopping, judgements_of, with_verdicts
 from meerkat_mq.rounds.policy import shares_of, terms_of
 from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
@@ -33,7 +34,7 @@ from meerkat_mq.wire.values import encode_values
 
 RUN = bytes(range(16))
 WEIGHTS = 40
-OPEN: list[Ledger] = []
+OPEN: list[Store] = []
 VALUES = {Verdict.NOT_FINITE: float("nan"), Verdict.TOO_LARGE: 3e38}
 
 
@@ -48,6 +49,7 @@ class Writer:
         ages: (version, slot) of updates that are from an older theta, and how much older.
         partial: (version, slot) of updates that are partial paths, and how many steps they have.
         values: slots of values nodes, and their codecs.
+        store: gets it all; default: `ledger.sqlite` in the folder.
     """
 
     folder: Path
@@ -68,6 +70,7 @@ class Writer:
     ages: Mapping[tuple[int, int], int] = field(default_factory=dict)
     partial: Mapping[tuple[int, int], int] = field(default_factory=dict)
     values: Mapping[int, Codec] = field(default_factory=dict)
+    store: Store | None = None
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +92,7 @@ class Writer:
         self.judgements: list[tuple[Judgement, ...]] = []
         self.replica = Replica(self.mask, run_id=RUN, stream=self.run.stream, digest_every=self.digest_every)
         self.entries: list[Entry] = []
-        self.ledger = Ledger.open(self.folder / LEDGER_FILE)
+        self.ledger = Ledger.open(self.folder / LEDGER_FILE) if self.store is None else self.store
         OPEN.append(self.ledger)
         self.ledger.begin(self.run, rules)
         self.ledger.take_term(0, "5" * 16, "here")

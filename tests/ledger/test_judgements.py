@@ -62,13 +62,6 @@ def test_what_is_kept_comes_back(ledger: Ledger) -> None:
             assert found.early_stopped_since() == {"node-b": 0}
 
 
-def test_since_when_a_node_is_early_stopped(ledger: Ledger) -> None:
-    assert ledger.early_stopped_since() == {}
-    for version, stopped in enumerate([(True, True), (False, True), (True, True), (True, False)]):
-        close(ledger, version, *stopped)
-    assert ledger.early_stopped_since() == {"node-b": 2}
-
-
 @pytest.mark.parametrize("ratio", [math.inf, 5e-324, 1e308])
 def test_any_ratio_comes_back(ledger: Ledger, ratio: float) -> None:
     found = replace(judged(0, True)[0], rho_later=ratio)

@@ -1,6 +1,5 @@
 """The ledger on its own: what is kept comes back, groups are whole, and a file that is no ledger stays as it is."""
 
-import math
 import os
 import re
 import resource
@@ -18,11 +17,11 @@ import pytest
 
 from meerkat_mq.config import ServerConfig
 from meerkat_mq.core.path import Entry, Term
-from meerkat_mq.errors import AnotherServer, LedgerError
+from meerkat_mq.errors import LedgerError
 from meerkat_mq.ledger import sqlite_file
 from meerkat_mq.ledger.rows import Sighting
 from meerkat_mq.ledger.sqlite import Ledger
-from meerkat_mq.rounds.records import UpdateRecord, Verdict
+from meerkat_mq.rounds.records import UpdateRecord
 from meerkat_mq.server.run import prepare_run
 
 IMPORTS = "import sys; from pathlib import Path; from meerkat_mq.ledger.sqlite import Ledger"
@@ -96,26 +95,6 @@ def test_what_is_kept_comes_back_also_to_another_reader(ledger: Ledger, path: Pa
             assert found.metrics() == {2: {"accuracy": 0.5, "loss": 1.5}}
 
 
-@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf, 1e-45])
-def test_numbers_that_no_node_should_send_come_back(ledger: Ledger, loss: float) -> None:
-    begin(ledger)
-    hostile = (math.nan, math.inf, -math.inf)
-    sent = record("node-a", 1, loss=loss, verdict=Verdict.NOT_FINITE, scalars=hostile)
-    ledger.commit_updates([sent])
-    (found,) = ledger.open_updates()
-    assert repr(found) == repr(sent)
-
-
-def test_the_entry_brings_the_final_verdicts(ledger: Ledger) -> None:
-    begin(ledger)
-    heard = [record(node, slot) for slot, node in enumerate(("node-b", "node-a"))]
-    ledger.commit_updates(heard)
-    judged = [heard[0], replace(heard[1], verdict=Verdict.OUTLIER)]
-    ledger.commit_entry(ENTRY, judged, 2, True)
-    assert list(ledger.records(0)) == judged
-    assert ledger.closed(0, 1)[0].overdue is True
-
-
 def test_a_group_is_kept_whole_or_not_at_all(ledger: Ledger, path: Path) -> None:
     begin(ledger)
     with closing(Ledger.read(path)) as reader:
@@ -133,35 +112,6 @@ def fail_in_a_group(ledger: Ledger) -> None:
     with ledger.group():
         round_(ledger, 1)
         raise KeyError
-
-
-def test_whoever_takes_a_term_fences_all_before(ledger: Ledger, path: Path) -> None:
-    begin(ledger)
-    assert ledger.in_charge
-    with closing(Ledger.open(path)) as other:
-        assert other.take_term(6, "b" * 16, "there") == 7
-        writes: list[Callable[[], object]] = [
-            lambda: round_(ledger, 0),
-            lambda: ledger.commit_slot("node-c", 2, 0),
-            lambda: ledger.commit_sightings([]),
-            lambda: ledger.commit_metrics(0, {"loss": 1.0}),
-            lambda: ledger.keep_snapshot(1, bytes(16)),
-            lambda: ledger.take_term(100, "a" * 16, "here"),
-        ]
-        for write in writes:
-            with pytest.raises(AnotherServer, match="a server of term 7 on host there has taken over"):
-                write()
-        assert not ledger.in_charge
-        assert other.in_charge
-        assert round_(other, 0) == other.records(0)
-        assert other.take_term(3, "b" * 16, "there") == 8
-
-
-def test_of_two_servers_that_begin_at_once_one_does(ledger: Ledger, path: Path) -> None:
-    with closing(Ledger.open(path)) as other:
-        begin(other)
-        with pytest.raises(AnotherServer, match="another server has just begun a run here"):
-            begin(ledger)
 
 
 # --- files that are no ledger ---------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Verification of virtual paths: products, judgements, early-stopped updates and their lengths."""
 
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +15,7 @@ from meerkat_mq.core.mask import Mask, MaskedMatrix
 from meerkat_mq.core.path import seed_for
 from meerkat_mq.errors import RunMismatch
 from meerkat_mq.ledger.folder import verify_folder
+from meerkat_mq.ledger.sqlite import LEDGER_FILE
 from meerkat_mq.rounds.records import Verdict
 from tests.ledger.ledgers import RUN, Writer, alter, close_all, write
 
@@ -98,8 +101,9 @@ def test_a_bit_of_a_product(tmp_path: Path, at: int) -> None:
     writer = Writer(tmp_path, **PATHS)
     for _ in range(4):
         writer.round()
-    (blob,) = writer.ledger._row("SELECT products FROM entries WHERE version = 2")
     writer.ledger.close()
+    with closing(sqlite3.connect(tmp_path / LEDGER_FILE)) as connection:
+        (blob,) = connection.execute("SELECT products FROM entries WHERE version = 2").fetchone()
     changed = bytearray(blob)
     changed[at] ^= 1
     alter(tmp_path, "UPDATE entries SET products = ? WHERE version = 2", bytes(changed))

@@ -1,0 +1,1 @@
+"""The drivers' ports in memory."""

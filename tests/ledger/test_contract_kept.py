@@ -1,0 +1,210 @@
+"""What ledger/store.py promises, of every store: what is kept, and what is forgotten."""
+
+from dataclasses import replace
+
+import pytest
+
+from meerkat_mq.core.path import Displacement, short_hash
+from meerkat_mq.errors import LedgerError
+from meerkat_mq.ledger.rows import Sighting
+from meerkat_mq.ledger.store import Store
+from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
+from meerkat_mq.wire.entries import entry_bytes
+from tests.ledger.stores import Kept, blob_of, close, round_, sent, update
+from tests.rounds.support import settings
+
+MEASURED = settings(lanes=2, steps=2)
+
+
+# --- what waits, and what is forgotten ---
+
+
+def test_an_update_closes_with_the_entry_that_names_it_and_waits_until_then(buffered: Store) -> None:
+    first, second, third = update(0, 0), update(0, 1), update(1, 0)
+    buffered.commit_updates([first, second])
+    close(buffered, first)
+    assert (buffered.records(0), buffered.open_updates()) == ((first,), (second,))
+    buffered.commit_updates([third])
+    refused = replace(second, verdict=Verdict.OUTLIER)
+    close(buffered, refused, third)
+    assert (buffered.records(1), buffered.open_updates()) == ((refused, third), ())
+    assert (buffered.past(9), buffered.past(1)) == ([(first,), (refused, third)], [(refused, third)])
+    assert buffered.staleness(9) == pytest.approx(1 / 3)
+    assert buffered.given_by("n0", 0, 9) == ((0, first), (1, third))
+    assert buffered.given_by("n0", 1, 2) == ((1, third),)
+    assert buffered.given_by("n9", 0, 9) == ()
+
+
+def test_who_was_heard_within_the_window(buffered: Store) -> None:
+    buffered.commit_updates([update(0, 0), update(0, 1)])
+    close(buffered, update(0, 0))
+    buffered.commit_updates([update(1, 0), update(1, 2)])
+    assert buffered.heard() == {"n0": 1, "n1": 0, "n2": 1}
+    close(buffered)
+    close(buffered)
+    assert buffered.heard() == {"n0": 1, "n2": 1}
+
+
+def test_who_was_heard_of_a_synchronous_run(store: Store) -> None:
+    round_(store)
+    assert store.heard() == {"n0": 0, "n1": 0, "n2": 0}
+    store.commit_updates([update(1, 1)])
+    close(store, update(1, 1))
+    assert store.heard() == {"n1": 1}
+
+
+def test_what_is_too_old_for_any_entry_is_forgotten(buffered: Store) -> None:
+    waits = list[UpdateRecord]()
+    for version in range(3):
+        waits.append(update(version, 0))
+        buffered.commit_updates(waits[-1:])
+        assert list(buffered.open_updates()) == waits
+        close(buffered)
+    for left in (waits[1:], waits[2:], []):
+        assert list(buffered.open_updates()) == left
+        close(buffered)
+    late = update(buffered.version - 3, 1)  # on its way when the last entry that could take it closed
+    buffered.commit_updates([late])
+    assert (buffered.open_updates(), buffered.astray()) == ((), None)
+    close(buffered)
+    assert (buffered.given_by("n1", 0, 99), buffered.astray()) == ((), None)
+
+
+def test_a_displacement_stays_as_long_as_an_update_or_an_entry_names_it(buffered: Store) -> None:
+    taken, refused = sent(buffered, 0, 1), sent(buffered, 1, 2, verdict=Verdict.TOO_LARGE)
+    waiting = sent(buffered, 2, 3)
+    mean, nobodys = buffered.keep_blob(b"mean"), buffered.keep_blob(b"nobody's")
+    close(buffered, taken, refused, displacement=Displacement(mean, 4))
+    assert None not in [blob_of(buffered, record) for record in (taken, refused, waiting)]
+    assert (buffered.blob(mean), buffered.blob(nobodys)) == (b"mean", None)
+    for _ in range(4):
+        close(buffered)
+    assert [blob_of(buffered, record) is None for record in (taken, refused, waiting)] == [False, False, True]
+    assert buffered.blob(mean) == b"mean"
+
+
+def test_two_updates_may_name_one_displacement(buffered: Store) -> None:
+    taken, waiting = sent(buffered, 0, 1), sent(buffered, 1, 1)
+    close(buffered, taken)
+    for _ in range(4):
+        close(buffered)
+    assert buffered.open_updates() == ()
+    assert blob_of(buffered, waiting) is not None
+
+
+def test_what_a_killed_server_kept_for_nobody_goes_with_the_next_term(kept: Kept, store: Store) -> None:
+    taken, nobodys = sent(store, 0, 1), store.keep_blob(b"nobody's")
+    again = kept.open()
+    again.take_term(0, "6" * 16, "here")
+    assert blob_of(again, taken) is not None
+    assert again.blob(nobodys) is None
+
+
+def test_nodes_get_the_displacements_of_entries_only(store: Store) -> None:
+    record, mean = sent(store, 0, 1), store.keep_blob(b"mean")
+    close(store, record, displacement=Displacement(mean, 4))
+    assert record.values is not None
+    assert (store.displacement(mean), store.displacement(record.values.blob)) == (b"mean", None)
+    assert store.stretch(0) == (1, entry_bytes(store.entries(0, 1)[0]), 4)
+
+
+def test_a_damaged_displacement_is_named(kept: Kept, store: Store) -> None:
+    record = sent(store, 0, 3)
+    assert record.values is not None
+    assert store.values(record.values.blob, 40).tolist() == [3.0] * 40
+    kept.alter_blob(record.values.blob, b"damaged")
+    with pytest.raises(LedgerError, match="holds a displacement that no server writes"):
+        store.values(record.values.blob, 40)
+    with pytest.raises(LedgerError, match="lacks the displacement 0000"):
+        store.values(bytes(16), 40)
+
+
+# --- snapshots ---
+
+
+def test_two_snapshots_are_kept(kept: Kept, store: Store) -> None:
+    for version in (2, 3, 4):
+        store.keep_snapshot(version, bytes([version]))
+    for found in (store, kept.open()):
+        assert [(s.version, s.hash, s.size) for s in found.snapshots()] == [
+            (4, short_hash(b"\4"), 1), (3, short_hash(b"\3"), 1),
+        ]  # fmt: skip
+        assert [found.snapshot(s) for s in found.snapshots()] == [b"\4", b"\3"]
+        assert [found.has_whole(s) for s in found.snapshots()] == [True, True]
+
+
+@pytest.mark.parametrize(("blob", "left"), [(b"", b""), (b"damaged", b"damaged"), (None, None)])
+def test_a_damaged_snapshot_is_not_whole(kept: Kept, store: Store, blob: bytes | None, left: bytes | None) -> None:
+    store.keep_snapshot(4, b"snapshot")
+    (snapshot,) = store.snapshots()
+    assert [store.has_whole(snapshot) for _ in range(2)] == [True, True]
+    kept.write_snapshot(4, blob)
+    assert not store.has_whole(snapshot)
+    assert store.snapshot(snapshot) == left
+    kept.write_snapshot(4, b"snapshot")
+    assert store.has_whole(snapshot)
+
+
+def test_bytes_that_no_row_names_are_swept(kept: Kept, store: Store) -> None:
+    store.keep_snapshot(4, b"snapshot")
+    kept.write_snapshot(6, b"interrupted before its row")
+    store.sweep()
+    (snapshot,) = store.snapshots()
+    assert store.snapshot(snapshot) == b"snapshot"
+    assert store.snapshot(replace(snapshot, version=6)) is None
+
+
+# --- GradIP, judgements, news ---
+
+
+def judged(version: int, *stopped: bool) -> tuple[Judgement, ...]:
+    return tuple(Judgement(version, f"n{slot}", 1.5 + version, 0.25, early) for slot, early in enumerate(stopped))
+
+
+def calibrate(store: Store, *stopped: bool) -> None:
+    version = store.version
+    records = tuple(update(version, slot) for slot in range(3))
+    store.commit_updates(records)
+    products = ((0.5, -1.5), (2.0**-149, float(version)))
+    close(store, *records, products=products, judgements=judged(version, *stopped))
+
+
+def test_products_come_back(store: Store) -> None:
+    calibrate(store)
+    close(store)
+    assert store.products(0, MEASURED) == ((0.5, -1.5), (2.0**-149, 0.0))
+    assert (store.products(1, MEASURED), store.products(2, MEASURED)) == ((), None)
+    with pytest.raises(LedgerError):
+        store.products(0, settings(lanes=2, steps=3))
+
+
+def test_the_newest_judgement_of_a_node_counts(store: Store) -> None:
+    calibrate(store, True, False)
+    calibrate(store)
+    calibrate(store, True)
+    assert [store.judgements(version) for version in range(4)] == [judged(0, True, False), (), judged(2, True), ()]
+    assert store.newest_judgements() == (*judged(2, True), judged(0, True, False)[1])
+    assert store.early_stopped_since() == {"n0": 0}
+    assert store.judged_while_open() is None
+
+
+def test_since_when_a_node_is_early_stopped(store: Store) -> None:
+    for stopped in [(True, True), (False, True), (True, True), (True, False)]:
+        calibrate(store, *stopped)
+    assert store.early_stopped_since() == {"n0": 2}
+
+
+def test_news_of_nodes(store: Store) -> None:
+    store.commit_sightings([Sighting("n1", 7, "h", "online", 30, 10.0, 2, 100), Sighting("x", 1, "h", "lost", 0, 1.0)])
+    store.commit_sightings([Sighting("n1", 8, "h", "lost", 31, 12.0, 1, 50)])
+    row = store.nodes()[1]
+    assert (row.node, row.boot, row.host, row.status, row.rows) == ("n1", 8, "h", "lost", 31)
+    assert (row.first_seen, row.last_seen, row.updates, row.packet_bytes) == (10.0, 12.0, 3, 150)
+    assert len(store.nodes()) == 3
+
+
+def test_metrics_by_version_and_name(store: Store) -> None:
+    store.commit_metrics(2, {"loss": 1.5, "accuracy": 0.5})
+    store.commit_metrics(0, {"loss": 2.5})
+    store.commit_metrics(2, {"loss": 1.0})
+    assert store.metrics() == {0: {"loss": 2.5}, 2: {"accuracy": 0.5, "loss": 1.0}}
