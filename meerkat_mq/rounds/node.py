@@ -1,137 +1,22 @@
 """A node's machine: follows the head of the ledger, and steps when it is asked."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from meerkat_mq.core import metrics as m
 from meerkat_mq.core.path import NO_DIGEST, Entry
 from meerkat_mq.errors import RunMismatch
 from meerkat_mq.rounds import events as e
-from meerkat_mq.rounds.policy import lane_of
-from meerkat_mq.wire.frames import Entries, Header, Offer, Reason, Refusal, Round, Update, Values, Want, Welcome
+from meerkat_mq.rounds.node_state import RETRY_S, Done, NodeMachineState
+from meerkat_mq.wire.frames import Entries, Offer, Reason, Refusal, Round, Want, Welcome
 from meerkat_mq.wire.messages import in_words
 
-RETRY_S = 2.0
 LONGEST_PAUSE_S = 60.0  # between local steps that fail
 RESYNCHRONISATIONS = 3
 IN_VAIN = 5  # wants without an answer, after which nobody stands where the newest round says
 
 
-@dataclass(frozen=True, slots=True)
-class _Done:
-    """Finished steps, to be sent until they are heard.
-
-    Attributes:
-        task: whose they are; None of an update that another process of this node has made.
-        boot: of the process that made them.
-        base: first 8 bytes of the digest that they began from.
-    """
-
-    version: int
-    task: e.StartSteps | None
-    boot: int
-    base: bytes
-    scalars: tuple[float, ...]
-    loss: float
-    values: Values | None
-    seeds: tuple[int, ...] | None = None
-
-    def update(self, header: Header) -> Update:
-        """The frame to send."""
-        at_base = replace(header, version=self.version)
-        return Update(at_base, self.boot, self.base, self.loss, self.scalars, self.seeds, self.values)
-
-
-class NodeMachine:
-    """One node process in one run.
-
-    Attributes:
-        version: theta's version on this node.
-        slot: given by the welcome of the present server.
-    """
-
-    def __init__(
-        self,
-        *,
-        run_id: bytes,
-        mask_hash: bytes,
-        base: bytes,
-        boot: int,
-        now: float,
-        max_staleness: int = 0,
-        pending: Update | None = None,
-    ) -> None:
-        """A node that stands at theta_0.
-
-        Args:
-            run_id: 16 bytes.
-            mask_hash: 16 bytes.
-            base: 16 bytes, the digest of theta_0.
-            boot: random u32 of this process.
-            now: present time.
-            max_staleness: how many versions old the theta of an update may be.
-            pending: an update of this run that an earlier process kept; its seeds say which lane it walked.
-        """
-        self._run_id = run_id
-        self._mask_hash = mask_hash
-        self._boot = boot
-        self._theta_0 = base
-        self._rank = (0, "")
-        self._link: int | None = None
-        self._trusted_term = 0
-        self._frame: Round | None = None
-        self._uninformed = True
-        self._two_servers = False
-        self._answered = False
-        self._max_staleness = max_staleness
-        self._done: _Done | None = None
-        if pending is not None:
-            p = pending
-            self._done = _Done(p.header.version, None, p.boot, p.base, p.scalars, p.loss, p.values, p.seeds)
-        self._stopping = False
-        self._in_vain = 0
-        self._sent = pending is not None
-        self._heard_version: int | None = None
-        self._busy: e.ApplyEntries | e.FetchSnapshot | e.StartSteps | None = None
-        self._greet_at = now + RETRY_S
-        self._ask_at = self._step_at = float("-inf")
-        self._pause_s = RETRY_S
-        self._digests_refused = 0
-        self._effects: list[e.NodeEffect] = []
-        self.slot: int | None = None
-        self._stand_at_theta_0()
-
-    def _stand_at_theta_0(self) -> None:
-        self.version = 0
-        self._head = self._mask_hash
-        self._base = self._theta_0
-
-    @property
-    def term(self) -> int:
-        """The highest that it has seen."""
-        return self._rank[0]
-
-    @property
-    def wake_at(self) -> float | None:
-        """When the machine wants its next Tick; None: not before another event."""
-        times = [self._greet_at] if self._unknown else []
-        if self._two_servers or self._lacks_entries:
-            times.append(self._ask_at)
-        if self._due is not None:
-            times.append(self._step_at)
-        return min(times, default=None)
-
-    @property
-    def _unknown(self) -> bool:
-        """Whether, on this connection, server and node may not know of each other."""
-        return self.slot is None or self._uninformed
-
-    @property
-    def _behind(self) -> bool:
-        return self._frame is not None and self._frame.header.version > self.version
-
-    @property
-    def _lacks_entries(self) -> bool:
-        return self._behind and self._busy is None
+class NodeMachine(NodeMachineState):
+    """One node process in one run: `handle` for each event."""
 
     def handle(self, event: e.NodeEvent) -> list[e.NodeEffect]:
         """Take one event; returns the effects to carry out, in order."""
@@ -139,10 +24,6 @@ class NodeMachine:
         self._advance(event.now)
         effects, self._effects = self._effects, []
         return effects
-
-    def _count(self, reason: m.Metric, about: int | None = None) -> None:
-        """Count, of the round `about`; by default the one that this node stands at."""
-        self._effects.append(e.Count(reason, round=self.version if about is None else about))
 
     def _on(self, event: e.NodeEvent) -> None:
         match event:
@@ -371,7 +252,7 @@ class NodeMachine:
         self._forget()
         self._pause_s = RETRY_S
         self._answered, self._sent, base = False, False, self._base[:8]
-        self._done = _Done(task.version, task, self._boot, base, event.scalars, event.loss, event.values)
+        self._done = Done(task.version, task, self._boot, base, event.scalars, event.loss, event.values)
         self._drop_if_late()
 
     def _on_steps_failed(self, event: e.StepsFailed) -> None:
@@ -427,29 +308,11 @@ class NodeMachine:
             else:
                 self._trusted_term = term
 
-    @property
-    def _due(self) -> e.StartSteps | None:
-        """The steps that the round asks of this node, unless they are done, or something else has to be done first."""
-        task = self._task() if self._busy is None and not self._behind else None
-        return None if task is None or self._has_done(task) else task
-
-    def _has_done(self, task: e.StartSteps) -> bool:
-        done = self._done
-        return done is not None and done.version == task.version and done.task in (None, task)
-
     def _stop_if_late(self, busy: e.ApplyEntries | e.FetchSnapshot | e.StartSteps) -> None:
         """The next version would be too far from the one that the steps began from: send what there is."""
         if isinstance(busy, e.StartSteps) and not self._stopping and self._age(busy.version) >= self._oldest:
             self._stopping = True
             self._effects.append(e.StopSteps(busy.version))
-
-    @property
-    def _oldest(self) -> int:
-        return max(1, self._max_staleness)
-
-    def _age(self, version: int) -> int:
-        """How many versions the head is ahead."""
-        return self._frame.header.version - version if self._frame is not None else 0
 
     def _send_done(self) -> None:
         """Send finished steps at each announcement until they are heard."""
@@ -463,20 +326,6 @@ class NodeMachine:
         elif self.slot in frame.asked and self._still_asked(done, frame, self.slot):
             self._answered = self._sent = True
             self._effects.append(e.Send(done.update(self._header())))
-
-    def _still_asked(self, done: _Done, frame: Round, slot: int) -> bool:
-        """Whether the server can use finished steps: not those of a slot in another lane."""
-        if done.task is None or done.version != frame.header.version:
-            same_lane = done.task is None or done.task.lane == lane_of(slot, frame.lanes)
-            return same_lane and done.version <= frame.header.version
-        return done.task == self._task()
-
-    def _heard(self, version: int, frame: Round) -> bool:
-        """Whether the server has committed this node's update from theta of `version`."""
-        if self.slot in frame.heard:
-            return version <= frame.header.version
-        age = dict(frame.heard_before).get(self.slot) if self.slot is not None else None
-        return age is not None and version <= frame.header.version - age
 
     def _drop_if_late(self) -> None:
         """No entry will take finished steps any more."""
@@ -492,15 +341,3 @@ class NodeMachine:
             self._effects.append(e.Forget(self._done.version, heard))
             self._heard_version = self._done.version if heard else None
             self._done = None
-
-    def _task(self) -> e.StartSteps | None:
-        frame = self._frame
-        if frame is None or not frame.is_open or frame.header.version != self.version:
-            return None
-        if self.slot is None or self.slot not in frame.asked - frame.heard or self._heard_version == self.version:
-            return None
-        steps = dict(frame.short).get(self.slot, frame.steps)
-        return e.StartSteps(self.version, lane_of(self.slot, frame.lanes), steps, frame.eps)
-
-    def _header(self) -> Header:
-        return Header.of(self._run_id, self._rank[0], self.version, self._mask_hash)

@@ -1,117 +1,35 @@
 """The server's machine: opens rounds, hears updates, closes rounds; commits before it publishes."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
 
 from meerkat_mq.core import metrics as m
 from meerkat_mq.core.path import MAX_WEIGHT, Entry
-from meerkat_mq.errors import AnotherServer
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.closing import outcome_of
-from meerkat_mq.rounds.early_stopping import EarlyStopping
-from meerkat_mq.rounds.guards import NOT_REFUSED, Guard, on_arrival
-from meerkat_mq.rounds.open_round import OpenRound, round_frame
+from meerkat_mq.rounds.guards import NOT_REFUSED, on_arrival
+from meerkat_mq.rounds.open_round import OpenRound
 from meerkat_mq.rounds.policy import (
-    RoundSettings,
     deadline_length,
     fewest_needed,
     needed,
     newest_that_fit,
     sample,
     snapshot_due,
-    why_refused,
 )
-from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
-from meerkat_mq.rounds.roster import KnownNode, Roster
-from meerkat_mq.rounds.window import Window
+from meerkat_mq.rounds.records import UpdateRecord, Verdict
+from meerkat_mq.rounds.roster import KnownNode
+from meerkat_mq.rounds.server_state import ServerMachineState
 from meerkat_mq.wire.descriptor import NodeStatus
-from meerkat_mq.wire.frames import Header, Reason, Refusal, Update, Welcome
+from meerkat_mq.wire.frames import Reason, Update, Welcome
 from meerkat_mq.wire.messages import in_words
 
 LAST_ATTEMPT = 2**16 - 1
-HIGHEST_TERM = 2**32 - 2**16
-LARGEST_STEP = 2**16  # between two terms: one forged want must not use them all up
 
 
-class ServerMachine:
-    """One server in one term of one run.
-
-    Attributes:
-        version: theta's committed version, the head of the ledger.
-    """
-
-    def __init__(
-        self,
-        settings: RoundSettings,
-        *,
-        term: int,
-        server_id: str,
-        base: bytes,
-        version: int = 0,
-        head: bytes | None = None,
-        slots: Mapping[str, int] | None = None,
-        entries: Sequence[Entry] = (),
-        updates: Sequence[UpdateRecord] = (),
-        past: Iterable[Sequence[UpdateRecord]] = (),
-        judgements: Iterable[Judgement] = (),
-        bases: Mapping[int, bytes] | None = None,
-        heard: Mapping[str, int] | None = None,
-    ) -> None:
-        """Resume from what the ledger holds.
-
-        Args:
-            settings: the run's rules.
-            term: this server's term.
-            server_id: 16 hex digits.
-            base: 16 bytes, the newest due digest of theta.
-            version: number of ledger entries.
-            head: hash of the newest entry; None before the first.
-            slots: node to slot.
-            entries: the newest entries.
-            updates: the committed updates that no entry holds yet, from theta of `version` or up to `max_staleness`
-                versions older: they stay heard.
-            past: the updates of the newest `guards.window` closed rounds, oldest first.
-            judgements: the newest of each node.
-            bases: of a buffered run, by version up to `max_staleness` older, the newest due digest at or before it.
-            heard: node to the newest base version of its committed updates, `updates` included.
-        """
-        self._settings = settings
-        self._rank = (term, server_id)
-        self._window = Window(version, settings.max_staleness, {**(bases or {}), version: base}, updates)
-        self._head = head or settings.mask_hash
-        self._entries = newest_that_fit(entries)
-        self._nodes = Roster(slots or {})
-        for node, newest in (heard or {}).items():
-            self._window.heard(node, self._nodes[node].slot, newest)
-        self._guard = Guard(settings.guards, settings.lanes, past)
-        self._flagged: Mapping[str, Verdict] = dict(self._guard.flagged)
-        self._early = EarlyStopping(settings, judgements)
-        self._outranked = False
-        self._open: OpenRound | None = None
-        self._effects: list[e.ServerEffect] = []
-        self._last_tick = float("-inf")
-        self.version = version
-
-    @property
-    def finished(self) -> bool:
-        """Whether all rounds are closed."""
-        return self.version >= self._settings.count
-
-    @property
-    def online(self) -> int:
-        """How many nodes are at hand."""
-        return self._nodes.online
-
-    @property
-    def wake_at(self) -> float | None:
-        """When the machine wants its next Tick; None: not before another event."""
-        current = self._open
-        if current is None or current.closing:
-            return None
-        times = [current.deadline_at, *current.announce_at[:1], current.awaited.next_death]
-        return min([at for at in times if self._last_tick < at < math.inf], default=None)
+class ServerMachine(ServerMachineState):
+    """One server in one term of one run: `start`, then `handle` for each event."""
 
     def start(self, now: float) -> list[e.ServerEffect]:
         """A connection stands: publish where the run stands, and open a round if none is open."""
@@ -130,10 +48,6 @@ class ServerMachine:
     def _flush(self) -> list[e.ServerEffect]:
         effects, self._effects = self._effects, []
         return effects
-
-    def _count(self, reason: m.Metric, node: str = "", about: int | None = None) -> None:
-        """Count, of the round `about`; by default the open one, or the one that closes just now."""
-        self._effects.append(e.Count(reason, node, self.version if about is None else about))
 
     def _on(self, event: e.ServerEvent) -> None:
         match event:
@@ -186,11 +100,6 @@ class ServerMachine:
             return
         else:
             self._gone(event.now, event.node, left=status.status == "stopped")
-
-    def _is_late_death(self, node: KnownNode | None, status: NodeStatus) -> bool:
-        """Whether a connection ended, or a node fell asleep, before its present connection."""
-        ended = status.status in ("asleep", "stopped", "lost")
-        return ended and node is not None and node.online and status.link != node.link
 
     def _born(self, now: float, name: str, status: NodeStatus) -> None:
         node = self._nodes.get(name)
@@ -258,23 +167,9 @@ class ServerMachine:
     def _on_server_seen(self, event: e.ServerSeen) -> None:
         state = event.state
         if state.rank > self._rank:
-            error = AnotherServer(
-                f"term {self._rank[0]}",
-                f"a server of term {state.term} on host {state.host} has taken over",
-                "leave it in charge, or stop it and start this one again",
-            )
-            self._effects.append(e.End(error))
+            self._effects.append(e.End(self._another_server(state)))
         elif state.rank < self._rank or state.status != ("finished" if self.finished else "online"):
             self._effects.append(e.PublishState(self.finished))
-
-    def _compare(self, header: Header) -> None:
-        """A node has seen a higher term: a past that neither ledger nor broker tells of any more."""
-        if header.term >= min(HIGHEST_TERM, self._rank[0] + LARGEST_STEP):
-            self._count(m.IMPOSSIBLE_TERM)
-        elif header.term > self._rank[0] and not self._outranked:
-            self._outranked = True
-            self._count(m.HIGHER_TERM)
-            self._effects.append(e.TakeTerm(header.term))
 
     # --- updates ---
 
@@ -315,10 +210,6 @@ class ServerMachine:
         self._count(m.REFUSED.of(in_words(reason)), name, update.header.version)
         self._reply_refusal(name, update, reason)
 
-    def _reply_refusal(self, name: str, update: Update, reason: Reason) -> None:
-        header = replace(self._header(), version=update.header.version)
-        self._effects.append(e.Reply(name, Refusal(header, update.boot, reason)))
-
     def _take(self, name: str, update: Update, verdict: Verdict) -> None:
         """Keep the update, also one that the guards refuse: it is this node's only one from this version's theta."""
         current, base = self._open, update.header.version
@@ -347,14 +238,6 @@ class ServerMachine:
             return m.LATE
         late = self._window.why_late(name, header.version, self.version + current.closing)
         return late or (None if name in current.asked else m.NOT_ASKED)
-
-    def _why_refused(self, name: str, update: Update) -> Reason | None:
-        slot, base = self._nodes[name].slot, update.header.version
-        # who was asked when an older version was open may have been early-stopped since
-        steps = self._early.steps_of(base, name) if base == self.version else self._settings.steps_of(base)
-        digest = self._window.base(base)
-        assert digest is not None
-        return why_refused(update, self._settings, base=digest[:8], slot=slot, steps=steps)
 
     def _on_updates_committed(self, event: e.UpdatesCommitted) -> None:
         current = self._open
@@ -485,27 +368,3 @@ class ServerMachine:
         self._announce()
         if self.finished:
             self._effects.append(e.PublishState(finished=True))
-
-    def _flag(self, flagged: Mapping[str, Verdict]) -> None:
-        before, self._flagged = self._flagged, flagged
-        for node, verdict in self._flagged.items():
-            if before.get(node) is not verdict:
-                self._count(m.FLAGGED.of(in_words(verdict)), node, self.version - 1)  # by the round that closed
-
-    # --- frames ---
-
-    def _header(self) -> Header:
-        return Header.of(self._settings.run_id, self._rank[0], self.version, self._settings.mask_hash)
-
-    def _announce(self) -> None:
-        """Publish the round, unless it is closing: the next one is soon there."""
-        if self._open is None or not self._open.closing:
-            frame = round_frame(
-                self._header(),
-                self._settings,
-                self._early,
-                self._open,
-                acknowledged=self._window.acknowledged,
-                entries=self._entries,
-            )
-            self._effects.append(e.PublishRound(frame))

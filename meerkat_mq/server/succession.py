@@ -22,7 +22,7 @@ import structlog
 
 from meerkat_mq.errors import AnotherServer, LedgerError, RunMismatch
 from meerkat_mq.ledger.sqlite import Ledger
-from meerkat_mq.rounds.server import HIGHEST_TERM
+from meerkat_mq.rounds.server_state import HIGHEST_TERM
 from meerkat_mq.wire.descriptor import ServerState
 
 ANSWER_S = 5.0  # in which a server that lives answers, also over a slow link

@@ -6,7 +6,7 @@ import pytest
 
 from meerkat_mq.core.path import NO_DIGEST
 from meerkat_mq.rounds import events as e
-from meerkat_mq.rounds.node import RETRY_S
+from meerkat_mq.rounds.node_state import RETRY_S
 from meerkat_mq.wire.frames import Entries, Offer, Reason, Update, Want
 from tests.rounds.support import (
     RUN,

@@ -9,7 +9,7 @@ from meerkat_mq.core.path import Term, seed_for
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.policy import sample
 from meerkat_mq.rounds.records import UpdateRecord
-from meerkat_mq.rounds.server import LARGEST_STEP
+from meerkat_mq.rounds.server_state import LARGEST_STEP
 from meerkat_mq.wire.frames import MAX_SLOTS, Header, Reason, Want, encode
 from tests.rounds.support import MASK, RUN, THETA_0, Desk, base_after, chain, desk, header, only, reasons
 

@@ -1,0 +1,191 @@
+"""What a node's machine knows, its phases, and what follows from both; `node.py` says what changes them."""
+
+from dataclasses import dataclass, replace
+
+from meerkat_mq.core import metrics as m
+from meerkat_mq.rounds import events as e
+from meerkat_mq.rounds.policy import lane_of
+from meerkat_mq.rounds.transitions import NodePhase
+from meerkat_mq.wire.frames import Header, Round, Update, Values
+
+RETRY_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Finished steps, to be sent until they are heard.
+
+    Attributes:
+        task: whose they are; None of an update that another process of this node has made.
+        boot: of the process that made them.
+        base: first 8 bytes of the digest that they began from.
+    """
+
+    version: int
+    task: e.StartSteps | None
+    boot: int
+    base: bytes
+    scalars: tuple[float, ...]
+    loss: float
+    values: Values | None
+    seeds: tuple[int, ...] | None = None
+
+    def update(self, header: Header) -> Update:
+        """The frame to send."""
+        at_base = replace(header, version=self.version)
+        return Update(at_base, self.boot, self.base, self.loss, self.scalars, self.seeds, self.values)
+
+
+class NodeMachineState:
+    """One node process in one run.
+
+    Attributes:
+        version: theta's version on this node.
+        slot: given by the welcome of the present server.
+    """
+
+    def __init__(
+        self,
+        *,
+        run_id: bytes,
+        mask_hash: bytes,
+        base: bytes,
+        boot: int,
+        now: float,
+        max_staleness: int = 0,
+        pending: Update | None = None,
+    ) -> None:
+        """A node that stands at theta_0.
+
+        Args:
+            run_id: 16 bytes.
+            mask_hash: 16 bytes.
+            base: 16 bytes, the digest of theta_0.
+            boot: random u32 of this process.
+            now: present time.
+            max_staleness: how many versions old the theta of an update may be.
+            pending: an update of this run that an earlier process kept; its seeds say which lane it walked.
+        """
+        self._run_id = run_id
+        self._mask_hash = mask_hash
+        self._boot = boot
+        self._theta_0 = base
+        self._rank = (0, "")
+        self._link: int | None = None
+        self._trusted_term = 0
+        self._frame: Round | None = None
+        self._uninformed = True
+        self._two_servers = False
+        self._answered = False
+        self._max_staleness = max_staleness
+        self._done: Done | None = None
+        if pending is not None:
+            p = pending
+            self._done = Done(p.header.version, None, p.boot, p.base, p.scalars, p.loss, p.values, p.seeds)
+        self._stopping = False
+        self._in_vain = 0
+        self._sent = pending is not None
+        self._heard_version: int | None = None
+        self._busy: e.ApplyEntries | e.FetchSnapshot | e.StartSteps | None = None
+        self._greet_at = now + RETRY_S
+        self._ask_at = self._step_at = float("-inf")
+        self._pause_s = RETRY_S
+        self._digests_refused = 0
+        self._effects: list[e.NodeEffect] = []
+        self.slot: int | None = None
+        self._stand_at_theta_0()
+
+    def _stand_at_theta_0(self) -> None:
+        self.version = 0
+        self._head = self._mask_hash
+        self._base = self._theta_0
+
+    @property
+    def phase(self) -> NodePhase:
+        """Where the machine stands; `TRANSITIONS` says what leads where."""
+        match self._busy:
+            case e.ApplyEntries():
+                return NodePhase.APPLYING
+            case e.FetchSnapshot():
+                return NodePhase.LOADING
+            case e.StartSteps():
+                return NodePhase.STEPPING
+        if self._behind:
+            return NodePhase.BEHIND
+        return NodePhase.IDLE if self._done is None else NodePhase.SENDING
+
+    @property
+    def term(self) -> int:
+        """The highest that it has seen."""
+        return self._rank[0]
+
+    @property
+    def wake_at(self) -> float | None:
+        """When the machine wants its next Tick; None: not before another event."""
+        times = [self._greet_at] if self._unknown else []
+        if self._two_servers or self._lacks_entries:
+            times.append(self._ask_at)
+        if self._due is not None:
+            times.append(self._step_at)
+        return min(times, default=None)
+
+    @property
+    def _unknown(self) -> bool:
+        """Whether, on this connection, server and node may not know of each other."""
+        return self.slot is None or self._uninformed
+
+    @property
+    def _behind(self) -> bool:
+        return self._frame is not None and self._frame.header.version > self.version
+
+    @property
+    def _lacks_entries(self) -> bool:
+        return self._behind and self._busy is None
+
+    def _count(self, reason: m.Metric, about: int | None = None) -> None:
+        """Count, of the round `about`; by default the one that this node stands at."""
+        self._effects.append(e.Count(reason, round=self.version if about is None else about))
+
+    @property
+    def _due(self) -> e.StartSteps | None:
+        """The steps that the round asks of this node, unless they are done, or something else has to be done first."""
+        task = self._task() if self._busy is None and not self._behind else None
+        return None if task is None or self._has_done(task) else task
+
+    def _has_done(self, task: e.StartSteps) -> bool:
+        done = self._done
+        return done is not None and done.version == task.version and done.task in (None, task)
+
+    @property
+    def _oldest(self) -> int:
+        return max(1, self._max_staleness)
+
+    def _age(self, version: int) -> int:
+        """How many versions the head is ahead."""
+        return self._frame.header.version - version if self._frame is not None else 0
+
+    def _still_asked(self, done: Done, frame: Round, slot: int) -> bool:
+        """Whether the server can use finished steps: not those of a slot in another lane."""
+        if done.task is None or done.version != frame.header.version:
+            same_lane = done.task is None or done.task.lane == lane_of(slot, frame.lanes)
+            return same_lane and done.version <= frame.header.version
+        return done.task == self._task()
+
+    def _heard(self, version: int, frame: Round) -> bool:
+        """Whether the server has committed this node's update from theta of `version`."""
+        if self.slot in frame.heard:
+            return version <= frame.header.version
+        age = dict(frame.heard_before).get(self.slot) if self.slot is not None else None
+        return age is not None and version <= frame.header.version - age
+
+    def _task(self) -> e.StartSteps | None:
+        frame = self._frame
+        if frame is None or not frame.is_open or frame.header.version != self.version:
+            return None
+        if self.slot is None or self.slot not in frame.asked - frame.heard or self._heard_version == self.version:
+            return None
+        steps = dict(frame.short).get(self.slot, frame.steps)
+        return e.StartSteps(self.version, lane_of(self.slot, frame.lanes), steps, frame.eps)
+
+    def _header(self) -> Header:
+        return Header.of(self._run_id, self._rank[0], self.version, self._mask_hash)
