@@ -14,9 +14,9 @@ come before the transaction of its row. A simulator raises there: what was not c
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
 from itertools import islice
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any
 
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Entry, short_hash
@@ -26,68 +26,7 @@ from meerkat_mq.ledger.store import SNAPSHOTS_KEPT, Store
 from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.rounds.records import Judgement, UpdateRecord
 from meerkat_mq.wire.descriptor import RunDescriptor
-
-_NOTHING: Final = object()
-Key = TypeVar("Key")
-Value = TypeVar("Value")
-KeptUpdate = tuple[int | None, UpdateRecord]  # with the entry that it closed with; None while in none
-
-
-class Begun(NamedTuple):
-    """A run as it was begun; `created` in seconds since 1970."""
-
-    descriptor: RunDescriptor
-    rules: Mapping[str, Any]
-    created: float
-
-
-@dataclass(slots=True)
-class MemoryLedger:
-    """The tables. Whoever tests what becomes of a damaged ledger writes into them.
-
-    Attributes:
-        begun: by 1, the run.
-        terms: by number, in order.
-        slots: by slot, the node.
-        nodes: by name.
-        entries: by version.
-        products: by version of the entry.
-        judgements: by version of the calibration round, by slot.
-        updates: by version of their theta and slot.
-        blobs: displacements, by hash.
-        displaced: the entry whose displacement has this hash.
-        named: how many updates and entries name a displacement, by hash.
-        snapshots: by version.
-        metrics: by version and name.
-        files: bytes of snapshots, by version. They are beside the ledger: a backup has none, and a restore leaves them.
-    """
-
-    begun: dict[int, Begun] = field(default_factory=dict)
-    terms: dict[int, Term] = field(default_factory=dict)
-    slots: dict[int, str] = field(default_factory=dict)
-    nodes: dict[str, NodeRow] = field(default_factory=dict)
-    entries: dict[int, Closed] = field(default_factory=dict)
-    products: dict[int, Products] = field(default_factory=dict)
-    judgements: dict[int, dict[int, Judgement]] = field(default_factory=dict)
-    updates: dict[int, dict[int, KeptUpdate]] = field(default_factory=dict)
-    blobs: dict[bytes, bytes] = field(default_factory=dict)
-    displaced: dict[bytes, int] = field(default_factory=dict)
-    named: dict[bytes, int] = field(default_factory=dict)
-    snapshots: dict[int, KeptSnapshot] = field(default_factory=dict)
-    metrics: dict[int, dict[str, float]] = field(default_factory=dict)
-    files: dict[int, bytes] = field(default_factory=dict)
-
-    def backup(self) -> "MemoryLedger":
-        """A copy of the ledger as it is, which shares nothing that changes; without snapshots' bytes."""
-        made = MemoryLedger()
-        made.restore(self)
-        return made
-
-    def restore(self, backup: "MemoryLedger") -> None:
-        """Become what a backup holds."""
-        for name in {table.name for table in fields(self)} - {"files"}:
-            table = getattr(backup, name)
-            setattr(self, name, {key: dict(row) if isinstance(row, dict) else row for key, row in table.items()})
+from meerkat_mq.worlds.ledger import Begun, Journal, KeptUpdate, Key, MemoryLedger, Value
 
 
 class MemoryStore(Store):
@@ -111,45 +50,34 @@ class MemoryStore(Store):
         self._step = step
         self._mine: tuple[int, str] | None = None
         self._loose = set[bytes]()  # displacements kept since the last entry
-        self._undo: list[tuple[dict[Any, Any], Any, Any]] | None = None  # table, key and what was there before
+        self._journal = Journal()
+        self._put, self._drop = self._journal.put, self._journal.drop
+        self._in_group = False
         self._whole = dict[bytes, bytes]()  # by its hash, a snapshot that was seen whole
 
     # --- commits ---
 
     def group(self) -> AbstractContextManager[None]:
-        return _Transaction(self) if self._undo is None else nullcontext()
+        return nullcontext() if self._in_group else _Transaction(self)
 
     def start(self) -> None:
         """Begin a transaction."""
         self._assert_in_charge()
         self._before = self._mine, set(self._loose)
-        self._undo = []
+        self._in_group = True
 
     def commit(self) -> None:
         """End it; what it did stays."""
         self._step()
-        self._undo = None
+        self._journal.clear()
+        self._in_group = False
         self._step()
 
     def roll_back(self) -> None:
-        """End it; it did nothing."""
-        for table, key, was in reversed(self._undo or ()):
-            if was is _NOTHING:
-                del table[key]
-            else:
-                table[key] = was
-        self._undo = None
+        """End it; what it did is undone."""
+        self._journal.roll_back()
+        self._in_group = False
         self._mine, self._loose = self._before
-
-    def _put(self, table: dict[Key, Value], key: Key, value: Value) -> None:
-        assert self._undo is not None
-        self._undo.append((table, key, table.get(key, _NOTHING)))
-        table[key] = value
-
-    def _drop(self, table: dict[Key, Value], key: Key) -> None:
-        if key in table:
-            assert self._undo is not None
-            self._undo.append((table, key, table.pop(key)))
 
     def _add(self, table: dict[Key, Value], key: Key, value: Value) -> None:
         """Put what must not be there yet."""

@@ -15,7 +15,8 @@ from meerkat_mq.ledger.store import Store
 from meerkat_mq.rounds.records import UpdateRecord
 from meerkat_mq.wire.messages import Values
 from meerkat_mq.wire.values import encode_values
-from meerkat_mq.worlds.store import MemoryLedger, MemoryStore
+from meerkat_mq.worlds.ledger import MemoryLedger
+from meerkat_mq.worlds.store import MemoryStore
 from tests.ledger.ledgers import alter, alter_entry, descriptor
 
 NODES = ("n0", "n1", "n2")

@@ -6,7 +6,8 @@ import pytest
 
 from meerkat_mq.errors import AnotherServer
 from meerkat_mq.ledger.store import Store
-from meerkat_mq.worlds.store import MemoryLedger, MemoryStore
+from meerkat_mq.worlds.ledger import MemoryLedger
+from meerkat_mq.worlds.store import MemoryStore
 from tests.ledger.stores import begin, close, everything, round_, sent, update
 
 
