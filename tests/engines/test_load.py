@@ -32,6 +32,17 @@ def test_kinds(load: Load, name: str, kind: str) -> None:
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
 
 
+def test_a_model_that_does_not_fit_its_device_is_said_in_words(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    with pytest.raises(ModelError, match=r"llama: cannot be moved to cpu \(CUDA out of memory\. .*\); use another"):
+        load_model(folders["llama"])
+
+
 def test_same_folder_same_fingerprints(load: Load) -> None:
     first, second = load("llama"), load("llama", dtype="bfloat16")
     assert first.fingerprint == second.fingerprint

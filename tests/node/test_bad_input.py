@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from meerkat_mq.config import BrokerConfig, ServerConfig
 from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.ledger.run import Run
 from meerkat_mq.server.run import prepare_run
 from meerkat_mq.wire.frames import encode
-from tests.server.federation import TOPICS, Federation, toml
+from tests.server.federation import TOPICS, Federation
 from tests.support.command import Meerkat
 from tests.support.mosquitto import Mosquitto
 from tests.support.peer import peer
@@ -100,7 +101,7 @@ def files(tmp_path: Path) -> Files:
         (tmp_path / "rows.jsonl").write_text(f"{GOOD}\n")
         table = {"id": "a", "federation": "f", "data": "rows.jsonl", "state_dir": "state"} | settings
         config = tmp_path / "node.toml"
-        config.write_text(toml(table))
+        config.write_text(tomli_w.dumps(table))
         return config
 
     return write

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import tomli_w
+
 from meerkat_mq.config import BrokerConfig
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor, ServerState, decode_control
@@ -27,12 +29,6 @@ NAME = "f"
 TOPICS = Topics(NAME)
 PACE = {"count": 1_000_000, "quorum": 0.5, "deadline_s": 0.2}
 _FORBIDDEN = 'raise AssertionError("imported by a process that has no model")\n'
-
-
-def toml(table: Mapping[str, Any]) -> str:
-    plain = [f"{key} = {json.dumps(value)}\n" for key, value in table.items() if not isinstance(value, Mapping)]
-    sections = [f"\n[{key}]\n{toml(value)}" for key, value in table.items() if isinstance(value, Mapping)]
-    return "".join(plain + sections)
 
 
 class Service:
@@ -165,7 +161,7 @@ class Federation:
         self, module: str, name: str, flags: Sequence[str], table: Mapping[str, Any], environment: Mapping[str, str]
     ) -> Service:
         config = self.folder / f"{name}.toml"
-        config.write_text(toml({**table, "broker": {"url": self.broker.url, **table.get("broker", {})}}))
+        config.write_text(tomli_w.dumps({**table, "broker": {"url": self.broker.url, **table.get("broker", {})}}))
         service = Service(module, config, flags, {**self._environment, **environment})
         self._services.append(service)
         return service

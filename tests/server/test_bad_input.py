@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from meerkat_mq.engines.toy import toy_mask
 from tests.ledger.ledgers import alter, write
-from tests.server.federation import toml
 from tests.support.command import Meerkat
 from tests.support.mosquitto import Mosquitto
 
@@ -26,7 +26,7 @@ def files(tmp_path: Path) -> Files:
         toy_mask(10).save(tmp_path / "mask.mkm")
         table = {"federation": "f", "state_dir": "state", "mask": "mask.mkm", "task": "sst2"} | settings
         config = tmp_path / "federation.toml"
-        config.write_text(toml({key: value for key, value in table.items() if value is not None}))
+        config.write_text(tomli_w.dumps({key: value for key, value in table.items() if value is not None}))
         return config
 
     return write

@@ -10,9 +10,10 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+import tomli_w
 
 from meerkat_mq.ledger.sqlite import Ledger
-from tests.server.federation import NAME, Federation, toml
+from tests.server.federation import NAME, Federation
 from tests.support.broker import Broker
 from tests.support.waiting import until
 
@@ -65,7 +66,7 @@ async def test_a_federation_whose_logs_go_nowhere_finishes(
         to = subprocess.DEVNULL if stderr is None else stack.enter_context(stderr())
         running = []
         for name, table in {"server": server, "node": node}.items():
-            (tmp_path / f"{name}.toml").write_text(toml(table))
+            (tmp_path / f"{name}.toml").write_text(tomli_w.dumps(table))
             command = [
                 sys.executable,
                 "-m",

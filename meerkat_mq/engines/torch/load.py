@@ -34,6 +34,7 @@ from meerkat_mq.errors import ModelError, UnsupportedModel
 from meerkat_mq.wire.descriptor import Task
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SMALLER = "use another device, a smaller dtype, or a smaller model"
 _LOSSY = {
     torch.float32: {"F64"},
     torch.bfloat16: {"F64", "F32", "F16"},
@@ -131,7 +132,9 @@ def load_model(
     names = names_of(bare, stored)
     left_out = _left_out(check_fit(names, stored, bare, folder))
     say("names", "; ".join([f"{len(names.copies):,} parameters found in the checkpoint", *left_out]))
-    model = _weights(folder, kind, _DTYPES[dtype], config).to(device)
+    model = _weights(folder, kind, _DTYPES[dtype], config)
+    with in_words(str(folder), f"cannot be moved to {device}", _SMALLER):
+        model = model.to(device)
     exact = held.isdisjoint(_LOSSY[_DTYPES[dtype]])
     say("dtype", f"{dtype} {'holds every weight exactly' if exact else 'rounds weights: masks need another'}")
     try_out(model, kind, ids_of(tokenizer, [_TRIAL])[0][:8], folder, finite=finite)
