@@ -15,7 +15,7 @@ from meerkat_mq.ledger.losses import mean_loss, rising_now
 from meerkat_mq.ledger.rows import Closed, NodeRow, Products
 from meerkat_mq.ledger.run import early_stopping_in_words, mode_in_words, settings_of
 from meerkat_mq.ledger.shown import NodeShown, RoundShown, RunShown, StepShown, TermShown, UpdateShown, utc
-from meerkat_mq.ledger.store import Store
+from meerkat_mq.ledger.store import Store, by_entry
 from meerkat_mq.ledger.verify import run_of
 from meerkat_mq.rounds.guards import NOT_REFUSED, Guard
 from meerkat_mq.rounds.policy import RoundSettings, lane_of
@@ -39,7 +39,8 @@ def run_shown(ledger: Store, now: float | None = None) -> RunShown:
     run, version = run_of(ledger), ledger.version
     settings = settings_of(run, ledger.rules)
     guards = settings.guards
-    past = ledger.past(guards.window)
+    recent = ledger.updates_of(version - guards.window, version - 1)
+    past = by_entry(recent)
     flagged = Guard(guards, run.directions, past).flagged
     entries = ledger.closed(max(0, version - guards.window), guards.window)
     closed = [entry.closed for entry in entries]
@@ -76,7 +77,7 @@ def run_shown(ledger: Store, now: float | None = None) -> RunShown:
         early_stopping=_early_stopping(settings, sum(node.node not in paths.judgements for node in nodes)),
         nodes=tuple(_node_shown(node, last.get(node.node), version, flagged, paths=paths, now=now) for node in nodes),
         mode=mode_in_words(settings),
-        staleness=ledger.staleness(guards.window),
+        staleness=_staleness(recent),
         warning=rising_now(ledger),
         counts=_counts(past, sum(entry.overdue for entry in entries)),
     )
@@ -86,6 +87,11 @@ def _counts(past: Iterable[Sequence[UpdateRecord]], overdue: int) -> Mapping[str
     refused = Counter(found.verdict for records in past for found in records if found.verdict not in NOT_REFUSED)
     counts: dict[str, int] = {m.REFUSED.of(in_words(verdict)): count for verdict, count in sorted(refused.items())}
     return counts | ({m.DEADLINE: overdue} if overdue else {})
+
+
+def _staleness(updates: Sequence[tuple[int, UpdateRecord]]) -> float | None:
+    """Mean age of updates when they closed with their entries, in versions; None of none."""
+    return math.fsum(entry - record.version for entry, record in updates) / len(updates) if updates else None
 
 
 def _early_stopping(settings: RoundSettings, waiting: int) -> str:

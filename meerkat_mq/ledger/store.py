@@ -301,12 +301,9 @@ class Store(Protocol):
 
     def past(self, window: int) -> list[tuple[UpdateRecord, ...]]:
         """The updates of the newest entries, oldest first; of those that have any."""
-        version = self.version
-        records = self.updates_of(version - window, version - 1)
-        return [tuple(record for _, record in group) for _, group in groupby(records, key=lambda found: found[0])]
+        return by_entry(self.updates_of(self.version - window, self.version - 1))
 
-    def staleness(self, window: int) -> float | None:
-        """Mean age of the updates of the newest entries, in versions; None if they have none."""
-        version = self.version
-        ages = [entry - record.version for entry, record in self.updates_of(version - window, version - 1)]
-        return sum(ages) / len(ages) if ages else None
+
+def by_entry(updates: Iterable[tuple[int, UpdateRecord]]) -> list[tuple[UpdateRecord, ...]]:
+    """What `Store.updates_of` found, an item for each entry."""
+    return [tuple(record for _, record in group) for _, group in groupby(updates, key=lambda found: found[0])]

@@ -174,7 +174,7 @@ def everything(store: Store) -> dict[str, object]:
         "given": repr([store.given_by(node, 0, version + 1) for node in NODES]),
         "heard": store.heard(),
         "past": repr((store.past(2), store.past(99))),
-        "staleness": store.staleness(3),
+        "newest updates": repr(store.updates_of(version - 3, version - 1)),
         "astray": store.astray(),
         "judgements": [store.judgements(number) for number in range(version)],
         "newest": (store.newest_judgements(), store.early_stopped_since(), store.judged_while_open()),

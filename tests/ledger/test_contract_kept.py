@@ -29,7 +29,7 @@ def test_an_update_closes_with_the_entry_that_names_it_and_waits_until_then(buff
     close(buffered, refused, third)
     assert (buffered.records(1), buffered.open_updates()) == ((refused, third), ())
     assert (buffered.past(9), buffered.past(1)) == ([(first,), (refused, third)], [(refused, third)])
-    assert buffered.staleness(9) == pytest.approx(1 / 3)
+    assert buffered.updates_of(0, 1) == [(0, first), (1, refused), (1, third)]
     assert buffered.given_by("n0", 0, 9) == ((0, first), (1, third))
     assert buffered.given_by("n0", 1, 2) == ((1, third),)
     assert buffered.given_by("n9", 0, 9) == ()
