@@ -1,9 +1,8 @@
-"""Sessions over MQTT 3.1.1: reconnect, outbox, presence."""
+"""Sessions over MQTT 3.1.1: reconnect, outbox, markers."""
 
 from meerkat_mq.mqtt.marker import Marker
 from meerkat_mq.mqtt.message import Count, Message, Will
-from meerkat_mq.mqtt.presence import Presence, Verdict
 from meerkat_mq.mqtt.session import Session
 from meerkat_mq.mqtt.timeouts import Timeouts
 
-__all__ = ["Count", "Marker", "Message", "Presence", "Session", "Timeouts", "Verdict", "Will"]
+__all__ = ["Count", "Marker", "Message", "Session", "Timeouts", "Will"]

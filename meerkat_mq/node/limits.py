@@ -5,7 +5,6 @@ import contextlib
 import os
 import shutil
 import signal
-import threading
 import time
 
 import structlog
@@ -13,6 +12,7 @@ import structlog
 from meerkat_mq.config import LimitsConfig
 from meerkat_mq.core.seldom import Seldom
 from meerkat_mq.errors import ConfigError
+from meerkat_mq.runtime.model import Stop
 
 ANSWER_S = 10.0  # of the user's command
 
@@ -82,13 +82,13 @@ class Pace:
         self._began = 0.0
         self._left = 0
 
-    def begin(self, steps: int, stop: threading.Event) -> bool:
+    def begin(self, steps: int, stop: Stop) -> bool:
         """Before the first of so many steps: rest for what is left to rest; whether that step is to be made."""
         self._left = steps
         self._rest(stop)
         return not stop.is_set()
 
-    def ends(self, stop: threading.Event) -> bool:
+    def ends(self, stop: Stop) -> bool:
         """After each step: rest, unless it was the last one; whether no other is to be made."""
         self._left -= 1
         now = time.monotonic()
@@ -97,6 +97,6 @@ class Pace:
             self._rest(stop)
         return stop.is_set()
 
-    def _rest(self, stop: threading.Event) -> None:
+    def _rest(self, stop: Stop) -> None:
         stop.wait(max(0.0, self._rested_at - time.monotonic()))
         self._began = time.monotonic()

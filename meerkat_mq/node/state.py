@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
@@ -20,7 +19,8 @@ from meerkat_mq.core.lock import locked
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import short_hash
 from meerkat_mq.errors import BadMagic, BadValue, ConfigError, MaskError, TooLarge, WireError
-from meerkat_mq.observe.spare import Spare
+from meerkat_mq.runtime.model import KeptUpdate
+from meerkat_mq.runtime.spare import Spare
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.frames import MAX_FRAME_BYTES, decode, encode
 from meerkat_mq.wire.messages import Header, Update
@@ -31,14 +31,6 @@ _MAGIC = b"MKUPDT\x01\n"
 _HEAD = struct.Struct("<8s16sI")  # magic, run id, bytes of the frame; then the frame and the blob
 _NO_BLOB = short_hash(b"")
 AGAIN_S = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class KeptUpdate:
-    """An update that the server may not have heard, and the blob of its displacement (b"" without one)."""
-
-    update: Update
-    blob: bytes = field(default=b"", repr=False)
 
 
 class NodeState:

@@ -1,10 +1,8 @@
 """A node's model work in one run: blocking, and called from one worker thread only."""
 
 import math
-import threading
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -26,39 +24,16 @@ from meerkat_mq.node.limits import Pace
 from meerkat_mq.node.rows import LocalRows
 from meerkat_mq.node.state import NodeState
 from meerkat_mq.rounds.events import StartSteps
+from meerkat_mq.runtime.model import Place, StepResult, Stop
 from meerkat_mq.tasks.data import read_rows
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.messages import Offer, Values
 from meerkat_mq.wire.snapshot import decode_snapshot
 from meerkat_mq.wire.values import encode_values
 
-Standing = tuple[Float32Array, int]  # theta and its version
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What came of the local steps of a round.
-
-    Attributes:
-        scalars: projected gradients; () of a values node.
-        loss: mean.
-        values: names the displacement of a values node.
-        blob: the displacement, encoded; b"" without one.
-    """
-
-    scalars: tuple[float, ...]
-    loss: float
-    values: Values | None = None
-    blob: bytes = field(default=b"", repr=False)
-
 
 class Work:
-    """Model, data and theta of one node in one run.
-
-    Attributes:
-        digest: of the newest theta at or before the machine's version whose digest is due; belongs to the event loop.
-        theta_0_digest: 16 bytes.
-    """
+    """Model, data and theta of one node in one run: `runtime.model.Model` on real data."""
 
     def __init__(self, config: NodeConfig, descriptor: RunDescriptor, mask: Mask, state: NodeState) -> None:
         """Load all of it; slow.
@@ -82,13 +57,12 @@ class Work:
         self._rows = LocalRows(config.data, read)
         self.engine = _engine(config, descriptor, mask)
         self._rows.check(partial(usable, self.engine))
-        try_out(descriptor.engine, self.engine, mask.theta_0, self.rows)
-        self.digest = self.theta_0_digest = digest(self._replica.theta)
+        try_out(descriptor.engine, self.engine, mask.theta_0, self._rows.rows)
 
     @property
-    def rows(self) -> list[Row]:
-        """The node's data as it was before the last steps."""
-        return self._rows.rows
+    def rows(self) -> int:
+        """How many rows the node's data had before the last steps."""
+        return len(self._rows.rows)
 
     @property
     def left_out(self) -> int:
@@ -96,13 +70,13 @@ class Work:
         return self._rows.left_out
 
     @property
-    def standing(self) -> Standing:
-        """Where `stand` leads back to."""
+    def place(self) -> Place:
+        """Where `go_to` leads back to."""
         return self._replica.theta, self._replica.version
 
-    def stand(self, standing: Standing) -> None:
-        """Be where the node stood then."""
-        self._replica.load(*standing)
+    def go_to(self, place: Place) -> None:
+        """Have theta be what it was."""
+        self._replica.load(*place)
 
     def apply(self, entries: tuple[Entry, ...], displacement: Float32Array | None) -> tuple[bytes, ...]:
         """Apply entries to theta, the last one with what its displacement decodes to, float32 (n,).
@@ -121,12 +95,6 @@ class Work:
             for entry in entries:
                 check_steps(entry, bound)
 
-    def check_offer(self, offer: Offer) -> None:
-        """Refuse, as BadValue, a snapshot that no server of this run can offer."""
-        weights = self._descriptor.weights
-        if offer.size > 5 * weights + 2**16:
-            raise BadValue("offer", f"{offer.size} bytes for {weights} weights")
-
     def load(self, blob: bytes, offer: Offer) -> tuple[bytes, bytes]:
         """Stand where a snapshot stands; returns the hash of the last entry behind it, and theta's digest.
 
@@ -143,22 +111,22 @@ class Work:
         """Back to theta_0."""
         self._replica.reset()
 
-    def step(self, order: StartSteps, stop: threading.Event) -> Result | None:
-        """The local steps of a round from the present theta; once `stop` is set, the present one is the last.
+    def step(self, order: StartSteps, stop: Stop, made: int) -> StepResult | None:
+        """The local steps of a round from the present theta, so many at most.
 
         Returns:
-            None where it was set before the first one: no step was made, and none was taken of the data.
+            None where `stop` was set before the first one: no step was made, and none was taken of the data.
         """
         run = self._descriptor
         if not self._pace.begin(order.steps, stop):
             return None
         self._rows.refresh()
         began, first = time.thread_time(), self._state.take_steps(run.run, order.steps)
+        rows = self._rows.rows
         numbers = [
-            batch_rows(run.run_id, self._node, len(self.rows), run.batch_size, step)
-            for step in range(first, first + order.steps)
+            batch_rows(run.run_id, self._node, len(rows), run.batch_size, step) for step in range(first, first + made)
         ]
-        batches = [[self.rows[number] for number in batch] for batch in numbers]
+        batches = [[rows[number] for number in batch] for batch in numbers]
         walk = self._walk if self._residual is None else self._displace
         result = walk(order, batches, stop)
         if not math.isfinite(result.loss):
@@ -170,28 +138,28 @@ class Work:
         )
         return result
 
-    def _walk(self, order: StartSteps, batches: list[list[Row]], stop: threading.Event) -> Result:
+    def _walk(self, order: StartSteps, batches: list[list[Row]], stop: Stop) -> StepResult:
         run = self._descriptor
         scalars, loss = local_steps(
             self.engine,
             self._replica.theta,
-            seeds_of(run.run_id, order.version, order.lane, order.steps * run.perturbations),
+            seeds_of(run.run_id, order.version, order.lane, len(batches) * run.perturbations),
             batches,
             stream=run.stream,
             eps=order.eps,
             lr=run.lr,
             stop=lambda: self._pace.ends(stop),
         )
-        return Result(scalars, loss)
+        return StepResult(scalars, loss)
 
-    def _displace(self, order: StartSteps, batches: list[list[Row]], stop: threading.Event) -> Result:
+    def _displace(self, order: StartSteps, batches: list[list[Row]], stop: Stop) -> StepResult:
         assert self._residual is not None
         engine = cast("FirstOrderEngine[Any]", self.engine)  # it was looked at when it was made
         displacement, loss, steps = first_order_steps(
             engine, self._replica.theta, batches, self._settings, lambda: self._pace.ends(stop)
         )
         blob = encode_values(self._residual.add(order.version, displacement), self._settings.codec)
-        return Result((), loss, Values(short_hash(blob), len(blob), steps), blob)
+        return StepResult((), loss, Values(short_hash(blob), len(blob), steps), blob)
 
     def forget(self, version: int, heard: bool) -> None:
         """The update from theta of `version` is heard, or came too late."""

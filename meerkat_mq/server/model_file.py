@@ -1,14 +1,15 @@
 """`difference.mkd`: what a server leaves of its run, the model as the ledger says."""
 
 import asyncio
+from concurrent.futures import Executor
 from pathlib import Path
 
 import structlog
 
 from meerkat_mq.errors import ConfigError, LedgerUnavailable
 from meerkat_mq.ledger.files import DIFFERENCE_FILE
-from meerkat_mq.ledger.run import Run
-from meerkat_mq.server.scribe import Scribe
+from meerkat_mq.runtime.spare import Spare
+from meerkat_mq.runtime.writer import Holdings, LedgerWriter
 from meerkat_mq.wire.difference import Difference
 
 AGAIN_S = 2.0
@@ -18,10 +19,12 @@ ONCE_S = 60.0  # of a server that ends with its run
 class ModelFile:
     """Writes the file, where this server is in charge; what cannot be written is tried again."""
 
-    def __init__(self, folder: Path, run: Run, scribe: Scribe) -> None:
+    def __init__(self, folder: Path, held: Holdings, writer: LedgerWriter, worker: Executor) -> None:
         self._path = folder / DIFFERENCE_FILE
-        self._run = run
-        self._scribe = scribe
+        self._held = held
+        self._writer = writer
+        self._worker = worker
+        self._spare = Spare()
         self._version = 0
 
     async def leave(self) -> bool:
@@ -30,9 +33,7 @@ class ModelFile:
         Raises:
             LedgerError: the ledger cannot tell who is in charge.
         """
-        lies_there = [True]
-        await self._scribe.in_charge(lambda: lies_there.append(self._write()))
-        return lies_there[-1]
+        return await asyncio.get_running_loop().run_in_executor(self._worker, self._write)
 
     async def complete(self, *, once: bool) -> None:
         """Write it at the end of a run, however long that takes, or, in a server that ends with its run, for a minute.
@@ -55,11 +56,14 @@ class ModelFile:
             return False
 
     def _write(self) -> bool:
-        version, theta = self._scribe.committed
+        if not self._held.ledger.in_charge:
+            return True
+        version, theta = self._writer.committed
         if version == self._version:
             return True
-        difference = Difference(self._run.mask, theta, self._run.descriptor.run_id, version)
-        if not self._scribe.spare.write(DIFFERENCE_FILE, lambda: difference.save(self._path)):
+        run = self._held.run
+        difference = Difference(run.mask, theta, run.descriptor.run_id, version)
+        if not self._spare.write(DIFFERENCE_FILE, lambda: difference.save(self._path)):
             return False
         self._version = version
         return True

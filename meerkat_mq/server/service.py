@@ -15,13 +15,14 @@ from meerkat_mq.ledger.snapshots import Snapshots
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.observe.events import Observer
 from meerkat_mq.observe.process import Threads
+from meerkat_mq.runtime.succession import Past
+from meerkat_mq.runtime.writer import Holdings
 from meerkat_mq.server.alive import alive
 from meerkat_mq.server.evaluation import Evaluator
 from meerkat_mq.server.monitor import Monitor
 from meerkat_mq.server.patience import patiently
 from meerkat_mq.server.room import check_room
 from meerkat_mq.server.run import prepare_run
-from meerkat_mq.server.scribe import Scribe
 from meerkat_mq.server.server import Server
 
 CLOSE_S = 1.0
@@ -58,11 +59,11 @@ async def serve(config: ServerConfig, *, replace: bool = False, observer: Observ
             evaluator = await asyncio.to_thread(_load_evaluator, config, run)
             snapshots = Snapshots(ledger, run.descriptor)
             replica = await patiently(lambda: off_the_loop(worker, recovered, ledger, run, snapshots))
-            scribe = await off_the_loop(worker, Scribe, ledger, replica, run, snapshots, worker)
+            held = Holdings(run, ledger, replica, snapshots, await off_the_loop(worker, Past.of, ledger))
             every = config.evaluation.every if config.evaluation else 1
             rising = await off_the_loop(worker, rising_from, ledger)
             monitor = Monitor(observer, evaluator, every, run.descriptor, rising)
-            await Server(config, run, scribe, monitor, observer, replace=replace, alone=alone).run()
+            await Server(config, held, worker, monitor, observer, replace=replace, alone=alone).run()
         finally:
             with suppress(TimeoutError):  # a replay may take minutes; a ledger that nobody closed is whole
                 async with asyncio.timeout(CLOSE_S):

@@ -178,6 +178,6 @@ def test_values_mode_wants_a_gradient(write: Write, tmp_path: Path) -> None:
     config = NodeConfig(id="a", federation="f", data=tmp_path / "rows.jsonl", state_dir=tmp_path / "a", engine=name)
     with NodeState(tmp_path / "a") as state:
         work = Work(config, run, MASK, state)
-        assert np.array_equal(work.standing[0], MASK.theta_0)
+        assert np.array_equal(work.place[0], MASK.theta_0)
         with pytest.raises(ConfigError, match=r'^uplink: is "values", and the engine ours:Line has no method gradient'):
             Work(config.model_copy(update={"uplink": "values"}), run, MASK, state)

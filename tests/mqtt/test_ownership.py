@@ -9,7 +9,8 @@ import pytest
 
 from meerkat_mq.config import BrokerConfig
 from meerkat_mq.errors import NodeReplaced
-from meerkat_mq.mqtt import Message, Presence, Session, Timeouts, Verdict, Will
+from meerkat_mq.mqtt import Message, Session, Timeouts, Will
+from meerkat_mq.rounds.presence import Ownership, Presence
 from tests.support.mosquitto import Mosquitto
 from tests.support.peer import Peer, peer
 from tests.support.proxy import PUBACK, PUBLISH, Proxy
@@ -51,10 +52,10 @@ class Owner:
         found = json.loads(message.payload)
         online = found["status"] == "online"
         verdict = self.presence.judge(found["boot"], found["link"], online=online, retained=message.retained)
-        if verdict is Verdict.REPLACED:
+        if verdict is Ownership.REPLACED:
             self.session.disown()
             raise NodeReplaced("node-1", f"another process with this id runs on {found['host']}", "give it its own id")
-        if verdict is Verdict.OVERWRITTEN and self.session.link is not None:
+        if verdict is Ownership.OVERWRITTEN and self.session.link is not None:
             self.republished += 1
             self.session.publish(STATUS, self.state("online", self.session.link), retain=True)
 

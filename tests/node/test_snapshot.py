@@ -14,8 +14,9 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Entry, Term, short_hash
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.engines.toy import toy_mask
-from meerkat_mq.mqtt import Message, blob_fetch
+from meerkat_mq.mqtt import Message
 from meerkat_mq.node import run_node
+from meerkat_mq.runtime import blob_fetch
 from meerkat_mq.wire.arrays import encode_mask, split
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor, ServerState, decode_control
 from meerkat_mq.wire.frames import decode, encode

@@ -16,7 +16,8 @@ from meerkat_mq.core.lock import Holder
 from meerkat_mq.core.path import short_hash
 from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.errors import ConfigError
-from meerkat_mq.node.state import KeptUpdate, NodeState
+from meerkat_mq.node.state import NodeState
+from meerkat_mq.runtime.model import KeptUpdate
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.messages import Header, Update, Values
 

@@ -6,16 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from meerkat_mq.config import BrokerConfig
 from meerkat_mq.core.directions import Float32Array, direction
 from meerkat_mq.core.path import short_hash
 from meerkat_mq.errors import RunMismatch
-from meerkat_mq.mqtt import blob_fetch
-from meerkat_mq.node.blobs import MOST_PUSHED, Blobs
 from meerkat_mq.observe.process import first_error
-from meerkat_mq.wire.arrays import Assembly, split
-from meerkat_mq.wire.messages import Chunk, Header, Want
-from meerkat_mq.wire.values import decode_values, largest_blob
+from meerkat_mq.runtime import blob_fetch
+from meerkat_mq.wire.arrays import Assembly
+from meerkat_mq.wire.messages import Chunk, Want
+from meerkat_mq.wire.values import decode_values
 from tests.node.mini_server import RUN_ID, SLOT, Gate, MiniServer, node
 from tests.support.mosquitto import Mosquitto
 from tests.support.waiting import until
@@ -110,28 +108,6 @@ async def test_what_does_not_come_is_asked_for_at_once(
         async with node(tmp_path, mosquitto.config):
             await server.stands_at(1)
         assert {name for name, _ in server.asked_chunks} == {short_hash(blob)}
-
-
-async def test_of_displacements_that_come_unasked_the_newest_are_kept() -> None:
-    run = MiniServer(BrokerConfig(url="mqtt://127.0.0.1:1"), weights=WEIGHTS, values=True).run
-    blobs = Blobs(run, 1, lambda frame: pytest.fail("asked"))
-    header = Header.of(RUN_ID, 1, 0, run.mask_hash)
-    size = 2 * 65536 + 1
-    whole = [bytes([number]) * size for number in range(5)]
-    for parts in zip(*(split(header, short_hash(blob), blob) for blob in whole[:3]), strict=True):
-        for chunk in parts:  # one of each in turn
-            blobs.take_pushed(chunk)
-    for blob in whole[3:]:
-        for chunk in split(header, short_hash(blob), blob):
-            blobs.take_pushed(chunk)
-    names = [short_hash(blob) for blob in whole]
-    count = 2 * largest_blob(WEIGHTS) // size
-    assert [blobs.comes_unasked(name) for name in names] == [number >= 5 - count for number in range(5)]
-    assert await blobs.begin(names[-count], size).collect(unasked=True) == whole[-count]
-    for number in range(1000):
-        blobs.take_pushed(Chunk(header, short_hash(b"%d" % number), 0, 1, 1, b"1"))
-    assert not blobs.comes_unasked(names[-1])
-    assert sum(blobs.comes_unasked(short_hash(b"%d" % number)) for number in range(1000)) == MOST_PUSHED
 
 
 async def test_a_node_that_comes_later_asks_for_the_displacements(tmp_path: Path, mosquitto: Mosquitto) -> None:

@@ -1,7 +1,4 @@
-"""Getting the run's mask: kept from an earlier start, retained by the broker, or asked of the server."""
-
-import asyncio
-from collections.abc import Callable
+"""Joining a run: is its descriptor one that a server can mean, and where does the mask come from?"""
 
 import structlog
 
@@ -9,46 +6,40 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.seldom import Seldom
 from meerkat_mq.engines.registry import ENGINES
 from meerkat_mq.errors import BadValue, WireError, shown
-from meerkat_mq.mqtt import Session
-from meerkat_mq.mqtt.blob_fetch import BlobFetch
-from meerkat_mq.node.state import NodeState
+from meerkat_mq.runtime.blob_fetch import BlobFetch
+from meerkat_mq.runtime.blobs import Blobs
+from meerkat_mq.runtime.model import NodeStore
+from meerkat_mq.runtime.ports import Compute, Transport
+from meerkat_mq.runtime.steps import Steps, work
 from meerkat_mq.wire.arrays import Assembly, decode_mask
 from meerkat_mq.wire.descriptor import MAY_CHANGE, RunDescriptor
 from meerkat_mq.wire.topics import Topics
 
 
-async def fetch_mask(
-    descriptor: RunDescriptor,
-    state: NodeState,
-    session: Session,
-    topics: Topics,
-    begin: Callable[[bytes, int], BlobFetch],
-) -> Mask:
-    """The mask, however long it takes; asks the server for what the broker does not give.
-
-    Args:
-        begin: begins the fetch of a blob of this hash and size.
-    """
-    kept = await asyncio.to_thread(state.load_mask, descriptor.mask_hash)
+def get_mask(
+    run: RunDescriptor, blobs: Blobs, *, store: NodeStore, compute: Compute, transport: Transport, topics: Topics
+) -> Steps[Mask]:
+    """The mask, however long it takes: kept from an earlier start, retained by the broker, or asked of the server."""
+    kept = yield from work(compute, store.load_mask, run.mask_hash)
     if kept is not None:
         return kept
-    fetch = begin(descriptor.mask_name, descriptor.mask_bytes)
-    filters = topics.blobs(descriptor.mask_name)
-    session.subscribe(filters)
+    fetch, filters = blobs.begin(run.mask_name, run.mask_bytes), topics.blobs(run.mask_name)
+    transport.subscribe(filters)
     try:
-        mask = await _collect(fetch, descriptor)
+        mask = yield from _collect(fetch, run, compute)
     finally:
-        session.unsubscribe(filters)
-    await asyncio.to_thread(state.keep_mask, mask)
+        transport.unsubscribe(filters)
+        blobs.end()
+    yield from work(compute, store.keep_mask, mask)
     return mask
 
 
-async def _collect(fetch: BlobFetch, run: RunDescriptor) -> Mask:
+def _collect(fetch: BlobFetch, run: RunDescriptor, compute: Compute) -> Steps[Mask]:
     unasked, seldom = True, Seldom()
     while True:
-        blob = await fetch.collect(unasked=unasked)
+        blob = yield from fetch.collect(unasked=unasked)
         try:
-            return await asyncio.to_thread(decode_mask, blob, run.mask_hash, run.weights)
+            return (yield from work(compute, decode_mask, blob, run.mask_hash, run.weights))
         except WireError as error:
             seldom.say(structlog.get_logger().warning, "mask refused, fetching it again", problem=str(error))
             fetch.start_over()

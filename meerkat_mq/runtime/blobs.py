@@ -8,8 +8,9 @@ import structlog
 from meerkat_mq.core.path import Displacement
 from meerkat_mq.core.seldom import Seldom
 from meerkat_mq.errors import TooLarge
-from meerkat_mq.mqtt.blob_fetch import BlobFetch
-from meerkat_mq.node.state import KeptUpdate
+from meerkat_mq.runtime.blob_fetch import BlobFetch
+from meerkat_mq.runtime.model import KeptUpdate
+from meerkat_mq.runtime.ports import Clock
 from meerkat_mq.wire.arrays import chunks_of, split
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.messages import Chunk, Header, Want
@@ -27,14 +28,16 @@ class Blobs:
         run: the run.
         boot: of this process.
         send: sends to the server.
+        clock: for silences.
     """
 
-    def __init__(self, run: RunDescriptor, boot: int, send: Callable[[Want | Chunk], None]) -> None:
+    def __init__(self, run: RunDescriptor, boot: int, send: Callable[[Want | Chunk], None], clock: Clock) -> None:
         self._header = Header.of(run.run_id, 0, 0, run.mask_hash)
         self._largest_pushed = largest_blob(run.weights)
         self._boot = boot
         self._seldom = Seldom()
         self._send = send
+        self._clock = clock
         self._fetch: BlobFetch | None = None
         self._pushed: dict[bytes, BlobFetch] = {}  # by name, the newest last
         self._own: list[Chunk] = []
@@ -128,4 +131,4 @@ class Blobs:
             self._seldom.say(say, "asking for chunks", name, blob=name.hex()[:8], **said)
             self._send(Want(self._header, self._boot, blob=name, chunks=chunks))
 
-        return BlobFetch(name, size, ask)
+        return BlobFetch(name, size, ask, self._clock)

@@ -1,44 +1,26 @@
 """What a want for entries costs the ledger's thread: no more is decoded than the reply takes."""
 
-import asyncio
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from meerkat_mq.config import ServerConfig
 from meerkat_mq.core.path import Entry, Term
 from meerkat_mq.ledger import sqlite_reader
-from meerkat_mq.ledger.recovery import recovered
 from meerkat_mq.ledger.run import Run
-from meerkat_mq.ledger.snapshots import Snapshots
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.rounds import events as e
+from meerkat_mq.runtime.writer import REPLY_ENTRIES
 from meerkat_mq.server.run import prepare_run
-from meerkat_mq.server.scribe import REPLY_ENTRIES, Scribe
 from meerkat_mq.wire.frames import decode_entry, entry_bytes
 from meerkat_mq.wire.limits import REPLY_BYTES
-from meerkat_mq.wire.messages import Entries, Header
+from meerkat_mq.wire.messages import Entries
+from tests.runtime.one_writer import OneWriter
 
 LONGEST = 12_000  # terms of an entry: twice what a reply takes
 SHORT, LONG = 2, 800
-
-
-class Desk:
-    """Waits for the reply."""
-
-    def __init__(self, header: Header) -> None:
-        self.header: Callable[[], Header] = lambda: header
-        self.replied: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-
-    def reply(self, node: str, frame: Any) -> None:
-        self.replied.set_result(frame)
-
-    def __getattr__(self, name: str) -> Any:
-        raise AssertionError(f"nobody asked for {name}")
 
 
 def entry(version: int, terms: int) -> Entry:
@@ -103,25 +85,17 @@ def taken(entries: list[Entry]) -> list[Entry]:
     ],
     ids=["many", "the last", "short", "a long one first", "a long one next", "more than a reply counts"],
 )
-async def test_no_more_entries_are_decoded_than_the_reply_takes(
+def test_no_more_entries_are_decoded_than_the_reply_takes(
     ledger: Ledger, run: Run, monkeypatch: pytest.MonkeyPatch, sizes: list[int], first: int
 ) -> None:
-    replica = recovered(ledger, run, Snapshots(ledger, run.descriptor))
+    it = OneWriter(ledger, run)
     entries = fill(ledger, sizes)
     seen = decoded(monkeypatch)
-    header = Header.of(run.descriptor.run_id, 1, len(entries), run.mask.hash)
-    with ThreadPoolExecutor(1) as worker:
-        snapshots = Snapshots(ledger, run.descriptor)
-        scribe, desk = Scribe(ledger, replica, run, snapshots, worker), Desk(header)
-        scribe.put(e.SendEntries("node", first))
-        task = asyncio.create_task(scribe.run(desk))
-        reply = await asyncio.wait_for(desk.replied, 10)
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+    it.put(e.SendEntries("node", first))
     expected = taken(entries[first:])
-    assert reply == Entries(header, tuple(expected))
+    assert it.replies == [("node", Entries(it.header(), tuple(expected)))]
     assert len(seen) == len(expected)
+    assert it.told == []
 
 
 def test_the_last_byte_of_the_room_is_used(ledger: Ledger, run: Run) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Hashable
 from enum import Enum
 
 
-class Verdict(Enum):
+class Ownership(Enum):
     """What a state found on our own topic means."""
 
     OURS = "ours"
@@ -37,7 +37,7 @@ class Presence:
         self._first = self._first and self._link is None
         self._link = None
 
-    def judge(self, owner: Hashable | None, link: int, *, online: bool, retained: bool) -> Verdict:
+    def judge(self, owner: Hashable | None, link: int, *, online: bool, retained: bool) -> Ownership:
         """Judge a state found on our own topic.
 
         Args:
@@ -47,10 +47,10 @@ class Presence:
             retained: the message's retained flag, so the state is older than our subscription.
         """
         if owner == self.owner:
-            return Verdict.OURS if online and link == self._link else Verdict.OVERWRITTEN
+            return Ownership.OURS if online and link == self._link else Ownership.OVERWRITTEN
         if self._first and retained:
             self._predecessors.add(owner)
         if owner is None or owner in self._predecessors:
-            return Verdict.OVERWRITTEN
+            return Ownership.OVERWRITTEN
         # A stranger's death that arrives live was overtaken by our birth (clusters deliver wills late).
-        return Verdict.REPLACED if online or retained else Verdict.OVERWRITTEN
+        return Ownership.REPLACED if online or retained else Ownership.OVERWRITTEN

@@ -1,6 +1,7 @@
 """Getting the mask by `want`, chunk by chunk, from a server in miniature."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +9,16 @@ import pytest
 
 from meerkat_mq.core.mask import Mask, MaskedMatrix
 from meerkat_mq.errors import BadValue, TooLarge
-from meerkat_mq.mqtt import blob_fetch
-from meerkat_mq.mqtt.blob_fetch import CHUNKS_A_WANT, BlobFetch
-from meerkat_mq.node.mask_fetch import check_descriptor, fetch_mask
 from meerkat_mq.node.state import NodeState
+from meerkat_mq.runtime.blob_fetch import CHUNKS_A_WANT, PATIENCE_S
+from meerkat_mq.runtime.join import check_descriptor
+from meerkat_mq.runtime.model import NodeHabits
 from meerkat_mq.wire.arrays import encode_mask, split
-from meerkat_mq.wire.descriptor import RunDescriptor
-from meerkat_mq.wire.messages import Chunk, Header
+from meerkat_mq.wire.frames import decode, encode
+from meerkat_mq.wire.messages import Chunk, Header, Want
 from meerkat_mq.wire.topics import Topics
+from tests.runtime.one_node import OneNode, descriptor
+from tests.runtime.ports import Sent
 
 TOPICS = Topics("f")
 
@@ -29,71 +32,62 @@ def big_mask() -> Mask:
     return Mask((MaskedMatrix("m", (2**12, 2**12), indices, *noise),), bytes(32), bytes(32))
 
 
-def descriptor(mask: Mask, **changes: object) -> RunDescriptor:
-    blob = encode_mask(mask)
-    settings = {
-        "federation": "f", "run": "1" * 32, "engine": "toy", "model": "", "dtype": "float32",
-        "fingerprint": "0" * 64, "tokenizer": "0" * 64, "mask": mask.hash.hex(), "mask_bytes": len(blob),
-        "mask_chunks": -(-len(blob) // 65536), "weights": mask.size, "stream": "mk1", "rounds": 1, "local_steps": 1,
-        "directions": 1, "lr": 0.1, "eps": 0.1, "batch_size": 1, "digest_every": 1,
-    }  # fmt: skip
-    return RunDescriptor.model_validate(settings | changes)
-
-
 class Server:
-    """Answers wants at once; stands where the fetch expects a session."""
+    """Answers wants at once.
+
+    Attributes:
+        wants: the chunks that each one asked for.
+        node: which has fetched it.
+    """
 
     def __init__(self, mask: Mask, spoil: Callable[[Chunk], Chunk | None] = lambda chunk: chunk) -> None:
         self.wants: list[tuple[int, ...]] = []
-        self.filters: list[str] = []
         self.descriptor = descriptor(mask)
         self._spoil = spoil
         self._chunks = split(Header(0, 0, 0, bytes(8)), mask.hash, encode_mask(mask))
-        self._fetch: BlobFetch | None = None
 
-    async def fetch(self, folder: Path) -> Mask:
+    def fetch(self, folder: Path) -> Mask:
+        """The mask that a node makes its model of, with this state folder."""
         with NodeState(folder) as state:
-            return await fetch_mask(self.descriptor, state, self, TOPICS, self._begin)  # type: ignore[arg-type]
+            self.node = OneNode(state, NodeHabits("node-0", "f"))
+            self.node.transport.reaches = self._take
+            self.node.driver.connected(1)
+            self.node.receive(TOPICS.run, self.descriptor.encode(), retained=True)
+            self.node.clock.until(lambda: self.node.machine_is_there, within_s=1000)
+        (model,) = self.node.models
+        return model.mask
 
-    def _begin(self, name: bytes, size: int) -> BlobFetch:
-        self._fetch = BlobFetch(name, size, self._answer)
-        return self._fetch
+    def _take(self, sent: Sent) -> None:
+        if sent.topic == TOPICS.up("node-0", "want"):
+            want = decode(sent.payload)
+            assert isinstance(want, Want)
+            if want.chunks:
+                self.wants.append(want.chunks)
+                self.node.clock.at(self.node.clock.now(), partial(self._answer, want.chunks))
 
     def _answer(self, chunks: tuple[int, ...]) -> None:
-        assert self._fetch is not None
-        self.wants.append(chunks)
         for index in chunks:
             if (chunk := self._spoil(self._chunks[index])) is not None:
-                self._fetch.add(chunk)
-
-    def subscribe(self, topic: str) -> None:
-        self.filters.append(topic)
-
-    def unsubscribe(self, topic: str) -> None:
-        self.filters.remove(topic)
+                self.node.driver.received(TOPICS.reply("node-0"), encode(chunk), retained=False)
 
 
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blob_fetch, "PATIENCE_S", 0.05)
-
-
-async def test_all_chunks_come_by_want_without_a_pause_between(tmp_path: Path) -> None:
+def test_all_chunks_come_by_want_without_a_pause_between(tmp_path: Path) -> None:
     mask = big_mask()
     server = Server(mask)
-    assert (await server.fetch(tmp_path)).hash == mask.hash
+    assert server.fetch(tmp_path).hash == mask.hash
     count = server.descriptor.mask_chunks
     first, *others = server.wants
     assert first == (count - 1,)  # one alone, after a silence in which none came from the broker
     assert [want[0] for want in others] == list(range(0, count - 1, CHUNKS_A_WANT))
     assert len(others) >= 2
-    assert server.filters == []
+    assert server.node.clock.now() == PATIENCE_S
+    assert server.node.transport.filters == set()
     again = Server(mask)
-    assert (await again.fetch(tmp_path)).hash == mask.hash
+    assert again.fetch(tmp_path).hash == mask.hash
     assert again.wants == []
 
 
-async def test_chunks_that_get_lost_are_asked_for_again(tmp_path: Path) -> None:
+def test_chunks_that_get_lost_are_asked_for_again(tmp_path: Path) -> None:
     lost = {0, 3, 20}
 
     def lose(chunk: Chunk) -> Chunk | None:
@@ -103,11 +97,11 @@ async def test_chunks_that_get_lost_are_asked_for_again(tmp_path: Path) -> None:
         return None
 
     server = Server(big_mask(), lose)
-    assert (await server.fetch(tmp_path)).hash == server.descriptor.mask_hash
+    assert server.fetch(tmp_path).hash == server.descriptor.mask_hash
     assert not lost
 
 
-async def test_a_mask_that_does_not_fit_its_hash_is_fetched_again(tmp_path: Path) -> None:
+def test_a_mask_that_does_not_fit_its_hash_is_fetched_again(tmp_path: Path) -> None:
     spoiled: list[int] = []
 
     def spoil(chunk: Chunk) -> Chunk:
@@ -117,14 +111,14 @@ async def test_a_mask_that_does_not_fit_its_hash_is_fetched_again(tmp_path: Path
         return Chunk(chunk.header, chunk.blob, chunk.index, chunk.count, chunk.size, bytes(len(chunk.data)))
 
     server = Server(big_mask(), spoil)
-    assert (await server.fetch(tmp_path)).hash == server.descriptor.mask_hash
+    assert server.fetch(tmp_path).hash == server.descriptor.mask_hash
     assert spoiled
 
 
-async def test_a_damaged_kept_mask_is_fetched_again(tmp_path: Path) -> None:
+def test_a_damaged_kept_mask_is_fetched_again(tmp_path: Path) -> None:
     server = Server(big_mask())
     (tmp_path / f"mask-{server.descriptor.mask}.mkm").write_bytes(b"MKMASK")
-    assert (await server.fetch(tmp_path)).hash == server.descriptor.mask_hash
+    assert server.fetch(tmp_path).hash == server.descriptor.mask_hash
     assert server.wants
 
 

@@ -1,13 +1,10 @@
-"""What a node's machine asks for that takes time: done one after another, off the event loop."""
+"""What a node's machine asks for that takes time, in one run: done one after another, by the node's worker."""
 
-import asyncio
 import math
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TypeVar, TypeVarTuple
+from typing import assert_never
 
 import structlog
 
@@ -15,25 +12,18 @@ from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.path import Displacement, Entry, seeds_of
 from meerkat_mq.core.seldom import Seldom
 from meerkat_mq.errors import BadValue, NotConnected, NotFinite, WireError, reason
-from meerkat_mq.node.blobs import Blobs
-from meerkat_mq.node.limits import Allowance
-from meerkat_mq.node.state import KeptUpdate, NodeState
-from meerkat_mq.node.work import Work
 from meerkat_mq.rounds import events as e
+from meerkat_mq.runtime.blobs import Blobs
+from meerkat_mq.runtime.model import KeptUpdate, Model, NodeStore, StepCompute, StepResult
+from meerkat_mq.runtime.ports import Clock
+from meerkat_mq.runtime.steps import Later, Sequence, Steps, until, work
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.messages import Offer, Update
 from meerkat_mq.wire.values import decode_values, largest_blob
 
-Args = TypeVarTuple("Args")
-Result = TypeVar("Result")
-Job = e.ApplyEntries | e.FetchSnapshot | e.ResetTheta | e.StartSteps | e.Forget | Update
+NodeJob = e.ApplyEntries | e.FetchSnapshot | e.ResetTheta | e.StartSteps | e.Forget | Update
 
 SILENCES = 4  # of a server whose entries name a blob, or that offered one
-
-
-async def in_worker(worker: ThreadPoolExecutor, function: Callable[[*Args], Result], *args: *Args) -> Result:
-    """Run a blocking function in the thread of the model."""
-    return await asyncio.get_running_loop().run_in_executor(worker, function, *args)
 
 
 class Jobs:
@@ -41,48 +31,55 @@ class Jobs:
 
     Args:
         run: the run.
-        work: does them; used in `worker` only.
+        model: does them.
         blobs: brings what they need.
-        state: keeps the update until it is heard.
+        store: keeps the update until it is acknowledged.
         keeps: whether an update is kept on disk: where it may be wanted long after it was made.
         kept: what an earlier process kept.
-        allowance: whether local steps may begin.
-        worker: the thread of the model.
+        compute: the node's worker.
+        clock: of the answers.
+        theta_0: its digest.
         tell: takes the answer to each job that is done, None to one without.
         send: sends an update to the server.
+
+    Attributes:
+        digest: of the newest theta at or before the machine's version whose digest is due.
     """
 
     def __init__(
         self,
         run: RunDescriptor,
-        work: Work,
+        model: Model,
         blobs: Blobs,
-        state: NodeState,
+        store: NodeStore,
         *,
         keeps: bool,
         kept: KeptUpdate | None,
-        allowance: Allowance,
-        worker: ThreadPoolExecutor,
+        compute: StepCompute,
+        clock: Clock,
+        theta_0: bytes,
         tell: Callable[[e.NodeEvent | None], None],
         send: Callable[[Update], None],
     ) -> None:
+        self.digest = theta_0
+        self._theta_0 = theta_0
         self._seldom = Seldom()
         self._run = run
-        self._work = work
+        self._model = model
         self._blobs = blobs
-        self._state = state
+        self._store = store
         self._keeps = keeps
         self._kept = kept
-        self._allowance = allowance
-        self._worker = worker
+        self._compute = compute
+        self._clock = clock
         self._tell = tell
         self._send = send
         self._blob = b""  # of the newest displacement
         self._lane = 0  # of the newest path
-        self._open: deque[Job] = deque()  # the first one is being done
-        self._news = asyncio.Event()
-        self._stop = threading.Event()
-        self._moved_on = asyncio.Event()
+        self._open: deque[NodeJob] = deque()  # the first one is being done
+        self._working: Sequence[None] | None = None
+        self._is_working = False
+        self._stopped: NodeJob | None = None  # before it began
         blobs.give(kept)
 
     @property
@@ -91,74 +88,79 @@ class Jobs:
         return bool(self._open)
 
     @property
-    def catching_up(self) -> Job | None:
+    def catching_up(self) -> NodeJob | None:
         """The job that fetches or applies what the server has decided, if one is being done, or waits."""
         return next((job for job in self._open if isinstance(job, e.ApplyEntries | e.FetchSnapshot)), None)
 
-    def put(self, job: Job) -> None:
+    def put(self, job: NodeJob) -> None:
         """Do this after what waits already."""
-        if isinstance(job, e.StartSteps):
-            self._stop, self._moved_on = threading.Event(), asyncio.Event()
+        if isinstance(job, e.ResetTheta):
+            self.digest = self._theta_0  # the version that the node says is 0 from now on
         if isinstance(job, Update) and not self._wants_keeping(job):
             self._send(job)
             return
         self._open.append(job)
-        self._news.set()
+        if not self._is_working:
+            self._is_working = True
+            self._working = Sequence(self._work_off())
 
     def stop_steps(self) -> None:
-        """End the local steps after the one that is being made."""
-        self._stop.set()
-        self.move_on()
+        """End the local steps after the one that is being made; those that wait are not begun."""
+        self._stopped = next((job for job in self._open if isinstance(job, e.StartSteps)), None)
+        self._compute.stop_steps()
 
-    def move_on(self) -> None:
-        """The run is ahead of this node: local steps that wait for the allowance wait no longer."""
-        self._moved_on.set()
+    def close(self) -> None:
+        """The run is over for this node: do no more."""
+        self.stop_steps()
+        if self._working is not None:
+            self._working.cancel()
+        self._blobs.end()
 
-    async def run(self) -> None:
-        """Do the jobs as they come, until cancelled."""
-        while True:
-            await self._news.wait()
-            self._news.clear()
-            while self._open:
-                answer = await self._do(self._open[0])
-                self._open.popleft()
-                self._tell(answer)
+    def _work_off(self) -> Steps[None]:
+        yield from until(self._clock, self._clock.now())  # whoever puts a job has something else to do first
+        while self._open:
+            answer = yield from self._do(self._open[0])
+            self._open.popleft()
+            self._tell(answer)  # may put more
+        self._is_working = False
 
-    async def _do(self, job: Job) -> e.NodeEvent | None:
+    def _do(self, job: NodeJob) -> Steps[e.NodeEvent | None]:
         match job:
             case e.ApplyEntries(entries):
-                return await self._apply(entries)
+                return (yield from self._apply(entries))
             case e.FetchSnapshot(offer):
-                return await self._load_snapshot(offer)
+                return (yield from self._load_snapshot(offer))
             case e.ResetTheta():
-                await in_worker(self._worker, self._work.reset)
+                yield from work(self._compute, self._model.reset)
             case e.StartSteps():
-                return await self._step(job)
+                return (yield from self._step(job))
             case e.Forget():
-                await self._forget(job)
+                yield from self._forget(job)
             case Update():
-                await self._keep(job)
+                yield from self._keep(job)
                 self._send(job)
+            case _:
+                assert_never(job)
         return None
 
     # --- following the ledger ---
 
-    async def _apply(self, entries: tuple[Entry, ...]) -> e.EntriesApplied | e.EntriesMissed:
+    def _apply(self, entries: tuple[Entry, ...]) -> Steps[e.EntriesApplied | e.EntriesMissed]:
         """Apply entries, one displacement in memory at a time; all of them, or none."""
-        before, digests = self._work.standing, list[bytes]()
+        before, digests = self._model.place, list[bytes]()
         try:
             for part in _parts(entries):
-                values = await self._values(part[-1].displacement)
-                digests += await in_worker(self._worker, self._work.apply, part, values)
+                values = yield from self._values(part[-1].displacement)
+                digests += yield from work(self._compute, self._model.apply, part, values)
         except (NotConnected, NotFinite, WireError) as error:
-            await in_worker(self._worker, self._work.stand, before)
+            yield from work(self._compute, self._model.go_to, before)
             said = {"first": entries[0].version, "problem": str(error)}
             self._seldom.say(structlog.get_logger().warning, "entries missed", type(error).__name__, **said)
-            return e.EntriesMissed(_now(), entries)
-        self._work.digest = next((found for found in reversed(digests) if any(found)), self._work.digest)
-        return e.EntriesApplied(_now(), entries, tuple(digests))
+            return e.EntriesMissed(self._clock.now(), entries)
+        self.digest = next((found for found in reversed(digests) if any(found)), self.digest)
+        return e.EntriesApplied(self._clock.now(), entries, tuple(digests))
 
-    async def _values(self, displacement: Displacement | None) -> Float32Array | None:
+    def _values(self, displacement: Displacement | None) -> Steps[Float32Array | None]:
         """Get a displacement, which may be on its way to everybody, or there already.
 
         Raises:
@@ -170,45 +172,45 @@ class Jobs:
         weights = self._run.weights
         if displacement.size > largest_blob(weights):
             raise BadValue("displacement", f"{displacement.size} bytes for {weights} weights")
-        blob = await self._collect(displacement.blob, displacement.size)
-        return await in_worker(self._worker, decode_values, blob, displacement.blob, weights)
+        blob = yield from self._collect(displacement.blob, displacement.size)
+        return (yield from work(self._compute, decode_values, blob, displacement.blob, weights))
 
-    async def _collect(self, name: bytes, size: int) -> bytes:
+    def _collect(self, name: bytes, size: int) -> Steps[bytes]:
         unasked = self._blobs.comes_unasked(name)
         try:
-            return await self._blobs.begin(name, size).collect(unasked=unasked, silences=SILENCES)
+            return (yield from self._blobs.begin(name, size).collect(unasked=unasked, silences=SILENCES))
         finally:
             self._blobs.end()
 
-    async def _load_snapshot(self, offer: Offer) -> e.SnapshotLoaded | e.SnapshotMissed:
-        work, log = self._work, structlog.get_logger()
+    def _load_snapshot(self, offer: Offer) -> Steps[e.SnapshotLoaded | e.SnapshotMissed]:
+        log = structlog.get_logger()
         try:
-            work.check_offer(offer)
-            blob = await self._collect(offer.blob, offer.size)
-            head, work.digest = await in_worker(self._worker, work.load, blob, offer)
+            if offer.size > 5 * self._run.weights + 2**16:  # more than any snapshot of this run has
+                raise BadValue("offer", f"{offer.size} bytes for {self._run.weights} weights")
+            blob = yield from self._collect(offer.blob, offer.size)
+            head, self.digest = yield from work(self._compute, self._model.load, blob, offer)
         except (NotConnected, WireError) as error:
             said = {"version": offer.version, "problem": str(error)}
             self._seldom.say(log.warning, "snapshot missed", type(error).__name__, **said)
-            return e.SnapshotMissed(_now(), offer.version)
+            return e.SnapshotMissed(self._clock.now(), offer.version)
         log.info("snapshot loaded", version=offer.version, bytes=offer.size)
-        return e.SnapshotLoaded(_now(), offer.version, head, work.digest)
+        return e.SnapshotLoaded(self._clock.now(), offer.version, head, self.digest)
 
     # --- steps, and what comes of them ---
 
-    async def _step(self, order: e.StartSteps) -> e.StepsDone | e.StepsFailed:
-        stop = self._stop
-        result = None
-        if await self._allowance.given(self._moved_on) and not stop.is_set():
+    def _step(self, order: e.StartSteps) -> Steps[e.StepsDone | e.StepsFailed]:
+        result: StepResult | None = None
+        if order is not self._stopped:
             try:
-                result = await in_worker(self._worker, self._work.step, order, stop)
+                result = yield Later(lambda done, failed: self._compute.steps(self._model, order, done, failed))
             except Exception as error:  # an engine raises what its library does: CUDA out of memory, for one
                 say, said = structlog.get_logger().warning, {"round": order.version, "problem": reason(error)}
                 self._seldom.say(say, "steps failed", type(error).__name__, **said)
-                return e.StepsFailed(_now(), order.version)
+                return e.StepsFailed(self._clock.now(), order.version)
         if result is None:  # an earlier update may still be unsent: its blob and lane stay
-            return e.StepsDone(_now(), order.version, (), math.nan)
+            return e.StepsDone(self._clock.now(), order.version, (), math.nan)
         self._blob, self._lane = result.blob, order.lane
-        return e.StepsDone(_now(), order.version, result.scalars, result.loss, result.values)
+        return e.StepsDone(self._clock.now(), order.version, result.scalars, result.loss, result.values)
 
     def _wants_keeping(self, update: Update) -> bool:
         return (self._keeps or update.values is not None) and not self._is_kept(update)
@@ -220,8 +222,8 @@ class Jobs:
             update.header.version,
         )
 
-    async def _keep(self, update: Update) -> None:
-        """Keep an update and its displacement until it is heard."""
+    def _keep(self, update: Update) -> Steps[None]:
+        """Keep an update and its displacement until it is acknowledged."""
         if self._is_kept(update):
             return
         if update.values is None:  # by its seeds the server tells, after a restart, which lane this path walked
@@ -229,16 +231,16 @@ class Jobs:
             update = replace(update, seeds=seeds)
         kept = KeptUpdate(update, self._blob if update.values is not None else b"")
         if self._keeps:
-            await asyncio.to_thread(self._state.keep_update, self._run, kept)
+            yield from work(self._compute, self._store.keep_update, self._run, kept)
         self._kept, self._blob = kept, b""
         self._blobs.give(kept)
 
-    async def _forget(self, order: e.Forget) -> None:
-        await in_worker(self._worker, self._work.forget, order.version, order.heard)
+    def _forget(self, order: e.Forget) -> Steps[None]:
+        yield from work(self._compute, self._model.forget, order.version, order.heard)
         if self._kept is not None and self._kept.update.header.version == order.version:
             self._kept = None
             self._blobs.give(None)
-            await asyncio.to_thread(self._state.forget_update)
+            yield from work(self._compute, self._store.forget_update)
 
 
 def _parts(entries: tuple[Entry, ...]) -> Iterator[tuple[Entry, ...]]:
@@ -248,7 +250,3 @@ def _parts(entries: tuple[Entry, ...]) -> Iterator[tuple[Entry, ...]]:
         if entry.displacement is not None or number == len(entries):
             yield entries[first:number]
             first = number
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()

@@ -13,7 +13,6 @@ one off in turn, and is found lost again, on another link: it lives.
 Safety needs none of this: a term fences whoever had an earlier one.
 """
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
@@ -21,8 +20,9 @@ from typing import Self
 import structlog
 
 from meerkat_mq.errors import AnotherServer, LedgerError, RunMismatch
-from meerkat_mq.ledger.sqlite import Ledger
+from meerkat_mq.ledger.store import Store
 from meerkat_mq.rounds.server_state import HIGHEST_TERM
+from meerkat_mq.runtime.ports import Clock, Timer
 from meerkat_mq.wire.descriptor import ServerState
 
 ANSWER_S = 5.0  # in which a server that lives answers, also over a slow link
@@ -45,11 +45,11 @@ class Past:
     ranks: frozenset[tuple[int, str]]
 
     @classmethod
-    def of(cls, ledger: Ledger) -> Self:
+    def of(cls, ledger: Store) -> Self:
         """What a ledger holds now; blocks."""
         run = ledger.run
         ranks = frozenset((term.term, term.server_id) for term in ledger.terms())
-        return cls(str(ledger.path), run.run if run else None, ledger.version, ranks)
+        return cls(ledger.where, run.run if run else None, ledger.version, ranks)
 
 
 class Succession:
@@ -62,6 +62,7 @@ class Succession:
         alone: whether no other process uses this server's ledger.
         ask: publishes a state there, not retained.
         take: takes a term above the one that it is given.
+        clock: for the time to answer.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Succession:
         alone: bool,
         ask: Callable[[ServerState], None],
         take: Callable[[int], None],
+        clock: Clock,
     ) -> None:
         self._topic = topic
         self._past = past
@@ -82,8 +84,8 @@ class Succession:
         self._take = take
         self._found: ServerState | None = None
         self._asked: ServerState | None = None
-        self._answer_by: float | None = None
-        self._changed = asyncio.Event()
+        self._clock = clock
+        self._no_answer: Timer | None = None
         self._log = structlog.get_logger()
 
     def saw(self, state: ServerState, *, live: bool) -> None:
@@ -127,32 +129,15 @@ class Succession:
 
     def disconnected(self) -> None:
         """No answer can come; the next connection asks again."""
-        self._answer_by = None
+        if self._no_answer is not None:
+            self._no_answer.cancel()
 
     def _question(self, state: ServerState) -> None:
         self._log.warning(
             "asking whether the server before this one lives", term=state.term, host=state.host, wait_s=ANSWER_S
         )
-        self._answer_by = asyncio.get_running_loop().time() + ANSWER_S
-        self._changed.set()
+        self._no_answer = self._clock.at(self._clock.now() + ANSWER_S, lambda: self._succeed(self._asked))
         self._ask(state.model_copy(update={"status": "lost"}))
-
-    async def run(self) -> None:
-        """Take charge where no answer came; until cancelled.
-
-        Raises:
-            LedgerError, RunMismatch: as `connected`.
-        """
-        while True:
-            await self._changed.wait()
-            self._changed.clear()
-            while self._answer_by is not None:
-                left = self._answer_by - asyncio.get_running_loop().time()
-                if left <= 0:
-                    self._answer_by = None
-                    self._succeed(self._asked)
-                else:
-                    await asyncio.sleep(left)
 
     def _succeed(self, found: ServerState | None) -> None:
         if found is not None:

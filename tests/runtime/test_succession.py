@@ -1,15 +1,13 @@
 """Who may take charge, by what stands on the broker."""
 
-import asyncio
 from dataclasses import dataclass, field
 
 import pytest
 
 from meerkat_mq.errors import AnotherServer, LedgerError
-from meerkat_mq.server import succession
-from meerkat_mq.server.succession import Past, Succession
+from meerkat_mq.runtime.succession import ANSWER_S, Past, Succession
 from meerkat_mq.wire.descriptor import ServerState
-from tests.support.waiting import until
+from tests.runtime.ports import VirtualClock
 
 RUN, OTHER = "1" * 32, "2" * 32
 KNOWN = frozenset({(1, "a" * 16), (2, "b" * 16)})
@@ -29,10 +27,17 @@ class Candidate:
     alone: bool = True
     asked: list[ServerState] = field(default_factory=list)
     took: list[int] = field(default_factory=list)
+    clock: VirtualClock = field(default_factory=VirtualClock)
 
     def __post_init__(self) -> None:
         self.it = Succession(
-            "t", self.past, replace=self.replace, alone=self.alone, ask=self.asked.append, take=self.took.append
+            "t",
+            self.past,
+            replace=self.replace,
+            alone=self.alone,
+            ask=self.asked.append,
+            take=self.took.append,
+            clock=self.clock,
         )
 
     def finds(self, found: ServerState | None) -> None:
@@ -40,10 +45,11 @@ class Candidate:
             self.it.saw(found, live=False)
         self.it.connected()
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(succession, "ANSWER_S", 0.05)
+    def waits_for_an_answer(self) -> None:
+        """Until its time is up, and no longer."""
+        self.clock.go(ANSWER_S - 0.01)
+        assert self.took == []
+        self.clock.go(0.02)
 
 
 @pytest.mark.parametrize(
@@ -56,14 +62,16 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         (state("lost", OTHER, term=0), 0),
     ],
 )
-async def test_whoever_is_not_online_is_succeeded_at_once(found: ServerState | None, above: int) -> None:
+def test_whoever_is_not_online_is_succeeded_at_once(found: ServerState | None, above: int) -> None:
     candidate = Candidate()
     candidate.finds(found)
     assert (candidate.took, candidate.asked) == ([above], [])
+    candidate.clock.go(2 * ANSWER_S)
+    assert candidate.took == [above]
 
 
 @pytest.mark.parametrize("found", [state(run=OTHER), state(term=3), state(server_id="c" * 16), state(term=1)])
-async def test_a_server_of_another_ledger_is_a_rival_unless_replaced(found: ServerState) -> None:
+def test_a_server_of_another_ledger_is_a_rival_unless_replaced(found: ServerState) -> None:
     with pytest.raises(AnotherServer, match=r"a server on host h says that it is online .*start this one with --repl"):
         Candidate().finds(found)
     replacing = Candidate(replace=True)
@@ -72,33 +80,29 @@ async def test_a_server_of_another_ledger_is_a_rival_unless_replaced(found: Serv
 
 
 @pytest.mark.parametrize("found", [state(), state(term=1, server_id="a" * 16)])
-async def test_a_predecessor_is_asked_and_succeeded_where_it_is_silent(found: ServerState) -> None:
+def test_a_predecessor_is_asked_and_succeeded_where_it_is_silent(found: ServerState) -> None:
     candidate = Candidate()
-    running = asyncio.create_task(candidate.it.run())
     candidate.finds(found)
     assert (candidate.took, [asked.status for asked in candidate.asked]) == ([], ["lost"])
     candidate.it.saw(candidate.asked[0], live=True)  # the broker sends it back
-    await until(lambda: candidate.took, within_s=10)
+    candidate.waits_for_an_answer()
     assert candidate.took == [found.term]
-    running.cancel()
 
 
 @pytest.mark.parametrize(("found", "alone"), [(state("lost", term=7), True), (state("lost"), False)])
-async def test_a_lost_server_that_may_come_back_is_given_the_time(found: ServerState, alone: bool) -> None:
+def test_a_lost_server_that_may_come_back_is_given_the_time(found: ServerState, alone: bool) -> None:
     """Our own connection may have pushed it off: on a broker that binds client ids to certificates."""
     candidate = Candidate(alone=alone)
-    running = asyncio.create_task(candidate.it.run())
     candidate.finds(found)
-    assert candidate.took == []
-    await until(lambda: candidate.took, within_s=10)
+    candidate.waits_for_an_answer()
     assert candidate.took == [found.term]
-    running.cancel()
 
     candidate = Candidate(alone=alone)
     candidate.finds(found)
     candidate.it.disconnected()  # it has come back, and has pushed us off
     with pytest.raises(AnotherServer, match=r"a server on host h says that it is online .*start this one with --repl"):
         candidate.finds(found.model_copy(update={"link": 2}))
+    candidate.clock.go(2 * ANSWER_S)
     assert candidate.took == []
 
     replacing = Candidate(alone=alone, replace=True)
@@ -106,18 +110,17 @@ async def test_a_lost_server_that_may_come_back_is_given_the_time(found: ServerS
     assert replacing.took == [found.term]
 
 
-async def test_a_lost_server_that_stays_lost_is_succeeded_although_the_link_broke_meanwhile() -> None:
+def test_a_lost_server_that_stays_lost_is_succeeded_although_the_link_broke_meanwhile() -> None:
     candidate = Candidate()
-    running = asyncio.create_task(candidate.it.run())
     candidate.finds(state("lost", term=7))
+    candidate.clock.go(0.5 * ANSWER_S)
     candidate.it.disconnected()
     candidate.finds(state("lost", term=7))
-    await until(lambda: candidate.took, within_s=10)
+    candidate.waits_for_an_answer()
     assert candidate.took == [7]
-    running.cancel()
 
 
-async def test_a_predecessor_that_lives_answers_and_stays() -> None:
+def test_a_predecessor_that_lives_answers_and_stays() -> None:
     candidate = Candidate()
     candidate.finds(state())
     candidate.it.saw(candidate.asked[0], live=True)
@@ -126,21 +129,19 @@ async def test_a_predecessor_that_lives_answers_and_stays() -> None:
     assert candidate.took == []
 
 
-async def test_on_a_new_connection_the_question_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_new_connection_the_question_is_asked_again() -> None:
     candidate = Candidate()
-    running = asyncio.create_task(candidate.it.run())
     candidate.finds(state())
     candidate.it.disconnected()
-    await asyncio.sleep(2 * succession.ANSWER_S)
+    candidate.clock.go(2 * ANSWER_S)
     assert candidate.took == []
     candidate.finds(state())  # still retained
-    await until(lambda: candidate.took, within_s=10)
+    candidate.waits_for_an_answer()
     assert (candidate.took, len(candidate.asked)) == ([2], 2)
-    running.cancel()
 
 
 @pytest.mark.parametrize(("found", "refused"), [(state("stopped", term=4), True), (state("lost", term=0), False)])
-async def test_an_empty_ledger_takes_no_run_from_the_broker(found: ServerState, refused: bool) -> None:
+def test_an_empty_ledger_takes_no_run_from_the_broker(found: ServerState, refused: bool) -> None:
     empty = Past("ledger.sqlite", None, 0, frozenset())
     if refused:
         with pytest.raises(LedgerError, match="holds no run, but on the broker stands run 11111111 of host h"):

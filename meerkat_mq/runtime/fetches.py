@@ -1,0 +1,147 @@
+"""Displacements that values nodes announce: got chunk by chunk, checked, and handed on to be kept."""
+
+import math
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+import structlog
+
+from meerkat_mq.core.seldom import Seldom
+from meerkat_mq.errors import BadValue, NotConnected, WireError
+from meerkat_mq.ledger.displacement import verdict_on
+from meerkat_mq.rounds.events import FetchValues, ServerEvent, ValuesMissed
+from meerkat_mq.rounds.records import Verdict
+from meerkat_mq.runtime.blob_fetch import BlobFetch
+from meerkat_mq.runtime.ports import Clock, Compute
+from meerkat_mq.runtime.steps import Sequence, Steps, until, work
+from meerkat_mq.runtime.writer import KeepValues
+from meerkat_mq.wire.messages import Chunk, Header, Update, Want
+from meerkat_mq.wire.values import decode_values, largest_blob
+
+AT_ONCE = 64
+MEMORY_BYTES = 256 * 2**20  # of displacements on their way
+SILENCES = 4
+LONGEST_S = 240.0  # in which a link of 22 kB/s brings 5 MB; else few slower ones hold up all others
+
+
+class Asker(Protocol):
+    """Whom the fetches belong to."""
+
+    def handle(self, event: ServerEvent) -> None:
+        """A displacement did not come, or is none."""
+
+    def reply(self, node: str, frame: Want) -> bool:
+        """Ask a node for chunks."""
+
+    def header(self) -> Header:
+        """The header of questions."""
+
+
+class Fetches:
+    """Gets what it is told to, of one node one at a time and the newest, of all nodes in bounded memory and time.
+
+    Args:
+        weights: n.
+        owner: asks the nodes, and is told of a displacement that did not come, or is none.
+        keep: takes one that decodes, and what the guards say of it.
+        reach: the largest root mean square of a displacement, by its local steps.
+        compute: decodes them.
+        clock: for silences.
+    """
+
+    def __init__(
+        self,
+        weights: int,
+        owner: Asker,
+        keep: Callable[[KeepValues], None],
+        reach: Callable[[int], float] = lambda steps: math.inf,
+        *,
+        compute: Compute,
+        clock: Clock,
+    ) -> None:
+        self._seldom = Seldom()
+        self._weights = weights
+        self._reach = reach
+        self._owner = owner
+        self._keep = keep
+        self._compute = compute
+        self._clock = clock
+        self._room = max(1, min(AT_ONCE, MEMORY_BYTES // largest_blob(weights)))
+        self._orders: deque[FetchValues] = deque()
+        self._going: dict[str, Sequence[None]] = {}
+        self._open: dict[str, BlobFetch] = {}
+
+    def put(self, order: FetchValues) -> None:
+        """Get this; what is still to come from the same node is given up."""
+        self._give_up(order.node)
+        self._orders.append(order)
+        self._begin_more()
+
+    def forget(self) -> None:
+        """Give up everything: the machine that asked for it is no more."""
+        self._orders.clear()
+        for node in list(self._going):
+            self._give_up(node)
+
+    def _give_up(self, node: str) -> None:
+        self._orders = deque(order for order in self._orders if order.node != node)
+        self._open.pop(node, None)
+        if (going := self._going.pop(node, None)) is not None:
+            going.cancel()
+
+    def add(self, node: str, chunk: Chunk) -> None:
+        """A chunk arrived from a node.
+
+        Raises:
+            BadValue: nobody asked for it.
+        """
+        fetch = self._open.get(node)
+        if fetch is None:
+            raise BadValue("chunk", f"{chunk.index} of {chunk.blob.hex()} was not asked for")
+        fetch.add(chunk)
+
+    def _begin_more(self) -> None:
+        while self._orders and len(self._going) < self._room:
+            order = self._orders.popleft()
+            self._going[order.node] = Sequence(self._get(order))
+
+    def _get(self, order: FetchValues) -> Steps[None]:
+        yield from until(self._clock, self._clock.now())  # whoever orders it has something else to do first
+        try:
+            found = yield from self._collect(order)
+        except (NotConnected, WireError) as error:
+            say, said = structlog.get_logger().warning, {"node": order.node, "problem": str(error)}
+            self._seldom.say(say, "displacement dropped", order.node, type(error).__name__, **said)
+            found = None
+        self._going.pop(order.node, None)
+        if found is None:
+            self._owner.handle(ValuesMissed(self._clock.now(), order.node, order.update))
+        else:
+            self._keep(found)
+        self._begin_more()
+
+    def _collect(self, order: FetchValues) -> Steps[KeepValues]:
+        update, announced = order.update, order.update.values
+        assert announced is not None
+        if announced.size > largest_blob(self._weights):
+            raise BadValue("values", f"{announced.size} bytes are announced for {self._weights} weights")
+
+        def ask(chunks: tuple[int, ...]) -> None:
+            want = Want(self._owner.header(), update.boot, blob=announced.blob, chunks=chunks)
+            self._owner.reply(order.node, want)
+
+        fetch = self._open[order.node] = BlobFetch(announced.blob, announced.size, ask, self._clock)
+        timer = self._clock.at(self._clock.now() + LONGEST_S, fetch.give_up)
+        try:
+            blob = yield from fetch.collect(silences=SILENCES)
+        finally:
+            timer.cancel()
+            if self._open.get(order.node) is fetch:
+                del self._open[order.node]
+        verdict = yield from work(self._compute, self._verdict, update, announced.blob, blob)
+        return KeepValues(order.node, update, blob, verdict)
+
+    def _verdict(self, update: Update, name: bytes, blob: bytes) -> Verdict:
+        steps = update.values.steps if update.values is not None else 1
+        return verdict_on(decode_values(blob, name, self._weights), update.loss, self._reach(steps))

@@ -1,0 +1,85 @@
+"""The ports on an asyncio event loop: its clock, and worker threads.
+
+An exception in a callback has nobody to go to on an event loop. Here it ends `Ports.run`, which a service waits for.
+"""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor
+from functools import partial
+from typing import ParamSpec, TypeVar
+
+from meerkat_mq.runtime.ports import Timer
+
+Result = TypeVar("Result")
+P = ParamSpec("P")
+
+
+class Ports:
+    """Callbacks of one service on the running event loop, and what they raise."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._failed: asyncio.Future[None] = self._loop.create_future()
+
+    async def run(self) -> None:
+        """Wait until cancelled.
+
+        Raises:
+            Exception: whatever a callback raised first.
+        """
+        await self._failed
+
+    def call(self, action: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Do something whose exception ends the service; nothing, once one has."""
+        if self._failed.done():
+            return
+        try:
+            action(*args, **kwargs)
+        except Exception as error:
+            self._failed.set_exception(error)
+
+
+class LoopClock:
+    """The event loop's clock."""
+
+    def __init__(self, ports: Ports) -> None:
+        self._ports = ports
+        self._loop = asyncio.get_running_loop()
+
+    def now(self) -> float:
+        """Seconds, as the loop counts them."""
+        return self._loop.time()
+
+    def at(self, time: float, action: Callable[[], None]) -> Timer:
+        """Do something at a time."""
+        return self._loop.call_at(time, self._ports.call, action)
+
+
+class ThreadCompute:
+    """Jobs in threads; in order, where the executor has one."""
+
+    def __init__(self, ports: Ports, executor: Executor) -> None:
+        self._ports = ports
+        self._loop = asyncio.get_running_loop()
+        self._executor = executor
+
+    def run(
+        self, job: Callable[[], Result], done: Callable[[Result], None], failed: Callable[[Exception], None]
+    ) -> None:
+        """Do a job in a thread, and tell on the loop."""
+        future = self._loop.run_in_executor(self._executor, job)
+        future.add_done_callback(partial(self._end, done, failed))
+
+    def _end(
+        self, done: Callable[[Result], None], failed: Callable[[Exception], None], future: "asyncio.Future[Result]"
+    ) -> None:
+        if future.cancelled():
+            return
+        error = future.exception()
+        if error is None:
+            self._ports.call(done, future.result())
+        elif isinstance(error, Exception):
+            self._ports.call(failed, error)
+        else:
+            raise error

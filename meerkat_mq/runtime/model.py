@@ -1,0 +1,159 @@
+"""What a node's driver needs of its model and of its disk."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from meerkat_mq.core.directions import Float32Array
+from meerkat_mq.core.mask import Mask
+from meerkat_mq.core.path import Entry
+from meerkat_mq.rounds.events import StartSteps
+from meerkat_mq.runtime.ports import Compute
+from meerkat_mq.wire.descriptor import RunDescriptor
+from meerkat_mq.wire.messages import Offer, Update, Values
+
+Place = tuple[Float32Array, int]  # theta and its version
+
+
+@dataclass(frozen=True, slots=True)
+class NodeHabits:
+    """What sets a node apart.
+
+    Attributes:
+        name: its id.
+        values: whether it sends displacements instead of projected gradients.
+        keeps: whether it keeps every update on disk until it is acknowledged; in a buffered run each node does.
+    """
+
+    name: str
+    federation: str
+    values: bool = False
+    keeps: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class KeptUpdate:
+    """An update that is not acknowledged yet, and the blob of its displacement (b"" without one)."""
+
+    update: Update
+    blob: bytes = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What came of the local steps of a round.
+
+    Attributes:
+        scalars: projected gradients; () of a values node.
+        loss: mean.
+        values: names the displacement of a values node.
+        blob: the displacement, encoded; b"" without one.
+    """
+
+    scalars: tuple[float, ...]
+    loss: float
+    values: Values | None = None
+    blob: bytes = field(default=b"", repr=False)
+
+
+class Stop(Protocol):
+    """Tells local steps to end."""
+
+    def is_set(self) -> bool:
+        """Whether the present local step is the last one."""
+
+    def wait(self, timeout: float) -> bool:
+        """Wait until it is set, for so many seconds at most; whether it is."""
+
+
+class Model(Protocol):
+    """Model, data and theta of one node in one run. Its methods block, and are called by the node's worker only."""
+
+    @property
+    def rows(self) -> int:
+        """How many rows of data it has."""
+
+    @property
+    def left_out(self) -> int:
+        """How many rows of data cannot be prepared."""
+
+    @property
+    def place(self) -> Place:
+        """Where `go_to` leads back to."""
+
+    def go_to(self, place: Place) -> None:
+        """Have theta be what it was."""
+
+    def apply(self, entries: tuple[Entry, ...], displacement: Float32Array | None) -> tuple[bytes, ...]:
+        """Apply entries, the last one with its displacement, float32 (n,); returns digests, zeros where none is due.
+
+        Raises:
+            WireError: an entry is one that no server of this run can mean.
+            NotFinite: theta would not be finite.
+        """
+
+    def load(self, blob: bytes, offer: Offer) -> tuple[bytes, bytes]:
+        """Go to a snapshot's theta; returns the hash of the last entry before it, and theta's digest.
+
+        Raises:
+            WireError: it is damaged or not what was offered; theta is as it was.
+        """
+
+    def reset(self) -> None:
+        """Back to theta_0."""
+
+    def step(self, order: StartSteps, stop: Stop, made: int) -> StepResult | None:
+        """The local steps of a round from the present theta.
+
+        Args:
+            order: what is asked for; all of it counts as taken from the data.
+            stop: ends them after the present one.
+            made: so many at most.
+
+        Returns:
+            None where not even the first one was made: no row was taken.
+        """
+
+    def forget(self, version: int, heard: bool) -> None:
+        """The update from theta of `version` is acknowledged, or came too late."""
+
+
+class StepCompute(Compute, Protocol):
+    """A node's worker: it also knows how to stop local steps, and when they may begin."""
+
+    def steps(
+        self,
+        model: Model,
+        order: StartSteps,
+        done: Callable[[StepResult | None], None],
+        failed: Callable[[Exception], None],
+    ) -> None:
+        """Do local steps; `done` takes None where none was made, since they may not begin now."""
+
+    def stop_steps(self) -> None:
+        """End the local steps after the one that is being made."""
+
+    def move_on(self) -> None:
+        """The run is ahead of this node: local steps that wait until they may begin wait no longer."""
+
+
+class NodeStore(Protocol):
+    """What a node keeps between starts. Losing it costs a `want` or a step, never correctness. Every method blocks."""
+
+    def load_mask(self, mask_hash: bytes) -> Mask | None:
+        """The mask with this hash, if it was kept and is whole."""
+
+    def keep_mask(self, mask: Mask) -> None:
+        """Keep a mask, and no other."""
+
+    def load_update(self, run: RunDescriptor) -> KeptUpdate | None:
+        """The update that was kept, if it is of this run and whole."""
+
+    def keep_update(self, run: RunDescriptor, kept: KeptUpdate) -> None:
+        """Keep an update, and no other."""
+
+    def forget_update(self) -> None:
+        """Keep no update."""
+
+
+MakeModel = Callable[[RunDescriptor, Mask], Model]

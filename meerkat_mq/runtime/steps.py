@@ -1,0 +1,89 @@
+"""What takes several steps with waiting in between, written as one function.
+
+`Steps` is a generator. It yields a `Later` for each thing that it waits for: work of a `Compute` port, a pause on the
+`Clock`, a blob that comes by the transport. It is sent the result, or has the failure thrown into it. `Sequence` drives
+it. This is what `async def` would be on an event loop; here there is none.
+"""
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, TypeVar, TypeVarTuple
+
+from meerkat_mq.runtime.ports import Clock, Compute, Timer
+
+Args = TypeVarTuple("Args")
+Result = TypeVar("Result")
+
+Done = Callable[[Any], None]
+Failed = Callable[[Exception], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Later:
+    """Something that ends later.
+
+    Attributes:
+        begin: begins it. One of both functions is called once it has ended, or none if it is given up.
+    """
+
+    begin: Callable[[Done, Failed], None]
+
+
+Steps = Generator[Later, Any, Result]
+
+
+def work(compute: Compute, job: Callable[[*Args], Result], *args: *Args) -> Steps[Result]:
+    """Have a worker do a job; returns and raises what the job does."""
+    result: Result = yield Later(lambda done, failed: compute.run(partial(job, *args), done, failed))
+    return result
+
+
+def until(clock: Clock, time: float) -> Steps[None]:
+    """Wait for a time."""
+    yield Later(lambda done, _: ignore(clock.at(time, lambda: done(None))))
+
+
+def ignore(_: Timer) -> None:
+    """A timer that nobody will cancel: whoever waits for it has been given up then, and ignores it."""
+
+
+class Sequence(Generic[Result]):
+    """Steps that are being done.
+
+    An exception that the steps raise leaves through whatever port called back.
+
+    Args:
+        steps: what is to be done; begun at once.
+        done: takes the result.
+    """
+
+    def __init__(self, steps: Steps[Result], done: Callable[[Result], None] = lambda result: None) -> None:
+        self._steps = steps
+        self._done = done
+        self._number = 0  # of the present wait: what an earlier one still brings is ignored
+        self._go(partial(next, steps))
+
+    def cancel(self) -> None:
+        """Do nothing more than what a `finally` asks for."""
+        self._number += 1
+        self._steps.close()
+
+    def _go(self, resume: Callable[[], Later]) -> None:
+        try:
+            waited_for = resume()
+        except StopIteration as end:
+            self._done(end.value)
+            return
+        number = self._number
+        waited_for.begin(partial(self._resumed, number), partial(self._threw, number))
+
+    def _resumed(self, number: int, result: Any) -> None:
+        if number == self._number:
+            self._number += 1
+            self._go(partial(self._steps.send, result))
+
+    def _threw(self, number: int, error: Exception) -> None:
+        if number == self._number:
+            self._number += 1
+            self._go(partial(self._steps.throw, error))
