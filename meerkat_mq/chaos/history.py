@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 from meerkat_mq.config import Codec
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Entry
+from meerkat_mq.ledger.store import Store
 from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.rounds.records import Judgement, UpdateRecord
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState
 from meerkat_mq.wire.messages import Round, Update
 
 CORRUPT_THETA = "corrupt theta"
+_AT_ONCE = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,23 @@ class History:
     faults: list[Injected] = field(default_factory=list)
     finished: bool = False
     backups: list[tuple[float, int]] = field(default_factory=list)
+
+    def take_ledger(self, ledger: Store) -> None:
+        """Keep what the final ledger holds; a server may write on meanwhile."""
+        version = ledger.version
+        closed = [found for first in range(0, version, _AT_ONCE) for found in ledger.closed(first, _AT_ONCE)][:version]
+        self.entries, self.entry_terms = [found.entry for found in closed], [found.term for found in closed]
+        self.records = [ledger.records(number) for number in range(version)]
+        self.products = [ledger.products(number, self.settings) or () for number in range(version)]
+        self.judgements = [ledger.judgements(number) for number in range(version)]
+        self.terms = [(taken.term, taken.server_id) for taken in ledger.terms()]
+        found = [*ledger.open_updates(), *(record for _, record in ledger.updates_of(version, ledger.version))]
+        waiting = {(record.version, record.node): record for record in found if record.version <= version}
+        self.open_updates = tuple(waiting.values())
+        records = [record for records in (*self.records, self.open_updates) for record in records]
+        named = [record.values.blob for record in records if record.values]
+        named += [entry.displacement.blob for entry in self.entries if entry.displacement]
+        self.blobs = {name: ledger.blob(name) or b"" for name in named}
 
     def saw_update(self, time: float, node: str, update: Update) -> None:
         """A node sent an update: its base says what its newest due theta is."""

@@ -17,14 +17,12 @@ from meerkat_mq.ledger.run import codec_of, settings_of
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.ledger.verify import run_of
 from meerkat_mq.mqtt import Message, Session
-from meerkat_mq.rounds.records import UpdateRecord
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor, ServerState, decode_control
 from meerkat_mq.wire.frames import decode
 from meerkat_mq.wire.messages import Round, Update
 from meerkat_mq.wire.topics import Topics
 
 PACKET_BYTES = 2**20
-_READ_AT_ONCE = 1000
 
 
 @dataclass
@@ -127,40 +125,21 @@ def read_history(seen: Observed, state_dir: Path, faults: list[Injected], *, fin
         run = run_of(ledger)
         mask = mask_of(state_dir, run)
         settings = settings_of(run, ledger.rules, measured=bool(mask.g_p.any()))
-        version = ledger.version  # an attached server goes on meanwhile
-        starts = range(0, version, _READ_AT_ONCE)
-        closed = [found for first in starts for found in ledger.closed(first, _READ_AT_ONCE)][:version]
         history = History(
             run_id=run.run_id,
             mask=mask,
             stream=run.stream,
             digest_every=run.digest_every,
             settings=settings,
-            entries=[found.entry for found in closed],
-            records=[ledger.records(number) for number in range(version)],
-            products=[ledger.products(number, settings) or () for number in range(version)],
-            judgements=[ledger.judgements(number) for number in range(version)],
-            open_updates=_open_updates(ledger, version),
             codec=codec_of(ledger.rules),
-            terms=[(term.term, term.server_id) for term in ledger.terms()],
-            entry_terms=[found.term for found in closed],
             rounds=seen.rounds,
             states=seen.states,
             faults=faults,
             finished=finished,
         )
-        named = [record.values.blob for records in history.records for record in records if record.values]
-        named += [entry.displacement.blob for entry in history.entries if entry.displacement]
-        history.blobs = {name: ledger.blob(name) or b"" for name in named}
+        history.take_ledger(ledger)
     for time, node, update in seen.updates:
         history.saw_update(time, node, update)
     for time, node, status in seen.all_statuses:
         history.saw_status(time, node, status)
     return history
-
-
-def _open_updates(ledger: Ledger, version: int) -> tuple[UpdateRecord, ...]:
-    """What was in no entry at that version; an attached server may have closed entries with some of it meanwhile."""
-    found = list(ledger.open_updates())
-    found += [record for number in range(version, ledger.version) for record in ledger.records(number)]
-    return tuple({(record.version, record.node): record for record in found if record.version <= version}.values())

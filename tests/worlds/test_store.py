@@ -1,13 +1,18 @@
 """What only a ledger in memory has: crashes at every point, backups, several processes in one."""
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from meerkat_mq.chaos.checkers import check
+from meerkat_mq.chaos.history import History
 from meerkat_mq.errors import AnotherServer
 from meerkat_mq.ledger.store import Store
 from meerkat_mq.worlds.ledger import MemoryLedger
 from meerkat_mq.worlds.store import MemoryStore
+from tests.ledger.ledgers import Writer, close_all
 from tests.ledger.stores import begin, close, everything, round_, sent, update
 
 
@@ -34,6 +39,7 @@ def a_group(store: Store) -> None:
         close(store, *records)
 
 
+READ = ("entries", "entry_terms", "records", "products", "judgements", "terms", "open_updates", "blobs")
 COMMITS: dict[str, Callable[[Store], object]] = {
     "group": a_group,
     "updates": lambda store: store.commit_updates([update(1, 0)]),
@@ -119,3 +125,22 @@ def test_times_are_the_worlds() -> None:
     begin(store)
     round_(store)
     assert (store.created, store.terms()[0].taken, store.closed(0, 1)[0].closed) == (1.0, 2.0, 3.0)
+
+
+def test_checkers_read_the_same_history_from_every_store(tmp_path: Path) -> None:
+    ways: dict[str, Any] = {"max_staleness": 2, "absent": [(1, 1)], "ages": {(2, 1): 1}, "values": {2: "int8"}}
+    histories = []
+    for store in (None, MemoryStore()):
+        writer = Writer(tmp_path, store=store, **ways)
+        for _ in range(writer.count - 1):
+            writer.round()
+        writer.hear()
+        history = History(writer.run.run_id, writer.mask, writer.run.stream, 1, writer.settings)
+        history.take_ledger(writer.ledger)
+        histories.append(history)
+    close_all()
+    of_sqlite, of_memory = ([getattr(history, name) for name in READ] for history in histories)
+    assert of_sqlite == of_memory
+    assert (len(histories[1].entries), len(histories[1].open_updates)) == (5, 3)
+    for name in ("coefficients recomputable", "displacements recomputable", "judgements recomputable"):
+        assert check(histories[1])[name] == []
