@@ -1,4 +1,26 @@
-"""A node's machine: follows the head of the ledger, and steps when it is asked."""
+"""A node's machine: follows the head of the ledger, and makes local steps when it is asked to.
+
+Theory of operation. The machine is one node process in one run. `handle` takes what happened and returns effects; a
+driver carries them out in order and hands each answer back as an event. With every event the machine also does what is
+next, in this order: greet a server that may not know it, catch up, send what is done, step, ask for what it lacks.
+
+One thing is done at a time: entries are applied (APPLYING), a snapshot is loaded (LOADING), or local steps are made
+(STEPPING). Else the node lacks entries and asks for them (BEHIND), sends a finished update (SENDING), or has nothing to
+do (IDLE). `transitions.py` says what leads from where to where.
+
+What it knows. theta is that of `version`, to which the entry of hash `head` led. The newest round frame says what the
+server asks; the welcome gives the slot, and with it the lane. A new term forgets frame and slot: they were another
+server's. Nothing of this need be durable: a node that restarts begins at theta_0, and is at the head again by entries
+or a snapshot. A finished update is kept by the driver, so that a process that restarts sends the same one.
+
+What it trusts. An entry must name the hash of the one before it; theta after it must have the entry's digest. An entry
+that contradicts the head is refused under the term that the head came with, and under a higher one makes the node begin
+anew from theta_0: a ledger restored from a backup. A digest that differs makes it begin anew too, three times; the
+fourth time ends it, since its arithmetic is not that of the run.
+
+Exactly once. Steps of a version are made once and sent at each announcement until the server acknowledges them, or no
+entry can take them any more. The server keeps the first update of a node from each version: repetition is harmless.
+"""
 
 from dataclasses import replace
 

@@ -7,7 +7,7 @@ from meerkat_mq.core.path import Entry
 from meerkat_mq.rounds.awaited import Awaited
 from meerkat_mq.rounds.early_stopping import EarlyStopping
 from meerkat_mq.rounds.events import CommitEntry
-from meerkat_mq.rounds.policy import ANNOUNCE_AT, RoundSettings, deadline_length
+from meerkat_mq.rounds.policy import ANNOUNCE_AT, RoundSettings, deadline_length, needed, sample
 from meerkat_mq.rounds.records import Outcome, UpdateRecord, Verdict
 from meerkat_mq.wire.frames import Header, Round
 from meerkat_mq.wire.limits import round_room
@@ -121,6 +121,18 @@ class OpenRound:
         due = len(ahead) < len(self.announce_at)
         self.announce_at = ahead
         return due
+
+
+def opened(
+    version: int, settings: RoundSettings, eligible: Mapping[str, int], heard: dict[tuple[int, str], UpdateRecord]
+) -> OpenRound:
+    """The round of a version: it asks a sample of the nodes at hand, and those whose update it has already."""
+    chosen = sample(settings.run_id, version, eligible.values(), settings.fraction_of(version), settings.min_updates)
+    asked = {name: slot for name, slot in eligible.items() if slot in chosen}
+    asked |= {record.node: record.slot for record in heard.values() if record.version == version}
+    by_buffer = settings.takes_what_comes(version)
+    enough = settings.buffer_size if by_buffer else needed(len(asked), settings.quorum)
+    return OpenRound(version, asked, enough, heard, None if settings.measured else ())
 
 
 def round_frame(

@@ -1,4 +1,28 @@
-"""The server's machine: opens rounds, hears updates, closes rounds; commits before it publishes."""
+"""The server's machine: opens rounds, takes updates, closes rounds; commits before it publishes.
+
+Theory of operation. The machine is one server in one term of one run. `start` and `handle` take what happened and
+return effects; a driver carries them out in order and hands each answer back as an event. Nothing here waits or fails.
+
+A version of theta goes through the phases of `transitions.py`:
+
+    WAITING  too few nodes → OPEN  updates come → JUDGING  guards, coefficients → APPLYING  theta's digest
+        → COMMITTING  the entry → OPEN, or WAITING, or FINISHED
+
+What is durable, and when. An update counts from UpdatesCommitted on: only then does a round frame acknowledge it. A
+slot is told to its node after SlotCommitted. The head moves at EntryCommitted, and only then is the next round
+published. So a crash between an effect and its answer loses nothing that anybody was told: the next machine is made
+from the ledger (entries, updates in no entry yet, slots, judgements), and nodes send again what is not acknowledged.
+
+What decides the entry. With JUDGING the set of updates is fixed; what is committed later waits for the next entry, or
+is too late. All that follows is a function of that set and of the ledger before it, so another server that closes with
+the same set writes the same entry.
+
+Fences. A frame of a lower term is dropped and counted. The ledger refuses a commit under any term but its newest, so of
+two servers one ends. A node that has seen a higher term makes this server take one above it (TakeTerm): its driver then
+makes a new machine. Answers that nobody waits for (of the machine before, or twice) are dropped and counted.
+
+Time. Deadlines, graces and announcements are due by `now` of an event; `wake_at` asks for a Tick when the next is due.
+"""
 
 import math
 from collections.abc import Sequence
@@ -9,13 +33,12 @@ from meerkat_mq.core.path import MAX_WEIGHT, Entry
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.closing import outcome_of
 from meerkat_mq.rounds.guards import NOT_REFUSED, on_arrival
-from meerkat_mq.rounds.open_round import OpenRound
+from meerkat_mq.rounds.open_round import OpenRound, opened
 from meerkat_mq.rounds.policy import (
     deadline_length,
     fewest_needed,
     needed,
     newest_that_fit,
-    sample,
     snapshot_due,
 )
 from meerkat_mq.rounds.records import UpdateRecord, Verdict
@@ -244,9 +267,8 @@ class ServerMachine(ServerMachineState):
         closing = current is not None and current.closing
         for record in event.records:
             if not self._window.spans(record.version, self.version + closing):
-                self._count(
-                    m.LATE, record.node, record.version
-                )  # no entry takes it, so nobody may be told that it was heard
+                # no entry takes it, so nobody may be told that it was acknowledged
+                self._count(m.LATE, record.node, record.version)
                 continue
             self._window.committed(record)
             if current is None or closing:
@@ -269,17 +291,8 @@ class ServerMachine(ServerMachineState):
         eligible = {} if self.finished else self._nodes.eligible(now, settings.fewest_nodes)
         if not eligible:
             return
-        chosen = sample(
-            settings.run_id, version, eligible.values(), settings.fraction_of(version), settings.min_updates
-        )
-        asked = {name: slot for name, slot in eligible.items() if slot in chosen}
-        heard = self._window.open()
-        asked |= {record.node: record.slot for record in heard.values() if record.version == version}
-        enough = needed(len(asked), settings.quorum)
-        if settings.takes_what_comes(version):
-            enough = settings.buffer_size
-        self._open = OpenRound(version, asked, enough, heard, None if settings.measured else ())
-        for name in asked:
+        self._open = opened(version, settings, eligible, self._window.open())
+        for name in self._open.asked:
             self._open.awaited.until(name, self._nodes[name].awaited_until)
         self._open.wait(now, deadline_length(settings, version, 0))
         if settings.measured:
