@@ -102,10 +102,10 @@ class MeerkatError(Exception):
     fate: ClassVar[Fate] = Fate.FINAL
 
     def __init__(self, where: str, problem: str, remedy: str = "") -> None:
-        self.where = where
-        self.problem = problem
-        self.remedy = remedy
-        super().__init__(printable(f"{where}: {problem}" + (f"; {remedy}" if remedy else "")))
+        self.where = printable(where)
+        self.problem = printable(problem)
+        self.remedy = printable(remedy)
+        super().__init__(f"{self.where}: {self.problem}" + (f"; {self.remedy}" if remedy else ""))
 
     def __reduce__(self) -> tuple[type["MeerkatError"], tuple[str, str, str]]:
         return type(self), (self.where, self.problem, self.remedy)

@@ -43,6 +43,11 @@ def test_every_error_says_where_what_and_what_to_do(kind: type[MeerkatError]) ->
     assert 1 <= kind.exit_code <= 7
 
 
+def test_no_part_of_an_error_steers_a_terminal() -> None:
+    error = MeerkatError("a\x1b[2J", "b\nc", "d\u202e\ud83d")
+    assert all(part.isprintable() for part in (error.where, error.problem, error.remedy, str(error)))
+
+
 def test_a_wider_place_goes_before() -> None:
     with pytest.raises(NodeReplaced, match=r"^file: key: is wrong; mend it$"), within("file"):
         raise NodeReplaced("key", "is wrong", "mend it")

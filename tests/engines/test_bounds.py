@@ -13,7 +13,7 @@ import transformers
 from meerkat_mq.engines.torch import tokenizer_trial
 from meerkat_mq.engines.torch.load import load_model
 from meerkat_mq.engines.torch.scoring import embed, tokenise
-from meerkat_mq.errors import ModelError
+from meerkat_mq.errors import ModelError, UnsupportedModel
 from tests.engines import tiny
 
 Copy = Callable[[str], Path]
@@ -160,6 +160,10 @@ def test_where_no_process_can_be_started_nothing_is_tried(copy: Copy, monkeypatc
         ("tokenizer_config.json", {"added_tokens_decoder": {"0": {"content": "<s>", "colour": "red"}}}),
         ("special_tokens_map.json", {"bos_token": {"colour": "red"}}),
         ("special_tokens_map.json", {"additional_special_tokens": [{"colour": "red"}]}),
+        ("special_tokens_map.json", {"extra_special_tokens": [{"content": "<a>", "colour": "red"}]}),
+        ("special_tokens_map.json", {"sp_model_kwargs": {"colour": "red"}}),
+        ("special_tokens_map.json", {"added_tokens_decoder": {"colour": {"content": "<far>"}}}),
+        ("tokenizer_config.json", {"anything": [[{"__type": "AddedToken", "content": "<s>", "colour": "red"}]]}),
     ],
 )
 def test_a_token_with_another_key(
@@ -171,6 +175,74 @@ def test_a_token_with_another_key(
     with pytest.raises(ModelError, match=rf"{file}: {next(iter(keys))}.*: a token has no 'colour'; remove the key"):
         load_model(folder)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("file", "keys"),
+    [
+        ("tokenizer_config.json", {"added_tokens_decoder": {"0": {"__type": "AddedToken", "content": "<s>"}}}),
+        ("special_tokens_map.json", {"bos_token": {"__type": "AddedToken", "content": "<s>"}}),
+    ],
+)
+def test_a_mark_where_the_library_knows_none(copy: Copy, file: str, keys: dict[str, Any]) -> None:
+    folder = copy("llama")
+    (folder / file).touch()
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text() or "{}") | keys))
+    with pytest.raises(ModelError, match=rf"{file}: {next(iter(keys))}.*: a token has no '__type'; remove the key"):
+        load_model(folder)
+
+
+def test_a_token_that_is_marked_as_one(copy: Copy, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = copy("llama")
+    marked = {"__type": "AddedToken", "content": "<s>", "lstrip": False}
+    change(folder / "tokenizer_config.json", bos_token=marked, additional_special_tokens=[marked])
+    load_model(folder)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_added_token_with_another_key(copy: Copy, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = copy("llama")
+    tokens = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    change(folder / "tokenizer.json", added_tokens=[tokens[0] | {"colour": "red"}, *tokens[1:]])
+    with pytest.raises(ModelError, match=r"tokenizer\.json: .*a token has no 'colour'"):
+        load_model(folder)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("value", [1001, -1, "x", None, [1], 10**9])
+@pytest.mark.parametrize("key", ["extra_ids", "offset"])
+def test_tokens_that_a_class_adds_one_by_one(copy: Copy, key: str, value: object) -> None:
+    folder = copy("llama")
+    change(folder / "tokenizer_config.json", tokenizer_class="ByT5Tokenizer", **{key: value})
+    with pytest.raises(ModelError, match=rf"tokenizer_config\.json: {key}: .* is no number from 0 to 1000; put this"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("name", ["CanineTokenizer", "CanineTokenizerFast"])
+def test_a_class_with_a_token_for_each_character_of_unicode(copy: Copy, file: str, name: str) -> None:
+    folder = copy("llama")
+    change(folder / file, tokenizer_class=name)
+    with pytest.raises(ModelError, match=rf"/{file}: tokenizer_class: has a token for each character of Unicode"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("family", ["ibert", "perceiver"])
+def test_embeddings_that_are_no_table(copy: Copy, family: str) -> None:
+    folder = copy("bert")
+    change(folder / "config.json", model_type=family)
+    with pytest.raises(
+        UnsupportedModel, match=r"config\.json: model_type: \w+ has no plain table of embeddings; use an"
+    ):
+        load_model(folder)
+
+
+def test_numbers_that_a_short_pass_hides(copy: Copy) -> None:
+    """Attention over fewer than 16 tokens, on a CPU, leaves NaN out."""
+    folder = copy("llama")
+    change(folder / "config.json", rope_parameters={"rope_theta": -10000.0, "rope_type": "default"})
+    with pytest.raises(ModelError, match="llama: gives numbers that are not finite"):
+        load_model(folder)
 
 
 @pytest.mark.parametrize("names", [["x"], [], "x", ["attention_mask", "input_ids"], [7]])

@@ -5,6 +5,7 @@ import json
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,6 +120,46 @@ def test_damaged_header(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(ModelError, match=r"model\.safetensors: is no safetensors file"):
         stored_tensors(tmp_path)
+
+
+def with_header(folder: Path, table: dict[str, Any]) -> Path:
+    header = json.dumps(table).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 16)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["\x1b[2J", "x" * 256, "\ud83d", "a\nb", "\u202e"])
+def test_names_that_cannot_be_shown(tmp_path: Path, name: str) -> None:
+    with_header(tmp_path, {name: {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}})
+    with pytest.raises(ModelError, match=r"is no safetensors file \('.+' is no name of a tensor\); fetch") as caught:
+        stored_tensors(tmp_path)
+    assert (caught.value.where + caught.value.problem).isprintable()
+    assert len(str(caught.value)) - len(str(tmp_path)) < 400
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"dtype": "x" * 3000},
+        {"dtype": "\x1b[2J"},
+        {"shape": "\x1b[2J"},
+        {"shape": ["\x1b[2J" * 500]},
+        {"data_offsets": ["\x1b[2J", "x" * 3000]},
+        {"dtype": 7},
+        {"dtype": None, "shape": {}},
+    ],
+)
+def test_entries_that_cannot_be_shown(tmp_path: Path, keys: dict[str, Any]) -> None:
+    with_header(tmp_path, {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]} | keys})
+    with pytest.raises(ModelError, match=r"is no safetensors file \(.+\); fetch") as caught:
+        stored_tensors(tmp_path)
+    assert (caught.value.where + caught.value.problem).isprintable()
+    assert len(str(caught.value)) - len(str(tmp_path)) < 400
+
+
+def test_a_format_of_numbers_that_nobody_knows_yet(tmp_path: Path) -> None:
+    with_header(tmp_path, {"a": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}})
+    assert stored_tensors(tmp_path)["a"].dtype == "F6_E2M3"
 
 
 def test_cut_short(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,10 @@ from typing import Any
 import pytest
 import transformers
 
+from meerkat_mq.engines.torch import folder as folder_module
 from meerkat_mq.engines.torch.folder import find_folder
 from meerkat_mq.engines.torch.load import load_model
-from meerkat_mq.errors import ModelError
+from meerkat_mq.errors import ModelError, UnsupportedModel
 
 ROOT = Path(__file__).parents[2]
 MODULE = 'open({marker!r}, "w").close()\nfrom transformers import LlamaConfig as C, LlamaForCausalLM as M\n'
@@ -120,6 +122,36 @@ def test_kernels_named_by_part_or_by_their_short_name(planted: Callable[..., Pat
     folder = planted(lambda folder: change(folder / "config.json", attn_implementation=value))
     with pytest.raises(ModelError, match=f"{place}names code of another place .*; remove the key"):
         find_folder(folder)
+
+
+@pytest.mark.parametrize("value", ["flex_attention", "deepgemm", "sonicmoe", {"text_config": "flex_attention"}])
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation_internal", "experts_implementation"])
+def test_code_that_is_compiled_or_fetched_when_it_runs(planted: Callable[..., Path], key: str, value: object) -> None:
+    folder = planted(lambda folder: change(folder / "config.json", **{key: value}))
+    with pytest.raises(ModelError, match=rf"config\.json: {key}.*: names code of another place or code to compile"):
+        find_folder(folder)
+
+
+@pytest.mark.parametrize("value", ["eager", "sdpa", None])
+def test_attention_of_the_library_itself(planted: Callable[..., Path], value: str | None) -> None:
+    keys = {"attn_implementation": value, "cache_implementation": "hybrid"}
+    assert load_model(planted(lambda folder: change(folder / "config.json", **keys))).kind == "causal"
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("family", ["rwkv", "yoso", "mra"])
+def test_families_that_look_for_a_compiler(planted: Callable[..., Path], family: str, inner: bool) -> None:
+    keys = {"text_config": {"model_type": family}} if inner else {"model_type": family}
+    folder = planted(lambda folder: change(folder / "config.json", **keys))
+    with pytest.raises(UnsupportedModel, match=rf"model_type: for '{family}' transformers looks for a compiler"):
+        find_folder(folder)
+
+
+def test_all_families_that_look_for_a_compiler_are_known() -> None:
+    """Of the installed transformers; models that it only can build by being told to, such as by quantisation, aside."""
+    asks = re.compile(r"\b(is_ninja_available|load_inline|cpp_extension|subprocess|load_cuda_kernels)\b")
+    files = Path(transformers.__file__).parent.glob("models/*/modeling_*.py")
+    assert {file.parent.name for file in files if asks.search(file.read_text())} <= folder_module._COMPILED
 
 
 @pytest.mark.timeout(240)

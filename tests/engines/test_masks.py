@@ -228,8 +228,15 @@ def test_too_little_text(load: Load) -> None:
 def test_scores_that_are_not_finite(load: Load) -> None:
     loaded = load("llama")
     loaded.model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(MaskError, match="a score is not finite"):
+    with pytest.raises(MaskError, match=rf"{loaded.folder}: model\.\S+: a score is not finite"):
         make_mask(loaded, tiny.TEXTS, **SMALL)
+
+
+def test_a_gradient_that_is_not_finite_names_the_folder(load: Load) -> None:
+    loaded = load("llama")
+    loaded.model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(MaskError, match=rf"{loaded.folder}: model\.\S+: theta_0 or g_p is not finite"):
+        make_mask(loaded, tiny.TEXTS, **SMALL | {"method": "magnitude"})
 
 
 @pytest.mark.parametrize(("method", "passes"), [("sensitivity", 2), ("magnitude-activation", 2), ("magnitude", 1)])

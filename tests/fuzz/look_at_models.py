@@ -105,14 +105,17 @@ def _is_of_memory(error: BaseException | None) -> bool:
     return False
 
 
+def _can_be_shown(text: str, mutant: Mutant) -> bool:
+    return text.isprintable() and len(text) - len(str(mutant.folder)) <= LONGEST
+
+
 def _refusal(error: MeerkatError, mutant: Mutant) -> list[str]:
     said = str(error)
     faults = {
         "does not name its folder": str(mutant.folder) not in said,
         "has no remedy": not error.remedy,
-        "is too long": len(said) - len(str(mutant.folder)) > LONGEST,
         "is none: memory was asked for": _is_of_memory(error),
-        "cannot be printed": not said.isprintable(),
+        "is too long, or cannot be printed": not _can_be_shown(said, mutant),
     }
     return [f"the refusal {what}: {said}" for what, wrong in faults.items() if wrong]
 
@@ -121,7 +124,7 @@ def _use(mutant: Mutant, out: Path, report: Report) -> None:
     """Load it, look at it, and where it is a model still, make a mask and an export."""
     try:
         loaded = load_model(mutant.folder)
-        report.faults += [f"note: {note!r}" for note in loaded.notes if not note.isprintable()]
+        report.faults += [f"note: {note!r}" for note in loaded.notes if not _can_be_shown(note, mutant)]
         mask = make_mask(loaded, tiny.TEXTS, "magnitude", density=0.1, sequences=2, length=8)
         export_model(mutant.folder, mask, mask.theta_0 + 1, out)
     except MeerkatError as error:
@@ -132,7 +135,7 @@ def _use(mutant: Mutant, out: Path, report: Report) -> None:
         good = inspect_model(mutant.folder, dtype="float32", device="cpu", task=tiny.TASK, show=found.append)
         if good and report.outcome == "refused":
             report.faults.append("the look finds nothing wrong")
-        report.faults += [f"finding: {one}" for one in found if not (one.text + one.remedy).isprintable()]
+        report.faults += [f"finding: {one}" for one in found if not _can_be_shown(one.text + one.remedy, mutant)]
 
 
 def look(mutant: Mutant, watch: Watch, out: Path) -> Report:

@@ -53,7 +53,7 @@ def new_adapter(loaded: LoadedModel, rank: int, among: Collection[str] | None = 
     chosen = [layer for layer in layers if layer.rpartition(".")[2] in _QUERY_AND_VALUE | _FUSED]
     if not chosen:
         raise UnsupportedModel(
-            type(loaded.model).__name__,
+            f"{loaded.folder}: {type(loaded.model).__name__}",
             "has no linear layer named like a query or value projection",
             f"its layers are {', '.join(sorted({layer.rpartition('.')[2] for layer in layers}))}; use another method",
         )

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from meerkat_mq.engines.torch.in_words import in_words
 from meerkat_mq.engines.torch.load import LoadedModel, linear_layers
 from meerkat_mq.engines.torch.scoring import Inputs, embed, tokenise
-from meerkat_mq.errors import MaskError, UnsupportedModel
+from meerkat_mq.errors import MaskError, UnsupportedModel, within
 from meerkat_mq.tasks.data import problem_of
 
 CONTRAST_SCALE = 20.0
@@ -95,7 +95,8 @@ def calibration_loss(loaded: LoadedModel, batch: CalibrationBatch) -> Tensor:
         UnsupportedModel: a causal LM without a linear head.
     """
     if isinstance(batch, Tensor):
-        return _next_token_loss(loaded.model, batch)
+        with within(str(loaded.folder)):
+            return _next_token_loss(loaded.model, batch)
     first, second = (embed(loaded.model, half) for half in batch)
     scores = CONTRAST_SCALE * first @ second.T
     return functional.cross_entropy(scores, torch.arange(len(first), device=scores.device))

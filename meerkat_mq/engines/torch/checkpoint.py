@@ -15,13 +15,15 @@ from typing import Any
 
 from meerkat_mq.core.files import write_atomically
 from meerkat_mq.engines.torch.links import real_file
-from meerkat_mq.errors import ModelError, ModelNotFound
+from meerkat_mq.errors import ModelError, ModelNotFound, reason, shown
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 _CHUNK = 1 << 20
 _MAX_HEADER = 100_000_000
+_LONGEST_NAME = 255  # characters
+_DTYPE = re.compile(r"[A-Z][A-Z0-9_]{0,15}")
 _SHARD = re.compile(r"[^./\\][^/\\]*\.safetensors")  # hidden files are none of a model's
 _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16}
 _BITS |= {"U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64}
@@ -62,7 +64,7 @@ def _shards(index: Path, folder: Path) -> list[str]:
     try:
         names = list(json.loads(real_file(index, folder).read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise ModelError(str(index), f"is no checkpoint index ({error!s:.200})", "fetch the model again") from error
+        raise ModelError(str(index), f"is no checkpoint index ({reason(error)})", "fetch the model again") from error
     wrong = [name for name in names if not _is_plain(name)]
     if wrong or not names:
         problem = f"weight_map: {wrong[0]!r:.200} is no plain file name" if wrong else "weight_map: names no file"
@@ -105,25 +107,28 @@ def _header(file: Path) -> dict[str, StoredTensor]:
     except OSError as error:
         raise ModelNotFound(str(file), f"cannot be read ({error.strerror})", "fetch the model again") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise ModelError(str(file), f"is no safetensors file ({error!s:.200})", "fetch the model again") from error
+        raise ModelError(str(file), f"is no safetensors file ({reason(error)})", "fetch the model again") from error
 
 
 def _tensor(file: Path, name: str, entry: Any, data: int, size: int) -> StoredTensor:
     """A tensor of the header; `data` is where the file's data begin.
 
     Raises:
-        ValueError: what the entry says does not fit together, or the file.
+        ValueError: the name cannot be shown, or what the entry says does not fit together, or the file.
     """
-    name.encode()  # not of half a character
+    if not (name.isprintable() and len(name) <= _LONGEST_NAME):  # it is shown in what is found, and in errors
+        raise ValueError(f"{shown(name)} is no name of a tensor")
     dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not _DTYPE.fullmatch(dtype):
+        raise ValueError(f"{shown(dtype)} is no format of numbers")
     numbers = [start, stop, *shape]
     if any(type(number) is not int or not 0 <= number < 2**63 for number in numbers) or start > stop:
-        raise ValueError(f"shape {shape!s:.50}, bytes {start!s:.20} to {stop!s:.20}")
+        raise ValueError(f"shape {shown(shape)}, bytes {shown(start)} to {shown(stop)}")
     if stop > size - data:
         raise ValueError(f"{size} bytes instead of {data + stop}")
     if dtype in _BITS and math.prod(shape) * _BITS[dtype] != 8 * (stop - start):
-        raise ValueError(f"{stop - start} bytes for {dtype} of shape {shape!s:.50}")
-    return StoredTensor(file, str(dtype), tuple(shape), data + start, data + stop)
+        raise ValueError(f"{stop - start} bytes for {dtype} of shape {shown(shape)}")
+    return StoredTensor(file, dtype, tuple(shape), data + start, data + stop)
 
 
 def fingerprint(folder: Path, cache: Path | None = None) -> bytes:

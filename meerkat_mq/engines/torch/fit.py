@@ -9,7 +9,7 @@ from meerkat_mq.engines.torch.checkpoint import StoredTensor
 from meerkat_mq.engines.torch.folder import CONFIG, DEQUANTISE, Json, read_json
 from meerkat_mq.engines.torch.kinds import LAYERS
 from meerkat_mq.engines.torch.names import FLOATS, Names
-from meerkat_mq.errors import ModelError, UnsupportedModel
+from meerkat_mq.errors import ModelError, UnsupportedModel, cut, shown
 
 NEEDLESS = re.compile(r"(^|\.)pooler\.")  # encoders are mean-pooled here
 
@@ -38,11 +38,11 @@ def check_fit(names: Names, stored: Mapping[str, StoredTensor], bare: Any, folde
     if missing and head is not None and dict(bare.named_parameters()).get(missing[0]) is head.weight:
         named = next(iter(bare.config.architectures or ()), "the model")
         if named == type(bare).__name__ and "tie_word_embeddings" in table:
-            problem = f"is {table['tie_word_embeddings']}, and the weights hold no {missing[0]}"
+            problem = f"is {shown(table['tie_word_embeddings'])}, and the weights hold no {missing[0]}"
             raise ModelError(f"{folder / CONFIG}: tie_word_embeddings", problem, _REMEDY)
         raise ModelError(
             f"{folder / CONFIG}: architectures",
-            f"{named} is loaded as {type(bare).__name__}, whose trained head {missing[0]} the weights lack",
+            f"{cut(named)} is loaded as {type(bare).__name__}, whose trained head {missing[0]} the weights lack",
             "give the causal LM that it was made from",
         )
     wrong = min([*missing, *names.misshapen], default=None)
@@ -83,7 +83,7 @@ def _key(name: str, names: Names, stored: Mapping[str, StoredTensor], bare: Any,
         return _layers_key(table) if _NUMBER.search(name) else ""
     shape = dict(bare.named_parameters())[name].shape
     strange = set(shape) - set(stored[names.copies[name][0]].shape)
-    return next((f": {key}" for key, value in table.items() if type(value) is int and value in strange), "")
+    return next((f": {cut(key)}" for key, value in table.items() if type(value) is int and value in strange), "")
 
 
 def _layers_key(table: Json) -> str:

@@ -7,14 +7,14 @@ fingerprint that server and nodes agree on, so a folder that asks for it is refu
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
 
 from meerkat_mq.engines.torch.links import is_folder, model_files
-from meerkat_mq.errors import ModelError, ModelNotFound, UnsupportedModel, reason
+from meerkat_mq.errors import ModelError, ModelNotFound, UnsupportedModel, cut, reason, shown
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -23,10 +23,13 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 _MOST_BYTES = {CONFIG: 16 << 20, TOKENIZER_CONFIG: 64 << 20}
 _MOST_BYTES_ELSE = 512 << 20
 _DEEPEST = 64
+_LONGEST_WAY = 120  # characters
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HUB_WEIGHTS = ["*.json", "*.safetensors", "*.txt", "*.model"]
 _OTHER_WEIGHTS = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
-_KERNEL = re.compile(r"[^/:]+/[^/:]+(@[^/:]+)?(:[^/:]+)?|.*flash.*")  # flash: fetched from there where it is absent
+_CHOICE = re.compile(r".*(attn|experts)_implementation.*")
+_OWN_CODE = {"eager", "sdpa", "batched_mm", "grouped_mm"}  # others are fetched from the hub, or compiled when they run
+_COMPILED = {"rwkv", "yoso", "mra"}
 _GGUF = ".gguf"
 _ORIGINAL = "give the folder of the model that it was made from, with safetensors"
 _ADAPTER = "adapter_config.json"
@@ -113,7 +116,9 @@ def read_json(file: Path) -> Json:
     except OSError as error:
         raise ModelError(str(file), f"cannot be read ({error.strerror})", "let this user read it") from error
     except (ValueError, RecursionError) as error:
-        raise ModelError(str(file), f"cannot be used (it is not JSON: {error})", "fetch the model again") from error
+        raise ModelError(
+            str(file), f"cannot be used (it is not JSON: {reason(error)})", "fetch the model again"
+        ) from error
     if not isinstance(found, dict):
         raise ModelError(
             str(file), f"cannot be used (it holds {type(found).__name__}, not an object)", "fetch the model again"
@@ -144,11 +149,16 @@ def walk(found: Json) -> Iterator[tuple[tuple[str, ...], Any]]:
             waiting.extend(((*path, str(key)), item) for key, item in inner)
 
 
+def place_in(file: Path, path: Sequence[str]) -> str:
+    """A file and the way to a value in it, for an error."""
+    return f"{file}: {cut('.'.join(path), _LONGEST_WAY)}"
+
+
 def _refuse_code(file: Path, found: Json) -> None:
-    """Whatever makes transformers run code, or read weights, that lie in the folder or on the hub."""
+    """Whatever makes transformers run code or read weights that lie in the folder or on the hub, or compile code."""
     for path, value in walk(found):
         key = path[-1] if path else ""
-        where = f"{file}: {'.'.join(path)}"
+        where = place_in(file, path)
         if key == "auto_map" and value:
             raise ModelError(
                 where,
@@ -156,10 +166,18 @@ def _refuse_code(file: Path, found: Json) -> None:
                 "use a model whose class transformers has itself; if it has this one, remove the key",
             )
         if key == "transformers_weights" and value:
-            raise ModelError(where, f"names weights of its own ({value!r})", "remove the key")
-        chooses = any(part.endswith("_implementation") for part in path)  # one for all, or a table by part of the model
-        if chooses and isinstance(value, str) and _KERNEL.fullmatch(value):
-            raise ModelError(where, f"names code of another place ({value!r})", "remove the key")
+            raise ModelError(where, f"names weights of its own ({shown(value)})", "remove the key")
+        if not isinstance(value, str):
+            continue
+        chooses = any(_CHOICE.fullmatch(part) for part in path)  # one for all, or a table by part of the model
+        if chooses and value not in _OWN_CODE:
+            raise ModelError(
+                where, f"names code of another place or code to compile ({shown(value)})", "remove the key"
+            )
+        if key == "model_type" and value in _COMPILED:
+            raise UnsupportedModel(
+                where, f"for {value!r} transformers looks for a compiler, and for code on the hub", "use another model"
+            )
 
 
 def _refuse_adapter(folder: Path, *, whole: bool) -> None:
@@ -170,14 +188,14 @@ def _refuse_adapter(folder: Path, *, whole: bool) -> None:
             f"{_MERGE}, or take its files away",
         )
     base = read_json(folder / _ADAPTER).get("base_model_name_or_path")
-    raise ModelError(str(folder), f"is an adapter (of {base!r}), not a model", _MERGE)
+    raise ModelError(str(folder), f"is an adapter (of {shown(base)}), not a model", _MERGE)
 
 
 def _refuse_quantised(file: Path, config: Json) -> None:
     for path, value in walk(config):
         if path and path[-1] in ("quantization_config", "quantization") and isinstance(value, dict):
-            method = next((str(value[key]) for key in ("quant_method", "bits") if key in value), "some method")
-            raise UnsupportedModel(f"{file}: {'.'.join(path)}", f"its weights are quantised ({method})", DEQUANTISE)
+            method = next((cut(str(value[key])) for key in ("quant_method", "bits") if key in value), "some method")
+            raise UnsupportedModel(place_in(file, path), f"its weights are quantised ({method})", DEQUANTISE)
     if (file.parent / "quantize_config.json").exists():
         raise UnsupportedModel(str(file.parent / "quantize_config.json"), "its weights are quantised", DEQUANTISE)
 

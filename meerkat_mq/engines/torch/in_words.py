@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from meerkat_mq.errors import MeerkatError, ModelError, reason
+from meerkat_mq.errors import MeerkatError, ModelError, cut, reason
 
 _FIELD = re.compile(r"Validation error for '?(?:field )?'?(\w+)'?")
 
@@ -32,7 +32,8 @@ def key_of(said: str, table: Mapping[str, object]) -> str | None:
     """The key of a table that a library's words are about: it says its name, or quotes its value."""
     field = _FIELD.search(said)
     if field:
-        return field[1]
+        return cut(field[1])
     quoted = (key for key, value in table.items() if isinstance(value, str) and len(value) > 1 and f"'{value}'" in said)
     named = (key for key in table if re.search(rf"\b{re.escape(key)}\b", said))
-    return next(quoted, None) or next(named, None)
+    key = next(quoted, None) or next(named, None)
+    return key and cut(key)

@@ -9,7 +9,7 @@ from meerkat_mq.engines.torch.checkpoint import stored_tensors
 from meerkat_mq.engines.torch.load import STEPS, LoadedModel, linear_layers, load_model
 from meerkat_mq.engines.torch.names import check_writable
 from meerkat_mq.engines.torch.scoring import candidate_ids, scorer_for
-from meerkat_mq.errors import MeerkatError
+from meerkat_mq.errors import MeerkatError, printable, within
 from meerkat_mq.wire.descriptor import Task
 
 _TEXTS = (
@@ -51,7 +51,7 @@ def inspect_model(
 
     def say(step: str, text: str) -> None:
         left.remove(step)
-        show(Finding(step, good=True, text=text))
+        show(Finding(step, good=True, text=printable(text)))
 
     try:
         loaded = load_model(source, dtype=dtype, device=device, say=say)
@@ -68,7 +68,8 @@ def inspect_model(
 
 def _mask(loaded: LoadedModel) -> str:
     """What a mask could choose from: the linear matrices that the loss depends on, and can be written back."""
-    weights = {name: layer.weight for name, layer in linear_layers(loaded.model).items()}
+    with within(str(loaded.folder)):
+        weights = {name: layer.weight for name, layer in linear_layers(loaded.model).items()}
     check_writable(loaded.names, stored_tensors(loaded.folder), weights, loaded.folder)
     batch = calibration_batches(loaded, _TEXTS, seed=0, sequences=2, length=8, batch_size=2)[0]
     found = reached(loaded, batch, weights)

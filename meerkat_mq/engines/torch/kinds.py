@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import (
 
 from meerkat_mq.engines.torch.folder import CONFIG, Json, read_json
 from meerkat_mq.engines.torch.in_words import in_words, key_of
-from meerkat_mq.errors import ModelError, UnsupportedModel
+from meerkat_mq.errors import ModelError, UnsupportedModel, cut, shown
 
 Kind = Literal["causal", "encoder"]
 
@@ -65,7 +65,7 @@ def read_config(folder: Path, tensors: int) -> Any:
         config.return_dict = True  # outputs are read by name
         pad, ids = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
     if pad is not None and ids is not None and not -ids <= pad < ids:  # Llama's -1 is the last
-        raise ModelError(f"{file}: pad_token_id", f"{pad} is no id of the {ids} embeddings", _RESTORE)
+        raise ModelError(f"{file}: pad_token_id", f"{shown(pad)} is no id of the {shown(ids)} embeddings", _RESTORE)
     return config
 
 
@@ -76,7 +76,7 @@ def _check_table(file: Path, table: Json, tensors: int, prefix: str = "") -> Non
             _check_repeats(f"{file}: {prefix}{key}", value, tensors)
         least, most = _bounds(key, tensors)
         if most and value is not None and not (type(value) is int and least <= value <= most):
-            problem = f"{_short(value)} is no integer from {least} to {most:,}"
+            problem = f"{shown(value)} is no integer from {least} to {most:,}"
             raise ModelError(f"{file}: {prefix}{key}", problem, "restore the model's own value")
     if not prefix:
         _check_type(file, table)
@@ -95,10 +95,10 @@ def _check_repeats(where: str, groups: object, tensors: int) -> None:
     try:
         layers = sum(len(kinds) * times for kinds, times in groups or ())  # type: ignore[attr-defined]
     except (TypeError, ValueError) as error:
-        raise ModelError(where, f"{_short(groups)} is no list of pairs", _RESTORE) from error
+        raise ModelError(where, f"{shown(groups)} is no list of pairs", _RESTORE) from error
     if not (type(layers) is int and layers <= tensors):
         raise ModelError(
-            where, f"describes {_short(layers)} layers, and the checkpoint holds {tensors} tensors", _RESTORE
+            where, f"describes {shown(layers)} layers, and the checkpoint holds {tensors} tensors", _RESTORE
         )
 
 
@@ -109,16 +109,11 @@ def _check_type(file: Path, table: Json) -> None:
     if model_type not in CONFIG_MAPPING_NAMES:
         raise ModelError(
             f"{file}: model_type",
-            f"{_short(model_type)} cannot be used: transformers {transformers.__version__} does not know it",
+            f"{shown(model_type)} cannot be used: transformers {transformers.__version__} does not know it",
             "update transformers, or use another model",
         )
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise ModelError(f"{file}: architectures", f"{_short(names)} is no list of names", "restore the model's own")
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) < 60 else f"{text[:60]}…"
+        raise ModelError(f"{file}: architectures", f"{shown(names)} is no list of names", "restore the model's own")
 
 
 def kind_of(config: Any, folder: Path) -> Kind:
@@ -131,13 +126,13 @@ def kind_of(config: Any, folder: Path) -> Kind:
     causal, encoder = family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, family in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     where = f"{folder / CONFIG}: architectures"
     if getattr(config, "is_encoder_decoder", False) or not (causal or encoder):
-        raise UnsupportedModel(where, f"{named or family} is neither a causal LM nor an encoder", _ANOTHER)
+        raise UnsupportedModel(where, f"{cut(named or family)} is neither a causal LM nor an encoder", _ANOTHER)
     if causal and (not encoder or getattr(config, "is_decoder", False)):
         return "causal"
     if named in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or _CAUSAL.search(named or ""):
         raise UnsupportedModel(
             where,
-            f"{named} is a causal LM, but is_decoder is false, so that its attention sees later tokens",
+            f"{cut(str(named))} is a causal LM, but is_decoder is false, so that its attention sees later tokens",
             "set is_decoder to true; or, for an encoder, architectures to the class without a head",
         )
     return "encoder"
@@ -202,7 +197,7 @@ def _place(file: Path, table: Json, build: Callable[[Json], Any], said: str) -> 
     if key is None:
         others = [key for key in table if key != "model_type"][:_MOST_TRIED]
         key = next((key for key in others if _works(build, {k: v for k, v in table.items() if k != key})), None)
-    return f"{file}: {key}" if key else str(file)
+    return f"{file}: {cut(key)}" if key else str(file)
 
 
 def _works(build: Callable[[Json], Any], table: Json) -> bool:

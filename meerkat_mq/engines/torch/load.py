@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from meerkat_mq.engines.torch.checkpoint import fingerprint, stored_tensors
 from meerkat_mq.engines.torch.fit import NEEDLESS, check_fit, mismatch
-from meerkat_mq.engines.torch.folder import find_folder
+from meerkat_mq.engines.torch.folder import CONFIG, find_folder
 from meerkat_mq.engines.torch.in_words import in_words
 from meerkat_mq.engines.torch.kinds import Kind, class_of, kind_of, read_config, skeleton
 from meerkat_mq.engines.torch.names import Names, names_of
@@ -30,7 +30,7 @@ from meerkat_mq.engines.torch.tokens import (
     usable_tokens,
 )
 from meerkat_mq.engines.torch.trial import try_out
-from meerkat_mq.errors import ModelError, UnsupportedModel
+from meerkat_mq.errors import ModelError, UnsupportedModel, cut, printable
 from meerkat_mq.wire.descriptor import Task
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,7 +41,8 @@ _LOSSY = {
     torch.float16: {"F64", "F32", "BF16"},
 }
 
-_TRIAL = "The quick brown fox jumps"
+_TRIAL = "The quick brown fox jumps over the lazy dog, and over the cat that has slept in its place since noon"
+_TRIED = 16  # tokens, or as many as the model holds: kernels for shorter texts hide some numbers that are not finite
 STEPS = ("folder", "weights", "kind", "tokenizer", "names", "dtype", "trial")
 Say = Callable[[str, str], None]
 
@@ -124,7 +125,7 @@ def load_model(
     bare = skeleton(config, kind, folder, len(stored))
     say("kind", f"{'causal LM' if kind == 'causal' else 'encoder'}, {type(bare).__name__}")
     tokenizer = read_tokenizer(folder, kind)
-    check_ids(tokenizer, bare.get_input_embeddings().num_embeddings, folder)
+    check_ids(tokenizer, _embeddings(bare, folder), folder)
     before, after = added_around(tokenizer, folder)
     notes = _additions(tokenizer, kind, before, after)
     longest = usable_tokens(tokenizer, config, bare, folder)
@@ -137,7 +138,7 @@ def load_model(
         model = model.to(device)
     exact = held.isdisjoint(_LOSSY[_DTYPES[dtype]])
     say("dtype", f"{dtype} {'holds every weight exactly' if exact else 'rounds weights: masks need another'}")
-    try_out(model, kind, ids_of(tokenizer, [_TRIAL])[0][:8], folder, finite=finite)
+    try_out(model, kind, ids_of(tokenizer, [_TRIAL])[0][: min(_TRIED, longest)], folder, finite=finite)
     say("trial", "a short pass gives finite numbers")
     return LoadedModel(
         model=model,
@@ -161,11 +162,20 @@ def _quieten() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
+def _embeddings(bare: Any, folder: Path) -> int:
+    """How many tokens the model knows."""
+    count = getattr(bare.get_input_embeddings(), "num_embeddings", None)
+    if count is None:
+        problem = f"{type(bare).__name__} has no plain table of embeddings"
+        raise UnsupportedModel(f"{folder / CONFIG}: model_type", problem, "use another model")
+    return int(count)
+
+
 def _additions(tokenizer: Any, kind: Kind, before: tuple[int, ...], after: tuple[int, ...]) -> tuple[str, ...]:
     """What the tokenizer adds to a text and a causal LM does not get; an encoder's own marks are right."""
     notes = []
     if kind == "causal" and after:
-        tokens = " ".join(tokenizer.convert_ids_to_tokens(list(after)))
+        tokens = printable(cut(" ".join(tokenizer.convert_ids_to_tokens(list(after)))))
         notes.append(f"the tokenizer appends {tokens} to every text: it is dropped, for prompts go on")
     if kind == "causal" and once(before) != before:
         notes.append("the tokenizer starts a text twice: one start token is dropped")

@@ -24,7 +24,7 @@ from meerkat_mq.engines.torch.calibration import (
 from meerkat_mq.engines.torch.checkpoint import stored_tensors
 from meerkat_mq.engines.torch.load import LoadedModel, all_weights, linear_layers
 from meerkat_mq.engines.torch.names import check_stored, check_writable
-from meerkat_mq.errors import MaskError
+from meerkat_mq.errors import MaskError, within
 from meerkat_mq.wire.descriptor import MAX_RUN_WEIGHTS
 
 Method = Literal["sensitivity", "magnitude-activation", "magnitude", "random", "dense", "lora"]
@@ -105,9 +105,11 @@ def make_mask(
         chosen = {name: np.arange(count) for name, count in counts.items()}
     else:
         score = _scorer(loaded, batches, method, seed, tick, weights=weights)
-        chosen = {name: best(_finite(score(name), name), count) for name, count in counts.items()}
+        with within(str(loaded.folder)):
+            chosen = {name: best(_finite(score(name), name), count) for name, count in counts.items()}
     g_p = _mean_gradient(loaded, batches, {name: weights[name] for name in chosen}, chosen, tick)
-    matrices = tuple(_matrix(name, weights[name], indices, g_p[name]) for name, indices in chosen.items())
+    with within(str(loaded.folder)):
+        matrices = tuple(_matrix(name, weights[name], indices, g_p[name]) for name, indices in chosen.items())
     if method != "lora":
         check_stored(loaded.names, stored, matrices)
     return Mask(matrices, loaded.fingerprint, loaded.tokenizer_fingerprint)
@@ -127,7 +129,8 @@ def _candidates(loaded: LoadedModel, method: Method) -> Mapping[str, Tensor]:
     """What the mask chooses from, or adapts, ordered by the bytes of the names."""
     if method == "dense":
         return all_weights(loaded.model)
-    return {name: layer.weight for name, layer in linear_layers(loaded.model).items()}
+    with within(str(loaded.folder)):
+        return {name: layer.weight for name, layer in linear_layers(loaded.model).items()}
 
 
 def _inside(
@@ -137,7 +140,7 @@ def _inside(
     found = reached(loaded, batch, weights)
     outside = [name for name in weights if name not in found]
     if len(outside) == len(weights):
-        raise MaskError("mask", "the calibration loss depends on no weight", "use another model")
+        raise MaskError(str(loaded.folder), "the calibration loss depends on no weight", "use another model")
     if outside:
         say(f"{len(outside)} matrices get no gradient from text and are left out: {outside[0]} …")
     return {name: weight for name, weight in weights.items() if name in found}

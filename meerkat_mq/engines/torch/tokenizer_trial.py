@@ -5,6 +5,7 @@ anybody may hold an expression that takes exponentially long, or one that makes 
 """
 
 import contextlib
+import json
 import os
 import resource
 import subprocess
@@ -15,7 +16,9 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from meerkat_mq.engines.torch.probes import PROBES
-from meerkat_mq.errors import ModelError, reason
+from meerkat_mq.errors import ModelError, reason, shown
+
+TOKEN_KEYS = frozenset({"content", "single_word", "lstrip", "rstrip", "normalized", "special"})
 
 _SECONDS, _SECONDS_A_MIB = 10, 2  # of processor time, and so many more for each MiB of the file
 _MEMORY, _MEMORY_A_BYTE = 1 << 30, 64  # bytes, and so many more for each of the file
@@ -69,6 +72,9 @@ def _main(file: str, seconds: int, memory: int) -> int:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         tokenizer.encode_batch(list(PROBES))
+        for token in json.loads(Path(file).read_bytes()).get("added_tokens") or ():
+            if strange := token.keys() - TOKEN_KEYS - {"id"}:  # of which the library says so on stdout
+                raise ValueError(f"a token has no {shown(min(strange))}")
     except BaseException as error:  # a panic in Rust is no Exception
         sys.stdout.buffer.write(reason(error).encode(errors="replace"))
         return _REFUSED

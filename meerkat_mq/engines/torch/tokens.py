@@ -10,11 +10,11 @@ from typing import Any
 
 import transformers
 
-from meerkat_mq.engines.torch.folder import TOKENIZER, TOKENIZER_CONFIG, Json, read_json, walk
+from meerkat_mq.engines.torch.folder import CONFIG, TOKENIZER, TOKENIZER_CONFIG, Json, place_in, read_json, walk
 from meerkat_mq.engines.torch.in_words import in_words, key_of
 from meerkat_mq.engines.torch.kinds import Kind
 from meerkat_mq.engines.torch.probes import PROBES
-from meerkat_mq.engines.torch.tokenizer_trial import try_tokenizer
+from meerkat_mq.engines.torch.tokenizer_trial import TOKEN_KEYS, try_tokenizer
 from meerkat_mq.errors import ModelError, shown
 
 _FEWEST = 8  # tokens: what a text that says anything needs
@@ -23,8 +23,10 @@ _RUST = re.compile(r"at line \d+ column \d+")
 _SPECIAL_TOKENS = "special_tokens_map.json"
 _OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 _CORE_FILES = (TOKENIZER, "added_tokens.json", _SPECIAL_TOKENS, "vocab.json")
-_TOKEN_KEYS = {"content", "single_word", "lstrip", "rstrip", "normalized", "special", "__type"}
 _TOKENS = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
+_COUNTS = ("extra_ids", "offset")  # of tokens that a class adds by itself, one by one
+_MOST_ADDED = 1000
+_ENDLESS = ("CanineTokenizer", "CanineTokenizerFast")
 _TYPES: dict[str, tuple[type, ...]] = {
     "tokenizer_class": (str,),
     "model_max_length": (int, float),
@@ -55,7 +57,7 @@ def read_tokenizer(folder: Path, kind: Kind) -> Any:
     if not isinstance(tokenizer.model_max_length, int | float) or not tokenizer.model_max_length >= _FEWEST:
         raise ModelError(
             f"{folder / TOKENIZER_CONFIG}: model_max_length",
-            f"{tokenizer.model_max_length!r} tokens hold no text",
+            f"{shown(tokenizer.model_max_length)} tokens hold no text",
             "restore the model's own value",
         )
     if next(iter(tokenizer.model_input_names), None) != "input_ids":
@@ -76,6 +78,12 @@ def _table(folder: Path) -> Json:
         value = table.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
             raise ModelError(f"{file}: {key}", f"{shown(value)} cannot be used", _OWN_FILES)
+    for place, found in ((file, table), (folder / CONFIG, read_json(folder / CONFIG))):
+        if found.get("tokenizer_class") in _ENDLESS:
+            raise ModelError(f"{place}: tokenizer_class", "has a token for each character of Unicode", _OWN_FILES)
+    for key in _COUNTS:
+        if table.get(key, 0) not in range(_MOST_ADDED + 1):
+            raise ModelError(f"{file}: {key}", f"{shown(table[key])} is no number from 0 to {_MOST_ADDED}", _OWN_FILES)
     _refuse_strange_tokens(file, table)
     if (folder / _SPECIAL_TOKENS).exists() and _is_json(folder / _SPECIAL_TOKENS):  # else its loader says so
         _refuse_strange_tokens(folder / _SPECIAL_TOKENS, read_json(folder / _SPECIAL_TOKENS))
@@ -83,11 +91,21 @@ def _table(folder: Path) -> Json:
 
 
 def _refuse_strange_tokens(file: Path, table: Json) -> None:
-    """Of a token's keys that it does not know, the library says so on stdout, in the midst of what is read there."""
+    """Of a token's keys that it does not know, the library says so on stdout, in the midst of what is read there.
+
+    It takes a table for a token where that is marked as one by "__type"; where a list of tokens stands; and whatever
+    special_tokens_map.json holds.
+    """
+    special = file.name == _SPECIAL_TOKENS
     for path, token in walk(table):
-        named = path and (path[-1].endswith("_token") or (len(path) == 2 and path[0] in _TOKENS))
-        if named and isinstance(token, dict) and (strange := token.keys() - _TOKEN_KEYS):
-            raise ModelError(f"{file}: {'.'.join(path)}", f"a token has no {shown(min(strange))}", "remove the key")
+        if not path or not isinstance(token, dict):
+            continue
+        named = path[-1].endswith("_token") or (len(path) == 2 and path[0] in _TOKENS)
+        marked = token.get("__type") == "AddedToken"
+        if named or marked or (special and len(path) == 1 and path[0] not in _TOKENS[1:]):
+            known = TOKEN_KEYS if special or path[0] == _TOKENS[0] else TOKEN_KEYS | {"__type"}
+            if strange := token.keys() - known:
+                raise ModelError(place_in(file, path), f"a token has no {shown(min(strange))}", "remove the key")
 
 
 def _place(folder: Path, table: Json, said: str) -> str:
@@ -145,7 +163,9 @@ def added_around(tokenizer: Any, folder: Path) -> tuple[tuple[int, ...], tuple[i
     bare = list(tokenizer([text], add_special_tokens=False)["input_ids"][0])
     starts = range(len(whole) - len(bare) + 1)
     found = [start for start in starts if bare and whole[start : start + len(bare)] == bare]
-    if len(found) == 1:
+    periods = [size for size in range(1, len(bare)) if bare[:size] * (len(bare) // size) == bare]
+    twice = len(set(bare)) > 1 and periods  # a template can repeat the text where no special token is asked for, too
+    if len(found) == 1 and not twice:
         return tuple(whole[: found[0]]), tuple(whole[found[0] + len(bare) :])
     said = "repeats" if found else "makes nothing, or other tokens than beside special ones, of"
     raise ModelError(str(folder), f"the tokenizer {said} {text!r}", _OWN_FILES)
