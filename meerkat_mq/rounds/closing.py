@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from meerkat_mq.rounds.early_stopping import judgements_of, with_verdicts
 from meerkat_mq.rounds.guards import Guard
 from meerkat_mq.rounds.policy import RoundSettings, shares_of, terms_of
-from meerkat_mq.rounds.records import Outcome, UpdateRecord
+from meerkat_mq.rounds.records import RoundOutcome, UpdateRecord
 
 
 def outcome_of(
@@ -18,7 +18,7 @@ def outcome_of(
     version: int,
     records: Sequence[UpdateRecord],
     products: Sequence[Sequence[float]],
-) -> Outcome:
+) -> RoundOutcome:
     """Judge a round; the guard remembers it. Of each round once, in order.
 
     Args:
@@ -33,4 +33,4 @@ def outcome_of(
     judged = with_verdicts(guarded, judgements)
     guard.remember(judged)
     terms, shares = terms_of(judged, settings, version), shares_of(judged, settings, version)
-    return Outcome(judged, judgements, terms, shares, dict(guard.flagged))
+    return RoundOutcome(judged, judgements, terms, shares, dict(guard.flagged))

@@ -91,7 +91,7 @@ class Near:
 
 
 @dataclass(slots=True)
-class Column:
+class StepColumn:
     """Some nodes' projected gradients of one step.
 
     Attributes:
@@ -114,7 +114,7 @@ class Column:
     above: float
 
     @classmethod
-    def of(cls, ordered: Sequence[float]) -> "Column":
+    def of(cls, ordered: Sequence[float]) -> "StepColumn":
         """Of sorted values; not empty."""
         size, largest, middle = len(ordered), max(-ordered[0], ordered[-1]), median(ordered)
         if size == 1:
@@ -241,7 +241,7 @@ class Guard:
         for members in self._by_lane(records).values():
             values = _columns(_accepted(members))
             ordered += values
-            columns = [Column.of(column) for column in values]
+            columns = [StepColumn.of(column) for column in values]
             comparisons |= {place(record): _compare(record, columns) for record in members}
         self._typical.append(median_magnitude(chain.from_iterable(ordered)) if ordered else None)
         for record in records:
@@ -348,7 +348,7 @@ def _columns(records: Sequence[UpdateRecord]) -> list[list[float]]:
     return [sorted([scalar for scalar in step if scalar is not None]) for step in steps]
 
 
-def _compare(record: UpdateRecord, columns: Sequence[Column]) -> Comparison | None:
+def _compare(record: UpdateRecord, columns: Sequence[StepColumn]) -> Comparison | None:
     """With the lane's others, in the steps where there are three; what is far out is cut to the lane's size."""
     if record.verdict == Verdict.NOT_FINITE:
         return None

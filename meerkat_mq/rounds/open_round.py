@@ -8,7 +8,7 @@ from meerkat_mq.rounds.awaited import Awaited
 from meerkat_mq.rounds.early_stopping import EarlyStopping
 from meerkat_mq.rounds.events import CommitEntry
 from meerkat_mq.rounds.policy import ANNOUNCE_AT, RoundSettings, deadline_length, needed, sample
-from meerkat_mq.rounds.records import Outcome, UpdateRecord, Verdict
+from meerkat_mq.rounds.records import RoundOutcome, UpdateRecord, Verdict
 from meerkat_mq.wire.frames import Header, Round
 from meerkat_mq.wire.limits import round_room
 
@@ -51,7 +51,7 @@ class OpenRound:
     announce_at: list[float] = field(default_factory=list)
     closing: bool = False
     overdue: bool = False
-    outcome: Outcome | None = None
+    outcome: RoundOutcome | None = None
     entry: Entry | None = None
 
     def __post_init__(self) -> None:

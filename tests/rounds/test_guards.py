@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meerkat_mq.config import GuardsConfig
-from meerkat_mq.rounds.guards import Column, Guard, median, on_arrival
+from meerkat_mq.rounds.guards import Guard, StepColumn, median, on_arrival
 from meerkat_mq.rounds.records import UpdateRecord, Verdict
 
 WINDOW = GuardsConfig().window
@@ -303,7 +303,7 @@ def test_judging_keeps_nothing_and_changes_nothing_but_verdicts() -> None:
 
 @given(st.lists(st.sampled_from([-2.0, -1.0, 0.0, 0.5, 1.0, 3.0]) | st.floats(-9, 9, width=32), min_size=2, max_size=9))
 def test_the_median_of_the_others_is_that_of_all_but_one(values: list[float]) -> None:
-    column = Column.of(sorted(values))
+    column = StepColumn.of(sorted(values))
     assert column.median == median(sorted(values))
     for at, value in enumerate(values):
         others = median(sorted(values[:at] + values[at + 1 :]))

@@ -10,7 +10,7 @@ from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.core.metrics import meaning
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.node import NodeMachine
-from meerkat_mq.rounds.records import Outcome, UpdateRecord, Verdict
+from meerkat_mq.rounds.records import RoundOutcome, UpdateRecord, Verdict
 from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.wire.frames import Entries, Header, Reason, Refusal, Round, Update, Values, Want, Welcome, encode
 from tests.rounds import support as s
@@ -63,7 +63,7 @@ frames = (
     | st.builds(Entries, headers, entries)
 )
 
-NOTHING = Outcome((), (), (), (), {})
+NOTHING = RoundOutcome((), (), (), (), {})
 
 server_junk = st.one_of(
     st.builds(e.StatusCame, st.just(0.0), names, statuses),

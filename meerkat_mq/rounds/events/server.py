@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from meerkat_mq.core.path import Displacement, Entry, Term
 from meerkat_mq.rounds.events.common import Count, End, Tick
-from meerkat_mq.rounds.records import Judgement, Outcome, Share, UpdateRecord, Verdict
+from meerkat_mq.rounds.records import Judgement, RoundOutcome, Share, UpdateRecord, Verdict
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState
 from meerkat_mq.wire.frames import Refusal, Round, Update, Want, Welcome
 
@@ -93,7 +93,7 @@ class RoundJudged:
     now: float
     term: int
     version: int
-    outcome: Outcome
+    outcome: RoundOutcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +184,7 @@ class JudgeRound:
 
     term: int
     version: int
-    judge: Callable[[], Outcome]
+    judge: Callable[[], RoundOutcome]
 
 
 @dataclass(frozen=True, slots=True)
