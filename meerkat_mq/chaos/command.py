@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from meerkat_mq.chaos.drill import LOOK_S, Drill
 from meerkat_mq.chaos.page import write_page
 from meerkat_mq.chaos.plan import Plan, load_plan
-from meerkat_mq.chaos.verdict import Verdict, print_verdict, violations_shown
+from meerkat_mq.chaos.verdict import DrillResult, print_verdict, violations_shown
 from meerkat_mq.core.files import write_atomically
 from meerkat_mq.errors import ConfigError, DrillFailed
 from meerkat_mq.observe.logs import configure_logs
@@ -63,7 +63,7 @@ async def _command(plan: Plan, out: Path, as_json: bool) -> None:
         )
 
 
-async def run_drill(plan: Plan, out: Path, console: Console) -> Verdict:
+async def run_drill(plan: Plan, out: Path, console: Console) -> DrillResult:
     """Run a drill with its progress on the console; leaves verdict.json and report.html in `out`.
 
     Raises:

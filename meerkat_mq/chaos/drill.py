@@ -12,7 +12,7 @@ from meerkat_mq.chaos.history import Injected
 from meerkat_mq.chaos.observer import Observed, Observer, read_history
 from meerkat_mq.chaos.plan import Plan, Strike, is_core
 from meerkat_mq.chaos.stage import SERVER, Stage
-from meerkat_mq.chaos.verdict import Struck, Verdict
+from meerkat_mq.chaos.verdict import DrillResult, Struck
 from meerkat_mq.errors import ConfigError, DrillFailed, MeerkatError
 from meerkat_mq.observe.streams import lossy
 
@@ -60,7 +60,7 @@ class Drill:
         self._busy: dict[str, asyncio.Lock] = {}
         self._problems: list[tuple[str, str]] = []
 
-    async def run(self) -> Verdict:
+    async def run(self) -> DrillResult:
         """Carry the plan out and judge what happened.
 
         Raises:
@@ -197,7 +197,7 @@ class Drill:
         if not self._injected:
             self._problems.append((f"plan {self._plan.name}", "no fault struck, so nothing is proven"))
 
-    def _judge(self, stage: Stage, seen: Observed, finished: bool) -> Verdict:
+    def _judge(self, stage: Stage, seen: Observed, finished: bool) -> DrillResult:
         faults = [found for _, found, _ in self._injected]
         history = read_history(seen, stage.state_dir, faults, finished=finished)
         if self._plan.server is None and finished:
@@ -208,7 +208,7 @@ class Drill:
         ]
         checks = judge.all_checks(self._plan, stage, seen, history, happened=happened, problems=self._problems)
         first = min((found.began for found in faults), default=0.0)
-        return Verdict(
+        return DrillResult(
             plan=self._plan.name,
             seed=self._plan.file.seed,
             nodes=len(self._plan.nodes),

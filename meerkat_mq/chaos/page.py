@@ -4,7 +4,7 @@ from pathlib import Path
 
 from meerkat_mq.chaos.plan import LINK
 from meerkat_mq.chaos.stage import BROKER, SERVER
-from meerkat_mq.chaos.verdict import Verdict, check_shown, held_shown, seconds_shown, summary_line
+from meerkat_mq.chaos.verdict import DrillResult, check_shown, held_shown, seconds_shown, summary_line
 from meerkat_mq.core.files import write_atomically
 from meerkat_mq.observe import charts
 from meerkat_mq.observe.layout import document, section, table
@@ -13,7 +13,7 @@ from meerkat_mq.observe.markup import Markup, tag
 MOST_VIOLATIONS = 200
 
 
-def write_page(path: Path, verdict: Verdict) -> None:
+def write_page(path: Path, verdict: DrillResult) -> None:
     """Write the page, atomically.
 
     Raises:
@@ -22,7 +22,7 @@ def write_page(path: Path, verdict: Verdict) -> None:
     write_atomically(path, render(verdict).encode("utf-8", errors="replace"))
 
 
-def render(verdict: Verdict) -> str:
+def render(verdict: DrillResult) -> str:
     """The page as HTML."""
     return document(
         f"{verdict.plan} · Meerkat-MQ drill", _header(verdict), _progress(verdict), _faults(verdict), _checks(verdict),
@@ -30,7 +30,7 @@ def render(verdict: Verdict) -> str:
     )  # fmt: skip
 
 
-def _header(verdict: Verdict) -> Markup:
+def _header(verdict: DrillResult) -> Markup:
     return tag(
         "header",
         tag("p", "Meerkat-MQ fault drill", class_="kicker"),
@@ -39,7 +39,7 @@ def _header(verdict: Verdict) -> Markup:
     )
 
 
-def _progress(verdict: Verdict) -> Markup:
+def _progress(verdict: DrillResult) -> Markup:
     places = sorted({_place(struck.target) for struck in verdict.strikes})
     bands = [
         charts.Band(
@@ -67,7 +67,7 @@ def _place(target: str) -> str:
     return place if process == target else f"link of the {place}"
 
 
-def _faults(verdict: Verdict) -> Markup:
+def _faults(verdict: DrillResult) -> Markup:
     rows = (
         [row.fault, f"{row.times:,}", seconds_shown(row.median_s), seconds_shown(row.longest_s),
          held_shown(verdict, row), ", ".join(row.targets)]
@@ -79,19 +79,19 @@ def _faults(verdict: Verdict) -> Markup:
     )
 
 
-def _checks(verdict: Verdict) -> Markup:
+def _checks(verdict: DrillResult) -> Markup:
     rows = ([name, check_shown(found)] for name, found in verdict.checks.items())
     return section("What must hold", table(["checker", "verdict"], rows), style="card words")
 
 
-def _violations(verdict: Verdict) -> Markup:
+def _violations(verdict: DrillResult) -> Markup:
     if verdict.holds:
         return Markup()
     rows = ([one.checker, one.where, one.problem] for one in verdict.violations[:MOST_VIOLATIONS])
     return section("Violations", table(["checker", "where", "problem"], rows), style="card words")
 
 
-def _strikes(verdict: Verdict) -> Markup:
+def _strikes(verdict: DrillResult) -> Markup:
     rows = (
         [f"{one.began:.1f} s", one.fault, one.target, f"{one.ended:.1f} s", seconds_shown(one.recovery_s), one.problem]
         for one in verdict.strikes

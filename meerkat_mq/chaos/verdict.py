@@ -47,7 +47,7 @@ class FaultRow:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class DrillResult:
     """How a drill ended.
 
     Attributes:
@@ -120,7 +120,7 @@ def seconds_shown(seconds: float | None) -> str:
     return DASH if seconds is None else f"{seconds:.2f} s"
 
 
-def held_shown(verdict: Verdict, row: FaultRow) -> str:
+def held_shown(verdict: DrillResult, row: FaultRow) -> str:
     """What held of one fault; where a checker fails, nobody can say by which fault."""
     missing = row.times - row.recovered
     if row.problems:
@@ -140,7 +140,7 @@ def violations_shown(count: int) -> str:
     return f"{count:,} violation{'' if count == 1 else 's'}"
 
 
-def summary_line(verdict: Verdict) -> str:
+def summary_line(verdict: DrillResult) -> str:
     """The whole drill in a line."""
     ending = "everything held" if verdict.holds else violations_shown(len(verdict.violations))
     return (
@@ -149,7 +149,7 @@ def summary_line(verdict: Verdict) -> str:
     )
 
 
-def print_verdict(console: Console, verdict: Verdict) -> None:
+def print_verdict(console: Console, verdict: DrillResult) -> None:
     """The verdict as tables."""
     table = _table("fault", "times", "recovery median", "longest", "what held")
     for row in verdict.faults:

@@ -30,11 +30,11 @@ from meerkat_mq.chaos.plan import load_plan
 from meerkat_mq.chaos.processes import Service
 from meerkat_mq.chaos.proxy import Packet, Passage
 from meerkat_mq.chaos.stage import Stage
-from meerkat_mq.chaos.verdict import Struck, Verdict
+from meerkat_mq.chaos.verdict import DrillResult, Struck
 from meerkat_mq.errors import DrillFailed
 from meerkat_mq.ledger.sqlite import LEDGER_FILE
+from meerkat_mq.rounds.records import DrillResult as Guarded
 from meerkat_mq.rounds.records import UpdateRecord
-from meerkat_mq.rounds.records import Verdict as Guarded
 from meerkat_mq.wire.messages import Header, Update
 from tests.server.federation import NAME, Federation
 from tests.support.command import Meerkat
@@ -270,7 +270,7 @@ def test_deaths_and_tracebacks_are_violations(tmp_path: Path) -> None:
     assert list(judge.ends_in_words(stage)) == [("node-0", "its log holds 1 tracebacks")]
 
 
-def made_up(**changes: Any) -> Verdict:
+def made_up(**changes: Any) -> DrillResult:
     table: dict[str, Any] = {
         "plan": "<plan>",
         "seed": 1,
@@ -282,7 +282,7 @@ def made_up(**changes: Any) -> Verdict:
         "strikes": [struck(1.0), struck(3.0), struck(None)],
         "checks": {"one": [], "two": [Violation("two", "node-<1>", "differs")]},
     }
-    return Verdict(**(table | changes))
+    return DrillResult(**(table | changes))
 
 
 def test_a_verdict_counts_by_fault() -> None:
