@@ -42,7 +42,7 @@ class Process(Protocol):
 
 
 @dataclass(frozen=True)
-class End:
+class ProcessEnd:
     """How a process ended by itself.
 
     Attributes:
@@ -70,7 +70,7 @@ class Service:
         self.name = name
         self.clock = clock
         self.log_pipe = LogPipe(log)
-        self.deaths: list[End] = []
+        self.deaths: list[ProcessEnd] = []
         self.forgiven = False
         self._command = [sys.executable, "-m", f"meerkat_mq.{role}", "--config", str(config), "--json-logs", *flags]
         self._log = log
@@ -192,7 +192,7 @@ class Service:
                 return
             await self._spawn()
 
-    def _end(self) -> End:
+    def _end(self) -> ProcessEnd:
         assert self._process is not None
         self.log_pipe.drain()
         with self._log.open("rb") as file:
@@ -200,7 +200,7 @@ class Service:
             lines = file.read().decode(errors="replace").splitlines()
         last = lines[-1] if lines else ""
         words = last.removeprefix(_WORDS) if last.startswith(_WORDS) else ""
-        return End(self.name, self._process.returncode or 0, words)
+        return ProcessEnd(self.name, self._process.returncode or 0, words)
 
 
 class Attached:
@@ -240,7 +240,7 @@ class Attached:
         """Left to its service manager."""
 
 
-class Broker:
+class BrokerProcess:
     """A Mosquitto of the drill's own: loopback, without persistence, on a port that stays the same.
 
     Args:

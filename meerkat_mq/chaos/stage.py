@@ -11,7 +11,7 @@ import tomli_w
 from pydantic import BaseModel
 
 from meerkat_mq.chaos.credentials import Credentials
-from meerkat_mq.chaos.processes import Attached, Broker, Process, Service
+from meerkat_mq.chaos.processes import Attached, BrokerProcess, Process, Service
 from meerkat_mq.chaos.proxy import Proxy
 from meerkat_mq.chaos.wall_clock import WallClock, build_library
 from meerkat_mq.config import BrokerConfig
@@ -60,7 +60,7 @@ class Stage:
         else:
             assert attach is not None
             self.federation, self.state_dir = attach.federation, attach.state_dir
-        self.broker = Broker(None if self._credentials is None else self._credentials.passwords)
+        self.broker = BrokerProcess(None if self._credentials is None else self._credentials.passwords)
 
     async def __aenter__(self) -> Self:
         """Start what is to be started, or listen for what is attached.

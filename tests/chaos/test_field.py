@@ -21,7 +21,7 @@ from meerkat_mq.broker.certs import CA, CERTIFICATE, KEY
 from meerkat_mq.chaos.credentials import HOST, Credentials
 from meerkat_mq.chaos.faults import FAULTS
 from meerkat_mq.chaos.log_pipe import LogPipe
-from meerkat_mq.chaos.processes import Broker, Service
+from meerkat_mq.chaos.processes import BrokerProcess, Service
 from meerkat_mq.chaos.proxy import Proxy
 from meerkat_mq.chaos.wall_clock import WallClock, build_library
 from meerkat_mq.errors import DrillFailed
@@ -45,7 +45,7 @@ def strike(name: str, stage: object, target: str = "node-0", **parameters: Any) 
 
 
 @asynccontextmanager
-async def known(broker: Broker, credentials: Credentials) -> AsyncIterator[tuple[int, asyncio.StreamReader]]:
+async def known(broker: BrokerProcess, credentials: Credentials) -> AsyncIterator[tuple[int, asyncio.StreamReader]]:
     """CONNECT with the drill's user and password: the code of CONNACK, and what comes after it."""
     way = credentials.way(broker.config)
     texts = [text.encode() for text in ("client", way.username or "", way.password or "")]
@@ -61,7 +61,7 @@ async def known(broker: Broker, credentials: Credentials) -> AsyncIterator[tuple
 async def test_a_broker_with_an_empty_password_store_ends_connections_and_refuses_new_ones(
     credentials: Credentials,
 ) -> None:
-    broker = Broker(credentials.passwords)
+    broker = BrokerProcess(credentials.passwords)
     await broker.start()
     try:
         async with known(broker, credentials) as (code, after):
