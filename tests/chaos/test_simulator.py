@@ -7,7 +7,7 @@ import pytest
 
 from meerkat_mq.chaos.simulator.command import tally
 from meerkat_mq.chaos.simulator.run import judge
-from meerkat_mq.chaos.simulator.schedule import Fault, Schedule, make_schedule
+from meerkat_mq.chaos.simulator.schedule import Schedule, ScheduledFault, make_schedule
 from meerkat_mq.chaos.simulator.shrink import shrink
 
 CHUNK = 50
@@ -76,7 +76,9 @@ def test_without_quorum_a_run_does_not_finish_and_the_checker_says_so() -> None:
 
 
 def test_a_schedule_shrinks_to_what_makes_it_fail() -> None:
-    faults = tuple(Fault(name, "server", float(at), 1.0, 0.5) for at, name in enumerate(["crash", "lose", "freeze"]))
+    faults = tuple(
+        ScheduledFault(name, "server", float(at), 1.0, 0.5) for at, name in enumerate(["crash", "lose", "freeze"])
+    )
     schedule = replace(make_schedule(0), faults=faults, nodes=5, min_nodes=3, lanes=1, wire=True)
     least = shrink(schedule, lambda smaller: any(fault.name == "lose" for fault in smaller.faults))
     assert [fault.name for fault in least.faults] == ["lose"]

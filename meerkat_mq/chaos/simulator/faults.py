@@ -8,7 +8,7 @@ from meerkat_mq.chaos.history import CORRUPT_THETA, Injected
 from meerkat_mq.chaos.simulator.broker import KEEP_ALIVE_S, Client, Message, Weather
 from meerkat_mq.chaos.simulator.federation import Federation
 from meerkat_mq.chaos.simulator.node import Node
-from meerkat_mq.chaos.simulator.schedule import ALL, SERVER, Fault
+from meerkat_mq.chaos.simulator.schedule import ALL, SERVER, ScheduledFault
 from meerkat_mq.chaos.simulator.server import ROUND, STATE
 from meerkat_mq.chaos.simulator.world import Process
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState
@@ -16,7 +16,7 @@ from meerkat_mq.wire.messages import Header, Round, Update, Values
 
 CRASH_WITHIN = 40  # effects
 EARLIER_RUN = bytes(range(100, 116))
-Act = Callable[[Federation, Fault], None]
+Act = Callable[[Federation, ScheduledFault], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Kind:
     heal: Act
 
 
-def inflict(federation: Federation, fault: Fault) -> None:
+def inflict(federation: Federation, fault: ScheduledFault) -> None:
     """Put a fault on the agenda: its strike, and its healing."""
     kind, clock = FAULTS[fault.name], federation.clock
 
@@ -57,40 +57,40 @@ def leave_behind(federation: Federation) -> None:
         broker.retained[message.topic] = message
 
 
-def _process(federation: Federation, fault: Fault) -> Process:
+def _process(federation: Federation, fault: ScheduledFault) -> Process:
     return federation.server if fault.target == SERVER else federation.nodes[fault.target]
 
 
-def _clients(federation: Federation, fault: Fault) -> list[Client]:
+def _clients(federation: Federation, fault: ScheduledFault) -> list[Client]:
     if fault.target == ALL:
         return [federation.server.client, *(node.client for node in federation.nodes.values())]
     return [federation.server.client if fault.target == SERVER else federation.nodes[fault.target].client]
 
 
-def _nothing(federation: Federation, fault: Fault) -> None:
+def _nothing(federation: Federation, fault: ScheduledFault) -> None:
     pass
 
 
 # --- processes ------------------------------------------------------------------------------------------------------
 
 
-def _crash(federation: Federation, fault: Fault) -> None:
+def _crash(federation: Federation, fault: ScheduledFault) -> None:
     _process(federation, fault).crash_in = int(fault.detail * CRASH_WITHIN)
 
 
-def _start_again(federation: Federation, fault: Fault) -> None:
+def _start_again(federation: Federation, fault: ScheduledFault) -> None:
     process = _process(federation, fault)
     process.crash_in = None
     federation.revive(process)
 
 
-def _leave(federation: Federation, fault: Fault) -> None:
+def _leave(federation: Federation, fault: ScheduledFault) -> None:
     node = federation.nodes[fault.target]
     if node.alive:
         node.leave()
 
 
-def _freeze(federation: Federation, fault: Fault) -> None:
+def _freeze(federation: Federation, fault: ScheduledFault) -> None:
     process = _process(federation, fault)
     if not process.alive or process.frozen:
         return
@@ -105,7 +105,7 @@ def _freeze(federation: Federation, fault: Fault) -> None:
     federation.clock.at(federation.clock.now + KEEP_ALIVE_S, miss)
 
 
-def _thaw(federation: Federation, fault: Fault) -> None:
+def _thaw(federation: Federation, fault: ScheduledFault) -> None:
     if fault.target == SERVER:
         federation.thaw_servers()
     else:
@@ -115,11 +115,11 @@ def _thaw(federation: Federation, fault: Fault) -> None:
             node.thaw()
 
 
-def _restore(federation: Federation, fault: Fault) -> None:
+def _restore(federation: Federation, fault: ScheduledFault) -> None:
     federation.restore(fault)
 
 
-def _corrupt(federation: Federation, fault: Fault) -> None:
+def _corrupt(federation: Federation, fault: ScheduledFault) -> None:
     node, faults, number = federation.nodes[fault.target], federation.history.faults, -1
     struck = replace(faults.pop(), name=CORRUPT_THETA, ended=math.inf)
     if not node.alive or node.healed is not None:
@@ -137,17 +137,17 @@ def _corrupt(federation: Federation, fault: Fault) -> None:
 # --- links ----------------------------------------------------------------------------------------------------------
 
 
-def _part(federation: Federation, fault: Fault) -> None:
+def _part(federation: Federation, fault: ScheduledFault) -> None:
     for client in _clients(federation, fault):
         federation.broker.part(client)
 
 
-def _rejoin(federation: Federation, fault: Fault) -> None:
+def _rejoin(federation: Federation, fault: ScheduledFault) -> None:
     for client in _clients(federation, fault):
         federation.broker.rejoin(client)
 
 
-def _worsen(federation: Federation, fault: Fault) -> None:
+def _worsen(federation: Federation, fault: ScheduledFault) -> None:
     weather = {
         "lose": Weather(lose=0.6 * fault.detail),
         "duplicate": Weather(duplicate=fault.detail),
@@ -158,7 +158,7 @@ def _worsen(federation: Federation, fault: Fault) -> None:
         client.weather = weather
 
 
-def _clear(federation: Federation, fault: Fault) -> None:
+def _clear(federation: Federation, fault: ScheduledFault) -> None:
     """Fair weather again; where messages were lost, TCP has given the connection up."""
     for client in _clients(federation, fault):
         lost = client.weather is not None and client.weather.lose > 0
@@ -167,24 +167,24 @@ def _clear(federation: Federation, fault: Fault) -> None:
             federation.broker.break_link(client)
 
 
-def _broker_down(federation: Federation, fault: Fault) -> None:
+def _broker_down(federation: Federation, fault: ScheduledFault) -> None:
     federation.broker.crash()
 
 
-def _broker_up(federation: Federation, fault: Fault) -> None:
+def _broker_up(federation: Federation, fault: ScheduledFault) -> None:
     federation.broker.up = True
 
 
 # --- messages -------------------------------------------------------------------------------------------------------
 
 
-def _replay(federation: Federation, fault: Fault) -> None:
+def _replay(federation: Federation, fault: ScheduledFault) -> None:
     passed, chance = federation.broker.passed, federation.clock.random
     for _ in range(1 + int(20 * fault.detail) if passed else 0):
         federation.broker.spread(chance.choice(passed))
 
 
-def _earlier_run(federation: Federation, fault: Fault) -> None:
+def _earlier_run(federation: Federation, fault: ScheduledFault) -> None:
     broker, round_ = federation.broker, _foreign_round(federation)
     broker.spread(Message(ROUND, round_, retain=False))
     for name, node in federation.nodes.items():
@@ -198,7 +198,7 @@ def _foreign_round(federation: Federation) -> Round:
     return Round(header, True, settings.steps, settings.lanes, settings.eps, 1000, asked=frozenset(range(8)))
 
 
-def _hostile(federation: Federation, fault: Fault) -> None:
+def _hostile(federation: Federation, fault: ScheduledFault) -> None:
     """A node sends what no node of ours would."""
     node, chance = federation.nodes[fault.target], federation.clock.random
     if not federation.history.rounds:

@@ -7,7 +7,7 @@ from meerkat_mq.chaos.history import History
 from meerkat_mq.chaos.simulator.broker import Broker
 from meerkat_mq.chaos.simulator.durable import Disk, Ledger, Theta
 from meerkat_mq.chaos.simulator.node import Habits, Node
-from meerkat_mq.chaos.simulator.schedule import Fault, Schedule
+from meerkat_mq.chaos.simulator.schedule import Schedule, ScheduledFault
 from meerkat_mq.chaos.simulator.server import Server
 from meerkat_mq.chaos.simulator.world import Clock, Process
 from meerkat_mq.config import Codec, EarlyStoppingConfig
@@ -84,7 +84,7 @@ class Federation:
         self.nodes = {f"n{number}": self._node(number) for number in range(schedule.nodes)}
         self.server: Server
         self._servers: list[Server] = []
-        self._backups: dict[Fault, Ledger] = {}
+        self._backups: dict[ScheduledFault, Ledger] = {}
 
     def _node(self, number: int) -> Node:
         chance, schedule = self.clock.random, self.schedule
@@ -140,11 +140,11 @@ class Federation:
                 server.client.cut = False
                 server.thaw()
 
-    def take_backup(self, fault: Fault) -> None:
+    def take_backup(self, fault: ScheduledFault) -> None:
         """Copy the ledger, for `restore`."""
         self._backups[fault] = self.disk.ledger.backup()
 
-    def restore(self, fault: Fault) -> None:
+    def restore(self, fault: ScheduledFault) -> None:
         """Stop every server, and put an earlier ledger in place."""
         for server in self._servers:
             if server.alive:

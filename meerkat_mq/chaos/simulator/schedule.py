@@ -12,7 +12,7 @@ SERVER, ALL = "server", "all"
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class ScheduledFault:
     """One fault.
 
     Attributes:
@@ -89,7 +89,7 @@ class Schedule:
     slow: bool
     fickle: bool
     leftovers: bool
-    faults: tuple[Fault, ...]
+    faults: tuple[ScheduledFault, ...]
 
     @property
     def heals_at(self) -> float:
@@ -104,7 +104,7 @@ class Schedule:
     def decode(cls, text: str) -> "Schedule":
         """What `encode` wrote."""
         fields: dict[str, Any] = json.loads(text)
-        return cls(**fields | {"faults": tuple(Fault(**fault) for fault in fields["faults"])})
+        return cls(**fields | {"faults": tuple(ScheduledFault(**fault) for fault in fields["faults"])})
 
 
 # Name, weight, whom it may strike.
@@ -187,11 +187,11 @@ def make_schedule(seed: int, names: Collection[str] = ()) -> Schedule:
     )
 
 
-def _fault(draw: random.Random, nodes: int, length_s: float, names: Collection[str]) -> Fault:
+def _fault(draw: random.Random, nodes: int, length_s: float, names: Collection[str]) -> ScheduledFault:
     kinds = [kind for kind in _KINDS if not names or kind[0] in names]
     name, _, whom = draw.choices(kinds, [weight for _, weight, _ in kinds])[0]
     if whom == "anyone":
         whom = draw.choice((SERVER, ALL, "node", "node"))
     target = f"n{draw.randrange(nodes)}" if whom == "node" else whom
     at, lasts = draw.uniform(0.0, length_s), draw.choice((0.1, 0.5, 1.0, 3.0, 8.0)) * draw.uniform(0.5, 1.5)
-    return Fault(name, target, round(at, 3), round(lasts, 3), round(draw.random(), 3))
+    return ScheduledFault(name, target, round(at, 3), round(lasts, 3), round(draw.random(), 3))
