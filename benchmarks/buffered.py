@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.demo.plan import Choices, Plan, make_plan
+from meerkat_mq.demo.plan import Choices, DemoPlan, make_plan
 from meerkat_mq.demo.settings import DEMO
 from meerkat_mq.engines.evaluate import evaluate
 from meerkat_mq.engines.torch.engine import TransformersEngine
@@ -76,7 +76,7 @@ class Point:
 class Stage:
     """Model, mask and data of a seed."""
 
-    plan: Plan
+    plan: DemoPlan
     mask: Mask
     engine: TransformersEngine
 

@@ -34,7 +34,7 @@ from benchmarks.buffered import (
 )
 from meerkat_mq.chaos.drill import Drill
 from meerkat_mq.chaos.plan import load_plan
-from meerkat_mq.demo.plan import Choices, Plan, make_plan
+from meerkat_mq.demo.plan import Choices, DemoPlan, make_plan
 from meerkat_mq.demo.settings import DEMO
 from meerkat_mq.engines.torch.load import load_model
 from meerkat_mq.engines.torch.masks import make_mask
@@ -67,7 +67,7 @@ def rounds_of(policy: Policy, count: int) -> dict[str, Any]:
     return rounds
 
 
-def write_configs(folder: Path, plan: Plan, mask: Path, policy: Policy, count: int, seed: int, faults: str) -> Path:
+def write_configs(folder: Path, plan: DemoPlan, mask: Path, policy: Policy, count: int, seed: int, faults: str) -> Path:
     """federation.toml, the nodes' files and the drill's plan; returns the last."""
     write_rows(folder / "held-out.jsonl", plan.held_out[:ROWS])
     (folder / "task.toml").write_text(tomli_w.dumps(plan.task.model_dump(mode="json")), encoding="utf-8")

@@ -22,7 +22,7 @@ import torch
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import Row
 from meerkat_mq.demo.local import node_name
-from meerkat_mq.demo.plan import Choices, Plan, make_plan
+from meerkat_mq.demo.plan import Choices, DemoPlan, make_plan
 from meerkat_mq.engines.evaluate import evaluate
 from meerkat_mq.engines.torch.engine import TransformersEngine
 from meerkat_mq.engines.torch.load import load_model
@@ -63,7 +63,7 @@ class Outcome:
     settings: RoundSettings
 
 
-def settings(plan: Plan, mask: Mask, aggregate: str) -> RoundSettings:
+def settings(plan: DemoPlan, mask: Mask, aggregate: str) -> RoundSettings:
     rules = plan.rounds.model_copy(update={"aggregate": aggregate})
     return RoundSettings(
         run_id=hashlib.sha256(f"poisoned node {plan.seed}".encode()).digest()[:16],
@@ -125,7 +125,7 @@ def honest_refused(outcome: Outcome) -> tuple[int, int]:
     return sum(record.verdict != Verdict.ACCEPTED for record in honest), len(honest)
 
 
-def compare(plan: Plan, aggregate: str) -> tuple[Outcome, Outcome]:
+def compare(plan: DemoPlan, aggregate: str) -> tuple[Outcome, Outcome]:
     """(without the node, with it)."""
     loaded = load_model(plan.source)
     mask = make_mask(

@@ -26,7 +26,7 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import Row
 from meerkat_mq.core.values import Residual, mean_displacement, quantised
 from meerkat_mq.demo.local import node_name
-from meerkat_mq.demo.plan import Choices, Plan, make_plan
+from meerkat_mq.demo.plan import Choices, DemoPlan, make_plan
 from meerkat_mq.demo.settings import DEMO
 from meerkat_mq.engines.evaluate import evaluate
 from meerkat_mq.engines.torch.engine import TransformersEngine
@@ -83,7 +83,7 @@ class Node:
         return first_order_steps(engine, theta, batches, config)[0]
 
 
-def nodes_of(plan: Plan, codec: Codec, size: int) -> list[Node]:
+def nodes_of(plan: DemoPlan, codec: Codec, size: int) -> list[Node]:
     return [Node(node_name(number), rows, Residual(codec, size)) for number, rows in enumerate(plan.shards)]
 
 
@@ -95,7 +95,7 @@ def bits(values: Float32Array, codec: Codec) -> float:
     return 8 * len(encode_values(values, codec)) / values.size
 
 
-def sizes(masks: dict[str, Mask], plan: Plan) -> Iterator[str]:
+def sizes(masks: dict[str, Mask], plan: DemoPlan) -> Iterator[str]:
     yield (
         "| mask | n | optimiser | displacement | "
         + " | ".join(f"{codec} ≤ {BOUNDS[codec]:g}" for codec in CODECS)
@@ -122,7 +122,7 @@ class Outcome(NamedTuple):
     error: float
 
 
-def train(engine: TransformersEngine, mask: Mask, plan: Plan, way: Way, rounds: int) -> Outcome:
+def train(engine: TransformersEngine, mask: Mask, plan: DemoPlan, way: Way, rounds: int) -> Outcome:
     nodes, theta = nodes_of(plan, way.node, mask.size), mask.theta_0
     config, errors, up, down = NodeValuesConfig(optimiser="adamw", lr=LR), list[float](), 0, 0
     for version in range(rounds):

@@ -6,12 +6,12 @@ from typing import Any
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import Row
 from meerkat_mq.demo.local import LocalResult, node_name
-from meerkat_mq.demo.plan import Plan
+from meerkat_mq.demo.plan import DemoPlan
 from meerkat_mq.observe.facts import Facts, NodeFacts
 from meerkat_mq.wire.descriptor import Task
 
 
-def facts_before(plan: Plan, mask: Mask, parameters: int) -> Facts:
+def facts_before(plan: DemoPlan, mask: Mask, parameters: int) -> Facts:
     """What is known before the run starts: the model, and the rows of each node."""
     return Facts(
         mask=mask.hash.hex(),
@@ -29,7 +29,7 @@ def _labels(task: Task, rows: Sequence[Row]) -> tuple[int, ...]:
     return tuple(sum(row[task.label_field] == label for row in rows) for label in range(len(task.label_words)))
 
 
-def facts_after(facts: Facts, plan: Plan, result: LocalResult) -> Facts:
+def facts_after(facts: Facts, plan: DemoPlan, result: LocalResult) -> Facts:
     """And after it: how it ended, and what each node said last."""
     finished = result.finished
     assert finished is not None

@@ -39,7 +39,7 @@ class Choices:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DemoPlan:
     """A demo, ready to run.
 
     Attributes:
@@ -70,7 +70,7 @@ class Plan:
     seed: int
 
 
-def make_plan(choices: Choices) -> Plan:
+def make_plan(choices: Choices) -> DemoPlan:
     """Fill in what was not chosen.
 
     Raises:
@@ -93,10 +93,10 @@ def make_plan(choices: Choices) -> Plan:
     return _given(choices, choices.model, load_task(choices.task), choices.data)
 
 
-def _own(choices: Choices) -> Plan:
+def _own(choices: Choices) -> DemoPlan:
     early_stopping = DEMO.early_stopping.model_copy(update={"by": choices.early_stopping})
     rows = triage_rows(choices.seed, DEMO.training_rows, "train")
-    return Plan(
+    return DemoPlan(
         source=str(WEIGHTS),
         name="meerkat-demo (Llama architecture)",
         task=TASK,
@@ -123,7 +123,7 @@ def _own(choices: Choices) -> Plan:
     )
 
 
-def _given(choices: Choices, model: str, task: Task, data: Path | str) -> Plan:
+def _given(choices: Choices, model: str, task: Task, data: Path | str) -> DemoPlan:
     rows = read_rows(data, task)
     train, held_out = hold_out(rows, HELD_OUT, seed=choices.seed, label_field=task.label_field)
     if not held_out:
@@ -135,7 +135,7 @@ def _given(choices: Choices, model: str, task: Task, data: Path | str) -> Plan:
     def calibration() -> Sequence[str]:
         return read_texts(text) if text is not None else [fill(task.text, row) for row in train]
 
-    return Plan(
+    return DemoPlan(
         source=model,
         name=model,
         task=task,

@@ -11,7 +11,7 @@ from rich.console import Console
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.demo.facts import facts_after, facts_before
 from meerkat_mq.demo.local import SERVER, LocalFederation, run_local
-from meerkat_mq.demo.plan import Plan
+from meerkat_mq.demo.plan import DemoPlan
 from meerkat_mq.engines.evaluate import evaluate, first_order
 from meerkat_mq.engines.torch.engine import TransformersEngine
 from meerkat_mq.engines.torch.load import LoadedModel, load_model, set_threads
@@ -30,7 +30,7 @@ from meerkat_mq.server.reporting import PAGE_FILE, read_report
 EVALUATIONS = 12
 
 
-async def run_demo(plan: Plan, out: Path, console: Console) -> None:
+async def run_demo(plan: DemoPlan, out: Path, console: Console) -> None:
     """Run the demo and leave everything in `out`, a new folder.
 
     That is: mask, logs, node folders, server/difference.mkd, report.html.
@@ -47,7 +47,7 @@ async def run_demo(plan: Plan, out: Path, console: Console) -> None:
         raise ConfigError(f"--out {out}", f"cannot be written ({error.strerror})", "choose another folder") from error
 
 
-async def _run(plan: Plan, out: Path, console: Console) -> None:
+async def _run(plan: DemoPlan, out: Path, console: Console) -> None:
     config, local_steps = plan.early_stopping, plan.rounds.local_steps
     if config.by != "off" and local_steps <= config.steps:
         console.print(unchanged_line(local_steps, config), soft_wrap=True, highlight=False)
@@ -63,7 +63,7 @@ async def _run(plan: Plan, out: Path, console: Console) -> None:
     _check_digests(report, out)
 
 
-async def _federate(plan: Plan, out: Path, live: Live) -> Report:
+async def _federate(plan: DemoPlan, out: Path, live: Live) -> Report:
     """Every phase; after each, what `meerkat report` makes its page of is on the disk."""
     live.note(f"loading {plan.name}")
     loaded = await asyncio.to_thread(load_model, plan.source)
@@ -97,13 +97,13 @@ def _leave_page(facts: Facts, out: Path) -> Report:
     return report
 
 
-def _make_mask(plan: Plan, loaded: LoadedModel) -> Mask:
+def _make_mask(plan: DemoPlan, loaded: LoadedModel) -> Mask:
     return make_mask(
         loaded, plan.calibration(), density=plan.density, seed=plan.seed, sequences=plan.sequences, length=plan.length
     )
 
 
-def _federation(plan: Plan, out: Path, facts: Facts) -> LocalFederation:
+def _federation(plan: DemoPlan, out: Path, facts: Facts) -> LocalFederation:
     return LocalFederation(
         folder=out,
         source=plan.source,
@@ -119,7 +119,7 @@ def _federation(plan: Plan, out: Path, facts: Facts) -> LocalFederation:
     )
 
 
-def _bound(plan: Plan, mask: Mask, loaded: LoadedModel, progress: Callable[[int, int], None]) -> float:
+def _bound(plan: DemoPlan, mask: Mask, loaded: LoadedModel, progress: Callable[[int, int], None]) -> float:
     engine = TransformersEngine(loaded, mask, plan.task)
     rows = engine.usable([row for shard in plan.shards for row in shard])
     first_order(

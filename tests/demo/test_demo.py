@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from meerkat_mq.demo import run as demo
-from meerkat_mq.demo.plan import Choices, Plan, make_plan
+from meerkat_mq.demo.plan import Choices, DemoPlan, make_plan
 from meerkat_mq.demo.settings import WEIGHTS
 from meerkat_mq.observe.live import Live
 from meerkat_mq.observe.report import Report
@@ -29,7 +29,7 @@ def _but_the_time(page: str) -> str:
 
 
 async def test_an_interrupted_demo_says_how_its_page_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def interrupted(plan: Plan, out: Path, live: Live) -> Report:
+    async def interrupted(plan: DemoPlan, out: Path, live: Live) -> Report:
         (out / "server").mkdir()
         if ledger:
             (out / "server" / "ledger.sqlite").touch()
