@@ -12,7 +12,7 @@ FOLDER = "prepared"
 
 
 @dataclass
-class Prepared:
+class SharedFolder:
     """The folder of what cells share.
 
     Attributes:

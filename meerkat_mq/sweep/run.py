@@ -13,7 +13,7 @@ from meerkat_mq.errors import ConfigError, ModelError, RunError
 from meerkat_mq.observe.signals import Interrupted, handled, interrupt
 from meerkat_mq.sweep.grid import Cell, cells_of
 from meerkat_mq.sweep.plan import SweepPlan
-from meerkat_mq.sweep.prepared import FOLDER, Prepared
+from meerkat_mq.sweep.prepared import FOLDER, SharedFolder
 from meerkat_mq.sweep.progress import SweepProgress
 from meerkat_mq.sweep.results import TABLE_FILE, Results
 from meerkat_mq.sweep.rows import rows_of, shards_of
@@ -36,7 +36,7 @@ def run_sweep(plan: SweepPlan, out: Path, processes: int, console: Console) -> N
             raise ModelError("model", outcome.error)
         cells, results = cells_of(plan, outcome.value, TASK), Results(out)
         with SweepProgress(console, cells, results.rows, processes) as progress:
-            _run(cells, Prepared(out / FOLDER), workers, results, progress)
+            _run(cells, SharedFolder(out / FOLDER), workers, results, progress)
     failed = sum(not results.finished(cell.key) for cell in cells)
     console.print(f"Results: {out / TABLE_FILE}", soft_wrap=True, highlight=False, markup=False)
     if failed:
@@ -60,7 +60,9 @@ def check_plan(plan: SweepPlan) -> None:
             shards_of(train, plan.nodes, cell.split, seed=cell.seed, label_field=label)
 
 
-def _run(cells: Sequence[Cell], shared: Prepared, workers: Workers, results: Results, progress: SweepProgress) -> None:
+def _run(
+    cells: Sequence[Cell], shared: SharedFolder, workers: Workers, results: Results, progress: SweepProgress
+) -> None:
     waiting = {cell.key: cell for cell in cells if not results.finished(cell.key)}
     for outcome in workers.run(shared.jobs(waiting.values()), lambda: progress.look(workers.shares)):
         shared.take(outcome)
