@@ -24,7 +24,7 @@ class Standing(Enum):
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class HeldOutScore:
     """theta of a version on held-out rows.
 
     Attributes:
@@ -134,7 +134,7 @@ class Report:
     standing: Standing
     closed: int
     losses: Sequence[Point]
-    evaluations: Sequence[Evaluation]
+    evaluations: Sequence[HeldOutScore]
     nodes: Mapping[str, NodeReport]
     at: str
     digest: str = ""

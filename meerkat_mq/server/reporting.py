@@ -21,7 +21,7 @@ from meerkat_mq.ledger.verify import run_of
 from meerkat_mq.observe.charts import Point
 from meerkat_mq.observe.facts import Facts, NodeFacts, facts_of
 from meerkat_mq.observe.paths import Magnitudes
-from meerkat_mq.observe.report import Evaluation, NodeReport, Report, Standing
+from meerkat_mq.observe.report import HeldOutScore, NodeReport, Report, Standing
 from meerkat_mq.rounds.guards import NOT_REFUSED
 from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.rounds.records import UpdateRecord
@@ -148,7 +148,7 @@ class _History:
         return sum(spans) if spans else None
 
 
-def _evaluations(metrics: Mapping[int, Mapping[str, float]], rising: RisingLoss) -> list[Evaluation]:
+def _evaluations(metrics: Mapping[int, Mapping[str, float]], rising: RisingLoss) -> list[HeldOutScore]:
     found = []
     for version, figures in sorted(metrics.items()):
         if "loss" in figures:
@@ -156,7 +156,7 @@ def _evaluations(metrics: Mapping[int, Mapping[str, float]], rising: RisingLoss)
         if "accuracy" in figures:
             rows = figures.get("rows")
             found.append(
-                Evaluation(
+                HeldOutScore(
                     version, figures["accuracy"], figures.get("loss"), None if rows is None else int(rows),
                     figures.get("majority"),
                 )

@@ -7,7 +7,7 @@ from typing import Any
 
 from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.observe.events import Evaluated, RoundClosed
-from meerkat_mq.observe.report import Evaluation, NodeReport, Report, Standing
+from meerkat_mq.observe.report import HeldOutScore, NodeReport, Report, Standing
 from meerkat_mq.rounds.records import Judgement
 from meerkat_mq.wire.descriptor import RunDescriptor, Task
 
@@ -89,8 +89,8 @@ def evaluated(version: int, accuracy: float) -> Evaluated:
     )
 
 
-def an_evaluation(version: int, accuracy: float, *, majority: float | None = 0.31) -> Evaluation:
-    return Evaluation(version, accuracy, 2 * (1 - accuracy), 1000, majority)
+def an_evaluation(version: int, accuracy: float, *, majority: float | None = 0.31) -> HeldOutScore:
+    return HeldOutScore(version, accuracy, 2 * (1 - accuracy), 1000, majority)
 
 
 def a_node(**changes: Any) -> NodeReport:
