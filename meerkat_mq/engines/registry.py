@@ -33,7 +33,7 @@ SEE: Final = "see docs/engines.md"
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class KnownEngine:
     """What is known of an engine before anything of it is imported.
 
     Attributes:
@@ -52,12 +52,12 @@ class Entry:
 
 
 ENGINES: Final = {
-    "transformers": Entry("meerkat_mq.engines.torch.engine:make", extra="model", task="needed"),
-    "toy": Entry("meerkat_mq.engines.toy:make", task="none", mask=toy.toy_mask, read=toy.read_seeds),
+    "transformers": KnownEngine("meerkat_mq.engines.torch.engine:make", extra="model", task="needed"),
+    "toy": KnownEngine("meerkat_mq.engines.toy:make", task="none", mask=toy.toy_mask, read=toy.read_seeds),
 }
 
 
-def entry_of(name: str) -> Entry:
+def entry_of(name: str) -> KnownEngine:
     """The engine of a name; imports nothing.
 
     Raises:
@@ -66,7 +66,7 @@ def entry_of(name: str) -> Entry:
     if name in ENGINES:
         return ENGINES[name]
     if ":" in name:
-        return Entry(name)
+        return KnownEngine(name)
     remedy = f'use {", ".join(sorted(ENGINES))}, or "package.module:factory" for one of your own'
     raise ConfigError("engine", f"{name!r} is unknown", remedy)
 
