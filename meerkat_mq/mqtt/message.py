@@ -29,7 +29,7 @@ class Will:
 
 
 @dataclass
-class Traffic:
+class MessageCount:
     """Messages in one direction: their payloads, and the whole PUBLISH packets (no TCP/IP, TLS, acknowledgements)."""
 
     messages: int = 0

@@ -14,7 +14,7 @@ from meerkat_mq.errors import BrokerError, NotConnected, PayloadTooLarge
 from meerkat_mq.mqtt.connection import Connection
 from meerkat_mq.mqtt.ends import Lost, Refused, Sending
 from meerkat_mq.mqtt.marker import Marker
-from meerkat_mq.mqtt.message import Message, Traffic, Will
+from meerkat_mq.mqtt.message import Message, MessageCount, Will
 from meerkat_mq.mqtt.outbox import Outbox, Outgoing
 from meerkat_mq.mqtt.own_topic import OwnTopic
 from meerkat_mq.mqtt.probe import takes_without_will
@@ -76,8 +76,8 @@ class Session:
     ) -> None:
         self.link: int | None = None
         self.connects = 0
-        self.sent: defaultdict[str, Traffic] = defaultdict(Traffic)
-        self.received: defaultdict[str, Traffic] = defaultdict(Traffic)
+        self.sent: defaultdict[str, MessageCount] = defaultdict(MessageCount)
+        self.received: defaultdict[str, MessageCount] = defaultdict(MessageCount)
         self._broker = broker
         self._client_id = client_id
         self._filters = dict(subscriptions)

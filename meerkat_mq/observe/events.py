@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from meerkat_mq.mqtt.message import Traffic
+from meerkat_mq.mqtt.message import MessageCount
 from meerkat_mq.rounds.records import Judgement
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor
 
@@ -89,7 +89,7 @@ class RunFinished:
     seconds: float
     digest: str
     statuses: Mapping[str, NodeStatus]
-    updates: Mapping[str, Traffic]
+    updates: Mapping[str, MessageCount]
     counts: Mapping[str, int]
 
 

@@ -18,7 +18,7 @@ from meerkat_mq.errors import reason
 from meerkat_mq.ledger.losses import mean_loss, watched_loss
 from meerkat_mq.ledger.rising import RisingLoss
 from meerkat_mq.ledger.rows import Products, Sighting
-from meerkat_mq.mqtt import Traffic
+from meerkat_mq.mqtt import MessageCount
 from meerkat_mq.observe.events import Evaluated, Observer, RoundClosed, RunFinished, Warned
 from meerkat_mq.observe.figures import log_keys, rounded
 from meerkat_mq.rounds.events import EntryCommitted
@@ -140,11 +140,11 @@ class Monitor:
     def _has_spoken(self, status: NodeStatus) -> bool:
         return status.status in ("lost", "stopped", "asleep") or status.version == self._rounds
 
-    def sightings(self, received: Mapping[str, Traffic]) -> tuple[Sighting, ...]:
+    def sightings(self, received: Mapping[str, MessageCount]) -> tuple[Sighting, ...]:
         """What is new of nodes since the last call; `received` counts by "kind/node"."""
         news, now = list[Sighting](), time.time()
         for node, status in self.statuses.items():
-            counts = {kind: received.get(f"{kind}/{node}") or Traffic() for kind in ("update", "want", "status")}
+            counts = {kind: received.get(f"{kind}/{node}") or MessageCount() for kind in ("update", "want", "status")}
             standing = (status, counts["update"].messages, sum(count.packet_bytes for count in counts.values()))
             before, self._noted[node] = self._noted.get(node, (None, 0, 0)), standing
             if standing != before:
@@ -184,7 +184,7 @@ class Monitor:
         figures = {**found.figures, "rows": float(found.rows)}
         keep(version, {name: value for name, value in figures.items() if math.isfinite(value)})
 
-    async def finish(self, theta: Float32Array, updates: Mapping[str, Traffic]) -> None:
+    async def finish(self, theta: Float32Array, updates: Mapping[str, MessageCount]) -> None:
         """Wait for the last evaluation and for the nodes at hand to say where they stand; then tell how it ended."""
         seconds = self._seconds()
         if not all(self._has_spoken(status) for status in self.statuses.values()):

@@ -12,7 +12,7 @@ from meerkat_mq.config import ServerConfig
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.errors import MeerkatError, TooFewNodes
 from meerkat_mq.ledger.run import early_stopping_in_words, mode_in_words, trust_in_words
-from meerkat_mq.mqtt import Marker, Session, Traffic, Will
+from meerkat_mq.mqtt import Marker, MessageCount, Session, Will
 from meerkat_mq.observe.events import Observer, RunStarted
 from meerkat_mq.observe.process import Threads
 from meerkat_mq.rounds import events as e
@@ -195,7 +195,7 @@ class Server:
             return topic.removeprefix(f"{self._topics.root}/").split("/", 1)[0]
         return f"{parsed[1]}/{parsed[0]}" if parsed[0] in self._monitor.statuses else parsed[1]
 
-    def _updates(self) -> dict[str, Traffic]:
+    def _updates(self) -> dict[str, MessageCount]:
         return {
             kind.removeprefix("update/"): count
             for kind, count in self._session.received.items()

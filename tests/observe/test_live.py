@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from meerkat_mq.mqtt.message import Traffic
+from meerkat_mq.mqtt.message import MessageCount
 from meerkat_mq.observe.events import RoundClosed, RunFinished, RunStarted
 from meerkat_mq.observe.live import Live
 from tests.observe.made_up import DIGEST, a_descriptor, a_judgement, a_round, evaluated
@@ -17,7 +17,7 @@ def a_run(live: Live, rounds: int, *, every: int) -> None:
         live(a_round(version - 1, loss=1.25, seconds=version / 2))
         if version % every == 0:
             live(evaluated(version, 0.6 + version / (10 * rounds)))
-    live(RunFinished(rounds, rounds / 2, DIGEST, {}, {"node-0": Traffic()}, {}))
+    live(RunFinished(rounds, rounds / 2, DIGEST, {}, {"node-0": MessageCount()}, {}))
 
 
 def plain(rounds: int, *, every: int) -> list[str]:

@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 from meerkat_mq.config import RoundsConfig, ServerConfig
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.engines.evaluate import Evaluation
-from meerkat_mq.mqtt import Traffic
+from meerkat_mq.mqtt import MessageCount
 from meerkat_mq.observe.events import Evaluated, RoundClosed, RunEvent
 from meerkat_mq.rounds.events import EntryCommitted
 from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
@@ -45,16 +45,16 @@ def test_a_sighting_says_what_is_new(tmp_path: Any) -> None:
     eye.heard_from("a", status())
     eye.heard_from("b", status())
     counts = {
-        "update/a": Traffic(2, 100, 150),
-        "want/a": Traffic(1, 30, 50),
-        "status/b": Traffic(1, 5, 7),
-        "update": Traffic(9),
+        "update/a": MessageCount(2, 100, 150),
+        "want/a": MessageCount(1, 30, 50),
+        "status/b": MessageCount(1, 5, 7),
+        "update": MessageCount(9),
     }
     first = {found.node: found for found in eye.sightings(counts)}
     assert (first["a"].updates, first["a"].packet_bytes, first["a"].rows, first["a"].boot) == (2, 200, 8, 3)
     assert (first["b"].updates, first["b"].packet_bytes) == (0, 7)
     assert eye.sightings(counts) == ()
-    counts["update/a"] = Traffic(3, 150, 225)
+    counts["update/a"] = MessageCount(3, 150, 225)
     eye.heard_from("b", status("lost"))
     second = {found.node: found for found in eye.sightings(counts)}
     assert (second["a"].updates, second["a"].packet_bytes) == (1, 75)
