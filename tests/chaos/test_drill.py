@@ -33,8 +33,7 @@ from meerkat_mq.chaos.stage import Stage
 from meerkat_mq.chaos.verdict import DrillResult, Struck
 from meerkat_mq.errors import DrillFailed
 from meerkat_mq.ledger.sqlite import LEDGER_FILE
-from meerkat_mq.rounds.records import DrillResult as Guarded
-from meerkat_mq.rounds.records import UpdateRecord
+from meerkat_mq.rounds.records import UpdateRecord, Verdict
 from meerkat_mq.wire.messages import Header, Update
 from tests.server.federation import NAME, Federation
 from tests.support.command import Meerkat
@@ -329,7 +328,7 @@ def test_poison_must_be_refused_within_twenty_rounds(
     ]
     history: Any = SimpleNamespace(
         records=[
-            (UpdateRecord(version, "node-0", 0, 7, 1, scalars, 0.5, Guarded(verdict)),)
+            (UpdateRecord(version, "node-0", 0, 7, 1, scalars, 0.5, Verdict(verdict)),)
             for version, (scalars, verdict) in enumerate(zip(sent, verdicts, strict=True))
         ]
     )
