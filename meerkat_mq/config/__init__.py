@@ -1,20 +1,15 @@
 """Configuration files: TOML in, checked objects out; every error names the file, the key and the remedy."""
 
 from meerkat_mq.config.broker import BrokerConfig
+from meerkat_mq.config.early_stopping import EarlyStoppingConfig
+from meerkat_mq.config.evaluation import EvaluationConfig
+from meerkat_mq.config.guards import GuardsConfig
+from meerkat_mq.config.limits import LimitsConfig
 from meerkat_mq.config.load import check_config, load_config, read_toml
-from meerkat_mq.config.schema import (
-    EarlyStoppingConfig,
-    EvaluationConfig,
-    GuardsConfig,
-    LimitsConfig,
-    ModelConfig,
-    NodeConfig,
-    NodeValuesConfig,
-    RoundsConfig,
-    ScheduleConfig,
-    ServerConfig,
-    ServerValuesConfig,
-)
+from meerkat_mq.config.model import ModelConfig
+from meerkat_mq.config.node import NodeConfig
+from meerkat_mq.config.rounds import RoundsConfig
+from meerkat_mq.config.schedule import ScheduleConfig
 from meerkat_mq.config.section import (
     HUB_DATA,
     Codec,
@@ -27,6 +22,8 @@ from meerkat_mq.config.section import (
     Seconds,
     Section,
 )
+from meerkat_mq.config.server import ServerConfig
+from meerkat_mq.config.values import NodeValuesConfig, ServerValuesConfig
 
 __all__ = [
     "HUB_DATA",

@@ -11,6 +11,7 @@ from meerkat_mq.config.section import LocalPath, Section, in_vain
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<place>[^/?#]*)(?P<rest>.*)", re.DOTALL)
 _PLACE = re.compile(r"(?P<host>\[[^\[\]]*\]|[^\[\]:%\\]+)(?P<colon>:)?(?P<port>(?<=:)[^:]*)?")
+CHUNK_PACKET_BYTES = 2**16 + 1024  # a chunk of 64 KiB, its header, its topic
 _PORTS = {"mqtt": 1883, "mqtts": 8883}
 _SHAPE = "must be mqtt://host[:port], mqtts://host[:port] or embedded"
 _CREDENTIALS = "must hold no user and password: put them into broker.username and broker.password"
@@ -103,6 +104,12 @@ class BrokerConfig(Section):
     @property
     def _address(self) -> _Address:
         return _Address(False, "127.0.0.1", _PORTS["mqtt"]) if self.url == "embedded" else _parse(self.url)
+
+
+def room_for_chunks(broker: BrokerConfig, why: str) -> None:
+    """ValueError where the broker takes no packet that holds a chunk."""
+    if broker.max_packet_bytes < CHUNK_PACKET_BYTES:
+        raise ValueError(f"broker.max_packet_bytes must be {CHUNK_PACKET_BYTES} or more with {why}")
 
 
 def _parse(url: str) -> _Address:

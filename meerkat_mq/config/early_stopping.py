@@ -1,0 +1,44 @@
+"""The section `[early_stopping]` of `federation.toml`."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from meerkat_mq.config.section import Section, Share
+
+
+class EarlyStoppingConfig(Section):
+    """Meerkat-vp: nodes with extremely skewed data do fewer local steps a round (docs/early-stopping.md).
+
+    Attributes:
+        by: "vpcs" judges each node by the GradIP of its virtual path; "random", the control, draws nodes; "off".
+        steps: local steps a round of an early-stopped node.
+        calibration_steps: local steps, of every node, in a round that calibrates, the first one; a round's count.
+        every: rounds from one calibration to the next, at least 2; 0: never again.
+        initial: share of the calibration steps that are its initial part.
+        later: share of them, from the end, that are its later part.
+        rho_later: least ratio of mean |GradIP| in the initial part to that in the later part.
+        rho_quiet: least share of quiet steps in the later part: |GradIP| below `quiet`.
+        quiet: level σ, as a part of the node's mean |GradIP| in the initial part.
+        require: whether both conditions flag a node, or one is enough.
+        random_share: share of the nodes that "random" draws.
+    """
+
+    by: Literal["off", "vpcs", "random"] = "off"
+    steps: Annotated[int, Field(ge=1, le=1000)] = 1
+    calibration_steps: Annotated[int, Field(ge=4, le=1000)] = 200
+    every: Annotated[int, Field(ge=0)] = 0
+    initial: Annotated[float, Field(gt=0, le=0.5)] = 0.2
+    later: Annotated[float, Field(gt=0, le=0.5)] = 0.5
+    rho_later: Annotated[float, Field(gt=0)] = 2.5
+    rho_quiet: Share = 0.5
+    quiet: Annotated[float, Field(gt=0)] = 0.2
+    require: Literal["both", "either"] = "both"
+    random_share: Share = 0.25
+
+    @field_validator("every")
+    @classmethod
+    def _not_always(cls, every: int) -> int:
+        if every == 1:
+            raise ValueError("must be 0, or at least 2: where every round calibrates, nobody does fewer steps")
+        return every

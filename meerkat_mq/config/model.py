@@ -1,0 +1,15 @@
+"""The section `[model]` of `federation.toml`."""
+
+from meerkat_mq.config.section import Device, Dtype, Section
+
+
+class ModelConfig(Section):
+    """The base model, where a server has one for evaluation and masks.
+
+    Attributes:
+        source: local folder or hub id.
+    """
+
+    source: str
+    dtype: Dtype = "float32"
+    device: Device = "cpu"

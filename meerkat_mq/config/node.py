@@ -1,0 +1,53 @@
+"""`node.toml`."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from meerkat_mq.config.broker import BrokerConfig, room_for_chunks
+from meerkat_mq.config.limits import LimitsConfig
+from meerkat_mq.config.schedule import ScheduleConfig
+from meerkat_mq.config.section import DataSource, Device, Dtype, EngineName, Flag, Identifier, LocalPath, Section
+from meerkat_mq.config.values import NodeValuesConfig
+
+
+class NodeConfig(Section):
+    """node.toml: a node needs only its id, a broker, its data, where the base model is, and a state folder.
+
+    Attributes:
+        id: 1 to 64 letters, digits, "_" and "-"; unique in the federation.
+        engine: one of one's own, which the run names too; default: the run's, where it is one of this package.
+        model: local folder or hub id of the base model; not needed for an engine without one.
+        dtype: default: the run's.
+        threads: CPU threads for the model; default: torch's own choice.
+        uplink: "path": projected gradients; "values": a displacement, of first-order steps.
+    """
+
+    id: Identifier
+    federation: Identifier
+    data: DataSource
+    state_dir: LocalPath
+    engine: EngineName | None = None
+    model: str | None = None
+    broker: BrokerConfig = BrokerConfig()
+    device: Device = "cpu"
+    dtype: Dtype | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    exit_when_finished: Flag = False
+    uplink: Literal["path", "values"] = "path"
+    values: NodeValuesConfig = NodeValuesConfig()
+    schedule: ScheduleConfig | None = None
+    limits: LimitsConfig = LimitsConfig()
+
+    @field_validator("broker")
+    @classmethod
+    def _of_another_process(cls, broker: BrokerConfig) -> BrokerConfig:
+        if broker.url == "embedded":
+            raise ValueError('url = "embedded" is for servers; give the address of the federation\'s broker')
+        return broker
+
+    @model_validator(mode="after")
+    def _displacements_fit(self) -> Self:
+        if self.uplink == "values":
+            room_for_chunks(self.broker, 'uplink = "values"')
+        return self

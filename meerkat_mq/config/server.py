@@ -1,0 +1,50 @@
+"""`federation.toml`."""
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from meerkat_mq.config.broker import BrokerConfig, room_for_chunks
+from meerkat_mq.config.early_stopping import EarlyStoppingConfig
+from meerkat_mq.config.evaluation import EvaluationConfig
+from meerkat_mq.config.guards import GuardsConfig
+from meerkat_mq.config.model import ModelConfig
+from meerkat_mq.config.rounds import RoundsConfig
+from meerkat_mq.config.section import Dtype, EngineName, Flag, Identifier, LocalPath, Seconds, Section
+from meerkat_mq.config.values import ServerValuesConfig
+
+
+class ServerConfig(Section):
+    """federation.toml.
+
+    Attributes:
+        engine: what computes, or "package.module:factory" of one's own (docs/engines.md).
+        mask: mask file (`meerkat mask` writes one); not needed where the engine brings its own.
+        task: built-in task, or a task's TOML file.
+        model: only for evaluation; without it the server never imports torch.
+        wait_for_nodes_s: with `once`, how long to wait for min_nodes.
+        once: end with the run instead of staying online.
+    """
+
+    federation: Identifier
+    state_dir: LocalPath
+    broker: BrokerConfig = BrokerConfig()
+    rounds: RoundsConfig = RoundsConfig()
+    guards: GuardsConfig = GuardsConfig()
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
+    values: ServerValuesConfig = ServerValuesConfig()
+    engine: EngineName = "transformers"
+    toy_weights: Annotated[int, Field(ge=1, le=10_000_000)] = 1000
+    mask: LocalPath | None = None
+    task: str | None = None
+    dtype: Dtype = "float32"
+    model: ModelConfig | None = None
+    evaluation: EvaluationConfig | None = None
+    once: Flag = False
+    wait_for_nodes_s: Seconds = 120.0
+
+    @model_validator(mode="after")
+    def _displacements_fit(self) -> Self:
+        if self.values.accept:
+            room_for_chunks(self.broker, "values.accept = true")
+        return self
