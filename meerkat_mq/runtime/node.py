@@ -8,6 +8,7 @@ the newest state of the server and the newest round.
 
 import socket
 from collections import Counter
+from collections.abc import Callable
 from typing import assert_never
 
 import structlog
@@ -32,7 +33,7 @@ from meerkat_mq.runtime.rest import Rest, is_behind
 from meerkat_mq.runtime.steps import Sequence, Steps, until, work
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor, ServerState, decode_control
 from meerkat_mq.wire.frames import decode, encode
-from meerkat_mq.wire.messages import Chunk, Entries, Offer, Refusal, Round, Update, Want, Welcome
+from meerkat_mq.wire.messages import Chunk, Entries, Frame, Offer, Refusal, Round, Update, Want, Welcome
 from meerkat_mq.wire.topics import Topics
 
 
@@ -48,6 +49,7 @@ class NodeDriver:
         clock: of everything here.
         make_model: makes the model of a run; blocks, and is called by the worker.
         monitor: looks on.
+        read: decodes a frame.
 
     Attributes:
         counts: everything counted, by reason.
@@ -66,6 +68,7 @@ class NodeDriver:
         clock: Clock,
         make_model: MakeModel,
         monitor: NodeMonitor,
+        read: Callable[[bytes], Frame] = decode,
     ) -> None:
         self.counts: Counter[str] = Counter()
         self.machine: NodeMachine | None = None
@@ -79,6 +82,7 @@ class NodeDriver:
         self._make_model = make_model
         self._monitor = monitor
         self._log = structlog.get_logger().bind(node=habits.name, federation=habits.federation)
+        self._read = read
         self._seldom = Seldom()
         self._topics = Topics(habits.federation)
         self._own_status = self._topics.up(habits.name, "status")
@@ -222,7 +226,7 @@ class NodeDriver:
         self._join_anew(descriptor)
 
     def _on_frame(self, topic: str, payload: bytes, *, retained: bool) -> None:
-        reply, frame = self._topics.reply(self._habits.name), decode(payload)
+        reply, frame = self._topics.reply(self._habits.name), self._read(payload)
         match frame:
             case Round() if topic == self._topics.round:
                 self._on_round(frame, retained=retained)
@@ -240,7 +244,7 @@ class NodeDriver:
     def _on_round(self, frame: Round, *, retained: bool) -> None:
         before, self._round = self._round, frame
         self._handle(e.FrameCame(self._clock.now(), frame))
-        if self._is_behind:
+        if self.machine is not None and is_behind(frame, self.machine):
             self._compute.move_on()
         is_new = before is not None and frame.header.version > before.header.version and not retained
         newest = frame.entries[-1].displacement if frame.entries else None
@@ -331,11 +335,6 @@ class NodeDriver:
         if jobs is None or self.machine is None:
             return late and (blobs is None or not blobs.arriving)
         return self._rest.may_sleep(late, jobs, self._round, self.machine, self._clock.now())
-
-    @property
-    def _is_behind(self) -> bool:
-        """Whether the newest round is of a later version than this node's."""
-        return self.machine is not None and is_behind(self._round, self.machine)
 
     def wake(self) -> None:
         """The node will be connected again."""

@@ -10,7 +10,7 @@ present machine hears and says nothing.
 """
 
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import assert_never
 
@@ -35,7 +35,7 @@ from meerkat_mq.runtime.writer import Holdings, LedgerWriter
 from meerkat_mq.wire.arrays import chunks_of, split
 from meerkat_mq.wire.descriptor import ControlMessage, NodeStatus, ServerState, decode_control
 from meerkat_mq.wire.frames import MAX_SLOTS, decode, encode
-from meerkat_mq.wire.messages import Chunk, Entries, Header, Offer, Refusal, Round, Update, Want, Welcome
+from meerkat_mq.wire.messages import Chunk, Entries, Frame, Header, Offer, Refusal, Round, Update, Want, Welcome
 from meerkat_mq.wire.topics import Topics
 
 LOOK_S = 1.0  # between two looks at whether the retained state has to follow the run
@@ -57,6 +57,7 @@ class ServerDriver:
         monitor: looks on.
         replace: whether to take over from a server that is online.
         alone: whether no other process uses this server's ledger.
+        read: decodes a frame.
 
     Attributes:
         machine: of the present term; None before the first.
@@ -75,6 +76,7 @@ class ServerDriver:
         monitor: ServerMonitor,
         replace: bool = False,
         alone: bool = True,
+        read: Callable[[bytes], Frame] = decode,
     ) -> None:
         run = held.run
         self.machine: ServerMachine | None = None
@@ -85,6 +87,7 @@ class ServerDriver:
         self._others = other_work
         self._monitor = monitor
         self._log = structlog.get_logger().bind(federation=federation, run=run.descriptor.run[:8])
+        self._read = read
         self._seldom = Seldom()
         self._topics = Topics(federation)
         self._taking_term = False
@@ -259,7 +262,7 @@ class ServerDriver:
         if kind == "status":
             self._on_status(node, decode_control(payload, NodeStatus))
             return
-        now, frame = self._clock.now(), decode(payload)
+        now, frame = self._clock.now(), self._read(payload)
         match frame:
             case Update() if kind == "update":
                 self.handle(e.UpdateCame(now, node, frame))

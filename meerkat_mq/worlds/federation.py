@@ -1,0 +1,186 @@
+"""A whole federation in one process, on a virtual clock: the drivers of services on ports in memory.
+
+Only the engines are real. Nothing fails by itself; whoever tests what happens then has the processes in hand.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import count
+from typing import Any
+
+from meerkat_mq.config import Codec, NodeValuesConfig
+from meerkat_mq.core.directions import Float32Array, direction
+from meerkat_mq.core.mask import Mask
+from meerkat_mq.core.path import Entry
+from meerkat_mq.core.step import Engine, Row
+from meerkat_mq.errors import MeerkatError
+from meerkat_mq.rounds.policy import RoundSettings
+from meerkat_mq.rounds.records import Judgement, UpdateRecord
+from meerkat_mq.runtime.model import Model, NodeHabits
+from meerkat_mq.wire.descriptor import RunDescriptor
+from meerkat_mq.worlds.broker import Broker, Message
+from meerkat_mq.worlds.clock import Process, VirtualClock
+from meerkat_mq.worlds.compute import VirtualStepCompute
+from meerkat_mq.worlds.ledger import MemoryLedger
+from meerkat_mq.worlds.model import EngineModel
+from meerkat_mq.worlds.node import MemoryNodeStore, NodeProcess
+from meerkat_mq.worlds.replica import Thetas
+from meerkat_mq.worlds.run import FEDERATION, make_run
+from meerkat_mq.worlds.server import ServerProcess
+from meerkat_mq.worlds.store import MemoryStore
+from meerkat_mq.worlds.world import World
+
+DRAWN_BYTES = 2**30  # of directions that are kept for the other nodes of a lane
+THETAS = 2
+
+
+@dataclass(frozen=True)
+class NodePart:
+    """What a node brings.
+
+    Attributes:
+        steps_s: virtual seconds that a round's local steps take.
+        values: of a values node: how it steps; None of a path node.
+    """
+
+    name: str
+    engine: Engine[Any]
+    rows: Sequence[Row]
+    steps_s: float = 0.01
+    values: NodeValuesConfig | None = None
+
+
+class Federation:
+    """Server and nodes on one virtual clock.
+
+    Args:
+        settings: the rules of the run's rounds.
+        mask: of the run.
+        parts: of the nodes.
+        batch_size: rows of a local step.
+        stream: of directions.
+        codec: how mean displacements are encoded.
+        commit_s: virtual seconds of one commit.
+        routed: is told of each message that reaches the broker.
+
+    Attributes:
+        ledger: of the run.
+        counts: (who, reason) of what the server counted.
+        errors: (who, error) of what ended a process.
+        nodes: by name.
+        server: the one that was started last.
+    """
+
+    def __init__(
+        self,
+        settings: RoundSettings,
+        mask: Mask,
+        parts: Sequence[NodePart],
+        *,
+        batch_size: int,
+        stream: str = "mk1",
+        codec: Codec = "bfloat16",
+        commit_s: float = 0.0,
+        routed: Callable[[Message], None] = lambda message: None,
+    ) -> None:
+        self.settings = settings
+        self.clock = VirtualClock()
+        self.ledger = MemoryLedger()
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.errors: list[tuple[str, MeerkatError]] = []
+        run = make_run(settings, mask, stream=stream, codec=codec, batch_size=batch_size)
+        chance = random.Random(0)  # noqa: S311 - chance to be repeated, not to be secret
+        broker = Broker(self.clock, chance, routed=routed)
+        self._world = World(self.clock, broker, run, Thetas(run, THETAS), self._failed, self._count)
+        self._commit_s = commit_s
+        self._draw = lru_cache(maxsize=min(1024, DRAWN_BYTES // (4 * mask.size)))(direction)
+        self._numbers = count()
+        self.nodes: Mapping[str, NodeProcess] = {part.name: self._node(part) for part in parts}
+        self.server = self._server()
+
+    def _server(self) -> ServerProcess:
+        return ServerProcess(f"{next(self._numbers):016x}", self._world, self.ledger, commit_s=self._commit_s)
+
+    def _node(self, part: NodePart) -> NodeProcess:
+        def make_model(process: NodeProcess, run: RunDescriptor, mask: Mask) -> Model:
+            return EngineModel(
+                run,
+                self._world.thetas.replica(),
+                name=part.name,
+                engine=part.engine,
+                data=part.rows,
+                draw=self._draw,
+                take_steps=process.store.take_steps,
+                values=part.values,
+            )
+
+        def compute(process: Process) -> VirtualStepCompute:
+            return VirtualStepCompute(process, part.steps_s)
+
+        return NodeProcess(
+            NodeHabits(part.name, FEDERATION, values=part.values is not None),
+            self._world,
+            MemoryNodeStore(self._world.run.mask),
+            compute=compute,
+            make_model=make_model,
+        )
+
+    def _failed(self, who: str, error: MeerkatError) -> None:
+        self.errors.append((who, error))
+
+    def _count(self, who: str, reason: str) -> None:
+        self.counts[who, reason] += 1
+
+    # --- people's hands ---
+
+    def start(self) -> None:
+        """Start the server, then every node."""
+        self.start_server()
+        for node in self.nodes.values():
+            node.start()
+
+    def start_server(self) -> None:
+        """Start a server on the ledger, under the next term."""
+        self.server = self._server()
+        self.server.start()
+
+    def run(self, until: float) -> None:
+        """Let virtual time pass, until the run is finished or it is `until`."""
+        self.clock.run(until, lambda: self.finished)
+
+    # --- what came of it ---
+
+    @property
+    def finished(self) -> bool:
+        """Whether all rounds are closed."""
+        return len(self.ledger.entries) >= self.settings.count
+
+    @property
+    def store(self) -> MemoryStore:
+        """To read the ledger."""
+        return MemoryStore(self.ledger)
+
+    @property
+    def theta(self) -> Float32Array:
+        """Committed, float32 (n,)."""
+        assert self.server.driver is not None
+        return self.server.driver.writer.committed[1]
+
+    @property
+    def entries(self) -> list[Entry]:
+        """Of the ledger."""
+        return [closed.entry for closed in self.ledger.entries.values()]
+
+    @property
+    def records(self) -> list[tuple[UpdateRecord, ...]]:
+        """The updates of each entry."""
+        store = self.store
+        return [store.records(version) for version in self.ledger.entries]
+
+    @property
+    def judgements(self) -> list[Judgement]:
+        """Of all calibration rounds, oldest first."""
+        return [found for judged in self.ledger.judgements.values() for found in judged.values()]

@@ -1,0 +1,162 @@
+"""A node process of a world: the driver on ports in memory."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from meerkat_mq.core.mask import Mask
+from meerkat_mq.runtime.model import KeptUpdate, Model, NodeHabits
+from meerkat_mq.runtime.node import NodeDriver
+from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor
+from meerkat_mq.wire.topics import Topics
+from meerkat_mq.worlds.broker import LARGEST_PACKET, Client
+from meerkat_mq.worlds.clock import Process
+from meerkat_mq.worlds.compute import VirtualStepCompute
+from meerkat_mq.worlds.world import World
+
+
+@dataclass
+class MemoryNodeStore:
+    """What a node keeps between its lives."""
+
+    mask: Mask | None = None
+    update: tuple[str, KeptUpdate] | None = None
+    steps: dict[str, int] = field(default_factory=dict)
+
+    def load_mask(self, mask_hash: bytes) -> Mask | None:
+        """The mask with this hash, if it was kept."""
+        return self.mask if self.mask is not None and self.mask.hash == mask_hash else None
+
+    def keep_mask(self, mask: Mask) -> None:
+        """Keep a mask, and no other."""
+        self.mask = mask
+
+    def load_update(self, run: RunDescriptor) -> KeptUpdate | None:
+        """The update that was kept, if it is of this run."""
+        return self.update[1] if self.update is not None and self.update[0] == run.run else None
+
+    def keep_update(self, run: RunDescriptor, kept: KeptUpdate) -> None:
+        """Keep an update, and no other."""
+        self.update = run.run, kept
+
+    def forget_update(self) -> None:
+        """Keep no update."""
+        self.update = None
+
+    def take_steps(self, run: str, count: int) -> int:
+        """Move the data pointer of a run on by `count` local steps; returns the first of them."""
+        first = self.steps.get(run, 0)
+        self.steps = {run: first + count}
+        return first
+
+
+class NodeProcess(Process):
+    """One node; each life has a boot of its own, and begins at theta_0. It is its driver's monitor.
+
+    Args:
+        habits: of the node.
+        world: it lives in.
+        store: outlives the process.
+        compute: makes the worker of a life.
+        make_model: makes the model of a run.
+        latency_s: of its link.
+        largest: MQTT packet, in bytes.
+
+    Attributes:
+        boot: of the present life.
+        driver: of the present life.
+        client: its session.
+    """
+
+    def __init__(
+        self,
+        habits: NodeHabits,
+        world: World,
+        store: MemoryNodeStore,
+        *,
+        compute: Callable[[Process], VirtualStepCompute],
+        make_model: Callable[["NodeProcess", RunDescriptor, Mask], Model],
+        latency_s: float = 0.001,
+        largest: int = LARGEST_PACKET,
+    ) -> None:
+        super().__init__(habits.name, world.clock, world.failed)
+        self.boot = 0
+        self.driver: NodeDriver | None = None
+        self.store = store
+        self._habits = habits
+        self._world = world
+        self._compute = compute
+        self._make_model = make_model
+        self._latency_s, self._largest = latency_s, largest
+        self._topics = Topics(habits.federation)
+        self.client = self._session()
+
+    def _session(self) -> Client:
+        topics, name = self._topics, self._habits.name
+        return Client(
+            self._world.broker,
+            self,
+            filters=[topics.server, topics.run, topics.round, topics.reply(name)],
+            own=topics.up(name, "status"),
+            received=self._received,
+            connected=self._connected,
+            disconnected=self._disconnected,
+            will=lambda link: self.status("lost", link).encode(),
+            latency_s=self._latency_s,
+            largest=self._largest,
+        )
+
+    def start(self) -> None:
+        """Begin at theta_0, under another boot."""
+        super().start()
+        self.boot += 1
+        self.client = self._session()
+        self.driver = NodeDriver(
+            self._habits,
+            self.boot,
+            transport=self.client,
+            store=self.store,
+            compute=self._compute(self),
+            clock=self,
+            make_model=lambda run, mask: self._make_model(self, run, mask),
+            monitor=self,
+            read=self._world.read,
+        )
+        self._world.broker.join(self.client)
+
+    def kill(self, *, will_s: float = 0.0) -> None:
+        """End: the broker publishes the will, after the keep-alive if need be."""
+        super().kill()
+        self._world.broker.leave(self.client, will_s=will_s)
+
+    def leave(self) -> None:
+        """End in order."""
+        Process.kill(self)
+        self._world.broker.leave(self.client, farewell=self.status("stopped", self.client.link or 0).encode())
+
+    def status(self, word: str, link: int, wakes_in_s: int | None = None) -> NodeStatus:
+        """What its status topic says."""
+        assert self.driver is not None
+        return self.driver.status(word, link, wakes_in_s)
+
+    def _received(self, topic: str, payload: bytes, retained: bool) -> None:
+        assert self.driver is not None
+        self.driver.received(topic, payload, retained=retained)
+
+    def _connected(self, link: int) -> None:
+        assert self.driver is not None
+        self.driver.connected(link)
+
+    def _disconnected(self) -> None:
+        assert self.driver is not None
+        self.driver.disconnected()
+
+    # --- what its driver tells ---
+
+    def ready(self, run: RunDescriptor, mask: Mask, model: Model) -> None:
+        """The node has a run's mask and model."""
+
+    def changed(self) -> None:
+        """The node may have nothing more to do."""
+
+    def finished(self, version: int, theta: bytes) -> None:
+        """The node has all entries of its run."""

@@ -1,0 +1,87 @@
+"""theta of many processes in one: what one of them has computed, the others take."""
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from meerkat_mq.core.directions import Float32Array
+from meerkat_mq.core.path import digest
+from meerkat_mq.core.replica import Change, Replica
+from meerkat_mq.ledger.run import Run
+
+_Key = tuple[bytes, int, object, bytes | None]
+
+
+class Thetas:
+    """What entries lead to, of one run; the newest `kept` of them.
+
+    Args:
+        run: the run.
+        kept: how many to remember.
+    """
+
+    def __init__(self, run: Run, kept: int) -> None:
+        self.run = run
+        self._kept = kept
+        self._after: OrderedDict[_Key, tuple[Float32Array, bytes, bytes]] = OrderedDict()
+        self.start = digest(run.mask.theta_0)
+
+    def replica(self) -> "SharedReplica":
+        """One at theta_0."""
+        return SharedReplica(self)
+
+    def get(self, key: _Key) -> tuple[Float32Array, bytes, bytes] | None:
+        """theta, its name here, and the digest that the entry has, if it is known."""
+        return self._after.get(key)
+
+    def put(self, key: _Key, found: tuple[Float32Array, bytes, bytes]) -> None:
+        """Remember it."""
+        self._after[key] = found
+        if len(self._after) > self._kept:
+            self._after.popitem(last=False)
+
+
+class SharedReplica(Replica):
+    """A replica that computes no entry that another one has just computed from the same theta."""
+
+    def __init__(self, thetas: Thetas) -> None:
+        run = thetas.run.descriptor
+        super().__init__(thetas.run.mask, run_id=run.run_id, stream=run.stream, digest_every=run.digest_every)
+        self._thetas = thetas
+        self._name: bytes | None = thetas.start
+
+    def reset(self) -> None:
+        """Back to theta_0."""
+        super().reset()
+        self._name = self._thetas.start
+
+    def load(self, theta: Float32Array, version: int) -> None:
+        """Go to a version."""
+        super().load(theta, version)
+        self._name = None
+
+    def replay(self, changes: Iterable[Change]) -> tuple[bytes, ...]:
+        """Apply entries, all or none; returns and raises what `Replica.replay` does."""
+        before, name, digests = (self.theta, self.version), self._name, list[bytes]()
+        try:
+            for change in changes:
+                digests.append(self._follow(change))
+        except BaseException:
+            super().load(*before)
+            self._name = name
+            raise
+        return tuple(digests)
+
+    def _follow(self, change: Change) -> bytes:
+        if self._name is None:
+            self._name = digest(self.theta)
+        terms, displacement = change
+        key = (self._name, self.version, tuple(terms), None if displacement is None else displacement.tobytes())
+        found = self._thetas.get(key)
+        if found is None:
+            (after,) = super().replay([change])
+            found = self.theta, after if any(after) else digest(self.theta), after
+            self._thetas.put(key, found)
+        else:
+            super().load(found[0], self.version + 1)
+        self._name = found[1]
+        return found[2]

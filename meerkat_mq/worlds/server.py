@@ -1,0 +1,146 @@
+"""A server process of a world: the driver on ports in memory."""
+
+from meerkat_mq.core.directions import Float32Array
+from meerkat_mq.ledger.recovery import recovered
+from meerkat_mq.ledger.snapshots import Snapshots
+from meerkat_mq.rounds.events import EntryCommitted
+from meerkat_mq.rounds.server import ServerMachine
+from meerkat_mq.runtime.server import ServerDriver
+from meerkat_mq.runtime.succession import Past
+from meerkat_mq.runtime.writer import Holdings
+from meerkat_mq.wire.descriptor import NodeStatus
+from meerkat_mq.wire.topics import Topics
+from meerkat_mq.worlds.broker import LARGEST_PACKET, Client
+from meerkat_mq.worlds.clock import Process
+from meerkat_mq.worlds.compute import VirtualCompute
+from meerkat_mq.worlds.ledger import MemoryLedger
+from meerkat_mq.worlds.run import FEDERATION
+from meerkat_mq.worlds.store import MemoryStore
+from meerkat_mq.worlds.world import World
+
+
+class ServerProcess(Process):
+    """One server process; several may share a ledger. It is its driver's monitor.
+
+    Args:
+        server_id: 16 hex digits.
+        world: it lives in.
+        ledger: of the run, or empty.
+        commit_s: seconds of one commit.
+        measure_s: seconds that the inner products of a round's directions take.
+        latency_s: of its link.
+        largest: MQTT packet, in bytes.
+        replace: whether it takes over from a server that is online.
+
+    Attributes:
+        driver: of the present life.
+        client: its session.
+    """
+
+    def __init__(
+        self,
+        server_id: str,
+        world: World,
+        ledger: MemoryLedger,
+        *,
+        commit_s: float = 0.0,
+        measure_s: float = 0.0,
+        latency_s: float = 0.001,
+        largest: int = LARGEST_PACKET,
+        replace: bool = False,
+    ) -> None:
+        super().__init__("server", world.clock, world.failed)
+        self.server_id = server_id
+        self._world = world
+        self._ledger = ledger
+        self._commit_s, self._measure_s = commit_s, measure_s
+        self._replace = replace
+        self._topics = topics = Topics(FEDERATION)
+        self.driver: ServerDriver | None = None
+        self.client = Client(
+            world.broker,
+            self,
+            filters=[topics.up("+", kind) for kind in ("status", "update", "want")],
+            own=topics.server,
+            received=self._received,
+            connected=self._connected,
+            disconnected=self._disconnected,
+            will=self._will,
+            latency_s=latency_s,
+            largest=largest,
+        )
+
+    @property
+    def machine(self) -> ServerMachine | None:
+        """Of the present term."""
+        return self.driver.machine if self.driver is not None else None
+
+    def start(self) -> None:
+        """Begin: recover from the ledger, and connect."""
+        super().start()
+        self.call(self._begin)
+
+    def _begin(self) -> None:
+        run, store = self._world.run, MemoryStore(self._ledger, now=self.now, step=self.step)
+        snapshots = Snapshots(store, run.descriptor)
+        replica = recovered(store, run, snapshots, self._world.thetas.replica())
+        self.driver = ServerDriver(
+            FEDERATION,
+            self.server_id,
+            Holdings(run, store, replica, snapshots, Past.of(store)),
+            transport=self.client,
+            clock=self,
+            ledger_work=VirtualCompute(self, self._commit_s),
+            other_work=VirtualCompute(self, self._measure_s),
+            monitor=self,
+            replace=self._replace,
+            read=self._world.read,
+        )
+        self._world.broker.join(self.client)
+
+    def kill(self) -> None:
+        """End: the broker publishes the will."""
+        super().kill()
+        self._world.broker.leave(self.client)
+
+    # --- its session ---
+
+    def _received(self, topic: str, payload: bytes, retained: bool) -> None:
+        assert self.driver is not None
+        self.driver.received(topic, payload, retained=retained)
+
+    def _connected(self, link: int) -> None:
+        assert self.driver is not None
+        self.driver.connected(link)
+
+    def _disconnected(self) -> None:
+        assert self.driver is not None
+        self.driver.disconnected()
+
+    def _will(self, link: int) -> bytes:
+        assert self.driver is not None
+        return self.driver.state("lost", link).encode()
+
+    # --- what its driver tells ---
+
+    def counted(self, reason: str) -> None:
+        """Something noteworthy happened."""
+        self._world.count(self.name, reason)
+
+    def heard_from(self, node: str, status: NodeStatus) -> None:
+        """A node said what it does."""
+
+    def took_term(self, term: int, machine: ServerMachine) -> None:
+        """This server is in charge."""
+
+    def stood(self, version: int, theta: Float32Array) -> None:
+        """theta is committed at a version."""
+
+    def opened(self) -> None:
+        """A round is open."""
+
+    def closed(self, event: EntryCommitted, online: int) -> None:
+        """A round was committed."""
+
+    def changed(self, online: int, *, is_open: bool, finished: bool) -> None:
+        """The machine was told something."""
