@@ -21,7 +21,7 @@ from meerkat_mq.node.words import say_finished
 from meerkat_mq.node.work import Work
 from meerkat_mq.observe.process import Threads, peak_rss_mib
 from meerkat_mq.runtime.loop import LoopClock, Ports
-from meerkat_mq.runtime.model import Model, NodeHabits
+from meerkat_mq.runtime.model import Model, NodeProfile
 from meerkat_mq.runtime.node import NodeDriver
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor
 from meerkat_mq.wire.topics import Topics
@@ -74,7 +74,7 @@ class _Node:
             marker=Marker(config.state_dir, config.broker, client_id),
         )
         self._driver = NodeDriver(
-            NodeHabits(config.id, config.federation, config.uplink == "values", keeps=config.schedule is not None),
+            NodeProfile(config.id, config.federation, config.uplink == "values", keeps=config.schedule is not None),
             secrets.randbits(32),
             transport=self._session,
             store=state,

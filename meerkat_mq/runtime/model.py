@@ -16,7 +16,7 @@ Place = tuple[Float32Array, int]  # theta and its version
 
 
 @dataclass(frozen=True, slots=True)
-class NodeHabits:
+class NodeProfile:
     """What sets a node apart.
 
     Attributes:

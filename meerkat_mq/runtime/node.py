@@ -26,7 +26,7 @@ from meerkat_mq.runtime.alarm import Alarm
 from meerkat_mq.runtime.blobs import Blobs
 from meerkat_mq.runtime.jobs import Jobs
 from meerkat_mq.runtime.join import check_changes, check_descriptor, get_mask
-from meerkat_mq.runtime.model import KeptUpdate, MakeModel, Model, NodeHabits, NodeStore, StepCompute
+from meerkat_mq.runtime.model import KeptUpdate, MakeModel, Model, NodeProfile, NodeStore, StepCompute
 from meerkat_mq.runtime.monitor import NodeMonitor
 from meerkat_mq.runtime.ports import Clock, Transport
 from meerkat_mq.runtime.rest import Rest, is_behind
@@ -41,7 +41,7 @@ class NodeDriver:
     """One node process.
 
     Args:
-        habits: of this node.
+        profile: of this node.
         boot: random u32, one a process.
         transport: its session; it is subscribed to the server, run and round topics and to its own replies.
         store: what it keeps between starts.
@@ -59,7 +59,7 @@ class NodeDriver:
 
     def __init__(
         self,
-        habits: NodeHabits,
+        profile: NodeProfile,
         boot: int,
         *,
         transport: Transport,
@@ -73,7 +73,7 @@ class NodeDriver:
         self.counts: Counter[str] = Counter()
         self.machine: NodeMachine | None = None
         self.presence = Presence(boot)
-        self._habits = habits
+        self._profile = profile
         self._boot = boot
         self._transport = transport
         self._store = store
@@ -81,11 +81,11 @@ class NodeDriver:
         self._clock = clock
         self._make_model = make_model
         self._monitor = monitor
-        self._log = structlog.get_logger().bind(node=habits.name, federation=habits.federation)
+        self._log = structlog.get_logger().bind(node=profile.name, federation=profile.federation)
         self._read = read
         self._seldom = Seldom()
-        self._topics = Topics(habits.federation)
-        self._own_status = self._topics.up(habits.name, "status")
+        self._topics = Topics(profile.federation)
+        self._own_status = self._topics.up(profile.name, "status")
         self._pulse = Pulse(rounds=10, slow_s=300.0)
         self._descriptor: RunDescriptor | None = None
         self._joining: Sequence[None] | None = None
@@ -158,7 +158,7 @@ class NodeDriver:
         wants = isinstance(frame, Want)
         if wants and self._transport.link is None:
             return  # it will be asked on the next connection; meanwhile, questions would pile up
-        self._publish(self._topics.up(self._habits.name, "want" if wants else "update"), encode(frame))
+        self._publish(self._topics.up(self._profile.name, "want" if wants else "update"), encode(frame))
 
     # --- messages ---
 
@@ -213,7 +213,7 @@ class NodeDriver:
         known = self._descriptor
         if descriptor == known:
             return
-        check_descriptor(descriptor, self._habits.federation)
+        check_descriptor(descriptor, self._profile.federation)
         if known is not None and descriptor.run == known.run:
             check_changes(known, descriptor)
             self._descriptor = descriptor
@@ -226,7 +226,7 @@ class NodeDriver:
         self._join_anew(descriptor)
 
     def _on_frame(self, topic: str, payload: bytes, *, retained: bool) -> None:
-        reply, frame = self._topics.reply(self._habits.name), self._read(payload)
+        reply, frame = self._topics.reply(self._profile.name), self._read(payload)
         match frame:
             case Round() if topic == self._topics.round:
                 self._on_round(frame, retained=retained)
@@ -273,7 +273,7 @@ class NodeDriver:
         """
         self._told_finished = False
         yield from until(self._clock, self._clock.now())  # what is refused ends the node, not its session: it says so
-        if self._habits.values and not run.values:
+        if self._profile.values and not run.values:
             problem = f'is "values", but run {run.run[:8]} takes projected gradients only'
             raise RunMismatch("uplink", problem, 'set uplink = "path" here, or values.accept = true on the server')
         self._log = self._log.bind(run=run.run[:8])
@@ -297,7 +297,7 @@ class NodeDriver:
             model,
             self._blobs,
             self._store,
-            keeps=run.mode == "buffered" or self._habits.keeps,
+            keeps=run.mode == "buffered" or self._profile.keeps,
             kept=kept,
             compute=self._compute,
             clock=self._clock,

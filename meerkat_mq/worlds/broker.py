@@ -22,7 +22,7 @@ LARGEST_PACKET = 2**28
 
 
 @dataclass(slots=True)
-class Weather:
+class LinkConditions:
     """How bad a link is: probabilities, and seconds of delay."""
 
     lose: float = 0.0
@@ -90,7 +90,7 @@ class Client:
         self.latency_s = latency_s
         self.will = will
         self.cut = self.closed = self.disowned = False
-        self.weather: Weather | None = None
+        self.conditions: LinkConditions | None = None
         self.ready_at = 0.0
         self.tries = 0
         self.outbox: list[Message] = []
@@ -297,10 +297,10 @@ class Broker:
         client.recent.append((self._clock.now(), message))
         if client.cut:
             return
-        if client.weather is None:
+        if client.conditions is None:
             self._route(message)
             return
-        for delay in self._fate(client.weather):
+        for delay in self._fate(client.conditions):
             self._clock.at(self._clock.now() + delay, partial(self._arrive, client, client.link, message))
 
     def _arrive(self, client: Client, link: int, message: Message) -> None:
@@ -323,12 +323,12 @@ class Broker:
                 self._down(client, message, retained=False)
 
     def _down(self, client: Client, message: Message, *, retained: bool) -> None:
-        now, weather = self._clock.now(), client.weather
+        now, conditions = self._clock.now(), client.conditions
         if client.cut or client.link is None:
             return
-        for delay in (0.0,) if weather is None else self._fate(weather):
+        for delay in (0.0,) if conditions is None else self._fate(conditions):
             time = now + delay + client.latency_s
-            if weather is None or self._chance.random() >= weather.reorder:
+            if conditions is None or self._chance.random() >= conditions.reorder:
                 time = client.ready_at = max(client.ready_at, time)
             self._clock.at(time, partial(self._land, client, client.link, message, retained))
 
@@ -336,9 +336,9 @@ class Broker:
         if client.link == link and not client.cut:
             client.deliver(message, retained=retained)
 
-    def _fate(self, weather: Weather) -> list[float]:
+    def _fate(self, conditions: LinkConditions) -> list[float]:
         chance = self._chance.random
-        if chance() < weather.lose:
+        if chance() < conditions.lose:
             return []
-        copies = 2 if chance() < weather.duplicate else 1
-        return [weather.delay * chance() for _ in range(copies)]
+        copies = 2 if chance() < conditions.duplicate else 1
+        return [conditions.delay * chance() for _ in range(copies)]

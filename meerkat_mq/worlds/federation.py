@@ -19,7 +19,7 @@ from meerkat_mq.core.step import Engine, Row
 from meerkat_mq.errors import MeerkatError
 from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.rounds.records import Judgement, UpdateRecord
-from meerkat_mq.runtime.model import Model, NodeHabits
+from meerkat_mq.runtime.model import Model, NodeProfile
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.worlds.broker import Broker, Message
 from meerkat_mq.worlds.clock import Process, VirtualClock
@@ -121,7 +121,7 @@ class Federation:
             return VirtualStepCompute(process, part.steps_s)
 
         return NodeProcess(
-            NodeHabits(part.name, FEDERATION, values=part.values is not None),
+            NodeProfile(part.name, FEDERATION, values=part.values is not None),
             self._world,
             MemoryNodeStore(self._world.run.mask),
             compute=compute,

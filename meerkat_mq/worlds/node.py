@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.runtime.model import KeptUpdate, Model, NodeHabits
+from meerkat_mq.runtime.model import KeptUpdate, Model, NodeProfile
 from meerkat_mq.runtime.node import NodeDriver
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor
 from meerkat_mq.wire.topics import Topics
@@ -53,7 +53,7 @@ class NodeProcess(Process):
     """One node; each life has a boot of its own, and begins at theta_0. It is its driver's monitor.
 
     Args:
-        habits: of the node.
+        profile: of the node.
         world: it lives in.
         store: outlives the process.
         compute: makes the worker of a life.
@@ -69,7 +69,7 @@ class NodeProcess(Process):
 
     def __init__(
         self,
-        habits: NodeHabits,
+        profile: NodeProfile,
         world: World,
         store: MemoryNodeStore,
         *,
@@ -78,20 +78,20 @@ class NodeProcess(Process):
         latency_s: float = 0.001,
         largest: int = LARGEST_PACKET,
     ) -> None:
-        super().__init__(habits.name, world.clock, world.failed)
+        super().__init__(profile.name, world.clock, world.failed)
         self.boot = 0
         self.driver: NodeDriver | None = None
         self.store = store
-        self._habits = habits
+        self._profile = profile
         self._world = world
         self._compute = compute
         self._make_model = make_model
         self._latency_s, self._largest = latency_s, largest
-        self._topics = Topics(habits.federation)
+        self._topics = Topics(profile.federation)
         self.client = self._session()
 
     def _session(self) -> Client:
-        topics, name = self._topics, self._habits.name
+        topics, name = self._topics, self._profile.name
         return Client(
             self._world.broker,
             self,
@@ -111,7 +111,7 @@ class NodeProcess(Process):
         self.boot += 1
         self.client = self._session()
         self.driver = NodeDriver(
-            self._habits,
+            self._profile,
             self.boot,
             transport=self.client,
             store=self.store,

@@ -6,7 +6,7 @@ from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Entry
 from meerkat_mq.rounds.events import StartSteps
-from meerkat_mq.runtime.model import KeptUpdate, Model, NodeHabits, NodeStore, Place, StepResult, Stop
+from meerkat_mq.runtime.model import KeptUpdate, Model, NodeProfile, NodeStore, Place, StepResult, Stop
 from meerkat_mq.runtime.node import NodeDriver
 from meerkat_mq.wire.arrays import encode_mask
 from meerkat_mq.wire.descriptor import RunDescriptor
@@ -98,7 +98,7 @@ class OneNode:
         ended: version and digest of each run that it has finished.
     """
 
-    def __init__(self, store: NodeStore, habits: NodeHabits, boot: int = 7) -> None:
+    def __init__(self, store: NodeStore, profile: NodeProfile, boot: int = 7) -> None:
         self.clock = VirtualClock()
         self.worker = StepWorker(self.clock)
         self.transport = Recorder()
@@ -106,7 +106,7 @@ class OneNode:
         self.ended: list[tuple[int, bytes]] = []
         self.changes = 0
         self.driver = NodeDriver(
-            habits,
+            profile,
             boot,
             transport=self.transport,
             store=store,

@@ -12,7 +12,7 @@ from meerkat_mq.errors import BadValue, TooLarge
 from meerkat_mq.node.state import NodeState
 from meerkat_mq.runtime.blob_fetch import CHUNKS_A_WANT, PATIENCE_S
 from meerkat_mq.runtime.join import check_descriptor
-from meerkat_mq.runtime.model import NodeHabits
+from meerkat_mq.runtime.model import NodeProfile
 from meerkat_mq.wire.arrays import encode_mask, split
 from meerkat_mq.wire.frames import decode, encode
 from meerkat_mq.wire.messages import Chunk, Header, Want
@@ -49,7 +49,7 @@ class Server:
     def fetch(self, folder: Path) -> Mask:
         """The mask that a node makes its model of, with this state folder."""
         with NodeState(folder) as state:
-            self.node = OneNode(state, NodeHabits("node-0", "f"))
+            self.node = OneNode(state, NodeProfile("node-0", "f"))
             self.node.transport.reaches = self._take
             self.node.driver.connected(1)
             self.node.receive(TOPICS.run, self.descriptor.encode(), retained=True)

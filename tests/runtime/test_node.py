@@ -8,7 +8,7 @@ from structlog.testing import capture_logs
 from meerkat_mq.core.path import Entry, Term
 from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.errors import NodeReplaced, RunMismatch
-from meerkat_mq.runtime.model import NodeHabits
+from meerkat_mq.runtime.model import NodeProfile
 from meerkat_mq.wire.arrays import encode_mask, split
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor, ServerState, decode_control
 from meerkat_mq.wire.frames import Frame, decode, encode
@@ -29,8 +29,8 @@ def header(run: RunDescriptor, version: int = 0) -> Header:
 class Server:
     """Says what a server says to its one node, and reads what that says."""
 
-    def __init__(self, **habits: bool) -> None:
-        self.node = OneNode(Nothing(), NodeHabits(NODE, "f", **habits), BOOT)
+    def __init__(self, **profile: bool) -> None:
+        self.node = OneNode(Nothing(), NodeProfile(NODE, "f", **profile), BOOT)
         self.node.driver.connected(1)
 
     def say(self, frame: Frame, topic: str = TOPICS.reply(NODE)) -> None:
