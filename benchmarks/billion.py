@@ -32,8 +32,8 @@ from meerkat_mq.engines.torch.load import load_model
 from meerkat_mq.engines.torch.masks import make_mask
 from meerkat_mq.rounds.memory import MemoryFederation, MemoryNode
 from meerkat_mq.rounds.policy import RoundSettings
+from meerkat_mq.tasks.classification import TASKS
 from meerkat_mq.tasks.data import read_texts
-from meerkat_mq.tasks.load import TASKS
 
 SHARED = Path(os.environ.get("MEERKAT_SHARED", Path(__file__).parents[2] / "shared"))
 TOKENIZER = SHARED / "models" / "stories260K"

@@ -70,7 +70,7 @@ def rounds_of(policy: Policy, count: int) -> dict[str, Any]:
 def write_configs(folder: Path, plan: DemoPlan, mask: Path, policy: Policy, count: int, seed: int, faults: str) -> Path:
     """federation.toml, the nodes' files and the drill's plan; returns the last."""
     write_rows(folder / "held-out.jsonl", plan.held_out[:ROWS])
-    (folder / "task.toml").write_text(tomli_w.dumps(plan.task.model_dump(mode="json")), encoding="utf-8")
+    (folder / "task.toml").write_text(tomli_w.dumps(plan.task.describe().model_dump(mode="json")), encoding="utf-8")
     federation = {
         "federation": "drill", "state_dir": str(folder / "server"), "mask": str(mask), "task": "task.toml",
         "rounds": rounds_of(policy, count), "model": {"source": plan.source},

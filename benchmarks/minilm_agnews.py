@@ -28,17 +28,16 @@ from meerkat_mq.engines.torch.load import load_model
 from meerkat_mq.engines.torch.masks import METHODS, Method, make_mask
 from meerkat_mq.observe.events import Evaluated, RunEvent
 from meerkat_mq.observe.logs import configure_logs
+from meerkat_mq.tasks.classification import TASKS, Classification
 from meerkat_mq.tasks.data import partition, read_rows, read_texts
-from meerkat_mq.tasks.load import load_task
-from meerkat_mq.wire.descriptor import Task
 
 SHARED = Path(os.environ.get("MEERKAT_SHARED", Path(__file__).parents[2] / "shared"))
 NODES = 8
 
 
-def agnews_task() -> Task:
+def agnews_task() -> Classification:
     """AG News as built in, cut to 48 tokens."""
-    return load_task("agnews").model_copy(update={"max_tokens": 48})
+    return TASKS["agnews"].with_limit(48)
 
 
 def minilm() -> str:

@@ -96,9 +96,9 @@ def byte_symbols() -> list[str]:
 
 
 def make_task(case: Case) -> Any:
-    from meerkat_mq.wire.descriptor import Task
+    from meerkat_mq.tasks.classification import Classification
 
-    return Task(
+    return Classification(
         name="benchmark",
         fields=("text",),
         template="{text} It was",

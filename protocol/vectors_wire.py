@@ -11,8 +11,9 @@ import zstandard
 
 from meerkat_mq.core.directions import direction
 from meerkat_mq.core.path import Displacement, Entry, Term, digest, short_hash
+from meerkat_mq.tasks.classification import Classification
 from meerkat_mq.wire.arrays import encode_array, encode_mask, read_array, split
-from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor, ServerState, Task, decode_control
+from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor, ServerState, decode_control
 from meerkat_mq.wire.frames import (
     Chunk,
     Entries,
@@ -311,7 +312,7 @@ def arrays() -> bytes:
 
 def control() -> bytes:
     """JSON messages of the control plane."""
-    task = Task(
+    task = Classification(
         name="sst2",
         fields=("sentence",),
         template="{sentence} It was",
@@ -328,7 +329,7 @@ def control() -> bytes:
     run, server = RUN_ID.hex(), "0123456789abcdef"
     messages = [
         toy,
-        toy.model_copy(update={"engine": "transformers", "task": task, "model": "TinyLlama"}),
+        toy.model_copy(update={"engine": "transformers", "task": task.describe(), "model": "TinyLlama"}),
         toy.model_copy(update={"dtype": "float16", "local_steps": 100, "perturbations": 10}),
         toy.model_copy(update={"mode": "buffered", "max_staleness": 20, "values": True}),
         toy.model_copy(update={"max_step": 2.140484708207958}),

@@ -15,7 +15,7 @@ from meerkat_mq.core.files import write_atomically
 from meerkat_mq.core.step import Row
 from meerkat_mq.errors import ConfigError
 from meerkat_mq.observe.tables import say
-from meerkat_mq.wire.descriptor import Task
+from meerkat_mq.tasks.task import Task
 
 HELD_OUT_EVERY: Final = 5  # of the rows with a label, every fifth is held out
 MOST_NODES: Final = 1000
@@ -79,7 +79,7 @@ def command(
     found = load_task(task)
     rows = read_rows(named_source(data), found)
     held_out, train = divided(rows, found)
-    shards = partition(train, nodes, "iid", seed=0, label_field=found.label_field)
+    shards = partition(train, nodes, "iid", seed=0, class_of=found.class_of)
     _make(folder)
     place = _Places(folder.resolve(), name, _placed(model), _placed(task), broker)
     try:
@@ -95,7 +95,8 @@ def divided(rows: Sequence[Row], task: Task) -> tuple[list[Row], list[Row]]:
     seen: dict[int, int] = {}
     parts: tuple[list[Row], list[Row]] = ([], [])
     for row in rows:
-        number = seen[row[task.label_field]] = seen.get(row[task.label_field], -1) + 1
+        found = task.class_of(row)
+        number = seen[found] = seen.get(found, -1) + 1
         parts[number % HELD_OUT_EVERY != HELD_OUT_EVERY - 1].append(row)
     return parts
 
@@ -134,11 +135,10 @@ def _toml(value: object) -> str:
 
 def _write(place: _Places, task: Task, shards: Sequence[Sequence[Row]], held_out: Sequence[Row]) -> None:
     from meerkat_mq.tasks.data import write_rows  # noqa: PLC0415
-    from meerkat_mq.tasks.load import fill  # noqa: PLC0415
 
     nodes, folder = len(shards), place.folder
     write_rows(folder / "held-out.jsonl", held_out)
-    write_rows(folder / CALIBRATION, [{"text": fill(task.text, row)} for rows in shards for row in rows])
+    write_rows(folder / CALIBRATION, [{"text": task.as_text(row)} for rows in shards for row in rows])
     place.toml(SERVER_TOML, folder / "federation.toml", min_nodes=max(3, 3 * nodes // 4))
     load_config(folder / "federation.toml", ServerConfig)
     for number, rows in enumerate(shards):

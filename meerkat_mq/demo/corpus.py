@@ -16,11 +16,11 @@ from random import Random
 from typing import Any, Final, Literal
 
 from meerkat_mq.demo.lexicon import CAUSES, DEVICES, HOSTS, NUMBERS, PEOPLE, SEVERITIES, TRAILERS
-from meerkat_mq.wire.descriptor import Task
+from meerkat_mq.tasks.classification import Classification
 
 LABELS: Final = ("routine", "power", "network", "mechanical")
 ANNOTATION: Final = " -> triage:"
-TASK: Final = Task(
+TASK: Final = Classification(
     name="field-triage",
     fields=("line",),
     template="{line}" + ANNOTATION,

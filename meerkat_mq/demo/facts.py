@@ -8,7 +8,8 @@ from meerkat_mq.core.step import Row
 from meerkat_mq.demo.local import LocalResult, node_name
 from meerkat_mq.demo.plan import DemoPlan
 from meerkat_mq.observe.facts import Facts, NodeFacts
-from meerkat_mq.wire.descriptor import Task
+from meerkat_mq.tasks.data import class_counts
+from meerkat_mq.tasks.task import Task
 
 
 def facts_before(plan: DemoPlan, mask: Mask, parameters: int) -> Facts:
@@ -18,7 +19,7 @@ def facts_before(plan: DemoPlan, mask: Mask, parameters: int) -> Facts:
         model=plan.name,
         parameters=parameters,
         covered=mask.covered,
-        classes=tuple(word.strip() for word in plan.task.label_words),
+        classes=tuple(plan.task.classes),
         nodes={
             node_name(number): NodeFacts(labels=_labels(plan.task, rows)) for number, rows in enumerate(plan.shards)
         },
@@ -26,7 +27,7 @@ def facts_before(plan: DemoPlan, mask: Mask, parameters: int) -> Facts:
 
 
 def _labels(task: Task, rows: Sequence[Row]) -> tuple[int, ...]:
-    return tuple(sum(row[task.label_field] == label for row in rows) for label in range(len(task.label_words)))
+    return tuple(class_counts(rows, task))
 
 
 def facts_after(facts: Facts, plan: DemoPlan, result: LocalResult) -> Facts:

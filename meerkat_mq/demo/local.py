@@ -27,7 +27,7 @@ from meerkat_mq.observe.events import Evaluated, Observer, RunEvent, RunFinished
 from meerkat_mq.observe.facts import Facts
 from meerkat_mq.server import serve
 from meerkat_mq.tasks.data import write_rows
-from meerkat_mq.wire.descriptor import Task
+from meerkat_mq.tasks.task import Task
 
 NODE_EXIT_S = 30.0
 SERVER = "server"  # its state_dir, in the demo's folder
@@ -137,7 +137,7 @@ def node_name(number: int) -> str:
 def _server_config(plan: LocalFederation, broker: BrokerConfig) -> ServerConfig:
     held_out, task = plan.folder / "held-out.jsonl", plan.folder / "task.toml"
     write_rows(held_out, plan.held_out)
-    task.write_text(tomli_w.dumps(plan.task.model_dump(mode="json")), encoding="utf-8")
+    task.write_text(tomli_w.dumps(plan.task.describe().model_dump(mode="json")), encoding="utf-8")
     return ServerConfig(
         federation=plan.name,
         state_dir=plan.folder / SERVER,

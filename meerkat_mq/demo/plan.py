@@ -10,9 +10,9 @@ from meerkat_mq.core.step import Row
 from meerkat_mq.demo.corpus import TASK, pretraining_text, triage_rows
 from meerkat_mq.demo.settings import DEMO, WEIGHTS
 from meerkat_mq.errors import ConfigError, DataError
-from meerkat_mq.tasks.data import hold_out, partition, read_rows, read_texts
-from meerkat_mq.tasks.load import fill, load_task
-from meerkat_mq.wire.descriptor import Task
+from meerkat_mq.tasks.data import ClassOf, hold_out, partition, read_rows, read_texts
+from meerkat_mq.tasks.load import load_task
+from meerkat_mq.tasks.task import Task
 
 HELD_OUT = 0.2
 GIVEN_STEPS = 100  # of a node, on a model that is given
@@ -101,7 +101,7 @@ def _own(choices: Choices) -> DemoPlan:
         name="meerkat-demo (Llama architecture)",
         task=TASK,
         calibration=lambda: list(pretraining_text(1000, DEMO.calibration_lines)),
-        shards=shards(rows, choices.nodes, TASK.label_field, choices.seed),
+        shards=shards(rows, choices.nodes, TASK.class_of, choices.seed),
         held_out=triage_rows(choices.seed, DEMO.held_out_rows, "held-out"),
         rounds=_rounds(
             choices,
@@ -125,7 +125,7 @@ def _own(choices: Choices) -> DemoPlan:
 
 def _given(choices: Choices, model: str, task: Task, data: Path | str) -> DemoPlan:
     rows = read_rows(data, task)
-    train, held_out = hold_out(rows, HELD_OUT, seed=choices.seed, label_field=task.label_field)
+    train, held_out = hold_out(rows, HELD_OUT, seed=choices.seed, class_of=task.class_of)
     if not held_out:
         problem = f"{len(rows)} rows, no two of one label: none can be held out"
         raise DataError(str(data), problem, "give more rows")
@@ -133,14 +133,14 @@ def _given(choices: Choices, model: str, task: Task, data: Path | str) -> DemoPl
     count = _count(GIVEN_STEPS, choices, early_stopping)
 
     def calibration() -> Sequence[str]:
-        return read_texts(text) if text is not None else [fill(task.text, row) for row in train]
+        return read_texts(text) if text is not None else [task.as_text(row) for row in train]
 
     return DemoPlan(
         source=model,
         name=model,
         task=task,
         calibration=calibration,
-        shards=shards(train, choices.nodes, task.label_field, choices.seed),
+        shards=shards(train, choices.nodes, task.class_of, choices.seed),
         held_out=held_out,
         rounds=_rounds(choices, count=count, directions=choices.nodes, lr=1e-3, eps=1e-3, batch_size=16),
         early_stopping=early_stopping,
@@ -169,17 +169,17 @@ def _rounds(choices: Choices, **defaults: float) -> RoundsConfig:
     return check_config(table, RoundsConfig, where="command line")
 
 
-def shards(rows: Sequence[Row], nodes: int, label_field: str, seed: int) -> list[list[Row]]:
+def shards(rows: Sequence[Row], nodes: int, class_of: ClassOf, seed: int) -> list[list[Row]]:
     """One shard a node, of about equal size: the first holds one label only, the others are IID.
 
     Raises:
         DataError: too few rows, or one label only.
     """
-    labels = sorted({int(row[label_field]) for row in rows})
+    labels = sorted({class_of(row) for row in rows})
     if len(rows) < 2 * nodes or len(labels) < 2:
         raise DataError("data", f"{len(rows)} rows of {len(labels)} labels are too few for {nodes} nodes", "give more")
     only = labels[(1 + seed) % len(labels)]
-    same = [row for row in rows if row[label_field] == only]
+    same = [row for row in rows if class_of(row) == only]
     size = min(len(same), len(rows) // nodes)
-    rest = same[size:] + [row for row in rows if row[label_field] != only]
-    return [same[:size], *partition(rest, nodes - 1, "iid", seed=seed, label_field=label_field)]
+    rest = same[size:] + [row for row in rows if class_of(row) != only]
+    return [same[:size], *partition(rest, nodes - 1, "iid", seed=seed, class_of=class_of)]

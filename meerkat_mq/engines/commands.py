@@ -121,7 +121,7 @@ def partition(
 
     found = load_task(task)
     shards = files.partition(
-        files.read_rows(named_source(data), found), nodes, split, seed=seed, alpha=alpha, label_field=found.label_field
+        files.read_rows(named_source(data), found), nodes, split, seed=seed, alpha=alpha, class_of=found.class_of
     )
     contents = {f"node-{number}.jsonl": files.encode_rows(rows) for number, rows in enumerate(shards)}
     with _writing(out):
@@ -130,7 +130,7 @@ def partition(
         for name, content in contents.items():
             write_atomically(out / name, content)
     for name, rows in zip(contents, shards, strict=True):
-        labels = [sum(row[found.label_field] == label for row in rows) for label in range(len(found.label_words))]
+        labels = files.class_counts(rows, found)
         Console().print(f"{out / name}: {len(rows)} rows, by label {labels}", highlight=False, soft_wrap=True)
 
 

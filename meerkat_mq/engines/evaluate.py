@@ -1,8 +1,7 @@
 """Evaluation on held-out rows, and the first-order bound on the same mask."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
 import numpy as np
@@ -13,42 +12,21 @@ from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.first_order import FirstOrderEngine, first_order_walk
 from meerkat_mq.core.step import Engine, Row
 from meerkat_mq.engines.protocol import Batch, Scores
+from meerkat_mq.tasks.task import Evaluation, classified
+
+Judge = Callable[[Float32Array, npt.NDArray[np.int64]], Evaluation]
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """What a model makes of some rows.
-
-    Attributes:
-        rows: how many; those that cannot be prepared do not count.
-        figures: by name, always a mean loss, "loss"; where candidates are scored, also "accuracy", the share of rows
-            whose right one scored highest, and "majority", the share of the most frequent one: the accuracy of a
-            constant answer.
-        recalls: by class, the share of its rows that were found; None where it has no rows.
-    """
-
-    rows: int
-    figures: Mapping[str, float]
-    recalls: tuple[float | None, ...] = ()
-
-    @property
-    def loss(self) -> float:
-        """The mean loss."""
-        return self.figures["loss"]
-
-    @property
-    def accuracy(self) -> float:
-        """NaN where nothing is scored."""
-        return self.figures.get("accuracy", math.nan)
-
-
-def evaluate(engine: Engine[Batch], rows: Sequence[Row], batch_size: int = 64) -> Evaluation:
+def evaluate(
+    engine: Engine[Batch], rows: Sequence[Row], batch_size: int = 64, figures: Judge = classified
+) -> Evaluation:
     """Evaluate the engine at the theta last written.
 
     Args:
         engine: after `write`; without `scores`, its mean loss is all that is found.
         rows: at least one; `usable` tells which they may be.
         batch_size: rows a pass.
+        figures: what a task makes of scores (`Task.evaluation`); default: a classifier's.
 
     Raises:
         DataError: none of a batch's rows can be prepared.
@@ -64,31 +42,10 @@ def evaluate(engine: Engine[Batch], rows: Sequence[Row], batch_size: int = 64) -
         else:
             losses += engine.losses(batch).tolist()
     if scores:
-        return classified(np.concatenate(scores), np.concatenate(truth))
+        most = max(found.shape[1] for found in scores)
+        wide = [np.pad(found, ((0, 0), (0, most - found.shape[1])), constant_values=-np.inf) for found in scores]
+        return figures(np.concatenate(wide), np.concatenate(truth))
     return Evaluation(len(losses), {"loss": math.fsum(losses) / len(losses)})
-
-
-def classified(scores: Float32Array, truth: npt.NDArray[np.int64]) -> Evaluation:
-    """What scores, float32 (rows, classes), and the right classes, int64 (rows,), come to."""
-    losses, rows, classes = _cross_entropy(scores, truth), len(truth), scores.shape[1]
-    labels = np.bincount(truth, minlength=classes)
-    found = np.bincount(truth[scores.argmax(axis=1) == truth], minlength=classes)
-    return Evaluation(
-        rows=rows,
-        figures={
-            "loss": math.fsum(losses) / rows,
-            "accuracy": int(found.sum()) / rows,
-            "majority": int(labels.max()) / rows,
-        },
-        recalls=tuple(int(hit) / int(count) if count else None for hit, count in zip(found, labels, strict=True)),
-    )
-
-
-def _cross_entropy(scores: Float32Array, labels: npt.NDArray[np.int64]) -> list[float]:
-    wide = scores.astype(np.float64)
-    top = wide.max(axis=1)
-    log_sum = top + np.log(np.exp(wide - top[:, None]).sum(axis=1))
-    return [float(loss) for loss in log_sum - wide[np.arange(len(labels)), labels]]
 
 
 def first_order(

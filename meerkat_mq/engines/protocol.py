@@ -26,7 +26,7 @@ import numpy.typing as npt
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import Row
-from meerkat_mq.wire.descriptor import Task
+from meerkat_mq.tasks.task import Task
 
 Batch = TypeVar("Batch")
 Batch_contra = TypeVar("Batch_contra", contravariant=True)

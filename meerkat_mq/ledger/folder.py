@@ -14,7 +14,9 @@ from meerkat_mq.ledger.files import DIFFERENCE_FILE, made_mask, mask_file
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.ledger.store import Store
 from meerkat_mq.ledger.verify import ALTERED, Look, Progress, Verified, compare, run_of, snapshot_look, verify_ledger
-from meerkat_mq.wire.descriptor import RunDescriptor, Task
+from meerkat_mq.tasks.load import task_of
+from meerkat_mq.tasks.task import Task
+from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.difference import Difference
 
 
@@ -56,7 +58,7 @@ def verify_folder(
             looks[exported].append(look)
             files.append(DIFFERENCE_FILE)
         if model is not None and base is not None:
-            looks[exported].append(_model_look(model, base, found, run.task))
+            looks[exported].append(_model_look(model, base, found, None if run.task is None else task_of(run.task)))
             files.append(str(model))
         return replace(verify_ledger(ledger, found, progress, looks), files=(*snapshots, *files))
 

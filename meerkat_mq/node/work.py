@@ -27,6 +27,8 @@ from meerkat_mq.rounds.events import StartSteps
 from meerkat_mq.runtime.follower import Follower
 from meerkat_mq.runtime.model import StepResult, Stop
 from meerkat_mq.tasks.data import read_rows
+from meerkat_mq.tasks.load import task_of
+from meerkat_mq.tasks.task import Task
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.messages import Values
 from meerkat_mq.wire.values import encode_values
@@ -48,12 +50,13 @@ class Work(Follower):
         self._state = state
         self._pace = Pace(config.limits.cpu_share)
         self._settings = config.values
-        entry, task = entry_of(run.engine), run.task
+        entry, described = entry_of(run.engine), run.task
+        task = None if described is None else task_of(described)
         if entry.task == "needed" and config.model is None:
             raise ConfigError("model", "is missing", "name the folder or hub id of the run's base model")
         read = entry.read if task is None else partial(read_rows, task=task)
         self._rows = LocalRows(config.data, read)
-        self.engine = _engine(config, run, mask)
+        self.engine = _engine(config, run, mask, task)
         self._rows.check(partial(usable, self.engine))
         try_out(run.engine, self.engine, mask.theta_0, self._rows.rows)
 
@@ -118,9 +121,9 @@ class Work(Follower):
         return StepResult((), loss, Values(short_hash(blob), len(blob), steps), blob)
 
 
-def _engine(config: NodeConfig, run: RunDescriptor, mask: Mask) -> Engine[Any]:
+def _engine(config: NodeConfig, run: RunDescriptor, mask: Mask, task: Task | None) -> Engine[Any]:
     dtype = config.dtype or run.dtype
-    setup = Setup(mask, run.task, config.model, dtype, config.device, config.threads)
+    setup = Setup(mask, task, config.model, dtype, config.device, config.threads)
     with within("model") if config.model is not None and entry_of(run.engine).task == "needed" else nullcontext():
         engine = make_engine(run.engine, setup, f"node {config.id}")
     if config.uplink == "values" and not isinstance(engine, FirstOrderEngine):

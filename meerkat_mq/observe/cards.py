@@ -250,14 +250,13 @@ def run_card(report: Report) -> Markup:
 
 
 def _task(report: Report) -> Markup:
+    """What the run descriptor says of its task, key by key."""
     task = report.descriptor.task
     if task is None:
         return Markup()
-    entries = [
-        ("task", task.name),
-        ("template", task.template),
-        ("label words", " · ".join(word.strip() for word in task.label_words)),
-        ("text for an encoder", task.text),
-        ("label descriptions", " · ".join(task.descriptions)),
-    ]
-    return pairs(entries, "hashes")
+    table = {"task" if key == "name" else key.replace("_", " "): value for key, value in task.model_dump().items()}
+    return pairs([(key, _in_words(value)) for key, value in table.items()], "hashes")
+
+
+def _in_words(value: object) -> str:
+    return " · ".join(str(item).strip() for item in value) if isinstance(value, list | tuple) else str(value)

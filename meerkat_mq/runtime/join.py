@@ -11,6 +11,7 @@ from meerkat_mq.runtime.blobs import Blobs
 from meerkat_mq.runtime.model import NodeStore
 from meerkat_mq.runtime.ports import Compute, Transport
 from meerkat_mq.runtime.steps import Steps, work
+from meerkat_mq.tasks.load import task_of
 from meerkat_mq.wire.arrays import Assembly, decode_mask
 from meerkat_mq.wire.descriptor import MAY_CHANGE, RunDescriptor
 from meerkat_mq.wire.topics import Topics
@@ -53,6 +54,8 @@ def check_descriptor(descriptor: RunDescriptor, federation: str) -> None:
     engine = ENGINES.get(descriptor.engine)
     if engine is not None and engine.task == "needed" and descriptor.task is None:
         raise BadValue("RunDescriptor.task", "is missing")
+    if descriptor.task is not None:
+        task_of(descriptor.task)
     if descriptor.mask_bytes > 16 * descriptor.weights + 2**20:
         raise BadValue("RunDescriptor.mask_bytes", f"{descriptor.mask_bytes} bytes for {descriptor.weights} weights")
     Assembly(descriptor.mask_name, descriptor.mask_bytes, descriptor.mask_chunks)

@@ -6,12 +6,14 @@ from functools import partial
 
 from meerkat_mq.config import ServerConfig
 from meerkat_mq.core.directions import Float32Array
-from meerkat_mq.engines.evaluate import Evaluation, evaluate
+from meerkat_mq.engines.evaluate import evaluate
 from meerkat_mq.engines.protocol import Setup
 from meerkat_mq.engines.registry import entry_of, make_engine, try_out, usable
 from meerkat_mq.errors import ConfigError, within
 from meerkat_mq.ledger.run import Run
 from meerkat_mq.tasks.data import read_rows
+from meerkat_mq.tasks.load import task_of
+from meerkat_mq.tasks.task import Evaluation, classified
 
 
 class Evaluator:
@@ -24,7 +26,8 @@ class Evaluator:
             MeerkatError: the model does not fit the mask, or the data does not fit the task.
         """
         assert config.evaluation is not None
-        name, task, model = config.engine, run.descriptor.task, config.model
+        name, model, described = config.engine, config.model, run.descriptor.task
+        task = None if described is None else task_of(described)
         if task is not None and entry_of(name).task == "needed" and model is None:
             raise ConfigError("evaluation", "needs a [model] section", "add model.source, or drop [evaluation]")
         read = entry_of(name).read if task is None else partial(read_rows, task=task)
@@ -38,6 +41,7 @@ class Evaluator:
         with within("evaluation.data"):
             self._rows = usable(self._engine, rows)
         try_out(name, self._engine, run.mask.theta_0, self._rows)
+        self._figures = classified if task is None else task.evaluation
         self._batch_size = config.evaluation.batch_size
 
     async def evaluate(self, theta: Float32Array) -> Evaluation:
@@ -46,4 +50,4 @@ class Evaluator:
 
     def _evaluate(self, theta: Float32Array) -> Evaluation:
         self._engine.write(theta)
-        return evaluate(self._engine, self._rows, self._batch_size)
+        return evaluate(self._engine, self._rows, self._batch_size, self._figures)

@@ -13,7 +13,6 @@ from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.gradip import gradip
 from meerkat_mq.core.path import digest
 from meerkat_mq.core.seldom import Seldom
-from meerkat_mq.engines.evaluate import Evaluation
 from meerkat_mq.errors import reason
 from meerkat_mq.ledger.losses import mean_loss, watched_loss
 from meerkat_mq.ledger.rising import RisingLoss
@@ -26,6 +25,7 @@ from meerkat_mq.rounds.guards import NOT_REFUSED
 from meerkat_mq.rounds.policy import lane_of
 from meerkat_mq.rounds.records import UpdateRecord
 from meerkat_mq.server.evaluation import Evaluator
+from meerkat_mq.tasks.task import Evaluation
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor
 from meerkat_mq.wire.frames import MAX_SLOTS
 

@@ -19,13 +19,14 @@ from meerkat_mq.ledger.shown import utc
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.ledger.verify import run_of
 from meerkat_mq.observe.charts import Point
-from meerkat_mq.observe.facts import Facts, NodeFacts, facts_of
+from meerkat_mq.observe.facts import NodeFacts, facts_of
 from meerkat_mq.observe.paths import Magnitudes
 from meerkat_mq.observe.report import HeldOutScore, NodeReport, Report, Standing
 from meerkat_mq.rounds.guards import NOT_REFUSED
 from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.rounds.records import UpdateRecord
 from meerkat_mq.server.alive import is_alive
+from meerkat_mq.tasks.load import task_of
 from meerkat_mq.wire.messages import in_words
 
 PAGE_FILE = "report.html"
@@ -66,7 +67,7 @@ def read_report(folder: Path, progress: Progress = lambda done, total: None) -> 
             seconds=history.seconds(terms) if facts.seconds is None else facts.seconds,
             counts=facts.counts or history.counts,
             parameters=facts.parameters,
-            classes=_classes(facts, run.task.label_words if run.task else ()),
+            classes=list(facts.classes or (task_of(run.task).classes if run.task else ())),
             bound=facts.bound,
             covered=facts.covered,
             magnitudes={node: found.points for node, found in sorted(history.magnitudes.items())},
@@ -86,10 +87,6 @@ def _standing(finished: bool, alive: bool | None) -> Standing:
     if finished:
         return Standing.FINISHED
     return Standing.UNKNOWN if alive is None else Standing.RUNNING if alive else Standing.INTERRUPTED
-
-
-def _classes(facts: Facts, label_words: Sequence[str]) -> list[str]:
-    return list(facts.classes) or [word.strip() for word in label_words]
 
 
 @dataclass

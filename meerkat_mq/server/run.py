@@ -15,8 +15,9 @@ from meerkat_mq.errors import ConfigError, within
 from meerkat_mq.ledger.run import Run, max_step_of, settings_of
 from meerkat_mq.rounds.policy import default_lanes
 from meerkat_mq.tasks.load import load_task
+from meerkat_mq.tasks.task import Task
 from meerkat_mq.wire.arrays import encode_mask, split
-from meerkat_mq.wire.descriptor import RunDescriptor, Task
+from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.frames import Header
 from meerkat_mq.wire.limits import largest_frame
 from meerkat_mq.wire.topics import Topics
@@ -49,7 +50,7 @@ def prepare_run(config: ServerConfig, begun: RunDescriptor | None = None) -> Run
             run=run_id.hex(),
             engine=config.engine,
             model=config.model.source if config.model else "",
-            task=_task(config),
+            task=None if (task := _task(config)) is None else task.describe(),
             dtype=config.dtype,
             fingerprint=mask.fingerprint.hex(),
             tokenizer=mask.tokenizer_fingerprint.hex(),

@@ -13,7 +13,7 @@ from meerkat_mq.core.mask import Mask, MaskedMatrix
 from meerkat_mq.core.path import digest
 from meerkat_mq.core.step import Row
 from meerkat_mq.demo.settings import WEIGHTS
-from meerkat_mq.engines.evaluate import Evaluation, evaluate
+from meerkat_mq.engines.evaluate import evaluate
 from meerkat_mq.engines.torch.checkpoint import fingerprint
 from meerkat_mq.engines.torch.engine import TransformersEngine
 from meerkat_mq.engines.torch.folder import find_folder
@@ -25,6 +25,8 @@ from meerkat_mq.sweep.grid import Cell
 from meerkat_mq.sweep.plan import OWN_MODEL, SweepPlan
 from meerkat_mq.sweep.rows import calibration, rows_of, shards_of
 from meerkat_mq.sweep.training import Federated, Report, Trained, diverged, train_first_order
+from meerkat_mq.tasks.data import class_counts
+from meerkat_mq.tasks.task import Evaluation
 
 SECONDS_DIGITS = 3
 
@@ -76,7 +78,7 @@ def make_baseline(cell: Cell, path: Path, report: Report) -> None:
     """Evaluate the untrained model on a cell's rows and keep the outcome."""
     loaded = _load(cell.plan)
     engine = TransformersEngine(loaded, _one_weight(loaded), cell.described)
-    save_evaluation(path, evaluate(engine, engine.usable(rows_of(cell).evaluation)))
+    save_evaluation(path, evaluate(engine, engine.usable(rows_of(cell).evaluation), figures=cell.described.evaluation))
     report(1.0)
 
 
@@ -84,9 +86,9 @@ def run_cell(cell: Cell, mask: Path | None, baseline: Path, report: Report) -> d
     """Train and evaluate one cell; returns its figures, as in `results.jsonl`."""
     before = load_evaluation(baseline)
     rows = rows_of(cell)
-    field, classes = cell.described.label_field, len(cell.described.label_words)
-    shards = shards_of(rows.train, cell.plan.nodes, cell.split, seed=cell.seed, label_field=field)
-    counts = [[sum(row[field] == label for row in shard) for label in range(classes)] for shard in shards]
+    task = cell.described
+    shards = shards_of(rows.train, cell.plan.nodes, cell.split, seed=cell.seed, class_of=task.class_of)
+    counts = [class_counts(shard, task) for shard in shards]
     if mask is None:
         return _figures(before, before, counts) | {"forward_passes": 0}
     loaded, found = _load(cell.plan), Mask.load(mask)
@@ -98,10 +100,10 @@ def run_cell(cell: Cell, mask: Path | None, baseline: Path, report: Report) -> d
     memory = peak_rss_mib()
     engine.write(trained.theta)
     with np.errstate(all="ignore"):  # what diverged may hold anything
-        after = evaluate(engine, evaluation)
+        after = evaluate(engine, evaluation, figures=task.evaluation)
     return (
         _figures(before, after, counts)
-        | {"diverged": diverged(trained, after, before, classes), "ended": trained.ended}
+        | {"diverged": diverged(trained, after, before, len(task.classes)), "ended": trained.ended}
         | {
             "weights": found.size,
             "rounds": trained.rounds,

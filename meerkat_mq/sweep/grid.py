@@ -23,7 +23,7 @@ from meerkat_mq.sweep.plan import (
 )
 from meerkat_mq.tasks.load import load_task
 from meerkat_mq.tasks.sources import data_files
-from meerkat_mq.wire.descriptor import Task
+from meerkat_mq.tasks.task import Task
 
 DEADLINE_S = 60.0
 _NOT_DECIDING = {"tasks", "methods", "local_steps", "splits", "seeds", "watts", "text", "model"}
@@ -57,7 +57,7 @@ class Cell:
         return hash_of(
             self.plan.model_dump(mode="json", exclude=_NOT_DECIDING),
             self.method.model_dump(mode="json", exclude={"lr", "text", *self.method.idle, *off}),
-            self.described.model_dump(mode="json"),
+            self.described.describe().model_dump(mode="json"),
             self.contents,
         )
 
@@ -81,7 +81,7 @@ class Cell:
             self.method.model_dump(mode="json", include={"mask", "density", "rank"} - self.method.idle.keys()),
             self.plan.model_dump(mode="json", include={"calibration_sequences", "calibration_tokens", "device"}),
             (self.mask_seed, held_out, [item for item in self.contents if item[0] in kinds]),
-            self.described.model_dump(mode="json", include={"text", "fields"}) if self.method.text == "task" else None,
+            self.described.text_settings if self.method.text == "task" else None,
         )
 
     @property
@@ -90,7 +90,7 @@ class Cell:
         evaluation = {"dtype", "device", "eval_rows", "evaluate_on"} | ({"tune_rows"} if self.plan.tune_rows else set())
         return hash_of(
             self.plan.model_dump(mode="json", include=evaluation),
-            self.described.model_dump(mode="json"),
+            self.described.describe().model_dump(mode="json"),
             [item for item in self.contents if item[0] in ("model", "train", "validation")],
         )
 
@@ -217,7 +217,7 @@ def described_task(plan: SweepPlan, task: TaskPlan | None, own: Task) -> Task:
     """
     found = own if task is None else load_task(task.task or task.name)
     limit = (task.max_tokens if task is not None else None) or plan.max_tokens
-    return found if limit is None else found.model_copy(update={"max_tokens": limit})
+    return found if limit is None else found.with_limit(limit)
 
 
 def _contents(plan: SweepPlan, method: MethodPlan, task: TaskPlan | None, model: str) -> Mapping[str, str]:

@@ -12,8 +12,7 @@ from meerkat_mq.demo.settings import DEMO
 from meerkat_mq.errors import DataError
 from meerkat_mq.sweep.grid import Cell
 from meerkat_mq.sweep.plan import OWN_MODEL, SplitPlan
-from meerkat_mq.tasks.data import partition, read_rows, read_texts
-from meerkat_mq.tasks.load import fill
+from meerkat_mq.tasks.data import ClassOf, partition, read_rows, read_texts
 
 OWN_TASK = TASK
 SEQUENCES, TOKENS = 100, 512
@@ -56,34 +55,34 @@ def rows_of(cell: Cell) -> CellRows:
     return CellRows(kept, [held_out[index] for index in chosen])
 
 
-def shards_of(rows: Sequence[Row], nodes: int, split: SplitPlan, *, seed: int, label_field: str) -> list[list[Row]]:
+def shards_of(rows: Sequence[Row], nodes: int, split: SplitPlan, *, seed: int, class_of: ClassOf) -> list[list[Row]]:
     """Divide rows among nodes.
 
     Raises:
         DataError: too few rows for so many nodes.
     """
     if split.how == "extreme":
-        return _extreme(rows, nodes, split, seed=seed, label_field=label_field)
-    return partition(rows, nodes, split.how, seed=seed, alpha=split.alpha, label_field=label_field)
+        return _extreme(rows, nodes, split, seed=seed, class_of=class_of)
+    return partition(rows, nodes, split.how, seed=seed, alpha=split.alpha, class_of=class_of)
 
 
-def _extreme(rows: Sequence[Row], nodes: int, split: SplitPlan, *, seed: int, label_field: str) -> list[list[Row]]:
+def _extreme(rows: Sequence[Row], nodes: int, split: SplitPlan, *, seed: int, class_of: ClassOf) -> list[list[Row]]:
     """The first nodes hold one label each, as many rows as an equal share, the others divide the rest evenly."""
     order = [rows[index] for index in np.random.default_rng(seed).permutation(len(rows))]
-    labels = sorted({int(row[label_field]) for row in rows})
+    labels = sorted({class_of(row) for row in rows})
     alone = [labels[(node + seed) % len(labels)] for node in range(split.nodes)]
     shards, share = list[list[Row]](), max(1, len(rows) // nodes)
     for node, label in enumerate(alone):
-        same = [row for row in order if row[label_field] == label]
+        same = [row for row in order if class_of(row) == label]
         if not same:
             raise DataError("splits", f"label {label} has no rows left for node {node}", "use fewer extreme nodes")
         shards.append(same[:share])
-        order = [row for row in order if row[label_field] != label] + same[share:]
+        order = [row for row in order if class_of(row) != label] + same[share:]
     if split.exclusive:
-        order = [row for row in order if row[label_field] not in alone]
+        order = [row for row in order if class_of(row) not in alone]
     if split.nodes == nodes:
         return shards
-    return shards + partition(order, nodes - split.nodes, "iid", seed=seed, label_field=label_field)
+    return shards + partition(order, nodes - split.nodes, "iid", seed=seed, class_of=class_of)
 
 
 def calibration(cell: Cell) -> tuple[Sequence[str], int, int]:
@@ -97,7 +96,7 @@ def calibration(cell: Cell) -> tuple[Sequence[str], int, int]:
     sequences = plan.calibration_sequences or (DEMO.calibration_sequences if own else SEQUENCES)
     tokens = plan.calibration_tokens or (DEMO.calibration_tokens if own else TOKENS)
     if text == "task":
-        return [fill(cell.described.text, row) for row in rows_of(cell).train], sequences, tokens
+        return [cell.described.as_text(row) for row in rows_of(cell).train], sequences, tokens
     if text is None:
         return list(pretraining_text(1000, DEMO.calibration_lines)), sequences, tokens
     return read_texts(text), sequences, tokens

@@ -56,8 +56,8 @@ def check_plan(plan: SweepPlan) -> None:
         place = (cell.axes["task"], cell.axes["split"])
         if place not in seen:
             seen.add(place)
-            train, label = rows_of(cell).train, cell.described.label_field
-            shards_of(train, plan.nodes, cell.split, seed=cell.seed, label_field=label)
+            train, class_of = rows_of(cell).train, cell.described.class_of
+            shards_of(train, plan.nodes, cell.split, seed=cell.seed, class_of=class_of)
 
 
 def _run(

@@ -12,7 +12,7 @@ from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.gradip import gradip
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import Row
-from meerkat_mq.engines.evaluate import Evaluation, evaluate, first_order
+from meerkat_mq.engines.evaluate import evaluate, first_order
 from meerkat_mq.engines.torch.engine import Prepared, TransformersEngine
 from meerkat_mq.errors import BadValue, RunError
 from meerkat_mq.rounds.guards import NOT_REFUSED
@@ -20,6 +20,7 @@ from meerkat_mq.rounds.memory import SERVER, MemoryFederation, MemoryNode
 from meerkat_mq.rounds.policy import RoundSettings, lane_of
 from meerkat_mq.rounds.records import Judgement, Verdict
 from meerkat_mq.sweep.plan import PASSES_OF_A_GRADIENT
+from meerkat_mq.tasks.task import Evaluation
 from meerkat_mq.wire.frames import Frame, Update, encode
 
 LOOK_S = 0.004  # virtual: between two looks at the federation, less than a round lasts

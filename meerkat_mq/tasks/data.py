@@ -24,17 +24,18 @@ from meerkat_mq.tasks.sources import (
     rows_within,
     shape_of,
 )
-from meerkat_mq.wire.descriptor import Task
+from meerkat_mq.tasks.task import Task
 
 MOST_CHARACTERS = 2**20  # of a field; a tokenizer takes about a second for them
 ROWS_NAMED = 10  # of those that are left out, one by one in the log
 CHECKED = 64  # rows at a time
 
 Division = Literal["iid", "dirichlet", "one-label"]
+ClassOf = Callable[[Row], int]
 
 
 def read_rows(source: Path | str, task: Task) -> list[Row]:
-    """Read rows: the task's fields as text, its label an integer.
+    """Read rows, each checked by the task.
 
     Args:
         source: a file of JSON lines, one object a line, or of one JSON array of objects; a CSV or TSV file with a
@@ -45,7 +46,7 @@ def read_rows(source: Path | str, task: Task) -> list[Row]:
     Raises:
         DataError: names the file, the line and what is wrong with it.
     """
-    rows = [_checked(row, task) for row in records(source, (*task.fields, task.label_field), task.label_field)]
+    rows = [task.checked(row) for row in records(source, task.columns, task.integers)]
     if not rows:
         raise no_rows(source, "give a JSONL file with one object a line")
     return rows
@@ -80,7 +81,7 @@ def read_texts(source: Path | str, field: str = "text") -> list[str]:
         DataError: names the file, the line and what is wrong with it.
     """
     if isinstance(source, str):
-        texts = [_text(row, field) for row in records(source, (field,))]
+        texts = [text_of(row, field) for row in records(source, (field,))]
     else:
         texts = [text for file in data_files(source, texts=True) for text in _texts_within(file, field)]
     if not any(text.strip() for text in texts):
@@ -93,10 +94,15 @@ def _texts_within(file: Path, field: str) -> list[str]:
     shape = shape_of(file, content)
     if shape == "text":
         return paragraphs(file, content)
-    return [_text(row, field) for row in rows_within(file, content, shape)]
+    return [text_of(row, field) for row in rows_within(file, content, shape)]
 
 
-def _text(row: FileRow, field: str) -> str:
+def text_of(row: FileRow, field: str) -> str:
+    """A field of a row that must be text.
+
+    Raises:
+        DataError: it is missing, or is none.
+    """
     value = row.get(field)
     if not isinstance(value, str):
         found = "is missing" if field not in row else f"is {shown(value)}, not text"
@@ -118,22 +124,6 @@ def utf8(text: str, where: str, what: str) -> str:
             where, f"{what} holds {half}, half a character, at position {error.start}", "mend or remove the line"
         ) from error
     return text
-
-
-def _checked(row: FileRow, task: Task) -> Row:
-    for field in task.fields:
-        length = len(_text(row, field))
-        if length > MOST_CHARACTERS:
-            problem = f"field {field!r} has {length:,} characters, more than {MOST_CHARACTERS:,}"
-            raise DataError(row.where, problem, "shorten it: no step reads that much")
-    label, classes = row.get(task.label_field), len(task.label_words)
-    if type(label) is not int or not 0 <= label < classes:
-        absent = task.label_field not in row
-        found = "is missing" if absent else f"is {shown(label)}"
-        remedy = f"task {task.name} has labels 0 to {classes - 1}"
-        names = f"; the line has {shown_names(list(row), 'no fields')}" if absent else ""
-        raise DataError(row.where, f"{task.label_field!r} {found}", remedy + names)
-    return row
 
 
 def usable_rows(rows: Sequence[Row], prepare: Callable[[Sequence[Row]], object]) -> list[Row]:
@@ -208,8 +198,19 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
         raise DataError(str(path), f"cannot be written ({error.strerror})", "choose another folder") from error
 
 
+def by_label(row: Row) -> int:
+    """The class of a row whose field `label` is its number."""
+    return int(row["label"])
+
+
+def class_counts(rows: Sequence[Row], task: Task) -> list[int]:
+    """How many rows there are of each class."""
+    found = Counter(map(task.class_of, rows))
+    return [found[number] for number in range(len(task.classes))]
+
+
 def hold_out(
-    rows: Sequence[Row], share: float, *, seed: int, label_field: str = "label"
+    rows: Sequence[Row], share: float, *, seed: int, class_of: ClassOf = by_label
 ) -> tuple[list[Row], list[Row]]:
     """Draw rows to be held out, of each label alike: both sides hold every label that has two rows or more.
 
@@ -217,20 +218,20 @@ def hold_out(
         rows: in any order, which decides nothing.
         share: of each label's rows, above 0 and below 1; at least one row, and never all.
         seed: ≥ 0; the same seed gives the same draw.
-        label_field: key of the label.
+        class_of: the number of a row's class, such as `Task.class_of`.
 
     Returns:
         (rows that stay, rows that are held out), each in a drawn order.
     """
     order = np.random.default_rng(seed).permutation(len(rows))
-    groups = _by_label(rows, order, label_field)
+    groups = _by_label(rows, order, class_of)
     counts = [min(max(1, round(len(group) * share)), len(group) - 1) for group in groups]
     held = {int(index) for group, count in zip(groups, counts, strict=True) for index in group[:count]}
     return [rows[index] for index in order if index not in held], [rows[index] for index in order if index in held]
 
 
 def partition(
-    rows: Sequence[Row], nodes: int, how: Division, *, seed: int, alpha: float = 0.5, label_field: str = "label"
+    rows: Sequence[Row], nodes: int, how: Division, *, seed: int, alpha: float = 0.5, class_of: ClassOf = by_label
 ) -> list[list[Row]]:
     """Divide rows among nodes; every node gets at least one, and the same seed gives the same division.
 
@@ -242,7 +243,7 @@ def partition(
             with fewer nodes than labels the rows of the other labels stay out).
         seed: ≥ 0.
         alpha: of the Dirichlet distribution, > 0.
-        label_field: key of the label.
+        class_of: the number of a row's class, such as `Task.class_of`.
 
     Raises:
         DataError: too few rows for so many nodes, or an argument out of range.
@@ -256,9 +257,9 @@ def partition(
     if how == "iid":
         parts = np.array_split(order, nodes)
     elif how == "dirichlet":
-        parts = _fill_empty(_dirichlet(_by_label(rows, order, label_field), nodes, alpha, rng))
+        parts = _fill_empty(_dirichlet(_by_label(rows, order, class_of), nodes, alpha, rng))
     elif how == "one-label":
-        parts = _one_label(_by_label(rows, order, label_field), nodes)
+        parts = _one_label(_by_label(rows, order, class_of), nodes)
     else:
         raise DataError("partition", f"{how!r} is unknown", "use one of iid, dirichlet, one-label")
     return [[rows[index] for index in rng.permutation(part)] for part in parts]
@@ -267,8 +268,8 @@ def partition(
 Indices = npt.NDArray[np.int64]
 
 
-def _by_label(rows: Sequence[Row], order: Indices, label_field: str) -> list[Indices]:
-    labels = np.array([rows[index][label_field] for index in order])
+def _by_label(rows: Sequence[Row], order: Indices, class_of: ClassOf) -> list[Indices]:
+    labels = np.array([class_of(rows[index]) for index in order])
     return [order[labels == label] for label in np.unique(labels)]
 
 

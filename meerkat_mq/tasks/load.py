@@ -1,98 +1,38 @@
-"""Built-in tasks and tasks from a TOML file. No torch."""
+"""Tasks by name, from a TOML file, and from a run descriptor. No torch."""
 
-import re
-from collections.abc import Mapping
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Protocol
 
-from meerkat_mq.config import check_config, read_toml
+from pydantic import ValidationError
+
+from meerkat_mq.config import read_toml
 from meerkat_mq.config.load import SEE
-from meerkat_mq.errors import ConfigError, TaskError, cut, shown
-from meerkat_mq.wire.descriptor import Task
+from meerkat_mq.errors import BadValue, ConfigError, TaskError, shown
+from meerkat_mq.tasks.classification import TASKS, Classification
+from meerkat_mq.tasks.task import Task
+from meerkat_mq.wire.descriptor import TaskDescription
 
-MOST_BYTES = 32 * 1024  # of a task, half of what a control message may have
 
-_PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
-_NAME = re.compile(r"\{([^{}\";\n]*)\}")
-_DOUBLED = re.compile(r"\{\{[^{}]*\}\}")
+class Kind(Protocol):
+    """A kind of task: its class."""
 
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        Task(
-            name="sst2",
-            fields=("sentence",),
-            template="Review: {sentence}\nIn one word, the film is",
-            label_words=(" terrible", " great"),
-            text="{sentence}",
-            descriptions=("a terrible film", "a great film"),
-            max_tokens=128,
-        ),
-        Task(
-            name="agnews",
-            fields=("text",),
-            template="{text}\nThe topic of this news item is",
-            label_words=(" world", " sports", " business", " technology"),
-            text="{text}",
-            descriptions=(
-                "international news and politics",
-                "sports news",
-                "business and financial news",
-                "science and technology news",
-            ),
-            max_tokens=64,
-        ),
-        Task(
-            name="yelp",
-            fields=("text",),
-            template="{text}\nIn one word, the place is",
-            label_words=(" terrible", " great"),
-            text="{text}",
-            descriptions=("a terrible place", "a great place"),
-        ),
-        Task(
-            name="boolq",
-            fields=("passage", "question"),
-            template="{passage}\nQuestion: {question}?\nAnswer yes or no:",
-            label_words=(" no", " yes"),
-            text="{question}? {passage}",
-            descriptions=("the answer is no", "the answer is yes"),
-            max_tokens=384,
-        ),
-        Task(
-            name="rte",
-            fields=("premise", "hypothesis"),
-            template="{premise}\nDoes it follow that: {hypothesis}\nAnswer yes or no:",
-            label_words=(" yes", " no"),
-            text="{hypothesis} {premise}",
-            descriptions=("the first statement follows", "the first statement does not follow"),
-        ),
-        Task(
-            name="wsc",
-            fields=("text", "span1_text", "span2_text"),
-            template='{text}\nDoes "{span2_text}" stand for "{span1_text}" here?\nAnswer yes or no:',
-            label_words=(" no", " yes"),
-            text='"{span2_text}" is "{span1_text}": {text}',
-            descriptions=("two different things", "one and the same thing"),
-        ),
-        Task(
-            name="wic",
-            fields=("word", "sentence1", "sentence2"),
-            template='{sentence1}\n{sentence2}\nDoes "{word}" mean the same in both sentences?\nAnswer yes or no:',
-            label_words=(" no", " yes"),
-            text="{word}: {sentence1} {sentence2}",
-            descriptions=("two different meanings", "the same meaning"),
-            max_tokens=128,
-        ),
-    )
-}
+    def from_table(self, table: dict[str, Any], stem: str, where: str) -> Task:
+        """A task from a TOML file's table.
+
+        Raises:
+            ConfigError, TaskError: a key is wrong; names it.
+        """
+
+    def model_validate_json(self, json_data: bytes, *, strict: bool | None = None) -> Task:
+        """A task from its description; pydantic's."""
+
+
+KINDS: Final[dict[str, Kind]] = {kind.kind: kind for kind in (Classification,)}
 
 
 def load_task(source: str | Path) -> Task:
-    """A built-in task by its name, or a task from a TOML file.
-
-    A file needs only `template` and `label_words`: `name` is then the file's, `fields` are the template's, `text` is
-    the fields one after the other, `descriptions` are the label words.
+    """A built-in task by its name, or a task from a TOML file, whose key `kind` says of which kind it is.
 
     Raises:
         TaskError: unknown name, unreadable file, or a wrong key; names the file and the key.
@@ -106,70 +46,29 @@ def load_task(source: str | Path) -> Task:
             name, "is no built-in task", f"use one of {', '.join(sorted(TASKS))}, or a path ending in .toml"
         )
     try:
-        task = check_config(_with_defaults(read_toml(path), path.stem), Task, where=name)
+        table = read_toml(path)
+        kind = table.pop("kind", Classification.kind)
+        if kind not in list(KINDS):
+            raise TaskError(f"{name}: kind", f"{shown(kind)} is unknown", f"use one of {', '.join(KINDS)}")
+        return KINDS[kind].from_table(table, path.stem, name)
     except ConfigError as error:
         remedy = "see docs/tasks.md" if error.remedy == SEE else error.remedy
         raise TaskError(error.where, error.problem, remedy) from error
-    _check(task, name)
-    return task
 
 
-def _with_defaults(table: dict[str, Any], stem: str) -> dict[str, Any]:
-    template, words = table.get("template"), table.get("label_words")
-    defaults: dict[str, Any] = {"name": stem}
-    if isinstance(template, str):
-        defaults["fields"] = list(dict.fromkeys(_named(template)))
-    fields = table.get("fields", defaults.get("fields"))
-    if isinstance(fields, list):
-        defaults["text"] = " ".join(f"{{{field}}}" for field in fields)
-    if isinstance(words, list):
-        defaults["descriptions"] = [word.strip() if isinstance(word, str) else word for word in words]
-    return defaults | table
-
-
-def _check(task: Task, where: str) -> None:
-    """What a schema cannot say.
+def task_of(description: TaskDescription) -> Task:
+    """The task that a run descriptor carries.
 
     Raises:
-        TaskError: names the key.
+        BadValue: it is of a kind that this version does not have, or its keys are wrong; names the first.
     """
-    for number, field in enumerate(task.fields):
-        if not field or _named(f"{{{field}}}") != [field]:
-            problem = f"{shown(field)} cannot stand between braces in one line"
-            raise TaskError(f"{where}: fields.{number}", problem, "rename it in the data")
-    for key, template in (("template", task.template), ("text", task.text)):
-        _check_placeholders(task, f"{where}: {key}", template)
-    for number, word in enumerate(task.label_words):
-        if not word or word in task.label_words[:number]:
-            found = f"{shown(word)} comes twice" if word else "is empty"
-            raise TaskError(f"{where}: label_words.{number}", found, "give each class a word of its own")
-    if task.label_field in task.fields:
-        problem = f"{shown(task.label_field)} is one of the fields too"
-        raise TaskError(f"{where}: label_field", problem, "a field is text, and a label is an integer: give it its key")
-    size = len(task.encode())
-    if size > MOST_BYTES:
-        problem = f"takes {size:,} bytes, more than {MOST_BYTES:,}"
-        raise TaskError(where, problem, "shorten its label words and descriptions: it is sent to every node")
-
-
-def _check_placeholders(task: Task, where: str, template: str) -> None:
-    used, use = set(_named(template)), f"use {{field}} of {', '.join(map(cut, task.fields))}"
-    if (doubled := _DOUBLED.search(template)) is not None:
-        problem = f"has {cut(doubled[0])}"
-        raise TaskError(where, problem, "a field stands between single braces, and any other brace for itself")
-    if "" in used:
-        raise TaskError(where, "uses braces without a name", use)
-    if not used & set(task.fields):
-        raise TaskError(where, f"uses {', '.join(map(cut, sorted(used))) or 'no field at all'}", use)
-    if unknown := sorted(used - set(task.fields)):
-        raise TaskError(where, f"uses {', '.join(map(cut, unknown))}", use)
-
-
-def _named(template: str) -> list[str]:
-    """What stands between braces as a name does: in one line, without quotes or semicolons."""
-    return _NAME.findall(template)
-
-
-def fill(template: str, row: Mapping[str, Any]) -> str:
-    """Put a row's fields into a template; braces around anything else stay as they are: a task's are checked before."""
-    return _PLACEHOLDER.sub(lambda match: str(row[match[1]]) if match[1] in row else match[0], template)
+    table = description.model_dump(mode="json")
+    kind = table.pop("kind", Classification.kind)
+    if kind not in list(KINDS):
+        raise BadValue("RunDescriptor.task.kind", f"{shown(kind)} is none that this version has")
+    try:
+        return KINDS[kind].model_validate_json(json.dumps(table).encode(), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in ("RunDescriptor.task", *first["loc"]))[:100]
+        raise BadValue(ascii(place)[1:-1], first["msg"]) from error

@@ -32,35 +32,16 @@ class ControlMessage(BaseModel):
         return self.model_dump_json(exclude_none=True).encode()
 
 
-class Task(ControlMessage):
-    """How a data row becomes text, and what its classes are called.
+class TaskDescription(ControlMessage):
+    """A run's task, as `tasks` wrote it and reads it: to the wire, JSON with a name.
 
     Attributes:
-        fields: row keys that the templates use.
-        template: prompt for a causal LM, e.g. "{sentence} It was".
-        label_words: one continuation a class, with its leading space, e.g. (" terrible", " great").
-        text: template for an encoder.
-        descriptions: one label description a class, for an encoder.
-        label_field: row key of the class, an integer.
-        scale: logits of an encoder are cosine × scale.
-        max_tokens: longer inputs are cut from the left (causal LM) or the right (encoder).
+        name: for people.
     """
 
-    name: Annotated[str, Field(min_length=1, max_length=64)]
-    fields: Annotated[tuple[str, ...], Field(min_length=1, max_length=16)]
-    template: Annotated[str, Field(min_length=1, max_length=4096)]
-    label_words: Annotated[tuple[str, ...], Field(min_length=2, max_length=256)]
-    text: Annotated[str, Field(min_length=1, max_length=4096)]
-    descriptions: Annotated[tuple[str, ...], Field(min_length=2, max_length=256)]
-    label_field: str = "label"
-    scale: Annotated[float, Field(gt=0)] = 20.0
-    max_tokens: Annotated[int, Field(ge=8, le=8192)] = 256
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
-    @model_validator(mode="after")
-    def _same_classes(self) -> Self:
-        if len(self.label_words) != len(self.descriptions):
-            raise ValueError(f"{len(self.label_words)} label_words but {len(self.descriptions)} descriptions")
-        return self
+    name: Annotated[str, Field(min_length=1, max_length=64)]
 
 
 class RunDescriptor(ControlMessage):
@@ -88,7 +69,7 @@ class RunDescriptor(ControlMessage):
     run: RunId
     engine: EngineName
     model: str
-    task: Task | None = None
+    task: TaskDescription | None = None
     dtype: Literal["float32", "bfloat16", "float16"]
     fingerprint: Fingerprint
     tokenizer: Fingerprint

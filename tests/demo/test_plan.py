@@ -11,9 +11,9 @@ from meerkat_mq.demo.corpus import TASK, triage_rows
 from meerkat_mq.demo.plan import Choices, make_plan, shards
 from meerkat_mq.demo.settings import DEMO
 from meerkat_mq.errors import ConfigError, DataError
-from meerkat_mq.tasks.data import write_rows
+from meerkat_mq.tasks.classification import Classification
+from meerkat_mq.tasks.data import by_label, write_rows
 from meerkat_mq.tasks.load import load_task
-from meerkat_mq.wire.descriptor import Task
 
 
 def test_without_choices_the_demo_runs_its_own_model() -> None:
@@ -56,7 +56,7 @@ def test_more_local_steps_make_fewer_rounds_of_as_many_steps(choices: dict[str, 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_first_node_holds_one_label_and_no_row_is_lost(seed: int) -> None:
     rows = triage_rows(seed, 400, "train")
-    parts = shards(rows, 4, TASK.label_field, seed)
+    parts = shards(rows, 4, TASK.class_of, seed)
     assert len({row["label"] for row in parts[0]}) == 1
     assert all(len({row["label"] for row in part}) >= 3 for part in parts[1:])
     assert sorted(row["line"] for part in parts for row in part) == sorted(row["line"] for row in rows)
@@ -88,14 +88,14 @@ def test_bad_choices_are_named_before_anything_runs(choices: dict[str, Any], mes
 
 def test_one_label_is_too_few() -> None:
     with pytest.raises(DataError, match="20 rows of 1 labels are too few"):
-        shards([{"label": 1}] * 20, 4, "label", 0)
+        shards([{"label": 1}] * 20, 4, by_label, 0)
 
 
 def test_the_task_that_the_demo_writes_can_be_read(tmp_path: Path) -> None:
     task = TASK.model_copy(update={"template": 'a "quoted"\n\\ line with 😀: {line}', "name": "odd"})
     (tmp_path / "task.toml").write_text(tomli_w.dumps(task.model_dump(mode="json")), encoding="utf-8")
     assert load_task(str(tmp_path / "task.toml")) == task
-    assert load_config(tmp_path / "task.toml", Task) == task
+    assert load_config(tmp_path / "task.toml", Classification) == task
 
 
 def test_held_out_rows_are_of_every_label(tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ from meerkat_mq.core.step import Row, local_steps
 from meerkat_mq.engines.evaluate import evaluate
 from meerkat_mq.engines.torch.calibration import calibration_batches
 from meerkat_mq.engines.torch.engine import TransformersEngine
+from meerkat_mq.engines.torch.scoring import Prompt
 from meerkat_mq.errors import DataError
+from meerkat_mq.tasks.classification import TASKS
 from meerkat_mq.tasks.data import read_rows, read_texts, usable_rows, write_rows
-from meerkat_mq.tasks.load import TASKS
+from meerkat_mq.tasks.task import Example
 from tests.engines import tiny
 
 SST2 = TASKS["sst2"]
@@ -30,10 +32,10 @@ def tokenizer_fails_on(engine: TransformersEngine, word: str) -> None:
     """As a tokenizer that raises something of its own for texts with a word in them."""
     tokens = engine.scorer.tokens
 
-    def failing(rows: Sequence[Row]) -> list[list[int]]:
-        if any(word in str(row["line"]) for row in rows):
+    def failing(examples: Sequence[Example]) -> Sequence[Prompt]:
+        if any(word in example.text for example in examples):
             raise PanicException("index out of bounds\nat lib.rs:1")
-        return tokens(rows)
+        return tokens(examples)
 
     engine.scorer.tokens = failing  # type: ignore[method-assign]
 

@@ -13,8 +13,8 @@ from meerkat_mq.engines.evaluate import evaluate, first_order
 from meerkat_mq.engines.torch.engine import TransformersEngine
 from meerkat_mq.engines.torch.load import LoadedModel, load_model
 from meerkat_mq.engines.torch.masks import make_mask
+from meerkat_mq.tasks.classification import TASKS
 from meerkat_mq.tasks.data import read_rows
-from meerkat_mq.tasks.load import TASKS
 from tests.engines import tiny
 
 MakeEngine = Callable[..., TransformersEngine]

@@ -14,19 +14,18 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from meerkat_mq.engines.torch.load import LoadedModel, load_model
 from meerkat_mq.engines.torch.scoring import CausalScorer, EncoderScorer, _cut, candidate_ids, scorer_for
 from meerkat_mq.errors import TaskError, UnsupportedModel
-from meerkat_mq.tasks.load import TASKS, fill
-from meerkat_mq.wire.descriptor import Task
+from meerkat_mq.tasks.classification import TASKS, Classification, fill
 from tests.engines import tiny
 
 Load = Callable[..., LoadedModel]
 ROWS = [tiny.ROWS[index] for index in (0, 7, 20, 33)] + [{"line": "A fan.", "label": 0}]
 
 
-def words(*label_words: str, **changes: Any) -> Task:
+def words(*label_words: str, **changes: Any) -> Classification:
     return tiny.TASK.model_copy(update={"label_words": label_words, "descriptions": label_words, **changes})
 
 
-def plain_score(loaded: LoadedModel, task: Task, row: dict[str, Any], word: str) -> float:
+def plain_score(loaded: LoadedModel, task: Classification, row: dict[str, Any], word: str) -> float:
     """Mean log-probability of the word's tokens after the prompt, in a pass of their own."""
     prompt = loaded.tokenizer(fill(task.template, row))["input_ids"]
     whole = loaded.tokenizer(fill(task.template, row) + word)["input_ids"]
@@ -36,14 +35,14 @@ def plain_score(loaded: LoadedModel, task: Task, row: dict[str, Any], word: str)
     return float(sum(found) / len(found))
 
 
-def scores(loaded: LoadedModel, task: Task, rows: list[Any]) -> Any:
+def scores(loaded: LoadedModel, task: Classification, rows: list[Any]) -> Any:
     scorer = scorer_for(loaded, task)
     with torch.inference_mode():
-        return scorer.scores([scorer.collate(scorer.tokens(rows))]).numpy()
+        return scorer.scores([prepare(scorer, rows)]).numpy()
 
 
 def prepare(scorer: Any, rows: list[Any]) -> Any:
-    return scorer.collate(scorer.tokens(rows))
+    return scorer.collate(scorer.tokens([scorer._task.example(row) for row in rows]))
 
 
 SINGLE = words(" broken", " running")
@@ -53,7 +52,7 @@ NESTED = words(" x", " xy zw", " xy zw k")
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("task", [SINGLE, MIXED, NESTED], ids=["single", "mixed", "nested"])
-def test_causal_scores(load: Load, name: str, task: Task) -> None:
+def test_causal_scores(load: Load, name: str, task: Classification) -> None:
     loaded = load(name)
     expected = [[plain_score(loaded, task, row, word) for word in task.label_words] for row in ROWS]
     np.testing.assert_allclose(scores(loaded, task, ROWS), expected, rtol=0, atol=2e-5)
@@ -71,7 +70,8 @@ def test_candidates_share_what_they_share(load: Load) -> None:
     loaded = load("llama")
     lengths = [len(ids) for ids in candidate_ids(loaded.tokenizer, NESTED)]
     scorer = CausalScorer(loaded, NESTED)
-    assert len(prepare(scorer, ROWS).ids) == scorer.sequences * len(ROWS) < len(lengths) * len(ROWS)
+    (prompt,) = scorer.tokens([NESTED.example(ROWS[0])])
+    assert len(prepare(scorer, ROWS).ids) == prompt.sequences * len(ROWS) < len(lengths) * len(ROWS)
 
 
 def test_the_head_sees_only_what_is_needed(load: Load) -> None:
@@ -226,7 +226,7 @@ def test_where_the_model_is_the_limit_the_label_words_are_named(load: Load) -> N
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("task", [SINGLE, MIXED, NESTED], ids=["single", "mixed", "nested"])
-def test_the_limit_is_kept_for_every_row(load: Load, name: str, task: Task) -> None:
+def test_the_limit_is_kept_for_every_row(load: Load, name: str, task: Classification) -> None:
     loaded = load(name)
     rows = [{"line": text, "label": 0} for text in ("", "x", tiny.TEXTS[0] * 9)]
 

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from meerkat_mq.wire.descriptor import Task
+from meerkat_mq.tasks.classification import Classification
 
 VOCABULARY = 320
 TEXTS = [
@@ -26,7 +26,7 @@ TEXTS = [
     for state, day in (("broken", "Monday"), ("running", "Friday"))
 ]
 ROWS = [{"line": text, "label": int("running" in text)} for text in TEXTS]
-TASK = Task(
+TASK = Classification(
     name="state",
     fields=("line",),
     template="{line} The thing is",

@@ -12,8 +12,10 @@ import tomli_w
 
 from meerkat_mq.config import NodeConfig, ServerConfig, load_config
 from meerkat_mq.sweep.plan import SweepPlan
+from meerkat_mq.tasks.classification import TASKS, Classification, fill
 from meerkat_mq.tasks.data import partition, read_rows, read_texts, write_rows
-from meerkat_mq.tasks.load import TASKS, fill, load_task
+from meerkat_mq.tasks.load import load_task, task_of
+from meerkat_mq.wire.descriptor import TaskDescription
 from tests.fuzz.mutate import COUNT, mutants
 from tests.fuzz.refusals import read_or_refused
 
@@ -85,10 +87,11 @@ def use_texts(path: Path) -> None:
 
 def use_task(path: Path) -> None:
     task = load_task(path)
+    assert isinstance(task, Classification)
     row = {field: f"<{field}>" for field in task.fields}
     assert any(value in fill(task.template, row) for value in row.values())
     tomli_w.dumps(task.model_dump(mode="json"))
-    task.encode()
+    assert task_of(TaskDescription.model_validate_json(task.describe().encode())) == task
 
 
 KINDS: dict[str, tuple[Callable[[Path], Any], list[bytes]]] = {

@@ -9,13 +9,14 @@ from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.observe.events import Evaluated, RoundClosed
 from meerkat_mq.observe.report import HeldOutScore, NodeReport, Report, Standing
 from meerkat_mq.rounds.records import Judgement
-from meerkat_mq.wire.descriptor import RunDescriptor, Task
+from meerkat_mq.tasks.classification import Classification
+from meerkat_mq.wire.descriptor import RunDescriptor
 
 DIGEST = "0f" * 16
 CLASSES = ("routine", "degraded", "failure", "security")
 LABELS = ((140, 96, 90, 74), (61, 180, 103, 56), (210, 34, 120, 36), (0, 0, 0, 400))
 
-TASK = Task(
+TASK = Classification(
     name="triage",
     fields=("line",),
     template="{line}\nTriage:",
@@ -31,7 +32,7 @@ def a_descriptor(**changes: Any) -> RunDescriptor:
         "run": "5e" * 16,
         "engine": "transformers",
         "model": "field-logs-1m",
-        "task": TASK,
+        "task": TASK.describe(),
         "dtype": "float32",
         "fingerprint": "ab" * 32,
         "tokenizer": "cd" * 32,

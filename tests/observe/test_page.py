@@ -87,7 +87,7 @@ HOSTILE = "</title><script>alert(1)</script>\"'&<b onload=x>\x00\x1b\ud800"
 
 
 def test_hostile_names_are_text(page: Any) -> None:
-    task = TASK.model_copy(update={"name": HOSTILE, "template": HOSTILE, "descriptions": (HOSTILE,) * 4})
+    task = TASK.describe().model_copy(update={"name": HOSTILE, "template": HOSTILE, "descriptions": (HOSTILE,) * 4})
     html, checker = page(
         model=HOSTILE,
         classes=[HOSTILE] * 4,

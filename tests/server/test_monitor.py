@@ -11,13 +11,13 @@ from structlog.testing import capture_logs
 
 from meerkat_mq.config import RoundsConfig, ServerConfig
 from meerkat_mq.core.directions import Float32Array
-from meerkat_mq.engines.evaluate import Evaluation
 from meerkat_mq.mqtt import MessageCount
 from meerkat_mq.observe.events import Evaluated, RoundClosed, RunEvent
 from meerkat_mq.rounds.events import EntryCommitted
 from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
 from meerkat_mq.server.monitor import Monitor
 from meerkat_mq.server.run import prepare_run
+from meerkat_mq.tasks.task import Evaluation
 from meerkat_mq.wire.descriptor import NodeStatus
 from meerkat_mq.wire.frames import MAX_SLOTS
 from meerkat_mq.wire.messages import Values

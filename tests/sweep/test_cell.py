@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from meerkat_mq.engines.evaluate import Evaluation
 from meerkat_mq.sweep.cell import load_evaluation, own_mix, save_evaluation
 from meerkat_mq.sweep.training import Trained, diverged
+from meerkat_mq.tasks.task import Evaluation
 from tests.sweep import grids
 
 COSTS = ("cpu_seconds", "wall_seconds", "energy_joules", "peak_memory_mib")

@@ -9,6 +9,7 @@ from meerkat_mq.errors import ConfigError, DataError
 from meerkat_mq.sweep.grid import Cell, cells_of
 from meerkat_mq.sweep.plan import SplitPlan
 from meerkat_mq.sweep.rows import OWN_TASK, rows_of, shards_of
+from meerkat_mq.tasks.data import by_label
 from tests.engines import tiny
 from tests.sweep import grids
 
@@ -144,7 +145,7 @@ def test_tuning_rows_are_never_trained_on(tmp_path: Path) -> None:
 def test_extreme_nodes_hold_one_label_each() -> None:
     rows = [{"line": str(number), "label": number % 4} for number in range(80)]
     for seed in (0, 1):
-        shards = shards_of(rows, 5, SplitPlan(how="extreme", nodes=2), seed=seed, label_field="label")
+        shards = shards_of(rows, 5, SplitPlan(how="extreme", nodes=2), seed=seed, class_of=by_label)
         labels = [{row["label"] for row in shard} for shard in shards]
         assert [len(found) for found in labels[:2]] == [1, 1]
         assert labels[0] != labels[1]
@@ -156,7 +157,7 @@ def test_extreme_nodes_hold_one_label_each() -> None:
 def test_exclusive_labels_are_nobody_elses() -> None:
     rows = [{"line": str(number), "label": number % 4} for number in range(80)]
     split = SplitPlan(how="extreme", nodes=2, exclusive=True)
-    shards = shards_of(rows, 5, split, seed=3, label_field="label")
+    shards = shards_of(rows, 5, split, seed=3, class_of=by_label)
     labels = [{row["label"] for row in shard} for shard in shards]
     assert labels == [{3}, {0}, {1, 2}, {1, 2}, {1, 2}]
     assert split.shown == "extreme 2 exclusive"

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from meerkat_mq.core.step import Row
 from meerkat_mq.errors import DataError
+from meerkat_mq.tasks.classification import TASKS
 from meerkat_mq.tasks.data import Division, hold_out, partition, read_rows, read_texts, write_rows
-from meerkat_mq.tasks.load import TASKS
 
 SST2 = TASKS["sst2"]
 GOOD = '{"sentence": "fine", "label": 1}'
@@ -158,7 +158,10 @@ def test_one_label_a_node() -> None:
 
 def test_labels_may_be_any_numbers() -> None:
     rows = [{"topic": 7}, {"topic": 9}]
-    assert partition(rows, 2, "one-label", seed=0, label_field="topic") == [[{"topic": 7}], [{"topic": 9}]]
+    assert partition(rows, 2, "one-label", seed=0, class_of=lambda row: int(row["topic"])) == [
+        [{"topic": 7}],
+        [{"topic": 9}],
+    ]
 
 
 @pytest.mark.parametrize(

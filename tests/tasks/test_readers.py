@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from meerkat_mq.errors import DataError
+from meerkat_mq.tasks.classification import TASKS
 from meerkat_mq.tasks.data import read_rows, read_texts
-from meerkat_mq.tasks.load import TASKS
 
 AGNEWS = TASKS["agnews"]
 ROWS = [{"text": "one, two\n\nthree", "label": 3}, {"text": 'a "b" [c]', "label": 0}, {"text": "\u2028é", "label": 1}]

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meerkat_mq.errors import DataError, MissingExtra
+from meerkat_mq.tasks.classification import TASKS
 from meerkat_mq.tasks.data import read_rows, read_texts, write_rows
-from meerkat_mq.tasks.load import TASKS
 
 SST2 = TASKS["sst2"]
 ROWS = [{"sentence": "fine, really", "label": 1}, {"sentence": 'a "bad"\none', "label": 0}]

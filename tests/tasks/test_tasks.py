@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from meerkat_mq.errors import TaskError
+from meerkat_mq.tasks.classification import TASKS, Classification, fill
 from meerkat_mq.tasks.data import read_rows
-from meerkat_mq.tasks.load import TASKS, fill, load_task
+from meerkat_mq.tasks.load import load_task
 
 TOML = """
 template = "{subject}: {body}\\nThis is about"
@@ -22,6 +23,12 @@ def toml(tmp_path: Path) -> Path:
     path = tmp_path / "tickets.toml"
     path.write_text(TOML)
     return path
+
+
+def loaded(source: Path | str) -> Classification:
+    task = load_task(source)
+    assert isinstance(task, Classification)
+    return task
 
 
 def test_built_in_names() -> None:
@@ -72,7 +79,7 @@ def test_unknown_name() -> None:
 
 
 def test_file_with_defaults(toml: Path) -> None:
-    task = load_task(toml)
+    task = loaded(toml)
     assert task.name == "tickets"
     assert task.fields == ("subject", "body")
     assert task.text == "{subject} {body}"
@@ -85,7 +92,7 @@ def test_file_with_everything(toml: Path) -> None:
         + 'name = "t"\nfields = ["body", "subject"]\ntext = "{body}"\nlabel_field = "topic"\n'
         + 'scale = 5\nmax_tokens = 9\ndescriptions = ["a", "b", "c"]\n'
     )
-    task = load_task(str(toml))
+    task = loaded(str(toml))
     assert (task.name, task.text, task.label_field, task.scale, task.max_tokens) == ("t", "{body}", "topic", 5.0, 9)
     assert task.fields == ("body", "subject")
 
@@ -131,7 +138,7 @@ def test_tasks_and_data_do_not_import_torch() -> None:
 )
 def test_a_field_may_have_any_name(toml: Path, name: str) -> None:
     toml.write_text(f'template = "{{{name}}}: {{body}} It was"\nlabel_words = [" bad", " good"]', encoding="utf-8")
-    task = load_task(toml)
+    task = loaded(toml)
     assert task.fields == (name, "body")
     row = {name: "<1>", "body": "<2>", "label": 1}
     assert fill(task.template, row) == "<1>: <2> It was"
@@ -160,7 +167,7 @@ def test_no_placeholder_stays_in_a_prompt(toml: Path, template: str, message: st
 
 def test_other_braces_stand_for_themselves(toml: Path) -> None:
     toml.write_text("template = '''{text}\n{\"answer\": \"'''\nlabel_words = ['yes', 'no']")
-    task = load_task(toml)
+    task = loaded(toml)
     assert task.fields == ("text",)
     assert fill(task.template, {"text": "{a}"}) == '{a}\n{"answer": "'
 
@@ -197,7 +204,7 @@ def test_a_file_is_refused_in_one_short_line(toml: Path, changes: str, message: 
 
 def test_a_byte_order_mark_is_none_of_the_task(toml: Path) -> None:
     toml.write_text("\ufeff" + TOML, encoding="utf-8")
-    assert load_task(toml).fields == ("subject", "body")
+    assert loaded(toml).fields == ("subject", "body")
     toml.write_text(TOML, encoding="utf-16")
     with pytest.raises(TaskError, match=r"tickets\.toml: is not TOML \(.*utf-8.*\); see docs/tasks.md"):
         load_task(toml)

@@ -6,17 +6,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meerkat_mq.errors import BadValue, TooLarge, WireError
+from meerkat_mq.runtime.join import check_descriptor
 from meerkat_mq.wire.descriptor import (
     MAX_CONTROL_BYTES,
     ControlMessage,
     NodeStatus,
     RunDescriptor,
     ServerState,
-    Task,
+    TaskDescription,
     decode_control,
 )
 
-KINDS: tuple[type[ControlMessage], ...] = (Task, RunDescriptor, ServerState, NodeStatus)
+KINDS: tuple[type[ControlMessage], ...] = (TaskDescription, RunDescriptor, ServerState, NodeStatus)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
     lambda item: st.lists(item, max_size=3) | st.dictionaries(st.text(max_size=9), item, max_size=4),
@@ -114,7 +115,7 @@ def test_servers_are_ordered_by_term_then_id() -> None:
 def test_a_wrong_field_is_named(other: dict[str, Any]) -> None:
     assert run()
     with pytest.raises(BadValue) as caught:
-        run(**other)
+        check_descriptor(run(**other), "plant-7")
     assert caught.value.where.startswith("RunDescriptor")
     assert "\n" not in str(caught.value)
     if len(other) == 1:

@@ -9,7 +9,6 @@ import numpy.typing as npt
 import structlog
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
@@ -17,10 +16,10 @@ from meerkat_mq.core.step import Row
 from meerkat_mq.engines.protocol import Setup, Survival
 from meerkat_mq.engines.torch.adapter import with_adapter
 from meerkat_mq.engines.torch.load import LoadedModel, load_model, set_threads
-from meerkat_mq.engines.torch.scoring import Scorer, scorer_for
+from meerkat_mq.engines.torch.scoring import Prompt, Scorer, losses_of, mean_loss, scorer_for
 from meerkat_mq.errors import ModelMismatch
 from meerkat_mq.tasks.data import problem_of, usable_rows
-from meerkat_mq.wire.descriptor import Task
+from meerkat_mq.tasks.task import Task
 
 _PASS_TOKENS = {"cpu": 768, "cuda": 16384}  # larger passes only cost memory
 
@@ -118,14 +117,15 @@ class TransformersEngine:
         return usable_rows(rows, self._prepared)
 
     def _prepared(self, rows: Sequence[Row]) -> Prepared:
-        tokens = self.scorer.tokens(rows)
-        order = sorted(range(len(rows)), key=lambda row: len(tokens[row]))
+        examples = [self._task.example(row) for row in rows]
+        prompts = self.scorer.tokens(examples)
+        order = sorted(range(len(rows)), key=lambda row: prompts[row].size)
         device = self.loaded.model.device
-        limit = _PASS_TOKENS[device.type] // self.scorer.sequences
+        limit = _PASS_TOKENS[device.type]
         return Prepared(
-            passes=[self.scorer.collate(part) for part in _parts([tokens[row] for row in order], limit)],
+            passes=[self.scorer.collate(part) for part in _parts([prompts[row] for row in order], limit)],
             place=torch.tensor(order, device=device).argsort(),
-            labels=torch.tensor([row[self._task.label_field] for row in rows], device=device),
+            labels=torch.tensor([example.answer for example in examples], device=device),
         )
 
     def class_scores(self, batch: Prepared) -> Tensor:
@@ -140,13 +140,13 @@ class TransformersEngine:
     def losses(self, batch: Prepared) -> Float32Array:
         """Cross-entropy over the classes, float32 (rows,)."""
         with torch.inference_mode():
-            return _to_numpy(functional.cross_entropy(self.class_scores(batch), batch.labels, reduction="none"))
+            return _to_numpy(losses_of(self.class_scores(batch), batch.labels))
 
     def gradient(self, batch: Prepared) -> tuple[Float32Array, float]:
         """The gradient of the mean cross-entropy in theta, float32 (n,), and that loss."""
         parameters = [target.parameter.requires_grad_(True) for target in self.targets]
         try:
-            loss = functional.cross_entropy(self.class_scores(batch), batch.labels)
+            loss = mean_loss(self.class_scores(batch), batch.labels)
             found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
         finally:
             for parameter in parameters:
@@ -224,14 +224,16 @@ def _targets(loaded: LoadedModel, mask: Mask) -> list[Target]:
     return targets
 
 
-def _parts(tokens: list[list[int]], limit: int) -> Iterator[list[list[int]]]:
-    """Cut sequences, shortest first, into parts that padded hold no more than `limit` tokens, or one sequence."""
-    part: list[list[int]] = []
-    for sequence in tokens:
-        if part and (len(part) + 1) * len(sequence) > limit:
+def _parts(prompts: Sequence[Prompt], limit: int) -> Iterator[list[Prompt]]:
+    """Cut prompts, shortest first, into parts that padded hold no more than `limit` tokens, or one prompt."""
+    part: list[Prompt] = []
+    sequences = 0
+    for prompt in prompts:
+        sequences = max(sequences, prompt.sequences)
+        if part and (len(part) + 1) * prompt.size * sequences > limit:
             yield part
-            part = []
-        part.append(sequence)
+            part, sequences = [], prompt.sequences
+        part.append(prompt)
     yield part
 
 

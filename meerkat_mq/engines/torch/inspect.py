@@ -10,7 +10,7 @@ from meerkat_mq.engines.torch.load import STEPS, LoadedModel, linear_layers, loa
 from meerkat_mq.engines.torch.names import check_writable
 from meerkat_mq.engines.torch.scoring import candidate_ids, scorer_for
 from meerkat_mq.errors import MeerkatError, printable, within
-from meerkat_mq.wire.descriptor import Task
+from meerkat_mq.tasks.task import Task
 
 _TEXTS = (
     "The pump in the cellar was broken when the farmer came back on Monday, and nobody knew how long it had been so.",
@@ -83,5 +83,6 @@ def _task(loaded: LoadedModel, task: Task) -> str:
     limit = min(task.max_tokens, loaded.max_tokens)
     if loaded.kind == "encoder":
         return f"{task.name}: texts up to {limit} tokens"
-    counts = [len(ids) for ids in candidate_ids(loaded.tokenizer, task)]
-    return f"{task.name}: prompts up to {limit} tokens, label words of {', '.join(map(str, counts))} tokens"
+    counts = [len(ids) for ids in candidate_ids(loaded.tokenizer, task)] if task.candidates else []
+    words = f", {task.candidates_key.replace('_', ' ')} of {', '.join(map(str, counts))} tokens" if counts else ""
+    return f"{task.name}: prompts up to {limit} tokens{words}"

@@ -31,7 +31,7 @@ from meerkat_mq.engines.torch.tokens import (
 )
 from meerkat_mq.engines.torch.trial import try_out
 from meerkat_mq.errors import ModelError, UnsupportedModel, cut, printable
-from meerkat_mq.wire.descriptor import Task
+from meerkat_mq.tasks.task import Task
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SMALLER = "use another device, a smaller dtype, or a smaller model"
@@ -214,7 +214,7 @@ def tokenizer_fingerprint(tokenizer: Any, task: Task | None = None) -> bytes:
     Each string enters as u32 count, then its u32 ids, little-endian, with all that the tokenizer adds. The masks'
     fingerprint is the one without a task.
     """
-    strings = [*PROBES, *(task.label_words if task else ())]
+    strings = [*PROBES, *(task.candidates if task else ())]
     digest = hashlib.sha256()
     for ids in ids_of(tokenizer, strings):
         digest.update(b"".join(value.to_bytes(4, "little") for value in [len(ids), *ids]))

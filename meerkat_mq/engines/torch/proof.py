@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
@@ -20,9 +19,9 @@ from meerkat_mq.engines.torch.folder import find_folder
 from meerkat_mq.engines.torch.load import LoadedModel, load_model
 from meerkat_mq.engines.torch.names import FLOATS, stored_copies
 from meerkat_mq.engines.torch.probes import PROBES
-from meerkat_mq.engines.torch.scoring import scorer_for
+from meerkat_mq.engines.torch.scoring import mean_loss, scorer_for
 from meerkat_mq.errors import ModelMismatch
-from meerkat_mq.wire.descriptor import Task
+from meerkat_mq.tasks.task import Task
 
 # Of the largest output: what may differ where an adapter is merged, since W + 2·B·A is rounded to the stored format.
 MERGED_TOLERANCE = {"F32": 1e-4, "F16": 1e-2, "BF16": 5e-2}
@@ -140,11 +139,11 @@ def _scores(loaded: LoadedModel, task: Task) -> Outputs:
     """Of each row, the scores of its classes and the loss, float32."""
     scorer, found = scorer_for(loaded, task), Outputs()
     for number, text in enumerate(_TEXTS):
-        row = dict.fromkeys(task.fields, text)
-        scores = scorer.scores([scorer.collate(scorer.tokens([row]))])
-        label = torch.tensor([number % len(task.label_words)], device=scores.device)
+        example = task.example(task.row_of(text, number))
+        scores = scorer.scores([scorer.collate(scorer.tokens([example]))])
+        label = torch.tensor([example.answer], device=scores.device)
         found[f"scores of the row {text!r}"] = scores.cpu().numpy()
-        found[f"loss of the row {text!r}"] = functional.cross_entropy(scores, label).cpu().numpy()
+        found[f"loss of the row {text!r}"] = mean_loss(scores, label).cpu().numpy()
     return found
 
 

@@ -1,4 +1,4 @@
-"""From rows to class scores: candidates of a causal LM, label descriptions of an encoder."""
+"""From examples to scores: candidates of a causal LM, descriptions of candidates for an encoder."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,39 +10,109 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from meerkat_mq.core.step import Row
 from meerkat_mq.engines.torch.load import LoadedModel
 from meerkat_mq.errors import TaskError, UnsupportedModel, shown
-from meerkat_mq.tasks.load import fill
-from meerkat_mq.wire.descriptor import Task
+from meerkat_mq.tasks.task import Example, Task
 
 Inputs = dict[str, Tensor]
 
 _HEAD_ROWS = 16384  # vocabulary rows cast to float32 at a time
 
 
-class Scorer(Protocol):
-    """Rows to scores; gradients flow where the caller allows them.
+class Prompt(Protocol):
+    """A row's tokens.
 
     Attributes:
-        sequences: how many token sequences each row needs.
+        size: how many tokens a sequence of it has, without candidates that all rows share: these are short.
+        sequences: how many token sequences it needs.
     """
 
-    sequences: int
+    @property
+    def size(self) -> int:
+        """Tokens."""
 
-    def tokens(self, rows: Sequence[Row]) -> list[list[int]]:
-        """Token ids of each row, cut to the limit."""
+    @property
+    def sequences(self) -> int:
+        """Token sequences."""
 
-    def collate(self, tokens: Sequence[list[int]]) -> Any:
+
+class Scorer(Protocol):
+    """Examples to scores; gradients flow where the caller allows them."""
+
+    def tokens(self, examples: Sequence[Example]) -> Sequence[Prompt]:
+        """Token ids of each example, cut to the limit."""
+
+    def collate(self, prompts: Sequence[Any]) -> Any:
         """The inputs of one pass."""
 
     def scores(self, passes: Sequence[Any]) -> Tensor:
-        """Float32 (rows of all passes, classes): their softmax is the model's belief."""
+        """Float32 (rows of all passes, candidates): their softmax is the model's belief.
+
+        Where rows have different numbers of candidates, those that a row lacks score minus infinity.
+        """
 
 
 def scorer_for(loaded: LoadedModel, task: Task) -> Scorer:
-    """The scorer that fits the kind of model."""
+    """The scorer that fits the kind of model.
+
+    Raises:
+        TaskError: the model cannot do the task.
+    """
     return CausalScorer(loaded, task) if loaded.kind == "causal" else EncoderScorer(loaded, task)
+
+
+def losses_of(scores: Tensor, answers: Tensor) -> Tensor:
+    """Float32 (rows,): the cross-entropy over the candidates, or minus the score of a single one."""
+    return -scores[:, 0] if scores.shape[1] == 1 else functional.cross_entropy(scores, answers, reduction="none")
+
+
+def mean_loss(scores: Tensor, answers: Tensor) -> Tensor:
+    """Their mean."""
+    return -scores.mean() if scores.shape[1] == 1 else functional.cross_entropy(scores, answers)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidates:
+    """How rows may go on.
+
+    Attributes:
+        stems: token sequences to be read. A candidate's last token is predicted, never read, so candidates that differ
+            only there share a stem.
+        stem_of: int64 (candidates,).
+        token: int64 (candidates, slots), weight: float32 likewise: 1 ÷ the candidate's tokens, 0 beyond them.
+        limit: tokens of a prompt that they leave room for.
+        own: whether they are the row's own, and count where passes are filled.
+    """
+
+    stems: list[tuple[int, ...]]
+    stem_of: Tensor
+    token: Tensor
+    weight: Tensor
+    limit: int
+    own: bool
+
+    @property
+    def slots(self) -> int:
+        """Tokens of the longest."""
+        return self.token.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class CausalPrompt:
+    """A prompt's token ids, and how it may go on."""
+
+    ids: list[int]
+    candidates: Candidates
+
+    @property
+    def size(self) -> int:
+        """See `Prompt`."""
+        return len(self.ids) + (self.candidates.slots - 1) * self.candidates.own
+
+    @property
+    def sequences(self) -> int:
+        """See `Prompt`."""
+        return len(self.candidates.stems)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,20 +122,21 @@ class CausalInputs:
     Attributes:
         ids: int64 (sequences, length), padded on the right: no later token is seen, so no attention mask is needed.
         positions: int64 (sequences, slots), the positions whose logits are needed.
-        sequence: int64 (rows, classes, 1), slot: int64 (slots,), token: int64 (classes, slots): the log-probabilities
-            of every candidate's tokens, by broadcasting.
+        sequence: int64 (rows, candidates, 1); slot: int64 (slots,); token: int64, and weight: float32, both
+            (candidates, slots), or (rows, candidates, slots) where rows differ: the log-probabilities of every
+            candidate's tokens, by broadcasting.
     """
 
     ids: Tensor
     positions: Tensor
     sequence: Tensor
+    slot: Tensor
+    token: Tensor
+    weight: Tensor
 
 
 class CausalScorer:
-    """Score of a candidate: mean log-probability of its tokens after the prompt.
-
-    A candidate's last token is predicted, never read, so candidates that differ only there share one sequence a row.
-    """
+    """Score of a candidate: mean log-probability of its tokens after the prompt."""
 
     def __init__(self, loaded: LoadedModel, task: Task) -> None:
         self._loaded = loaded
@@ -73,88 +144,122 @@ class CausalScorer:
         self._task = task
         self._device = loaded.model.device
         self._head = _Head(loaded.model)
-        candidates = candidate_ids(loaded.tokenizer, task)
-        read = sorted({ids[:-1] for ids in candidates}, key=len, reverse=True)
-        self._stems = [stem for i, stem in enumerate(read) if not any(o[: len(stem)] == stem for o in read[:i])]
-        self.sequences = len(self._stems)
-        self._slots = max(map(len, candidates))
-        self._limit = _room(loaded, task, self._slots - 1)
-        stem_of = [next(i for i, s in enumerate(self._stems) if s[: len(c) - 1] == c[:-1]) for c in candidates]
-        self._stem_of = torch.tensor(stem_of)
-        lengths = torch.tensor([[len(ids)] for ids in candidates])
-        slot = torch.arange(self._slots)
-        self._slot = slot.to(self._device)
-        self._token = pad_sequence([torch.tensor(ids) for ids in candidates], batch_first=True).to(self._device)
-        self._weight = ((slot < lengths) / lengths).to(self._device, torch.float32)
+        self._shared = self._candidates(task.candidates, own=False) if task.candidates else None
 
-    def tokens(self, rows: Sequence[Row]) -> list[list[int]]:
+    def _candidates(self, words: Sequence[str], *, own: bool) -> Candidates:
+        found = candidate_ids(self._loaded.tokenizer, self._task, words)
+        read = sorted({ids[:-1] for ids in found}, key=len, reverse=True)
+        stems = [stem for i, stem in enumerate(read) if not any(o[: len(stem)] == stem for o in read[:i])]
+        stem_of = [next(i for i, s in enumerate(stems) if s[: len(c) - 1] == c[:-1]) for c in found]
+        slots = max(map(len, found))
+        lengths = torch.tensor([[len(ids)] for ids in found])
+        return Candidates(
+            stems=stems,
+            stem_of=torch.tensor(stem_of),
+            token=pad_sequence([torch.tensor(ids) for ids in found], batch_first=True).to(self._device),
+            weight=((torch.arange(slots) < lengths) / lengths).to(self._device, torch.float32),
+            limit=_room(self._loaded, self._task, slots - 1),
+            own=own,
+        )
+
+    def tokens(self, examples: Sequence[Example]) -> list[CausalPrompt]:
         """Prompts, cut from the left to the task's limit."""
-        prompts = self._loaded.prompts([fill(self._task.template, row) for row in rows])
-        return [_cut(prompt, self._limit, self._loaded.start) for prompt in prompts]
+        prompts = self._loaded.prompts([example.prompt for example in examples])
+        each = [self._shared or self._candidates(example.candidates, own=True) for example in examples]
+        return [
+            CausalPrompt(_cut(prompt, found.limit, self._loaded.start), found)
+            for prompt, found in zip(prompts, each, strict=True)
+        ]
 
-    def collate(self, tokens: Sequence[list[int]]) -> CausalInputs:
+    def collate(self, prompts: Sequence[CausalPrompt]) -> CausalInputs:
         """One sequence for each prompt and stem."""
-        sequences = [torch.tensor([*prompt, *stem]) for prompt in tokens for stem in self._stems]
-        last = torch.tensor([len(prompt) - 1 for prompt in tokens for _ in self._stems])
+        each = [prompt.candidates for prompt in prompts]
+        slots = max(found.slots for found in each)
+        sequences = [torch.tensor([*prompt.ids, *stem]) for prompt in prompts for stem in prompt.candidates.stems]
+        last = torch.tensor([len(prompt.ids) - 1 for prompt in prompts for _ in prompt.candidates.stems])
         ends = torch.tensor([[len(sequence) - 1] for sequence in sequences])
-        positions = torch.minimum(last[:, None] + torch.arange(self._slots), ends)
-        first = torch.arange(len(tokens))[:, None, None] * len(self._stems)
+        slot = torch.arange(slots)
+        first = torch.tensor([0, *(prompt.sequences for prompt in prompts[:-1])]).cumsum(0)[:, None]
+        stem_of, token, weight = _together(each, slots, self._shared)
         return CausalInputs(
             ids=pad_sequence(sequences, batch_first=True).to(self._device),
-            positions=positions.to(self._device),
-            sequence=(first + self._stem_of[:, None]).to(self._device),
+            positions=torch.minimum(last[:, None] + slot, ends).to(self._device),
+            sequence=(first + stem_of)[:, :, None].to(self._device),
+            slot=slot.to(self._device),
+            token=token,
+            weight=weight,
         )
 
     def scores(self, passes: Sequence[CausalInputs]) -> Tensor:
-        """Float32 (rows of all passes, classes)."""
-        return torch.cat([self._scores(inputs) for inputs in passes])
+        """Float32 (rows of all passes, candidates)."""
+        found = [self._scores(inputs) for inputs in passes]
+        most = max(part.shape[1] for part in found)
+        return torch.cat([functional.pad(part, (0, most - part.shape[1]), value=-torch.inf) for part in found])
 
     def _scores(self, inputs: CausalInputs) -> Tensor:
         with self._head.at(inputs.positions):
             logits = self._model(input_ids=inputs.ids, use_cache=False).logits
         log_probabilities = logits.float().log_softmax(dim=-1)
-        found: Tensor = log_probabilities[inputs.sequence, self._slot, self._token]
-        return (found * self._weight).sum(dim=-1)
+        found: Tensor = log_probabilities[inputs.sequence, inputs.slot, inputs.token]
+        scores = (found * inputs.weight).sum(dim=-1)
+        if inputs.token.ndim == 2:
+            return scores
+        return scores.masked_fill(inputs.weight.sum(dim=-1) == 0, -torch.inf)
+
+
+def _together(each: Sequence[Candidates], slots: int, shared: Candidates | None) -> tuple[Tensor, Tensor, Tensor]:
+    """stem_of, token and weight of a pass: those that all rows share, or each row's, padded."""
+    if shared is not None:
+        return shared.stem_of[None], shared.token, shared.weight
+    most = max(len(found.stem_of) for found in each)
+
+    def padded(found: Tensor) -> Tensor:
+        return functional.pad(found, (0, slots - found.shape[1], 0, most - found.shape[0]))
+
+    stem_of = pad_sequence([found.stem_of for found in each], batch_first=True)
+    token = torch.stack([padded(found.token) for found in each])
+    return stem_of, token, torch.stack([padded(found.weight) for found in each])
 
 
 def _room(loaded: LoadedModel, task: Task, words: int) -> int:
-    """Tokens of a prompt: what the limit leaves of the label words' `words`.
+    """Tokens of a prompt: what the limit leaves beside `words` tokens of candidates.
 
     Raises:
         TaskError: it leaves none for a row, beside the template's end.
     """
     limit = min(task.max_tokens, loaded.max_tokens)
-    tail = task.template.rpartition("}")[2]
-    fixed = len(loaded.prompts([tail])[0])
+    fixed = len(loaded.prompts([task.ending])[0])
     if limit < words + fixed + 1:
-        key = "max_tokens" if limit == task.max_tokens else "label_words"
-        problem = f"{limit} tokens leave none for a row: label words take {words}, the end of the template {fixed}"
+        words_are = task.candidates_key.replace("_", " ")
+        key = "max_tokens" if limit == task.max_tokens else task.candidates_key
+        problem = f"{limit} tokens leave none for a row: {words_are} take {words}, the end of the template {fixed}"
         least = f"set max_tokens to {words + fixed + 1} at least, or " if key == "max_tokens" else ""
-        raise TaskError(f"task {task.name}: {key}", problem, f"{least}shorten the label words or the template's end")
+        raise TaskError(f"task {task.name}: {key}", problem, f"{least}shorten the {words_are} or the template's end")
     return limit - words
 
 
-def candidate_ids(tokenizer: Any, task: Task) -> list[tuple[int, ...]]:
-    """Token ids of each label word as it continues the template.
+def candidate_ids(tokenizer: Any, task: Task, own: Sequence[str] = ()) -> list[tuple[int, ...]]:
+    """Token ids of each candidate as it continues a prompt: of a row's own, or of those that all rows share.
 
     Raises:
-        TaskError: a label word has no tokens of its own there, or two have the same.
+        TaskError: a candidate has no tokens of its own there, or two have the same.
     """
-    anchor = task.template.rpartition("}")[2] or "."
+    words, anchor = own or task.candidates, task.ending or "."
     start = tokenizer(anchor, add_special_tokens=False)["input_ids"]
-    words = tokenizer([anchor + word for word in task.label_words], add_special_tokens=False)["input_ids"]
-    candidates = [tuple(ids[len(start) :]) for ids in words]
-    for word, ids, candidate in zip(task.label_words, words, candidates, strict=True):
+    whole = tokenizer([anchor + word for word in words], add_special_tokens=False)["input_ids"]
+    candidates = [tuple(ids[len(start) :]) for ids in whole]
+    word_is = task.candidates_key.replace("_", " ").removesuffix("s")
+    for word, ids, candidate in zip(words, whole, candidates, strict=True):
         if list(ids[: len(start)]) != list(start) or not candidate:
             raise TaskError(
-                f"task {task.name}: label_words",
+                f"task {task.name}: {task.candidates_key}",
                 f"{word!r} melts into the end of the template",
-                "put the space at the start of the label word",
+                f"put the space at the start of the {word_is}",
             )
         if candidates.count(candidate) > 1:
             raise TaskError(
-                f"task {task.name}: label_words",
-                f"{word!r} has the tokens of another label word",
+                f"task {task.name}: {task.candidates_key}",
+                f"{word!r} has the tokens of another {word_is}",
                 "give each class a word of its own",
             )
     return candidates
@@ -203,30 +308,44 @@ def _float32_linear(hidden: Tensor, layer: nn.Linear) -> Tensor:
     return logits if layer.bias is None else logits + layer.bias.float()
 
 
+@dataclass(frozen=True, slots=True)
+class EncoderPrompt:
+    """A text's token ids."""
+
+    ids: list[int]
+    sequences: int = 1
+
+    @property
+    def size(self) -> int:
+        """See `Prompt`."""
+        return len(self.ids)
+
+
 class EncoderScorer:
     """Score of a class: cosine between the text's and the label description's embedding, times the task's scale.
 
     The descriptions pass through the same weights as the texts, once for all of them.
     """
 
-    sequences = 1
-
     def __init__(self, loaded: LoadedModel, task: Task) -> None:
+        if not task.descriptions:
+            problem = f"a {task.kind} task says nothing that an encoder can compare"
+            raise TaskError(f"task {task.name}", problem, "give a causal language model")
         self._loaded = loaded
         self._task = task
         self._limit = min(task.max_tokens, loaded.max_tokens)
         _check_descriptions(loaded, task, self._limit)
         self._descriptions = tokenise(loaded, list(task.descriptions), self._limit)
 
-    def tokens(self, rows: Sequence[Row]) -> list[list[int]]:
+    def tokens(self, examples: Sequence[Example]) -> list[EncoderPrompt]:
         """Texts, cut from the right to the task's limit; an empty one becomes one token."""
-        texts = [fill(self._task.text, row) for row in rows]
+        texts = [example.text for example in examples]
         ids: list[list[int]] = self._loaded.tokenizer(texts, truncation=True, max_length=self._limit)["input_ids"]
-        return [found or [self._loaded.tokenizer.pad_token_id or 0] for found in ids]
+        return [EncoderPrompt(found or [self._loaded.tokenizer.pad_token_id or 0]) for found in ids]
 
-    def collate(self, tokens: Sequence[list[int]]) -> Inputs:
+    def collate(self, prompts: Sequence[EncoderPrompt]) -> Inputs:
         """Padded ids and their mask."""
-        ids = [torch.tensor(text) for text in tokens]
+        ids = [torch.tensor(prompt.ids) for prompt in prompts]
         padded = pad_sequence(ids, batch_first=True, padding_value=self._loaded.tokenizer.pad_token_id)
         mask = pad_sequence([torch.ones_like(text) for text in ids], batch_first=True)
         device = self._loaded.model.device
