@@ -1,1 +1,1 @@
-"""Faults, and what must hold under them: a simulator of whole federations, drills on real ones, one set of checkers."""
+"""Drills: faults on real processes, brokers and links, and what must hold under them."""

@@ -8,13 +8,13 @@ from pathlib import Path
 from random import Random
 
 from meerkat_mq.chaos import judge
-from meerkat_mq.chaos.history import Injected
 from meerkat_mq.chaos.observer import Observed, Observer, read_history
 from meerkat_mq.chaos.plan import Plan, Strike, is_core
 from meerkat_mq.chaos.stage import SERVER, Stage
 from meerkat_mq.chaos.verdict import DrillResult, Struck
 from meerkat_mq.errors import ConfigError, DrillFailed, MeerkatError
 from meerkat_mq.observe.streams import lossy
+from meerkat_mq.simulate.history import Injected
 
 START_S = 300.0
 FURTHER_ROUNDS = 10  # of a federation that goes on without us

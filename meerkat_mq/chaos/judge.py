@@ -3,9 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
-from meerkat_mq.chaos.checkers import Violation, check
 from meerkat_mq.chaos.faults.poison import Poison
-from meerkat_mq.chaos.history import History, Injected
 from meerkat_mq.chaos.observer import Observed
 from meerkat_mq.chaos.plan import LINK, Plan, Strike, is_core
 from meerkat_mq.chaos.stage import Stage
@@ -13,6 +11,8 @@ from meerkat_mq.chaos.verdict import Struck
 from meerkat_mq.errors import MeerkatError
 from meerkat_mq.ledger.folder import verify_folder
 from meerkat_mq.rounds.records import Verdict as Guarded
+from meerkat_mq.simulate.checkers import Violation, check
+from meerkat_mq.simulate.history import History, Injected
 
 FLAGGED_WITHIN = 20
 

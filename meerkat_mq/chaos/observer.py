@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from meerkat_mq.chaos.history import History, Injected
 from meerkat_mq.config import BrokerConfig
 from meerkat_mq.errors import WireError
 from meerkat_mq.ledger.folder import mask_of
@@ -17,6 +16,7 @@ from meerkat_mq.ledger.run import codec_of, settings_of
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.ledger.verify import run_of
 from meerkat_mq.mqtt import Message, Session
+from meerkat_mq.simulate.history import History, Injected
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor, ServerState, decode_control
 from meerkat_mq.wire.frames import decode
 from meerkat_mq.wire.messages import Round, Update

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from meerkat_mq.chaos.checkers import Violation
 from meerkat_mq.errors import printable
 from meerkat_mq.observe.figures import DASH, duration
+from meerkat_mq.simulate.checkers import Violation
 
 MOST_VIOLATIONS = 20
 

@@ -18,12 +18,10 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from meerkat_mq.chaos import judge
-from meerkat_mq.chaos.checkers import Violation
 from meerkat_mq.chaos.drill import Drill
 from meerkat_mq.chaos.faults import FAULTS, Fault
 from meerkat_mq.chaos.faults.fault import Place
 from meerkat_mq.chaos.faults.treatment import Treatment
-from meerkat_mq.chaos.history import Injected
 from meerkat_mq.chaos.observer import Observed
 from meerkat_mq.chaos.page import render
 from meerkat_mq.chaos.plan import load_plan
@@ -34,6 +32,8 @@ from meerkat_mq.chaos.verdict import DrillResult, Struck
 from meerkat_mq.errors import DrillFailed
 from meerkat_mq.ledger.sqlite import LEDGER_FILE
 from meerkat_mq.rounds.records import UpdateRecord, Verdict
+from meerkat_mq.simulate.checkers import Violation
+from meerkat_mq.simulate.history import Injected
 from meerkat_mq.wire.messages import Header, Update
 from tests.server.federation import NAME, Federation
 from tests.support.command import Meerkat

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from meerkat_mq.chaos.simulator.run import judge
-from meerkat_mq.chaos.simulator.schedule import make_schedule
 from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.node import NodeMachine
 from meerkat_mq.rounds.records import UpdateRecord
 from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.rounds.transitions import NODE_TRANSITIONS, SERVER_TRANSITIONS
+from meerkat_mq.simulate.run import judge
+from meerkat_mq.simulate.schedule import make_schedule
 from meerkat_mq.wire.frames import Entries, Offer, Reason, Values, Want
 from tests.rounds import support as s
 

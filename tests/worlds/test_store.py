@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from meerkat_mq.chaos.checkers import check
-from meerkat_mq.chaos.history import History
 from meerkat_mq.errors import AnotherServer
 from meerkat_mq.ledger.store import Store
+from meerkat_mq.simulate.checkers import check
+from meerkat_mq.simulate.history import History
 from meerkat_mq.worlds.ledger import MemoryLedger
 from meerkat_mq.worlds.store import MemoryStore
 from tests.ledger.ledgers import Writer, close_all

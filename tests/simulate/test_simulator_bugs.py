@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
-from meerkat_mq.chaos.simulator.run import judge
-from meerkat_mq.chaos.simulator.schedule import make_schedule
-from tests.chaos.bugs import BUGS
+from meerkat_mq.simulate.run import judge
+from meerkat_mq.simulate.schedule import make_schedule
+from tests.simulate.bugs import BUGS
 
 SEEDS = 100
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from meerkat_mq.chaos.simulator.world import Clock
+from meerkat_mq.simulate.world import Clock
 from meerkat_mq.wire.frames import Frame, decode, encode
 
 KEEP_ALIVE_S = 1.5

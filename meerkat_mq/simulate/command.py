@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from meerkat_mq.chaos.checkers import CHECKERS, Violation
-from meerkat_mq.chaos.history import History
-from meerkat_mq.chaos.simulator.run import judge
-from meerkat_mq.chaos.simulator.schedule import make_schedule
-from meerkat_mq.chaos.simulator.shrink import shrink
 from meerkat_mq.errors import DrillFailed
 from meerkat_mq.observe.signals import Interrupted
+from meerkat_mq.simulate.checkers import CHECKERS, Violation
+from meerkat_mq.simulate.history import History
+from meerkat_mq.simulate.run import judge
+from meerkat_mq.simulate.schedule import make_schedule
+from meerkat_mq.simulate.shrink import shrink
 
 CHUNK = 50
 EXAMPLES = 3

@@ -10,16 +10,16 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from meerkat_mq.chaos.history import History
-from meerkat_mq.chaos.simulator.broker import Broker, Client, Message, Topic
-from meerkat_mq.chaos.simulator.durable import Theta
-from meerkat_mq.chaos.simulator.world import Clock, Process
 from meerkat_mq.config import Codec
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.path import NO_DIGEST, digest_due, seeds_of, short_hash
 from meerkat_mq.errors import WireError
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.node import NodeMachine
+from meerkat_mq.simulate.broker import Broker, Client, Message, Topic
+from meerkat_mq.simulate.durable import Theta
+from meerkat_mq.simulate.history import History
+from meerkat_mq.simulate.world import Clock, Process
 from meerkat_mq.wire.descriptor import NodeStatus
 from meerkat_mq.wire.messages import Chunk, Header, Update, Values, Want
 from meerkat_mq.wire.snapshot import decode_snapshot

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from meerkat_mq.chaos.simulator.schedule import Schedule
+from meerkat_mq.simulate.schedule import Schedule
 
 FEWEST_NODES = 2
 

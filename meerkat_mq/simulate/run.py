@@ -1,11 +1,11 @@
 """Run one schedule, and judge it."""
 
-from meerkat_mq.chaos.checkers import Violation, check
-from meerkat_mq.chaos.history import History
-from meerkat_mq.chaos.simulator.faults import inflict, leave_behind
-from meerkat_mq.chaos.simulator.federation import Federation
-from meerkat_mq.chaos.simulator.node import AWAKE_S
-from meerkat_mq.chaos.simulator.schedule import Schedule
+from meerkat_mq.simulate.checkers import Violation, check
+from meerkat_mq.simulate.faults import inflict, leave_behind
+from meerkat_mq.simulate.federation import Federation
+from meerkat_mq.simulate.history import History
+from meerkat_mq.simulate.node import AWAKE_S
+from meerkat_mq.simulate.schedule import Schedule
 
 LAST_WORDS_S = 1.0
 

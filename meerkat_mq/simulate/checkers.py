@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from meerkat_mq.chaos.history import CORRUPT_THETA, History
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.gradip import inner_products
 from meerkat_mq.core.path import NO_DIGEST, Entry, digest
@@ -16,6 +15,7 @@ from meerkat_mq.errors import BadValue, WireError
 from meerkat_mq.rounds.early_stopping import EarlyStopping, judgements_of
 from meerkat_mq.rounds.policy import shares_of, terms_of
 from meerkat_mq.rounds.records import Share, UpdateRecord, Verdict
+from meerkat_mq.simulate.history import CORRUPT_THETA, History
 from meerkat_mq.wire.messages import Header, Round, Update
 from meerkat_mq.wire.values import decode_values
 

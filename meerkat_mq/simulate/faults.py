@@ -4,13 +4,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from meerkat_mq.chaos.history import CORRUPT_THETA, Injected
-from meerkat_mq.chaos.simulator.broker import KEEP_ALIVE_S, Client, Message, Weather
-from meerkat_mq.chaos.simulator.federation import Federation
-from meerkat_mq.chaos.simulator.node import Node
-from meerkat_mq.chaos.simulator.schedule import ALL, SERVER, ScheduledFault
-from meerkat_mq.chaos.simulator.server import ROUND, STATE
-from meerkat_mq.chaos.simulator.world import Process
+from meerkat_mq.simulate.broker import KEEP_ALIVE_S, Client, Message, Weather
+from meerkat_mq.simulate.federation import Federation
+from meerkat_mq.simulate.history import CORRUPT_THETA, Injected
+from meerkat_mq.simulate.node import Node
+from meerkat_mq.simulate.schedule import ALL, SERVER, ScheduledFault
+from meerkat_mq.simulate.server import ROUND, STATE
+from meerkat_mq.simulate.world import Process
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState
 from meerkat_mq.wire.messages import Header, Round, Update, Values
 

@@ -5,8 +5,6 @@ from dataclasses import replace
 
 import pytest
 
-from meerkat_mq.chaos.checkers import CHECKERS, check
-from meerkat_mq.chaos.history import CORRUPT_THETA, History, Injected
 from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.core.gradip import inner_products
 from meerkat_mq.core.path import Displacement, Entry, digest
@@ -15,6 +13,8 @@ from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.rounds.early_stopping import judgements_of
 from meerkat_mq.rounds.policy import terms_of
 from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
+from meerkat_mq.simulate.checkers import CHECKERS, check
+from meerkat_mq.simulate.history import CORRUPT_THETA, History, Injected
 from meerkat_mq.wire.messages import Round, Update, Values
 from tests.rounds.support import RUN, header, settings, state, status
 

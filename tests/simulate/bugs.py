@@ -7,9 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from meerkat_mq.chaos.simulator import server as simulated
-from meerkat_mq.chaos.simulator.durable import Ledger, Theta, measured
-from meerkat_mq.chaos.simulator.server import Server
 from meerkat_mq.core.path import Term, short_hash
 from meerkat_mq.rounds import closing
 from meerkat_mq.rounds.events import CommitEntry, ServerEvent
@@ -18,6 +15,9 @@ from meerkat_mq.rounds.policy import RoundSettings, counted, lane_of, shares_of,
 from meerkat_mq.rounds.records import Share, UpdateRecord, Verdict
 from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.rounds.window import Committed, Window
+from meerkat_mq.simulate import server as simulated
+from meerkat_mq.simulate.durable import Ledger, Theta, measured
+from meerkat_mq.simulate.server import Server
 from meerkat_mq.wire.messages import Reason, Update
 from meerkat_mq.wire.snapshot import encode_snapshot
 from meerkat_mq.wire.values import encode_values

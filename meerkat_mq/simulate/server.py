@@ -4,10 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from meerkat_mq.chaos.history import History
-from meerkat_mq.chaos.simulator.broker import Broker, Client, Message, Topic
-from meerkat_mq.chaos.simulator.durable import Disk, Theta, measured
-from meerkat_mq.chaos.simulator.world import Clock, Process
 from meerkat_mq.core.path import NO_DIGEST, Displacement, Entry, digest_due, short_hash
 from meerkat_mq.core.values import mean_displacement
 from meerkat_mq.errors import WireError
@@ -15,6 +11,10 @@ from meerkat_mq.ledger.displacement import verdict_on
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.records import Judgement, Share, UpdateRecord
 from meerkat_mq.rounds.server import ServerMachine
+from meerkat_mq.simulate.broker import Broker, Client, Message, Topic
+from meerkat_mq.simulate.durable import Disk, Theta, measured
+from meerkat_mq.simulate.history import History
+from meerkat_mq.simulate.world import Clock, Process
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState
 from meerkat_mq.wire.messages import Chunk, Entries, Header, Offer, Update, Want
 from meerkat_mq.wire.snapshot import decode_snapshot, encode_snapshot

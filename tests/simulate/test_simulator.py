@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from meerkat_mq.chaos.simulator.command import tally
-from meerkat_mq.chaos.simulator.run import judge
-from meerkat_mq.chaos.simulator.schedule import Schedule, ScheduledFault, make_schedule
-from meerkat_mq.chaos.simulator.shrink import shrink
+from meerkat_mq.simulate.command import tally
+from meerkat_mq.simulate.run import judge
+from meerkat_mq.simulate.schedule import Schedule, ScheduledFault, make_schedule
+from meerkat_mq.simulate.shrink import shrink
 
 CHUNK = 50
 

@@ -3,17 +3,17 @@
 from functools import cache
 from itertools import takewhile
 
-from meerkat_mq.chaos.history import History
-from meerkat_mq.chaos.simulator.broker import Broker
-from meerkat_mq.chaos.simulator.durable import Disk, Ledger, Theta
-from meerkat_mq.chaos.simulator.node import Habits, Node
-from meerkat_mq.chaos.simulator.schedule import Schedule, ScheduledFault
-from meerkat_mq.chaos.simulator.server import Server
-from meerkat_mq.chaos.simulator.world import Clock, Process
 from meerkat_mq.config import Codec, EarlyStoppingConfig
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.rounds.policy import RoundSettings
+from meerkat_mq.simulate.broker import Broker
+from meerkat_mq.simulate.durable import Disk, Ledger, Theta
+from meerkat_mq.simulate.history import History
+from meerkat_mq.simulate.node import Habits, Node
+from meerkat_mq.simulate.schedule import Schedule, ScheduledFault
+from meerkat_mq.simulate.server import Server
+from meerkat_mq.simulate.world import Clock, Process
 
 RUN = bytes(range(16))
 WEIGHTS = 8
