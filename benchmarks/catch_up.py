@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from meerkat_mq.config import BrokerConfig, RoundsConfig, ServerConfig
-from meerkat_mq.core.path import Entry, Term, digest, short_hash
+from meerkat_mq.core.path import Coefficient, Entry, digest, short_hash
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.ledger.run import Run
@@ -264,7 +264,7 @@ async def measure(ledgers: Path, rounds: int, weights: int, absences: list[int])
 
 def constants(weights: int) -> dict[str, tuple[float, float]]:
     """(measured, as `rounds.catch_up` has it): CPU nanoseconds a weight."""
-    mask, terms = toy_mask(weights), [((Term(0, 0, 0.01),), None)] * 20
+    mask, terms = toy_mask(weights), [((Coefficient(0, 0, 0.01),), None)] * 20
     plain, digesting = (Replica(mask, run_id=bytes(16), stream="mk1", digest_every=every) for every in (10**9, 1))
     replay = _ns(lambda: plain.replay(terms)) / len(terms) / weights
     both = _ns(lambda: digesting.replay(terms)) / len(terms) / weights

@@ -14,7 +14,7 @@ from contextlib import closing
 from pathlib import Path
 
 from meerkat_mq.config import ServerConfig
-from meerkat_mq.core.path import Entry, Term
+from meerkat_mq.core.path import Coefficient, Entry
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.rounds.records import UpdateRecord
 from meerkat_mq.server.run import prepare_run
@@ -36,7 +36,7 @@ def feed(folder: Path, rounds: int, nodes: int, lanes: int) -> tuple[list[float]
                 ledger.commit_slot(f"node-{slot}", slot, 0)
         for version in range(rounds):
             records = [record(version, slot) for slot in range(nodes)]
-            terms = tuple(Term(lane, 0, 1.0 / (version + 1)) for lane in range(lanes))
+            terms = tuple(Coefficient(lane, 0, 1.0 / (version + 1)) for lane in range(lanes))
             began = time.perf_counter()
             with ledger.group():
                 ledger.commit_updates(records)

@@ -12,8 +12,8 @@ from meerkat_mq.core.gradip import inner_product, inner_products
 from meerkat_mq.core.mask import Mask, MaskedMatrix
 from meerkat_mq.core.path import (
     NO_DIGEST,
+    Coefficient,
     Entry,
-    Term,
     apply,
     apply_terms,
     coefficient,
@@ -189,7 +189,7 @@ def golden_entries(mask: Mask, stream: str = "mk1", digest_every: int = 2) -> tu
     )
     theta, previous, entries = mask.theta_0, mask.hash, []
     for version, terms_of in enumerate(steps):
-        terms = tuple(Term(lane, step, _float32(c)) for lane, step, c in terms_of)
+        terms = tuple(Coefficient(lane, step, _float32(c)) for lane, step, c in terms_of)
         apply_terms(theta, terms, partial(seed_of, version), stream)
         after = digest(theta) if digest_due(version + 1, digest_every) else NO_DIGEST
         entry = Entry(version, terms, previous, after)
@@ -207,7 +207,7 @@ def aged_entries(mask: Mask) -> tuple[tuple[Entry, ...], Float32Array]:
     )
     theta, previous, entries = mask.theta_0, mask.hash, []
     for version, terms_of in enumerate(steps):
-        terms = tuple(Term(lane, step, _float32(c), age) for age, lane, step, c in terms_of)
+        terms = tuple(Coefficient(lane, step, _float32(c), age) for age, lane, step, c in terms_of)
         apply_terms(theta, terms, partial(seed_of, version), "mk1")
         entry = Entry(version, terms, previous, digest(theta))
         previous = entry.hash(RUN_ID)
@@ -215,7 +215,7 @@ def aged_entries(mask: Mask) -> tuple[tuple[Entry, ...], Float32Array]:
     return tuple(entries), theta
 
 
-def seed_of(version: int, term: Term) -> int:
+def seed_of(version: int, term: Coefficient) -> int:
     """The seed of a term of the golden run's entry `version`."""
     return seed_for(RUN_ID, version - term.age, term.lane, term.step)
 

@@ -10,7 +10,7 @@ from meerkat_mq.config import Codec
 from meerkat_mq.core.batches import batch_rows
 from meerkat_mq.core.directions import Float32Array, direction
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.core.path import Displacement, Entry, Term, apply_terms, digest, short_hash
+from meerkat_mq.core.path import Coefficient, Displacement, Entry, apply_terms, digest, short_hash
 from meerkat_mq.core.step import projected_gradient
 from meerkat_mq.core.values import mean_displacement
 from meerkat_mq.engines.toy import QuadraticEngine
@@ -95,7 +95,7 @@ def displaced_run(mask: Mask) -> tuple[tuple[Entry, ...], Float32Array, dict[str
     blobs = [encode_values(direction("mk1", 61 + i, 0, mask.size) * np.float32(0.01), _CODECS[i]) for i in range(3)]
     theta, previous, entries = mask.theta_0, mask.hash, []
     for version, blob in enumerate(blobs):
-        terms = (Term(0, 0, 2.0**-10, min(version, 1)),) if version else ()
+        terms = (Coefficient(0, 0, 2.0**-10, min(version, 1)),) if version else ()
         apply_terms(theta, terms, partial(seed_of, version), "mk1")
         theta += decode_values(blob, short_hash(blob), mask.size)
         entry = Entry(version, terms, previous, digest(theta), Displacement(short_hash(blob), len(blob)))

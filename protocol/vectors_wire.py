@@ -10,7 +10,7 @@ import numpy as np
 import zstandard
 
 from meerkat_mq.core.directions import direction
-from meerkat_mq.core.path import Displacement, Entry, Term, digest, short_hash
+from meerkat_mq.core.path import Coefficient, Displacement, Entry, digest, short_hash
 from meerkat_mq.tasks.classification import Classification
 from meerkat_mq.wire.arrays import encode_array, encode_mask, read_array, split
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor, ServerState, decode_control
@@ -39,9 +39,9 @@ _MASK = golden_mask()
 _ENTRIES = golden_entries(_MASK)[0]
 _HEADER = Header(int.from_bytes(RUN_ID[:4], "little"), 3, 77, _MASK.hash[:8])
 _HIGH = Header(_TOP, _TOP, _TOP, b"\xff" * 8)
-_AGED = Entry(77, (Term(1, 0, 2.0**-10, 3), Term(0, 9, -(2.0**-9))), bytes(range(16)), bytes(16))
+_AGED = Entry(77, (Coefficient(1, 0, 2.0**-10, 3), Coefficient(0, 9, -(2.0**-9))), bytes(range(16)), bytes(16))
 _DISPLACED = Entry(78, (), bytes(range(16)), bytes(range(16, 32)), Displacement(bytes(range(32, 48)), 1_250_000))
-_BOTH = Entry(79, (Term(0, 0, 0.5, 79),), bytes(16), bytes(16), Displacement(b"\xff" * 16, _TOP))
+_BOTH = Entry(79, (Coefficient(0, 0, 0.5, 79),), bytes(16), bytes(16), Displacement(b"\xff" * 16, _TOP))
 _BASE = bytes.fromhex("00112233445566ff")
 
 

@@ -141,7 +141,7 @@ def virtual_path(
 
 
 @dataclass(frozen=True, slots=True)
-class Term:
+class Coefficient:
     """One direction of an entry: theta -= coefficient · direction(seed of (version − age, lane, step)).
 
     Attributes:
@@ -176,7 +176,7 @@ class Entry:
     """
 
     version: int
-    terms: tuple[Term, ...]
+    terms: tuple[Coefficient, ...]
     previous: bytes
     digest: bytes
     displacement: Displacement | None = None
@@ -212,7 +212,7 @@ def check_steps(entry: Entry, max_step: float) -> None:
             raise BadValue("coefficient", problem)
 
 
-def pack_terms(terms: Iterable[Term], aged: bool) -> bytes:
+def pack_terms(terms: Iterable[Coefficient], aged: bool) -> bytes:
     """u16 lane, u16 step, f32 coefficient each; with ages, a u16 age before each."""
     if aged:
         return b"".join(struct.pack("<HHHf", term.age, term.lane, term.step, term.coefficient) for term in terms)
@@ -226,8 +226,8 @@ def digest_due(version: int, digest_every: int) -> bool:
 
 def apply_terms(
     theta: Float32Array,
-    terms: Iterable[Term],
-    seed: Callable[[Term], int],
+    terms: Iterable[Coefficient],
+    seed: Callable[[Coefficient], int],
     stream: str,
     scratch: Float32Array | None = None,
 ) -> None:

@@ -8,9 +8,9 @@ import numpy as np
 
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.core.path import NO_DIGEST, Term, apply_terms, digest, digest_due, displace, seed_for
+from meerkat_mq.core.path import NO_DIGEST, Coefficient, apply_terms, digest, digest_due, displace, seed_for
 
-Change = tuple[Sequence[Term], Float32Array | None]
+Change = tuple[Sequence[Coefficient], Float32Array | None]
 
 
 class Replica:
@@ -39,7 +39,7 @@ class Replica:
         self.theta = theta
         self.version = version
 
-    def apply(self, terms: Sequence[Term], displacement: Float32Array | None = None) -> bytes:
+    def apply(self, terms: Sequence[Coefficient], displacement: Float32Array | None = None) -> bytes:
         """Apply entry `version`: its terms, then what its displacement decodes to, float32 (n,).
 
         Returns:
@@ -67,7 +67,7 @@ class Replica:
         self.theta, self.version = theta, version
         return tuple(digests)
 
-    def _seed(self, version: int, term: Term) -> int:
+    def _seed(self, version: int, term: Coefficient) -> int:
         return seed_for(self._run_id, version - term.age, term.lane, term.step)
 
 
@@ -94,7 +94,7 @@ class SharedReplica(Replica):
         """Back to theta_0."""
         self.load(self._newest.start, 0)
 
-    def apply(self, terms: Sequence[Term], displacement: Float32Array | None = None) -> bytes:
+    def apply(self, terms: Sequence[Coefficient], displacement: Float32Array | None = None) -> bytes:
         """Apply entry `version`; returns what `Replica.apply` returns."""
         newest = self._newest
         same = newest.change[0] == terms and newest.change[1] is displacement

@@ -10,7 +10,7 @@ from meerkat_mq.config import Codec
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.gradip import inner_products
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.core.path import MAX_WEIGHT, Entry, Term, digest
+from meerkat_mq.core.path import MAX_WEIGHT, Coefficient, Entry, digest
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.values import quantised
 from meerkat_mq.errors import LedgerError, MeerkatError, RunMismatch, WireError
@@ -254,12 +254,12 @@ def _judgement_words(judgement: Judgement | None) -> str:
     return f"{judgement.node} {verdict}, rho_later {judgement.rho_later!r}, rho_quiet {judgement.rho_quiet!r}"
 
 
-def _check_terms(found: Sequence[Term], expected: Sequence[Term]) -> None:
+def _check_terms(found: Sequence[Coefficient], expected: Sequence[Coefficient]) -> None:
     for index, (term, recomputed) in enumerate(zip_longest(found, expected)):
         _same(f"term {index}", _words(term), _words(recomputed), "its updates give")
 
 
-def _words(term: Term | None) -> str:
+def _words(term: Coefficient | None) -> str:
     if term is None:
         return "none"
     age = f"age {term.age}, " if term.age else ""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from meerkat_mq.config import EarlyStoppingConfig, GuardsConfig
-from meerkat_mq.core.path import Entry, Term, coefficient, seeds_of
+from meerkat_mq.core.path import Coefficient, Entry, coefficient, seeds_of
 from meerkat_mq.errors import ConfigError
 from meerkat_mq.rounds.records import Share, UpdateRecord, Verdict
 from meerkat_mq.wire.frames import MAX_FRAME_BYTES, MAX_STEPS, Reason, Update, entry_bytes, most_terms
@@ -243,7 +243,7 @@ def snapshot_due(version: int, settings: RoundSettings) -> bool:
     return version % step == 0 and version // every != (version - step) // every
 
 
-def terms_of(records: Sequence[UpdateRecord], settings: RoundSettings, version: int) -> tuple[Term, ...]:
+def terms_of(records: Sequence[UpdateRecord], settings: RoundSettings, version: int) -> tuple[Coefficient, ...]:
     """FedAvg of the accepted nodes' end points as directions: one term an age, lane and step; zeros left out.
 
     Σ_k p_k·theta_k^T = theta_v − lr·Σ_t (Σ_k p_k g_k^t)·z_t (DESIGN section 2): p_k = n_k·s(τ_k) ÷ N with N = Σ n over
@@ -288,7 +288,7 @@ def terms_of(records: Sequence[UpdateRecord], settings: RoundSettings, version: 
             scalars = [(record.weight * part, record.scalars[step]) for record in kept]
             c = coefficient(settings.lr / settings.perturbations, scalars, total * kept_weight / lane_weight)
             if c != 0.0:
-                terms.append(Term(lane, step, c, age))
+                terms.append(Coefficient(lane, step, c, age))
     return tuple(terms)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 
-from meerkat_mq.core.path import Term
+from meerkat_mq.core.path import Coefficient
 from meerkat_mq.wire.frames import Values
 
 
@@ -78,6 +78,6 @@ class RoundOutcome:
 
     records: tuple[UpdateRecord, ...]
     judgements: tuple[Judgement, ...]
-    terms: tuple[Term, ...]
+    terms: tuple[Coefficient, ...]
     shares: tuple[Share, ...]
     flagged: Mapping[str, Verdict]

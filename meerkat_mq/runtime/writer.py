@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, TypeVarTuple, assert_never
 
-from meerkat_mq.core.path import Displacement, Term
+from meerkat_mq.core.path import Coefficient, Displacement
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.errors import AnotherServer, LedgerUnavailable
 from meerkat_mq.ledger.displacement import mean_of
@@ -288,7 +288,7 @@ class LedgerWriter:
             case _:
                 assert_never(task)
 
-    def _apply(self, terms: Sequence[Term], shares: Sequence[Share]) -> tuple[bytes, Displacement | None]:
+    def _apply(self, terms: Sequence[Coefficient], shares: Sequence[Share]) -> tuple[bytes, Displacement | None]:
         """Apply an entry to theta; the digest after it, and its displacement, which is kept."""
         if not shares:
             return self._replica.apply(terms), None

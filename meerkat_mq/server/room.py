@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from meerkat_mq.config import ServerConfig
-from meerkat_mq.core.path import Displacement, Entry, Term
+from meerkat_mq.core.path import Coefficient, Displacement, Entry
 from meerkat_mq.errors import ConfigError
 from meerkat_mq.ledger.run import Run
 from meerkat_mq.wire.frames import encode
@@ -41,7 +41,7 @@ def _needed(run: Run, topics: Topics) -> Iterator[tuple[str, str, bytes]]:
     seeds = (0,) * scalars if settings.buffered else None  # a node may send such an update after a restart
     update = Update(header, 0, bytes(8), 0.0, (0.0,) * scalars, seeds)
     yield "an update of a node", topics.up(LONGEST_ID, "update"), encode(update)
-    terms = (Term(0, 0, 0.0, min(1, settings.max_staleness)),) * (
+    terms = (Coefficient(0, 0, 0.0, min(1, settings.max_staleness)),) * (
         settings.lanes * scalars * (settings.max_staleness + 1)
     )
     added = Displacement(bytes(16), 1) if settings.values_accepted else None

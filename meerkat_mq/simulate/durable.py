@@ -9,7 +9,7 @@ import numpy as np
 
 from meerkat_mq.core.directions import Float32Array, direction
 from meerkat_mq.core.gradip import inner_products
-from meerkat_mq.core.path import NO_DIGEST, Entry, Term, apply, digest, seed_for, short_hash
+from meerkat_mq.core.path import NO_DIGEST, Coefficient, Entry, apply, digest, seed_for, short_hash
 from meerkat_mq.errors import AnotherServer
 from meerkat_mq.rounds.events import CommitEntry
 from meerkat_mq.rounds.records import Judgement, UpdateRecord
@@ -36,9 +36,9 @@ class Theta:
         self.values = values
         self.version = version
         self.digest = digest(values)
-        self._next: dict[tuple[tuple[Term, ...], bytes | None], Theta] = {}
+        self._next: dict[tuple[tuple[Coefficient, ...], bytes | None], Theta] = {}
 
-    def after(self, terms: tuple[Term, ...], blob: bytes | None, run_id: bytes, stream: str) -> "Theta":
+    def after(self, terms: tuple[Coefficient, ...], blob: bytes | None, run_id: bytes, stream: str) -> "Theta":
         """The theta that entry `version` leads to, by its terms and the blob of its displacement."""
         found = self._next.get((terms, blob))
         if found is None:

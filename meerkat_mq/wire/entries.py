@@ -3,7 +3,7 @@
 import struct
 from functools import lru_cache
 
-from meerkat_mq.core.path import HASH_BYTES, Displacement, Entry, Term, pack_terms
+from meerkat_mq.core.path import HASH_BYTES, Coefficient, Displacement, Entry, pack_terms
 from meerkat_mq.wire.reader import Reader, check, finite
 
 MAX_TERMS = 12000  # an entry of them fits a frame,
@@ -88,7 +88,7 @@ def _entry(data: bytes) -> Entry:
     count, aged = head & ~(_AGED | _DISPLACED), bool(head & _AGED)
     packed = reader.take((_AGED_TERM if aged else _TERM).size * count)
     found = _AGED_TERM.iter_unpack(packed) if aged else ((0, *term) for term in _TERM.iter_unpack(packed))
-    terms = tuple(Term(lane, step, finite("coefficient", c), age) for age, lane, step, c in found)
+    terms = tuple(Coefficient(lane, step, finite("coefficient", c), age) for age, lane, step, c in found)
     check(any(term.age for term in terms) == aged, "age", "is written down although all are 0")
     for term in terms:
         _check_age(term.age, version)

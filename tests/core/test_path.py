@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from meerkat_mq.core.directions import direction
 from meerkat_mq.core.path import (
+    Coefficient,
     Displacement,
     Entry,
-    Term,
     apply,
     apply_terms,
     coefficient,
@@ -79,7 +79,7 @@ def test_apply_rounds_after_the_product_and_after_the_difference() -> None:
 
 def test_terms_apply_in_order_zeros_included() -> None:
     start = direction("mk1", 1, 0, 100)
-    terms = (Term(0, 0, 0.5), Term(1, 0, 0.0), Term(0, 1, -0.25))
+    terms = (Coefficient(0, 0, 0.5), Coefficient(1, 0, 0.0), Coefficient(0, 1, -0.25))
     theta = start.copy()
     apply_terms(theta, terms, lambda term: 10 * term.lane + term.step, "mk1")
     expected = start - direction("mk1", 0, 0, 100) * np.float32(0.5)
@@ -87,7 +87,7 @@ def test_terms_apply_in_order_zeros_included() -> None:
     expected = expected - direction("mk1", 1, 0, 100) * np.float32(-0.25)
     assert np.array_equal(theta, expected)
     zeros = np.full(64, -0.0, np.float32)
-    apply_terms(zeros, (Term(0, 0, 0.0),), lambda term: 0, "rademacher")
+    apply_terms(zeros, (Coefficient(0, 0, 0.0),), lambda term: 0, "rademacher")
     assert np.array_equal(np.signbit(zeros), direction("rademacher", 0, 0, 64) > 0)
 
 
@@ -100,23 +100,23 @@ def test_a_digest_is_the_hash_of_little_endian_bytes() -> None:
 
 
 def test_every_field_of_an_entry_enters_its_hash() -> None:
-    entry = Entry(3, (Term(1, 2, 0.5),), bytes(16), bytes(range(16)))
+    entry = Entry(3, (Coefficient(1, 2, 0.5),), bytes(16), bytes(range(16)))
     packed = struct.pack("<IIHHf", 3, 1, 1, 2, 0.5)
     assert entry.hash(RUN) == short_hash(RUN + packed + bytes(16) + bytes(range(16)))
     others = [
         Entry(4, entry.terms, entry.previous, entry.digest),
         Entry(3, (), entry.previous, entry.digest),
-        Entry(3, (Term(0, 2, 0.5),), entry.previous, entry.digest),
-        Entry(3, (Term(1, 1, 0.5),), entry.previous, entry.digest),
-        Entry(3, (Term(1, 2, -0.5),), entry.previous, entry.digest),
+        Entry(3, (Coefficient(0, 2, 0.5),), entry.previous, entry.digest),
+        Entry(3, (Coefficient(1, 1, 0.5),), entry.previous, entry.digest),
+        Entry(3, (Coefficient(1, 2, -0.5),), entry.previous, entry.digest),
         Entry(3, entry.terms, b"\1" * 16, entry.digest),
         Entry(3, entry.terms, entry.previous, b"\1" * 16),
-        Entry(3, (Term(1, 2, 0.5, 1),), entry.previous, entry.digest),
-        Entry(3, (Term(1, 2, 0.5, 2),), entry.previous, entry.digest),
+        Entry(3, (Coefficient(1, 2, 0.5, 1),), entry.previous, entry.digest),
+        Entry(3, (Coefficient(1, 2, 0.5, 2),), entry.previous, entry.digest),
         Entry(3, entry.terms, entry.previous, entry.digest, Displacement(bytes(16), 1)),
         Entry(3, entry.terms, entry.previous, entry.digest, Displacement(bytes(16), 2)),
         Entry(3, entry.terms, entry.previous, entry.digest, Displacement(b"\1" * 16, 1)),
-        Entry(3, (Term(1, 2, 0.5, 1),), entry.previous, entry.digest, Displacement(bytes(16), 1)),
+        Entry(3, (Coefficient(1, 2, 0.5, 1),), entry.previous, entry.digest, Displacement(bytes(16), 1)),
     ]
     hashes = {other.hash(RUN) for other in others} | {entry.hash(RUN), entry.hash(bytes(16))}
     assert len(hashes) == len(others) + 2

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from meerkat_mq.core.directions import direction
-from meerkat_mq.core.path import NO_DIGEST, Term, apply, digest, seed_for
+from meerkat_mq.core.path import NO_DIGEST, Coefficient, apply, digest, seed_for
 from meerkat_mq.core.replica import Change, Replica
 from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.errors import RunError
@@ -12,10 +12,10 @@ from meerkat_mq.errors import RunError
 RUN_ID = bytes(range(16))
 ADDED = np.linspace(-1, 1, 300, dtype=np.float32)
 ROUNDS: list[Change] = [
-    ((Term(0, 0, 0.5), Term(1, 2, -0.25)), None),
+    ((Coefficient(0, 0, 0.5), Coefficient(1, 2, -0.25)), None),
     ((), None),
-    ((Term(3, 0, 1e-3), Term(3, 0, 0.5, 2)), ADDED),
-    ((Term(0, 0, 2.0, 1),), None),
+    ((Coefficient(3, 0, 1e-3), Coefficient(3, 0, 0.5, 2)), ADDED),
+    ((Coefficient(0, 0, 2.0, 1),), None),
 ]
 
 
@@ -55,7 +55,7 @@ def test_who_holds_an_earlier_theta_keeps_it() -> None:
 @pytest.mark.parametrize(
     ("ruinous", "words"),
     [
-        (((Term(0, 0, 3e38),), None), r"theta: is not finite after a step of coefficient 3e\+38; lower the"),
+        (((Coefficient(0, 0, 3e38),), None), r"theta: is not finite after a step of coefficient 3e\+38; lower the"),
         (((), np.full(300, 3e38, np.float32)), "theta: is not finite after a displacement; lower the"),
     ],
     ids=["term", "displacement"],

@@ -8,7 +8,7 @@ import pytest
 from meerkat_mq.core.directions import direction
 from meerkat_mq.core.gradip import root_mean_square
 from meerkat_mq.core.mask import Mask, MaskedMatrix
-from meerkat_mq.core.path import Entry, Term, check_steps
+from meerkat_mq.core.path import Coefficient, Entry, check_steps
 from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.errors import BadValue
 
@@ -39,7 +39,9 @@ def test_the_root_mean_square_has_one_order() -> None:
 
 def test_an_entry_with_a_longer_step_than_the_run_has_is_refused() -> None:
     bound = 0.1  # a coefficient at the bound is rounded up to float32
-    at_the_bound, over = (Entry(7, (Term(0, 0, float(np.float32(c))),), bytes(16), bytes(16)) for c in (0.1, -0.1001))
+    at_the_bound, over = (
+        Entry(7, (Coefficient(0, 0, float(np.float32(c))),), bytes(16), bytes(16)) for c in (0.1, -0.1001)
+    )
     check_steps(at_the_bound, bound)
     with pytest.raises(BadValue, match=r"-0\.1001.* in entry 7 is over the run's max_step, 0\.1"):
         check_steps(over, bound)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from meerkat_mq.config import RoundsConfig
-from meerkat_mq.core.path import Displacement, Entry, Term
+from meerkat_mq.core.path import Coefficient, Displacement, Entry
 from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.ledger.files import snapshot_file
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
@@ -126,7 +126,7 @@ def update(version: int, slot: int, **changes: Any) -> UpdateRecord:
 
 
 def entry(version: int, coefficient: float = 0.5, displacement: Displacement | None = None) -> Entry:
-    return Entry(version, (Term(0, 0, coefficient),), bytes(16), bytes([version] * 16), displacement)
+    return Entry(version, (Coefficient(0, 0, coefficient),), bytes(16), bytes([version] * 16), displacement)
 
 
 def close(store: Store, *records: UpdateRecord, displacement: Displacement | None = None, **more: Any) -> None:

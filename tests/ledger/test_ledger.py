@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from meerkat_mq.config import ServerConfig
-from meerkat_mq.core.path import Entry, Term
+from meerkat_mq.core.path import Coefficient, Entry
 from meerkat_mq.errors import LedgerError
 from meerkat_mq.ledger import sqlite_file
 from meerkat_mq.ledger.rows import Sighting
@@ -26,7 +26,7 @@ from meerkat_mq.server.run import prepare_run
 
 IMPORTS = "import sys; from pathlib import Path; from meerkat_mq.ledger.sqlite import Ledger"
 NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
-ENTRY = Entry(0, (Term(0, 0, 0.5), Term(1, 0, -(2.0**-20))), bytes(16), bytes(range(16)))
+ENTRY = Entry(0, (Coefficient(0, 0, 0.5), Coefficient(1, 0, -(2.0**-20))), bytes(16), bytes(range(16)))
 
 
 def record(node: str, slot: int, version: int = 0, **changes: Any) -> UpdateRecord:

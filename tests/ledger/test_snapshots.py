@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from meerkat_mq.config import ServerConfig
-from meerkat_mq.core.path import Entry, Term, short_hash
+from meerkat_mq.core.path import Coefficient, Entry, short_hash
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.errors import LedgerError
 from meerkat_mq.ledger import snapshot_files
@@ -41,7 +41,7 @@ class Kept:
         self.replica = recovered(self.ledger, self.run, self.snapshots)
         head = self.run.mask.hash
         for version in range(6):
-            terms = (Term(0, 0, 0.25 + version),)
+            terms = (Coefficient(0, 0, 0.25 + version),)
             entry = Entry(version, terms, head, self.replica.apply(terms))
             self.ledger.commit_entry(entry, (), 1, overdue=False)
             head = entry.hash(self.run.descriptor.run_id)
@@ -96,7 +96,7 @@ def test_what_is_not_whole_or_not_this_ledgers_is_passed_over(kept: Kept, harm: 
 def test_an_entry_that_does_not_lead_to_its_digest_is_named(kept: Kept) -> None:
     for file in kept.folder.glob("*.mks"):
         file.unlink()
-    terms = (Term(0, 0, 1.0),)
+    terms = (Coefficient(0, 0, 1.0),)
     kept.ledger.commit_entry(Entry(6, terms, kept.head, bytes(15) + b"\1"), (), 1, overdue=False)
     with pytest.raises(LedgerError, match="entry 6 does not follow from those before it; restore"):
         kept.recovered()

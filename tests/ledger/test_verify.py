@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.core.path import Term, digest
+from meerkat_mq.core.path import Coefficient, digest
 from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.errors import LedgerError, MaskError, ModelMismatch, ModelNotFound, RunMismatch
 from meerkat_mq.ledger.files import mask_file
@@ -136,7 +136,7 @@ def test_a_coefficient_by_someone_who_mends_the_chain(tmp_path: Path) -> None:
     writer = write(tmp_path)
     forger = Writer(tmp_path / "forged")
     for version, true in enumerate(writer.entries):
-        terms = (Term(0, 0, 0.5),) if version == BAD else true.terms
+        terms = (Coefficient(0, 0, 0.5),) if version == BAD else true.terms
         forged = replace(true, terms=terms, previous=forger.head, digest=forger.replica.apply(terms))
         forger.entries.append(forged)
         alter_entry(tmp_path, version, forged)
@@ -147,7 +147,7 @@ def test_terms_too_few_and_too_many(tmp_path: Path) -> None:
     entry = write(tmp_path, lanes=2).entries[BAD]
     alter_entry(tmp_path, BAD, replace(entry, terms=entry.terms[:1]))
     fails(tmp_path, "entry 3", "its term 1 is none; its updates give lane 1")
-    alter_entry(tmp_path, BAD, replace(entry, terms=(*entry.terms, Term(1, 1, 1.0))))
+    alter_entry(tmp_path, BAD, replace(entry, terms=(*entry.terms, Coefficient(1, 1, 1.0))))
     fails(tmp_path, "entry 3", "its term 2 is lane 1, step 1, coefficient 1; its updates give none")
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from meerkat_mq.config import BrokerConfig, NodeConfig
 from meerkat_mq.core.directions import Float32Array
-from meerkat_mq.core.path import Displacement, Entry, Term, short_hash
+from meerkat_mq.core.path import Coefficient, Displacement, Entry, short_hash
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.engines.toy import QuadraticEngine, toy_mask
 from meerkat_mq.mqtt import Message
@@ -96,7 +96,7 @@ class MiniServer:
 
     def close(self, displacement: Float32Array | None = None) -> bytes:
         """Close a round; returns the blob of its displacement."""
-        terms, blob, values = (Term(0, 0, 0.5),), b"", None
+        terms, blob, values = (Coefficient(0, 0, 0.5),), b"", None
         if displacement is not None:
             blob = encode_values(displacement, "float32")
             values = Displacement(short_hash(blob), len(blob))

@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 
 from meerkat_mq.config import BrokerConfig, NodeConfig
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.core.path import Entry, Term, short_hash
+from meerkat_mq.core.path import Coefficient, Entry, short_hash
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.mqtt import Message
@@ -42,7 +42,7 @@ class Past:
         self.entries: list[Entry] = []
         previous = self.mask.hash
         for version in range(HEAD):
-            terms = (Term(0, 0, 0.5 / (1 + version)),)
+            terms = (Coefficient(0, 0, 0.5 / (1 + version)),)
             self.entries.append(Entry(version, terms, previous, replica.apply(terms)))
             previous = self.entries[-1].hash(RUN_ID)
             if version + 1 == AT:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from meerkat_mq.config import BrokerConfig
-from meerkat_mq.core.path import Displacement, Entry, Term, digest, short_hash
+from meerkat_mq.core.path import Coefficient, Displacement, Entry, digest, short_hash
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.wire.arrays import encode_mask, split
@@ -123,7 +123,7 @@ class Script(Peer):
             if not indices or chunk.index in indices:
                 self.session.publish(TOPICS.values, encode(chunk))
 
-    def close(self, *terms: Term, values: bytes | None = None) -> None:
+    def close(self, *terms: Coefficient, values: bytes | None = None) -> None:
         """Add an entry, with what a values blob decodes to; the node is told by `announce`."""
         added = decode_values(values, None, self.mask.size) if values is not None else None
         displacement = Displacement(short_hash(values), len(values)) if values is not None else None

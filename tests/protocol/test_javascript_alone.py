@@ -10,7 +10,7 @@ import pytest
 
 from meerkat_mq.config import BrokerConfig, Codec
 from meerkat_mq.core.directions import direction
-from meerkat_mq.core.path import Term
+from meerkat_mq.core.path import Coefficient
 from meerkat_mq.wire.descriptor import NodeStatus
 from meerkat_mq.wire.frames import Reason, Refusal, encode
 from meerkat_mq.wire.values import encode_values
@@ -21,7 +21,7 @@ from tests.support.waiting import until
 
 Start = Callable[..., JavaScriptNode]
 
-TERM = Term(0, 0, 2.0**-6)
+TERM = Coefficient(0, 0, 2.0**-6)
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -138,8 +138,8 @@ async def test_terms_of_older_versions_are_drawn_from_their_seeds(script: Script
     start_node()
     await begin(script, mode="buffered", max_staleness=3)
     script.close(TERM)
-    script.close(TERM, Term(0, 1, 2.0**-7, 1))
-    script.close(Term(0, 0, 2.0**-5, 2))
+    script.close(TERM, Coefficient(0, 1, 2.0**-7, 1))
+    script.close(Coefficient(0, 0, 2.0**-5, 2))
     await follow(script)
 
 
@@ -197,8 +197,8 @@ async def test_another_past_counts_under_a_higher_term_only(script: Script, star
     script.close(TERM)
     await follow(script)
     script.start_over(term=1)
-    script.close(Term(0, 1, 0.5))
-    script.close(Term(0, 0, 0.5))
+    script.close(Coefficient(0, 1, 0.5))
+    script.close(Coefficient(0, 0, 0.5))
     script.announce()
     await node.says("entry refused")
     assert node.said("resynchronised") == []

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from meerkat_mq.core.path import NO_DIGEST, Displacement, Entry, Term, short_hash
+from meerkat_mq.core.path import NO_DIGEST, Coefficient, Displacement, Entry, short_hash
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.node import NodeMachine
 from meerkat_mq.rounds.policy import RoundSettings
@@ -177,7 +177,7 @@ def chain(count: int, *, seed: int = 0, start: int = 0, previous: bytes = MASK) 
     """Entries in a row; another seed tells another past."""
     entries: list[Entry] = []
     for version in range(start, start + count):
-        entries.append(Entry(version, (Term(0, 0, float(seed + 1)),), previous, base_after(version)))
+        entries.append(Entry(version, (Coefficient(0, 0, float(seed + 1)),), previous, base_after(version)))
         previous = entries[-1].hash(RUN)
     return entries
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meerkat_mq.config import EarlyStoppingConfig, GuardsConfig
-from meerkat_mq.core.path import Term, coefficient, seed_for
+from meerkat_mq.core.path import Coefficient, coefficient, seed_for
 from meerkat_mq.errors import ConfigError
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.guards import Guard
@@ -249,7 +249,7 @@ def test_staleness_weights() -> None:
 def test_a_stale_update_weighs_less_and_counts_whole_in_the_divisor() -> None:
     rules = settings(**BUFFERED, lr=1.0)
     found = terms_of([record(3, 0, 4.0), record(5, 1, 8.0, weight=3)], rules, 5)
-    assert found == (Term(0, 0, 6.0), Term(0, 0, float(np.float32(4.0 * 148 / 256 / 4)), 2))
+    assert found == (Coefficient(0, 0, 6.0), Coefficient(0, 0, float(np.float32(4.0 * 148 / 256 / 4)), 2))
 
 
 def test_each_age_lane_and_step_is_a_term_in_that_order() -> None:
@@ -263,7 +263,7 @@ def test_each_age_lane_and_step_is_a_term_in_that_order() -> None:
     ]  # fmt: skip
 
 
-def synchronous_terms(records: list[UpdateRecord], rules: RoundSettings) -> tuple[Term, ...]:
+def synchronous_terms(records: list[UpdateRecord], rules: RoundSettings) -> tuple[Coefficient, ...]:
     """The rule of synchronous rounds, as it was before there were ages."""
     total, terms = sum(record.weight for record in records), []
     for lane in range(rules.lanes):
@@ -272,7 +272,7 @@ def synchronous_terms(records: list[UpdateRecord], rules: RoundSettings) -> tupl
             scalars = [(record.weight, record.scalars[step]) for record in members if step < len(record.scalars)]
             c = coefficient(rules.lr, scalars, total)
             if c != 0.0:
-                terms.append(Term(lane, step, c))
+                terms.append(Coefficient(lane, step, c))
     return tuple(terms)
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meerkat_mq.core.path import NO_DIGEST, Entry, Term
+from meerkat_mq.core.path import NO_DIGEST, Coefficient, Entry
 from meerkat_mq.rounds.catch_up import Stretch, snapshot_is_cheaper
 from meerkat_mq.wire.frames import encode_entry
 
@@ -20,7 +20,7 @@ def rounds(count: int, terms: int = 1) -> Stretch:
 
 @given(st.lists(st.integers(0, 30), max_size=20))
 def test_terms_are_counted_from_the_bytes(counts: list[int]) -> None:
-    entries = [Entry(i, (Term(0, 0, 0.5),) * count, NO_DIGEST, NO_DIGEST) for i, count in enumerate(counts)]
+    entries = [Entry(i, (Coefficient(0, 0, 0.5),) * count, NO_DIGEST, NO_DIGEST) for i, count in enumerate(counts)]
     found = Stretch(len(entries), sum(len(encode_entry(entry)) for entry in entries))
     assert found.terms == sum(counts)
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meerkat_mq.config import EarlyStoppingConfig
-from meerkat_mq.core.path import Term
+from meerkat_mq.core.path import Coefficient
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.early_stopping import EarlyStopping, judgements_of
 from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
@@ -66,12 +66,12 @@ def test_who_is_flagged_counts_with_its_first_steps_alone_and_does_fewer_from_th
         (Verdict.EARLY_STOPPED, DECAYING),
     ]
     means = [8.0, *(g / 2 for g in STEADY[1:3])]  # of the calibration's ten steps, a round's three count
-    assert closed.entry.terms == tuple(Term(0, step, c) for step, c in enumerate(means))
+    assert closed.entry.terms == tuple(Coefficient(0, step, c) for step, c in enumerate(means))
     assert not any(reason.startswith(("refused", "flagged")) for reason in reasons(effects))
     assert (server.round.steps, short(server)) == (3, {1: 1})
     server.update(3, "a", 1.0, 1.0, 1.0)
     server.update(3, "b", 3.0)
-    assert server.entries[1].entry.terms == (Term(0, 0, 2.0), Term(0, 1, 0.5), Term(0, 2, 0.5))
+    assert server.entries[1].entry.terms == (Coefficient(0, 0, 2.0), Coefficient(0, 1, 0.5), Coefficient(0, 2, 0.5))
     assert (server.entries[1].products, server.entries[1].judgements) == (((1.0,) * 3,), ())
     assert [r.verdict for r in server.entries[1].records] == [Verdict.ACCEPTED] * 2
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from meerkat_mq.config import EarlyStoppingConfig
-from meerkat_mq.core.path import Displacement, Entry, Term
+from meerkat_mq.core.path import Coefficient, Displacement, Entry
 from meerkat_mq.rounds.early_stopping import EarlyStopping
 from meerkat_mq.rounds.open_round import PAIRS, OpenRound, round_frame
 from meerkat_mq.rounds.policy import NEWEST_ENTRY_BYTES, newest_that_fit
@@ -15,7 +15,7 @@ from tests.rounds.support import header, settings
 
 VERSION = 9
 OLDEST = 3
-TERMS = tuple(Term(0, 0, 0.5, 1) for _ in range(1632))
+TERMS = tuple(Coefficient(0, 0, 0.5, 1) for _ in range(1632))
 NEWEST = Entry(VERSION - 1, TERMS, bytes(16), bytes(16), Displacement(bytes(16), 1))
 
 

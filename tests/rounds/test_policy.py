@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meerkat_mq.config import EarlyStoppingConfig
-from meerkat_mq.core.path import Entry, Term
+from meerkat_mq.core.path import Coefficient, Entry
 from meerkat_mq.errors import ConfigError
 from meerkat_mq.rounds.policy import (
     NEWEST_ENTRY_BYTES,
@@ -114,7 +114,7 @@ def test_what_can_be_applied(scalar: float, fits: bool) -> None:
     ],
 )  # fmt: skip
 def test_terms(changes: dict[str, Any], records: list[UpdateRecord], expected: list[tuple[int, int, float]]) -> None:
-    assert terms_of(records, settings(**changes), 0) == tuple(Term(*term) for term in expected)
+    assert terms_of(records, settings(**changes), 0) == tuple(Coefficient(*term) for term in expected)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_trimmed_mean(
     changes: dict[str, Any], records: list[UpdateRecord], expected: list[tuple[int, int, float]]
 ) -> None:
     found = terms_of(records, settings(**TRIMMED | changes), 0)
-    assert found == tuple(Term(lane, step, float(np.float32(c))) for lane, step, c in expected)
+    assert found == tuple(Coefficient(lane, step, float(np.float32(c))) for lane, step, c in expected)
 
 
 single = st.floats(-(2.0**100), 2.0**100, width=32)
@@ -201,7 +201,7 @@ def test_the_newest_entries_that_fit() -> None:
 @pytest.mark.parametrize(("terms", "fits"), [(130, True), (2043, True), (2044, False)])
 def test_the_newest_entry_fits_up_to_16_kib_and_brings_no_others(terms: int, fits: bool) -> None:
     (first,) = chain(1)
-    long = Entry(1, (Term(0, 0, 1.0),) * terms, first.hash(RUN), bytes(16))
+    long = Entry(1, (Coefficient(0, 0, 1.0),) * terms, first.hash(RUN), bytes(16))
     assert (len(encode_entry(long)) <= NEWEST_ENTRY_BYTES) is fits
     assert newest_that_fit([first, long]) == ((long,) if fits else ())
     (after,) = chain(1, start=2, previous=long.hash(RUN))

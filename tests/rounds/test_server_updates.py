@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from meerkat_mq.core.path import Term, seed_for
+from meerkat_mq.core.path import Coefficient, seed_for
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.policy import sample
 from meerkat_mq.rounds.records import UpdateRecord
@@ -101,7 +101,7 @@ def test_an_update_that_cannot_be_applied_is_kept_acknowledged_and_left_out(chan
     assert reasons(server.update(1, "a", 1.0, boot=2)) == ["duplicate"]
     server.update(2, "b", 3.0)
     (closed,) = server.entries
-    assert closed.entry.terms == (Term(0, 0, 30.0),)
+    assert closed.entry.terms == (Coefficient(0, 0, 30.0),)
     assert [(r.node, bool(r.verdict)) for r in closed.records] == [("a", True), ("b", False)]
 
 
@@ -163,7 +163,7 @@ def test_an_entry_is_the_mean_by_lane() -> None:
     server.update(1, "a", 3.0)
     server.update(1, "b", 5.0)
     entry = server.entries[0].entry
-    assert entry.terms == (Term(0, 0, 0.75), Term(1, 0, 1.25))
+    assert entry.terms == (Coefficient(0, 0, 0.75), Coefficient(1, 0, 1.25))
     assert entry.previous == MASK
     assert entry.digest == base_after(0)
 

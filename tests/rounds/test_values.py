@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from meerkat_mq.core.path import Displacement, Term, short_hash
+from meerkat_mq.core.path import Coefficient, Displacement, short_hash
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.policy import shares_of
 from meerkat_mq.rounds.records import Share, UpdateRecord, Verdict
@@ -36,7 +36,7 @@ def test_a_displacement_is_fetched_then_committed_then_added_after_the_terms() -
     assert (kept.record.values, kept.record.scalars) == (VALUES, ())
     server.update(3, "b", 4.0)
     (applied,) = only(e.ApplyTerms, server.seen)
-    assert applied.terms == (Term(0, 0, 1.0),)  # lr · 4 / 2: the values node counts in the divisor
+    assert applied.terms == (Coefficient(0, 0, 1.0),)  # lr · 4 / 2: the values node counts in the divisor
     assert applied.shares == (Share(VALUES.blob, 0.5),)
     assert server.entries[0].entry.displacement == Displacement(short_hash(b"mean"), 9)
     encode(server.round)
@@ -110,7 +110,7 @@ def test_a_displacement_that_cannot_be_added_is_kept_and_left_out(verdict: Verdi
     server.update(3, "b", 4.0)
     assert [record.verdict for record in server.entries[0].records] == [kept, Verdict.ACCEPTED]
     assert server.entries[0].entry.displacement is None
-    assert server.entries[0].entry.terms == (Term(0, 0, 2.0),)
+    assert server.entries[0].entry.terms == (Coefficient(0, 0, 2.0),)
 
 
 def test_shares_are_by_base_version_and_slot_whatever_the_order_of_arrival() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 from structlog.testing import capture_logs
 
-from meerkat_mq.core.path import Entry, Term
+from meerkat_mq.core.path import Coefficient, Entry
 from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.errors import NodeReplaced, RunMismatch
 from meerkat_mq.runtime.model import NodeProfile
@@ -177,7 +177,7 @@ def test_another_run_whose_steps_came_too_late_to_be_stopped_sends_nothing_of_th
 def test_another_run_while_entries_are_applied_starts_at_nothing(server: Server) -> None:
     server.begin(ONE)
     server.node.worker.held = True
-    entry = Entry(0, (Term(0, 0, 0.5),), MASK.hash, DIGEST)
+    entry = Entry(0, (Coefficient(0, 0, 0.5),), MASK.hash, DIGEST)
     server.ask(ONE, 1, (entry,))
     assert server.node.worker.waiting == 1
     server.describe(TWO)
@@ -221,7 +221,7 @@ def test_steps_that_are_stopped_before_they_begin_are_not_begun(server: Server) 
     driver = server.node.driver
     asked = Round(header(ONE), True, 1, 1, 0.5, 1000, asked=frozenset({SLOT}))
     driver.received(TOPICS.round, encode(asked), retained=False)
-    closed = Entry(0, (Term(0, 0, 0.5),), MASK.hash, DIGEST)
+    closed = Entry(0, (Coefficient(0, 0, 0.5),), MASK.hash, DIGEST)
     later = Round(header(ONE, 1), False, 1, 1, 0.5, 0, entries=(closed,))
     driver.received(TOPICS.round, encode(later), retained=False)
     server.node.clock.settle()
@@ -235,7 +235,7 @@ def test_steps_that_are_being_made_end_early_when_the_round_is_over(server: Serv
     server.node.worker.held = True
     server.ask(ONE)
     stopped, moved_on = server.node.worker.stopped, server.node.worker.moved_on
-    closed = Entry(0, (Term(0, 0, 0.5),), MASK.hash, DIGEST)
+    closed = Entry(0, (Coefficient(0, 0, 0.5),), MASK.hash, DIGEST)
     server.say(Round(header(ONE, 1), False, 1, 1, 0.5, 0, entries=(closed,)), TOPICS.round)
     assert server.node.worker.stopped > stopped
     assert server.node.worker.moved_on > moved_on
@@ -281,11 +281,11 @@ HOSTILE = {
     "an update": (TOPICS.reply(NODE), encode(Update(header(ONE), BOOT, bytes(8), 0.5, (0.5,)))),
     "entries of another run": (
         TOPICS.reply(NODE),
-        encode(Entries(header(TWO), (Entry(0, (Term(0, 0, 0.5),), MASK.hash, DIGEST),))),
+        encode(Entries(header(TWO), (Entry(0, (Coefficient(0, 0, 0.5),), MASK.hash, DIGEST),))),
     ),
     "entries of another chain": (
         TOPICS.reply(NODE),
-        encode(Entries(header(ONE, 1), (Entry(0, (Term(0, 0, 0.5),), bytes(16), DIGEST),))),
+        encode(Entries(header(ONE, 1), (Entry(0, (Coefficient(0, 0, 0.5),), bytes(16), DIGEST),))),
     ),
     "an offer of another run": (TOPICS.reply(NODE), encode(Offer(header(TWO, 50), 50, bytes(16), 1000))),
 }

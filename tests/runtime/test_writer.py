@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from meerkat_mq.config import ServerConfig, ServerValuesConfig
-from meerkat_mq.core.path import Entry, Term, short_hash
+from meerkat_mq.core.path import Coefficient, Entry, short_hash
 from meerkat_mq.core.values import quantised
 from meerkat_mq.errors import AnotherServer, LedgerError, LedgerFailing, LedgerUnavailable, RunError
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
@@ -24,7 +24,7 @@ from tests.runtime.one_writer import OneWriter
 
 FULL = LedgerUnavailable("ledger.sqlite", "cannot be written just now")
 BROKEN = LedgerFailing("ledger.sqlite", "the disk gives errors")
-TERMS = (Term(0, 0, 0.5),)
+TERMS = (Coefficient(0, 0, 0.5),)
 
 
 def record(slot: int) -> UpdateRecord:
@@ -68,7 +68,7 @@ def it(new: OneWriter) -> OneWriter:
     return new
 
 
-def entry(*terms: Term) -> Entry:
+def entry(*terms: Coefficient) -> Entry:
     return Entry(0, terms, bytes(16), bytes(16))
 
 
@@ -295,7 +295,7 @@ def test_what_ruins_theta_ends_the_server_before_there_is_an_entry(new: OneWrite
     before = new.replica.theta.tobytes()
     new.put(e.TakeTerm(0))
     with pytest.raises(RunError, match=r"theta: is not finite after a step of coefficient 3e\+38; lower the"):
-        new.put(e.ApplyTerms(0, (Term(0, 0, 3e38), Term(0, 0, 3e38)), ()))
+        new.put(e.ApplyTerms(0, (Coefficient(0, 0, 3e38), Coefficient(0, 0, 3e38)), ()))
     assert (new.told, ledger.version, new.replica.theta.tobytes()) == ([], 0, before)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from meerkat_mq.config import ServerConfig
-from meerkat_mq.core.path import Entry, Term
+from meerkat_mq.core.path import Coefficient, Entry
 from meerkat_mq.ledger import sqlite_reader
 from meerkat_mq.ledger.run import Run
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
@@ -24,7 +24,7 @@ SHORT, LONG = 2, 800
 
 
 def entry(version: int, terms: int) -> Entry:
-    return Entry(version, (Term(0, 0, 0.5),) * terms, bytes(16), bytes(16))
+    return Entry(version, (Coefficient(0, 0, 0.5),) * terms, bytes(16), bytes(16))
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from functools import partial
 
-from meerkat_mq.core.path import Term, apply_terms, coefficient, digest, seed_for
+from meerkat_mq.core.path import Coefficient, apply_terms, coefficient, digest, seed_for
 from meerkat_mq.core.step import local_steps
 from meerkat_mq.engines.toy import QuadraticEngine, toy_mask
 from meerkat_mq.ledger.sqlite import Ledger
@@ -29,12 +29,12 @@ def undisturbed(ledger: Ledger, seeds: Mapping[str, int]) -> bytes:
             for step in range(run.local_steps):
                 of_lane = [(1, scalars[step]) for its_lane, scalars in heard.values() if its_lane == lane]
                 c = coefficient(run.lr, of_lane, len(heard))
-                terms += [Term(lane, step, c)] if c else []
+                terms += [Coefficient(lane, step, c)] if c else []
         apply_terms(theta, terms, partial(_seed, run.run_id, version), run.stream)
     return digest(theta)
 
 
-def _seed(run_id: bytes, version: int, term: Term) -> int:
+def _seed(run_id: bytes, version: int, term: Coefficient) -> int:
     return seed_for(run_id, version, term.lane, term.step)
 
 

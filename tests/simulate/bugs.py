@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from meerkat_mq.core.path import Term, short_hash
+from meerkat_mq.core.path import Coefficient, short_hash
 from meerkat_mq.rounds import closing
 from meerkat_mq.rounds.events import CommitEntry, ServerEvent
 from meerkat_mq.rounds.open_round import OpenRound
@@ -108,7 +108,7 @@ def lose_an_update_on_resume(patch: pytest.MonkeyPatch) -> None:
 def add_in_arrival_order(patch: pytest.MonkeyPatch) -> None:
     """Sums are made in float32, one after the other, as the updates lie."""
 
-    def terms_of(records: Sequence[UpdateRecord], settings: RoundSettings, version: int) -> tuple[Term, ...]:
+    def terms_of(records: Sequence[UpdateRecord], settings: RoundSettings, version: int) -> tuple[Coefficient, ...]:
         heard = [found for record in reversed(records) if (found := counted(record, settings)) is not None]
         total, terms = np.float32(sum(record.weight for record in heard)), []
         lr = settings.lr / settings.perturbations
@@ -119,7 +119,7 @@ def add_in_arrival_order(patch: pytest.MonkeyPatch) -> None:
                 g = np.float32(0)
                 for record in [record for record in members if step < len(record.scalars)]:
                     g += part * np.float32(record.weight) * np.float32(record.scalars[step])
-                terms.append(Term(lane, step, float(np.float32(lr) * (g / total)), age))
+                terms.append(Coefficient(lane, step, float(np.float32(lr) * (g / total)), age))
         return tuple(terms)
 
     patch.setattr(closing, "terms_of", terms_of)
@@ -203,7 +203,7 @@ def count_an_update_in_two_entries(patch: pytest.MonkeyPatch) -> None:
 def weigh_by_the_wrong_age(patch: pytest.MonkeyPatch) -> None:
     """An update weighs as if it were a version older than it is."""
 
-    def broken(records: Sequence[UpdateRecord], settings: RoundSettings, version: int) -> tuple[Term, ...]:
+    def broken(records: Sequence[UpdateRecord], settings: RoundSettings, version: int) -> tuple[Coefficient, ...]:
         wider = replace(settings, mode="buffered", max_staleness=settings.max_staleness + 1)
         return tuple(replace(term, age=term.age - 1) for term in terms_of(records, wider, version + 1))
 
@@ -214,7 +214,7 @@ def draw_stale_directions_anew(patch: pytest.MonkeyPatch) -> None:
     """A stale update's directions are drawn with the seeds of the entry's version."""
     after = Theta.after
 
-    def broken(self: Theta, terms: tuple[Term, ...], *more: Any) -> Theta:
+    def broken(self: Theta, terms: tuple[Coefficient, ...], *more: Any) -> Theta:
         return after(self, tuple(replace(term, age=0) for term in terms), *more)
 
     patch.setattr(Theta, "after", broken)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meerkat_mq.core.path import Displacement, Entry, Term
+from meerkat_mq.core.path import Coefficient, Displacement, Entry
 from meerkat_mq.errors import BadChecksum, BadValue, TooLarge, WireError
 from meerkat_mq.wire.frames import (
     MAX_CHUNK_BYTES,
@@ -53,7 +53,7 @@ SIZE = st.integers(1, 2**32 - 1)
 def entries(draw: st.DrawFn) -> Entry:
     version = draw(U32)
     ages = st.just(0) | st.integers(0, min(version, MAX_STALENESS))
-    terms = draw(st.lists(st.builds(Term, U16, U16, F32, ages), max_size=4))
+    terms = draw(st.lists(st.builds(Coefficient, U16, U16, F32, ages), max_size=4))
     displacement = draw(st.none() | st.builds(Displacement, HASH, SIZE))
     return Entry(version, tuple(terms), draw(HASH), draw(HASH), displacement)
 
@@ -228,8 +228,8 @@ def test_a_one_step_update_is_small() -> None:
     assert len(encode(update(scalars=(0.25,) * 100))) == 52 + 4 * 99
 
 
-ENTRY_OF_ONE = Entry(0, (Term(0, 0, 0.5),), bytes(16), bytes(16))
-STALE = Entry(5000, (Term(0, 0, 0.5, 1),), bytes(16), bytes(16), Displacement(bytes(16), 7))
+ENTRY_OF_ONE = Entry(0, (Coefficient(0, 0, 0.5),), bytes(16), bytes(16))
+STALE = Entry(5000, (Coefficient(0, 0, 0.5, 1),), bytes(16), bytes(16), Displacement(bytes(16), 7))
 IDLE = Round(HEADER, False, 10, 1, 0.5, 0)
 
 
@@ -276,11 +276,11 @@ IDLE = Round(HEADER, False, 10, 1, 0.5, 0)
         Welcome(HEADER, 1, 65536),
         Entries(HEADER, (replace(ENTRY_OF_ONE, digest=bytes(15)),)),
         Entries(HEADER, (replace(ENTRY_OF_ONE, previous=b""),)),
-        Entries(HEADER, (replace(ENTRY_OF_ONE, terms=(Term(0, 0, float("nan")),)),)),
-        Entries(HEADER, (replace(ENTRY_OF_ONE, terms=(Term(65536, 0, 0.5),)),)),
+        Entries(HEADER, (replace(ENTRY_OF_ONE, terms=(Coefficient(0, 0, float("nan")),)),)),
+        Entries(HEADER, (replace(ENTRY_OF_ONE, terms=(Coefficient(65536, 0, 0.5),)),)),
         Entries(HEADER, (replace(ENTRY_OF_ONE, terms=ENTRY_OF_ONE.terms * (MAX_TERMS + 1)),)),
-        Entries(HEADER, (replace(ENTRY_OF_ONE, terms=(Term(0, 0, 0.5, 1),)),)),
-        Entries(HEADER, (replace(STALE, terms=(Term(0, 0, 0.5, MAX_STALENESS + 1),)),)),
+        Entries(HEADER, (replace(ENTRY_OF_ONE, terms=(Coefficient(0, 0, 0.5, 1),)),)),
+        Entries(HEADER, (replace(STALE, terms=(Coefficient(0, 0, 0.5, MAX_STALENESS + 1),)),)),
         Entries(HEADER, (replace(STALE, terms=STALE.terms * (most_terms(aged=True) + 1)),)),
         Entries(HEADER, (replace(ENTRY_OF_ONE, displacement=Displacement(bytes(15), 1)),)),
         Entries(HEADER, (replace(ENTRY_OF_ONE, displacement=Displacement(bytes(16), 0)),)),

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from meerkat_mq.core.path import Entry, Term
+from meerkat_mq.core.path import Coefficient, Entry
 from meerkat_mq.wire.arrays import split
 from meerkat_mq.wire.frames import MAX_FRAME_BYTES, decode, encode, entry_bytes
 from meerkat_mq.wire.limits import (
@@ -23,7 +23,7 @@ HEADER = Header(1, 2, 3, bytes(8))
 
 
 def entry(version: int, terms: int = 2) -> Entry:
-    return Entry(version, (Term(0, 0, 0.5),) * terms, bytes(16), bytes(16))
+    return Entry(version, (Coefficient(0, 0, 0.5),) * terms, bytes(16), bytes(16))
 
 
 @pytest.mark.parametrize("federation", ["f", "f" * 64])

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from meerkat_mq.core.path import Displacement, Entry, Term
+from meerkat_mq.core.path import Coefficient, Displacement, Entry
 from meerkat_mq.rounds.events.common import Count, End, Tick
 from meerkat_mq.rounds.records import Judgement, RoundOutcome, Share, UpdateRecord, Verdict
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState
@@ -197,7 +197,7 @@ class ApplyTerms:
     """
 
     version: int
-    terms: tuple[Term, ...]
+    terms: tuple[Coefficient, ...]
     shares: tuple[Share, ...] = ()
 
 
