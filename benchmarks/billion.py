@@ -125,8 +125,8 @@ def federation(engine: TransformersEngine, mask: Mask) -> MemoryFederation:
         run_id=hashlib.sha256(b"a billion weights").digest()[:16],
         mask_hash=mask.hash,
         count=1,
-        steps=1,
-        lanes=1,
+        local_steps=1,
+        directions=1,
         lr=1e-3,
         eps=1e-3,
         min_nodes=NODES,
@@ -134,7 +134,7 @@ def federation(engine: TransformersEngine, mask: Mask) -> MemoryFederation:
         quorum=1.0,
         deadline_s=60,
         grace_s=2,
-        weigh_by_rows=False,
+        min_updates=1,
     )
     nodes = [MemoryNode(f"node-{n}", engine, ROWS[n::NODES], BATCH) for n in range(NODES)]
     return MemoryFederation(settings, mask, nodes)

@@ -100,8 +100,8 @@ def step_times(seed: int) -> Sequence[float]:
 def settings(policy: Policy, stage: Stage, seed: int) -> RoundSettings:
     rules = RoundSettings(
         run_id=hashlib.sha256(f"buffered {seed}".encode()).digest()[:16],
-        mask_hash=stage.mask.hash, count=100_000, steps=1, lanes=LANES, lr=policy.lr, eps=DEMO.eps, min_nodes=NODES,
-        fraction=1.0, quorum=policy.quorum, deadline_s=policy.deadline_s, grace_s=2, weigh_by_rows=False,
+        mask_hash=stage.mask.hash, count=100_000, local_steps=1, directions=LANES, lr=policy.lr, eps=DEMO.eps,
+        min_nodes=NODES, min_updates=1, fraction=1.0, quorum=policy.quorum, deadline_s=policy.deadline_s, grace_s=2,
         digest_every=100,
     )  # fmt: skip
     if not policy.buffer_size:

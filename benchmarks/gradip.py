@@ -90,8 +90,8 @@ def calibrate(found: Stage, shards: Sequence[Sequence[Row]], seed: int, args: ar
     """Run the calibration round; the path of each node."""
     rules = RoundSettings(
         run_id=hashlib.sha256(f"gradip {seed}".encode()).digest()[:16],
-        mask_hash=found.mask.hash, count=1, steps=10, lanes=1, lr=args.lr, eps=found.eps, min_nodes=len(shards),
-        fraction=1.0, quorum=1.0, deadline_s=60, grace_s=2, weigh_by_rows=False, measured=True,
+        mask_hash=found.mask.hash, count=1, local_steps=10, directions=1, lr=args.lr, eps=found.eps,
+        min_nodes=len(shards), min_updates=1, fraction=1.0, quorum=1.0, deadline_s=60, grace_s=2, measured=True,
         early_stopping=EarlyStoppingConfig(by="vpcs", calibration_steps=args.steps),
     )  # fmt: skip
     nodes = [MemoryNode(f"node-{n}", found.engine, rows, args.batch) for n, rows in enumerate(shards)]

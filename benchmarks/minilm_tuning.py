@@ -28,8 +28,8 @@ def settings(args: argparse.Namespace, mask: Mask, lr: float) -> RoundSettings:
         run_id=bytes(16) if args.fixed else secrets.token_bytes(16),
         mask_hash=mask.hash,
         count=args.rounds,
-        steps=1,
-        lanes=args.directions,
+        local_steps=1,
+        directions=args.directions,
         lr=lr,
         eps=1e-3,
         min_nodes=NODES,
@@ -37,7 +37,7 @@ def settings(args: argparse.Namespace, mask: Mask, lr: float) -> RoundSettings:
         quorum=1.0,
         deadline_s=60,
         grace_s=2,
-        weigh_by_rows=False,
+        min_updates=1,
     )
 
 

@@ -25,8 +25,8 @@ def machine(online: int, offline: int) -> ServerMachine:
     """With an open round of `online` nodes."""
     slots = {f"n{slot}": slot for slot in range(online + offline)}
     settings = RoundSettings(
-        run_id=RUN, mask_hash=MASK, count=10, steps=1, lanes=1, lr=1e-6, eps=1e-3, min_nodes=online, fraction=1.0,
-        quorum=1.0, deadline_s=60, grace_s=2, weigh_by_rows=False,
+        run_id=RUN, mask_hash=MASK, count=10, local_steps=1, directions=1, lr=1e-6, eps=1e-3,
+        min_nodes=online, min_updates=1, fraction=1.0, quorum=1.0, deadline_s=60, grace_s=2,
     )  # fmt: skip
     server = ServerMachine(settings, term=1, server_id="0" * 16, base=BASE, slots=slots)
     server.start(0.0)

@@ -39,8 +39,9 @@ def records_of(nodes: int, steps: int, seed: int) -> tuple[UpdateRecord, ...]:
 def measure(mask: Mask, nodes: int, steps: int, lanes: int, rounds: int) -> dict[str, float]:
     early = EarlyStoppingConfig(by="vpcs", calibration_steps=steps, steps=1)
     settings = RoundSettings(
-        run_id=RUN, mask_hash=mask.hash, count=rounds, steps=steps, lanes=lanes, lr=1e-6, eps=1e-3, min_nodes=nodes,
-        fraction=1.0, quorum=1.0, deadline_s=60, grace_s=2, weigh_by_rows=False, early_stopping=early, measured=True,
+        run_id=RUN, mask_hash=mask.hash, count=rounds, local_steps=steps, directions=lanes, lr=1e-6, eps=1e-3,
+        min_nodes=nodes, min_updates=1, fraction=1.0, quorum=1.0, deadline_s=60, grace_s=2,
+        early_stopping=early, measured=True,
     )  # fmt: skip
     replica = Replica(mask, run_id=RUN, stream="mk1", digest_every=1)
     guard, g_p = Guard(settings.guards, lanes), mask.g_p

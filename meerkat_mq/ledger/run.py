@@ -66,8 +66,8 @@ def settings_of(run: RunDescriptor, rules: Mapping[str, Any], *, measured: bool 
         run_id=run.run_id,
         mask_hash=run.mask_hash,
         count=run.rounds,
-        steps=run.local_steps,
-        lanes=run.directions,
+        local_steps=run.local_steps,
+        directions=run.directions,
         lr=run.lr,
         eps=run.eps,
         min_nodes=rounds.min_nodes,
@@ -90,7 +90,7 @@ def settings_of(run: RunDescriptor, rules: Mapping[str, Any], *, measured: bool 
         max_staleness=run.max_staleness,
         staleness=rounds.staleness,
         staleness_exponent=rounds.staleness_exponent,
-        values_accepted=run.values,
+        values=ServerValuesConfig(**rules["values"] | {"accept": run.values}),
         max_step=MAX_STEP if run.max_step is None else run.max_step,
     )
 
@@ -133,7 +133,7 @@ def early_stopping_in_words(settings: RoundSettings) -> str:
     if config.by == "off":
         return ""
     if not settings.early_stops:
-        return f"by {config.by}: filtering changes nothing at local_steps = {settings.steps}"
+        return f"by {config.by}: filtering changes nothing at local_steps = {settings.local_steps}"
     again = f", again every {config.every} rounds" if config.every else ""
     return f"by {config.by}, judged in round 0 by {config.calibration_steps} local steps{again}"
 

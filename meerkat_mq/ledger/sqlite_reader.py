@@ -172,8 +172,8 @@ class LedgerReader(Store):
     def products(self, version: int, settings: RoundSettings) -> Products | None:
         packed = next(iter(self._row("SELECT products FROM entries WHERE version = ?", version)), None)
         with sqlite_file.decoding(self.path, "products"):
-            directions = settings.directions_of(version)
-            return None if packed is None else unpack_products(packed, settings.lanes, directions)
+            directions = settings.scalars_of(version)
+            return None if packed is None else unpack_products(packed, settings.directions, directions)
 
     def judgements(self, version: int) -> tuple[Judgement, ...]:
         return self._judged(f"{_JUDGED} WHERE version = ? ORDER BY judgements.slot", version)

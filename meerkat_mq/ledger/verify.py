@@ -185,7 +185,7 @@ def _check_values(ledger: Store, records: Sequence[UpdateRecord], settings: Roun
     for record in records:
         if record.values is None:
             continue
-        if not settings.values_accepted:
+        if not settings.values.accept:
             raise RunMismatch("updates", f"its update of {record.node} is a displacement; this run takes none")
         found = ledger.values(record.values.blob, weights)
         _check_size(ledger.blob(record.values.blob), record.values.size)
@@ -216,7 +216,7 @@ def _check_products(
 ) -> None:
     expected: Products = ()
     if settings.measured:
-        lanes, steps = settings.lanes, settings.directions_of(version)
+        lanes, steps = settings.directions, settings.scalars_of(version)
         expected = inner_products(g_p, settings.run_id, version, lanes=lanes, steps=steps, stream=stream)
     if found is None or [len(lane) for lane in found] != [len(lane) for lane in expected]:
         size = "no products" if found is None else f"products of {sum(map(len, found))} directions"

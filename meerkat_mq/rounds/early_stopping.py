@@ -66,7 +66,7 @@ def judgements_of(
     drawn = _drawn(version, [record.slot for record in accepted], settings)
     found = []
     for record in accepted:
-        lane = lane_of(record.slot, settings.lanes)
+        lane = lane_of(record.slot, settings.directions)
         rhos = path_ratios(gradip(record.scalars, products[lane]), config) if products else (0.0, 0.0)
         stopped = record.slot in drawn if config.by == "random" else is_extreme(*rhos, config)
         found.append(Judgement(version, record.node, *rhos, stopped))

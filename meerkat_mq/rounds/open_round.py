@@ -163,7 +163,7 @@ def round_frame(
         header,
         is_open=current is not None,
         steps=steps,
-        lanes=settings.lanes,
+        lanes=settings.directions,
         eps=settings.eps,
         deadline_ms=min(round(1000 * deadline_s), 2**32 - 1),
         attempt=current.attempt if current else 0,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from meerkat_mq.config import EarlyStoppingConfig, GuardsConfig
+from meerkat_mq.config import EarlyStoppingConfig, GuardsConfig, ServerValuesConfig
 from meerkat_mq.core.path import Coefficient, Entry, coefficient, seeds_of
 from meerkat_mq.errors import ConfigError
 from meerkat_mq.rounds.records import Share, UpdateRecord, Verdict
@@ -34,8 +34,8 @@ class RoundSettings:
     run_id: bytes
     mask_hash: bytes
     count: int
-    steps: int
-    lanes: int
+    local_steps: int
+    directions: int
     lr: float
     eps: float
     min_nodes: int
@@ -43,7 +43,7 @@ class RoundSettings:
     quorum: float
     deadline_s: float
     grace_s: float
-    weigh_by_rows: bool
+    weigh_by_rows: bool = False
     aggregate: Literal["mean", "trimmed-mean"] = "mean"
     trim: float = 0.2
     snapshot_every: int = 500
@@ -57,7 +57,7 @@ class RoundSettings:
     max_staleness: int = 0
     staleness: Literal["constant", "polynomial"] = "polynomial"
     staleness_exponent: float = 0.5
-    values_accepted: bool = False
+    values: ServerValuesConfig = field(default_factory=ServerValuesConfig)
     min_updates: int = 1
     max_step: float = MAX_STEP
     frame_bytes: int = MAX_FRAME_BYTES
@@ -65,27 +65,27 @@ class RoundSettings:
     def __post_init__(self) -> None:
         """Refuse, as ConfigError, what no round can be: more lanes than nodes, more directions than a frame holds."""
         fewest = max(share(self.fraction, self.min_nodes), min(self.min_updates, self.min_nodes))
-        if self.lanes > fewest:
+        if self.directions > fewest:
             raise ConfigError(
                 "rounds.directions",
-                f"{self.lanes} lanes are more than the {fewest} nodes that a round may have",
+                f"{self.directions} lanes are more than the {fewest} nodes that a round may have",
                 "lower directions, or raise min_nodes or fraction",
             )
         if self.early_stopping.by == "vpcs" and not self.measured:
             raise ConfigError(
                 "early_stopping.by", "vpcs needs the pre-training gradient, and the mask's g_p is zero", "score a mask"
             )
-        most = most_terms(aged=self.max_staleness > 0)
-        asked = {"rounds.local_steps": self.steps}
+        lanes, most = self.directions, most_terms(aged=self.max_staleness > 0)
+        asked = {"rounds.local_steps": self.local_steps}
         if self.early_stops:
             asked["early_stopping.calibration_steps"] = self.early_stopping.calibration_steps
         for name, steps in asked.items():
-            directions = steps * self.perturbations
-            if directions > MAX_STEPS or self.lanes * directions * (self.max_staleness + 1) > most:
+            scalars = steps * self.perturbations
+            if scalars > MAX_STEPS or lanes * scalars * (self.max_staleness + 1) > most:
                 versions = f" × {self.max_staleness + 1} versions" * self.buffered
                 raise ConfigError(
                     name,
-                    f"{steps} × {self.perturbations} perturbations × {self.lanes} lanes{versions} do not fit a round",
+                    f"{steps} × {self.perturbations} perturbations × {lanes} lanes{versions} do not fit a round",
                     f"an update holds {MAX_STEPS} projected gradients, an entry {most} terms",
                 )
 
@@ -118,7 +118,7 @@ class RoundSettings:
     @property
     def early_stops(self) -> bool:
         """Whether early stopping changes anything."""
-        return self.early_stopping.by != "off" and self.early_stopping.steps < self.steps
+        return self.early_stopping.by != "off" and self.early_stopping.steps < self.local_steps
 
     def takes_what_comes(self, version: int) -> bool:
         """Whether version `version` closes by its buffer; a calibration, which judges each node, waits for them."""
@@ -127,7 +127,7 @@ class RoundSettings:
     @property
     def acknowledged(self) -> int:
         """Up to which age a round says whose updates are heard; a values node wants to know that its last one was."""
-        return max(self.max_staleness, int(self.values_accepted))
+        return max(self.max_staleness, int(self.values.accept))
 
     def calibrates(self, version: int) -> bool:
         """Whether round `version` is one that shows how skewed each node's data is."""
@@ -136,15 +136,15 @@ class RoundSettings:
 
     def steps_of(self, version: int) -> int:
         """Local steps that round `version` asks of a node that is not early-stopped."""
-        return self.early_stopping.calibration_steps if self.calibrates(version) else self.steps
+        return self.early_stopping.calibration_steps if self.calibrates(version) else self.local_steps
 
     @property
     def most_steps(self) -> int:
         """Local steps that any round asks of a node at most."""
-        return max(self.steps, self.early_stopping.calibration_steps if self.early_stops else 0)
+        return max(self.local_steps, self.early_stopping.calibration_steps if self.early_stops else 0)
 
-    def directions_of(self, version: int) -> int:
-        """Directions of round `version` in each lane."""
+    def scalars_of(self, version: int) -> int:
+        """Directions of round `version` in each lane, and so projected gradients of an update."""
         return self.perturbations * self.steps_of(version)
 
     def fraction_of(self, version: int) -> float:
@@ -203,13 +203,13 @@ def why_refused(update: Update, settings: RoundSettings, *, base: bytes, slot: i
     if update.base != base:
         return Reason.RESYNCHRONISE
     if update.values is not None:
-        if not settings.values_accepted:
+        if not settings.values.accept:
             return Reason.NO_VALUES
         return None if update.values.steps <= steps else Reason.WRONG_STEPS
     count, version = len(update.scalars), update.header.version
     if not steps_fit(count, steps, settings):
         return Reason.WRONG_STEPS
-    lane = lane_of(slot, settings.lanes)
+    lane = lane_of(slot, settings.directions)
     derived = update.seeds is None or update.seeds == seeds_of(settings.run_id, version, lane, count)
     return None if derived else Reason.WRONG_SEEDS
 
@@ -233,7 +233,7 @@ def deadline_length(settings: RoundSettings, version: int, attempt: int) -> floa
 
     A calibration has as many times `deadline_s` as it has times the local steps.
     """
-    longer = max(1.0, settings.steps_of(version) / settings.steps)
+    longer = max(1.0, settings.steps_of(version) / settings.local_steps)
     return settings.deadline_s * longer * min(1 << attempt, DEADLINE_CAP)
 
 
@@ -258,8 +258,8 @@ def terms_of(records: Sequence[UpdateRecord], settings: RoundSettings, version: 
     whole lane has in the mean. The quotient N·B/A of integers is rounded once to float64; where nothing is left out it
     is N, and c as of "mean".
 
-    Of a calibration the first `steps` steps count, of an early-stopped record the first `early_stopping.steps`. With K
-    perturbations a step, lr is lr/K.
+    Of a calibration the first `local_steps` steps count, of an early-stopped record the first `early_stopping.steps`.
+    With K perturbations a step, lr is lr/K.
     Without an accepted record there are no terms.
 
     Args:
@@ -273,7 +273,7 @@ def terms_of(records: Sequence[UpdateRecord], settings: RoundSettings, version: 
     lanes: dict[tuple[int, int], list[UpdateRecord]] = {}
     for record in accepted:
         if record.values is None:
-            place = (version - record.version, lane_of(record.slot, settings.lanes))
+            place = (version - record.version, lane_of(record.slot, settings.directions))
             lanes.setdefault(place, []).append(record)
     terms = []
     for (age, lane), members in sorted(lanes.items()):
@@ -308,7 +308,7 @@ def counted(record: UpdateRecord, settings: RoundSettings) -> UpdateRecord | Non
     """What of an update enters the entry: no more than a round's local steps, also of a calibration; None: nothing."""
     if record.verdict is Verdict.EARLY_STOPPED:
         return _cut(record, settings.early_stopping.steps * settings.perturbations)
-    return _cut(record, settings.steps * settings.perturbations) if record.verdict is Verdict.ACCEPTED else None
+    return _cut(record, settings.local_steps * settings.perturbations) if record.verdict is Verdict.ACCEPTED else None
 
 
 def _cut(record: UpdateRecord, scalars: int) -> UpdateRecord:

@@ -296,7 +296,7 @@ class ServerMachine(ServerMachineState):
             self._open.awaited.until(name, self._nodes[name].awaited_until)
         self._open.wait(now, deadline_length(settings, version, 0))
         if settings.measured:
-            self._effects.append(e.MeasureDirections(version, settings.lanes, settings.directions_of(version)))
+            self._effects.append(e.MeasureDirections(version, settings.directions, settings.scalars_of(version)))
         self._close_if_due(now)
 
     def _on_directions_measured(self, event: e.DirectionsMeasured) -> None:

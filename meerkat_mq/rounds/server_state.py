@@ -78,7 +78,7 @@ class ServerMachineState:
         self._nodes = Roster(slots or {})
         for node, newest in (heard or {}).items():
             self._window.heard(node, self._nodes[node].slot, newest)
-        self._guard = Guard(settings.guards, settings.lanes, past)
+        self._guard = Guard(settings.guards, settings.directions, past)
         self._flagged: Mapping[str, Verdict] = dict(self._guard.flagged)
         self._early = EarlyStopping(settings, judgements)
         self._outranked = False

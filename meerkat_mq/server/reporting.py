@@ -128,7 +128,7 @@ class _History:
             if record.verdict not in NOT_REFUSED:
                 self.counts[m.REFUSED.of(in_words(record.verdict))] += 1
         self.counts = +self.counts
-        if self.settings.steps > 1:  # over rounds of one step each, GradIP says nothing
+        if self.settings.local_steps > 1:  # over rounds of one step each, GradIP says nothing
             for record, found in measured(self.ledger, self.settings, records):
                 magnitudes = self.magnitudes.setdefault(record.node, Magnitudes())
                 for value in found:

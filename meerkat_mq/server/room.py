@@ -35,15 +35,15 @@ def _needed(run: Run, topics: Topics) -> Iterator[tuple[str, str, bytes]]:
     yield "a part of the mask", topics.blob(first.blob, first.index), encode(first)
     slots = frozenset(range(settings.fewest_nodes))
     short = tuple((slot, 1) for slot in sorted(slots)) if settings.early_stops else ()
-    asked = Round(header, True, settings.most_steps, settings.lanes, 1.0, 0, asked=slots, short=short)
+    asked = Round(header, True, settings.most_steps, settings.directions, 1.0, 0, asked=slots, short=short)
     yield f"a round of {len(slots)} nodes", topics.round, encode(asked)
     scalars = settings.most_steps * settings.perturbations
     seeds = (0,) * scalars if settings.buffered else None  # a node may send such an update after a restart
     update = Update(header, 0, bytes(8), 0.0, (0.0,) * scalars, seeds)
     yield "an update of a node", topics.up(LONGEST_ID, "update"), encode(update)
     terms = (Coefficient(0, 0, 0.0, min(1, settings.max_staleness)),) * (
-        settings.lanes * scalars * (settings.max_staleness + 1)
+        settings.directions * scalars * (settings.max_staleness + 1)
     )
-    added = Displacement(bytes(16), 1) if settings.values_accepted else None
+    added = Displacement(bytes(16), 1) if settings.values.accept else None
     entries = Entries(header, (Entry(1, terms, bytes(16), bytes(16), added),))
     yield "a round's entry", topics.reply(LONGEST_ID), encode(entries)

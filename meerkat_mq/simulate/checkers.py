@@ -301,7 +301,10 @@ def judgements_recomputable(history: History) -> Found:
             yield "ledger", f"{len(history.entries)} entries, but {what} for {len(kept)}"
     ledger = zip(history.records, history.products, history.judgements, strict=False)
     for version, (records, products, judgements) in enumerate(ledger):
-        steps, lanes = settings.perturbations * settings.steps_of(version), settings.lanes if settings.measured else 0
+        steps, lanes = (
+            settings.perturbations * settings.steps_of(version),
+            settings.directions if settings.measured else 0,
+        )
         if products != inner_products(
             g_p, history.run_id, version, lanes=lanes, steps=steps, stream=history.stream
         ):  # fmt: skip

@@ -195,7 +195,7 @@ def _earlier_run(federation: Federation, fault: ScheduledFault) -> None:
 def _foreign_round(federation: Federation) -> Round:
     settings = federation.history.settings
     header = Header.of(EARLIER_RUN, 9, len(federation.disk.ledger.entries), settings.mask_hash)
-    return Round(header, True, settings.steps, settings.lanes, settings.eps, 1000, asked=frozenset(range(8)))
+    return Round(header, True, settings.local_steps, settings.directions, settings.eps, 1000, asked=frozenset(range(8)))
 
 
 def _hostile(federation: Federation, fault: ScheduledFault) -> None:

@@ -3,7 +3,7 @@
 from functools import cache
 from itertools import takewhile
 
-from meerkat_mq.config import Codec, EarlyStoppingConfig
+from meerkat_mq.config import Codec, EarlyStoppingConfig, ServerValuesConfig
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.rounds.policy import RoundSettings
@@ -35,11 +35,12 @@ def settings_of(schedule: Schedule) -> RoundSettings:
         run_id=RUN,
         mask_hash=_mask()[1],
         count=schedule.rounds,
-        steps=schedule.steps,
-        lanes=schedule.lanes,
+        local_steps=schedule.steps,
+        directions=schedule.lanes,
         lr=0.1,
         eps=2.0**-10,
         min_nodes=schedule.min_nodes,
+        min_updates=1,
         fraction=schedule.fraction,
         quorum=schedule.quorum,
         deadline_s=schedule.deadline_s,
@@ -61,7 +62,7 @@ def settings_of(schedule: Schedule) -> RoundSettings:
         buffer_size=schedule.buffer_size,
         max_staleness=schedule.max_staleness if schedule.mode == "buffered" else 0,
         staleness=schedule.staleness,
-        values_accepted=schedule.values > 0,
+        values=ServerValuesConfig(accept=schedule.values > 0),
     )
 
 

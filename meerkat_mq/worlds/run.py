@@ -47,8 +47,8 @@ def make_run(
             "weights": mask.size,
             "stream": stream,
             "rounds": settings.count,
-            "local_steps": settings.steps,
-            "directions": settings.lanes,
+            "local_steps": settings.local_steps,
+            "directions": settings.directions,
             "lr": settings.lr,
             "eps": settings.eps,
             "perturbations": settings.perturbations,
@@ -56,7 +56,7 @@ def make_run(
             "digest_every": settings.digest_every,
             "mode": settings.mode,
             "max_staleness": settings.max_staleness,
-            "values": settings.values_accepted,
+            "values": settings.values.accept,
             "max_step": settings.max_step if settings.max_step < MAX_STEP else None,
         }
     )

@@ -326,7 +326,7 @@ class MemoryStore(Store):
 
     def products(self, version: int, settings: RoundSettings) -> Products | None:
         found = self.ledger.products.get(version)
-        expected = [settings.directions_of(version)] * settings.lanes
+        expected = [settings.scalars_of(version)] * settings.directions
         if found and [len(lane) for lane in found] != expected:
             raise LedgerError(self.where, f"holds products of {list(map(len, found))}, not {expected} directions")
         return found

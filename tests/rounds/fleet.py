@@ -114,7 +114,7 @@ def check_judgements(federation: MemoryFederation) -> None:
     for version, (records, products) in enumerate(zip(federation.records, federation.products, strict=True)):
         steps = rules.perturbations * rules.steps_of(version)
         expected = inner_products(
-            mask.g_p, rules.run_id, version, lanes=rules.lanes, steps=steps, stream=federation.stream
+            mask.g_p, rules.run_id, version, lanes=rules.directions, steps=steps, stream=federation.stream
         )
         assert products == (expected if rules.measured else ())
         judged += judgements_of(version, records, products, rules)

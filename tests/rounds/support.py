@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from meerkat_mq.config import ServerValuesConfig
 from meerkat_mq.core.path import NO_DIGEST, Coefficient, Displacement, Entry, short_hash
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.node import NodeMachine
@@ -17,6 +18,8 @@ MASK = bytes(range(16, 32))
 THETA_0 = short_hash(b"theta 0")
 SERVER_ID = "5" * 16
 
+_LONG = {"steps": "local_steps", "lanes": "directions"}
+
 Effect = TypeVar("Effect")
 
 
@@ -24,9 +27,12 @@ def settings(**changes: Any) -> RoundSettings:
     """Two nodes, one lane, T = 1, everybody needed, 100 s, 10 s of grace."""
     plain: dict[str, Any] = {
         "run_id": RUN, "mask_hash": MASK, "count": 10, "steps": 1, "lanes": 1, "lr": 0.5, "eps": 2.0**-10,
-        "min_nodes": 2, "fraction": 1.0, "quorum": 1.0, "deadline_s": 100.0, "grace_s": 10.0, "weigh_by_rows": False,
+        "min_nodes": 2, "min_updates": 1, "fraction": 1.0, "quorum": 1.0, "deadline_s": 100.0, "grace_s": 10.0,
     }  # fmt: skip
-    return RoundSettings(**plain | changes)
+    said = {_LONG.get(key, key): value for key, value in (plain | changes).items()}
+    if (accept := said.pop("values_accepted", None)) is not None:
+        said["values"] = ServerValuesConfig(accept=accept)
+    return RoundSettings(**said)
 
 
 def header(version: int = 0, term: int = 1) -> Header:

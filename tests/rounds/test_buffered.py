@@ -266,8 +266,8 @@ def test_each_age_lane_and_step_is_a_term_in_that_order() -> None:
 def synchronous_terms(records: list[UpdateRecord], rules: RoundSettings) -> tuple[Coefficient, ...]:
     """The rule of synchronous rounds, as it was before there were ages."""
     total, terms = sum(record.weight for record in records), []
-    for lane in range(rules.lanes):
-        members = [record for record in records if lane_of(record.slot, rules.lanes) == lane]
+    for lane in range(rules.directions):
+        members = [record for record in records if lane_of(record.slot, rules.directions) == lane]
         for step in range(max([len(record.scalars) for record in members], default=0)):
             scalars = [(record.weight, record.scalars[step]) for record in members if step < len(record.scalars)]
             c = coefficient(rules.lr, scalars, total)

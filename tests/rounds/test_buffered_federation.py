@@ -81,7 +81,7 @@ def test_a_partial_path_is_the_beginning_of_the_whole_one() -> None:
     scalars, loss = local_steps(
         QuadraticEngine(WEIGHTS),
         replica.theta,
-        seeds_of(RUN, first.version, lane_of(first.slot, rules.lanes), 20),
+        seeds_of(RUN, first.version, lane_of(first.slot, rules.directions), 20),
         node.batches(RUN, 10),
         stream="mk1",
         eps=rules.eps,

@@ -278,7 +278,7 @@ def test_a_flagged_node_is_asked_for_fewer_steps_except_in_a_calibration() -> No
 def test_where_early_stopping_is_off_the_flagged_do_as_many_steps_as_everybody(changes: dict[str, Any]) -> None:
     rules = rules_of(**CALIBRATING | changes)
     early = EarlyStopping(rules, [Judgement(0, "a", 9.0, 1.0, early_stopped=True)])
-    assert [early.steps_of(version, "a") for version in (0, 1)] == [rules.steps] * 2
+    assert [early.steps_of(version, "a") for version in (0, 1)] == [rules.local_steps] * 2
 
 
 # --- the control ------------------------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ from tests.rounds.support import RUN
 def end_point(federation: MemoryFederation, node: MemoryNode, slot: int) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Where a node's own walk from theta_0 ends."""
     rules, theta = federation.settings, np.zeros(federation.replica.theta.size, np.float32)
-    for step in range(rules.steps):
-        z = direction(federation.stream, seed_for(RUN, 0, lane_of(slot, rules.lanes), step), 0, theta.size)
+    for step in range(rules.local_steps):
+        z = direction(federation.stream, seed_for(RUN, 0, lane_of(slot, rules.directions), step), 0, theta.size)
         rows = [node.rows[number] for number in batch_rows(RUN, node.name, len(node.rows), node.batch_size, step)]
         g, _ = projected_gradient(node.engine, theta, z, rules.eps, node.engine.prepare(rows))
         theta = theta - np.float32(rules.lr * g) * z

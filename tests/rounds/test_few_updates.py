@@ -81,4 +81,4 @@ def test_updates_of_which_none_can_be_used_close_a_round_that_changes_nothing() 
 def test_a_fraction_asks_as_many_as_a_round_needs() -> None:
     assert len(sample(RUN, 0, range(8), 0.125, 3)) == 3
     assert len(sample(RUN, 0, range(2), 0.5, 3)) == 2
-    assert settings(min_nodes=6, fraction=0.2, min_updates=3, lanes=3).lanes == 3
+    assert settings(min_nodes=6, fraction=0.2, min_updates=3, lanes=3).directions == 3

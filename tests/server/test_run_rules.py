@@ -23,11 +23,11 @@ def prepared(tmp_path: Path, rounds: dict[str, Any], values: dict[str, Any]) -> 
 def test_a_run_says_what_it_takes(tmp_path: Path) -> None:
     plain, buffered = prepared(tmp_path, {}, {}), prepared(tmp_path, BUFFERED, ACCEPT | {"codec": "int8"})
     assert (plain.descriptor.mode, plain.descriptor.max_staleness, plain.descriptor.values) == ("synchronous", 0, False)
-    assert (plain.settings.buffered, plain.settings.max_staleness, plain.settings.values_accepted) == (False, 0, False)
+    assert (plain.settings.buffered, plain.settings.max_staleness, plain.settings.values.accept) == (False, 0, False)
     run = buffered.descriptor
     assert (run.mode, run.max_staleness, run.values) == ("buffered", 4, True)
     settings = buffered.settings
-    assert (settings.buffered, settings.max_staleness, settings.values_accepted) == (True, 4, True)
+    assert (settings.buffered, settings.max_staleness, settings.values.accept) == (True, 4, True)
     assert (buffered.codec, plain.codec) == ("int8", "bfloat16")
 
 

@@ -112,9 +112,9 @@ def add_in_arrival_order(patch: pytest.MonkeyPatch) -> None:
         heard = [found for record in reversed(records) if (found := counted(record, settings)) is not None]
         total, terms = np.float32(sum(record.weight for record in heard)), []
         lr = settings.lr / settings.perturbations
-        for age, lane in sorted({(version - r.version, lane_of(r.slot, settings.lanes)) for r in heard}):
+        for age, lane in sorted({(version - r.version, lane_of(r.slot, settings.directions)) for r in heard}):
             place, part = (version - age, lane), np.float32(settings.staleness_weight(age) / 256)
-            members = [r for r in heard if (r.version, lane_of(r.slot, settings.lanes)) == place]
+            members = [r for r in heard if (r.version, lane_of(r.slot, settings.directions)) == place]
             for step in range(max([len(record.scalars) for record in members], default=0)):
                 g = np.float32(0)
                 for record in [record for record in members if step < len(record.scalars)]:
