@@ -108,7 +108,7 @@ class NodeMachine(NodeMachineState):
 
     def _follow_server(self, now: float) -> None:
         """Forget what another server said: its slots and its round."""
-        self._frame = self.slot = self._link = self._heard_version = None
+        self._frame = self.slot = self._link = self._acknowledged_version = None
         self._uninformed = True
         self._two_servers = False
         self._introduce(now)
@@ -341,7 +341,7 @@ class NodeMachine(NodeMachineState):
         done, frame = self._done, self._frame
         if done is None or frame is None or self.slot is None:
             return
-        if self._heard(done.version, frame):
+        if self._acknowledged(done.version, frame):
             self._forget(heard=True)
         elif self._answered or not frame.is_open:
             return
@@ -353,7 +353,7 @@ class NodeMachine(NodeMachineState):
         """No entry will take finished steps any more."""
         done, frame = self._done, self._frame
         if done is not None and frame is not None and self._age(done.version) > self._max_staleness:
-            heard = self._heard(done.version, frame)
+            heard = self._acknowledged(done.version, frame)
             if not heard and not self._sent:
                 self._count(m.LATE_STEP, done.version)
             self._forget(heard=heard)
@@ -361,5 +361,5 @@ class NodeMachine(NodeMachineState):
     def _forget(self, *, heard: bool = False) -> None:
         if self._done is not None:
             self._effects.append(e.Forget(self._done.version, heard))
-            self._heard_version = self._done.version if heard else None
+            self._acknowledged_version = self._done.version if heard else None
             self._done = None

@@ -85,7 +85,7 @@ class NodeMachineState:
         self._stopping = False
         self._in_vain = 0
         self._sent = pending is not None
-        self._heard_version: int | None = None
+        self._acknowledged_version: int | None = None
         self._busy: e.ApplyEntries | e.FetchSnapshot | e.StartSteps | None = None
         self._greet_at = now + RETRY_S
         self._ask_at = self._step_at = float("-inf")
@@ -171,7 +171,7 @@ class NodeMachineState:
             return same_lane and done.version <= frame.header.version
         return done.task == self._task()
 
-    def _heard(self, version: int, frame: Round) -> bool:
+    def _acknowledged(self, version: int, frame: Round) -> bool:
         """Whether the server has committed this node's update from theta of `version`."""
         if self.slot in frame.heard:
             return version <= frame.header.version
@@ -182,7 +182,11 @@ class NodeMachineState:
         frame = self._frame
         if frame is None or not frame.is_open or frame.header.version != self.version:
             return None
-        if self.slot is None or self.slot not in frame.asked - frame.heard or self._heard_version == self.version:
+        if (
+            self.slot is None
+            or self.slot not in frame.asked - frame.heard
+            or self._acknowledged_version == self.version
+        ):
             return None
         steps = dict(frame.short).get(self.slot, frame.steps)
         return e.StartSteps(self.version, lane_of(self.slot, frame.lanes), steps, frame.eps)

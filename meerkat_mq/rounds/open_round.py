@@ -23,14 +23,14 @@ class OpenRound:
         version: of theta.
         asked: node to slot.
         needed: how many updates from theta of this version it takes to close; of a buffered one, its buffer's size.
-        heard: committed updates that close with it, refused ones too, by base version and node.
+        acknowledged: committed updates that close with it, refused ones too, by base version and node.
         products: ⟨g_p, z⟩ by lane and step; None until they are measured.
-        candidates: nodes of which an update that can be used is among those heard.
+        candidates: nodes of which an update that can be used is among them.
         taken: how many updates are taken, committed or not, that will close with it.
         awaited: nodes asked whose update from theta of this version is not committed.
         answered: nodes with a committed update, one that can be used or not.
         attempt: how often the deadline was doubled.
-        closing: whether it is decided which updates the entry is made of; nothing is heard from then on.
+        closing: whether it is decided which updates the entry is made of; no update joins them from then on.
         overdue: whether the deadline closed it.
         outcome: set when the updates are judged.
         entry: set when the terms are applied.
@@ -39,7 +39,7 @@ class OpenRound:
     version: int
     asked: dict[str, int]
     needed: int
-    heard: dict[tuple[int, str], UpdateRecord]
+    acknowledged: dict[tuple[int, str], UpdateRecord]
     products: tuple[tuple[float, ...], ...] | None
     candidates: set[str] = field(init=False)
     taken: int = field(init=False)
@@ -55,15 +55,17 @@ class OpenRound:
     entry: Entry | None = None
 
     def __post_init__(self) -> None:
-        """Those heard need not be awaited."""
-        self.candidates = {record.node for record in self.heard.values() if record.verdict is Verdict.ACCEPTED}
-        self.taken = len(self.heard)
-        self.awaited = Awaited(self.asked.keys() - {name for version, name in self.heard if version == self.version})
-        self.answered = {name for _, name in self.heard}
+        """Nodes whose update is acknowledged need not be awaited."""
+        self.candidates = {record.node for record in self.acknowledged.values() if record.verdict is Verdict.ACCEPTED}
+        self.taken = len(self.acknowledged)
+        self.awaited = Awaited(
+            self.asked.keys() - {name for version, name in self.acknowledged if version == self.version}
+        )
+        self.answered = {name for _, name in self.acknowledged}
 
     @property
     def answers(self) -> int:
-        """How many of the nodes asked were heard."""
+        """How many of the nodes asked have a committed update."""
         return len(self.asked) - len(self.awaited)
 
     def comparable(self, least: int) -> bool:
@@ -72,13 +74,13 @@ class OpenRound:
 
     @property
     def useless(self) -> list[str]:
-        """The nodes that were heard, but with no update that can be used."""
+        """The nodes with committed updates of which none can be used."""
         return sorted(self.answered - self.candidates)
 
     @property
     def records(self) -> tuple[UpdateRecord, ...]:
         """The committed updates, by base version and slot."""
-        return tuple(sorted(self.heard.values(), key=lambda record: (record.version, record.slot)))
+        return tuple(sorted(self.acknowledged.values(), key=lambda record: (record.version, record.slot)))
 
     def commit(self, entry: Entry) -> CommitEntry:
         """What the ledger keeps of the round, once it is judged."""
@@ -92,7 +94,7 @@ class OpenRound:
         if name in self.asked:
             return False
         self.asked[name] = slot
-        if (self.version, name) not in self.heard:
+        if (self.version, name) not in self.acknowledged:
             self.awaited.add(name, awaited_until)
         return True
 
@@ -101,9 +103,9 @@ class OpenRound:
         del self.asked[name]
         self.awaited.discard(name)
 
-    def hear(self, record: UpdateRecord) -> None:
+    def acknowledge(self, record: UpdateRecord) -> None:
         """Its update is committed."""
-        self.heard.setdefault((record.version, record.node), record)
+        self.acknowledged.setdefault((record.version, record.node), record)
         self.answered.add(record.node)
         if record.verdict is Verdict.ACCEPTED:
             self.candidates.add(record.node)
@@ -124,15 +126,18 @@ class OpenRound:
 
 
 def opened(
-    version: int, settings: RoundSettings, eligible: Mapping[str, int], heard: dict[tuple[int, str], UpdateRecord]
+    version: int,
+    settings: RoundSettings,
+    eligible: Mapping[str, int],
+    acknowledged: dict[tuple[int, str], UpdateRecord],
 ) -> OpenRound:
     """The round of a version: it asks a sample of the nodes at hand, and those whose update it has already."""
     chosen = sample(settings.run_id, version, eligible.values(), settings.fraction_of(version), settings.min_updates)
     asked = {name: slot for name, slot in eligible.items() if slot in chosen}
-    asked |= {record.node: record.slot for record in heard.values() if record.version == version}
+    asked |= {record.node: record.slot for record in acknowledged.values() if record.version == version}
     by_buffer = settings.takes_what_comes(version)
     enough = settings.buffer_size if by_buffer else needed(len(asked), settings.quorum)
-    return OpenRound(version, asked, enough, heard, None if settings.measured else ())
+    return OpenRound(version, asked, enough, acknowledged, None if settings.measured else ())
 
 
 def round_frame(
@@ -177,7 +182,7 @@ def round_frame(
 
 
 def _ages(acknowledged: Mapping[int, int], version: int, oldest: int, *, room: int) -> tuple[tuple[int, int], ...]:
-    """(slot, age) of those heard before `version`, up to an age, by slot; the newest where there is no room for all.
+    """(slot, age) of updates acknowledged before `version`, up to an age, by slot; the newest where not all have room.
 
     A node that is left out sends its committed update again, as a duplicate, until that update is too old.
     """

@@ -274,7 +274,7 @@ class ServerMachine(ServerMachineState):
             if current is None or closing:
                 self._window.wait(record)
             else:
-                current.hear(record)
+                current.acknowledge(record)
         self._close_if_due(event.now)
 
     # --- rounds open and close ---
@@ -314,7 +314,7 @@ class ServerMachine(ServerMachineState):
         overdue = now >= current.deadline_at
         nobody_to_wait_for = current.awaited.all_dead(now)
         if self._settings.takes_what_comes(self.version):
-            due = len(current.heard) >= (1 if overdue or nobody_to_wait_for else current.needed)
+            due = len(current.acknowledged) >= (1 if overdue or nobody_to_wait_for else current.needed)
         else:
             due = current.answers >= current.needed and (overdue or nobody_to_wait_for)
         comparable = current.comparable(self._settings.min_updates)

@@ -64,7 +64,7 @@ class ServerMachineState:
             slots: node to slot.
             entries: the newest entries.
             updates: the committed updates that no entry holds yet, from theta of `version` or up to `max_staleness`
-                versions older: they stay heard.
+                versions older: they stay acknowledged.
             past: the updates of the newest `guards.window` closed rounds, oldest first.
             judgements: the newest of each node.
             bases: of a buffered run, by version up to `max_staleness` older, the newest due digest at or before it.
@@ -77,7 +77,7 @@ class ServerMachineState:
         self._entries = newest_that_fit(entries)
         self._nodes = Roster(slots or {})
         for node, newest in (heard or {}).items():
-            self._window.heard(node, self._nodes[node].slot, newest)
+            self._window.resume(node, self._nodes[node].slot, newest)
         self._guard = Guard(settings.guards, settings.directions, past)
         self._flagged: Mapping[str, Verdict] = dict(self._guard.flagged)
         self._early = EarlyStopping(settings, judgements)

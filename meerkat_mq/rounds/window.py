@@ -41,7 +41,7 @@ class Window:
             self.committed(record)
             self.wait(record)
 
-    def heard(self, node: str, slot: int, base: int) -> None:
+    def resume(self, node: str, slot: int, base: int) -> None:
         """Resume: the newest update of a node was from theta of `base`."""
         self._newest[node] = max(base, self._newest.get(node, base))
         self._acknowledge(slot, base)

@@ -78,8 +78,8 @@ def test_what_waits_enters_the_next_entry_once_unless_it_is_too_old_by_then() ->
 
 def test_on_resume_updates_wait_and_are_acknowledged_and_so_is_what_entries_hold() -> None:
     found = window(5, 3, record("a", 0, 4), record("b", 1, 5))
-    found.heard("a", 0, 2)
-    found.heard("c", 2, 3)
+    found.resume("a", 0, 2)
+    found.resume("c", 2, 3)
     assert found.acknowledged == {0: 4, 1: 5, 2: 3}
     assert found.why_late("a", 4, 5) == found.why_late("c", 3, 5) == "duplicate"
     assert found.why_late("a", 5, 5) is None

@@ -33,14 +33,18 @@ def apply_a_duplicate(patch: pytest.MonkeyPatch) -> None:
         reason = why_dropped(self, name, update)
         return None if reason == "duplicate" else reason
 
-    def hear(self: OpenRound, record: UpdateRecord) -> None:
-        name = record.node if (record.version, record.node) not in self.heard else f"{record.node} {len(self.heard)}"
-        self.heard[record.version, name] = record
+    def acknowledge(self: OpenRound, record: UpdateRecord) -> None:
+        name = (
+            record.node
+            if (record.version, record.node) not in self.acknowledged
+            else f"{record.node} {len(self.acknowledged)}"
+        )
+        self.acknowledged[record.version, name] = record
         self.awaited.discard(record.node)
         self.answered.add(name)
 
     patch.setattr(ServerMachine, "_why_dropped", broken)
-    patch.setattr(OpenRound, "hear", hear)
+    patch.setattr(OpenRound, "acknowledge", acknowledge)
 
 
 def term_in_the_identity(patch: pytest.MonkeyPatch) -> None:
