@@ -3,8 +3,10 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -14,16 +16,17 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import Row
 from meerkat_mq.engines.evaluate import evaluate, first_order
 from meerkat_mq.engines.torch.engine import Prepared, TransformersEngine
-from meerkat_mq.errors import BadValue, RunError
 from meerkat_mq.rounds.guards import NOT_REFUSED
-from meerkat_mq.rounds.memory import SERVER, MemoryFederation, MemoryNode
 from meerkat_mq.rounds.policy import RoundSettings, lane_of
 from meerkat_mq.rounds.records import Judgement, Verdict
 from meerkat_mq.sweep.plan import PASSES_OF_A_GRADIENT
 from meerkat_mq.tasks.task import Evaluation
-from meerkat_mq.wire.frames import Frame, Update, encode
+from meerkat_mq.wire.topics import Topics
+from meerkat_mq.worlds.broker import Message
+from meerkat_mq.worlds.federation import Federation, NodePart
+from meerkat_mq.worlds.quiet import quiet
+from meerkat_mq.worlds.run import FEDERATION
 
-LOOK_S = 0.004  # virtual: between two looks at the federation, less than a round lasts
 UNUSABLE = (Verdict.NOT_FINITE, Verdict.TOO_LARGE)
 WORSE_THAN_A_GUESS = 1.1
 WORSE_THAN_BEFORE = 1.5
@@ -86,44 +89,76 @@ class Stopwatch:
 
 
 class CountingEngine:
-    """An engine that counts forward passes."""
+    """An engine that counts forward passes.
+
+    Attributes:
+        error: what it failed with; a node would only say that it failed.
+    """
 
     def __init__(self, engine: TransformersEngine) -> None:
         self._engine = engine
         self.passes = 0
-        self.write = engine.write
-        self.prepare = engine.prepare
+        self.error: Exception | None = None
+
+    def write(self, theta: Float32Array) -> None:
+        """As the engine's."""
+        with self._noting():
+            self._engine.write(theta)
+
+    def prepare(self, rows: Sequence[Row]) -> Prepared:
+        """As the engine's."""
+        with self._noting():
+            return self._engine.prepare(rows)
 
     def losses(self, batch: Prepared) -> Float32Array:
         """As the engine's."""
         self.passes += 1
-        return self._engine.losses(batch)
+        with self._noting():
+            return self._engine.losses(batch)
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.error = error
+            raise
 
 
-@dataclass
 class Traffic:
-    """Counts the bytes of every frame that is delivered, and tells how far the run is."""
+    """Counts the bytes of every frame, up as it reaches the broker, down as it reaches a node; tells how far a run is.
 
-    settings: RoundSettings
-    report: Report
-    sample: Callable[[], None]
-    up: int = 0
-    down: int = 0
-    _frame: Frame | None = None
-    _size: int = 0
+    Args:
+        updates: that the run will take.
+        report: takes the share of them that has come.
+        sample: called with every update.
 
-    def __call__(self, sender: str, receiver: str, frame: Frame) -> Sequence[float]:
-        """Deliver it once, after a millisecond."""
-        if frame is not self._frame:  # a round's frame goes to every node
-            self._frame, self._size = frame, len(encode(frame))
-        if receiver == SERVER:
-            self.up += self._size
-        else:
-            self.down += self._size
-        if isinstance(frame, Update):
-            self.report(frame.header.version / self.settings.count)
-            self.sample()
-        return (0.001,)
+    Attributes:
+        up: bytes of all nodes' frames; down: of all frames to them.
+    """
+
+    def __init__(self, updates: int, report: Report, sample: Callable[[], None]) -> None:
+        self.up = self.down = 0
+        root = Topics(FEDERATION).root
+        self._to_nodes = tuple(f"{root}/{kind}" for kind in ("round", "down/", "values"))
+        self._updates = updates
+        self._came = 0
+        self._report = report
+        self._sample = sample
+
+    def routed(self, message: Message) -> None:
+        """A message has reached the broker."""
+        if message.topic.endswith(("/update", "/want")):
+            self.up += len(message.payload)
+        if message.topic.endswith("/update"):
+            self._came += 1
+            self._report(min(1.0, self._came / self._updates))
+            self._sample()
+
+    def delivered(self, message: Message) -> None:
+        """A message has reached a client."""
+        if message.topic.startswith(self._to_nodes):
+            self.down += len(message.payload)
 
 
 @dataclass
@@ -147,35 +182,48 @@ class Federated:
     watch: Stopwatch = field(default_factory=Stopwatch)
 
     def train(self) -> Trained:
-        """Run all rounds, or as many as there are before every loss is lost."""
-        engine = CountingEngine(self.engine)
-        nodes = [MemoryNode(f"node-{number}", engine, rows, self.batch_size) for number, rows in enumerate(self.shards)]
-        traffic = Traffic(self.settings, self.report, self.sample)
-        federation = MemoryFederation(
-            self.settings, self.mask, nodes, digest_every=self.settings.digest_every, deliver=traffic
+        """Run all rounds, or as many as there are before every loss is lost.
+
+        Raises:
+            Exception: what the engine failed with.
+        """
+        with quiet():
+            return self._train()
+
+    def _train(self) -> Trained:
+        engine, settings = CountingEngine(self.engine), self.settings
+        parts = [NodePart(f"node-{number}", engine, rows) for number, rows in enumerate(self.shards)]
+        traffic = Traffic(settings.count * len(parts), self.report, self.sample)
+        federation = Federation(
+            settings,
+            self.mask,
+            parts,
+            batch_size=self.batch_size,
+            routed=traffic.routed,
+            delivered=traffic.delivered,
         )
         ended, curve = None, list[tuple[int, float, float]]()
         federation.start()
         for target in self._targets():
             self.watch.start()
-            ended = self._until(federation, target)
+            ended = self._until(federation, engine, target)
             self.watch.stop()
             if ended is not None:
                 break
             if self.every:
-                self.engine.write(federation.replica.theta)
+                self.engine.write(federation.theta)
                 with np.errstate(all="ignore"):  # what diverges may hold anything
                     found = evaluate(self.engine, self.evaluation)
                 curve.append((target, found.accuracy, found.loss))
         verdicts = Counter(record.verdict for records in federation.records for record in records)
         return Trained(
-            theta=federation.replica.theta,
-            rounds=len(federation.entries),
+            theta=federation.theta,
+            rounds=federation.version,
             passes=engine.passes,
             cpu_seconds=self.watch.cpu,
             wall_seconds=self.watch.wall,
-            bytes_up=traffic.up / len(nodes),
-            bytes_down=traffic.down / len(nodes),
+            bytes_up=traffic.up / len(parts),
+            bytes_down=traffic.down / len(parts),
             refused=sum(count for verdict, count in verdicts.items() if verdict not in NOT_REFUSED),
             judgements=federation.judgements,
             gradips=_gradips(federation),
@@ -187,27 +235,28 @@ class Federated:
         count = self.settings.count
         return [*range(self.every, count, self.every), count] if self.every else [count]
 
-    def _until(self, federation: MemoryFederation, entries: int) -> str | None:
+    def _until(self, federation: Federation, engine: CountingEngine, entries: int) -> str | None:
         """Run up to so many entries; returns what ended it before."""
-        last_s = federation.now + self.settings.deadline_s
-        while len(federation.entries) < entries:
-            before = len(federation.entries)
-            try:
-                federation.run(until=federation.now + LOOK_S)
-            except (RunError, BadValue) as error:
-                return str(error)
+        while (version := federation.version) < entries:
+            over = partial(_is_over, federation, engine, version)
+            federation.run(federation.clock.now() + self.settings.deadline_s, over)
+            if engine.error is not None:
+                raise engine.error
             if federation.errors:
                 return str(federation.errors[0][1])
-            if federation.records and all(record.verdict in UNUSABLE for record in federation.records[-1]):
-                return f"no update of round {len(federation.records) - 1} has numbers that can be used"
-            if len(federation.entries) > before:
-                last_s = federation.now + self.settings.deadline_s
-            elif federation.now > last_s:
+            if federation.version == version:
                 return "no round closed before its deadline"
+            if all(record.verdict in UNUSABLE for record in federation.store.records(version)):
+                return f"no update of round {version} has numbers that can be used"
         return None
 
 
-def _gradips(federation: MemoryFederation) -> list[NodeGradIP]:
+def _is_over(federation: Federation, engine: CountingEngine, version: int) -> bool:
+    """Whether a round is, or the whole run."""
+    return federation.version > version or bool(federation.errors) or engine.error is not None
+
+
+def _gradips(federation: Federation) -> list[NodeGradIP]:
     return [
         NodeGradIP(version, record.node, gradip(record.scalars, products[lane_of(record.slot, len(products))]))
         for version, (records, products) in enumerate(zip(federation.records, federation.products, strict=True))

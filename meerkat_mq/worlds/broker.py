@@ -122,12 +122,15 @@ class Client:
     def subscribe(self, topic: str) -> None:
         """Add a filter."""
         self.filters.add(topic)
+        self._broker.filters_changed()
         if self.link is not None:
             self._broker.send_retained(self, topic)
 
     def unsubscribe(self, topic: str) -> None:
         """Remove a filter."""
-        self.filters.discard(topic)
+        if topic in self.filters:
+            self.filters.remove(topic)
+            self._broker.filters_changed()
 
     def renew(self) -> None:
         """Make another connection, with the will as it is then."""
@@ -142,7 +145,7 @@ class Client:
 
     def hears(self, topic: str) -> bool:
         """Whether it subscribes to a topic."""
-        return any(matches(pattern, topic) for pattern in self.filters)
+        return topic in self.filters or any(matches(pattern, topic) for pattern in self.filters if "+" in pattern)
 
     def deliver(self, message: Message, *, retained: bool) -> None:
         """A message has arrived."""
@@ -166,6 +169,7 @@ class Broker:
         retained: by topic.
         passed: messages routed, for replays.
         routed: is told of each message that reaches the broker.
+        delivered: is told of each message that reaches a client.
     """
 
     def __init__(
@@ -174,6 +178,7 @@ class Broker:
         chance: random.Random,
         *,
         routed: Callable[[Message], None] = lambda message: None,
+        delivered: Callable[[Message], None] = lambda message: None,
     ) -> None:
         self.up = True
         self.retained: dict[str, Message] = {}
@@ -181,7 +186,9 @@ class Broker:
         self._clock = clock
         self._chance = chance
         self._routed = routed
+        self._delivered = delivered
         self._clients: list[Client] = []
+        self._hearers: dict[str, list[Client]] = {}  # by topic
         self._links = 0
 
     # --- connections ---
@@ -189,6 +196,7 @@ class Broker:
     def join(self, client: Client) -> None:
         """A process opens its session."""
         self._clients.append(client)
+        self.filters_changed()
         self._clock.at(self._clock.now() + 0.001, partial(self._connect, client))
 
     def _connect(self, client: Client) -> None:
@@ -261,6 +269,7 @@ class Broker:
         client.link, client.closed = None, True
         if client in self._clients:
             self._clients.remove(client)
+            self.filters_changed()
 
     def part(self, client: Client) -> None:
         """Cut the client off, silently, until `rejoin`."""
@@ -318,9 +327,17 @@ class Broker:
 
     def spread(self, message: Message) -> None:
         """Give a message to everybody who listens."""
-        for client in self._clients:
-            if client.link is not None and client.hears(message.topic):
+        hearers = self._hearers.get(message.topic)
+        if hearers is None:
+            hearers = [client for client in self._clients if client.hears(message.topic)]
+            self._hearers[message.topic] = hearers
+        for client in hearers:
+            if client.link is not None:
                 self._down(client, message, retained=False)
+
+    def filters_changed(self) -> None:
+        """Somebody subscribes to something else now."""
+        self._hearers.clear()
 
     def _down(self, client: Client, message: Message, *, retained: bool) -> None:
         now, conditions = self._clock.now(), client.conditions
@@ -334,6 +351,7 @@ class Broker:
 
     def _land(self, client: Client, link: int, message: Message, retained: bool) -> None:
         if client.link == link and not client.cut:
+            self._delivered(message)
             client.deliver(message, retained=retained)
 
     def _fate(self, conditions: LinkConditions) -> list[float]:

@@ -17,6 +17,7 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Entry
 from meerkat_mq.core.step import Engine, Row
 from meerkat_mq.errors import MeerkatError
+from meerkat_mq.ledger.rows import Products
 from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.rounds.records import Judgement, UpdateRecord
 from meerkat_mq.runtime.model import Model, NodeProfile
@@ -65,6 +66,7 @@ class Federation:
         codec: how mean displacements are encoded.
         commit_s: virtual seconds of one commit.
         routed: is told of each message that reaches the broker.
+        delivered: is told of each message that reaches a client.
 
     Attributes:
         ledger: of the run.
@@ -85,6 +87,7 @@ class Federation:
         codec: Codec = "bfloat16",
         commit_s: float = 0.0,
         routed: Callable[[Message], None] = lambda message: None,
+        delivered: Callable[[Message], None] = lambda message: None,
     ) -> None:
         self.settings = settings
         self.clock = VirtualClock()
@@ -93,7 +96,7 @@ class Federation:
         self.errors: list[tuple[str, MeerkatError]] = []
         run = make_run(settings, mask, stream=stream, codec=codec, batch_size=batch_size)
         chance = random.Random(0)  # noqa: S311 - chance to be repeated, not to be secret
-        broker = Broker(self.clock, chance, routed=routed)
+        broker = Broker(self.clock, chance, routed=routed, delivered=delivered)
         self._world = World(self.clock, broker, run, Thetas(run, THETAS), self._failed, self._count)
         self._commit_s = commit_s
         self._draw = lru_cache(maxsize=min(1024, DRAWN_BYTES // (4 * mask.size)))(direction)
@@ -147,16 +150,21 @@ class Federation:
         self.server = self._server()
         self.server.start()
 
-    def run(self, until: float) -> None:
-        """Let virtual time pass, until the run is finished or it is `until`."""
-        self.clock.run(until, lambda: self.finished)
+    def run(self, until: float, done: Callable[[], bool] = lambda: False) -> None:
+        """Let virtual time pass, until the run is finished, or `done`, or it is `until`."""
+        self.clock.run(until, lambda: self.finished or done())
 
     # --- what came of it ---
 
     @property
     def finished(self) -> bool:
         """Whether all rounds are closed."""
-        return len(self.ledger.entries) >= self.settings.count
+        return self.version >= self.settings.count
+
+    @property
+    def version(self) -> int:
+        """How many entries there are."""
+        return len(self.ledger.entries)
 
     @property
     def store(self) -> MemoryStore:
@@ -179,6 +187,11 @@ class Federation:
         """The updates of each entry."""
         store = self.store
         return [store.records(version) for version in self.ledger.entries]
+
+    @property
+    def products(self) -> list[Products]:
+        """⟨g_p, z⟩ of each entry's directions, by lane and step."""
+        return list(self.ledger.products.values())
 
     @property
     def judgements(self) -> list[Judgement]:

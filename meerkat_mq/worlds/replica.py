@@ -4,11 +4,11 @@ from collections import OrderedDict
 from collections.abc import Iterable
 
 from meerkat_mq.core.directions import Float32Array
-from meerkat_mq.core.path import digest
+from meerkat_mq.core.path import Coefficient, digest, pack_terms, short_hash
 from meerkat_mq.core.replica import Change, Replica
 from meerkat_mq.ledger.run import Run
 
-_Key = tuple[bytes, int, object, bytes | None]
+_Key = tuple[bytes, int, tuple[Coefficient, ...], bytes | None]
 
 
 class Thetas:
@@ -79,9 +79,15 @@ class SharedReplica(Replica):
         found = self._thetas.get(key)
         if found is None:
             (after,) = super().replay([change])
-            found = self.theta, after if any(after) else digest(self.theta), after
+            found = self.theta, after if any(after) else _name_after(key), after
             self._thetas.put(key, found)
         else:
             super().load(found[0], self.version + 1)
         self._name = found[1]
         return found[2]
+
+
+def _name_after(key: _Key) -> bytes:
+    """A name for a theta whose digest is not due: of how it came about."""
+    name, version, terms, displacement = key
+    return short_hash(b"".join([name, b"%d" % version, pack_terms(terms, aged=True), displacement or b""]))
