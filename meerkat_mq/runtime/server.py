@@ -10,8 +10,7 @@ present machine hears and says nothing.
 """
 
 import socket
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import assert_never
 
 import structlog
@@ -19,7 +18,7 @@ import structlog
 from meerkat_mq.core import metrics as m
 from meerkat_mq.core.path import short_hash
 from meerkat_mq.core.seldom import Seldom
-from meerkat_mq.errors import MeerkatError, NotConnected, PayloadTooLarge, WireError
+from meerkat_mq.errors import NotConnected, PayloadTooLarge, WireError
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.pulse import Pulse
 from meerkat_mq.rounds.server import ServerMachine
@@ -105,7 +104,7 @@ class ServerDriver:
         )
         self._succession = Succession(
             self._topics.server, held.past, replace=replace, alone=alone, take=self._take_term, clock=clock,
-            ask=lambda state: self._publish(self._topics.server, state, retain=False),
+            ask=lambda state: self._publish(self._topics.server, state, retain=False), leave=transport.disown,
         )  # fmt: skip
 
     # --- connections ---
@@ -121,8 +120,7 @@ class ServerDriver:
         if self.machine is not None:
             self._greet(self.machine)
             return
-        with self._leaving_to_others():
-            self._succession.connected()
+        self._succession.connected()
 
     def disconnected(self) -> None:
         """The connection is gone."""
@@ -131,15 +129,6 @@ class ServerDriver:
     def stop(self) -> None:
         """The process ends: what takes long is given up."""
         self._measurer.stop()
-
-    @contextmanager
-    def _leaving_to_others(self) -> Iterator[None]:
-        """Whoever may not take charge leaves what stands on the topics as it is."""
-        try:
-            yield
-        except MeerkatError:
-            self._transport.disown()
-            raise
 
     def _greet(self, machine: ServerMachine) -> None:
         """Say on a connection all that the broker should hold; the round first, since nodes wait for it."""
@@ -171,13 +160,14 @@ class ServerDriver:
 
     def took_term(self, term: int, machine: ServerMachine) -> None:
         """The ledger holds this server's term."""
-        self._term, self.machine, self._taking_term = term, machine, False
+        is_first, self._term, self.machine, self._taking_term = self.machine is None, term, machine, False
         self._chunks = self._run.chunks(term)
         self._log.info(
             "in charge", term=term, weights=self._run.mask.size, round=machine.version, rounds=self._run.settings.count
         )
         self._monitor.took_term(term, machine)
-        self._monitor.stood(*self.writer.committed)
+        if is_first:
+            self._monitor.stood(*self.writer.committed)
         self._transport.renew()  # for a will that holds this term; then `connected` greets
 
     def outranked(self) -> None:
@@ -250,8 +240,7 @@ class ServerDriver:
             self._publish_state()
             raise
         if self.machine is None:
-            with self._leaving_to_others():
-                self._succession.saw(state, live=not retained)
+            self._succession.saw(state, live=not retained)
         elif state.server_id != self._server_id:
             self.handle(e.ServerSeen(self._clock.now(), state))
             self._publish_run()

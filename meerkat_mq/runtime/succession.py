@@ -19,7 +19,7 @@ from typing import Self
 
 import structlog
 
-from meerkat_mq.errors import AnotherServer, LedgerError, RunMismatch
+from meerkat_mq.errors import AnotherServer, LedgerError, MeerkatError, RunMismatch
 from meerkat_mq.ledger.store import Store
 from meerkat_mq.rounds.server_state import HIGHEST_TERM
 from meerkat_mq.runtime.ports import Clock, Timer
@@ -62,6 +62,7 @@ class Succession:
         alone: whether no other process uses this server's ledger.
         ask: publishes a state there, not retained.
         take: takes a term above the one that it is given.
+        leave: called before an error is raised: whoever may not take charge leaves what stands on the topics as it is.
         clock: for the time to answer.
     """
 
@@ -74,6 +75,7 @@ class Succession:
         alone: bool,
         ask: Callable[[ServerState], None],
         take: Callable[[int], None],
+        leave: Callable[[], None],
         clock: Clock,
     ) -> None:
         self._topic = topic
@@ -82,6 +84,7 @@ class Succession:
         self._alone = alone
         self._ask = ask
         self._take = take
+        self._leave = leave
         self._found: ServerState | None = None
         self._asked: ServerState | None = None
         self._clock = clock
@@ -149,18 +152,22 @@ class Succession:
         past = self._past
         if found.term >= HIGHEST_TERM:
             remedy = "clear this retained message on the broker"
-            raise RunMismatch(self._topic, "the last possible terms stand there", remedy)
+            raise self._refused(RunMismatch(self._topic, "the last possible terms stand there", remedy))
         # a server that ended before it had a term left the run that it would have begun, under term 0
         if past.run is None and found.status != "finished" and found.term > 0 and not self._replace:
             problem = f"holds no run, but on the broker stands run {found.run[:8]} of host {found.host}, not finished"
             remedy = "put back its ledger, with its -wal file; for a new run in its place, start with --replace"
-            raise LedgerError(past.ledger, problem, remedy)
+            raise self._refused(LedgerError(past.ledger, problem, remedy))
         if past.run == found.run and (found.term > max(past.ranks, default=(0, ""))[0] or found.round > past.version):
             self._log.warning(
                 "this ledger is older than the run that the broker knows: rounds since are lost",
                 ledger=past.ledger, round=past.version, broker_round=found.round, broker_term=found.term,
             )  # fmt: skip
 
-    def _another(self, state: ServerState) -> AnotherServer:
+    def _another(self, state: ServerState) -> MeerkatError:
         problem = f"a server on host {state.host} says that it is online (term {state.term}, run {state.run[:8]})"
-        return AnotherServer(self._topic, problem, "stop it, or start this one with --replace")
+        return self._refused(AnotherServer(self._topic, problem, "stop it, or start this one with --replace"))
+
+    def _refused(self, error: MeerkatError) -> MeerkatError:
+        self._leave()
+        return error

@@ -173,7 +173,7 @@ class LedgerWriter:
             Running(self._work_off())
 
     def when_idle(self, action: Callable[[], None]) -> None:
-        """Do something once all that was queued is done: at once, where nothing is."""
+        """Do something once all that was queued is done, except wants: at once, where nothing is."""
         self._when_idle.append(action)
         if not self._busy:
             self._say_idle()
@@ -185,19 +185,29 @@ class LedgerWriter:
 
     def _work_off(self) -> Steps[None]:
         yield from until(self._clock, self._clock.now())  # what is put together is committed together
-        while self._queue or self._wants:
-            if self._queue and not self._wants and _can_wait(self._queue[-1]):
-                yield Later(self._gather)
-            waiting, self._queue = self._queue, []
-            yield from self._commit([order for order in waiting if isinstance(order, Commit)])
-            for task in [order for order in waiting if isinstance(order, Task)]:
-                yield from self._do(task)
-                if isinstance(task, e.TakeTerm):
-                    break  # what is left was asked for by a machine that is no more
-            if self._wants:
-                yield from self._answer(self._wants.pop(next(iter(self._wants))))
+        try:
+            while self._queue or self._wants:
+                yield from self._work_once()
+        except AnotherServer:
+            self._owner.outranked()
+            raise
         self._busy = False
         self._say_idle()
+
+    def _work_once(self) -> Steps[None]:
+        """Commit a group, do the tasks that wait, and answer one want."""
+        if not self._queue:
+            self._say_idle()
+        elif not self._wants and all(map(_can_wait, self._queue)):
+            yield Later(self._gather)
+        waiting, self._queue = self._queue, []
+        yield from self._commit([order for order in waiting if isinstance(order, Commit)])
+        for task in [order for order in waiting if isinstance(order, Task)]:
+            yield from self._do(task)
+            if isinstance(task, e.TakeTerm):
+                break  # what is left was asked for by a machine that is no more
+        if self._wants:
+            yield from self._answer(self._wants.pop(next(iter(self._wants))))
 
     def _gather(self, done: Done, _: Failed) -> None:
         """Wait for more that can be committed together: until something comes that cannot wait, or for 50 ms."""
@@ -217,9 +227,6 @@ class LedgerWriter:
                 result = yield from work(self._compute, job, *args)
             except LedgerUnavailable as error:
                 pause_s = patience.after(error, self._clock.now())
-            except AnotherServer:
-                self._owner.outranked()
-                raise
             else:
                 patience.worked(self._clock.now())
                 return result

@@ -57,6 +57,7 @@ class OneWriter:
         idle: list[float] = []
         self.writer.when_idle(lambda: idle.append(self.clock.now()))
         self.clock.until(lambda: idle)
+        self.clock.settle()  # wants
 
     def handle(self, event: e.ServerEvent) -> None:
         self.told.append(event)

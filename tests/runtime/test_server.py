@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 
 from meerkat_mq.config import ServerConfig
 from meerkat_mq.core.directions import Float32Array
-from meerkat_mq.errors import AnotherServer, LedgerUnavailable
+from meerkat_mq.errors import AnotherServer, LedgerError, LedgerUnavailable
 from meerkat_mq.ledger.recovery import recovered
 from meerkat_mq.ledger.snapshots import Snapshots
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
@@ -42,6 +42,7 @@ class OneServer:
         self.ledger_work = Worker(self.clock)
         self.counts: Counter[str] = Counter()
         self.terms: list[int] = []
+        self.stands: list[int] = []
         self.driver = ServerDriver(
             "f",
             SERVER_ID,
@@ -80,7 +81,7 @@ class OneServer:
         self.terms.append(term)
 
     def stood(self, version: int, theta: Float32Array) -> None:
-        pass
+        self.stands.append(version)
 
     def opened(self) -> None:
         pass
@@ -140,6 +141,14 @@ def test_a_predecessor_that_answers_is_left_what_stands_there(server: OneServer)
     assert (server.transport.disowned, server.terms) == (True, [])
 
 
+def test_a_run_that_would_be_lost_is_left_what_stands_there_also_where_nobody_answered(server: OneServer) -> None:
+    server.receive(TOPICS.server, state("lost", term=4), retained=True)
+    server.connect(1)
+    with pytest.raises(LedgerError, match="holds no run"):
+        server.clock.go(2 * ANSWER_S)
+    assert (server.transport.disowned, server.ledger.terms()) == (True, ())
+
+
 def test_a_question_is_not_answered_by_a_connection_that_is_gone(server: OneServer) -> None:
     server.receive(TOPICS.server, state("lost", term=4), retained=True)
     server.connect(1)
@@ -187,6 +196,7 @@ def test_between_two_terms_the_machine_hears_and_says_nothing(server: OneServer)
     server.ledger_work.free()
     server.clock.go(TERM_PAUSE_S)
     assert (server.terms, server.transport.renewed) == ([1, 8], 2)
+    assert server.stands == [0]  # an evaluation for each term would cost the run minutes
     server.connect(3)
     assert (server.states[-1].term, server.ledger.slots()) == (8, {"node-0": 0})  # it is told now of who came meanwhile
 

@@ -37,6 +37,7 @@ class Candidate:
             alone=self.alone,
             ask=self.asked.append,
             take=self.took.append,
+            leave=lambda: None,
             clock=self.clock,
         )
 

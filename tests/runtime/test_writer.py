@@ -20,7 +20,7 @@ from meerkat_mq.runtime.writer import GROUP_S, TERM_PAUSE_S, WANTS, KeepMetrics,
 from meerkat_mq.server.run import prepare_run
 from meerkat_mq.wire.messages import Chunk, Header, Update, Values, Want
 from meerkat_mq.wire.values import decode_values, encode_values
-from tests.runtime.one_writer import OneWriter
+from tests.runtime.one_writer import Frame, OneWriter
 
 FULL = LedgerUnavailable("ledger.sqlite", "cannot be written just now")
 BROKEN = LedgerFailing("ledger.sqlite", "the disk gives errors")
@@ -132,6 +132,17 @@ def test_updates_wait_for_the_last_of_their_round_but_not_for_long(it: OneWriter
     assert it.clock.now() == pytest.approx(began + GROUP_S)
 
 
+@pytest.mark.parametrize("news", [KeepMetrics(0, {"loss": 2.0}), e.CommitUpdate(record(1), last=False)])
+def test_what_can_wait_holds_up_nothing_that_cannot(it: OneWriter, news: KeepMetrics | e.CommitUpdate) -> None:
+    it.worker.held = True
+    it.writer.put(e.CommitUpdate(record(0), last=True))
+    it.clock.settle()
+    it.writer.put(e.ApplyTerms(0, TERMS))
+    it.writer.put(news)  # while the ledger is busy
+    it.worker.free()
+    assert e.TermsApplied in kinds(it)
+
+
 def test_wants_do_not_hold_up_a_round(it: OneWriter) -> None:
     it.put(e.ApplyTerms(0, TERMS))
     it.put(e.CommitEntry(entry(*TERMS), (), 3, overdue=False))
@@ -161,6 +172,28 @@ def test_between_two_wants_a_group_is_committed(it: OneWriter) -> None:
     it.worker.free()
     assert it.replied_before == [1, 2]
     assert len(it.replies) == 3
+
+
+def test_whoever_asks_again_and_again_does_not_keep_a_server_from_ending(
+    it: OneWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reply(node: str, frame: Frame) -> bool:
+        asked.append(node)
+        if len(asked) < 100:
+            it.writer.put(e.SendEntries(node, 0))
+        return True
+
+    asked: list[str] = []
+    it.put(e.ApplyTerms(0, TERMS), e.CommitEntry(entry(*TERMS), (), 3, False))
+    monkeypatch.setattr(it, "reply", reply)
+    it.writer.put(e.SendEntries("hostile", 0))
+    it.clock.until(lambda: asked)
+    it.writer.put(KeepMetrics(0, {"loss": 2.0}))
+    asked_when_idle: list[int] = []
+    it.writer.when_idle(lambda: asked_when_idle.append(len(asked)))
+    it.clock.settle()
+    assert (len(asked), it.ledger.metrics()) == (100, {0: {"loss": 2.0}})
+    assert asked_when_idle[0] < 10
 
 
 def test_an_answer_that_finds_no_room_is_not_gone_on_with(it: OneWriter) -> None:
@@ -212,6 +245,14 @@ def test_another_servers_term_in_the_ledger_ends_this_one(it: OneWriter, ledger:
 
 
 # --- a disk that cannot take it ---
+
+
+def test_another_servers_term_is_found_at_a_snapshot_too(it: OneWriter, ledger: CountingLedger) -> None:
+    with closing(Ledger.open(ledger.path)) as other:
+        other.take_term(0, "d" * 16, "there")
+    with pytest.raises(AnotherServer):
+        it.put(e.KeepSnapshot(0, bytes(16)))
+    assert it.outranked_times == 1
 
 
 def test_a_commit_that_failed_is_tried_again_from_the_same_place(it: OneWriter, ledger: CountingLedger) -> None:
