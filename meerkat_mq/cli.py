@@ -12,13 +12,14 @@ from meerkat_mq.broker.commands import certs, revoke
 from meerkat_mq.chaos.command import command as chaos
 from meerkat_mq.demo.begin import command as init
 from meerkat_mq.demo.command import command as demo
-from meerkat_mq.engines.commands import doctor, export, mask, partition
+from meerkat_mq.engines.commands import doctor, export, mask
 from meerkat_mq.node.__main__ import command as node
 from meerkat_mq.observe.process import run_process
 from meerkat_mq.server.__main__ import command as server
 from meerkat_mq.server.commands import ledger, report, status, verify
 from meerkat_mq.simulate.command import command as simulate
 from meerkat_mq.sweep.command import command as sweep
+from meerkat_mq.tasks.commands import partition
 
 
 class _Commands(TyperGroup):

@@ -1,8 +1,6 @@
-"""`meerkat mask`, `partition`, `export` and `doctor`: torch is imported only where a model is used."""
+"""`meerkat mask`, `export` and `doctor`: torch is imported only where a model is used."""
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,20 +10,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from meerkat_mq.config import Dtype, ModelConfig, check_config
-from meerkat_mq.core.files import write_atomically
 from meerkat_mq.errors import ConfigError, ModelError
 from meerkat_mq.extras import importing, need
+from meerkat_mq.tasks.commands import writing
 
 Method = Literal["sensitivity", "magnitude-activation", "magnitude", "random", "dense", "lora"]
-Split = Literal["iid", "dirichlet", "one-label"]
-
-
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"--out {out}", f"cannot be written ({error.strerror})", "choose another place") from error
 
 
 def _note(text: str) -> None:
@@ -95,7 +84,7 @@ def mask(
             say=_note,
         )
     replaced = ", in place of the file that was there" if out.exists() else ""
-    with _writing(out):
+    with writing(out):
         made.save(out)
     weights = f"{made.size:,} of {made.covered:,} weights in {len(made.matrices)} matrices"
     Console().print(
@@ -103,46 +92,6 @@ def mask(
         highlight=False,
         soft_wrap=True,
     )
-
-
-def partition(
-    data: Annotated[str, typer.Argument(help="Rows to divide: JSON, CSV, TSV, a folder, or hf:… (docs/tasks.md).")],
-    out: Annotated[Path, typer.Option(help="Folder for node-0.jsonl, node-1.jsonl, …")],
-    nodes: Annotated[int, typer.Option(help="How many shards.")],
-    task: Annotated[str, typer.Option(help="Built-in task or a task's TOML file.")],
-    split: Annotated[Split, typer.Option(help="How labels are spread.")] = "dirichlet",
-    alpha: Annotated[float, typer.Option(help="Of the Dirichlet distribution; smaller is more skewed.")] = 0.5,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same shards.")] = 0,
-) -> None:
-    """Divide a data file into shards for nodes; a folder with shards of another division is left as it is."""
-    from meerkat_mq.tasks import data as files  # noqa: PLC0415
-    from meerkat_mq.tasks.load import load_task  # noqa: PLC0415
-    from meerkat_mq.tasks.sources import named_source  # noqa: PLC0415
-
-    found = load_task(task)
-    shards = files.partition(
-        files.read_rows(named_source(data), found), nodes, split, seed=seed, alpha=alpha, class_of=found.class_of
-    )
-    contents = {f"node-{number}.jsonl": files.encode_rows(rows) for number, rows in enumerate(shards)}
-    with _writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        _refuse_other_shards(out, contents)
-        for name, content in contents.items():
-            write_atomically(out / name, content)
-    for name, rows in zip(contents, shards, strict=True):
-        labels = files.class_counts(rows, found)
-        Console().print(f"{out / name}: {len(rows)} rows, by label {labels}", highlight=False, soft_wrap=True)
-
-
-def _refuse_other_shards(out: Path, contents: Mapping[str, bytes]) -> None:
-    """A folder keeps one division: the same one may be written again, or to its end."""
-    for path in sorted(out.glob("node-*.jsonl")):
-        if contents.get(path.name) != path.read_bytes():
-            raise ConfigError(
-                f"--out {out}",
-                f"holds {path.name} of another division",
-                "name a new folder, or remove the node-*.jsonl files that are there",
-            )
 
 
 def export(

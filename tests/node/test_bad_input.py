@@ -85,6 +85,14 @@ async def test_toy_data(federation: Federation, rows: str, words: str) -> None:
 
 
 @chunks_alone
+async def test_a_node_imports_no_module_because_a_server_names_it(federation: Federation) -> None:
+    await announce(federation.broker, make_run(federation.folder, engine="os:system"))
+    said = "engine: the run computes with 'os:system', and this file names "
+    await federation.node("node-0").failed(6, said + "none", "if you trust that code")
+    await federation.node("node-0", engine="others:Engine").failed(6, said + "'others:Engine'")
+
+
+@chunks_alone
 async def test_a_run_that_needs_a_model(federation: Federation) -> None:
     await announce(federation.broker, make_run(federation.folder))
     await federation.node("node-0").failed(2, "node-0.toml: model: is missing; name the folder or hub id")
