@@ -1,1 +1,1 @@
-"""The deterministic simulator: the machines of `rounds/` on a virtual clock, under every fault that a seed can name."""
+"""The deterministic simulator: machines and drivers on a virtual clock, under every fault that a seed can name."""

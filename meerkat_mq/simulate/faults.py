@@ -3,16 +3,18 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
-from meerkat_mq.simulate.broker import KEEP_ALIVE_S, Client, Message, Weather
-from meerkat_mq.simulate.federation import Federation
+from meerkat_mq.core.path import digest
+from meerkat_mq.simulate.federation import TOPICS, Federation
 from meerkat_mq.simulate.history import CORRUPT_THETA, Injected
-from meerkat_mq.simulate.node import Node
+from meerkat_mq.simulate.node import SimulatedNode
 from meerkat_mq.simulate.schedule import ALL, SERVER, ScheduledFault
-from meerkat_mq.simulate.server import ROUND, STATE
-from meerkat_mq.simulate.world import Process
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState
+from meerkat_mq.wire.frames import encode
 from meerkat_mq.wire.messages import Header, Round, Update, Values
+from meerkat_mq.worlds.broker import KEEP_ALIVE_S, Client, LinkConditions, Message
+from meerkat_mq.worlds.server import ServerProcess
 
 CRASH_WITHIN = 40  # effects
 EARLIER_RUN = bytes(range(100, 116))
@@ -32,39 +34,42 @@ def inflict(federation: Federation, fault: ScheduledFault) -> None:
     kind, clock = FAULTS[fault.name], federation.clock
 
     def strike() -> None:
-        federation.history.faults.append(Injected(fault.name, fault.target, clock.now, clock.now + fault.lasts))
+        injected = Injected(fault.name, fault.target, clock.now(), clock.now() + fault.lasts)
+        federation.history.faults.append(injected)
         kind.strike(federation, fault)
 
     if fault.name == "restore":
-        clock.at(fault.at * fault.detail, federation.take_backup, fault)
+        clock.at(fault.at * fault.detail, partial(federation.take_backup, fault))
     if fault.name == "split brain":
         clock.at(fault.at + fault.lasts / 2, federation.start_server)
     clock.at(fault.at, strike)
-    clock.at(fault.at + fault.lasts, kind.heal, federation, fault)
+    clock.at(fault.at + fault.lasts, partial(kind.heal, federation, fault))
 
 
 def leave_behind(federation: Federation) -> None:
     """What an earlier run retained."""
     run, broker = EARLIER_RUN.hex(), federation.broker
-    state = ServerState(status="lost", run=run, term=7, server_id="e" * 16, link=1, host="gone", round=9)
-    ghost = NodeStatus(status="online", boot=9, link=9, host="gone", run=run, rows=3)
-    for message in (
-        Message(STATE, state, retain=True),
-        Message(ROUND, _foreign_round(federation), retain=True),
-        Message(("status", "n0"), ghost, retain=True),
-        Message(("status", "ghost"), ghost, retain=True),
+    state = ServerState(status="finished", run=run, term=7, server_id="e" * 16, link=1, host="gone", round=9)
+    ghost = NodeStatus(status="online", boot=9, link=9, host="gone", run=run, rows=3).encode()
+    descriptor = federation.world.run.descriptor.model_copy(update={"run": run, "mask": "e" * 32})
+    for topic, payload in (
+        (TOPICS.server, state.encode()),
+        (TOPICS.run, descriptor.encode()),
+        (TOPICS.round, encode(_foreign_round(federation))),
+        (TOPICS.up("n0", "status"), ghost),
+        (TOPICS.up("ghost", "status"), ghost),
     ):
-        broker.retained[message.topic] = message
+        broker.retained[topic] = Message(topic, payload, retain=True)
 
 
-def _process(federation: Federation, fault: ScheduledFault) -> Process:
+def _process(federation: Federation, fault: ScheduledFault) -> SimulatedNode | ServerProcess:
     return federation.server if fault.target == SERVER else federation.nodes[fault.target]
 
 
 def _clients(federation: Federation, fault: ScheduledFault) -> list[Client]:
     if fault.target == ALL:
         return [federation.server.client, *(node.client for node in federation.nodes.values())]
-    return [federation.server.client if fault.target == SERVER else federation.nodes[fault.target].client]
+    return [_process(federation, fault).client]
 
 
 def _nothing(federation: Federation, fault: ScheduledFault) -> None:
@@ -95,24 +100,21 @@ def _freeze(federation: Federation, fault: ScheduledFault) -> None:
     if not process.alive or process.frozen:
         return
     process.freeze()
-    client = _clients(federation, fault)[0]
+    client = process.client
 
     def miss() -> None:
         if process.frozen:
             client.cut = True
             federation.broker.break_link(client)
 
-    federation.clock.at(federation.clock.now + KEEP_ALIVE_S, miss)
+    federation.clock.at(federation.clock.now() + KEEP_ALIVE_S, miss)
 
 
 def _thaw(federation: Federation, fault: ScheduledFault) -> None:
     if fault.target == SERVER:
         federation.thaw_servers()
     else:
-        node = federation.nodes[fault.target]
-        if node.frozen:
-            node.client.cut = False
-            node.thaw()
+        federation.thaw(federation.nodes[fault.target])
 
 
 def _restore(federation: Federation, fault: ScheduledFault) -> None:
@@ -129,7 +131,7 @@ def _corrupt(federation: Federation, fault: ScheduledFault) -> None:
     node.corrupt()
 
     def healed() -> None:
-        faults[number] = replace(struck, ended=federation.clock.now)
+        faults[number] = replace(struck, ended=federation.clock.now())
 
     node.healed = healed
 
@@ -148,21 +150,21 @@ def _rejoin(federation: Federation, fault: ScheduledFault) -> None:
 
 
 def _worsen(federation: Federation, fault: ScheduledFault) -> None:
-    weather = {
-        "lose": Weather(lose=0.6 * fault.detail),
-        "duplicate": Weather(duplicate=fault.detail),
-        "delay": Weather(delay=3.0 * fault.detail),
-        "reorder": Weather(delay=fault.detail, reorder=0.5),
+    conditions = {
+        "lose": LinkConditions(lose=0.6 * fault.detail),
+        "duplicate": LinkConditions(duplicate=fault.detail),
+        "delay": LinkConditions(delay=3.0 * fault.detail),
+        "reorder": LinkConditions(delay=fault.detail, reorder=0.5),
     }[fault.name]
     for client in _clients(federation, fault):
-        client.weather = weather
+        client.conditions = conditions
 
 
 def _clear(federation: Federation, fault: ScheduledFault) -> None:
-    """Fair weather again; where messages were lost, TCP has given the connection up."""
+    """Links are good again; where messages were lost, TCP has given the connection up."""
     for client in _clients(federation, fault):
-        lost = client.weather is not None and client.weather.lose > 0
-        client.weather = None
+        lost = client.conditions is not None and client.conditions.lose > 0
+        client.conditions = None
         if lost:
             federation.broker.break_link(client)
 
@@ -179,50 +181,52 @@ def _broker_up(federation: Federation, fault: ScheduledFault) -> None:
 
 
 def _replay(federation: Federation, fault: ScheduledFault) -> None:
-    passed, chance = federation.broker.passed, federation.clock.random
+    passed, chance = federation.broker.passed, federation.chance
     for _ in range(1 + int(20 * fault.detail) if passed else 0):
         federation.broker.spread(chance.choice(passed))
 
 
 def _earlier_run(federation: Federation, fault: ScheduledFault) -> None:
     broker, round_ = federation.broker, _foreign_round(federation)
-    broker.spread(Message(ROUND, round_, retain=False))
+    broker.spread(Message(TOPICS.round, encode(round_)))
     for name, node in federation.nodes.items():
         update = Update(round_.header, node.boot, bytes(8), 1.0, (1.0,))
-        broker.spread(Message(("update", name), update, retain=False))
+        broker.spread(Message(TOPICS.up(name, "update"), encode(update)))
 
 
 def _foreign_round(federation: Federation) -> Round:
     settings = federation.history.settings
-    header = Header.of(EARLIER_RUN, 9, len(federation.disk.ledger.entries), settings.mask_hash)
+    header = Header.of(EARLIER_RUN, 9, len(federation.ledger.entries), settings.mask_hash)
     return Round(header, True, settings.local_steps, settings.directions, settings.eps, 1000, asked=frozenset(range(8)))
 
 
 def _hostile(federation: Federation, fault: ScheduledFault) -> None:
     """A node sends what no node of ours would."""
-    node, chance = federation.nodes[fault.target], federation.clock.random
+    node, chance = federation.nodes[fault.target], federation.chance
     if not federation.history.rounds:
         return
     for _ in range(1 + int(5 * fault.detail)):
         update = _nasty(federation, node, chance.choice)
-        federation.history.updates.append((federation.clock.now, node.name, update))
-        federation.broker.spread(Message(("update", node.name), update, retain=False))
+        federation.history.updates.append((federation.clock.now(), node.name, update))
+        federation.broker.spread(Message(TOPICS.up(node.name, "update"), encode(update)))
 
 
-def _nasty(federation: Federation, node: Node, choose: Callable[..., float]) -> Update:
+def _nasty(federation: Federation, node: SimulatedNode, choose: Callable[..., float]) -> Update:
     settings, header = federation.history.settings, federation.history.rounds[-1][1].header
     whole = settings.perturbations * settings.steps_of(header.version)
     version = max(header.version + int(choose((0, 0, 0, 0, -1, -2, 1, 7))), 0)
-    entries = federation.disk.ledger.entries[:version]
-    right = next((entry.digest for entry in reversed(entries) if any(entry.digest)), federation.theta_0.digest)
+    entries = [closed.entry for closed in list(federation.ledger.entries.values())[:version]]
+    theta_0 = digest(federation.history.mask.theta_0)
+    right = next((entry.digest for entry in reversed(entries) if any(entry.digest)), theta_0)
     odd = choose((math.nan, math.inf, -math.inf, 1e30, 3e38, 1.0, 5.0, 1e-30))
+    count = int(choose((whole, whole, whole, 2, 1)))
     update = Update(
         replace(header, term=header.term + int(choose((0, 0, 0, 0, 0, -1, 1, 5))), version=version),
         node.boot,
         right[:8] if choose((0, 0, 1)) == 0 else bytes(8),
         choose((1.0, 1.0, math.nan)),
-        (odd,) * int(choose((whole, whole, whole, 2, 0))),
-        (1,) * whole if choose((0, 0, 0, 1)) else None,
+        (odd,) * count,
+        (1,) * count if choose((0, 0, 0, 1)) else None,
     )
     nowhere = Values(bytes(16), 100, 1)
     return replace(update, scalars=(), seeds=None, values=nowhere) if choose((0, 0, 0, 0, 1)) else update

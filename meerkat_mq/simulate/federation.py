@@ -1,24 +1,38 @@
-"""A federation on a virtual clock: a disk, a broker, servers, nodes; and the hands that start and restore them."""
+"""A federation on a virtual clock: a ledger, a broker, servers, nodes; and the hands that start and restore them."""
 
+import random
+from collections import Counter
 from functools import cache
 from itertools import takewhile
 
 from meerkat_mq.config import Codec, EarlyStoppingConfig, ServerValuesConfig
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.engines.toy import toy_mask
+from meerkat_mq.errors import MeerkatError
 from meerkat_mq.rounds.policy import RoundSettings
-from meerkat_mq.simulate.broker import Broker
-from meerkat_mq.simulate.durable import Disk, Ledger, Theta
 from meerkat_mq.simulate.history import History
-from meerkat_mq.simulate.node import Habits, Node
+from meerkat_mq.simulate.node import SimulatedNode, SimulatedProfile
 from meerkat_mq.simulate.schedule import Schedule, ScheduledFault
-from meerkat_mq.simulate.server import Server
-from meerkat_mq.simulate.world import Clock, Process
+from meerkat_mq.wire.descriptor import NodeStatus, ServerState, decode_control
+from meerkat_mq.wire.messages import Round, Update
+from meerkat_mq.wire.topics import Topics
+from meerkat_mq.worlds.broker import Broker, Message
+from meerkat_mq.worlds.clock import VirtualClock
+from meerkat_mq.worlds.ledger import MemoryLedger
+from meerkat_mq.worlds.replica import Thetas
+from meerkat_mq.worlds.run import FEDERATION, make_run
+from meerkat_mq.worlds.server import ServerProcess
+from meerkat_mq.worlds.store import MemoryStore
+from meerkat_mq.worlds.world import World
 
 RUN = bytes(range(16))
 WEIGHTS = 8
 CODECS: tuple[Codec, ...] = ("int8", "float32", "bfloat16")
 STREAM = "mk1"
+SERVER_LATENCY_S = 0.004
+THETAS = 256  # that are not computed twice
+RESTART_S = 5.0  # after which a supervisor starts again what an error has ended
+TOPICS = Topics(FEDERATION)
 # Thresholds that about half of the made-up paths pass, so that there is something to get wrong.
 THRESHOLDS = EarlyStoppingConfig(initial=0.5, later=0.5, rho_later=1.0, rho_quiet=0.25, quiet=0.7, random_share=0.4)
 
@@ -71,28 +85,35 @@ class Federation:
 
     Attributes:
         server: the one started last.
+        servers: all of them.
+        counts: (who, reason) of what drivers count.
+        errors: (who, error) of what ended a process.
     """
 
     def __init__(self, schedule: Schedule) -> None:
         mask, _ = _mask()
         self.schedule = schedule
-        self.clock = Clock(schedule.seed)
-        self.broker = Broker(self.clock, wire=schedule.wire)
+        self.chance = random.Random(schedule.seed)  # noqa: S311 - chance to be repeated, not to be secret
+        self.clock = VirtualClock()
+        self.broker = Broker(self.clock, self.chance, routed=self._saw)
         settings = settings_of(schedule)
         self.history = History(RUN, mask, STREAM, schedule.digest_every, settings)
-        self.disk = Disk(Ledger(settings.max_staleness))
-        self.theta_0 = Theta(mask.theta_0, 0)
+        self.ledger = MemoryLedger()
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.errors: list[tuple[str, MeerkatError]] = []
+        run = make_run(settings, mask, stream=STREAM, codec=self.history.codec)
+        self.world = World(self.clock, self.broker, run, Thetas(run, THETAS), self._failed, self._count)
         self.nodes = {f"n{number}": self._node(number) for number in range(schedule.nodes)}
-        self.server: Server
-        self._servers: list[Server] = []
-        self._backups: dict[ScheduledFault, Ledger] = {}
+        self.servers: list[ServerProcess] = []
+        self._backups: dict[ScheduledFault, MemoryLedger] = {}
+        self._is_healed = False
 
-    def _node(self, number: int) -> Node:
-        chance, schedule = self.clock.random, self.schedule
+    def _node(self, number: int) -> SimulatedNode:
+        chance, schedule = self.chance, self.schedule
         slow = schedule.slow and number == schedule.nodes - 1
         just_in_time = schedule.deadline_s - 0.04 - schedule.commit_s / 2  # the update comes, but is not yet committed
         slower = schedule.spread ** (number / (schedule.nodes - 1))
-        habits = Habits(
+        profile = SimulatedProfile(
             latency_s=chance.uniform(0.001, 0.05),
             step_s=just_in_time if slow else schedule.step_s * chance.uniform(1.0, 1.5) * slower,
             rows=1 + 3 * number,
@@ -102,88 +123,125 @@ class Federation:
             codec=CODECS[number % len(CODECS)] if number < schedule.values else None,
             every_s=schedule.every_s if number < schedule.sleepers else 0.0,
         )
-        return Node(f"n{number}", self.clock, self.broker, self.history, self.theta_0, habits=habits)
+        return SimulatedNode(f"n{number}", self.world, profile, chance)
+
+    # --- what is noted ---
+
+    def _saw(self, message: Message) -> None:
+        """A message has reached the broker."""
+        history, topic, payload = self.history, message.topic, message.payload
+        if topic == TOPICS.round:
+            frame = self.world.read(payload)
+            assert isinstance(frame, Round)
+            history.rounds.append((message.sent, frame))
+        elif topic == TOPICS.server:
+            history.states.append((message.sent, decode_control(payload, ServerState)))
+        elif (parsed := TOPICS.parse_up(topic)) is not None:
+            self._saw_node(message, *parsed)
+
+    def _saw_node(self, message: Message, node: str, kind: str) -> None:
+        if kind == "update" and isinstance(frame := self.world.read(message.payload), Update):
+            self.history.saw_update(message.sent, node, frame)
+        elif kind == "status":
+            status = decode_control(message.payload, NodeStatus)
+            if status.status == "online":
+                self.history.saw_status(message.sent, node, status)
+
+    def _count(self, who: str, reason: str) -> None:
+        self.counts[who, reason] += 1
+
+    def _failed(self, who: str, error: MeerkatError) -> None:
+        self.errors.append((who, error))
+        if self._is_healed:
+            self.clock.at(self.clock.now() + RESTART_S, lambda: self.revive(self.nodes.get(who, self.server)))
+
+    # --- people's hands ---
+
+    @property
+    def server(self) -> ServerProcess:
+        """The one started last."""
+        return self.servers[-1]
+
+    @property
+    def processes(self) -> list[ServerProcess | SimulatedNode]:
+        """All that ever ran."""
+        return [*self.servers, *self.nodes.values()]
 
     def start(self) -> None:
         """Start a server, then every node."""
         self.start_server()
         for number, node in enumerate(self.nodes.values()):
-            self.clock.at(0.01 * number, self.revive, node)
+            self.clock.at(0.01 * number, lambda node=node: self.revive(node))  # type: ignore[misc]
 
     def start_server(self) -> None:
-        """Start a server on the disk; those that there are know nothing of it."""
-        server_id = f"{self.clock.random.getrandbits(64):016x}"
-        self.server = Server(
-            server_id,
-            self.clock,
-            self.broker,
-            self.history,
-            disk=self.disk,
-            theta_0=self.theta_0,
+        """Start a server on the ledger; those that there are know nothing of it."""
+        server = ServerProcess(
+            f"{self.chance.getrandbits(64):016x}",
+            self.world,
+            self.ledger,
             commit_s=self.schedule.commit_s,
             measure_s=self.schedule.measure_s or 0.0,
+            latency_s=SERVER_LATENCY_S,
         )
-        self._servers.append(self.server)
-        self.server.start()
+        self.servers.append(server)
+        server.start()
 
-    def revive(self, process: Process) -> None:
+    def revive(self, process: ServerProcess | SimulatedNode) -> None:
         """Start what is not alive; a server that wakes later may be fenced, so only the newest counts."""
-        if isinstance(process, Node):
+        if isinstance(process, SimulatedNode):
             if not process.alive:
                 process.start()
         elif not self.server.alive:
             self.start_server()
 
+    def thaw(self, process: ServerProcess | SimulatedNode) -> None:
+        """Let a frozen process go on."""
+        if process.frozen:
+            process.client.cut = False
+            process.thaw()
+
     def thaw_servers(self) -> None:
         """Let every frozen server go on."""
-        for server in self._servers:
-            if server.frozen:
-                server.client.cut = False
-                server.thaw()
+        for server in self.servers:
+            self.thaw(server)
 
     def take_backup(self, fault: ScheduledFault) -> None:
         """Copy the ledger, for `restore`."""
-        self._backups[fault] = self.disk.ledger.backup()
+        self._backups[fault] = self.ledger.backup()
 
     def restore(self, fault: ScheduledFault) -> None:
         """Stop every server, and put an earlier ledger in place."""
-        for server in self._servers:
+        for server in self.servers:
             if server.alive:
                 server.kill()
-        undone, self.disk.ledger = self.disk.ledger, self._backups[fault].backup()
-        both = zip(undone.entries, self.disk.ledger.entries, strict=False)
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], both))
-        self.history.backups.append((self.clock.now, shared))
+        undone = list(self.ledger.entries.values())
+        self.ledger.restore(self._backups[fault])
+        both = zip(undone, self.ledger.entries.values(), strict=False)
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0].entry == pair[1].entry, both))
+        self.history.backups.append((self.clock.now(), shared))
 
     def heal(self) -> None:
         """Everybody is there, and every link carries."""
-        self.broker.up = True
+        self.broker.up = self._is_healed = True
         self.thaw_servers()
         self.revive(self.server)
         for node in self.nodes.values():
-            if node.frozen:
-                node.client.cut = False
-                node.thaw()
+            self.thaw(node)
             self.revive(node)
-        everybody: list[Server | Node] = [*self._servers, *self.nodes.values()]
-        for process in everybody:
+        for process in self.processes:
             process.crash_in = None
-            process.client.cut, process.client.weather = False, None
+            process.client.cut, process.client.conditions = False, None
             self.broker.break_link(process.client)
 
     @property
     def finished(self) -> bool:
         """Whether the ledger is full, and a server that can say so has said it."""
-        return len(self.disk.ledger.entries) >= self.schedule.rounds and any(
-            server.alive and server.machine is not None and server.machine.finished for server in self._servers
+        return len(self.ledger.entries) >= self.schedule.rounds and any(
+            server.alive and server.machine is not None and server.machine.finished for server in self.servers
         )
 
     def close(self) -> History:
         """The history, with the final ledger."""
-        history, ledger = self.history, self.disk.ledger
-        history.entries, history.records, history.terms = ledger.entries, ledger.records, ledger.terms
-        history.entry_terms = ledger.entry_terms
-        history.products, history.judgements = ledger.products, ledger.judgements
-        history.open_updates, history.blobs = tuple(ledger.updates.values()), ledger.blobs
-        history.finished = self.finished
-        return history
+        self.history.take_ledger(MemoryStore(self.ledger))
+        self.history.finished = self.finished
+        return self.history

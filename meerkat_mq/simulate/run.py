@@ -1,13 +1,16 @@
 """Run one schedule, and judge it."""
 
+from meerkat_mq.errors import AnotherServer, MeerkatError
 from meerkat_mq.simulate.checkers import Violation, check
 from meerkat_mq.simulate.faults import inflict, leave_behind
 from meerkat_mq.simulate.federation import Federation
 from meerkat_mq.simulate.history import History
 from meerkat_mq.simulate.node import AWAKE_S
 from meerkat_mq.simulate.schedule import Schedule
+from meerkat_mq.worlds.quiet import quiet
 
 LAST_WORDS_S = 1.0
+NO_FAILURE = "no process fails"
 
 
 def patience(schedule: Schedule) -> float:
@@ -27,25 +30,25 @@ def play(federation: Federation) -> None:
     for fault in schedule.faults:
         inflict(federation, fault)
     clock.at(heals_at, federation.heal)
-    clock.run(heals_at, lambda: False)
+    clock.run(heals_at)
     clock.run(heals_at + patience(schedule), lambda: federation.finished)
-    clock.run(clock.now + LAST_WORDS_S, lambda: False)
-
-
-def run(schedule: Schedule) -> History:
-    """The history of a schedule, ready for the checkers."""
-    federation = Federation(schedule)
-    play(federation)
-    return federation.close()
+    clock.run(clock.now() + LAST_WORDS_S)
 
 
 def judge(schedule: Schedule) -> tuple[History, list[Violation]]:
-    """The history of a schedule, and what does not hold of it; a failure of the machines counts too."""
+    """The history of a schedule, and what does not hold of it; an error that ends a process counts too."""
     federation = Federation(schedule)
     try:
-        play(federation)
+        with quiet():
+            play(federation)
     except Exception as error:
-        failure = Violation("no machine fails", f"{federation.clock.now:.3f} s", f"{type(error).__name__}: {error}")
+        failure = Violation(NO_FAILURE, f"{federation.clock.now():.3f} s", f"{type(error).__name__}: {error}")
         return federation.close(), [failure]
     history = federation.close()
-    return history, [violation for found in check(history).values() for violation in found]
+    ended = [Violation(NO_FAILURE, who, str(error)) for who, error in federation.errors if not expected(error)]
+    return history, ended + [violation for found in check(history).values() for violation in found]
+
+
+def expected(error: MeerkatError) -> bool:
+    """Whether a process may end so: of two servers one does."""
+    return isinstance(error, AnotherServer)

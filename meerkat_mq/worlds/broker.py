@@ -33,11 +33,12 @@ class LinkConditions:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What is published."""
+    """What is published; `sent` is when, by whoever published it."""
 
     topic: str
     payload: bytes
     retain: bool = False
+    sent: float = 0.0
 
 
 @lru_cache(65_536)
@@ -117,7 +118,7 @@ class Client:
         if size > self._largest:
             problem = f"a packet of {size} bytes is over the limit of {self._largest}"
             raise PayloadTooLarge(topic, problem, "raise broker.max_packet_bytes, where the broker takes it")
-        self._broker.publish(self, Message(topic, payload, retain))
+        self._broker.publish(self, Message(topic, payload, retain, self.process.now()))
 
     def subscribe(self, topic: str) -> None:
         """Add a filter."""
@@ -195,6 +196,7 @@ class Broker:
 
     def join(self, client: Client) -> None:
         """A process opens its session."""
+        client.closed = False
         self._clients.append(client)
         self.filters_changed()
         self._clock.at(self._clock.now() + 0.001, partial(self._connect, client))
@@ -250,7 +252,7 @@ class Broker:
 
     def _say_will(self, client: Client, will_s: float) -> None:
         if client.link is not None and not client.disowned:
-            will = Message(client.own, client.last_words, retain=True)
+            will = Message(client.own, client.last_words, retain=True, sent=self._clock.now())
             self._clock.at(self._clock.now() + will_s, partial(self._route, will))
 
     def renew(self, client: Client) -> None:
@@ -261,11 +263,11 @@ class Broker:
             self._clock.at(self._clock.now() + 0.001, partial(self._connect, client))
 
     def leave(self, client: Client, *, will_s: float = 0.0, farewell: bytes | None = None) -> None:
-        """The process has ended: killed, or with a farewell."""
-        if farewell is None:
+        """The process has ended, killed or with a farewell, or does not want to be connected until it joins again."""
+        if farewell is None or client.cut:
             self._say_will(client, will_s)
         elif client.link is not None and not client.disowned:
-            self._route(Message(client.own, farewell, retain=True))
+            self._route(Message(client.own, farewell, retain=True, sent=self._clock.now()))
         client.link, client.closed = None, True
         if client in self._clients:
             self._clients.remove(client)

@@ -17,18 +17,21 @@ class VirtualCompute:
     Args:
         process: whose.
         seconds: that a job takes.
+        at_once: whether no job waits for those before it.
     """
 
-    def __init__(self, process: Process, seconds: float = 0.0) -> None:
+    def __init__(self, process: Process, seconds: float = 0.0, *, at_once: bool = False) -> None:
         self._process = process
         self._seconds = seconds
+        self._at_once = at_once
         self._free_at = 0.0
 
     def run(
         self, job: Callable[[], Result], done: Callable[[Result], None], failed: Callable[[Exception], None]
     ) -> None:
         """Do a job; then tell."""
-        self._free_at = max(self._free_at, self._process.now()) + self._seconds
+        free_at = 0.0 if self._at_once else self._free_at
+        self._free_at = max(free_at, self._process.now()) + self._seconds
         self._process.at(self._free_at, partial(self._do, job, done, failed))
 
     def _do(

@@ -27,7 +27,7 @@ class ServerProcess(Process):
         world: it lives in.
         ledger: of the run, or empty.
         commit_s: seconds of one commit.
-        measure_s: seconds that the inner products of a round's directions take.
+        measure_s: seconds that other work takes, such as the inner products of a round's directions.
         latency_s: of its link.
         largest: MQTT packet, in bytes.
         replace: whether it takes over from a server that is online.
@@ -91,7 +91,7 @@ class ServerProcess(Process):
             transport=self.client,
             clock=self,
             ledger_work=VirtualCompute(self, self._commit_s),
-            other_work=VirtualCompute(self, self._measure_s),
+            other_work=VirtualCompute(self, self._measure_s, at_once=True),
             monitor=self,
             replace=self._replace,
             read=self._world.read,

@@ -1,28 +1,50 @@
 """Bugs to plant, each the kind that exactly-once systems have: the simulator must see every one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from meerkat_mq.core.gradip import each_inner_product
 from meerkat_mq.core.path import Coefficient, short_hash
+from meerkat_mq.ledger.recovery import resumed
+from meerkat_mq.ledger.rows import KeptSnapshot, Term
+from meerkat_mq.ledger.snapshots import Snapshots
 from meerkat_mq.rounds import closing
-from meerkat_mq.rounds.events import CommitEntry, ServerEvent
 from meerkat_mq.rounds.open_round import OpenRound
 from meerkat_mq.rounds.policy import RoundSettings, counted, lane_of, shares_of, terms_of
 from meerkat_mq.rounds.records import Share, UpdateRecord, Verdict
 from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.rounds.window import Committed, Window
-from meerkat_mq.simulate import server as simulated
-from meerkat_mq.simulate.durable import Ledger, Theta, measured
-from meerkat_mq.simulate.server import Server
+from meerkat_mq.runtime import measure, writer
+from meerkat_mq.runtime.writer import LedgerWriter
 from meerkat_mq.wire.messages import Reason, Update
-from meerkat_mq.wire.snapshot import encode_snapshot
+from meerkat_mq.wire.snapshot import Snapshot, decode_snapshot
 from meerkat_mq.wire.values import encode_values
+from meerkat_mq.worlds.replica import SharedReplica
+from meerkat_mq.worlds.store import MemoryStore
 
 Machine = Any  # its private methods are what is broken here
+
+
+class Altered:
+    """A store that answers some questions otherwise."""
+
+    def __init__(self, store: Any, answers: dict[str, Callable[[Any], object]]) -> None:
+        self._store = store
+        self._answers = answers
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._answers:
+            return lambda: self._answers[name](self._store)
+        return getattr(self._store, name)
+
+
+def resume_with(patch: pytest.MonkeyPatch, **answers: Callable[[Any], object]) -> None:
+    """Let machines be made of a ledger that answers otherwise."""
+    patch.setattr(writer, "resumed", lambda ledger, *of, **to: resumed(Altered(ledger, answers), *of, **to))
 
 
 def apply_a_duplicate(patch: pytest.MonkeyPatch) -> None:
@@ -50,42 +72,54 @@ def apply_a_duplicate(patch: pytest.MonkeyPatch) -> None:
 def term_in_the_identity(patch: pytest.MonkeyPatch) -> None:
     """After a restart, the same node's update for the same round is another update."""
 
-    def commit_updates(self: Ledger, mine: tuple[int, str], records: Sequence[UpdateRecord]) -> None:
-        self._fence(mine)
-        for record in records:
-            self.updates.setdefault((record.version, f"{record.node} {mine[0]}"), record)
+    def commit_updates(self: MemoryStore, records: Sequence[UpdateRecord]) -> None:
+        with self.group():
+            for record in records:
+                self.ledger.updates.setdefault(record.version, {})[record.slot + 1000 * self.term] = (None, record)
 
-    def commit_entry(self: Ledger, mine: tuple[int, str], closed: CommitEntry) -> None:
-        among = {(record.version, record.node) for record in closed.records}
-        every = tuple(record for record in self.updates.values() if (record.version, record.node) in among)
-        keep(self, mine, replace(closed, records=every))
+    def close(self: MemoryStore, entry: int, records: Sequence[UpdateRecord]) -> None:
+        among = {(record.version, record.node) for record in records}
+        for version in {record.version for record in records}:
+            for place, (_, record) in self.ledger.updates[version].items():
+                if (record.version, record.node) in among:
+                    self.ledger.updates[version][place] = (entry, record)
 
-    keep = Ledger.commit_entry
-    patch.setattr(Ledger, "commit_updates", commit_updates)
-    patch.setattr(Ledger, "commit_entry", commit_entry)
-    patch.setattr(Server, "resumed_updates", lambda self: [])
+    patch.setattr(MemoryStore, "commit_updates", commit_updates)
+    patch.setattr(MemoryStore, "_close", close)
+    resume_with(patch, open_updates=lambda ledger: (), heard=lambda ledger: {})
 
 
 def publish_before_commit(patch: pytest.MonkeyPatch) -> None:
     """What is published need not be in the ledger yet."""
+    commit = LedgerWriter._commit
 
-    def carry_out(self: Machine, commit: Callable[[], None], event: Callable[[], ServerEvent]) -> None:
-        self.step()
-        self._handle(event())
-        self.step()
-        commit()
+    def broken(self: Machine, group: Sequence[Any]) -> Iterator[Any]:
+        late: list[Any] = []
 
-    patch.setattr(Server, "carry_out", carry_out)
+        def put_off(*work: Any) -> Iterator[Any]:
+            late.append(work)
+            yield from ()
+
+        self._patiently = put_off
+        yield from commit(self, group)
+        del self._patiently
+        for work in late:
+            yield from self._patiently(*work)
+
+    patch.setattr(LedgerWriter, "_commit", broken)
 
 
 def forget_the_term(patch: pytest.MonkeyPatch) -> None:
     """Only the broker remembers the term."""
 
-    def take_term(self: Ledger, above: int, server_id: str) -> int:
-        self.terms.append((above + 1, server_id))
+    def take_term(self: Machine, above: int, server_id: str, host: str) -> int:
+        with self.group():
+            self.ledger.terms.pop(above + 1, None)
+            self.ledger.terms[above + 1] = Term(above + 1, server_id, host, 0.0)
+        self._mine = (above + 1, server_id)
         return above + 1
 
-    patch.setattr(Ledger, "take_term", take_term)
+    patch.setattr(MemoryStore, "take_term", take_term)
 
 
 def accept_a_stale_round(patch: pytest.MonkeyPatch) -> None:
@@ -106,7 +140,7 @@ def accept_a_stale_round(patch: pytest.MonkeyPatch) -> None:
 
 def lose_an_update_on_resume(patch: pytest.MonkeyPatch) -> None:
     """A server that starts again waits for everybody anew."""
-    patch.setattr(Server, "resumed_updates", lambda self: [])
+    resume_with(patch, open_updates=lambda ledger: ())
 
 
 def add_in_arrival_order(patch: pytest.MonkeyPatch) -> None:
@@ -141,40 +175,39 @@ def skip_the_digest_check(patch: pytest.MonkeyPatch) -> None:
 
 def non_atomic_snapshot(patch: pytest.MonkeyPatch) -> None:
     """A snapshot is written in place and believed; what is missing of it reads as zeros."""
+    keep = Snapshots.keep
 
-    def keep_snapshot(self: Machine, version: int, head: bytes) -> None:
-        blob = encode_snapshot(self._history.run_id, version, head, self._theta.values)
-        self.disk.ledger.commit_snapshot(self._mine, version, short_hash(blob))
-        values = self._theta.values.copy()
-        values[4:] = 0
-        self.disk.files[f"raw-{version}"] = values.tobytes()
+    def broken(self: Machine, version: int, head: bytes, theta: Any) -> None:
+        torn = theta.copy()
+        torn[4:] = 0
+        keep(self, version, head, torn)
         for _ in range(8):  # the rest comes piece by piece
-            self.step()
-        self.disk.files[f"snapshot-{version}"] = blob
-        self.disk.files[f"raw-{version}"] = self._theta.values.tobytes()
+            self._ledger._step()
+        keep(self, version, head, theta)
 
-    def load_snapshot(self: Machine, version: int) -> Theta | None:
-        raw = self.disk.files.get(f"raw-{version}")
-        return None if raw is None else Theta(np.frombuffer(raw, np.float32), version)
+    def load(self: Machine, kept: KeptSnapshot) -> Snapshot:
+        blob = self._ledger.snapshot(kept)
+        return decode_snapshot(blob, short_hash(blob), self._run.weights)
 
-    patch.setattr(Server, "keep_snapshot", keep_snapshot)
-    patch.setattr(Server, "load_snapshot", load_snapshot)
+    patch.setattr(Snapshots, "keep", broken)
+    patch.setattr(Snapshots, "_load", load)
 
 
 def keep_an_update_that_came_too_late(patch: pytest.MonkeyPatch) -> None:
     """An update that is committed after its round was decided counts as one of the round's."""
-    keep = Ledger.commit_entry
+    close = MemoryStore._close
 
-    def commit_entry(self: Ledger, mine: tuple[int, str], closed: CommitEntry) -> None:
-        every = {(record.version, record.slot): record for record in (*self.updates.values(), *closed.records)}
-        keep(self, mine, replace(closed, records=tuple(every[place] for place in sorted(every))))
+    def broken(self: Machine, entry: int, records: Sequence[UpdateRecord]) -> None:
+        late = [record for found, record in self.ledger.updates.get(entry, {}).values() if found is None]
+        every = {(record.version, record.slot): record for record in (*late, *records)}
+        close(self, entry, list(every.values()))
 
-    patch.setattr(Ledger, "commit_entry", commit_entry)
+    patch.setattr(MemoryStore, "_close", broken)
 
 
 def lose_judgements_on_resume(patch: pytest.MonkeyPatch) -> None:
     """A server that starts again asks everybody for all local steps."""
-    patch.setattr(Server, "resumed_judgements", lambda self: [])
+    resume_with(patch, newest_judgements=lambda ledger: ())
 
 
 def count_all_steps_of_an_early_stopped_node(patch: pytest.MonkeyPatch) -> None:
@@ -189,7 +222,11 @@ def _unmarked(records: Sequence[UpdateRecord]) -> list[UpdateRecord]:
 
 def measure_the_round_after(patch: pytest.MonkeyPatch) -> None:
     """GradIP is made with the directions of another round."""
-    patch.setattr(simulated, "measured", lambda g_p, run, version, **shape: measured(g_p, run, version + 1, **shape))
+
+    def broken(g_p: Any, run: bytes, version: int, **shape: Any) -> Iterator[float]:
+        return each_inner_product(g_p, run, version + 1, **shape)
+
+    patch.setattr(measure, "each_inner_product", broken)
 
 
 # --- of buffered runs, and of values nodes --------------------------------------------------------------------------
@@ -216,27 +253,22 @@ def weigh_by_the_wrong_age(patch: pytest.MonkeyPatch) -> None:
 
 def draw_stale_directions_anew(patch: pytest.MonkeyPatch) -> None:
     """A stale update's directions are drawn with the seeds of the entry's version."""
-    after = Theta.after
-
-    def broken(self: Theta, terms: tuple[Coefficient, ...], *more: Any) -> Theta:
-        return after(self, tuple(replace(term, age=0) for term in terms), *more)
-
-    patch.setattr(Theta, "after", broken)
+    seed = SharedReplica._seed
+    patch.setattr(SharedReplica, "_seed", lambda self, version, term: seed(self, version, replace(term, age=0)))
 
 
 def drop_stale_updates_on_resume(patch: pytest.MonkeyPatch) -> None:
     """A server that starts again goes on with the head's updates alone."""
-    resumed = Server.resumed_updates
 
-    def broken(self: Machine) -> list[UpdateRecord]:
-        return [record for record in resumed(self) if record.version == len(self.disk.ledger.entries)]
+    def newest(ledger: Any) -> list[UpdateRecord]:
+        return [record for record in ledger.open_updates() if record.version == ledger.version]
 
-    patch.setattr(Server, "resumed_updates", broken)
+    resume_with(patch, open_updates=newest)
 
 
 def forget_whom_it_heard_on_resume(patch: pytest.MonkeyPatch) -> None:
     """A server that starts again takes what an entry holds already."""
-    patch.setattr(Ledger, "heard", lambda self: {})
+    resume_with(patch, heard=lambda ledger: {})
 
 
 def open_the_window_too_wide(patch: pytest.MonkeyPatch) -> None:
@@ -246,7 +278,7 @@ def open_the_window_too_wide(patch: pytest.MonkeyPatch) -> None:
 
 def distribute_the_mean_itself(patch: pytest.MonkeyPatch) -> None:
     """The mean displacement is not encoded as the run says."""
-    patch.setattr(simulated, "encode_values", lambda values, codec: encode_values(values, "float32"))
+    patch.setattr(writer, "encode_values", lambda values, codec: encode_values(values, "float32"))
 
 
 def weigh_displacements_alike(patch: pytest.MonkeyPatch) -> None:
