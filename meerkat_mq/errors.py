@@ -33,6 +33,7 @@ MeerkatError                     1
     ├── UnknownFlags
     ├── BadChecksum
     ├── BadValue
+    │   └── UnknownKey               a newer release sent it
     └── TooLarge
 """
 
@@ -276,6 +277,10 @@ class BadChecksum(WireError):
 
 class BadValue(WireError):
     """A field is outside its range, not finite, or not canonical."""
+
+
+class UnknownKey(BadValue):
+    """A key of a JSON message that this version does not know: its sender is of a newer one."""
 
 
 class TooLarge(WireError):

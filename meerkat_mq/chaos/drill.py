@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
@@ -159,7 +159,7 @@ class Drill:
     # --- the end ---
 
     def _over(self, seen: Observed) -> bool:
-        return seen.run is not None and seen.version >= seen.run.rounds
+        return seen.run is not None and seen.version >= seen.run.count
 
     async def _let_finish(self, stage: Stage, observer: Observer) -> bool:
         """Whether, all faults healed, the run comes to its end; one that goes on without us, some rounds further."""
@@ -167,7 +167,7 @@ class Drill:
         seen, healed = observer.seen, observer.seen.version
         self._tell("all faults have healed; the run goes on to its end")
         started = self._plan.server is not None
-        goal = seen.run.rounds if started and seen.run is not None else healed + FURTHER_ROUNDS
+        goal = seen.run.count if started and seen.run is not None else healed + FURTHER_ROUNDS
         while seen.version < goal:
             version = seen.version
             if not await self._wait(lambda: seen.version > version, observer, self._plan.file.recover_s):  # noqa: B023
@@ -201,7 +201,7 @@ class Drill:
         faults = [found for _, found, _ in self._injected]
         history = read_history(seen, stage.state_dir, faults, finished=finished)
         if self._plan.server is None and finished:
-            history.settings = replace(history.settings, count=len(history.entries))
+            history.settings = history.settings.model_copy(update={"count": len(history.entries)})
         happened = [
             (strike, Struck(one.name, one.target, one.began, one.ended, judge.recovery_s(one, faults, seen), problem))
             for strike, one, problem in sorted(self._injected, key=lambda injected: injected[1].began)

@@ -8,10 +8,12 @@ from meerkat_mq.config.limits import LimitsConfig
 from meerkat_mq.config.load import check_config, load_config, read_toml
 from meerkat_mq.config.model import ModelConfig
 from meerkat_mq.config.node import NodeConfig
-from meerkat_mq.config.rounds import RoundsConfig
+from meerkat_mq.config.rounds import Count, Directions, RoundRules, RoundsConfig, RunSpec
 from meerkat_mq.config.schedule import ScheduleConfig
 from meerkat_mq.config.section import (
+    FIXED,
     HUB_DATA,
+    Closed,
     Codec,
     DataSource,
     Device,
@@ -22,33 +24,13 @@ from meerkat_mq.config.section import (
     Seconds,
     Section,
 )
-from meerkat_mq.config.server import ServerConfig
+from meerkat_mq.config.server import Rules, ServerConfig
 from meerkat_mq.config.values import NodeValuesConfig, ServerValuesConfig
 
 __all__ = [
-    "HUB_DATA",
-    "BrokerConfig",
-    "Codec",
-    "DataSource",
-    "Device",
-    "Dtype",
-    "EarlyStoppingConfig",
-    "EngineName",
-    "EvaluationConfig",
-    "GuardsConfig",
-    "Identifier",
-    "LimitsConfig",
-    "LocalPath",
-    "ModelConfig",
-    "NodeConfig",
-    "NodeValuesConfig",
-    "RoundsConfig",
-    "ScheduleConfig",
-    "Seconds",
-    "Section",
-    "ServerConfig",
-    "ServerValuesConfig",
-    "check_config",
-    "load_config",
+    "FIXED", "HUB_DATA", "BrokerConfig", "Closed", "Codec", "Count", "DataSource", "Device", "Directions", "Dtype",
+    "EarlyStoppingConfig", "EngineName", "EvaluationConfig", "GuardsConfig", "Identifier", "LimitsConfig",
+    "LocalPath", "ModelConfig", "NodeConfig", "NodeValuesConfig", "RoundRules", "RoundsConfig", "Rules", "RunSpec",
+    "ScheduleConfig", "Seconds", "Section", "ServerConfig", "ServerValuesConfig", "check_config", "load_config",
     "read_toml",
-]
+]  # fmt: skip

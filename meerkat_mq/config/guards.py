@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from meerkat_mq.config.section import Section
+from meerkat_mq.config.section import FIXED, Section
 
 
 class GuardsConfig(Section):
@@ -24,4 +24,4 @@ class GuardsConfig(Section):
     outlier: Annotated[float, Field(gt=1)] = 8.0
     against: Annotated[float, Field(ge=-1, lt=0)] = -0.5
     window: Annotated[int, Field(ge=5, le=1000)] = 20
-    max_step: Annotated[float, Field(ge=0)] = 50.0
+    max_step: Annotated[float, Field(ge=0), FIXED] = 50.0

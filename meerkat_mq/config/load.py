@@ -43,6 +43,9 @@ def read_toml(path: Path) -> dict[str, Any]:
 def check_config(table: object, kind: type[ConfigT], *, where: str, folder: Path | None = None) -> ConfigT:
     """Check a table against a configuration class.
 
+    Args:
+        where: the file's name, or "".
+
     Raises:
         ConfigError: names the first key that is wrong, the value found and what it must be.
     """
@@ -58,7 +61,7 @@ def check_config(table: object, kind: type[ConfigT], *, where: str, folder: Path
         found = "" if hidden else f", not {shown(_without_secrets(first['input']))}"
         meant = _meant(first["loc"], kind) if first["type"] == "extra_forbidden" else None
         remedy = meant or _REMEDY.get(first["type"], SEE)
-        raise ConfigError(f"{where}: {key}", f"{_plain(first)}{found}", remedy) from error
+        raise ConfigError(f"{where}: {key}" if where else key, f"{_plain(first)}{found}", remedy) from error
 
 
 def _meant(unknown: tuple[int | str, ...], kind: type[BaseModel]) -> str | None:

@@ -3,7 +3,7 @@
 import errno
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -16,6 +16,7 @@ EngineName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.]*(:[A-Za-z_][
 Share = Annotated[float, Field(gt=0, le=1)]
 Codec = Literal["float32", "bfloat16", "int8"]
 Flag = Annotated[bool, Field(strict=True)]
+FIXED: Final = "fixed"  # in a key's annotation: the key cannot change while a run lasts
 LocalPath = Path  # relative paths are taken from the folder of the TOML file
 
 HUB_DATA = re.compile(r"hf:(?P<path>[^,:]+)(,(?P<config>[^,:]+))?:(?P<split>[^\[\]:]+(\[[^\[\]]+\])?)")
@@ -68,10 +69,14 @@ def _is_there(path: Path) -> bool:
         return False
 
 
-class Section(BaseModel):
-    """Base of all sections: frozen, unknown keys refused, paths relative to the TOML file."""
+class Closed(BaseModel):
+    """Base of all that comes from outside: frozen, unknown keys refused, numbers finite."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Section(Closed):
+    """Base of all sections: paths are relative to the TOML file."""
 
     @field_validator("*", mode="after")
     @classmethod

@@ -1,6 +1,6 @@
 """`federation.toml`."""
 
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -14,7 +14,24 @@ from meerkat_mq.config.section import Dtype, EngineName, Flag, Identifier, Local
 from meerkat_mq.config.values import ServerValuesConfig
 
 
-class ServerConfig(Section):
+class Rules(Section):
+    """What rules a run besides its descriptor: the ledger keeps it, as JSON, as it was at the first start.
+
+    The last two sections are younger than the first ledgers.
+    """
+
+    rounds: RoundsConfig
+    guards: GuardsConfig
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
+    values: ServerValuesConfig = ServerValuesConfig()
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """As the ledger keeps it."""
+        return self.model_dump(mode="json", include=set(Rules.model_fields))
+
+
+class ServerConfig(Rules):
     """federation.toml.
 
     Attributes:
@@ -31,8 +48,6 @@ class ServerConfig(Section):
     broker: BrokerConfig = BrokerConfig()
     rounds: RoundsConfig = RoundsConfig()
     guards: GuardsConfig = GuardsConfig()
-    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
-    values: ServerValuesConfig = ServerValuesConfig()
     engine: EngineName = "transformers"
     toy_weights: Annotated[int, Field(ge=1, le=10_000_000)] = 1000
     mask: LocalPath | None = None

@@ -76,7 +76,7 @@ def _where(ledger: Store, version: int, node: str) -> str:
 def theta_of(ledger: Store, mask: Mask, version: int, progress: Callable[[int, int], None]) -> Float32Array:
     """theta of a version, float32 (n,): theta_0 and the entries up to there; digests are left to verification."""
     run = run_of(ledger)
-    replica = Replica(mask, run_id=run.run_id, stream=run.stream, digest_every=run.rounds + 1)
+    replica = Replica(mask, run_id=run.run_id, stream=run.stream, digest_every=run.count + 1)
     while replica.version < version:
         progress(replica.version, version)
         entries = ledger.entries(replica.version, min(AT_ONCE, version - replica.version))

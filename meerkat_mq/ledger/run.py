@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from meerkat_mq.config import Codec, EarlyStoppingConfig, GuardsConfig, RoundsConfig, ServerValuesConfig
+from meerkat_mq.config import FIXED, Codec, GuardsConfig, RoundRules, Rules, RunSpec, ServerValuesConfig
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.errors import RunMismatch
 from meerkat_mq.rounds.guards import FEWEST_IN_LANE
@@ -13,16 +13,10 @@ from meerkat_mq.wire.arrays import split
 from meerkat_mq.wire.descriptor import MAY_CHANGE, RunDescriptor
 from meerkat_mq.wire.frames import Chunk, Header
 
-_RENAMED = {"rounds": "rounds.count", "weights": "toy_weights", "values": "values.accept"} | {
-    key: f"rounds.{key}"
-    for key in (
-        "stream", "local_steps", "directions", "lr", "eps", "perturbations", "batch_size", "digest_every", "mode",
-        "max_staleness",
-    )
+_RENAMED = {key: f"rounds.{key}" for key in RunSpec.model_fields} | {
+    "weights": "toy_weights", "values": "values.accept",
 }  # fmt: skip
 _HASHES = {"mask", "fingerprint", "tokenizer"}  # say less than what else differs with them
-_FIXED_GUARDS = ("max_step",)
-_FIXED_RULES = ("aggregate", "trim", "weigh_by_rows", "staleness", "staleness_exponent")
 
 
 @dataclass(frozen=True)
@@ -61,36 +55,15 @@ def settings_of(run: RunDescriptor, rules: Mapping[str, Any], *, measured: bool 
     Raises:
         ConfigError: the rules do not go together: more lanes than nodes, or more steps than a round takes.
     """
-    rounds, guards = RoundsConfig(**rules["rounds"]), GuardsConfig(**rules["guards"])
+    kept = Rules(**rules)
     return RoundSettings(
+        **dict(kept.rounds) | run.spec,
         run_id=run.run_id,
         mask_hash=run.mask_hash,
-        count=run.rounds,
-        local_steps=run.local_steps,
-        directions=run.directions,
-        lr=run.lr,
-        eps=run.eps,
-        min_nodes=rounds.min_nodes,
-        min_updates=rounds.min_updates,
-        fraction=rounds.fraction,
-        quorum=rounds.quorum,
-        deadline_s=rounds.deadline_s,
-        grace_s=rounds.grace_s,
-        weigh_by_rows=rounds.weigh_by_rows,
-        aggregate=rounds.aggregate,
-        trim=rounds.trim,
-        snapshot_every=rounds.snapshot_every,
-        digest_every=run.digest_every,
-        guards=guards,
-        perturbations=run.perturbations,
-        early_stopping=EarlyStoppingConfig(**rules["early_stopping"]),
+        guards=kept.guards,
+        early_stopping=kept.early_stopping,
+        values=kept.values.model_copy(update={"accept": run.values}),
         measured=measured,
-        mode=run.mode,
-        buffer_size=rounds.buffer_size,
-        max_staleness=run.max_staleness,
-        staleness=rounds.staleness,
-        staleness_exponent=rounds.staleness_exponent,
-        values=ServerValuesConfig(**rules["values"] | {"accept": run.values}),
         max_step=MAX_STEP if run.max_step is None else run.max_step,
     )
 
@@ -144,11 +117,12 @@ def check_same(run: Run, begun: RunDescriptor, rules: Mapping[str, Any], ledger:
     Raises:
         RunMismatch: names the key and both values.
     """
-    was, now = _flat(begun.model_dump(mode="json")), _flat(run.descriptor.model_dump(mode="json"))
+    was, now = (_flat(one.model_dump(mode="json", by_alias=False)) for one in (begun, run.descriptor))
     keys = sorted((was | now).keys() - MAY_CHANGE, key=lambda key: (key in _HASHES, key))
     found = [(_RENAMED.get(key, key), was.get(key), now.get(key)) for key in keys]
-    found += [(f"rounds.{key}", rules["rounds"][key], run.rules["rounds"][key]) for key in _FIXED_RULES]
-    found += [(f"guards.{key}", rules["guards"][key], run.rules["guards"][key]) for key in _FIXED_GUARDS]
+    for name, section in (("rounds", RoundRules), ("guards", GuardsConfig)):
+        fixed = [key for key, field in section.model_fields.items() if FIXED in field.metadata]
+        found += [(f"{name}.{key}", rules[name][key], run.rules[name][key]) for key in fixed]
     if begun.values and run.descriptor.values:
         found.append(("values.codec", rules["values"]["codec"], run.rules["values"]["codec"]))
     was, now = rules["early_stopping"], run.rules["early_stopping"]

@@ -6,7 +6,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from meerkat_mq.config import EarlyStoppingConfig, GuardsConfig, RoundsConfig, ServerValuesConfig, check_config
+from meerkat_mq.config import Rules, check_config
 from meerkat_mq.core.path import Entry
 from meerkat_mq.errors import LedgerError
 from meerkat_mq.ledger import sqlite_file
@@ -88,13 +88,7 @@ class LedgerReader(Store):
         if not row:
             return {}
         with sqlite_file.decoding(self.path, "rules of a run"):
-            rules = dict(json.loads(row[0]))
-            rounds = check_config(rules.get("rounds"), RoundsConfig, where="rounds")
-            guards = check_config(rules.get("guards"), GuardsConfig, where="guards")
-            early = check_config(rules.get("early_stopping", {}), EarlyStoppingConfig, where="early_stopping")
-            values = check_config(rules.get("values", {}), ServerValuesConfig, where="values")
-            sections = {"rounds": rounds, "guards": guards, "early_stopping": early, "values": values}
-            return {name: section.model_dump(mode="json") for name, section in sections.items()}
+            return check_config(json.loads(row[0]), Rules, where="").kept
 
     @property
     def window(self) -> int:

@@ -227,7 +227,7 @@ def run_card(report: Report) -> Markup:
     """Settings and hashes."""
     run = report.descriptor
     settings = [
-        ("rounds", f"{run.rounds:,}"),
+        ("rounds", f"{run.count:,}"),
         ("local steps T", f"{run.local_steps}"),
         ("directions P", f"{run.directions}"),
         ("learning rate", f"{run.lr:g}"),

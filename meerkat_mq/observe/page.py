@@ -48,7 +48,7 @@ def _lead(report: Report) -> str:
     took = f" in {duration(report.seconds)}" if report.seconds is not None else ""
     if report.standing is Standing.FINISHED:
         return f"Fine-tuned by {nodes} over MQTT{took}"
-    closed = f"{report.closed:,} of {report.descriptor.rounds:,} rounds by {nodes} over MQTT{took}"
+    closed = f"{report.closed:,} of {report.descriptor.count:,} rounds by {nodes} over MQTT{took}"
     return f"{report.standing.value.capitalize()}: {closed}"
 
 

@@ -4,10 +4,9 @@ import hashlib
 import math
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import replace
 
-from meerkat_mq.config import EarlyStoppingConfig, GuardsConfig, ServerValuesConfig
+from meerkat_mq.config import Directions, EarlyStoppingConfig, GuardsConfig, RoundRules, ServerValuesConfig
 from meerkat_mq.core.path import Coefficient, Entry, coefficient, seeds_of
 from meerkat_mq.errors import ConfigError
 from meerkat_mq.rounds.records import Share, UpdateRecord, Verdict
@@ -21,9 +20,8 @@ NEWEST_ENTRY_BYTES = 16 * 1024
 MAX_STEP = 2.0**64  # 2³² versions of 12,000 terms, of directions whose values lie within ±5, stay below 2¹¹⁴
 
 
-@dataclass(frozen=True, slots=True)
-class RoundSettings:
-    """What rules a run's rounds; see `config.RoundsConfig` for each.
+class RoundSettings(RoundRules):
+    """What rules a run's rounds.
 
     Attributes:
         measured: whether the mask's g_p tells anything, so that GradIP is kept.
@@ -33,36 +31,15 @@ class RoundSettings:
 
     run_id: bytes
     mask_hash: bytes
-    count: int
-    local_steps: int
-    directions: int
-    lr: float
-    eps: float
-    min_nodes: int
-    fraction: float
-    quorum: float
-    deadline_s: float
-    grace_s: float
-    weigh_by_rows: bool = False
-    aggregate: Literal["mean", "trimmed-mean"] = "mean"
-    trim: float = 0.2
-    snapshot_every: int = 500
-    digest_every: int = 1
-    guards: GuardsConfig = field(default_factory=GuardsConfig)
-    perturbations: int = 1
-    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+    directions: Directions
+    guards: GuardsConfig = GuardsConfig()
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
+    values: ServerValuesConfig = ServerValuesConfig()
     measured: bool = False
-    mode: Literal["synchronous", "buffered"] = "synchronous"
-    buffer_size: int = 8
-    max_staleness: int = 0
-    staleness: Literal["constant", "polynomial"] = "polynomial"
-    staleness_exponent: float = 0.5
-    values: ServerValuesConfig = field(default_factory=ServerValuesConfig)
-    min_updates: int = 1
     max_step: float = MAX_STEP
     frame_bytes: int = MAX_FRAME_BYTES
 
-    def __post_init__(self) -> None:
+    def model_post_init(self, context: object, /) -> None:
         """Refuse, as ConfigError, what no round can be: more lanes than nodes, more directions than a frame holds."""
         fewest = max(share(self.fraction, self.min_nodes), min(self.min_updates, self.min_nodes))
         if self.directions > fewest:

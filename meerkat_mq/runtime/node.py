@@ -393,7 +393,7 @@ class NodeDriver:
                 assert_never(effect)
 
     def _finish_if_due(self, machine: NodeMachine, jobs: Jobs) -> None:
-        if self._descriptor is None or machine.version != self._descriptor.rounds or self._told_finished:
+        if self._descriptor is None or machine.version != self._descriptor.count or self._told_finished:
             return
         self._told_finished = self._rest.nothing_left = True
         self._publish_status("online")

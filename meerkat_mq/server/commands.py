@@ -209,5 +209,5 @@ def report(
     console = Console()
     if made.warning:
         say(console, f"warning: {made.warning}")
-    closed = f"{made.closed:,} of {made.descriptor.rounds:,} rounds"
+    closed = f"{made.closed:,} of {made.descriptor.count:,} rounds"
     say(console, f"Report: {target} ({made.standing.value}, {closed})")

@@ -62,7 +62,7 @@ class Monitor:
         self._observe = observer
         self._evaluator = evaluator
         self._every = every
-        self._rounds = run.rounds
+        self._rounds = run.count
         self._window = run.max_staleness
         self._products: dict[int, Products] = {}
         self._log = structlog.get_logger().bind(federation=run.federation, run=run.run[:8])

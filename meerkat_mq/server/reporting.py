@@ -57,7 +57,7 @@ def read_report(folder: Path, progress: Progress = lambda done, total: None) -> 
         return Report(
             descriptor=run,
             model=facts.model or run.model or f"{run.engine} engine",
-            standing=_standing(version >= run.rounds, is_alive(folder, terms[-1].host if terms else "")),
+            standing=_standing(version >= run.count, is_alive(folder, terms[-1].host if terms else "")),
             closed=version,
             losses=history.losses,
             evaluations=evaluations,

@@ -3,7 +3,6 @@
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 from pydantic import ValidationError
 
@@ -35,13 +34,10 @@ def prepare_run(config: ServerConfig, begun: RunDescriptor | None = None) -> Run
     rounds = config.rounds
     run_id = begun.run_id if begun else secrets.token_bytes(16)
     by_default = begun.directions if begun else default_lanes(rounds.min_nodes, rounds.fraction)
-    lanes = rounds.directions or by_default
+    spec = rounds.spec | {"directions": rounds.directions or by_default}
     blob = encode_mask(mask)
     chunks = split(Header.of(run_id, 0, 0, mask.hash), mask.hash, blob)
-    sections = {
-        "rounds": rounds, "guards": config.guards, "early_stopping": config.early_stopping, "values": config.values,
-    }  # fmt: skip
-    rules = {name: section.model_dump(mode="json") for name, section in sections.items()}
+    rules = config.kept
     as_begun = begun is None or begun.mask_bytes == len(blob)  # not where another zstd made the chunks that nodes hold
     bounded = begun is None or begun.max_step is not None  # a run that is older than the bound goes on without
     with _in_words():
@@ -59,23 +55,13 @@ def prepare_run(config: ServerConfig, begun: RunDescriptor | None = None) -> Run
             mask_chunks=len(chunks),
             mask_blob=None if as_begun else short_hash(blob).hex(),
             weights=mask.size,
-            stream=rounds.stream,
-            rounds=rounds.count,
-            local_steps=rounds.local_steps,
-            directions=lanes,
-            lr=rounds.lr,
-            eps=rounds.eps,
-            perturbations=rounds.perturbations,
-            batch_size=rounds.batch_size,
-            digest_every=rounds.digest_every,
-            mode=rounds.mode,
-            max_staleness=rounds.max_staleness if rounds.mode == "buffered" else 0,
+            **spec,
             values=config.values.accept,
             max_step=max_step_of(rules, mask) if bounded else None,
         )
     settings = settings_of(descriptor, rules, measured=bool(mask.g_p.any()))
     room = largest_frame(config.broker.max_packet_bytes, Topics(config.federation))
-    return Run(descriptor, replace(settings, frame_bytes=room), mask, blob, rules)
+    return Run(descriptor, settings.model_copy(update={"frame_bytes": room}), mask, blob, rules)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -152,7 +152,7 @@ class Cell:
             measured=measured and stopping.by == "vpcs",
         )
         count = self.plan.rounds or self._rounds_within(one, self.plan.passes or 0)
-        return replace(one, count=count, digest_every=count)
+        return one.model_copy(update={"count": count, "digest_every": count})
 
     def _rounds_within(self, settings: RoundSettings, passes: int) -> int:
         left, count = passes // (PASSES_OF_A_SCALAR * self.method.perturbations), 0

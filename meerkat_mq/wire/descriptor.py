@@ -1,20 +1,22 @@
 """The control plane: JSON that people debug with `mosquitto_sub`."""
 
 import json
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
-from meerkat_mq.config import EngineName
-from meerkat_mq.errors import BadValue, TooLarge
-from meerkat_mq.wire.frames import MAX_LANES, MAX_STALENESS, MAX_STEPS, most_terms
+from meerkat_mq.config import Closed, Count, Directions, EngineName, Identifier, RunSpec
+from meerkat_mq.errors import BadValue, TooLarge, UnknownKey
+from meerkat_mq.wire.frames import MAX_STEPS, most_terms
 
 MAX_CONTROL_BYTES = 64 * 1024
 MAX_RUN_WEIGHTS = 2**26
 
-Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 # How a mask is compressed and where a model lies may change within a run: hashes say what they are.
 MAY_CHANGE = frozenset({"mask_blob", "mask_bytes", "mask_chunks", "model", "max_step"})
+_YOUNGER = {"perturbations", "mode", "max_staleness"}  # than the first descriptors; so is what is None by default
+_ALWAYS_SAID = {key for key, field in RunSpec.model_fields.items() if field.default is not None} - _YOUNGER
 
 U32 = Annotated[int, Field(ge=0, lt=2**32)]
 RunId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
@@ -22,10 +24,10 @@ Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Fingerprint = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class ControlMessage(BaseModel):
-    """Base of all JSON messages: frozen, closed, bounded."""
+class ControlMessage(Closed):
+    """Base of all JSON messages; `sender` says to people who sends it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    sender: ClassVar[str] = "server"
 
     def encode(self) -> bytes:
         """Compact JSON, UTF-8."""
@@ -44,25 +46,8 @@ class TaskDescription(ControlMessage):
     name: Annotated[str, Field(min_length=1, max_length=64)]
 
 
-class RunDescriptor(ControlMessage):
-    """All that a node must know of a run besides its own data and base model; retained on `…/run`.
-
-    Attributes:
-        run: 16 random bytes, hex.
-        engine: "transformers", "toy" for tests and drills, or "package.module:factory" (docs/engines.md).
-        model: name of the base model, for people.
-        weights: n, the number of masked weights.
-        mask: mask hash.
-        mask_bytes: size of the encoded mask blob, in `mask_chunks` chunks.
-        mask_blob: hash of the encoded mask blob, where its chunks have that name; None: they have the mask hash.
-        local_steps: T.
-        directions: P, the lanes of a round.
-        perturbations: projected gradients a local step.
-        mode: whether rounds wait for their nodes, or take what comes (docs/buffered.md).
-        max_staleness: how many versions old an update's theta may be; 0 in a synchronous run.
-        values: whether nodes may send displacements (docs/values.md).
-        max_step: no coefficient of an entry is larger in magnitude; None: 2⁶⁴.
-    """
+class _Subject(ControlMessage):
+    """What a run is of."""
 
     protocol: Literal[1] = 1
     federation: Identifier
@@ -77,20 +62,39 @@ class RunDescriptor(ControlMessage):
     mask_bytes: U32
     mask_chunks: Annotated[int, Field(ge=1, le=65536)]
     weights: Annotated[int, Field(ge=1, le=MAX_RUN_WEIGHTS)]
-    stream: Literal["mk1", "rademacher"]
-    rounds: Annotated[int, Field(ge=1, lt=2**32)]
-    local_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)]
-    directions: Annotated[int, Field(ge=1, le=MAX_LANES)]
-    lr: Annotated[float, Field(gt=0)]
-    eps: Annotated[float, Field(gt=0)]
-    perturbations: Annotated[int, Field(ge=1, le=MAX_STEPS)] = 1
-    batch_size: Annotated[int, Field(ge=1, le=65536)]
-    digest_every: Annotated[int, Field(ge=1)]
-    mode: Literal["synchronous", "buffered"] = "synchronous"
-    max_staleness: Annotated[int, Field(ge=0, le=MAX_STALENESS)] = 0
+
+
+class RunDescriptor(RunSpec, _Subject):
+    """All that a node must know of a run besides its own data and base model; retained on `…/run`.
+
+    Between `weights` and `values` come the keys of `RunSpec`, under their names in `federation.toml`, but for `count`,
+    which is `rounds` on the wire.
+
+    Attributes:
+        run: 16 random bytes, hex.
+        engine: "transformers", "toy" for tests and drills, or "package.module:factory" (docs/engines.md).
+        model: name of the base model, for people.
+        weights: n, the number of masked weights.
+        mask: mask hash.
+        mask_bytes: size of the encoded mask blob, in `mask_chunks` chunks.
+        mask_blob: hash of the encoded mask blob, where its chunks have that name; None: they have the mask hash.
+        values: whether nodes may send displacements (docs/values.md).
+        max_step: no coefficient of an entry is larger in magnitude; None: 2⁶⁴.
+    """
+
+    model_config = ConfigDict(serialize_by_alias=True, validate_by_name=True)
+
+    count: Count = Field(alias="rounds")
+    directions: Directions
     values: bool = False
     max_step: Annotated[float, Field(gt=0, le=2.0**64)] | None = None
     mask_blob: Hash | None = None
+
+    @model_validator(mode="after")
+    def _says_all(self) -> Self:
+        if missing := sorted(_ALWAYS_SAID - self.model_fields_set):
+            raise PydanticCustomError("missing", "Field required", {"loc": missing[:1]})
+        return self
 
     @model_validator(mode="after")
     def _stale_only_in_a_buffered_run(self) -> Self:
@@ -167,6 +171,8 @@ class NodeStatus(ControlMessage):
         wakes_in_s: of "asleep", seconds until it comes back at the latest.
     """
 
+    sender: ClassVar[str] = "node"
+
     status: Literal["starting", "online", "asleep", "stopped", "lost"]
     boot: U32
     link: U32
@@ -192,15 +198,21 @@ def decode_control(payload: bytes, kind: type[ControlT]) -> ControlT:
 
     Raises:
         TooLarge: more than 64 KiB.
+        UnknownKey: it has a key that this version does not know.
         BadValue: not JSON, or not this message; names the first field that is wrong.
     """
     if len(payload) > MAX_CONTROL_BYTES:
         raise TooLarge(kind.__name__, f"{len(payload)} bytes are more than {MAX_CONTROL_BYTES}")
     try:
-        return kind.model_validate_json(payload, strict=True)
+        return kind.model_validate_json(payload, strict=True, by_alias=True, by_name=False)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"])[:100] or "JSON"
-        raise BadValue(f"{kind.__name__}.{ascii(place)[1:-1]}", first["msg"]) from error
+        wrong = error.errors(include_url=False)
+        first = next((one for one in wrong if one["type"] == "extra_forbidden"), wrong[0])
+        place = ".".join(str(part) for part in first["loc"] or first.get("ctx", {}).get("loc", ("JSON",)))[:100]
+        where = f"{kind.__name__}.{ascii(place)[1:-1]}"
+        if first["type"] == "extra_forbidden":
+            problem = f"is a key that this release does not know: a newer {kind.sender} sent it"
+            raise UnknownKey(where, problem, "update this program") from error
+        raise BadValue(where, first["msg"].removeprefix("Value error, ")) from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadValue(kind.__name__, f"is not JSON ({error})") from error

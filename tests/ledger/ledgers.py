@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from meerkat_mq.config import Codec, EarlyStoppingConfig, GuardsConfig, RoundsConfig, ServerValuesConfig
+from meerkat_mq.config import Codec, EarlyStoppingConfig, GuardsConfig, RoundsConfig, Rules, ServerValuesConfig
 from meerkat_mq.core.gradip import inner_products
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Displacement, Entry, short_hash
@@ -83,10 +83,7 @@ class Writer:
         values = ServerValuesConfig(accept=bool(self.values))
         self.codec = values.codec
         self.run = descriptor(self.mask, rounds, self.engine, accept=values.accept)
-        sections = {
-            "rounds": rounds, "guards": GuardsConfig(), "early_stopping": self.early_stopping, "values": values,
-        }  # fmt: skip
-        rules = {name: section.model_dump(mode="json") for name, section in sections.items()}
+        rules = Rules(rounds=rounds, guards=GuardsConfig(), early_stopping=self.early_stopping, values=values).kept
         self.settings = settings_of(self.run, rules, measured=bool(self.mask.g_p.any()))
         self.early = EarlyStopping(self.settings)
         self.judgements: list[tuple[Judgement, ...]] = []
@@ -200,13 +197,9 @@ def descriptor(mask: Mask, rounds: RoundsConfig, engine: str, *, accept: bool = 
     fields = {
         "federation": "f", "run": RUN.hex(), "engine": engine, "model": "", "dtype": "float32",
         "fingerprint": mask.fingerprint.hex(), "tokenizer": mask.tokenizer_fingerprint.hex(), "mask": mask.hash.hex(),
-        "mask_bytes": 1, "mask_chunks": 1, "weights": mask.size, "stream": rounds.stream, "rounds": rounds.count,
-        "local_steps": rounds.local_steps, "directions": rounds.directions, "lr": rounds.lr, "eps": rounds.eps,
-        "perturbations": rounds.perturbations, "batch_size": rounds.batch_size, "digest_every": rounds.digest_every,
-        "mode": rounds.mode, "values": accept,
-        "max_staleness": rounds.max_staleness if rounds.mode == "buffered" else 0,
+        "mask_bytes": 1, "mask_chunks": 1, "weights": mask.size, "values": accept,
     }  # fmt: skip
-    return RunDescriptor.model_validate(fields)
+    return RunDescriptor.model_validate(fields | rounds.spec)
 
 
 def alter(folder: Path, statement: str, *values: object) -> None:

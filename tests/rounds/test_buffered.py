@@ -241,8 +241,9 @@ def test_a_round_says_whose_updates_are_heard_and_from_how_far_back() -> None:
 def test_staleness_weights() -> None:
     rules = settings(**BUFFERED | {"max_staleness": 4})
     assert [rules.staleness_weight(age) for age in range(6)] == [256, 181, 148, 128, 114, 0]
-    assert [replace(rules, staleness="constant").staleness_weight(age) for age in range(6)] == [256] * 5 + [0]
-    steep = replace(rules, staleness_exponent=10.0)
+    constant = rules.model_copy(update={"staleness": "constant"})
+    assert [constant.staleness_weight(age) for age in range(6)] == [256] * 5 + [0]
+    steep = rules.model_copy(update={"staleness_exponent": 10.0})
     assert [steep.staleness_weight(age) for age in range(5)] == [256, 1, 1, 1, 1]
 
 
@@ -286,7 +287,7 @@ def test_at_age_0_the_rule_is_that_of_synchronous_rounds_to_the_bit(
 ) -> None:
     records = [record(version, slot, *path, weight=weight) for slot, (path, weight) in enumerate(fleet)]
     plain = settings(lanes=lanes, min_nodes=lanes, steps=3)
-    rules = replace(plain, mode="buffered", max_staleness=3)
+    rules = plain.model_copy(update={"mode": "buffered", "max_staleness": 3})
     assert terms_of(records, plain, version) == terms_of(records, rules, version) == synchronous_terms(records, plain)
 
 

@@ -1,5 +1,6 @@
 """The node's driver: runs that change meanwhile, steps that are stopped, and frames that nobody should believe."""
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -88,6 +89,19 @@ def logs() -> Iterator[None]:
 @pytest.fixture
 def server() -> Server:
     return Server()
+
+
+def test_a_run_of_a_newer_server_is_refused_in_words_that_help() -> None:
+    server = Server()
+    with capture_logs() as lines:
+        server.node.receive(TOPICS.run, json.dumps({**json.loads(ONE.encode()), "clip": 1.0}).encode(), retained=True)
+    (line,) = [line for line in lines if line["event"] == "message dropped"]
+    assert (line["log_level"], line["topic"]) == ("warning", TOPICS.run)
+    words = "is a key that this release does not know: a newer server sent it; update this program"
+    assert line["problem"] == f"RunDescriptor.clip: {words}"
+    assert server.node.driver.counts == {"undecodable: UnknownKey": 1}
+    server.begin(ONE)  # and it takes the next one
+    assert server.node.machine_is_there
 
 
 def test_a_node_that_is_asked_steps_and_sends(server: Server) -> None:

@@ -16,7 +16,7 @@ def undisturbed(ledger: Ledger, seeds: Mapping[str, int]) -> bytes:
     assert run is not None
     assert slots.keys() == seeds.keys()
     theta, engine = toy_mask(run.weights).theta_0, QuadraticEngine(run.weights)
-    for version in range(run.rounds):
+    for version in range(run.count):
         heard = {}
         for node, slot in slots.items():
             lane = slot % run.directions

@@ -93,7 +93,7 @@ def assert_verified(folder: Path, descriptor: str) -> None:
 def test_what_few_updates_mean_is_said(tmp_path: Path) -> None:
     settings = prepared(tmp_path).settings
     assert (settings.fewest_nodes, settings.min_updates, trust_in_words(settings)) == (3, 3, "")
-    said = trust_in_words(replace(settings, min_updates=1))
+    said = trust_in_words(settings.model_copy(update={"min_updates": 1}))
     assert said.startswith("rounds.min_updates = 1: a round may close with fewer than 3 updates")
 
 

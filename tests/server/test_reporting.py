@@ -40,7 +40,7 @@ def test_a_run_between_two_rounds(tmp_path: Path) -> None:
     writer.ledger.commit_metrics(2, {"accuracy": 0.75, "loss": 0.6, "majority": 0.25, "rows": 40.0})
     writer.hear()
     report = read_report(tmp_path)
-    assert (report.closed, report.descriptor.rounds, report.standing) == (3, 6, Standing.UNKNOWN)
+    assert (report.closed, report.descriptor.count, report.standing) == (3, 6, Standing.UNKNOWN)
     assert [number for number, _ in report.losses] == [0, 1, 2]
     assert report.losses[2][1] == pytest.approx(sum(writer.records(2)[slot].loss for slot in (0, 2)) / 2)
     assert [(e.version, e.accuracy, e.majority, e.rows) for e in report.evaluations] == [

@@ -51,7 +51,7 @@ class Office:
     def in_charge(self, config: ServerConfig, slots: dict[str, int]) -> tuple[Server, ServerDriver, Monitor]:
         """A server that has taken a term and knows these nodes; it has a link, and nothing leaves its outbox."""
         server, driver, watch = self.server(config)
-        settings = replace(self.run.settings, min_nodes=config.rounds.min_nodes)
+        settings = self.run.settings.model_copy(update={"min_nodes": config.rounds.min_nodes})
         driver.took_term(2, ServerMachine(settings, term=2, server_id=SERVER_ID, base=bytes(16), slots=slots))
         server._session.link = 2
         driver.connected(2)

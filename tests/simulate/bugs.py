@@ -245,7 +245,7 @@ def weigh_by_the_wrong_age(patch: pytest.MonkeyPatch) -> None:
     """An update weighs as if it were a version older than it is."""
 
     def broken(records: Sequence[UpdateRecord], settings: RoundSettings, version: int) -> tuple[Coefficient, ...]:
-        wider = replace(settings, mode="buffered", max_staleness=settings.max_staleness + 1)
+        wider = settings.model_copy(update={"mode": "buffered", "max_staleness": settings.max_staleness + 1})
         return tuple(replace(term, age=term.age - 1) for term in terms_of(records, wider, version + 1))
 
     patch.setattr(closing, "terms_of", broken)

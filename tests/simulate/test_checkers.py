@@ -131,7 +131,7 @@ def from_elsewhere(history: History) -> None:
 def flagged_before(history: History) -> None:
     """As if a calibration of two steps had flagged the first node."""
     config = EarlyStoppingConfig(by="vpcs").model_copy(update={"calibration_steps": 1})
-    history.settings = replace(history.settings, local_steps=2, early_stopping=config)
+    history.settings = history.settings.model_copy(update={"local_steps": 2, "early_stopping": config})
     history.judgements[0] = (Judgement(0, "n0", 9.0, 1.0, early_stopped=True),)
 
 

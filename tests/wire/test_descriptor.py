@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meerkat_mq.errors import BadValue, TooLarge, WireError
+from meerkat_mq.errors import BadValue, TooLarge, UnknownKey, WireError
 from meerkat_mq.runtime.join import check_descriptor
 from meerkat_mq.wire.descriptor import (
     MAX_CONTROL_BYTES,
@@ -120,6 +120,36 @@ def test_a_wrong_field_is_named(other: dict[str, Any]) -> None:
     assert "\n" not in str(caught.value)
     if len(other) == 1:
         assert next(iter(other)) in caught.value.where
+
+
+@pytest.mark.parametrize("key", RUN)
+def test_no_key_is_guessed(key: str) -> None:
+    with pytest.raises(BadValue) as caught:
+        decode_control(json.dumps({name: value for name, value in RUN.items() if name != key}).encode(), RunDescriptor)
+    assert caught.value.where == f"RunDescriptor.{key}"
+
+
+def test_a_key_has_one_name_on_the_wire() -> None:
+    younger = {"perturbations", "mode", "max_staleness", "values"}
+    assert json.loads(run().encode()).keys() == RUN.keys() | younger | {"protocol"}
+    with pytest.raises(UnknownKey, match=r"^RunDescriptor\.count: "):
+        run(count=10)
+
+
+@pytest.mark.parametrize(
+    ("message", "kind", "words"),
+    [
+        (RUN, RunDescriptor, "a newer server sent it; update this program"),
+        (STATUS, NodeStatus, "a newer node sent it; update this program"),
+    ],
+)
+def test_an_unknown_key_says_which_side_to_update(
+    message: dict[str, Any], kind: type[ControlMessage], words: str
+) -> None:
+    payload = json.dumps({**message, "clip": 1.0} | dict.fromkeys([*message][:1])).encode()
+    with pytest.raises(UnknownKey) as caught:
+        decode_control(payload, kind)
+    assert str(caught.value) == f"{kind.__name__}.clip: is a key that this release does not know: {words}"
 
 
 @pytest.mark.parametrize(
