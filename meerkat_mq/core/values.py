@@ -100,7 +100,7 @@ def mean_displacement(parts: Iterable[tuple[float, Float32Array]], size: int) ->
 
 
 class Residual:
-    """Error feedback: what the encodings that were heard left out, to be added to the next displacement.
+    """Error feedback: what the encodings of acknowledged updates rounded away, added to the next displacement.
 
     As in Seide et al. (2014) and Karimireddy et al. (arXiv 1901.09847). It is kept in memory only: a node that starts
     again loses at most one update's rounding.
@@ -118,7 +118,7 @@ class Residual:
         return wanted
 
     def forget(self, version: int, *, heard: bool) -> None:
-        """Settle an update: if it was acknowledged, what its encoding left out is added to the next displacement."""
+        """Settle an update. If it was acknowledged, what its encoding rounded away goes into the next displacement."""
         before, after = self._sent.pop(version, (self._left, self._left))
         if heard:
             self._left = after if before is self._left else self._left + (after - before)

@@ -24,7 +24,7 @@ class DutyCycle:
     Args:
         schedule: when.
         session: its farewell says "asleep" while `wakes_in_s` is a number.
-        may_sleep: whether the node has nothing to do any more; or, where it is late, nothing that cannot wait.
+        may_sleep: whether the node has nothing left to do; or, if it is late, nothing that sleep must not interrupt.
         on_waking: called before each connection.
         on_sleep: called after each.
 

@@ -13,10 +13,10 @@ RETRY_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """Finished steps, to be sent until they are heard.
+    """Finished steps, to be sent until they are acknowledged.
 
     Attributes:
-        task: whose they are; None of an update that another process of this node has made.
+        task: what asked for them; None if an earlier process of this node did the steps.
         boot: of the process that made them.
         base: first 8 bytes of the digest that they began from.
     """
@@ -55,7 +55,7 @@ class NodeMachineState:
         max_staleness: int = 0,
         pending: Update | None = None,
     ) -> None:
-        """A node that stands at theta_0.
+        """A node whose theta is theta_0.
 
         Args:
             run_id: 16 bytes.
@@ -64,7 +64,7 @@ class NodeMachineState:
             boot: random u32 of this process.
             now: present time.
             max_staleness: how many versions old the theta of an update may be.
-            pending: an update of this run that an earlier process kept; its seeds say which lane it walked.
+            pending: an update of this run that an earlier process kept; its seeds say which lane it is of.
         """
         self._run_id = run_id
         self._mask_hash = mask_hash
@@ -143,7 +143,7 @@ class NodeMachineState:
         return self._behind and self._busy is None
 
     def _count(self, reason: m.Metric, about: int | None = None) -> None:
-        """Count, of the round `about`; by default the one that this node stands at."""
+        """Count `reason` for the round `about`; by default the round of this node's version."""
         self._effects.append(e.Count(reason, round=self.version if about is None else about))
 
     @property

@@ -1,4 +1,4 @@
-"""Which updates may still come, and which have: from theta of the head or, in a buffered run, of older versions."""
+"""Which updates may still count, and which are taken or committed: those from theta of the newest versions."""
 
 from collections.abc import Iterable, Mapping
 
@@ -12,7 +12,8 @@ Committed = dict[tuple[int, str], UpdateRecord]  # by base version and node
 class Window:
     """Which updates may still count: those from theta of the versions head − max_staleness to head.
 
-    Each node has one update for each base version, and never one from an older version than its newest.
+    In a synchronous run that is the head alone. A node has at most one update for each base version. After it, the
+    window takes none from an older version of the same node.
 
     Attributes:
         acknowledged: slot to the newest base version of a committed update.
@@ -27,7 +28,7 @@ class Window:
             head: theta's version.
             max_staleness: how much older an update's theta may be.
             bases: by version, the newest due digest at or before it, 16 bytes; of the head at least.
-            updates: committed, and in no entry yet.
+            updates: those that are committed, and in no entry yet.
         """
         self._max_staleness = max_staleness
         self._bases = dict(bases)
@@ -63,19 +64,19 @@ class Window:
         return m.DUPLICATE if base <= max(self._newest.get(node, -1), self._fetched.get(node, -1)) else None
 
     def take(self, node: str, base: int) -> None:
-        """A node's update is taken, committed or not."""
+        """Take a node's update; whether it is committed yet does not matter."""
         self._newest[node] = base
 
     def took(self, node: str, base: int) -> bool:
-        """Whether a node's update from theta of `base` is taken."""
+        """Whether the newest update that was taken of a node is from theta of `base`."""
         return self._newest.get(node) == base
 
     def fetch(self, node: str, base: int) -> None:
-        """The displacement of a node's update is on its way."""
+        """The server began to fetch the displacement of a node's update."""
         self._fetched[node] = base
 
     def fetched(self, node: str, base: int) -> bool:
-        """The displacement arrived, or will not come; False if it was not being fetched."""
+        """The fetch of a displacement has ended, with the displacement or without; False if there was no such fetch."""
         if self._fetched.get(node) != base:
             return False
         del self._fetched[node]
@@ -89,11 +90,11 @@ class Window:
         self.acknowledged[slot] = max(base, self.acknowledged.get(slot, base))
 
     def wait(self, record: UpdateRecord) -> None:
-        """A committed update came too late for the closing entry."""
+        """Keep a committed update that came too late for the closing entry, for the next one."""
         self._waiting[record.version, record.node] = record
 
     def open(self) -> Committed:
-        """What enters the head's entry from before."""
+        """Hand over the updates that waited for the head's entry, without those that are too old for it."""
         waiting, self._waiting = self._waiting, {}
         return {place: record for place, record in waiting.items() if self.spans(record.version, self.head)}
 

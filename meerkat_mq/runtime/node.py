@@ -330,7 +330,7 @@ class NodeDriver:
     # --- sleep ---
 
     def may_sleep(self, late: bool) -> bool:
-        """Whether the node has nothing to do any more; or, where it is late, nothing that cannot wait."""
+        """Whether the node has nothing left to do; or, if it is late, nothing that sleep must not interrupt."""
         jobs, blobs = self._jobs, self._blobs
         if jobs is None or self.machine is None:
             return late and (blobs is None or not blobs.arriving)

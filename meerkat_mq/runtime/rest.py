@@ -25,10 +25,10 @@ class Rest:
         self._last_job: NodeJob | None = None
 
     def may_sleep(self, late: bool, jobs: Jobs, frame: Round | None, machine: NodeMachine, now: float) -> bool:
-        """Whether the node has nothing to do any more; or, where it is late, nothing that cannot wait.
+        """Whether the node has nothing left to do; or, if it is late, nothing that sleep must not interrupt.
 
         Args:
-            late: the time that it wanted to be awake is over.
+            late: its time to be awake (`schedule.awake_s`) is over.
             jobs: of its run.
             frame: the newest round.
             machine: of its run.
