@@ -58,7 +58,7 @@ def test_status(meerkat: Meerkat, writer: Writer) -> None:
     lines = said.out.splitlines()
     assert words(lines[0])[:3] == ["accuracy", "not", "measured:"]
     assert words(lines[1])[0] == "loss"
-    assert "3 of 6 closed; round 3 is open, 3 heard" in lines[2]
+    assert "3 of 6 closed; round 3 is open, 3 acknowledged" in lines[2]
     assert "term 1 on here" in lines[4]
     assert f"{RUN.hex()} of federation f" in lines[5]
     assert words(lines[7]) == [

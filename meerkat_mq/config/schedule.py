@@ -13,7 +13,7 @@ class ScheduleConfig(Section):
     Attributes:
         every_s: from one waking to the next; up to a tenth less, at random.
         awake_s: it goes to sleep after that long at the latest, unless it is catching up; sooner when its update is
-            heard. Local steps go on while it is asleep. Default: 60, or `every_s` where that is less.
+            acknowledged. Local steps go on while it is asleep. Default: 60, or `every_s` where that is less.
     """
 
     every_s: Annotated[float, Field(ge=1, le=86_400 * 7)]

@@ -65,7 +65,7 @@ UNUSABLE: Final = _metric("cannot be used, and the round waits", "a node whose u
 # --- rounds and servers ---
 
 DEADLINE: Final = _metric("closed at the deadline", "a round that did not wait longer: not all nodes had answered")
-EXTENDED: Final = _metric("round extended", "a round's deadline doubled, since too few nodes were heard")
+EXTENDED: Final = _metric("round extended", "a round's deadline doubled, since too few updates were committed")
 STARTED: Final = _metric("server started", "a start of a server in this run, or a takeover by another one")
 HIGHER_TERM: Final = _metric(
     "nodes have seen a higher term", "nodes remembered a newer server than the ledger does; a newer term was taken"

@@ -1,4 +1,4 @@
-"""What a node keeps between starts: a lock, the step counter, the mask, and the update that was not heard yet.
+"""What a node keeps between starts: a lock, the step counter, the mask, and the update that is not acknowledged yet.
 
 Losing it costs a `want` or a step, never correctness. So none of it ends a node that has started: what the disk does
 not take is kept in memory, and written as soon as it does.

@@ -96,7 +96,7 @@ def _rounds(count: int) -> str:
 def _progress(run: RunShown) -> str:
     if run.finished:
         return f"all {run.rounds:,} closed: finished"
-    return f"{run.round:,} of {run.rounds:,} closed; round {run.round:,} is open, {run.heard:,} heard"
+    return f"{run.round:,} of {run.rounds:,} closed; round {run.round:,} is open, {run.heard:,} acknowledged"
 
 
 def _running(run: RunShown) -> str:
@@ -183,7 +183,7 @@ def round_table(rounds: Iterable[RoundShown]) -> FittingTable:
             f"{shown.asked:,}",
             f"{shown.accepted:,}",
             f"{len(shown.updates) - shown.accepted:,}",
-            "deadline" if shown.overdue else "buffer full" if shown.full else "all heard",
+            "deadline" if shown.overdue else "buffer full" if shown.full else "all updates",
             *([_ages(*shown.ages)] if buffered else []),
             f"{len(shown.terms):,}",
             _number(shown.loss),
@@ -202,7 +202,7 @@ def round_pages(rounds: Iterable[RoundShown]) -> RenderableType:
 
 
 def _round_page(shown: RoundShown) -> RenderableType:
-    how = "when its buffer was full" if shown.full else "when all expected were heard"
+    how = "when its buffer was full" if shown.full else "when all expected updates were committed"
     how = "by its deadline" if shown.overdue else how
     figures = _pairs(
         ("round", f"{shown.round:,}, closed {_clock(shown.closed)} {how}, under term {shown.term}"),

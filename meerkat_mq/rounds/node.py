@@ -337,7 +337,7 @@ class NodeMachine(NodeMachineState):
             self._effects.append(e.StopSteps(busy.version))
 
     def _send_done(self) -> None:
-        """Send finished steps at each announcement until they are heard."""
+        """Send finished steps at each announcement until they are acknowledged."""
         done, frame = self._done, self._frame
         if done is None or frame is None or self.slot is None:
             return

@@ -103,7 +103,7 @@ class RoundSettings(RoundRules):
 
     @property
     def acknowledged(self) -> int:
-        """Up to which age a round says whose updates are heard; a values node wants to know that its last one was."""
+        """Up to which age a round acknowledges updates; a values node must learn that its last one is committed."""
         return max(self.max_staleness, int(self.values.accept))
 
     def calibrates(self, version: int) -> bool:

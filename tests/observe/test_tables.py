@@ -107,7 +107,7 @@ def test_the_pace(seconds: float | None, words: str) -> None:
 
 def test_a_finished_run() -> None:
     assert "all 100 closed: finished" in text(status_table(replace(RUN, round=100)))
-    assert "40 of 100 closed; round 40 is open, 1 heard" in text(status_table(RUN))
+    assert "40 of 100 closed; round 40 is open, 1 acknowledged" in text(status_table(RUN))
 
 
 def test_before_any_node() -> None:
@@ -142,7 +142,7 @@ def test_a_round() -> None:
     assert "0 of 1 updates accepted" in out
     assert "none due" in out
     assert "deadline" in text(round_table([ROUND]))
-    assert "all heard" in text(round_table([replace(ROUND, overdue=False)]))
+    assert "all updates" in text(round_table([replace(ROUND, overdue=False)]))
     assert "age" not in text(round_table([ROUND]))
 
 
@@ -150,11 +150,11 @@ def test_a_buffered_round_says_that_its_buffer_was_full_and_how_old_its_updates_
     fresh, stale = replace(UPDATE, entry=7), replace(UPDATE, round=4, node="n1", entry=7)
     buffered = replace(ROUND, overdue=False, buffer=2, updates=(fresh, stale))
     assert re.search(r"age .*\n.* buffer full +0–3 ", text(round_table([buffered])))
-    assert re.search(r"all heard +0–3 ", text(round_table([replace(buffered, asked=2)])))
-    assert re.search(r"all heard +0 ", text(round_table([replace(buffered, updates=(fresh,))])))
+    assert re.search(r"all updates +0–3 ", text(round_table([replace(buffered, asked=2)])))
+    assert re.search(r"all updates +0 ", text(round_table([replace(buffered, updates=(fresh,))])))
     assert re.search(r"deadline +3 ", text(round_table([replace(buffered, overdue=True, updates=(stale,))])))
     assert "when its buffer was full" in text(round_pages([buffered]))
-    assert "when all expected were heard" in text(round_pages([replace(buffered, asked=2)]))
+    assert "when all expected updates were committed" in text(round_pages([replace(buffered, asked=2)]))
 
 
 def test_nobody_is_behind_a_finished_run() -> None:

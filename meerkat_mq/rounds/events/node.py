@@ -151,7 +151,7 @@ class StopSteps:
 
 @dataclass(frozen=True, slots=True)
 class Forget:
-    """The update from theta of `version` is heard, or came too late: what was kept to send it again can go."""
+    """The update from theta of `version` is acknowledged, or came too late: what was kept to send it again can go."""
 
     version: int
     heard: bool
