@@ -6,7 +6,7 @@
 
 Random bfloat16 weights of the published configuration, in a temporary folder (2.5 to 5.3 GB), with the tokenizer of
 TinyStories. A sensitivity mask at u = 0.001 on a few short sequences, then one round of 2 nodes (one lane, T = 1,
-4 rows a batch) on the in-memory federation with one engine. Peaks are the resident set (--device cuda: what
+4 rows a batch) on the federation in memory with one engine. Peaks are the resident set (--device cuda: what
 the allocator gave) from the start of a part to its end, the model and all libraries included. Prints one JSON line.
 """
 
@@ -30,10 +30,11 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.engines.torch.engine import TransformersEngine
 from meerkat_mq.engines.torch.load import load_model
 from meerkat_mq.engines.torch.masks import make_mask
-from meerkat_mq.rounds.memory import MemoryFederation, MemoryNode
 from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.tasks.classification import TASKS
 from meerkat_mq.tasks.data import read_texts
+from meerkat_mq.worlds.federation import Federation, NodePart
+from meerkat_mq.worlds.quiet import quiet
 
 SHARED = Path(os.environ.get("MEERKAT_SHARED", Path(__file__).parents[2] / "shared"))
 TOKENIZER = SHARED / "models" / "stories260K"
@@ -119,7 +120,7 @@ def measured(device: str, part: Callable[[], ResultT]) -> tuple[ResultT, float, 
     return result, seconds, 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-def federation(engine: TransformersEngine, mask: Mask) -> MemoryFederation:
+def federation(engine: TransformersEngine, mask: Mask) -> Federation:
     """One round of T = 1, not yet started."""
     settings = RoundSettings(
         run_id=hashlib.sha256(b"a billion weights").digest()[:16],
@@ -136,10 +137,11 @@ def federation(engine: TransformersEngine, mask: Mask) -> MemoryFederation:
         grace_s=2,
         min_updates=1,
     )
-    nodes = [MemoryNode(f"node-{n}", engine, ROWS[n::NODES], BATCH) for n in range(NODES)]
-    return MemoryFederation(settings, mask, nodes)
+    parts = [NodePart(f"node-{n}", engine, ROWS[n::NODES]) for n in range(NODES)]
+    return Federation(settings, mask, parts, batch_size=BATCH)
 
 
+@quiet()
 def run_round(engine: TransformersEngine, mask: Mask) -> int:
     """The number of updates that the round's entry is made of."""
     run = federation(engine, mask)

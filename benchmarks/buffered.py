@@ -25,8 +25,9 @@ from meerkat_mq.engines.evaluate import evaluate
 from meerkat_mq.engines.torch.engine import TransformersEngine
 from meerkat_mq.engines.torch.load import load_model
 from meerkat_mq.engines.torch.masks import make_mask
-from meerkat_mq.rounds.memory import MemoryFederation, MemoryNode
 from meerkat_mq.rounds.policy import RoundSettings
+from meerkat_mq.worlds.federation import Federation, NodePart
+from meerkat_mq.worlds.quiet import quiet
 
 NODES = 16
 FASTEST_S, SLOWEST_S = 0.1, 2.0
@@ -112,21 +113,22 @@ def settings(policy: Policy, stage: Stage, seed: int) -> RoundSettings:
     )  # fmt: skip
 
 
+@quiet()
 def run(policy: Policy, stage: Stage, seed: int, every_s: float, target: float | None = None) -> list[Point]:
     """The curve of a run; it ends once the mean of three looks has reached a target."""
     times = step_times(seed)
-    nodes = [
-        MemoryNode(f"node-{number}", stage.engine, rows, BATCH, step_s=times[number])
+    parts = [
+        NodePart(f"node-{number}", stage.engine, rows, steps_s=times[number])
         for number, rows in enumerate(stage.plan.shards)
     ]
-    federation = MemoryFederation(settings(policy, stage, seed), stage.mask, nodes, digest_every=100)
+    federation = Federation(settings(policy, stage, seed), stage.mask, parts, batch_size=BATCH)
+    clock, curve = federation.clock, list[Point]()
     federation.start()
-    curve = list[Point]()
-    while federation.now < policy.seconds:
-        federation.run(until=federation.now + every_s)
-        stage.engine.write(federation.replica.theta)
+    while clock.now() < policy.seconds:
+        federation.run(until=clock.now() + every_s)
+        stage.engine.write(federation.theta)
         found = evaluate(stage.engine, stage.plan.held_out[:ROWS], 64)
-        curve.append(Point(round(federation.now, 3), len(federation.entries), found.accuracy, found.loss))
+        curve.append(Point(round(clock.now(), 3), federation.version, found.accuracy, found.loss))
         if target is not None and smooth(curve)[-1] >= target:
             break
     assert not federation.errors, federation.errors

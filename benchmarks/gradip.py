@@ -5,7 +5,7 @@
     python -m benchmarks.gradip --choose tuning.jsonl                                      thresholds, on other seeds
     python -m benchmarks.gradip --draw paths.jsonl --seed 1 > docs/gradip.svg              the curves of one seed
 
-A seed is one federation of ten nodes on the in-memory transport: 0 to 7 hold IID shards, 8 and 9 one label each. The
+A seed is one federation of ten nodes in memory: 0 to 7 hold IID shards, 8 and 9 one label each. The
 machines run its calibration round (100 local steps, one lane) as they would over MQTT. A node is judged by its own path
 alone, so every seed stands for two federations of eight: nodes 0 to 5 with 8 and 9 (two extreme), and 0 to 7 (IID).
 """
@@ -33,9 +33,10 @@ from meerkat_mq.engines.torch.load import load_model
 from meerkat_mq.engines.torch.masks import make_mask
 from meerkat_mq.rounds.early_stopping import is_extreme, path_ratios
 from meerkat_mq.rounds.guards import NOT_REFUSED
-from meerkat_mq.rounds.memory import MemoryFederation, MemoryNode
 from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.tasks.data import partition, read_rows
+from meerkat_mq.worlds.federation import Federation, NodePart
+from meerkat_mq.worlds.quiet import quiet
 
 IID, EXTREME = range(8), range(8, 10)
 SHARD = 300
@@ -86,6 +87,7 @@ def shards_of(rows: Sequence[Row], seed: int) -> list[Sequence[Row]]:
     return [*partition(rest[: len(IID) * SHARD], len(IID), "iid", seed=seed), *single]
 
 
+@quiet()
 def calibrate(found: Stage, shards: Sequence[Sequence[Row]], seed: int, args: argparse.Namespace) -> list[Path100]:
     """Run the calibration round; the path of each node."""
     rules = RoundSettings(
@@ -94,8 +96,8 @@ def calibrate(found: Stage, shards: Sequence[Sequence[Row]], seed: int, args: ar
         min_nodes=len(shards), min_updates=1, fraction=1.0, quorum=1.0, deadline_s=60, grace_s=2, measured=True,
         early_stopping=EarlyStoppingConfig(by="vpcs", calibration_steps=args.steps),
     )  # fmt: skip
-    nodes = [MemoryNode(f"node-{n}", found.engine, rows, args.batch) for n, rows in enumerate(shards)]
-    federation = MemoryFederation(rules, found.mask, nodes)
+    parts = [NodePart(f"node-{n}", found.engine, rows) for n, rows in enumerate(shards)]
+    federation = Federation(rules, found.mask, parts, batch_size=args.batch)
     federation.start()
     federation.run(until=1e6)
     assert len(federation.entries) == 1, federation.errors
@@ -146,10 +148,10 @@ def read(file: Path) -> list[Path100]:
 def choose(paths: Sequence[Path100]) -> list[tuple[float, EarlyStoppingConfig, Rates]]:
     """All settings of the grid, best first: exact flags less false alarms."""
     found = []
-    for quiet, initial, later in product((0.1, 0.2, 0.3, 0.4, 0.5), (0.1, 0.2, 0.3), (0.3, 0.4, 0.5)):
+    for below, initial, later in product((0.1, 0.2, 0.3, 0.4, 0.5), (0.1, 0.2, 0.3), (0.3, 0.4, 0.5)):
         for rho_later, rho_quiet in product((1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4), (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)):
             config = EarlyStoppingConfig(
-                by="vpcs", quiet=quiet, initial=initial, later=later, rho_later=rho_later, rho_quiet=rho_quiet
+                by="vpcs", quiet=below, initial=initial, later=later, rho_later=rho_later, rho_quiet=rho_quiet
             )
             rate = rates(paths, config)
             found.append((rate.exact - rate.anyone, config, rate))

@@ -2,25 +2,28 @@
 
     python -m benchmarks.minilm_tuning --directions 4 --lr 5e-4 1e-3 --rounds 60
 
-The same machines, rounds and data as the real federation, on the in-memory transport, with one copy of the model.
+The same machines, rounds and data as the real federation, in memory, with one copy of the model.
 """
 
 import argparse
 import json
 import secrets
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from benchmarks.minilm_agnews import NODES, SHARED, agnews_task, mask_file, minilm
 from meerkat_mq.core.mask import Mask
+from meerkat_mq.core.step import Row
 from meerkat_mq.engines.evaluate import evaluate
 from meerkat_mq.engines.torch.engine import TransformersEngine
 from meerkat_mq.engines.torch.load import load_model
-from meerkat_mq.rounds.memory import MemoryFederation, MemoryNode
 from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.tasks.data import partition, read_rows
+from meerkat_mq.worlds.federation import Federation, NodePart
+from meerkat_mq.worlds.quiet import quiet
 
 
 def settings(args: argparse.Namespace, mask: Mask, lr: float) -> RoundSettings:
@@ -39,6 +42,28 @@ def settings(args: argparse.Namespace, mask: Mask, lr: float) -> RoundSettings:
         grace_s=2,
         min_updates=1,
     )
+
+
+@quiet()
+def learning_curve(
+    args: argparse.Namespace,
+    rules: RoundSettings,
+    mask: Mask,
+    engine: TransformersEngine,
+    shards: Sequence[Sequence[Row]],
+    held_out: Sequence[Row],
+) -> list[tuple[int, float, float]]:
+    """(round, accuracy, loss) every so many rounds."""
+    parts = [NodePart(f"node-{i}", engine, shard) for i, shard in enumerate(shards)]
+    federation = Federation(rules, mask, parts, batch_size=args.batch)
+    federation.start()
+    curve = []
+    for target in range(0, args.rounds + 1, args.every):
+        federation.run(1e6, lambda target=target: federation.version >= target)  # type: ignore[misc]
+        engine.write(federation.theta)
+        found = evaluate(engine, held_out)
+        curve.append((federation.version, round(found.accuracy, 4), round(found.loss, 4)))
+    return curve
 
 
 def main() -> None:
@@ -61,16 +86,8 @@ def main() -> None:
     mask = Mask.load(mask_file(args.masks, source, "sensitivity", 1e-3, args.seed))
     engine = TransformersEngine(load_model(source), mask, task)
     for lr in args.lr:
-        nodes = [MemoryNode(f"node-{i}", engine, shard, args.batch) for i, shard in enumerate(shards)]
-        federation = MemoryFederation(settings(args, mask, lr), mask, nodes)
-        federation.start()
-        curve, began = [], time.process_time()
-        for target in range(0, args.rounds + 1, args.every):
-            while len(federation.entries) < target:
-                federation.run(until=federation.now + 0.005)
-            engine.write(federation.replica.theta)
-            found = evaluate(engine, held_out)
-            curve.append((len(federation.entries), round(found.accuracy, 4), round(found.loss, 4)))
+        began = time.process_time()
+        curve = learning_curve(args, settings(args, mask, lr), mask, engine, shards, held_out)
         row = {"directions": args.directions, "lr": lr, "batch": args.batch, "curve": curve}
         print(json.dumps({**row, "cpu_s": round(time.process_time() - began)}), flush=True)
 

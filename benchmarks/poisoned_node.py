@@ -3,7 +3,7 @@
     python -m benchmarks.poisoned_node                  seeds 0 to 4, mean
     python -m benchmarks.poisoned_node --seeds 0 --aggregate trimmed-mean
 
-The same machines, guards and data as the real federation, on the in-memory transport, with one copy of the model; one
+The same machines, guards and data as the real federation, in memory, with one copy of the model; one
 lane, T = 1. The node is honest in the first quarter of the rounds and changes at ¼, ½ and ¾. "without" is the same
 seed and directions with the 7 other nodes. Rounds to flag: from a change to the round that closes with the node
 flagged and at least three of its updates since the change refused, or one as working against the others. Prints a
@@ -15,7 +15,8 @@ import hashlib
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 
@@ -27,10 +28,15 @@ from meerkat_mq.engines.evaluate import evaluate
 from meerkat_mq.engines.torch.engine import TransformersEngine
 from meerkat_mq.engines.torch.load import load_model
 from meerkat_mq.engines.torch.masks import make_mask
+from meerkat_mq.rounds.events import StartSteps
 from meerkat_mq.rounds.guards import FLAGGED_AT, Guard
-from meerkat_mq.rounds.memory import MemoryFederation, MemoryNode
 from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.rounds.records import UpdateRecord, Verdict
+from meerkat_mq.runtime.model import Model, StepResult, Stop
+from meerkat_mq.wire.descriptor import RunDescriptor
+from meerkat_mq.worlds.federation import Federation, NodePart
+from meerkat_mq.worlds.node import NodeProcess
+from meerkat_mq.worlds.quiet import quiet
 
 NODES = 8
 POISONED = node_name(NODES - 1)
@@ -42,16 +48,30 @@ def poison(scalar: float, version: int, rounds: int) -> float:
     return (scalar, math.nan, 1e9, -10 * scalar)[4 * version // rounds]
 
 
-class PoisonedFederation(MemoryFederation):
+class PoisonedModel:
+    """A model whose paths are poisoned."""
+
+    def __init__(self, model: Model, rounds: int) -> None:
+        self._model = model
+        self._rounds = rounds
+
+    def step(self, order: StartSteps, stop: Stop, made: int) -> StepResult:
+        """What the poisoned node sends of its local steps."""
+        result = self._model.step(order, stop, made)
+        assert result is not None
+        return replace(result, scalars=tuple(poison(one, order.version, self._rounds) for one in result.scalars))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+class PoisonedFederation(Federation):
     """A federation in which the node of that name is poisoned."""
 
-    def _walk(
-        self, node: MemoryNode, version: int, lane: int, steps: int, eps: float
-    ) -> tuple[tuple[float, ...], float]:
-        scalars, loss = super()._walk(node, version, lane, steps, eps)
-        if node.name == POISONED:
-            scalars = tuple(poison(scalar, version, self.settings.count) for scalar in scalars)
-        return scalars, loss
+    def make_model(self, node: NodeProcess, run: RunDescriptor) -> Model:
+        """The model of a node that joins the run."""
+        model = super().make_model(node, run)
+        return cast("Model", PoisonedModel(model, self.settings.count)) if node.name == POISONED else model
 
 
 @dataclass(frozen=True)
@@ -84,6 +104,7 @@ def settings(plan: DemoPlan, mask: Mask, aggregate: str) -> RoundSettings:
     )
 
 
+@quiet()
 def train(
     rules: RoundSettings,
     mask: Mask,
@@ -92,12 +113,12 @@ def train(
     held_out: Sequence[Row],
     batch: int,
 ) -> Outcome:
-    nodes = [MemoryNode(node_name(number), engine, rows, batch) for number, rows in enumerate(shards)]
-    federation = PoisonedFederation(rules, mask, nodes)
+    parts = [NodePart(node_name(number), engine, rows) for number, rows in enumerate(shards)]
+    federation = PoisonedFederation(rules, mask, parts, batch_size=batch)
     federation.start()
     federation.run(until=1e6)
-    assert len(federation.entries) == rules.count, federation.errors
-    engine.write(federation.replica.theta)
+    assert federation.version == rules.count, federation.errors
+    engine.write(federation.theta)
     return Outcome(evaluate(engine, held_out).accuracy, federation.records, rules)
 
 

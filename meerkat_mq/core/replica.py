@@ -1,7 +1,6 @@
 """theta at a version: what a mask and the entries since make of it, on the server, on a node and in verification."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -69,39 +68,3 @@ class Replica:
 
     def _seed(self, version: int, term: Coefficient) -> int:
         return seed_for(self._run_id, version - term.age, term.lane, term.step)
-
-
-@dataclass
-class NewestTheta:
-    """What the first of all replicas to apply an entry came to: one theta for all of them."""
-
-    start: Float32Array
-    before: Float32Array | None = None
-    change: Change = ((), None)
-    after: Float32Array | None = None
-    digest: bytes = NO_DIGEST
-
-
-class SharedReplica(Replica):
-    """A replica that applies no entry that another one has just applied to the same theta."""
-
-    def __init__(self, mask: Mask, run_id: bytes, stream: str, digest_every: int, newest: NewestTheta) -> None:
-        super().__init__(mask, run_id=run_id, stream=stream, digest_every=digest_every)
-        self._newest = newest
-        self.reset()
-
-    def reset(self) -> None:
-        """Back to theta_0."""
-        self.load(self._newest.start, 0)
-
-    def apply(self, terms: Sequence[Coefficient], displacement: Float32Array | None = None) -> bytes:
-        """Apply entry `version`; returns what `Replica.apply` returns."""
-        newest = self._newest
-        same = newest.change[0] == terms and newest.change[1] is displacement
-        if newest.before is not self.theta or not same or newest.after is None:
-            newest.before, newest.change = self.theta, (terms, displacement)
-            newest.digest = super().apply(terms, displacement)
-            newest.after = self.theta
-        else:
-            self.load(newest.after, self.version + 1)
-        return newest.digest

@@ -181,16 +181,13 @@ class Federated:
     sample: Callable[[], None]
     watch: Stopwatch = field(default_factory=Stopwatch)
 
+    @quiet()
     def train(self) -> Trained:
         """Run all rounds, or as many as there are before every loss is lost.
 
         Raises:
             Exception: what the engine failed with.
         """
-        with quiet():
-            return self._train()
-
-    def _train(self) -> Trained:
         engine, settings = CountingEngine(self.engine), self.settings
         parts = [NodePart(f"node-{number}", engine, rows) for number, rows in enumerate(self.shards)]
         traffic = Traffic(settings.count * len(parts), self.report, self.sample)

@@ -56,7 +56,10 @@ class VirtualClock:
         """
         agenda = self._agenda
         for _ in range(STORM):
-            if not agenda or agenda[0][0] > until or done():
+            if done():
+                return
+            if not agenda or agenda[0][0] > until:
+                self._now = max(self._now, until)
                 return
             self._now, _, timer = heapq.heappop(agenda)
             if timer.action is not None:

@@ -74,6 +74,8 @@ class Federation:
         errors: (who, error) of what ended a process.
         nodes: by name.
         server: the one that was started last.
+        parts: by name; whoever replaces one gives a node other data or times from its next start on.
+        stream: of directions.
     """
 
     def __init__(
@@ -101,6 +103,8 @@ class Federation:
         self._commit_s = commit_s
         self._draw = lru_cache(maxsize=min(1024, DRAWN_BYTES // (4 * mask.size)))(direction)
         self._numbers = count()
+        self.stream = stream
+        self.parts = {part.name: part for part in parts}
         self.nodes: Mapping[str, NodeProcess] = {part.name: self._node(part) for part in parts}
         self.server = self._server()
 
@@ -108,27 +112,29 @@ class Federation:
         return ServerProcess(f"{next(self._numbers):016x}", self._world, self.ledger, commit_s=self._commit_s)
 
     def _node(self, part: NodePart) -> NodeProcess:
-        def make_model(process: NodeProcess, run: RunDescriptor, mask: Mask) -> Model:
-            return EngineModel(
-                run,
-                self._world.thetas.replica(),
-                name=part.name,
-                engine=part.engine,
-                data=part.rows,
-                draw=self._draw,
-                take_steps=process.store.take_steps,
-                values=part.values,
-            )
-
         def compute(process: Process) -> VirtualStepCompute:
-            return VirtualStepCompute(process, part.steps_s)
+            return VirtualStepCompute(process, self.parts[part.name].steps_s)
 
         return NodeProcess(
             NodeProfile(part.name, FEDERATION, values=part.values is not None),
             self._world,
             MemoryNodeStore(self._world.run.mask),
             compute=compute,
-            make_model=make_model,
+            make_model=lambda process, run, mask: self.make_model(process, run),
+        )
+
+    def make_model(self, node: NodeProcess, run: RunDescriptor) -> Model:
+        """The model of a node that joins the run."""
+        part = self.parts[node.name]
+        return EngineModel(
+            run,
+            self._world.thetas.replica(),
+            name=part.name,
+            engine=part.engine,
+            data=part.rows,
+            draw=self._draw,
+            take_steps=node.store.take_steps,
+            values=part.values,
         )
 
     def _failed(self, who: str, error: MeerkatError) -> None:
@@ -149,6 +155,14 @@ class Federation:
         """Start a server on the ledger, under the next term."""
         self.server = self._server()
         self.server.start()
+
+    def kill_server(self) -> None:
+        """End the server as SIGKILL does."""
+        self.server.kill()
+
+    def reconnect(self, name: str) -> None:
+        """Cut a node's connection; it stands again soon, under another link."""
+        self._world.broker.break_link(self.nodes[name].client)
 
     def run(self, until: float, done: Callable[[], bool] = lambda: False) -> None:
         """Let virtual time pass, until the run is finished, or `done`, or it is `until`."""

@@ -64,6 +64,7 @@ class NodeProcess(Process):
     Attributes:
         boot: of the present life.
         driver: of the present life.
+        model: of the present life; None until it has joined a run.
         client: its session.
     """
 
@@ -81,6 +82,7 @@ class NodeProcess(Process):
         super().__init__(profile.name, world.clock, world.failed)
         self.boot = 0
         self.driver: NodeDriver | None = None
+        self.model: Model | None = None
         self.store = store
         self._profile = profile
         self._world = world
@@ -109,6 +111,7 @@ class NodeProcess(Process):
         """Begin at theta_0, under another boot."""
         super().start()
         self.boot += 1
+        self.model = None
         self.client = self._session()
         self.driver = NodeDriver(
             self._profile,
@@ -154,6 +157,7 @@ class NodeProcess(Process):
 
     def ready(self, run: RunDescriptor, mask: Mask, model: Model) -> None:
         """The node has a run's mask and model."""
+        self.model = model
 
     def changed(self) -> None:
         """The node may have nothing more to do."""

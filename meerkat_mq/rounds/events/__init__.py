@@ -1,7 +1,7 @@
 """What the machines are told, and what they ask for.
 
 Events carry `now`, seconds on whatever clock drives the machine. Effects are carried out in order by a driver:
-the asyncio services, or the in-memory federation.
+runtime/, in a service or in memory.
 """
 
 # isort: off

@@ -1,47 +1,45 @@
 """Whole federations that take what comes: slow nodes, values nodes, bad networks, and servers that are killed."""
 
-from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
 from meerkat_mq.config import NodeValuesConfig
+from meerkat_mq.core.batches import batch_rows
 from meerkat_mq.core.directions import direction
 from meerkat_mq.core.path import seeds_of
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.step import local_steps
 from meerkat_mq.engines.toy import QuadraticEngine, toy_mask
-from meerkat_mq.rounds.memory import MemoryFederation
 from meerkat_mq.rounds.policy import lane_of
-from tests.rounds.fleet import WEIGHTS, Network, check, fleet, heal, run
+from meerkat_mq.worlds.federation import Federation
 from tests.rounds.support import RUN
+from tests.worlds.fleet import BATCH, WEIGHTS, change, check, fleet, heal, run, worsen
 
 BUFFERED: dict[str, Any] = {"mode": "buffered", "buffer_size": 2, "max_staleness": 4, "min_nodes": 2}
 
 
-def spread(federation: MemoryFederation, factor: float) -> MemoryFederation:
+def spread(federation: Federation, factor: float) -> Federation:
     """The last node's steps take `factor` times as long as the first one's."""
-    for number, node in enumerate(federation.nodes.values()):
-        node.step_s = 0.05 * factor ** (number / (len(federation.nodes) - 1))
+    for number, name in enumerate(federation.nodes):
+        change(federation, name, steps_s=0.05 * factor ** (number / (len(federation.nodes) - 1)))
     return federation
 
 
-def ages(federation: MemoryFederation) -> set[int]:
+def ages(federation: Federation) -> set[int]:
     return {
         version - record.version for version, records in enumerate(federation.records) for record in records
     }  # fmt: skip
 
 
-def with_values(federation: MemoryFederation, **codecs: Any) -> MemoryFederation:
-    for name, codec in codecs.items():
-        federation.nodes[name].values = NodeValuesConfig(optimiser="sgd", lr=2.0, codec=codec)
-    return federation
+def values(**codecs: Any) -> dict[str, NodeValuesConfig]:
+    return {name: NodeValuesConfig(optimiser="sgd", lr=2.0, codec=codec) for name, codec in codecs.items()}
 
 
-def distance(federation: MemoryFederation) -> float:
+def distance(federation: Federation) -> float:
     """How far theta is from the target of all nodes, squared."""
-    return float(np.square(federation.replica.theta - direction("mk1", 0, 0, WEIGHTS)).sum())
+    return float(np.square(federation.theta - direction("mk1", 0, 0, WEIGHTS)).sum())
 
 
 @pytest.mark.parametrize(
@@ -62,15 +60,15 @@ def test_nobody_waits_for_the_slowest() -> None:
     for federation in both:
         federation.start()
         federation.run(1000.0)
-        assert federation.server.finished
-    waiting, taking = (federation.now for federation in both)
+        assert federation.finished
+    waiting, taking = (federation.clock.now() for federation in both)
     assert taking < 0.2 * waiting
 
 
 def test_a_partial_path_is_the_beginning_of_the_whole_one() -> None:
     federation = fleet(3, **BUFFERED | {"count": 12, "steps": 10, "max_staleness": 3, "perturbations": 2})
-    node = federation.nodes["n2"]
-    node.step_s, node.rows = 0.3, node.rows[:1]
+    rows = federation.parts["n2"].rows[:1]
+    change(federation, "n2", steps_s=0.3, rows=rows)
     federation.start()
     run(federation)
     check(federation)
@@ -82,7 +80,7 @@ def test_a_partial_path_is_the_beginning_of_the_whole_one() -> None:
         QuadraticEngine(WEIGHTS),
         replica.theta,
         seeds_of(RUN, first.version, lane_of(first.slot, rules.directions), 20),
-        node.batches(RUN, 10),
+        [[rows[row] for row in batch_rows(RUN, "n2", len(rows), BATCH, step)] for step in range(10)],
         stream="mk1",
         eps=rules.eps,
         lr=rules.lr,
@@ -94,33 +92,38 @@ def test_a_partial_path_is_the_beginning_of_the_whole_one() -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"commit_s": 0.05}, {"steps": 5, "lanes": 2}], ids=str)
 def test_through_a_bad_network(changes: dict[str, Any]) -> None:
-    network = Network(7, loss=0.3, repeat=0.3, slow_s=2.0)
-    federation = spread(fleet(6, deliver=network, **BUFFERED | {"count": 40} | changes), 5.0)
+    federation = spread(fleet(6, **BUFFERED | {"count": 40} | changes), 5.0)
     federation.start()
+    worsen(federation, lose=0.3, duplicate=0.3, delay=2.0)
     federation.run(500)
-    heal(federation, network)
+    heal(federation)
     run(federation)
     check(federation)
-    assert sum(federation.counts[name, "duplicate"] for name in federation.nodes) > 0
+    assert federation.counts["server", "duplicate"] > 0
 
 
 def test_a_server_killed_again_and_again_resumes_in_the_middle_of_the_window() -> None:
     federation = spread(fleet(6, **BUFFERED | {"count": 60, "commit_s": 0.003, "steps": 3}), 8.0)
     federation.start()
     for number in range(1, 20):
-        federation.at(0.197 * number, federation.crash_server)
-        federation.at(0.197 * number + 0.02, federation.start_server)
+        federation.clock.at(0.197 * number, federation.kill_server)
+        federation.clock.at(0.197 * number + 0.02, federation.start_server)
     run(federation)
     check(federation)
-    assert federation.term == 20
+    assert federation.store.term == 20
     assert ages(federation) > {0, 1}
 
 
 def test_nodes_ahead_of_a_ledger_from_a_backup_start_over() -> None:
     federation = spread(fleet(4, **BUFFERED | {"count": 30}), 4.0)
     federation.start()
-    federation.at(0.6, federation.crash_server)
-    federation.at(0.7, partial(federation.start_server, 3))
+    federation.run(0.6, lambda: federation.version == 3)
+    backup = federation.ledger.backup()
+    federation.run(0.6)
+    federation.kill_server()
+    assert federation.version > 3
+    federation.ledger.restore(backup)
+    federation.clock.at(0.7, federation.start_server)
     run(federation)
     check(federation)
 
@@ -128,15 +131,15 @@ def test_nodes_ahead_of_a_ledger_from_a_backup_start_over() -> None:
 @pytest.mark.parametrize("changes", [{}, BUFFERED], ids=["synchronous", "buffered"])
 def test_path_nodes_and_values_nodes_in_one_federation(changes: dict[str, Any]) -> None:
     rules = {"count": 40, "steps": 3, "values_accepted": True, "lr": 0.3, "commit_s": 0.002} | changes
-    federation = with_values(spread(fleet(6, **rules), 3.0), n0="int8", n3="float32", n5="bfloat16")
-    for node in federation.nodes.values():
-        node.rows = [{"seed": 0}]
-    before = distance(federation)
+    federation = spread(fleet(6, values=values(n0="int8", n3="float32", n5="bfloat16"), **rules), 3.0)
+    for name in federation.nodes:
+        change(federation, name, rows=[{"seed": 0}])
+    before = float(np.square(direction("mk1", 0, 0, WEIGHTS)).sum())
     federation.start()
-    federation.at(0.4, federation.crash_server)
-    federation.at(0.5, federation.start_server)
-    federation.at(0.8, partial(federation.crash, "n3"))
-    federation.at(0.9, partial(federation.start_node, "n3"))
+    federation.clock.at(0.4, federation.kill_server)
+    federation.clock.at(0.5, federation.start_server)
+    federation.clock.at(0.8, federation.nodes["n3"].kill)
+    federation.clock.at(0.9, federation.nodes["n3"].start)
     run(federation)
     check(federation)
     assert distance(federation) < 0.5 * before
@@ -147,11 +150,11 @@ def test_path_nodes_and_values_nodes_in_one_federation(changes: dict[str, Any]) 
 
 
 def test_a_displacement_that_is_lost_is_announced_again() -> None:
-    network = Network(3, loss=0.3)
-    federation = with_values(fleet(3, deliver=network, count=10, values_accepted=True, min_nodes=3), n1="int8")
+    federation = fleet(3, values=values(n1="int8"), count=10, values_accepted=True, min_nodes=3)
     federation.start()
+    worsen(federation, lose=0.6)  # of a fetch, each of four questions or its answer
     federation.run(500)
-    heal(federation, network)
+    heal(federation)
     run(federation)
     check(federation)
-    assert federation.counts["n1", "values missed"] > 0
+    assert federation.counts["server", "values missed"] > 0
