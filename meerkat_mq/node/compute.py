@@ -2,25 +2,14 @@
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass
 from functools import partial
 
 from meerkat_mq.node.limits import Allowance
 from meerkat_mq.rounds.events import StartSteps
 from meerkat_mq.runtime.loop import Ports, ThreadCompute
 from meerkat_mq.runtime.model import Model, StepResult
-
-
-@dataclass(frozen=True)
-class _Steps:
-    model: Model
-    order: StartSteps
-    done: Callable[[StepResult | None], None]
-    failed: Callable[[Exception], None]
-    stop: threading.Event
-    moved_on: asyncio.Event
 
 
 class NodeCompute(ThreadCompute):
@@ -35,18 +24,26 @@ class NodeCompute(ThreadCompute):
     def __init__(self, ports: Ports, executor: Executor, allowance: Allowance) -> None:
         super().__init__(ports, executor)
         self._allowance = allowance
-        self._orders: asyncio.Queue[_Steps] = asyncio.Queue()
-        self._newest: _Steps | None = None
+        self._orders: asyncio.Queue[Callable[[], Awaitable[None]]] = asyncio.Queue()
+        self._stop, self._moved_on = threading.Event(), asyncio.Event()  # of the newest order
 
     async def run_steps(self) -> None:
-        """Work until cancelled."""
+        """Work until cancelled. Nothing here holds a model: where the run changes, there is no room for two."""
         while True:
-            steps = await self._orders.get()
-            if await self._allowance.given(steps.moved_on) and not steps.stop.is_set():
-                job = partial(steps.model.step, steps.order, steps.stop, steps.order.steps)
-                self.run(job, steps.done, steps.failed)
-            else:
-                self._ports.call(steps.done, None)
+            await (await self._orders.get())()
+
+    async def _begin(
+        self,
+        job: Callable[[], StepResult | None],
+        done: Callable[[StepResult | None], None],
+        failed: Callable[[Exception], None],
+        stop: threading.Event,
+        moved_on: asyncio.Event,
+    ) -> None:
+        if await self._allowance.given(moved_on) and not stop.is_set():
+            self.run(job, done, failed)
+        else:
+            self._ports.call(done, None)
 
     def steps(
         self,
@@ -56,16 +53,15 @@ class NodeCompute(ThreadCompute):
         failed: Callable[[Exception], None],
     ) -> None:
         """Do local steps, once they may begin; `done` takes None where that is not now."""
-        self._newest = _Steps(model, order, done, failed, threading.Event(), asyncio.Event())
-        self._orders.put_nowait(self._newest)
+        stop, moved_on = self._stop, self._moved_on = threading.Event(), asyncio.Event()
+        job = partial(model.step, order, stop, order.steps)
+        self._orders.put_nowait(partial(self._begin, job, done, failed, stop, moved_on))
 
     def stop_steps(self) -> None:
         """End the local steps after the one that is being made."""
-        if self._newest is not None:
-            self._newest.stop.set()
-            self._newest.moved_on.set()
+        self._stop.set()
+        self.move_on()
 
     def move_on(self) -> None:
         """The run is ahead of this node: local steps that wait until they may begin wait no longer."""
-        if self._newest is not None:
-            self._newest.moved_on.set()
+        self._moved_on.set()

@@ -26,7 +26,7 @@ class DutyCycle:
         session: its farewell says "asleep" while `wakes_in_s` is a number.
         may_sleep: whether the node has nothing left to do; or, if it is late, nothing that sleep must not interrupt.
         on_waking: called before each connection.
-        on_sleep: called after each.
+        on_sleep: called before each ends; what the session says then is its last until the next waking.
 
     Attributes:
         parting: the session only connects to say that the node stops.
@@ -83,8 +83,8 @@ class DutyCycle:
             connection = tasks.create_task(self._session.run())
             await self._stay_awake(_now() + self._schedule.awake_s)
             self._wakes_at = wakes_at
+            self._on_sleep()
             connection.cancel()
-        self._on_sleep()
 
     async def _stay_awake(self, until: float) -> None:
         while not self._may_sleep(_now() >= until):

@@ -37,6 +37,11 @@ class Ports:
         try:
             action(*args, **kwargs)
         except Exception as error:
+            self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        """End the service."""
+        if not self._failed.done():
             self._failed.set_exception(error)
 
 
@@ -68,18 +73,19 @@ class ThreadCompute:
         self, job: Callable[[], Result], done: Callable[[Result], None], failed: Callable[[Exception], None]
     ) -> None:
         """Do a job in a thread, and tell on the loop."""
-        future = self._loop.run_in_executor(self._executor, job)
-        future.add_done_callback(partial(self._end, done, failed))
 
-    def _end(
-        self, done: Callable[[Result], None], failed: Callable[[Exception], None], future: "asyncio.Future[Result]"
-    ) -> None:
-        if future.cancelled():
-            return
-        error = future.exception()
-        if error is None:
-            self._ports.call(done, future.result())
-        elif isinstance(error, Exception):
-            self._ports.call(failed, error)
-        else:
-            raise error
+        def attempt() -> Callable[[], None]:
+            """A future takes no StopIteration, and a callback that raises a panic of Rust's ends nothing."""
+            try:
+                return partial(self._ports.call, done, job())
+            except Exception as error:
+                return partial(self._ports.call, failed, error)
+            except BaseException as error:
+                return partial(self._ports.fail, error)
+
+        self._loop.run_in_executor(self._executor, attempt).add_done_callback(_tell)
+
+
+def _tell(answer: "asyncio.Future[Callable[[], None]]") -> None:
+    if not answer.cancelled():
+        answer.result()()

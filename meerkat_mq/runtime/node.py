@@ -124,7 +124,7 @@ class NodeDriver:
         self.presence.disconnected()
 
     def _publish_status(self, status: str) -> None:
-        if self._transport.link is not None:
+        if self._transport.link is not None and not self._asleep:  # else it would take the place of "asleep"
             payload = self.status(status, self._transport.link).encode()
             self._publish(self._own_status, payload, retain=True)
             self._pulse.said(self.machine.version if self.machine else 0, self._clock.now())
@@ -344,7 +344,7 @@ class NodeDriver:
         self._set_alarm()
 
     def sleep(self) -> None:
-        """The node is not connected for a while, on purpose."""
+        """The node leaves its connection on purpose, for a while; work may go on."""
         self.presence.disconnected()
         self._asleep = True
         self._set_alarm()

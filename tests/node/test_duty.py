@@ -3,12 +3,14 @@
 import asyncio
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from meerkat_mq.config import ScheduleConfig
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.path import Entry
+from meerkat_mq.mqtt import Session
 from meerkat_mq.node import duty
 from meerkat_mq.node.work import Work
 from meerkat_mq.rounds import node as rounds_node
@@ -39,6 +41,34 @@ async def test_a_node_sleeps_as_soon_as_it_is_heard(tmp_path: Path, mosquitto: M
         asleep = await server.status("asleep")
         assert asleep.wakes_in_s is not None
         assert 3200 < asleep.wakes_in_s <= 3600
+
+
+async def test_a_node_is_asleep_before_its_connection_says_so() -> None:
+    class Connection:
+        """In the place of a session, which sends what waits, and its farewell, once it is cancelled."""
+
+        link = 1
+
+        async def run(self) -> None:
+            order.append("connected")
+            try:
+                await asyncio.Event().wait()
+            finally:
+                order.append("farewell")
+
+    order: list[str] = []
+    cycle = duty.DutyCycle(
+        ScheduleConfig.model_validate(LONG["schedule"]),
+        cast("Session", Connection()),
+        may_sleep=lambda late: "connected" in order,
+        on_waking=lambda: None,
+        on_sleep=lambda: order.append("asleep"),
+    )
+    running = asyncio.create_task(cycle.run())
+    await until(lambda: len(order) >= 3)
+    running.cancel()
+    await asyncio.wait([running])
+    assert order[:3] == ["connected", "asleep", "farewell"]
 
 
 async def test_who_was_heard_from_an_earlier_waking_steps_before_it_sleeps(

@@ -124,3 +124,25 @@ async def test_a_job_that_is_given_up_with_its_worker_is_not_answered(loop: Loop
     free.set()
     await over.wait()
     assert loop.called == []
+
+
+async def test_a_job_that_raises_stop_iteration_fails_like_any_other(loop: Loop) -> None:
+    def job() -> object:
+        return next(iter([]))  # in an engine of a user's own, for one
+
+    loop.compute.run(job, loop.raises, lambda error: loop.called.append(type(error)))
+    await loop.idle()
+    assert loop.called == [StopIteration]
+
+
+async def test_what_no_job_can_go_on_after_ends_the_service(loop: Loop) -> None:
+    class Panic(BaseException):
+        """As a library in Rust raises."""
+
+    def job() -> None:
+        raise Panic
+
+    loop.compute.run(job, loop.called.append, loop.called.append)
+    with pytest.raises(Panic):
+        await asyncio.wait_for(loop.ports.run(), 5.0)
+    assert loop.called == []

@@ -267,6 +267,25 @@ def test_a_node_that_stops_tells_its_steps(server: Server) -> None:
     assert server.node.worker.stopped == 1
 
 
+def test_a_node_that_goes_to_sleep_does_not_say_that_it_is_online(server: Server) -> None:
+    server.begin(ONE)
+    entries, previous = list[Entry](), MASK.hash
+    for version in range(20):
+        entries.append(Entry(version, (Coefficient(0, 0, 0.5),), previous, DIGEST))
+        previous = entries[-1].hash(ONE.run_id)
+    server.node.worker.held = True
+    server.ask(ONE, 20, tuple(entries))
+    server.node.clock.go(10.0)
+    said = len(server.statuses)
+    server.node.driver.sleep()  # its connection ends once what waits is sent, and "asleep" as the last
+    server.node.worker.free()
+    server.node.clock.go(100.0)
+    assert (len(server.node.models[0].entries), len(server.statuses)) == (20, said)
+    server.node.driver.wake()
+    server.node.driver.connected(2)
+    assert [status.version for status in server.statuses[said:]] == [20]
+
+
 # --- what nobody should believe ---
 
 
