@@ -1,7 +1,6 @@
 """Displacements that values nodes announce: got chunk by chunk, checked, and handed on to be kept."""
 
 import math
-from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -14,7 +13,7 @@ from meerkat_mq.rounds.events import FetchValues, ServerEvent, ValuesMissed
 from meerkat_mq.rounds.records import Verdict
 from meerkat_mq.runtime.blob_fetch import BlobFetch
 from meerkat_mq.runtime.ports import Clock, Compute
-from meerkat_mq.runtime.steps import Sequence, Steps, until, work
+from meerkat_mq.runtime.steps import Later, Sequence, Steps, until, work
 from meerkat_mq.runtime.writer import KeepValues
 from meerkat_mq.wire.messages import Chunk, Header, Update, Want
 from meerkat_mq.wire.values import decode_values, largest_blob
@@ -68,14 +67,14 @@ class Fetches:
         self._compute = compute
         self._clock = clock
         self._room = max(1, min(AT_ONCE, MEMORY_BYTES // largest_blob(weights)))
-        self._orders: deque[FetchValues] = deque()
+        self._orders: dict[str, FetchValues] = {}
         self._going: dict[str, Sequence[None]] = {}
         self._open: dict[str, BlobFetch] = {}
 
     def put(self, order: FetchValues) -> None:
         """Get this; what is still to come from the same node is given up."""
         self._give_up(order.node)
-        self._orders.append(order)
+        self._orders[order.node] = order
         self._begin_more()
 
     def forget(self) -> None:
@@ -85,7 +84,7 @@ class Fetches:
             self._give_up(node)
 
     def _give_up(self, node: str) -> None:
-        self._orders = deque(order for order in self._orders if order.node != node)
+        self._orders.pop(node, None)
         self._open.pop(node, None)
         if (going := self._going.pop(node, None)) is not None:
             going.cancel()
@@ -103,25 +102,25 @@ class Fetches:
 
     def _begin_more(self) -> None:
         while self._orders and len(self._going) < self._room:
-            order = self._orders.popleft()
+            order = self._orders.pop(next(iter(self._orders)))
             self._going[order.node] = Sequence(self._get(order))
 
     def _get(self, order: FetchValues) -> Steps[None]:
         yield from until(self._clock, self._clock.now())  # whoever orders it has something else to do first
+        came = False
         try:
-            found = yield from self._collect(order)
+            yield from self._collect(order)
+            came = True
         except (NotConnected, WireError) as error:
             say, said = structlog.get_logger().warning, {"node": order.node, "problem": str(error)}
             self._seldom.say(say, "displacement dropped", order.node, type(error).__name__, **said)
-            found = None
         self._going.pop(order.node, None)
-        if found is None:
+        if not came:
             self._owner.handle(ValuesMissed(self._clock.now(), order.node, order.update))
-        else:
-            self._keep(found)
         self._begin_more()
 
-    def _collect(self, order: FetchValues) -> Steps[KeepValues]:
+    def _collect(self, order: FetchValues) -> Steps[None]:
+        """Get it, and have it kept: until then it takes up room, also where the ledger's disk is full."""
         update, announced = order.update, order.update.values
         assert announced is not None
         if announced.size > largest_blob(self._weights):
@@ -140,7 +139,7 @@ class Fetches:
             if self._open.get(order.node) is fetch:
                 del self._open[order.node]
         verdict = yield from work(self._compute, self._verdict, update, announced.blob, blob)
-        return KeepValues(order.node, update, blob, verdict)
+        yield Later(lambda done, _: self._keep(KeepValues(order.node, update, blob, verdict, done)))
 
     def _verdict(self, update: Update, name: bytes, blob: bytes) -> Verdict:
         steps = update.values.steps if update.values is not None else 1

@@ -266,11 +266,11 @@ class ServerDriver:
                 self._monitor.counted(m.MISPLACED.of(type(frame).__name__))
 
     def _on_status(self, node: str, status: NodeStatus) -> None:
-        if node not in self._statuses and len(self._statuses) >= MAX_SLOTS:
+        if node in self._statuses or len(self._statuses) < MAX_SLOTS:
+            self._statuses[node] = status
+            self._monitor.heard_from(node, status)
+        else:
             self._monitor.counted(m.TOO_MANY_NODES)
-            return
-        self._statuses[node] = status
-        self._monitor.heard_from(node, status)
         self.handle(e.StatusCame(self._clock.now(), node, status))
         if status.status in ("starting", "online") and status.run != self._run.descriptor.run:
             self._publish_run()

@@ -10,7 +10,7 @@ same place: a commit is all or nothing, so a failed one leaves no trace.
 
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar, TypeVarTuple, assert_never
 
 from meerkat_mq.core.path import Coefficient, Displacement
@@ -63,12 +63,13 @@ class KeepMetrics:
 
 @dataclass(frozen=True, slots=True)
 class KeepValues:
-    """Keep the displacement that an update announced; answered by ValuesCame."""
+    """Keep the displacement that an update announced; answered by ValuesCame, then by `kept`."""
 
     node: str
     update: Update
     blob: bytes
     verdict: Verdict
+    kept: Done = field(default=lambda _: None, compare=False)
 
 
 Commit = e.CommitSlot | e.CommitUpdate | e.CommitEntry | KeepSightings | KeepMetrics
@@ -171,6 +172,10 @@ class LedgerWriter:
         elif not self._busy:
             self._busy = True
             Running(self._work_off())
+
+    def holds(self, kind: type[Commit]) -> bool:
+        """Whether such an effect waits behind what is being done."""
+        return any(isinstance(order, kind) for order in self._queue)
 
     def when_idle(self, action: Callable[[], None]) -> None:
         """Do something once all that was queued is done, except wants: at once, where nothing is."""
@@ -281,10 +286,11 @@ class LedgerWriter:
             case e.ApplyTerms(version, terms, shares):
                 after, displacement = yield from self._patiently(self._apply, terms, shares)
                 self._owner.handle(e.TermsApplied(self._clock.now(), version, after, displacement))
-            case KeepValues(node, update, blob, verdict):
+            case KeepValues(node, update, blob, verdict, kept):
                 yield from self._patiently(self._ledger.keep_blob, blob)
                 # its update is committed at once, or never
                 self._owner.handle(e.ValuesCame(self._clock.now(), node, update, verdict))
+                kept(None)
             case e.KeepSnapshot(version, head):
                 yield from work(self._compute, self._keep_snapshot, version, head)
             case e.TakeTerm(above):

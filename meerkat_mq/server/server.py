@@ -91,13 +91,14 @@ class Server:
         """Serve until cancelled; with `config.once`, until the run is finished."""
         try:
             with self._others:
-                await self._run_all()
+                try:
+                    await self._run_all()
+                finally:
+                    self._driver.stop()  # the threads are waited for
         except BaseException:
             with suppress(MeerkatError):  # what went wrong first is what has to be said
                 await self._model.leave()
             raise
-        finally:
-            self._driver.stop()
 
     async def _run_all(self) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -109,15 +110,19 @@ class Server:
                 await self._wait_for_nodes()
             await self._finished.wait()
             await self._monitor.finish(self._driver.writer.committed[1], self._updates())
+            await self._writer_is_idle()
             self._note_sightings()
-            idle = asyncio.Event()
-            self._driver.writer.when_idle(idle.set)
-            await idle.wait()
+            await self._writer_is_idle()
             await self._model.complete(once=self._config.once)
             if not self._config.once:
                 await asyncio.Event().wait()
             for task in work:
                 task.cancel()
+
+    async def _writer_is_idle(self) -> None:
+        idle = asyncio.Event()
+        self._driver.writer.when_idle(idle.set)
+        await idle.wait()
 
     async def _wait_for_nodes(self) -> None:
         wait_s = self._config.wait_for_nodes_s
@@ -137,8 +142,11 @@ class Server:
             self._note_sightings()
 
     def _note_sightings(self) -> None:
-        if self._driver.machine is not None and (news := self._monitor.sightings(self._session.received)):
-            self._driver.writer.put(KeepSightings(news))
+        writer = self._driver.writer
+        if self._driver.machine is None or writer.holds(KeepSightings):
+            return  # while the disk is full, news must not pile up: they are summed up until they are asked for
+        if news := self._monitor.sightings(self._session.received):
+            writer.put(KeepSightings(news))
 
     def _keep_metrics(self, version: int, metrics: Mapping[str, float]) -> None:
         self._driver.writer.put(KeepMetrics(version, metrics))

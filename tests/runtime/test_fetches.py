@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -44,6 +45,7 @@ class Asking:
         told: what the machine hears.
         kept: what came.
         wants: to whom, and what.
+        is_full: whether the ledger's disk takes nothing.
     """
 
     def __init__(self) -> None:
@@ -52,7 +54,13 @@ class Asking:
         self.wants: list[tuple[str, Want]] = []
         self.clock = VirtualClock()
         self.worker = Worker(self.clock)
-        self.fetches = Fetches(WEIGHTS, self, self.kept.append, compute=self.worker, clock=self.clock)
+        self.is_full = False
+        self.fetches = Fetches(WEIGHTS, self, self.keep, compute=self.worker, clock=self.clock)
+
+    def keep(self, found: KeepValues) -> None:
+        self.kept.append(found)
+        if not self.is_full:
+            self.clock.at(self.clock.now(), partial(found.kept, None))
 
     def handle(self, event: e.ServerEvent) -> None:
         self.told.append(event)
@@ -259,6 +267,20 @@ def test_so_many_at_once_and_a_new_term_forgets_all(monkeypatch: pytest.MonkeyPa
     assert [kept.node for kept in asking.kept] == ["a", "d"]
     asking.clock.go(2 * LONGEST_S)
     assert asking.told == []
+
+
+def test_what_the_disk_does_not_take_yet_takes_up_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "AT_ONCE", 1)
+    asking = Asking()
+    asking.is_full = True
+    blobs = {node: blob_of(number) for number, node in enumerate("ab", 1)}
+    for node, blob in blobs.items():
+        asking.put(order(node, blob))
+    asking.answer("a", blobs["a"])
+    assert ([found.node for found in asking.kept], asking.asked) == (["a"], ["a"])
+    asking.kept[0].kept(None)
+    asking.clock.settle()
+    assert asking.asked == ["a", "b"]
 
 
 def test_what_is_given_up_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,6 +183,16 @@ def test_a_node_hears_of_its_slot_once_the_ledger_holds_it(server: OneServer) ->
     assert (frame.slot, frame.boot, server.ledger.slots()) == (0, 1, {"node-0": 0})
 
 
+def test_a_flood_of_strangers_keeps_no_node_out(server: OneServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meerkat_mq.runtime.server.MAX_SLOTS", 1)
+    server.take_charge()
+    for node, word in (("stranger", "starting"), ("node-0", "online")):
+        said = NodeStatus.model_validate({"status": word, "boot": 1, "link": 1, "host": "h"})
+        server.receive(TOPICS.up(node, "status"), said.encode())
+    assert server.ledger.slots() == {"node-0": 0}
+    assert server.counts["too many nodes"] == 1
+
+
 def test_between_two_terms_the_machine_hears_and_says_nothing(server: OneServer) -> None:
     server.take_charge()
     server.ledger_work.held = True

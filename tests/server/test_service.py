@@ -1,5 +1,6 @@
 """The server as a service, without a broker: what does not fit into its outbox, and whom it waits for."""
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,9 +17,10 @@ from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.mqtt import Session
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.server import ServerMachine
+from meerkat_mq.runtime.measure import Measurer
 from meerkat_mq.runtime.server import ServerDriver
 from meerkat_mq.runtime.succession import Past
-from meerkat_mq.runtime.writer import Holdings
+from meerkat_mq.runtime.writer import Holdings, KeepSightings
 from meerkat_mq.server.monitor import Monitor
 from meerkat_mq.server.run import prepare_run
 from meerkat_mq.server.server import Server
@@ -201,3 +203,33 @@ async def test_a_round_that_outgrows_the_packets_is_dropped_counted_and_said(off
     (line,) = [line for line in lines if line["event"] == "not published"]
     assert line["topic"].endswith("/round")
     assert "over the limit of 1024" in line["problem"]
+
+
+async def test_news_of_nodes_do_not_pile_up_while_the_disk_takes_nothing_and_none_is_lost(office: Office) -> None:
+    server, driver, _ = office.in_charge(office.config, {"node": 0})
+    writer, received = driver.writer, server._session.received["want/node"]
+    driver.received(
+        "meerkat/v1/f/up/node/status", NodeStatus(status="starting", boot=1, link=1, host="h").encode(), retained=False
+    )
+    for _ in range(100):
+        received.add("topic", b"want", 1)
+        server._note_sightings()
+    sightings = [order.sightings for order in writer._queue if isinstance(order, KeepSightings)]
+    writer._queue.clear()
+    server._note_sightings()
+    sightings += [order.sightings for order in writer._queue if isinstance(order, KeepSightings)]
+    assert len(sightings) == 2
+    assert sum(sighting.packet_bytes for (sighting,) in sightings) == received.packet_bytes
+
+
+async def test_what_takes_long_is_given_up_before_its_threads_are_waited_for(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_up = threading.Event()
+    monkeypatch.setattr(Measurer, "stop", lambda _: given_up.set())
+    server, _, _ = office.server(office.config.model_copy(update={"once": True, "wait_for_nodes_s": 0.1}))
+    measuring = server._others.submit(given_up.wait, 20.0)
+    with pytest.raises(ExceptionGroup) as caught:
+        await server.run()
+    assert caught.group_contains(TooFewNodes)
+    assert measuring.result()
