@@ -82,6 +82,15 @@ def test_toml_examples_are_valid(page: Path, tmp_path: Path) -> None:
             check_config(table, NodeConfig if "id" in table else ServerConfig, where=page.name)
 
 
+# --- lines ---
+
+
+@each_page
+def test_lines_are_short(page: Path) -> None:
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        assert len(line) <= (240 if line.startswith("|") else 120), f"line {number}: {line}"
+
+
 # --- links ---
 
 
