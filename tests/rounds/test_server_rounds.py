@@ -77,9 +77,9 @@ def test_a_dead_node_is_waited_for_during_its_grace_only() -> None:
 
 @pytest.mark.parametrize("died", [0.1, 0.3, 0.7, 1.1, 16.9, 1e6 + 0.1])
 def test_the_tick_at_the_end_of_grace_closes(died: float) -> None:
-    server = desk(quorum=0.5, grace_s=0.2, deadline_s=1e9)
-    server.born(0, "a", "b")
-    server.update(0, "a")
+    server, opened = desk(quorum=0.5, grace_s=0.2, deadline_s=604_800.0), max(0.0, died - 100_000.0)
+    server.born(opened, "a", "b")
+    server.update(opened, "a")
     server.gone(died, "b")
     assert server.machine.wake_at == died + 0.2
     server.tick(died + 0.2)
