@@ -1,4 +1,4 @@
-"""What the tests of the machines share: settings, events in one line, and a desk that answers for the ledger."""
+"""What the tests of the machines share: settings, events in one line, and machines whose ledger or model answers."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -58,7 +58,7 @@ def state(**changes: Any) -> ServerState:
 
 
 def base_after(version: int) -> bytes:
-    """The digest that the desk gives for theta after entry `version`."""
+    """The digest that the ledger gives for theta after entry `version`."""
     return short_hash(version.to_bytes(4, "little"))
 
 
@@ -74,7 +74,7 @@ def status(
     return NodeStatus.model_validate(said | {"run": run, "wakes_in_s": wakes_in_s})
 
 
-class Desk:
+class AnsweredServer:
     """A server machine whose ledger answers at once, save for the kinds of effects in `slow`; ⟨g_p, z⟩ is always 1.
 
     Attributes:
@@ -162,10 +162,12 @@ class Desk:
         return only(e.CommitEntry, self.seen)
 
 
-def desk(*slow: type[object], digest_every: int = 1, resume: dict[str, Any] | None = None, **changes: Any) -> Desk:
-    """A started server machine at its desk; `resume` goes to the machine, `changes` to the settings."""
+def answered_server(
+    *slow: type[object], digest_every: int = 1, resume: dict[str, Any] | None = None, **changes: Any
+) -> AnsweredServer:
+    """A started server machine whose ledger answers; `resume` goes to the machine, `changes` to the settings."""
     fields: dict[str, Any] = {"term": 1, "server_id": SERVER_ID, "base": THETA_0} | (resume or {})
-    made = Desk(
+    made = AnsweredServer(
         ServerMachine(settings(digest_every=digest_every, **changes), **fields), *slow, digest_every=digest_every
     )
     made.start()
@@ -204,7 +206,7 @@ def refusal(reason: Any, version: int = 0, boot: int = 1) -> Refusal:
     return Refusal(header(version), boot, reason)
 
 
-class Hand:
+class AnsweredNode:
     """A node machine whose theta takes entries at once and arrives where they say; steps wait for `step`."""
 
     def __init__(self, **more: Any) -> None:
@@ -236,9 +238,9 @@ class Hand:
         return self.give(e.StepsDone(now, task.version, scalars or (1.0,), 1.0))
 
 
-def hand(*frames: Any, **more: Any) -> Hand:
+def answered_node(*frames: Any, **more: Any) -> AnsweredNode:
     """A connected and welcomed node that has seen these frames; `more` goes to the machine."""
-    made = Hand(**more)
+    made = AnsweredNode(**more)
     made.give(e.ServerCame(0.0, state()))
     made.frames(0.0, welcome(), *frames)
     return made

@@ -1,15 +1,15 @@
 """Duty-cycled nodes, as the server sees them: asked while they sleep, and dead only when they do not come back."""
 
 from meerkat_mq.rounds import events as e
-from tests.rounds.support import Desk, desk, reasons
+from tests.rounds.support import AnsweredServer, answered_server, reasons
 
 
-def asleep(server: Desk, now: float, node: str, wakes_in_s: int, link: int = 1) -> list[e.ServerEffect]:
+def asleep(server: AnsweredServer, now: float, node: str, wakes_in_s: int, link: int = 1) -> list[e.ServerEffect]:
     return server.born(now, node, word="asleep", wakes_in_s=wakes_in_s, link=link)
 
 
 def test_a_node_asleep_is_asked_and_awaited_until_it_should_be_back_and_then_dead() -> None:
-    server = desk(quorum=0.5, deadline_s=1000.0)
+    server = answered_server(quorum=0.5, deadline_s=1000.0)
     server.born(0, "a", "b")
     asleep(server, 1, "b", 50)
     server.update(2, "a")
@@ -22,7 +22,7 @@ def test_a_node_asleep_is_asked_and_awaited_until_it_should_be_back_and_then_dea
 
 
 def test_a_round_opens_with_a_node_that_is_asleep_and_hears_it_when_it_wakes() -> None:
-    server = desk()
+    server = answered_server()
     server.born(0, "a", "b")
     asleep(server, 1, "b", 50)
     server.update(2, "a")
@@ -36,7 +36,7 @@ def test_a_round_opens_with_a_node_that_is_asleep_and_hears_it_when_it_wakes() -
 
 
 def test_in_a_buffered_run_nobody_waits_for_who_is_asleep() -> None:
-    server = desk(mode="buffered", buffer_size=2, min_nodes=1)
+    server = answered_server(mode="buffered", buffer_size=2, min_nodes=1)
     server.born(0, "a", "b", "c")
     asleep(server, 1, "c", 1000)
     server.update(2, "a")
@@ -46,7 +46,7 @@ def test_in_a_buffered_run_nobody_waits_for_who_is_asleep() -> None:
 
 
 def test_that_a_node_was_asleep_before_its_present_connection_counts_for_nothing() -> None:
-    server = desk()
+    server = answered_server()
     server.born(0, "a", "b")
     asleep(server, 1, "b", 50)
     server.born(2, "b", link=2)
@@ -55,5 +55,5 @@ def test_that_a_node_was_asleep_before_its_present_connection_counts_for_nothing
 
 
 def test_an_unknown_node_that_is_asleep_is_nobody() -> None:
-    server = desk()
+    server = answered_server()
     assert asleep(server, 1, "z", 50) == []

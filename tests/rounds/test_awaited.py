@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.awaited import Awaited
-from tests.rounds.support import Desk, desk, status
+from tests.rounds.support import AnsweredServer, answered_server, status
 
 names = st.sampled_from("abcd")
 moves = st.one_of(
@@ -61,9 +61,9 @@ class Work:
         return self._trace
 
 
-def crowd(offline: int, word: str) -> Desk:
+def crowd(offline: int, word: str) -> AnsweredServer:
     """A server with two nodes online, one of which is to answer, and so many that went offline."""
-    server = desk(min_nodes=1, quorum=1.0, grace_s=1000.0)
+    server = answered_server(min_nodes=1, quorum=1.0, grace_s=1000.0)
     for at in range(offline):
         server.born(0.0, f"gone {at}")
         wakes_in_s = 3600 if word == "asleep" else None

@@ -16,7 +16,7 @@ from meerkat_mq.rounds.guards import Guard
 from meerkat_mq.rounds.policy import RoundSettings, lane_of, terms_of
 from meerkat_mq.rounds.records import UpdateRecord, Verdict
 from meerkat_mq.wire.frames import Reason, encode
-from tests.rounds.support import RUN, Desk, base_after, chain, desk, only, reasons, settings
+from tests.rounds.support import RUN, AnsweredServer, answered_server, base_after, chain, only, reasons, settings
 
 BUFFERED: dict[str, Any] = {"mode": "buffered", "buffer_size": 2, "max_staleness": 2, "min_nodes": 1}
 
@@ -25,13 +25,13 @@ def record(version: int, slot: int, *scalars: float, weight: int = 1) -> UpdateR
     return UpdateRecord(version, f"n{slot}", slot, 1, weight, scalars, 1.0)
 
 
-def buffered(*slow: type[object], nodes: str = "abc", **changes: Any) -> Desk:
-    server = desk(*slow, **BUFFERED | changes)
+def buffered(*slow: type[object], nodes: str = "abc", **changes: Any) -> AnsweredServer:
+    server = answered_server(*slow, **BUFFERED | changes)
     server.born(0, *nodes)
     return server
 
 
-def made_of(server: Desk) -> list[list[tuple[str, int]]]:
+def made_of(server: AnsweredServer) -> list[list[tuple[str, int]]]:
     """Of each entry: whose update, and of which base version."""
     return [[(record.node, record.version) for record in closed.records] for closed in server.entries]
 
@@ -166,7 +166,7 @@ def test_what_is_too_old_for_the_next_entry_is_not_taken_while_one_closes() -> N
 @pytest.mark.parametrize("mode", ["synchronous", "buffered"])
 def test_what_is_committed_too_late_for_any_entry_is_not_acknowledged(mode: str) -> None:
     changes: dict[str, Any] = {"mode": mode, "buffer_size": 1, "max_staleness": 0, "quorum": 0.5, "min_nodes": 2}
-    server = desk(e.CommitUpdate, e.ApplyTerms, values_accepted=True, **changes)
+    server = answered_server(e.CommitUpdate, e.ApplyTerms, values_accepted=True, **changes)
     server.born(0, "a", "b")
     server.update(1, "a")
     server.update(1, "b")
@@ -189,7 +189,7 @@ def test_a_partial_path_has_whole_steps(scalars: int, reason: Reason | None) -> 
 
 
 def test_a_synchronous_round_takes_no_partial_path() -> None:
-    server = desk(steps=3)
+    server = answered_server(steps=3)
     server.born(0, "a", "b")
     assert only(e.Reply, server.update(1, "a", 1.0, 1.0))[0].frame.reason is Reason.WRONG_STEPS  # type: ignore[union-attr]
 
@@ -322,13 +322,13 @@ def test_guards_compare_what_walked_the_same_directions() -> None:
 # --- a new term -----------------------------------------------------------------------------------------------------
 
 
-def resumed(**more: Any) -> Desk:
+def resumed(**more: Any) -> AnsweredServer:
     entries = chain(5)
     fields = {
         "term": 2, "base": base_after(4), "version": 5, "head": entries[-1].hash(RUN), "entries": entries,
         "slots": {"a": 0, "b": 1, "c": 2}, "bases": {version: base_after(version - 1) for version in (3, 4, 5)},
     }  # fmt: skip
-    server = desk(resume=fields | more, **BUFFERED | {"buffer_size": 3})
+    server = answered_server(resume=fields | more, **BUFFERED | {"buffer_size": 3})
     server.born(0, "a", "b", "c")
     return server
 

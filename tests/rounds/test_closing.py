@@ -3,12 +3,12 @@
 from dataclasses import replace
 
 from meerkat_mq.rounds import events as e
-from tests.rounds.support import Desk, desk, only, reasons
+from tests.rounds.support import AnsweredServer, answered_server, only, reasons
 
 
-def closing() -> tuple[Desk, e.JudgeRound]:
+def closing() -> tuple[AnsweredServer, e.JudgeRound]:
     """A server that waits for the outcome of round 0, of a and b."""
-    server = desk(e.JudgeRound)
+    server = answered_server(e.JudgeRound)
     server.born(0.0, "a", "b")
     server.update(1.0, "a", 2.0)
     server.update(1.0, "b", 4.0)
@@ -42,7 +42,7 @@ def test_an_answer_to_another_term_or_version_or_a_second_one_is_dropped() -> No
 
 def test_an_answer_that_nobody_waits_for_is_dropped() -> None:
     _, order = closing()
-    waiting, fresh = desk(), desk()
+    waiting, fresh = answered_server(), answered_server()
     waiting.born(0.0, "a", "b")
     for server in (waiting, fresh):
         assert reasons(server.give(judged(order))) == ["unexpected answer"]
@@ -50,7 +50,7 @@ def test_an_answer_that_nobody_waits_for_is_dropped() -> None:
 
 
 def test_what_is_committed_meanwhile_is_not_of_the_round() -> None:
-    server = desk(e.JudgeRound, e.CommitUpdate, quorum=0.5)
+    server = answered_server(e.JudgeRound, e.CommitUpdate, quorum=0.5)
     server.born(0.0, "a", "b")
     server.update(1.0, "a", 2.0)
     server.answer(1.0)

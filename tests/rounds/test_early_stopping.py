@@ -14,7 +14,7 @@ from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.early_stopping import EarlyStopping, judgements_of
 from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
 from meerkat_mq.wire.frames import Reason, Refusal
-from tests.rounds.support import Desk, chain, desk, only, reasons
+from tests.rounds.support import AnsweredServer, answered_server, chain, only, reasons
 from tests.rounds.support import settings as rules_of
 
 VPCS = EarlyStoppingConfig(by="vpcs", calibration_steps=10, rho_later=3.0, quiet=0.1)
@@ -23,9 +23,11 @@ STEADY = (8.0, -8.0, 7.0, 6.0, -8.0, 8.0, -7.0, 8.0, 6.0, -8.0)
 CALIBRATING: dict[str, Any] = {"steps": 3, "lr": 1.0, "measured": True, "early_stopping": VPCS}
 
 
-def ready(*slow: type[object], nodes: str = "ab", resume: dict[str, Any] | None = None, **changes: Any) -> Desk:
+def ready(
+    *slow: type[object], nodes: str = "ab", resume: dict[str, Any] | None = None, **changes: Any
+) -> AnsweredServer:
     """A calibration of ten steps is open; other rounds have three, and one for early-stopped nodes."""
-    server = desk(*slow, resume=resume, **CALIBRATING | {"min_nodes": len(nodes)} | changes)
+    server = answered_server(*slow, resume=resume, **CALIBRATING | {"min_nodes": len(nodes)} | changes)
     server.born(0, *nodes)
     return server
 
@@ -34,7 +36,7 @@ def refusals(effects: list[e.ServerEffect]) -> list[Reason]:
     return [reply.frame.reason for reply in only(e.Reply, effects) if isinstance(reply.frame, Refusal)]
 
 
-def short(server: Desk) -> dict[int, int]:
+def short(server: AnsweredServer) -> dict[int, int]:
     """Which slots the round asks for fewer steps, and how many."""
     return dict(server.round.short)
 
@@ -232,7 +234,7 @@ def test_measurements_that_nobody_waits_for_are_counted() -> None:
     server.update(1, "a", *STEADY)
     server.update(2, "b", *DECAYING)
     assert server.entries[0].products == products
-    assert reasons(desk().give(e.DirectionsMeasured(1, 0, products))) == ["unexpected answer"]
+    assert reasons(answered_server().give(e.DirectionsMeasured(1, 0, products))) == ["unexpected answer"]
     plain = ready(measured=False, early_stopping=EarlyStoppingConfig())
     assert not only(e.MeasureDirections, plain.seen)
     assert reasons(plain.give(e.DirectionsMeasured(1, 0, products))) == ["unexpected answer"]
@@ -241,7 +243,7 @@ def test_measurements_that_nobody_waits_for_are_counted() -> None:
 # --- a new term -------------------------------------------------------------------------------------------------------
 
 
-def taken(server: Desk) -> list[UpdateRecord]:
+def taken(server: AnsweredServer) -> list[UpdateRecord]:
     return [commit.record for commit in only(e.CommitUpdate, server.seen)]
 
 
@@ -348,7 +350,7 @@ def test_judgements_do_not_depend_on_the_order_of_arrival(
     names = [f"n{number}" for number in range(len(found))]
     closed = []
     for order in (names, rng.sample(names, len(names))):
-        server = desk(**CALIBRATING | {"min_nodes": len(found), "lanes": lanes, "early_stopping": config})
+        server = answered_server(**CALIBRATING | {"min_nodes": len(found), "lanes": lanes, "early_stopping": config})
         server.born(0, *names)
         for node in order:
             server.update(1, node, *found[int(node[1:])])

@@ -11,11 +11,11 @@ from meerkat_mq.wire.frames import Entries, Offer, Reason, Update, Want
 from tests.rounds.support import (
     RUN,
     THETA_0,
-    Hand,
+    AnsweredNode,
     announced,
+    answered_node,
     base_after,
     chain,
-    hand,
     header,
     node_machine,
     only,
@@ -30,7 +30,7 @@ from tests.rounds.support import (
 
 
 def test_a_node_greets_until_it_has_a_slot_and_a_round() -> None:
-    node = Hand()
+    node = AnsweredNode()
     assert node.give(e.Connected(0.0)) == [e.PublishStatus()]
     for number in range(1, 4):
         assert node.machine.wake_at == number * RETRY_S
@@ -44,7 +44,7 @@ def test_a_node_greets_until_it_has_a_slot_and_a_round() -> None:
 
 
 def test_on_a_new_connection_a_node_works_on_and_asks_when_no_round_comes() -> None:
-    node = hand(announced())
+    node = answered_node(announced())
     assert node.give(e.Connected(10.0)) == [e.PublishStatus()]
     assert sent(node.step(11.0), Update)
     assert node.machine.wake_at == 12.0
@@ -54,13 +54,13 @@ def test_on_a_new_connection_a_node_works_on_and_asks_when_no_round_comes() -> N
 
 
 def test_a_welcome_for_another_process_is_not_taken() -> None:
-    node = hand()
+    node = answered_node()
     node.frames(1.0, welcome(slot=5, boot=2))
     assert node.machine.slot == 0
 
 
 def test_a_new_server_is_told_that_the_node_is_there_and_gives_slots_anew() -> None:
-    node = hand(announced())
+    node = answered_node(announced())
     assert only(e.PublishStatus, node.give(e.ServerCame(1.0, state(term=2))))
     assert node.machine.slot is None
     node.frames(1.0, welcome(3, term=2))
@@ -68,7 +68,7 @@ def test_a_new_server_is_told_that_the_node_is_there_and_gives_slots_anew() -> N
 
 
 def test_the_first_frame_of_a_new_term_counts_as_its_server() -> None:
-    node = hand(announced())
+    node = answered_node(announced())
     assert only(e.PublishStatus, node.frames(1.0, welcome(3, term=2)))
     assert node.machine.slot == 3
     assert not only(e.PublishStatus, node.give(e.ServerCame(2.0, state(term=2))))
@@ -76,7 +76,7 @@ def test_the_first_frame_of_a_new_term_counts_as_its_server() -> None:
 
 
 def test_a_server_that_connects_anew_is_told_again() -> None:
-    node = hand(announced())
+    node = answered_node(announced())
     assert node.give(e.ServerCame(1.0, state(round=4))) == []
     assert node.give(e.ServerCame(1.0, state(status="lost"))) == []
     assert node.give(e.ServerCame(2.0, state(link=2))) == [e.PublishStatus()]
@@ -85,7 +85,7 @@ def test_a_server_that_connects_anew_is_told_again() -> None:
 
 @pytest.mark.parametrize("server_id", ["4" * 16, "6" * 16])
 def test_two_servers_in_one_term_are_asked_for_a_higher_one(server_id: str) -> None:
-    node = hand(announced(3, entries=tuple(chain(3))))
+    node = answered_node(announced(3, entries=tuple(chain(3))))
     effects = node.give(e.ServerCame(1.0, state(server_id=server_id)))
     assert "two servers in a term" in reasons(effects)
     assert [want.header.term for want in sent(effects, Want)] == [2]
@@ -93,7 +93,7 @@ def test_two_servers_in_one_term_are_asked_for_a_higher_one(server_id: str) -> N
 
 
 def test_it_asks_for_a_higher_term_until_there_is_one() -> None:
-    node = hand(announced())
+    node = answered_node(announced())
     assert sent(node.give(e.ServerCame(1.0, state(server_id="4" * 16))), Want)  # lost: no connection stood
     assert not sent(node.give(e.ServerCame(1.1, state(server_id="4" * 16))), Want)
     (want,) = sent(node.give(e.Connected(1.5)), Want)
@@ -106,7 +106,7 @@ def test_it_asks_for_a_higher_term_until_there_is_one() -> None:
 
 
 def test_stale_and_foreign_servers_and_frames_are_counted_only() -> None:
-    node = hand(announced(3, term=2, entries=tuple(chain(3))))
+    node = answered_node(announced(3, term=2, entries=tuple(chain(3))))
     assert reasons(node.give(e.ServerCame(1.0, state(term=1)))) == ["stale server"]
     assert reasons(node.give(e.ServerCame(1.0, state(term=9, run="f" * 32)))) == ["of another run"]
     assert reasons(node.frames(1.0, announced(4, term=1))) == ["stale term"]
@@ -121,7 +121,7 @@ def test_stale_and_foreign_servers_and_frames_are_counted_only() -> None:
 
 
 def test_a_short_absence_needs_no_request() -> None:
-    node = hand()
+    node = answered_node()
     effects = node.frames(1.0, announced(3, entries=tuple(chain(3))))
     assert node.machine.version == 3
     assert not sent(effects, Want)
@@ -129,7 +129,7 @@ def test_a_short_absence_needs_no_request() -> None:
 
 
 def test_a_long_absence_is_made_up_for_by_asking() -> None:
-    node, ledger = hand(), tuple(chain(9))
+    node, ledger = answered_node(), tuple(chain(9))
     (want,) = sent(node.frames(1.0, announced(9, entries=ledger[6:])), Want)
     assert want.entries_from == 0
     node.frames(1.1, Entries(header(9), ledger[:4]))
@@ -141,14 +141,14 @@ def test_a_long_absence_is_made_up_for_by_asking() -> None:
 
 
 def test_on_a_new_connection_a_node_asks_at_once_for_what_it_lacks() -> None:
-    node, ledger = hand(), tuple(chain(9))
+    node, ledger = answered_node(), tuple(chain(9))
     node.frames(1.0, announced(9, entries=ledger[6:]))
     (want,) = sent(node.give(e.Connected(1.1)), Want)
     assert want.entries_from == 0
 
 
 def test_a_node_asks_again_when_no_answer_comes() -> None:
-    node = hand(announced(3))
+    node = answered_node(announced(3))
     assert node.machine.wake_at == RETRY_S
     assert sent(node.give(e.Tick(RETRY_S)), Want)
     assert node.machine.wake_at == 2 * RETRY_S
@@ -159,7 +159,7 @@ def offer(version: int, term: int = 1) -> Offer:
 
 
 def test_a_snapshot_that_is_offered_stands_in_for_the_entries_before_it() -> None:
-    node, ledger = hand(announced(9)), tuple(chain(9))
+    node, ledger = answered_node(announced(9)), tuple(chain(9))
     assert only(e.FetchSnapshot, node.frames(1.0, offer(7))) == [e.FetchSnapshot(offer(7))]
     assert node.frames(1.5, offer(8), Entries(header(9), ledger)) == []
     assert node.machine.wake_at is None
@@ -172,7 +172,7 @@ def test_a_snapshot_that_is_offered_stands_in_for_the_entries_before_it() -> Non
 
 
 def test_a_snapshot_that_does_not_come_is_asked_for_again_later() -> None:
-    node = hand(announced(9))
+    node = answered_node(announced(9))
     node.frames(1.0, offer(7))
     effects = node.give(e.SnapshotMissed(5.0, 7))
     assert reasons(effects) == ["snapshot missed"]
@@ -183,7 +183,7 @@ def test_a_snapshot_that_does_not_come_is_asked_for_again_later() -> None:
 
 
 def test_an_offer_of_what_the_node_has_and_an_answer_that_nobody_waits_for_do_nothing() -> None:
-    node = hand(announced(2, entries=tuple(chain(2))))
+    node = answered_node(announced(2, entries=tuple(chain(2))))
     node.step(1.0)
     assert node.frames(2.0, offer(2)) == []
     assert reasons(node.give(e.SnapshotLoaded(3.0, 2, RUN, THETA_0))) == ["unexpected answer"]
@@ -192,7 +192,7 @@ def test_an_offer_of_what_the_node_has_and_an_answer_that_nobody_waits_for_do_no
 
 
 def test_a_snapshot_of_another_past_is_left_when_the_server_shows_its_own() -> None:
-    node, ledger = hand(announced(9)), tuple(chain(9))
+    node, ledger = answered_node(announced(9)), tuple(chain(9))
     node.frames(1.0, offer(7))
     node.give(e.ServerCame(1.5, state(term=2)))
     node.give(e.SnapshotLoaded(2.0, 7, b"another" * 2 + b"..", ledger[6].digest))
@@ -203,14 +203,14 @@ def test_a_snapshot_of_another_past_is_left_when_the_server_shows_its_own() -> N
 
 def test_entries_are_applied_from_the_head_on_only() -> None:
     ledger = tuple(chain(5))
-    node = hand(announced(2, entries=ledger[:2]))
+    node = answered_node(announced(2, entries=ledger[:2]))
     node.step(1.0)
     assert only(e.ApplyEntries, node.frames(2.0, Entries(header(5), ledger[3:]))) == []
     assert only(e.ApplyEntries, node.frames(2.0, Entries(header(5), ledger))) == [e.ApplyEntries(ledger[2:])]
 
 
 def test_entries_that_come_while_the_node_is_busy_wait_for_the_next_answer() -> None:
-    node, ledger = hand(announced()), tuple(chain(2))
+    node, ledger = answered_node(announced()), tuple(chain(2))
     assert node.frames(1.0, Entries(header(2), ledger), announced(2)) == [e.StopSteps(0)]
     assert reasons(node.step(2.0)) == ["late step"]
     (want,) = sent(node.seen, Want)
@@ -221,13 +221,13 @@ def test_the_base_is_the_newest_due_digest() -> None:
     ledger = chain(3)
     ledger[1] = replace(ledger[1], digest=NO_DIGEST)
     ledger[2] = replace(ledger[2], digest=NO_DIGEST, previous=ledger[1].hash(RUN))
-    node = hand(announced(3, entries=tuple(ledger)))
+    node = answered_node(announced(3, entries=tuple(ledger)))
     (update,) = sent(node.step(1.0), Update)
     assert update.base == base_after(0)[:8]
 
 
 def test_another_past_is_refused_under_a_term_that_was_followed() -> None:
-    node = hand(announced(3, is_open=False, entries=tuple(chain(3))))
+    node = answered_node(announced(3, is_open=False, entries=tuple(chain(3))))
     other = chain(5, seed=1)
     effects = node.frames(1.0, announced(5, entries=tuple(other[3:])))
     assert reasons(effects) == ["entry refused"]
@@ -236,7 +236,7 @@ def test_another_past_is_refused_under_a_term_that_was_followed() -> None:
 
 
 def test_another_past_under_a_higher_term_starts_the_node_over() -> None:
-    node = hand(announced(3, is_open=False, entries=tuple(chain(3))))
+    node = answered_node(announced(3, is_open=False, entries=tuple(chain(3))))
     effects = node.frames(1.0, announced(5, term=2, entries=tuple(chain(5, seed=1)[3:])))
     assert reasons(effects) == ["resynchronised"]
     assert only(e.ResetTheta, effects)
@@ -248,7 +248,7 @@ def test_another_past_under_a_higher_term_starts_the_node_over() -> None:
 
 @pytest.mark.parametrize("version", [0, 2])
 def test_a_node_ahead_of_a_restored_ledger_starts_over(version: int) -> None:
-    node, ledger = hand(announced(3, entries=tuple(chain(3)))), tuple(chain(version))
+    node, ledger = answered_node(announced(3, entries=tuple(chain(3)))), tuple(chain(version))
     node.step(0.5)
     effects = node.frames(1.0, welcome(0, term=2), announced(version, term=2, entries=ledger))
     assert reasons(effects) == ["resynchronised"]
@@ -259,7 +259,7 @@ def test_a_node_ahead_of_a_restored_ledger_starts_over(version: int) -> None:
 
 
 def test_a_ledger_of_a_higher_term_that_extends_the_head_is_followed_quietly() -> None:
-    node = hand(announced(3, entries=tuple(chain(3))))
+    node = answered_node(announced(3, entries=tuple(chain(3))))
     node.step(0.5)
     assert reasons(node.frames(1.0, announced(3, term=2, entries=tuple(chain(3))))) == []
     effects = node.frames(1.0, announced(4, term=2, entries=tuple(chain(4))))
@@ -268,7 +268,7 @@ def test_a_ledger_of_a_higher_term_that_extends_the_head_is_followed_quietly() -
 
 
 def test_a_term_is_followed_once_its_round_shows_the_same_past() -> None:
-    node = hand(announced(3, is_open=False, entries=tuple(chain(3))))
+    node = answered_node(announced(3, is_open=False, entries=tuple(chain(3))))
     node.frames(1.0, announced(3, term=2, entries=tuple(chain(3))))
     other = chain(4, seed=1)
     assert reasons(node.frames(2.0, announced(4, term=2, entries=(other[3],)))) == ["entry refused"]
@@ -276,7 +276,7 @@ def test_a_term_is_followed_once_its_round_shows_the_same_past() -> None:
 
 
 def test_entries_that_overtake_the_round_do_no_harm() -> None:
-    node = hand(announced(2))
+    node = answered_node(announced(2))
     effects = node.frames(1.0, Entries(header(3), tuple(chain(3))), announced(2, entries=tuple(chain(2))))
     assert reasons(effects) == []
     assert node.machine.version == 3
@@ -286,7 +286,7 @@ def test_entries_that_overtake_the_round_do_no_harm() -> None:
 
 
 def test_a_refused_digest_starts_the_node_over() -> None:
-    node = hand(announced(2, entries=tuple(chain(2))))
+    node = answered_node(announced(2, entries=tuple(chain(2))))
     node.step(1.0)
     effects = node.frames(2.0, refusal(Reason.RESYNCHRONISE, 2))
     assert reasons(effects) == ["refused: resynchronise", "resynchronised"]
@@ -296,7 +296,7 @@ def test_a_refused_digest_starts_the_node_over() -> None:
 
 
 def test_a_refusal_told_twice_or_to_another_process_does_nothing() -> None:
-    node = hand(announced(2, entries=tuple(chain(2))))
+    node = answered_node(announced(2, entries=tuple(chain(2))))
     node.step(1.0)
     assert node.frames(2.0, refusal(Reason.RESYNCHRONISE, 2, boot=2), refusal(Reason.RESYNCHRONISE, 1)) == []
     node.frames(2.0, refusal(Reason.RESYNCHRONISE, 2), Entries(header(2), tuple(chain(2))))
@@ -315,7 +315,7 @@ def test_a_node_that_never_arrives_at_the_digest_ends_in_words() -> None:
 
 
 def test_being_heard_clears_the_count_of_refused_digests() -> None:
-    node = hand(announced(1, entries=tuple(chain(1))))
+    node = answered_node(announced(1, entries=tuple(chain(1))))
     for number in range(8):
         node.step(1.0)
         effects = node.frames(2.0, refusal(Reason.RESYNCHRONISE, 1))
@@ -338,12 +338,12 @@ def test_being_heard_clears_the_count_of_refused_digests() -> None:
     ],
 )
 def test_a_node_steps_only_in_an_open_round_at_its_version_that_asks_it_and_has_not_heard_it(frame: object) -> None:
-    assert hand(frame).task is None
-    assert hand(announced()).task is not None
+    assert answered_node(frame).task is None
+    assert answered_node(announced()).task is not None
 
 
 def test_without_a_slot_there_is_no_step() -> None:
-    node = Hand()
+    node = AnsweredNode()
     node.frames(1.0, announced())
     assert node.task is None
     node.frames(2.0, welcome())
@@ -351,7 +351,7 @@ def test_without_a_slot_there_is_no_step() -> None:
 
 
 def test_an_update_is_sent_at_each_announcement_until_it_is_heard() -> None:
-    node = hand(announced())
+    node = answered_node(announced())
     (update,) = sent(node.step(1.0, 0.25), Update)
     assert update == Update(header(), 1, THETA_0[:8], 1.0, (0.25,))
     assert sent(node.give(e.Tick(2.0)), Update) == []
@@ -360,7 +360,7 @@ def test_an_update_is_sent_at_each_announcement_until_it_is_heard() -> None:
 
 
 def test_an_update_is_sent_again_under_a_new_term_without_stepping_again() -> None:
-    node = hand(announced())
+    node = answered_node(announced())
     (update,) = sent(node.step(1.0, 0.25), Update)
     effects = node.frames(2.0, announced(term=2), welcome(term=2))
     assert sent(effects, Update) == [replace(update, header=header(term=2))]
@@ -368,7 +368,7 @@ def test_an_update_is_sent_again_under_a_new_term_without_stepping_again() -> No
 
 
 def test_in_another_slot_the_steps_are_done_again_on_its_lane() -> None:
-    node = hand(announced(lanes=2))
+    node = answered_node(announced(lanes=2))
     node.step(1.0)
     effects = node.frames(2.0, announced(term=2, lanes=2, asked=(3,)), welcome(3, term=2))
     assert sent(effects, Update) == []
@@ -376,12 +376,12 @@ def test_in_another_slot_the_steps_are_done_again_on_its_lane() -> None:
 
 
 def test_a_node_on_the_short_list_does_fewer_steps() -> None:
-    node = hand(announced(steps=10, short=((0, 3), (1, 4))))
+    node = answered_node(announced(steps=10, short=((0, 3), (1, 4))))
     assert node.task == e.StartSteps(0, 0, 3, 2.0**-10)
 
 
 def test_a_slow_node_goes_on_with_the_round_that_is_open_when_it_is_done() -> None:
-    node = hand(announced())
+    node = answered_node(announced())
     node.frames(1.0, announced(1, entries=tuple(chain(1))))
     effects = node.step(2.0)
     assert reasons(effects) == ["late step"]
@@ -390,12 +390,12 @@ def test_a_slow_node_goes_on_with_the_round_that_is_open_when_it_is_done() -> No
 
 
 def test_the_head_of_an_empty_ledger_is_the_mask() -> None:
-    node = hand(announced(1, entries=tuple(chain(1, previous=RUN))))
+    node = answered_node(announced(1, entries=tuple(chain(1, previous=RUN))))
     assert node.machine.version == 0
 
 
 def test_a_round_of_a_version_that_nobody_stands_at_is_given_up() -> None:
-    node = hand(announced())
+    node = answered_node(announced())
     node.step(1.0)
     assert reasons(node.frames(2.0, announced(2**32 - 1), announced(0))) == ["old round"]
     for now in range(2, 20, 2):
@@ -410,7 +410,7 @@ def test_a_round_of_a_version_that_nobody_stands_at_is_given_up() -> None:
 
 
 def test_steps_that_fail_are_tried_again_later_and_later() -> None:
-    node = Hand()
+    node = AnsweredNode()
     (task,) = only(e.StartSteps, node.frames(1.0, welcome(), announced()))
     now = 1.0
     for pause_s in (2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0):
@@ -429,7 +429,7 @@ def test_steps_that_fail_are_tried_again_later_and_later() -> None:
 
 
 def test_a_round_that_closed_meanwhile_is_not_tried_again() -> None:
-    node = Hand()
+    node = AnsweredNode()
     node.frames(1.0, welcome(), announced())
     node.give(e.StepsFailed(1.0, 0))
     node.frames(1.5, announced(1, entries=tuple(chain(1))))

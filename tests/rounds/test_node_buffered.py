@@ -12,11 +12,11 @@ from meerkat_mq.wire.frames import Reason, Round, Update, Values
 from tests.rounds.support import (
     RUN,
     THETA_0,
-    Hand,
+    AnsweredNode,
     announced,
+    answered_node,
     base_after,
     chain,
-    hand,
     header,
     only,
     reasons,
@@ -38,14 +38,14 @@ def ahead(version: int, **changes: Any) -> Round:
 
 
 def test_a_node_stops_when_the_head_is_as_far_ahead_as_an_update_may_be_late() -> None:
-    node = hand(announced(), max_staleness=2)
+    node = answered_node(announced(), max_staleness=2)
     assert only(e.StopSteps, node.frames(1.0, ahead(1))) == []
     assert only(e.StopSteps, node.frames(2.0, ahead(2))) == [e.StopSteps(0)]
     assert only(e.StopSteps, node.frames(2.1, ahead(2), ahead(3))) == []  # said once
 
 
 def test_a_partial_path_is_sent_from_the_version_that_it_began_at_and_then_the_node_goes_on() -> None:
-    node = hand(announced(steps=5), max_staleness=2)
+    node = answered_node(announced(steps=5), max_staleness=2)
     node.frames(1.0, ahead(2, steps=5))
     effects = node.step(2.0, 1.0, 2.0)
     (update,) = sent(effects, Update)
@@ -55,7 +55,7 @@ def test_a_partial_path_is_sent_from_the_version_that_it_began_at_and_then_the_n
 
 
 def test_what_no_entry_takes_any_more_is_forgotten_and_not_sent() -> None:
-    node = hand(announced(), max_staleness=2)
+    node = answered_node(announced(), max_staleness=2)
     node.frames(1.0, ahead(3))
     effects = node.step(2.0)
     assert (sent(effects, Update), only(e.Forget, effects)) == ([], [e.Forget(0, heard=False)])
@@ -63,7 +63,7 @@ def test_what_no_entry_takes_any_more_is_forgotten_and_not_sent() -> None:
 
 
 def test_steps_that_the_limits_forbid_are_asked_for_again() -> None:
-    node = hand(announced(), max_staleness=2)
+    node = answered_node(announced(), max_staleness=2)
     effects = node.give(e.StepsDone(1.0, 0, (), math.nan))
     assert (sent(effects, Update), only(e.StartSteps, effects)) == ([], [e.StartSteps(0, 0, 1, 2.0**-10)])
     assert reasons(effects) == []
@@ -73,7 +73,7 @@ def test_steps_that_the_limits_forbid_are_asked_for_again() -> None:
 
 
 def test_an_update_is_sent_at_each_announcement_also_of_later_versions_until_it_is_heard() -> None:
-    node = hand(announced(), max_staleness=2)
+    node = answered_node(announced(), max_staleness=2)
     (update,) = sent(node.step(1.0, 0.25), Update)
     assert sent(node.frames(2.0, ahead(1)), Update) == [update]
     effects = node.frames(3.0, ahead(2, heard_before=((0, 2),)))
@@ -90,7 +90,7 @@ def test_an_update_is_sent_at_each_announcement_also_of_later_versions_until_it_
     ],
 )
 def test_who_was_heard_from_that_version_or_a_newer_one_is_done(changes: dict[str, Any], heard: bool) -> None:
-    node = hand(ahead(1), max_staleness=3)
+    node = answered_node(ahead(1), max_staleness=3)
     node.step(1.0)
     effects = node.frames(2.0, ahead(2, **changes))
     assert only(e.Forget, effects) == ([e.Forget(1, heard=True)] if heard else [])
@@ -98,7 +98,7 @@ def test_who_was_heard_from_that_version_or_a_newer_one_is_done(changes: dict[st
 
 
 def test_a_newer_update_takes_the_place_of_one_that_was_not_heard() -> None:
-    node = hand(announced(), max_staleness=3)
+    node = answered_node(announced(), max_staleness=3)
     node.step(1.0, 0.25)
     node.frames(2.0, ahead(1))
     effects = node.step(3.0, 0.5)
@@ -107,7 +107,7 @@ def test_a_newer_update_takes_the_place_of_one_that_was_not_heard() -> None:
 
 
 def test_a_refused_update_of_an_older_version_is_forgotten_and_theta_stays() -> None:
-    node = hand(announced(), max_staleness=3)
+    node = answered_node(announced(), max_staleness=3)
     node.step(1.0)
     node.frames(2.0, ahead(1))
     effects = node.frames(3.0, refusal(Reason.RESYNCHRONISE, 0))
@@ -116,7 +116,7 @@ def test_a_refused_update_of_an_older_version_is_forgotten_and_theta_stays() -> 
 
 
 def test_after_a_restart_a_node_that_was_heard_does_not_step_again() -> None:
-    node = hand(announced(heard=frozenset({0})), max_staleness=2)
+    node = answered_node(announced(heard=frozenset({0})), max_staleness=2)
     assert node.task is None
     node.frames(1.0, ahead(1, heard_before=((0, 1),)))
     assert node.task is not None
@@ -129,8 +129,8 @@ def kept() -> Update:
     return Update(header(1), 9, base_after(0)[:8], 1.0, (0.5,), SEEDS)
 
 
-def restarted() -> Hand:
-    node = Hand(max_staleness=3, pending=kept())
+def restarted() -> AnsweredNode:
+    node = AnsweredNode(max_staleness=3, pending=kept())
     node.give(e.ServerCame(0.0, state()))
     node.frames(0.5, welcome())
     return node
@@ -171,7 +171,7 @@ def test_one_that_the_server_refuses_goes_and_theta_stays() -> None:
 
 
 def test_a_values_node_announces_its_displacement() -> None:
-    node, values = hand(announced()), Values(short_hash(b"blob"), 40, 1)
+    node, values = answered_node(announced()), Values(short_hash(b"blob"), 40, 1)
     (update,) = sent(node.give(e.StepsDone(1.0, 0, (), 0.5, values)), Update)
     assert (update.scalars, update.values, update.loss) == ((), values, 0.5)
     assert sent(node.frames(2.0, announced()), Update) == [update]
@@ -179,7 +179,7 @@ def test_a_values_node_announces_its_displacement() -> None:
 
 
 def test_in_a_synchronous_run_it_learns_from_the_next_round_that_it_was_heard() -> None:
-    node = hand(announced())
+    node = answered_node(announced())
     node.give(e.StepsDone(1.0, 0, (), 0.5, Values(short_hash(b"blob"), 40, 1)))
     effects = node.frames(2.0, ahead(1, heard_before=((0, 1),)))
     assert only(e.Forget, effects) == [e.Forget(0, heard=True)]
@@ -187,7 +187,7 @@ def test_in_a_synchronous_run_it_learns_from_the_next_round_that_it_was_heard() 
 
 
 def test_entries_whose_displacement_does_not_come_are_asked_for_after_a_while() -> None:
-    node, entries = hand(), tuple(chain(1))
+    node, entries = answered_node(), tuple(chain(1))
     node.machine.handle(e.FrameCame(1.0, announced(1, entries=entries)))
     assert reasons(node.machine.handle(e.EntriesMissed(2.0, entries))) == ["entries missed"]
     assert (node.machine.wake_at, node.machine.version) == (4.0, 0)

@@ -4,7 +4,7 @@ import pytest
 
 from meerkat_mq.rounds import events as e
 from meerkat_mq.wire.frames import Want
-from tests.rounds.support import desk, header, only, reasons, state
+from tests.rounds.support import answered_server, header, only, reasons, state
 
 
 def published(effects: list[e.ServerEffect]) -> int:
@@ -12,7 +12,7 @@ def published(effects: list[e.ServerEffect]) -> int:
 
 
 def test_a_round_opens_with_min_nodes_and_closes_when_all_are_heard() -> None:
-    server = desk()
+    server = answered_server()
     assert not server.round.is_open
     server.born(1, "a")
     assert not server.round.is_open
@@ -29,7 +29,7 @@ def test_a_round_opens_with_min_nodes_and_closes_when_all_are_heard() -> None:
 
 
 def test_nothing_is_heard_before_it_is_committed() -> None:
-    server = desk(e.CommitUpdate)
+    server = answered_server(e.CommitUpdate)
     server.born(0, "a", "b")
     server.update(1, "a")
     server.tick(25)
@@ -40,7 +40,7 @@ def test_nothing_is_heard_before_it_is_committed() -> None:
 
 
 def test_an_entry_is_published_only_when_it_is_committed() -> None:
-    server = desk(e.CommitEntry)
+    server = answered_server(e.CommitEntry)
     server.born(0, "a", "b")
     server.update(1, "a")
     server.update(1, "b")
@@ -52,7 +52,7 @@ def test_an_entry_is_published_only_when_it_is_committed() -> None:
 
 
 def test_an_update_committed_after_closing_is_not_in_the_entry() -> None:
-    server = desk(e.CommitUpdate, quorum=0.5)
+    server = answered_server(e.CommitUpdate, quorum=0.5)
     server.born(0, "a", "b")
     server.update(1, "a")
     server.answer(1)
@@ -64,7 +64,7 @@ def test_an_update_committed_after_closing_is_not_in_the_entry() -> None:
 
 
 def test_a_dead_node_is_waited_for_during_its_grace_only() -> None:
-    server = desk(quorum=0.5)
+    server = answered_server(quorum=0.5)
     server.born(0, "a", "b")
     server.update(1, "a")
     server.gone(2, "b")
@@ -77,7 +77,7 @@ def test_a_dead_node_is_waited_for_during_its_grace_only() -> None:
 
 @pytest.mark.parametrize("died", [0.1, 0.3, 0.7, 1.1, 16.9, 1e6 + 0.1])
 def test_the_tick_at_the_end_of_grace_closes(died: float) -> None:
-    server, opened = desk(quorum=0.5, grace_s=0.2, deadline_s=604_800.0), max(0.0, died - 100_000.0)
+    server, opened = answered_server(quorum=0.5, grace_s=0.2, deadline_s=604_800.0), max(0.0, died - 100_000.0)
     server.born(opened, "a", "b")
     server.update(opened, "a")
     server.gone(died, "b")
@@ -87,7 +87,7 @@ def test_the_tick_at_the_end_of_grace_closes(died: float) -> None:
 
 
 def test_a_node_back_within_its_grace_is_waited_for() -> None:
-    server = desk(quorum=0.5)
+    server = answered_server(quorum=0.5)
     server.born(0, "a", "b")
     server.update(1, "a")
     server.gone(2, "b")
@@ -99,7 +99,7 @@ def test_a_node_back_within_its_grace_is_waited_for() -> None:
 
 
 def test_a_death_of_an_older_connection_counts_for_nothing() -> None:
-    server = desk(quorum=0.5)
+    server = answered_server(quorum=0.5)
     server.born(0, "a", "b")
     server.born(1, "b", link=2)
     server.update(2, "a")
@@ -109,7 +109,7 @@ def test_a_death_of_an_older_connection_counts_for_nothing() -> None:
 
 
 def test_nobody_waits_for_a_node_that_left() -> None:
-    server = desk(min_nodes=1)
+    server = answered_server(min_nodes=1)
     server.born(0, "a")
     server.born(0, "b", "c")
     server.update(1, "a")
@@ -121,7 +121,7 @@ def test_nobody_waits_for_a_node_that_left() -> None:
 
 
 def test_leaves_do_not_take_the_quorum_below_that_of_min_nodes() -> None:
-    server = desk(min_nodes=3)
+    server = answered_server(min_nodes=3)
     server.born(0, "a", "b", "c")
     server.gone(1, "c", "stopped")
     server.update(2, "a")
@@ -132,7 +132,7 @@ def test_leaves_do_not_take_the_quorum_below_that_of_min_nodes() -> None:
 
 
 def test_a_round_closes_at_the_deadline_with_its_quorum() -> None:
-    server = desk(min_nodes=3, quorum=0.6)
+    server = answered_server(min_nodes=3, quorum=0.6)
     server.born(0, "a", "b", "c")
     server.update(1, "a")
     server.update(1, "b")
@@ -143,7 +143,7 @@ def test_a_round_closes_at_the_deadline_with_its_quorum() -> None:
 
 
 def test_below_quorum_the_deadline_doubles_up_to_ten_times_and_nothing_is_written() -> None:
-    server = desk()
+    server = answered_server()
     server.born(0, "a", "b")
     server.update(1, "a")
     now, waits = 0.0, []
@@ -162,7 +162,7 @@ def test_below_quorum_the_deadline_doubles_up_to_ten_times_and_nothing_is_writte
 
 
 def test_a_round_can_wait_for_ever() -> None:
-    server = desk()
+    server = answered_server()
     server.born(0, "a", "b")
     for number in range(1, 70_000):
         server.machine.handle(e.Tick(1000.0 * number))
@@ -172,7 +172,7 @@ def test_a_round_can_wait_for_ever() -> None:
 
 
 def test_an_extended_round_asks_everybody_at_hand() -> None:
-    server = desk(min_nodes=2)
+    server = answered_server(min_nodes=2)
     server.born(0, "a", "b")
     server.born(1, "c")
     assert server.round.asked == {0, 1}
@@ -189,7 +189,7 @@ def test_an_extended_round_asks_everybody_at_hand() -> None:
 
 
 def test_a_round_is_announced_at_each_quarter() -> None:
-    server = desk()
+    server = answered_server()
     server.born(0, "a", "b")
     times: list[float] = []
     while server.machine.version == 0 and len(times) < 5:
@@ -201,14 +201,14 @@ def test_a_round_is_announced_at_each_quarter() -> None:
 
 
 def test_announcements_missed_are_made_up_for_once() -> None:
-    server = desk()
+    server = answered_server()
     server.born(0, "a", "b")
     assert published(server.tick(80)) == 1
     assert server.machine.wake_at == 100
 
 
 def test_a_birth_that_changes_nothing_is_not_announced_and_a_status_said_again_does_nothing() -> None:
-    server = desk()
+    server = answered_server()
     server.born(0, "a", "b")
     assert published(server.born(1, "c")) == 0
     assert published(server.born(2, "c", link=2)) == 0
@@ -216,7 +216,7 @@ def test_a_birth_that_changes_nothing_is_not_announced_and_a_status_said_again_d
 
 
 def test_a_node_that_is_asked_late_is_announced() -> None:
-    server = desk()
+    server = answered_server()
     server.born(0, "a", "b")
     server.tick(100)
     assert published(server.born(101, "c")) == 1
@@ -225,7 +225,7 @@ def test_a_node_that_is_asked_late_is_announced() -> None:
 
 
 def test_who_asks_is_told_how_the_run_stands_also_when_no_round_is_open() -> None:
-    server = desk(count=1)
+    server = answered_server(count=1)
     server.born(0, "a", "b")
     server.update(2, "a")
     server.update(2, "b")
@@ -236,7 +236,7 @@ def test_who_asks_is_told_how_the_run_stands_also_when_no_round_is_open() -> Non
 
 
 def test_a_node_that_joins_is_asked_from_the_next_round_on() -> None:
-    server = desk()
+    server = answered_server()
     server.born(0, "a", "b")
     server.born(1, "c")
     assert reasons(server.update(2, "c")) == ["not asked"]
@@ -246,7 +246,7 @@ def test_a_node_that_joins_is_asked_from_the_next_round_on() -> None:
 
 
 def test_with_too_few_nodes_the_next_round_waits_for_more() -> None:
-    server = desk(quorum=0.5)
+    server = answered_server(quorum=0.5)
     server.born(0, "a", "b")
     server.update(1, "a")
     server.gone(1, "b", "stopped")
@@ -260,7 +260,7 @@ def test_with_too_few_nodes_the_next_round_waits_for_more() -> None:
 
 @pytest.mark.parametrize("changes", [{"word": "starting"}, {"run": "f" * 32}])
 def test_a_node_that_is_not_ready_for_this_run_is_not_at_hand(changes: dict[str, str]) -> None:
-    server = desk()
+    server = answered_server()
     server.born(0, "a")
     server.born(0, "b", **changes)
     assert server.machine.online == 1
@@ -271,7 +271,7 @@ def test_a_node_that_is_not_ready_for_this_run_is_not_at_hand(changes: dict[str,
 
 
 def test_the_last_entry_finishes_the_run() -> None:
-    server = desk(count=1)
+    server = answered_server(count=1)
     server.born(0, "a", "b")
     server.update(1, "a")
     effects = server.update(1, "b")
@@ -282,7 +282,7 @@ def test_the_last_entry_finishes_the_run() -> None:
 
 
 def test_a_new_connection_publishes_the_open_round_again_and_leaves_its_deadline() -> None:
-    server = desk()
+    server = answered_server()
     server.born(0, "a", "b")
     assert published(server.start(60)) == 1
     assert server.round.is_open
@@ -291,14 +291,14 @@ def test_a_new_connection_publishes_the_open_round_again_and_leaves_its_deadline
 
 
 def test_a_server_of_higher_rank_ends_this_one() -> None:
-    server = desk()
+    server = answered_server()
     for rival in (state(term=2), state(server_id="6" * 16)):
         error = only(e.End, server.give(e.ServerSeen(1, rival)))[0].error
         assert "taken over" in str(error)
 
 
 def test_a_late_will_or_a_lesser_server_is_overwritten_and_the_own_word_is_not() -> None:
-    server = desk()
+    server = answered_server()
     assert server.give(e.ServerSeen(1, state(status="lost"))) == [e.PublishState(finished=False)]
     assert server.give(e.ServerSeen(1, state(term=0))) == [e.PublishState(finished=False)]
     assert server.give(e.ServerSeen(1, state(server_id="4" * 16))) == [e.PublishState(finished=False)]

@@ -11,11 +11,22 @@ from meerkat_mq.rounds.policy import sample
 from meerkat_mq.rounds.records import UpdateRecord
 from meerkat_mq.rounds.server_state import LARGEST_STEP
 from meerkat_mq.wire.frames import MAX_SLOTS, Header, Reason, Want, encode
-from tests.rounds.support import MASK, RUN, THETA_0, Desk, base_after, chain, desk, header, only, reasons
+from tests.rounds.support import (
+    MASK,
+    RUN,
+    THETA_0,
+    AnsweredServer,
+    answered_server,
+    base_after,
+    chain,
+    header,
+    only,
+    reasons,
+)
 
 
-def open_desk(*slow: type[object], **changes: Any) -> Desk:
-    server = desk(*slow, **changes)
+def open_desk(*slow: type[object], **changes: Any) -> AnsweredServer:
+    server = answered_server(*slow, **changes)
     server.born(0, "a", "b")
     return server
 
@@ -169,7 +180,7 @@ def test_an_entry_is_the_mean_by_lane() -> None:
 
 
 def test_rows_weigh_when_they_are_to_and_are_capped() -> None:
-    server = desk(weigh_by_rows=True)
+    server = answered_server(weigh_by_rows=True)
     server.born(0, "a", rows=2**31)
     server.born(0, "b", rows=0)
     server.update(1, "a")
@@ -195,7 +206,7 @@ def test_slots_stay_with_their_nodes() -> None:
 
 
 def test_a_node_is_welcome_when_its_slot_is_committed() -> None:
-    server = desk(e.CommitSlot)
+    server = answered_server(e.CommitSlot)
     server.born(0, "a", "b")
     assert not only(e.Reply, server.seen)
     assert not server.round.is_open
@@ -205,7 +216,7 @@ def test_a_node_is_welcome_when_its_slot_is_committed() -> None:
 
 
 def test_there_are_no_more_slots_than_a_frame_can_name() -> None:
-    server = desk(resume={"slots": {"a": MAX_SLOTS - 1}})
+    server = answered_server(resume={"slots": {"a": MAX_SLOTS - 1}})
     assert reasons(server.born(0, "b")) == ["no slot left"]
     server.born(0, "a")
     encode(server.round)
@@ -226,7 +237,7 @@ def test_wants_are_answered() -> None:
 @pytest.mark.parametrize("fraction", [0.3, 0.5])
 def test_a_fraction_of_the_nodes_is_asked_another_one_each_round(fraction: float) -> None:
     names = [f"n{number}" for number in range(10)]
-    server = desk(fraction=fraction, min_nodes=10)
+    server = answered_server(fraction=fraction, min_nodes=10)
     server.born(0, *names)
     asked = []
     for version in range(5):
@@ -268,10 +279,10 @@ def test_what_the_ledger_says_it_holds_counts_whoever_asked_for_it() -> None:
 # --- a new term -----------------------------------------------------------------------------------------------------
 
 
-def resumed(**more: Any) -> Desk:
+def resumed(**more: Any) -> AnsweredServer:
     entries = chain(3)
     fields = {"term": 2, "base": base_after(2), "version": 3, "head": entries[-1].hash(RUN), "entries": entries}
-    return desk(resume=fields | {"slots": {"a": 0, "b": 1}} | more)
+    return answered_server(resume=fields | {"slots": {"a": 0, "b": 1}} | more)
 
 
 def test_a_new_term_goes_on_where_the_ledger_ends() -> None:
@@ -315,13 +326,13 @@ def test_a_round_whose_updates_are_all_committed_closes_as_it_opens() -> None:
 
 def test_the_round_frame_keeps_its_size_when_a_long_ledger_is_resumed() -> None:
     entries = chain(100)
-    server = desk(resume={"version": 100, "entries": entries, "head": entries[-1].hash(RUN)}, count=200)
+    server = answered_server(resume={"version": 100, "entries": entries, "head": entries[-1].hash(RUN)}, count=200)
     assert 0 < len(server.round.entries) < 30
     assert server.round.entries[-1] == entries[-1]
 
 
 def test_a_finished_run_stays_finished() -> None:
-    server = desk(resume={"version": 10})
+    server = answered_server(resume={"version": 10})
     assert only(e.PublishState, server.seen) == [e.PublishState(finished=True)]
     server.born(0, "a", "b")
     assert not server.round.is_open

@@ -119,21 +119,21 @@ def test_no_order_of_events_upsets_the_server(moves: list[Any], changes: dict[st
     slow = (
         e.CommitSlot, e.CommitUpdate, e.JudgeRound, e.ApplyTerms, e.CommitEntry, e.MeasureDirections, e.FetchValues
     )  # fmt: skip
-    desk = s.desk(*slow, deadline_s=10.0, grace_s=3.0, **changes)
+    server = s.answered_server(*slow, deadline_s=10.0, grace_s=3.0, **changes)
     now = 0.0
     for move in moves:
         match move:
             case float():
                 now += move
-                desk.tick(now)
-                machine_wakes_later(desk.machine, now)
+                server.tick(now)
+                machine_wakes_later(server.machine, now)
             case (str() as name, scalars):
-                desk.update(now, name, *scalars)
+                server.update(now, name, *scalars)
             case "answer":
-                desk.answer(now)
+                server.answer(now)
             case event:
-                desk.give(replace(event, now=now))
-    for effect in desk.seen:
+                server.give(replace(event, now=now))
+    for effect in server.seen:
         if isinstance(effect, e.Reply | e.PublishRound):
             encode(effect.frame)
         if isinstance(effect, e.Count):

@@ -59,7 +59,7 @@ def walk_of_a_server(rng: Random) -> None:
         kept["slots"] = {"a": 0, "b": 1}
         kept["updates"] = [UpdateRecord(0, node, slot, 1, 1, scalars, 1.0) for node, slot in kept["slots"].items()]
     machine = ServerMachine(rules, term=1, server_id=s.SERVER_ID, base=s.THETA_0, **kept)
-    server, now, link = s.Desk(machine, *SLOW), 0.0, 1
+    server, now, link = s.AnsweredServer(machine, *SLOW), 0.0, 1
     server.start()
     for _ in range(100):
         node, kind = rng.choice("abc"), rng.randrange(12)

@@ -10,18 +10,18 @@ from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.policy import shares_of
 from meerkat_mq.rounds.records import Share, UpdateRecord, Verdict
 from meerkat_mq.wire.frames import Reason, Values, encode
-from tests.rounds.support import Desk, desk, only, reasons, settings
+from tests.rounds.support import AnsweredServer, answered_server, only, reasons, settings
 
 VALUES = Values(short_hash(b"displacement"), 100, 1)
 
 
-def accepting(*slow: type[object], **changes: Any) -> Desk:
-    server = desk(*slow, values_accepted=True, **changes)
+def accepting(*slow: type[object], **changes: Any) -> AnsweredServer:
+    server = answered_server(*slow, values_accepted=True, **changes)
     server.born(0, "a", "b")
     return server
 
 
-def fetch(server: Desk, now: float, node: str, **changes: Any) -> e.FetchValues:
+def fetch(server: AnsweredServer, now: float, node: str, **changes: Any) -> e.FetchValues:
     (order,) = only(e.FetchValues, server.update(now, node, values=VALUES, **changes))
     server.held.remove(order)
     return order
@@ -43,7 +43,7 @@ def test_a_displacement_is_fetched_then_committed_then_added_after_the_terms() -
 
 
 def test_a_run_that_takes_none_says_so() -> None:
-    server = desk()
+    server = answered_server()
     server.born(0, "a", "b")
     (reply,) = only(e.Reply, server.update(1, "a", values=VALUES))
     assert reply.frame.reason is Reason.NO_VALUES  # type: ignore[union-attr]

@@ -13,6 +13,7 @@ from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.step import local_steps
 from meerkat_mq.engines.toy import QuadraticEngine, toy_mask
 from meerkat_mq.rounds.policy import lane_of
+from meerkat_mq.rounds.records import Verdict
 from meerkat_mq.worlds.federation import Federation
 from tests.rounds.support import RUN
 from tests.worlds.fleet import BATCH, WEIGHTS, change, check, fleet, heal, run, worsen
@@ -158,3 +159,14 @@ def test_a_displacement_that_is_lost_is_announced_again() -> None:
     run(federation)
     check(federation)
     assert federation.counts["server", "values missed"] > 0
+
+
+def test_a_displacement_that_is_too_large_is_refused_as_on_a_service() -> None:
+    enormous = {"n1": NodeValuesConfig(optimiser="sgd", lr=1e9)}
+    federation = fleet(3, values=enormous, count=4, values_accepted=True, min_nodes=3)
+    federation.start()
+    run(federation)
+    check(federation)
+    verdicts = {record.node: record.verdict for records in federation.records for record in records}
+    assert verdicts == {"n0": Verdict.ACCEPTED, "n1": Verdict.TOO_LARGE, "n2": Verdict.ACCEPTED}
+    assert all(entry.displacement is None for entry in federation.entries)

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from meerkat_mq.core.directions import direction
+from meerkat_mq.wire.frames import decode
+from meerkat_mq.wire.messages import Chunk, Offer
 from meerkat_mq.worlds.broker import Message
 from meerkat_mq.worlds.federation import Federation
 from tests.worlds.fleet import WEIGHTS, change, check, counted, fleet, heal, run, settle, taken, worsen
@@ -205,3 +207,20 @@ def test_many_nodes_and_a_fraction_of_them_a_round() -> None:
     assert {len(records) for records in federation.records} == {10}
     assert len({record.node for records in federation.records for record in records}) == 40
     assert np.std(list(Counter(r.node for records in federation.records for r in records).values())) < 4
+
+
+def test_a_node_that_comes_late_takes_a_snapshot() -> None:
+    routed = list[Message]()
+    federation = fleet(routed=routed.append, count=100, min_nodes=3, steps=50, snapshot_every=20)
+    federation.start_server()
+    for name in ("n0", "n1", "n2"):
+        federation.nodes[name].start()
+    federation.run(1000.0, lambda: federation.version == 70)
+    federation.nodes["n3"].start()
+    run(federation)
+    check(federation)
+    assert set(federation.ledger.snapshots) == {80, 100}
+    answers = [decode(message.payload) for message in routed if message.topic == "meerkat/v1/world/down/n3/reply"]
+    assert [answer.version for answer in answers if isinstance(answer, Offer)] == [60]
+    assert any(isinstance(answer, Chunk) for answer in answers)
+    assert taken(federation)[-1] == "0123"
