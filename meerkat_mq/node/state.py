@@ -6,7 +6,6 @@ not take is kept in memory, and written as soon as it does.
 
 import json
 import struct
-import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -34,7 +33,7 @@ AGAIN_S = 30.0
 
 
 class NodeState:
-    """The state folder of one node, locked by one process."""
+    """The state folder of one node, locked by one process; used by one thread."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -42,7 +41,6 @@ class NodeState:
         self._spare = Spare()
         self._owed: dict[str, Callable[[], None]] = {}  # what the disk did not take, by what it is
         self._try_again_at = 0.0
-        self._writing = threading.Lock()  # the model's thread and others write
         self._steps: tuple[str, int] | None = None  # a run, and the local steps that were taken in it
 
     def __enter__(self) -> "NodeState":
@@ -133,13 +131,12 @@ class NodeState:
 
     def _write(self, what: str, write: Callable[[], None]) -> None:
         """Write a file; with it, or in half a minute, what the disk did not take earlier."""
-        with self._writing:
-            self._owed.pop(what, None)
-            if self._owed and time.monotonic() >= self._try_again_at:
-                self._try_again_at = time.monotonic() + AGAIN_S
-                self._owed = {name: owed for name, owed in self._owed.items() if not self._spare.write(name, owed)}
-            if not self._spare.write(what, write):
-                self._owed[what] = write
+        self._owed.pop(what, None)
+        if self._owed and time.monotonic() >= self._try_again_at:
+            self._try_again_at = time.monotonic() + AGAIN_S
+            self._owed = {name: owed for name, owed in self._owed.items() if not self._spare.write(name, owed)}
+        if not self._spare.write(what, write):
+            self._owed[what] = write
 
     @property
     def _update_file(self) -> Path:

@@ -14,7 +14,6 @@ from typing import assert_never
 import structlog
 
 from meerkat_mq.core import metrics as m
-from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import digest
 from meerkat_mq.core.seldom import Seldom
 from meerkat_mq.errors import NodeReplaced, NotConnected, PayloadTooLarge, RunMismatch, WireError
@@ -285,13 +284,13 @@ class NodeDriver:
         (self._transport.subscribe if run.values else self._transport.unsubscribe)(self._topics.values)
         model: Model = yield from work(self._compute, self._make_model, run, mask)
         kept = yield from work(self._compute, self._store.load_update, run)
+        theta_0 = yield from work(self._compute, digest, mask.theta_0)
         self._model = model
         self._monitor.ready(run, mask, model)
-        self._begin(run, mask, model, kept)
+        self._begin(run, theta_0, model, kept)
 
-    def _begin(self, run: RunDescriptor, mask: Mask, model: Model, kept: KeptUpdate | None) -> None:
+    def _begin(self, run: RunDescriptor, theta_0: bytes, model: Model, kept: KeptUpdate | None) -> None:
         assert self._blobs is not None
-        theta_0 = digest(mask.theta_0)
         self._jobs = Jobs(
             run,
             model,

@@ -34,8 +34,16 @@ Steps = Generator[Later, Any, Result]
 
 
 def work(compute: Compute, job: Callable[[*Args], Result], *args: *Args) -> Steps[Result]:
-    """Have a worker do a job; returns and raises what the job does."""
-    result: Result = yield Later(lambda done, failed: compute.run(partial(job, *args), done, failed))
+    """Have a worker do a job, unless it is given up before it begins; returns and raises what the job does."""
+    wanted = True
+
+    def attempt() -> Result | None:
+        return job(*args) if wanted else None
+
+    try:
+        result: Result = yield Later(partial(compute.run, attempt))
+    finally:
+        wanted = False
     return result
 
 

@@ -10,6 +10,7 @@ from meerkat_mq.extras import need
 from meerkat_mq.ledger.losses import rising_from
 from meerkat_mq.ledger.recovery import recovered
 from meerkat_mq.ledger.remains import check_remains
+from meerkat_mq.ledger.rising import RisingLoss
 from meerkat_mq.ledger.run import Run, check_same
 from meerkat_mq.ledger.snapshots import Snapshots
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
@@ -57,11 +58,8 @@ async def serve(config: ServerConfig, *, replace: bool = False, observer: Observ
         try:
             run = await patiently(lambda: off_the_loop(worker, _prepare, config, ledger))
             evaluator = await asyncio.to_thread(_load_evaluator, config, run)
-            snapshots = Snapshots(ledger, run.descriptor)
-            replica = await patiently(lambda: off_the_loop(worker, recovered, ledger, run, snapshots))
-            held = Holdings(run, ledger, replica, snapshots, await off_the_loop(worker, Past.of, ledger))
+            held, rising = await patiently(lambda: off_the_loop(worker, _recover, ledger, run))
             every = config.evaluation.every if config.evaluation else 1
-            rising = await off_the_loop(worker, rising_from, ledger)
             monitor = Monitor(observer, evaluator, every, run.descriptor, rising)
             await Server(config, held, worker, monitor, observer, replace=replace, alone=alone).run()
         finally:
@@ -78,6 +76,12 @@ def _prepare(config: ServerConfig, ledger: Ledger) -> Run:
         check_same(run, begun, ledger.rules, str(ledger.path))
     check_room(config, run)
     return run
+
+
+def _recover(ledger: Ledger, run: Run) -> tuple[Holdings, RisingLoss]:
+    snapshots = Snapshots(ledger, run.descriptor)
+    replica = recovered(ledger, run, snapshots)
+    return Holdings(run, ledger, replica, snapshots, Past.of(ledger)), rising_from(ledger)
 
 
 def _load_evaluator(config: ServerConfig, run: Run) -> Evaluator | None:

@@ -1,21 +1,25 @@
 """The node's driver: runs that change meanwhile, steps that are stopped, and frames that nobody should believe."""
 
 import json
+import traceback
 from collections.abc import Iterator
 
 import pytest
 from structlog.testing import capture_logs
 
-from meerkat_mq.core.path import Coefficient, Entry
+from meerkat_mq.core.directions import Float32Array
+from meerkat_mq.core.mask import Mask
+from meerkat_mq.core.path import Coefficient, Entry, digest
 from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.errors import NodeReplaced, RunMismatch
-from meerkat_mq.runtime.model import NodeProfile
+from meerkat_mq.runtime.model import Model, NodeProfile
 from meerkat_mq.wire.arrays import encode_mask, split
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor, ServerState, decode_control
 from meerkat_mq.wire.frames import Frame, decode, encode
 from meerkat_mq.wire.messages import Chunk, Entries, Header, Offer, Round, Update, Want, Welcome
 from meerkat_mq.wire.topics import Topics
 from tests.runtime.one_node import DIGEST, Nothing, OneNode, descriptor
+from tests.runtime.ports import Worker
 
 NODE, SLOT, BOOT = "node-0", 0, 7
 TOPICS = Topics("f")
@@ -144,7 +148,29 @@ def test_another_run_during_the_masks_fetch_gives_it_up(server: Server) -> None:
     assert server.node.transport.filters == set()
 
 
-def test_another_run_while_a_model_is_made_leaves_that_one_unused(server: Server) -> None:
+def test_of_runs_that_take_turns_only_the_last_ones_model_is_made(server: Server) -> None:
+    server.begin(ONE)
+    server.begin(TWO)
+    server.node.worker.held = True
+    for run in (ONE, TWO, ONE, TWO, ONE):
+        server.describe(run)
+    server.node.worker.free()
+    server.give_mask(ONE)
+    assert [model.run.run for model in server.node.models] == [ONE.run, TWO.run, ONE.run]
+
+
+def test_theta_0_is_not_hashed_by_whoever_brings_a_message(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def digest_here(theta: Float32Array) -> bytes:
+        callers.append({frame.name for frame in traceback.extract_stack()})
+        return digest(theta)
+
+    callers: list[set[str]] = []
+    monkeypatch.setattr("meerkat_mq.runtime.node.digest", digest_here)
+    server.begin(ONE)
+    assert [Worker._do_next.__name__ in names for names in callers] == [True]
+
+
+def test_another_run_before_a_model_is_made_leaves_that_one_unmade(server: Server) -> None:
     server.node.worker.held = True
     server.describe(ONE)
     server.node.worker.do()  # looks for a kept mask
@@ -154,8 +180,23 @@ def test_another_run_while_a_model_is_made_leaves_that_one_unused(server: Server
     server.node.worker.free()
     assert server.node.driver.machine is None
     server.give_mask(TWO)
-    assert [model.run.run for model in server.node.models] == [ONE.run, TWO.run]
+    assert [model.run.run for model in server.node.models] == [TWO.run]
     assert [status.run for status in server.statuses if status.status == "online"] == [TWO.run]
+
+
+def test_another_run_while_a_model_is_made_leaves_that_one_unused(server: Server) -> None:
+    def make(run: RunDescriptor, mask: Mask) -> Model:
+        if run == ONE:
+            server.node.driver.received(TOPICS.run, TWO.encode(), retained=True)
+        return make_model(run, mask)
+
+    make_model, server.node.driver._make_model = server.node.driver._make_model, make
+    server.describe(ONE)
+    server.give_mask(ONE)
+    assert server.node.driver.machine is None
+    server.give_mask(TWO)
+    assert [model.run.run for model in server.node.models] == [ONE.run, TWO.run]
+    assert server.statuses[-1].run == TWO.run
 
 
 def test_another_run_during_local_steps_stops_them_and_hears_nothing_of_them(server: Server) -> None:

@@ -154,6 +154,18 @@ def test_work_brings_what_a_job_returns_and_raises() -> None:
     assert found == [4, -1]
 
 
+def test_work_that_is_given_up_before_it_begins_is_not_done() -> None:
+    clock = VirtualClock()
+    worker, done = Worker(clock), list[int]()
+    worker.held = True
+    for number in range(3):
+        steps = Sequence(work(worker, done.append, number))
+        if number < 2:
+            steps.cancel()
+    worker.free()
+    assert done == [2]
+
+
 def test_a_time_is_waited_for_and_one_that_is_past_does_not_come_before_the_call_is_over() -> None:
     def steps() -> Steps[float]:
         yield from until(clock, 2.5)

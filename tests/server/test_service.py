@@ -1,5 +1,6 @@
 """The server as a service, without a broker: what does not fit into its outbox, and whom it waits for."""
 
+import pkgutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from meerkat_mq.config import ServerConfig, ServerValuesConfig
-from meerkat_mq.errors import NotConnected, TooFewNodes
+from meerkat_mq.errors import LedgerUnavailable, NotConnected, TooFewNodes
 from meerkat_mq.ledger.recovery import recovered
 from meerkat_mq.ledger.snapshots import Snapshots
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
@@ -24,6 +25,7 @@ from meerkat_mq.runtime.writer import Holdings, KeepSightings
 from meerkat_mq.server.monitor import Monitor
 from meerkat_mq.server.run import prepare_run
 from meerkat_mq.server.server import Server
+from meerkat_mq.server.service import serve
 from meerkat_mq.wire.arrays import CHUNKS_A_REPLY, split
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState
 from meerkat_mq.wire.frames import decode, encode
@@ -233,3 +235,26 @@ async def test_what_takes_long_is_given_up_before_its_threads_are_waited_for(
         await server.run()
     assert caught.group_contains(TooFewNodes)
     assert measuring.result()
+
+
+@pytest.mark.parametrize("read", ["Past.of", "rising_from", "recovered"])
+async def test_a_disk_that_fails_for_a_moment_while_a_server_starts_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: str
+) -> None:
+    def fails_once(*args: object) -> object:
+        if not failed:
+            failed.append(LedgerUnavailable("ledger.sqlite", "cannot be read just now"))
+            raise failed[0]
+        return reads(*args)
+
+    failed: list[LedgerUnavailable] = []
+    owner, _, name = f"meerkat_mq.server.service.{read}".rpartition(".")
+    reads = getattr(pkgutil.resolve_name(owner), name)
+    monkeypatch.setattr(f"{owner}.{name}", fails_once)
+    config = ServerConfig(
+        federation="f", state_dir=tmp_path, engine="toy", toy_weights=10, once=True, wait_for_nodes_s=0.1
+    )
+    with pytest.raises(ExceptionGroup) as caught:
+        await serve(config)
+    assert caught.group_contains(TooFewNodes)
+    assert failed
