@@ -9,15 +9,14 @@ from meerkat_mq.config import RoundsConfig
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.policy import sample
 from meerkat_mq.rounds.records import Verdict
-from tests.rounds.support import RUN, AnsweredServer, only, reasons, settings
-from tests.rounds.support import answered_server as at_desk
+from tests.rounds.support import RUN, AnsweredServer, answered_server, only, reasons, settings
 
 NAMES = ("a", "b", "c", "d")
 BUFFERED = {"mode": "buffered", "max_staleness": 4, "buffer_size": 1}
 
 
-def answered_server(*nodes: str, **changes: Any) -> AnsweredServer:
-    made = at_desk(**{"min_nodes": len(nodes), "min_updates": 3, "quorum": 0.1, **changes})
+def with_nodes(*nodes: str, **changes: Any) -> AnsweredServer:
+    made = answered_server(**{"min_nodes": len(nodes), "min_updates": 3, "quorum": 0.1, **changes})
     made.born(0, *nodes)
     return made
 
@@ -31,7 +30,7 @@ def test_three_updates_are_the_default_of_a_configuration() -> None:
 
 @pytest.mark.parametrize("buffered", [False, True])
 def test_a_round_waits_for_three_usable_updates_also_at_its_deadline(buffered: bool) -> None:
-    it = answered_server(*NAMES, **(BUFFERED if buffered else {}))
+    it = with_nodes(*NAMES, **(BUFFERED if buffered else {}))
     it.update(1, "a", 1e10)
     it.update(2, "b", math.nan)
     effects = it.tick(101)
@@ -49,14 +48,14 @@ def test_a_round_waits_for_three_usable_updates_also_at_its_deadline(buffered: b
 
 
 def test_without_the_rule_one_update_closes_a_round() -> None:
-    it = answered_server(*NAMES, min_updates=1)
+    it = with_nodes(*NAMES, min_updates=1)
     it.update(1, "a", 0.5)
     it.tick(101)
     assert it.machine.version == 1
 
 
 def test_several_updates_of_one_node_are_one() -> None:
-    it = answered_server("a", "b", "c", **BUFFERED | {"min_updates": 2})
+    it = with_nodes("a", "b", "c", **BUFFERED | {"min_updates": 2})
     it.update(1, "a", 0.5)
     it.update(1, "b", 0.5)
     assert it.machine.version == 1
@@ -68,7 +67,7 @@ def test_several_updates_of_one_node_are_one() -> None:
 
 
 def test_updates_of_which_none_can_be_used_close_a_round_that_changes_nothing() -> None:
-    it = answered_server("a", "b", "c")
+    it = with_nodes("a", "b", "c")
     for node in ("a", "b"):
         it.update(1, node, math.inf)
     it.tick(101)

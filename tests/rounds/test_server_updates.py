@@ -25,7 +25,7 @@ from tests.rounds.support import (
 )
 
 
-def open_desk(*slow: type[object], **changes: Any) -> AnsweredServer:
+def with_open_round(*slow: type[object], **changes: Any) -> AnsweredServer:
     server = answered_server(*slow, **changes)
     server.born(0, "a", "b")
     return server
@@ -36,7 +36,7 @@ def record(node: str, slot: int, version: int = 0, g: float = 1.0, boot: int = 1
 
 
 def test_the_first_update_of_a_node_counts_against_its_restarted_self() -> None:
-    server = open_desk()
+    server = with_open_round()
     server.update(1, "a", 3.0, boot=1)
     server.gone(2, "a")
     server.born(3, "a", boot=2, link=2)
@@ -46,7 +46,7 @@ def test_the_first_update_of_a_node_counts_against_its_restarted_self() -> None:
 
 
 def test_a_duplicate_is_one_also_before_the_first_is_committed() -> None:
-    server = open_desk(e.CommitUpdate)
+    server = with_open_round(e.CommitUpdate)
     server.update(1, "a", 3.0)
     assert reasons(server.update(1, "a", 3.0)) == ["duplicate"]
     assert len(server.held) == 1
@@ -62,14 +62,14 @@ def test_a_duplicate_is_one_also_before_the_first_is_committed() -> None:
     ],
 )
 def test_what_is_dropped_and_why(changes: dict[str, Any], reason: str) -> None:
-    server = open_desk()
+    server = with_open_round()
     effects = server.update(1, "a", **changes)
     assert reasons(effects) == [reason]
     assert len(effects) == 1
 
 
 def test_a_late_update_is_dropped() -> None:
-    server = open_desk()
+    server = with_open_round()
     server.update(1, "a")
     server.update(1, "b")
     assert reasons(server.update(2, "a", version=0)) == ["late"]
@@ -85,7 +85,7 @@ def test_a_late_update_is_dropped() -> None:
     ],
 )
 def test_what_is_refused_and_why(changes: dict[str, Any], reason: Reason) -> None:
-    server = open_desk()
+    server = with_open_round()
     (reply,) = only(e.Reply, server.update(1, "a", boot=9, **changes))
     assert reply.node == "a"
     assert (reply.frame.boot, reply.frame.reason) == (9, reason)  # type: ignore[union-attr]
@@ -104,7 +104,7 @@ def test_what_is_refused_and_why(changes: dict[str, Any], reason: Reason) -> Non
     ],
 )
 def test_an_update_that_cannot_be_applied_is_kept_acknowledged_and_left_out(changes: dict[str, Any], why: str) -> None:
-    server = open_desk(lr=10.0)
+    server = with_open_round(lr=10.0)
     effects = server.update(1, "a", **changes)
     assert reasons(effects) == [f"refused: {why}"]
     (reply,) = only(e.Reply, effects)
@@ -117,7 +117,7 @@ def test_an_update_that_cannot_be_applied_is_kept_acknowledged_and_left_out(chan
 
 
 def test_a_round_of_refused_updates_alone_changes_nothing() -> None:
-    server = open_desk()
+    server = with_open_round()
     server.update(1, "a", math.nan)
     server.update(1, "b", math.nan)
     assert server.entries[0].entry.terms == ()
@@ -126,14 +126,14 @@ def test_a_round_of_refused_updates_alone_changes_nothing() -> None:
 
 @pytest.mark.parametrize("way", ["update", "want"])
 def test_a_server_whose_nodes_have_seen_a_higher_term_takes_one_above_it_once(way: str) -> None:
-    server, seen = open_desk(), header(9, 7)
+    server, seen = with_open_round(), header(9, 7)
     asked = server.give(e.WantCame(1, "a", Want(seen, 1))) if way == "want" else server.update(1, "a", header=seen)
     assert only(e.TakeTerm, asked) == [e.TakeTerm(7)]
     assert not only(e.TakeTerm, server.update(2, "b", term=9))
 
 
 def test_a_term_that_no_server_takes_does_not_hide_a_real_one() -> None:
-    server = open_desk()
+    server = with_open_round()
     forged = server.update(1, "a", term=1 + LARGEST_STEP)
     assert reasons(forged)[:1] == ["a term that no server takes"]
     assert not only(e.TakeTerm, forged)
@@ -141,7 +141,7 @@ def test_a_term_that_no_server_takes_does_not_hide_a_real_one() -> None:
 
 
 def test_snapshots_are_kept_where_a_digest_is_due() -> None:
-    server = open_desk(snapshot_every=3, digest_every=2)
+    server = with_open_round(snapshot_every=3, digest_every=2)
     for version in range(9):
         server.update(version, "a", base=server_base(version))
         server.update(version, "b", base=server_base(version))
@@ -156,13 +156,13 @@ def server_base(version: int) -> bytes:
 
 
 def test_the_explicit_seeds_of_the_own_lane_are_taken() -> None:
-    server = open_desk(lanes=2, steps=2)
+    server = with_open_round(lanes=2, steps=2)
     seeds = tuple(seed_for(RUN, 0, 1, step) for step in range(2))
     assert only(e.CommitUpdate, server.update(1, "b", 1.0, 2.0, seeds=seeds))
 
 
 def test_the_base_is_the_newest_due_digest() -> None:
-    server = open_desk(digest_every=2)
+    server = with_open_round(digest_every=2)
     for version, base in enumerate((THETA_0, THETA_0, base_after(1), base_after(1), base_after(3))):
         server.update(version, "a", base=base[:8])
         server.update(version, "b", base=base[:8])
@@ -170,7 +170,7 @@ def test_the_base_is_the_newest_due_digest() -> None:
 
 
 def test_an_entry_is_the_mean_by_lane() -> None:
-    server = open_desk(lanes=2)
+    server = with_open_round(lanes=2)
     server.update(1, "a", 3.0)
     server.update(1, "b", 5.0)
     entry = server.entries[0].entry
@@ -189,7 +189,7 @@ def test_rows_weigh_when_they_are_to_and_are_capped() -> None:
 
 
 def test_the_largest_gradients_still_make_a_finite_entry() -> None:
-    server = open_desk(lr=0.5, weigh_by_rows=True)
+    server = with_open_round(lr=0.5, weigh_by_rows=True)
     largest = 2.0**65
     server.update(1, "a", largest)
     server.update(1, "b", largest)
@@ -197,7 +197,7 @@ def test_the_largest_gradients_still_make_a_finite_entry() -> None:
 
 
 def test_slots_stay_with_their_nodes() -> None:
-    server = open_desk()
+    server = with_open_round()
     server.gone(1, "a", "stopped")
     server.born(2, "c")
     server.born(3, "a", boot=2, link=2)
@@ -223,7 +223,7 @@ def test_there_are_no_more_slots_than_a_frame_can_name() -> None:
 
 
 def test_wants_are_answered() -> None:
-    server = open_desk()
+    server = with_open_round()
     welcome = server.give(e.WantCame(1, "a", Want(header(), 7, welcome=True)))
     assert only(e.Reply, welcome)[0].frame.boot == 7
     assert only(e.PublishRound, welcome)
@@ -250,7 +250,7 @@ def test_a_fraction_of_the_nodes_is_asked_another_one_each_round(fraction: float
 
 
 def test_answers_that_nobody_waits_for_change_nothing() -> None:
-    server = open_desk(e.ApplyTerms, e.CommitEntry)
+    server = with_open_round(e.ApplyTerms, e.CommitEntry)
     for junk in (
         e.SlotCommitted(1, "a"),
         e.SlotCommitted(1, "z"),
@@ -270,7 +270,7 @@ def test_answers_that_nobody_waits_for_change_nothing() -> None:
 
 
 def test_what_the_ledger_says_it_holds_counts_whoever_asked_for_it() -> None:
-    server = open_desk()
+    server = with_open_round()
     server.give(e.UpdatesCommitted(1, (record("b", 1, g=9.0), record("z", 7, g=2.0))))
     server.update(2, "a", 3.0)
     assert [r.scalars for r in server.entries[0].records] == [(3.0,), (9.0,), (2.0,)]
