@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from meerkat_mq.config import BrokerConfig
 from meerkat_mq.errors import WireError
 from meerkat_mq.ledger.folder import mask_of
-from meerkat_mq.ledger.run import codec_of, settings_of
+from meerkat_mq.ledger.run import settings_of
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.ledger.verify import run_of
 from meerkat_mq.mqtt import Message, Session
@@ -131,7 +131,7 @@ def read_history(seen: Observed, state_dir: Path, faults: list[Injected], *, fin
             stream=run.stream,
             digest_every=run.digest_every,
             settings=settings,
-            codec=codec_of(ledger.rules),
+            codec=settings.values.codec,
             rounds=seen.rounds,
             states=seen.states,
             faults=faults,

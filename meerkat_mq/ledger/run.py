@@ -36,7 +36,7 @@ class Run:
     @property
     def codec(self) -> Codec:
         """How mean displacements are encoded."""
-        return codec_of(self.rules)
+        return ServerValuesConfig(**self.rules["values"]).codec
 
     def chunks(self, term: int) -> list[Chunk]:
         """The mask's chunks as a server of this term publishes them."""
@@ -72,11 +72,6 @@ def max_step_of(rules: Mapping[str, Any], mask: Mask) -> float | None:
     """The largest coefficient, under rules as the ledger keeps them; None: no bound but that of float32."""
     step = GuardsConfig(**rules["guards"]).max_step * mask.scale
     return min(step, MAX_STEP) if step > 0 else None
-
-
-def codec_of(rules: Mapping[str, Any]) -> Codec:
-    """How mean displacements are encoded, under rules as the ledger keeps them."""
-    return ServerValuesConfig(**rules["values"]).codec
 
 
 def mode_in_words(settings: RoundSettings) -> str:

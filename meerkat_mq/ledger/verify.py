@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
-from meerkat_mq.config import Codec
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.gradip import inner_products
 from meerkat_mq.core.mask import Mask
@@ -16,7 +15,7 @@ from meerkat_mq.core.values import quantised
 from meerkat_mq.errors import LedgerError, MeerkatError, RunMismatch, WireError
 from meerkat_mq.ledger.displacement import mean_of, verdict_on
 from meerkat_mq.ledger.rows import KeptSnapshot, Products
-from meerkat_mq.ledger.run import codec_of, max_step_of, settings_of
+from meerkat_mq.ledger.run import max_step_of, settings_of
 from meerkat_mq.ledger.store import Store
 from meerkat_mq.rounds.early_stopping import EarlyStopping, judgements_of, with_verdicts
 from meerkat_mq.rounds.guards import on_arrival
@@ -75,7 +74,7 @@ def verify_ledger(
     """
     run = run_of(ledger)
     g_p = mask.g_p
-    settings, codec = settings_of(run, ledger.rules, measured=bool(g_p.any())), codec_of(ledger.rules)
+    settings = settings_of(run, ledger.rules, measured=bool(g_p.any()))
     check_mask(mask, run)
     if run.max_step is not None:
         _same("max_step", run.max_step, max_step_of(ledger.rules, mask), "its rules and mask give")
@@ -101,7 +100,7 @@ def verify_ledger(
                 _check_judgements(judgements, version, records, products or (), settings)
                 early.remember(judgements)
                 _check_terms(entry.terms, terms_of(records, settings, version))
-                added = _displacement(ledger, entry, shares_of(records, settings, version), codec, mask.size)
+                added = _displacement(ledger, entry, shares_of(records, settings, version), settings, mask.size)
                 _same("digest", entry.digest.hex(), replica.apply(entry.terms, added).hex(), "its terms give")
             head, updates = entry.hash(run.run_id), updates + len(records)
     if (judged := ledger.judged_while_open()) is not None:
@@ -197,7 +196,7 @@ def _check_size(blob: bytes | None, size: int) -> None:
 
 
 def _displacement(
-    ledger: Store, entry: Entry, shares: Sequence[Share], codec: Codec, weights: int
+    ledger: Store, entry: Entry, shares: Sequence[Share], settings: RoundSettings, weights: int
 ) -> Float32Array | None:
     """What the entry's displacement decodes to, which is what its updates give."""
     added = entry.displacement
@@ -206,7 +205,7 @@ def _displacement(
         return None
     _check_size(ledger.displacement(added.blob), added.size)
     found = ledger.values(added.blob, weights)
-    if found.tobytes() != quantised(mean_of(shares, ledger, weights), codec).tobytes():
+    if found.tobytes() != quantised(mean_of(shares, ledger, weights), settings.values.codec).tobytes():
         raise RunMismatch("displacement", "its displacement is not the mean of its updates'")
     return found
 

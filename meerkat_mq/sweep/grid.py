@@ -143,7 +143,6 @@ class Cell:
             eps=self.method.eps,
             min_nodes=self.plan.nodes,
             min_updates=1,
-            fraction=1.0,
             quorum=1.0,
             deadline_s=DEADLINE_S,
             grace_s=0.0,
