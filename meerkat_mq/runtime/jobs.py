@@ -41,9 +41,6 @@ class Jobs:
         theta_0: its digest.
         tell: takes the answer to each job that is done, None to one without.
         send: sends an update to the server.
-
-    Attributes:
-        digest: of the newest theta at or before the machine's version whose digest is due.
     """
 
     def __init__(
@@ -61,8 +58,7 @@ class Jobs:
         tell: Callable[[e.NodeEvent | None], None],
         send: Callable[[Update], None],
     ) -> None:
-        self.digest = theta_0
-        self._theta_0 = theta_0
+        self._digest = self._theta_0 = theta_0
         self._seldom = Seldom()
         self._run = run
         self._model = model
@@ -92,10 +88,17 @@ class Jobs:
         """The job that fetches or applies what the server has decided, if one is being done, or waits."""
         return next((job for job in self._open if isinstance(job, e.ApplyEntries | e.FetchSnapshot)), None)
 
+    def digest_at(self, version: int) -> bytes:
+        """The digest of the newest theta at or before the machine's version whose digest is due.
+
+        A machine that goes back to theta_0 says so before it has put the job that does.
+        """
+        return self._digest if version else self._theta_0
+
     def put(self, job: NodeJob) -> None:
         """Do this after what waits already."""
         if isinstance(job, e.ResetTheta):
-            self.digest = self._theta_0  # the version that the node says is 0 from now on
+            self._digest = self._theta_0
         if isinstance(job, Update) and not self._wants_keeping(job):
             self._send(job)
             return
@@ -157,7 +160,7 @@ class Jobs:
             said = {"first": entries[0].version, "problem": str(error)}
             self._seldom.say(structlog.get_logger().warning, "entries missed", type(error).__name__, **said)
             return e.EntriesMissed(self._clock.now(), entries)
-        self.digest = next((found for found in reversed(digests) if any(found)), self.digest)
+        self._digest = next((found for found in reversed(digests) if any(found)), self._digest)
         return e.EntriesApplied(self._clock.now(), entries, tuple(digests))
 
     def _values(self, displacement: Displacement | None) -> Steps[Float32Array | None]:
@@ -188,13 +191,13 @@ class Jobs:
             if offer.size > 5 * self._run.weights + 2**16:  # more than any snapshot of this run has
                 raise BadValue("offer", f"{offer.size} bytes for {self._run.weights} weights")
             blob = yield from self._collect(offer.blob, offer.size)
-            head, self.digest = yield from work(self._compute, self._model.load, blob, offer)
+            head, self._digest = yield from work(self._compute, self._model.load, blob, offer)
         except (NotConnected, WireError) as error:
             said = {"version": offer.version, "problem": str(error)}
             self._seldom.say(log.warning, "snapshot missed", type(error).__name__, **said)
             return e.SnapshotMissed(self._clock.now(), offer.version)
         log.info("snapshot loaded", version=offer.version, bytes=offer.size)
-        return e.SnapshotLoaded(self._clock.now(), offer.version, head, self.digest)
+        return e.SnapshotLoaded(self._clock.now(), offer.version, head, self._digest)
 
     # --- steps, and what comes of them ---
 

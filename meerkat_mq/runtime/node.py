@@ -139,7 +139,7 @@ class NodeDriver:
                 "run": self._descriptor.run if self._descriptor else None,
                 "rows": self._model.rows if self._model is not None else 0,
                 "version": self.machine.version if self.machine else 0,
-                "digest": self._jobs.digest.hex() if self._jobs else None,
+                "digest": self._jobs.digest_at(self.machine.version).hex() if self._jobs and self.machine else None,
                 "wakes_in_s": wakes_in_s,
             }
         )
@@ -396,4 +396,4 @@ class NodeDriver:
             return
         self._told_finished = self._rest.nothing_left = True
         self._publish_status("online")
-        self._monitor.finished(machine.version, jobs.digest)
+        self._monitor.finished(machine.version, jobs.digest_at(machine.version))

@@ -3,10 +3,12 @@
 import json
 import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from structlog.testing import capture_logs
 
+from meerkat_mq.core import metrics as m
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Coefficient, Entry, digest
@@ -241,6 +243,20 @@ def test_another_run_while_entries_are_applied_starts_at_nothing(server: Server)
     assert server.statuses[-1].run == TWO.run
     assert server.statuses[-1].version == 0
     assert server.node.models[-1].entries == []
+
+
+def test_a_node_that_goes_back_to_theta_0_says_so_and_nothing_else(server: Server) -> None:
+    server.begin(ONE)
+    entry = Entry(0, (), MASK.hash, DIGEST)
+    server.ask(ONE, 1, (entry,))
+    another = replace(entry, previous=bytes(16))
+    server.say(  # the first word of another server, and of another past
+        Round(replace(header(ONE, 1), term=2), True, 1, 1, 0.5, 1000, asked=frozenset(), entries=(another,)),
+        TOPICS.round,
+    )
+    assert server.node.driver.counts[m.RESYNCHRONISED] == 1
+    said = {(status.version, status.digest) for status in server.statuses if status.status == "online"}
+    assert said == {(0, digest(MASK.theta_0).hex())}
 
 
 def test_the_same_run_described_again_changes_nothing(server: Server) -> None:
