@@ -20,8 +20,9 @@ from meerkat_mq.errors import DrillFailed
 from meerkat_mq.observe.signals import Interrupted
 from meerkat_mq.simulate.checkers import CHECKERS, Violation
 from meerkat_mq.simulate.history import History
+from meerkat_mq.simulate.reached import ENOUGH, REACHED, missing
 from meerkat_mq.simulate.run import judge
-from meerkat_mq.simulate.schedule import make_schedule
+from meerkat_mq.simulate.schedule import KINDS, make_schedule
 from meerkat_mq.simulate.shrink import shrink
 
 CHUNK = 50
@@ -35,12 +36,14 @@ class Tally:
     """What a number of schedules came to.
 
     Attributes:
+        reached: what was met, by name.
         failed: first violation of each seed that has one.
     """
 
     schedules: int = 0
     rounds: int = 0
     faults: Counter[str] = field(default_factory=Counter)
+    reached: Counter[str] = field(default_factory=Counter)
     violations: Counter[str] = field(default_factory=Counter)
     failed: dict[int, Violation] = field(default_factory=dict)
 
@@ -49,6 +52,7 @@ class Tally:
         self.schedules += other.schedules
         self.rounds += other.rounds
         self.faults += other.faults
+        self.reached += other.reached
         self.violations += other.violations
         self.failed |= other.failed
 
@@ -62,6 +66,7 @@ def tally(seeds: Sequence[int]) -> Tally:
         made.schedules += 1
         made.rounds += len(history.entries)
         made.faults.update(fault.name for fault in history.faults)
+        made.reached.update(history.reached)
         made.violations.update({violation.checker for violation in found})
         if found:
             made.failed[seed] = found[0]
@@ -128,12 +133,17 @@ def _command(schedules: int, seed: int, repeat: int | None) -> None:
         return
     total = simulate(seed, schedules, Console(stderr=True))
     _print_tally(total, console)
+    never = missing(total.reached, total.faults, KINDS)
+    met = len(REACHED) + len(KINDS) - len(never)
+    console.print(f"{met} of {met + len(never)} reachability counters are above zero", highlight=False)
     for failed in sorted(total.failed)[:EXAMPLES]:
         _print_failure(failed, console)
     if total.failed:
         raise DrillFailed(
             "simulation", f"{len(total.failed)} of {total.schedules} schedules ended with a violation", "see above"
         )
+    if never and total.schedules >= ENOUGH:
+        raise DrillFailed("simulation", f"never met: {', '.join(never)}", "let schedules lead there again")
 
 
 def _print_tally(total: Tally, console: Console) -> None:

@@ -10,7 +10,7 @@ from meerkat_mq.simulate.federation import TOPICS, Federation
 from meerkat_mq.simulate.history import CORRUPT_THETA, Injected
 from meerkat_mq.simulate.node import SimulatedNode
 from meerkat_mq.simulate.schedule import ALL, SERVER, ScheduledFault
-from meerkat_mq.wire.descriptor import NodeStatus, ServerState
+from meerkat_mq.wire.descriptor import NodeStatus, ServerState, decode_control
 from meerkat_mq.wire.frames import encode
 from meerkat_mq.wire.messages import Header, Round, Update, Values
 from meerkat_mq.worlds.broker import KEEP_ALIVE_S, Client, LinkConditions, Message
@@ -85,8 +85,8 @@ def _crash(federation: Federation, fault: ScheduledFault) -> None:
 
 def _start_again(federation: Federation, fault: ScheduledFault) -> None:
     process = _process(federation, fault)
-    process.crash_in = None
     federation.revive(process)
+    process.crash_in = None
 
 
 def _leave(federation: Federation, fault: ScheduledFault) -> None:
@@ -183,7 +183,18 @@ def _broker_up(federation: Federation, fault: ScheduledFault) -> None:
 def _replay(federation: Federation, fault: ScheduledFault) -> None:
     passed, chance = federation.broker.passed, federation.chance
     for _ in range(1 + int(20 * fault.detail) if passed else 0):
-        federation.broker.spread(chance.choice(passed))
+        message = chance.choice(passed)
+        if not _is_of_an_earlier_process(federation, message):
+            federation.broker.spread(message)
+
+
+def _is_of_an_earlier_process(federation: Federation, message: Message) -> bool:
+    """Whether it is a node's status before its present start: a broker gives no session what was live before it."""
+    node, kind = TOPICS.parse_up(message.topic) or ("", "")
+    process = federation.nodes.get(node)
+    if kind != "status" or process is None:
+        return False
+    return decode_control(message.payload, NodeStatus).boot != process.boot
 
 
 def _earlier_run(federation: Federation, fault: ScheduledFault) -> None:

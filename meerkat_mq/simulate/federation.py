@@ -1,7 +1,6 @@
 """A federation on a virtual clock: a ledger, a broker, servers, nodes; and the hands that start and restore them."""
 
 import random
-from collections import Counter
 from functools import cache
 from itertools import takewhile
 
@@ -12,9 +11,10 @@ from meerkat_mq.errors import MeerkatError
 from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.simulate.history import History
 from meerkat_mq.simulate.node import SimulatedNode, SimulatedProfile
+from meerkat_mq.simulate.reached import CRASHED, Reached
 from meerkat_mq.simulate.schedule import Schedule, ScheduledFault
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState, decode_control
-from meerkat_mq.wire.messages import Round, Update
+from meerkat_mq.wire.messages import Frame, Round, Update
 from meerkat_mq.wire.topics import Topics
 from meerkat_mq.worlds.broker import Broker, Message
 from meerkat_mq.worlds.clock import VirtualClock
@@ -86,7 +86,7 @@ class Federation:
     Attributes:
         server: the one started last.
         servers: all of them.
-        counts: (who, reason) of what drivers count.
+        reached: what was met.
         errors: (who, error) of what ended a process.
     """
 
@@ -99,7 +99,7 @@ class Federation:
         settings = settings_of(schedule)
         self.history = History(RUN, mask, STREAM, schedule.digest_every, settings)
         self.ledger = MemoryLedger()
-        self.counts: Counter[tuple[str, str]] = Counter()
+        self.reached = Reached()
         self.errors: list[tuple[str, MeerkatError]] = []
         run = make_run(settings, mask, stream=STREAM, codec=self.history.codec)
         self.world = World(self.clock, self.broker, run, Thetas(run, THETAS), self._failed, self._count)
@@ -131,27 +131,40 @@ class Federation:
         """A message has reached the broker."""
         history, topic, payload = self.history, message.topic, message.payload
         if topic == TOPICS.round:
-            frame = self.world.read(payload)
+            frame = self._read(message)
             assert isinstance(frame, Round)
             history.rounds.append((message.sent, frame))
         elif topic == TOPICS.server:
-            history.states.append((message.sent, decode_control(payload, ServerState)))
+            state = decode_control(payload, ServerState)
+            self.reached.saw_status(state.status)
+            history.states.append((message.sent, state))
         elif (parsed := TOPICS.parse_up(topic)) is not None:
             self._saw_node(message, *parsed)
+        elif topic != TOPICS.run:
+            self._read(message)
+
+    def _read(self, message: Message) -> Frame:
+        frame = self.world.read(message.payload)
+        self.reached.saw(message.topic, frame)
+        return frame
 
     def _saw_node(self, message: Message, node: str, kind: str) -> None:
-        if kind == "update" and isinstance(frame := self.world.read(message.payload), Update):
-            self.history.saw_update(message.sent, node, frame)
-        elif kind == "status":
+        if kind != "status":
+            frame = self._read(message)
+            if isinstance(frame, Update):
+                self.history.saw_update(message.sent, node, frame)
+        else:
             status = decode_control(message.payload, NodeStatus)
+            self.reached.saw_status(status.status)
             if status.status == "online":
                 self.history.saw_status(message.sent, node, status)
 
     def _count(self, who: str, reason: str) -> None:
-        self.counts[who, reason] += 1
+        self.reached[reason] += 1
 
     def _failed(self, who: str, error: MeerkatError) -> None:
         self.errors.append((who, error))
+        self.reached.ended(error)
         if self._is_healed:
             self.clock.at(self.clock.now() + RESTART_S, lambda: self.revive(self.nodes.get(who, self.server)))
 
@@ -188,6 +201,7 @@ class Federation:
 
     def revive(self, process: ServerProcess | SimulatedNode) -> None:
         """Start what is not alive; a server that wakes later may be fenced, so only the newest counts."""
+        self.reached[CRASHED] += process.crash_in is not None and process.crash_in < 0
         if isinstance(process, SimulatedNode):
             if not process.alive:
                 process.start()
@@ -242,6 +256,11 @@ class Federation:
 
     def close(self) -> History:
         """The history, with the final ledger."""
-        self.history.take_ledger(MemoryStore(self.ledger))
-        self.history.finished = self.finished
-        return self.history
+        history = self.history
+        history.take_ledger(MemoryStore(self.ledger))
+        history.finished = self.finished
+        for node in self.nodes.values():
+            node.end_count()
+        self.reached.saw_ledger(history)
+        history.reached = self.reached
+        return history

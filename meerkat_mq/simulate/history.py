@@ -1,5 +1,6 @@
 """What happened to a federation: all that the checkers see, filled by the simulator and by drills."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -50,6 +51,7 @@ class History:
         states: (time, state) of every server state published.
         faults: what was injected.
         finished: whether all rounds were closed, once every fault had healed, within the time that they may take.
+        reached: what the simulator met, by name.
         backups: (time, version) of deliberate restores of the ledger from a backup of `version` entries: what was
             published of later entries, or of the updates of the rounds from there on, before that time may differ.
     """
@@ -74,6 +76,7 @@ class History:
     states: list[tuple[float, ServerState]] = field(default_factory=list)
     faults: list[Injected] = field(default_factory=list)
     finished: bool = False
+    reached: Counter[str] = field(default_factory=Counter)
     backups: list[tuple[float, int]] = field(default_factory=list)
 
     def take_ledger(self, ledger: Store) -> None:

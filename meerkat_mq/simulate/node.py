@@ -95,6 +95,7 @@ class SimulatedNode(NodeProcess):
 
     def start(self) -> None:
         """Begin at theta_0, under another boot."""
+        self.end_count()
         self._model = None
         self.is_right()
         if not self.profile.keeps:
@@ -105,6 +106,11 @@ class SimulatedNode(NodeProcess):
     def kill(self, *, will_s: float | None = None) -> None:
         """End: the broker publishes the will, after the keep-alive if need be."""
         super().kill(will_s=self._chance.choice((0.0, 0.0, 1.0)) if will_s is None else will_s)
+
+    def end_count(self) -> None:
+        """What the life that is over counted."""
+        for reason in () if self.driver is None else self.driver.counts.elements():
+            self._world.count(self.name, reason)
 
     def corrupt(self) -> None:
         """Let theta be wrong."""

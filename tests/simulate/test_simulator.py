@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from meerkat_mq.simulate.command import tally
+from meerkat_mq.simulate.reached import OFFERED, REACHED, missing
 from meerkat_mq.simulate.run import judge
-from meerkat_mq.simulate.schedule import Schedule, ScheduledFault, make_schedule
+from meerkat_mq.simulate.schedule import KINDS, Schedule, ScheduledFault, make_schedule
 from meerkat_mq.simulate.shrink import shrink
 
 CHUNK = 50
@@ -19,6 +20,20 @@ def test_no_schedule_of_faults_breaks_what_must_hold(first: int) -> None:
     assert total.failed == {}, f"meerkat simulate --repeat {min(total.failed)}"
     assert total.rounds >= 50 * CHUNK
     assert len(total.faults) > 10
+
+
+def test_each_seed_draws_its_own_kinds_of_faults() -> None:
+    schedules = [make_schedule(seed) for seed in range(500)]
+    assert all({fault.name for fault in schedule.faults} <= set(schedule.kinds) for schedule in schedules)
+    assert {kind for schedule in schedules for kind in schedule.kinds} == set(KINDS)
+    assert len({schedule.kinds for schedule in schedules}) > 450
+
+
+def test_a_campaign_that_never_met_something_says_what() -> None:
+    reached = Counter(dict.fromkeys(REACHED, 1))
+    assert len(REACHED) + len(KINDS) >= 40
+    assert missing(reached, Counter(KINDS), KINDS) == []
+    assert missing(reached - Counter([OFFERED]), Counter(KINDS[1:]), KINDS) == [OFFERED, f"fault: {KINDS[0]}"]
 
 
 def test_schedules_span_what_they_should() -> None:
@@ -63,7 +78,7 @@ def test_the_same_seed_gives_the_same_history() -> None:
 
 
 def test_a_schedule_is_data() -> None:
-    schedule = make_schedule(3)
+    schedule = make_schedule(5)
     assert schedule.faults
     assert Schedule.decode(schedule.encode()) == schedule
 
