@@ -78,7 +78,7 @@ def test_the_same_seed_gives_the_same_history() -> None:
 
 
 def test_a_schedule_is_data() -> None:
-    schedule = make_schedule(5)
+    schedule = make_schedule(8)
     assert schedule.faults
     assert Schedule.decode(schedule.encode()) == schedule
 
