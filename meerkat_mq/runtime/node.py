@@ -125,7 +125,7 @@ class NodeDriver:
     def _publish_status(self, status: str) -> None:
         if self._transport.link is not None and not self._asleep:  # else it would take the place of "asleep"
             payload = self.status(status, self._transport.link).encode()
-            self._publish(self._own_status, payload, retain=True)
+            self._publish(self._own_status, payload, "NodeStatus", retain=True)
             self._pulse.said(self.machine.version if self.machine else 0, self._clock.now())
 
     def status(self, status: str, link: int, wakes_in_s: int | None = None) -> NodeStatus:
@@ -144,20 +144,20 @@ class NodeDriver:
             }
         )
 
-    def _publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+    def _publish(self, topic: str, payload: bytes, kind: str, *, retain: bool = False) -> None:
         """Publish, or drop and count what the session does not take: updates go out again, wants are asked again."""
         try:
             self._transport.publish(topic, payload, retain=retain)
         except (NotConnected, PayloadTooLarge) as error:
-            kind = topic.rsplit("/", 1)[-1]
             self.counts[m.NOT_SENT.of(kind)] += 1
-            self._seldom.say(self._log.warning, "not sent", kind, type(error).__name__, kind=kind, problem=str(error))
+            self._seldom.say(self._log.warning, "not sent", kind, type(error).__name__, frame=kind, problem=str(error))
 
     def _send(self, frame: Update | Want | Chunk) -> None:
         wants = isinstance(frame, Want)
         if wants and self._transport.link is None:
             return  # it will be asked on the next connection; meanwhile, questions would pile up
-        self._publish(self._topics.up(self._profile.name, "want" if wants else "update"), encode(frame))
+        topic = self._topics.up(self._profile.name, "want" if wants else "update")
+        self._publish(topic, encode(frame), type(frame).__name__)
 
     # --- messages ---
 
