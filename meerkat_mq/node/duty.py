@@ -65,15 +65,17 @@ class DutyCycle:
         Raises:
             MeerkatError: as `Session.run`, in a group.
         """
+        connects = 0
         try:
             while True:
+                connects = self._session.connects
                 wakes_at = _now() + self._schedule.every_s * (1 - JITTER * _RANDOM.random())
                 await self._be_awake(wakes_at)
                 structlog.get_logger().info("asleep", wakes_in_s=self.wakes_in_s)
                 await asyncio.sleep(wakes_at - _now())
                 self._wakes_at = None
         except asyncio.CancelledError:
-            if self._wakes_at is not None:
+            if self._wakes_at is not None or self._session.connects == connects > 0:  # asleep, or only just awake
                 await self._part()
             raise
 

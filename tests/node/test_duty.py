@@ -43,32 +43,60 @@ async def test_a_node_sleeps_as_soon_as_it_is_heard(tmp_path: Path, mosquitto: M
         assert 3200 < asleep.wakes_in_s <= 3600
 
 
+class Connections:
+    """In the place of a session, which sends what waits, and its farewell, once it is cancelled.
+
+    Args:
+        answers: whether the broker answers each CONNECT; as many as there may be connections.
+
+    Attributes:
+        log: what happened.
+    """
+
+    def __init__(self, *answers: bool) -> None:
+        self.log: list[str] = []
+        self._answers = iter(answers)
+        self.link: int | None = None
+        self.connects = 0
+
+    async def run(self) -> None:
+        try:
+            if next(self._answers):
+                self.link, self.connects = 1, self.connects + 1
+            self.log.append("connecting" if self.link is None else "connected")
+            await asyncio.Event().wait()
+        finally:
+            if self.link is not None:
+                self.log.append("farewell")
+            self.link = None
+
+    def cycle(self, every_s: float) -> duty.DutyCycle:
+        """Awake until it is connected."""
+        return duty.DutyCycle(
+            ScheduleConfig(every_s=every_s, awake_s=1.0),
+            cast("Session", self),
+            may_sleep=lambda late: self.log[-1:] == ["connected"],
+            on_waking=lambda: self.log.append("awake"),
+            on_sleep=lambda: self.log.append("asleep"),
+        )
+
+
 async def test_a_node_is_asleep_before_its_connection_says_so() -> None:
-    class Connection:
-        """In the place of a session, which sends what waits, and its farewell, once it is cancelled."""
-
-        link = 1
-
-        async def run(self) -> None:
-            order.append("connected")
-            try:
-                await asyncio.Event().wait()
-            finally:
-                order.append("farewell")
-
-    order: list[str] = []
-    cycle = duty.DutyCycle(
-        ScheduleConfig.model_validate(LONG["schedule"]),
-        cast("Session", Connection()),
-        may_sleep=lambda late: "connected" in order,
-        on_waking=lambda: None,
-        on_sleep=lambda: order.append("asleep"),
-    )
-    running = asyncio.create_task(cycle.run())
-    await until(lambda: len(order) >= 3)
+    session = Connections(True, True)
+    running = asyncio.create_task(session.cycle(3600.0).run())
+    await until(lambda: "farewell" in session.log)
     running.cancel()
     await asyncio.wait([running])
-    assert order[:3] == ["connected", "asleep", "farewell"]
+    assert session.log == ["awake", "connected", "asleep", "farewell", "connected", "farewell"]
+
+
+async def test_a_node_that_stops_while_it_connects_says_so_on_another_connection() -> None:
+    session = Connections(True, False, True)
+    running = asyncio.create_task(session.cycle(1.0).run())
+    await until(lambda: "connecting" in session.log)
+    running.cancel()
+    await asyncio.wait([running])
+    assert session.log[4:] == ["awake", "connecting", "connected", "farewell"]
 
 
 async def test_who_was_heard_from_an_earlier_waking_steps_before_it_sleeps(

@@ -67,6 +67,17 @@ async def test_what_a_power_cut_left_on_the_broker_is_no_rival(federation: Feder
         assert (await eye.follows(term)).run == state.run
 
 
+async def test_a_lost_run_stays_on_the_broker_until_somebody_says_otherwise(federation: Federation) -> None:
+    eye, pace = federation.eye, PACE | {"min_nodes": 5}
+    lost = ServerState(status="lost", run="1" * 32, term=3, server_id="0" * 16, link=1, host="burned", round=7, nodes=0)
+    await federation.retain("server", lost.encode())
+    for name in ("empty", "as empty"):
+        await federation.server(name=name, rounds=pace).failed(6, "holds no run", "11111111")
+        assert eye.states == []
+    federation.server("--replace", name="new", rounds=pace)
+    assert (await eye.state("online")).term == 4
+
+
 async def test_a_server_puts_right_what_stands_on_its_topics(federation: Federation) -> None:
     eye = federation.eye
     await federation.ghost()
