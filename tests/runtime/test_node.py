@@ -411,7 +411,7 @@ def test_what_finds_no_room_is_counted_and_the_node_goes_on(server: Server) -> N
     server.begin(ONE)
     server.node.transport.room = 0
     server.ask(ONE)
-    assert (server.updates, server.node.driver.counts["not sent: update"]) == ([], 1)
+    assert (server.updates, server.node.driver.counts["not sent: Update"]) == ([], 1)
     server.node.transport.room = None
     server.ask(ONE)
     assert [update.header.version for update in server.updates] == [0]
