@@ -12,7 +12,7 @@ import hashlib
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -107,10 +107,8 @@ def settings(policy: Policy, stage: Stage, seed: int) -> RoundSettings:
     )  # fmt: skip
     if not policy.buffer_size:
         return rules
-    return replace(
-        rules, mode="buffered", buffer_size=policy.buffer_size, max_staleness=policy.max_staleness,
-        staleness_exponent=policy.exponent,
-    )  # fmt: skip
+    buffered = {"mode": "buffered", "buffer_size": policy.buffer_size, "max_staleness": policy.max_staleness}
+    return rules.model_copy(update=buffered | {"staleness_exponent": policy.exponent})
 
 
 @quiet()
