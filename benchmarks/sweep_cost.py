@@ -30,7 +30,7 @@ CELLS: dict[str, dict[str, Any]] = {
         "local_steps": [10],
         "method": {"name": "early", "density": 1e-3, "lr": 0.05, "early_stopping": EARLY},
     },
-    "dense": {"passes": 20, "method": {"name": "dense", "mask": "dense", "lr": 1e-4}},
+    "dense": {"passes": 60, "method": {"name": "dense", "mask": "dense", "lr": 1e-4}},
 }
 COSTS = ("cpu_seconds", "wall_seconds", "energy_joules", "energy_source", "peak_memory_mib", "bytes_up", "bytes_down")
 

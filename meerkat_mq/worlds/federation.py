@@ -35,7 +35,7 @@ from meerkat_mq.worlds.store import MemoryStore
 from meerkat_mq.worlds.world import World
 
 DRAWN_BYTES = 2**30  # of directions that are kept for the other nodes of a lane
-THETAS = 2
+THETAS = 1
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ class Thetas:
         self.run = run
         self._kept = kept
         self._after: OrderedDict[_Key, tuple[Float32Array, bytes, bytes]] = OrderedDict()
-        self.start = digest(run.mask.theta_0)
+        self.theta_0 = run.mask.theta_0
+        self.start = digest(self.theta_0)
 
     def replica(self) -> "SharedReplica":
         """One at theta_0."""
@@ -47,12 +48,12 @@ class SharedReplica(Replica):
         run = thetas.run.descriptor
         super().__init__(thetas.run.mask, run_id=run.run_id, stream=run.stream, digest_every=run.digest_every)
         self._thetas = thetas
-        self._name: bytes | None = thetas.start
+        self.reset()
 
     def reset(self) -> None:
         """Back to theta_0."""
-        super().reset()
-        self._name = self._thetas.start
+        super().load(self._thetas.theta_0, 0)
+        self._name: bytes | None = self._thetas.start
 
     def load(self, theta: Float32Array, version: int) -> None:
         """Go to a version."""
