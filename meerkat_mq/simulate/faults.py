@@ -1,6 +1,7 @@
 """What befalls a simulated federation: for each name, how it strikes and how it heals."""
 
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +18,7 @@ from meerkat_mq.worlds.broker import KEEP_ALIVE_S, Client, LinkConditions, Messa
 from meerkat_mq.worlds.server import ServerProcess
 
 CRASH_WITHIN = 40  # effects
+LOST_S = 0.5  # of commits that a disk did not keep, at most
 EARLIER_RUN = bytes(range(100, 116))
 Act = Callable[[Federation, ScheduledFault], None]
 
@@ -38,8 +40,9 @@ def inflict(federation: Federation, fault: ScheduledFault) -> None:
         federation.history.faults.append(injected)
         kind.strike(federation, fault)
 
-    if fault.name == "restore":
-        clock.at(fault.at * fault.detail, partial(federation.take_backup, fault))
+    if fault.name in ("restore", "lost fsync"):
+        known = fault.at * fault.detail if fault.name == "restore" else max(0.0, fault.at - LOST_S * fault.detail)
+        clock.at(known, partial(federation.take_backup, fault))
     if fault.name == "split brain":
         clock.at(fault.at + fault.lasts / 2, federation.start_server)
     clock.at(fault.at, strike)
@@ -136,6 +139,50 @@ def _corrupt(federation: Federation, fault: ScheduledFault) -> None:
     node.healed = healed
 
 
+# --- the server's disk ----------------------------------------------------------------------------------------------
+
+
+def _fill(federation: Federation, fault: ScheduledFault) -> None:
+    federation.ledger.is_full = True
+
+
+def _make_room(federation: Federation, fault: ScheduledFault) -> None:
+    federation.ledger.is_full = False
+
+
+def _damage_snapshots(federation: Federation, fault: ScheduledFault) -> None:
+    """Torn, or with a flipped bit."""
+    files = federation.ledger.files
+    for version, blob in list(files.items()):
+        files[version] = _damaged(blob, federation.chance)
+
+
+def _damage_ledger(federation: Federation, fault: ScheduledFault) -> None:
+    """A bit flips in an entry that no snapshot has taken in yet, and a server starts on it.
+
+    Of those before a snapshot, nodes notice it, each by the entry after it, and `meerkat verify` does.
+    """
+    ledger = federation.ledger
+    versions = [version for version in ledger.entries if version >= max(ledger.snapshots, default=0)]
+    if versions:
+        federation.stop_servers()
+        federation.flip(versions[int(fault.detail * len(versions))])
+        federation.clock.at(federation.clock.now() + 0.01, lambda: federation.revive(federation.server))
+
+
+def _repair_ledger(federation: Federation, fault: ScheduledFault) -> None:
+    federation.unflip()
+    federation.revive(federation.server)
+
+
+def _damaged(data: bytes, chance: random.Random) -> bytes:
+    """A part of the bytes, or all of them with a flipped bit."""
+    place = chance.randrange(len(data)) if data else 0
+    if chance.random() < 0.5 or not data:
+        return data[:place]
+    return data[:place] + bytes([data[place] ^ 1 << chance.randrange(8)]) + data[place + 1 :]
+
+
 # --- links ----------------------------------------------------------------------------------------------------------
 
 
@@ -186,6 +233,16 @@ def _replay(federation: Federation, fault: ScheduledFault) -> None:
         message = chance.choice(passed)
         if not _is_of_an_earlier_process(federation, message):
             federation.broker.spread(message)
+
+
+def _corrupt_messages(federation: Federation, fault: ScheduledFault) -> None:
+    """Messages from before come again, damaged; control messages only torn: nothing protects JSON from a forger."""
+    passed, chance = federation.broker.passed, federation.chance
+    for _ in range(1 + int(20 * fault.detail) if passed else 0):
+        message = chance.choice(passed)
+        is_frame = message.payload[:1] != b"{"
+        payload = _damaged(message.payload, chance) if is_frame else message.payload[: len(message.payload) // 2]
+        federation.broker.spread(replace(message, payload=payload))
 
 
 def _is_of_an_earlier_process(federation: Federation, message: Message) -> bool:
@@ -259,4 +316,9 @@ FAULTS: dict[str, Kind] = {
     "replay": Kind(_replay, _replay),
     "stale run": Kind(_earlier_run, _earlier_run),
     "hostile": Kind(_hostile, _hostile),
+    "corrupt messages": Kind(_corrupt_messages, _corrupt_messages),
+    "disk full": Kind(_fill, _make_room),
+    "lost fsync": Kind(_restore, _start_again),
+    "damaged snapshots": Kind(_damage_snapshots, _damage_snapshots),
+    "damaged ledger": Kind(_damage_ledger, _repair_ledger),
 }

@@ -1,11 +1,13 @@
 """A federation on a virtual clock: a ledger, a broker, servers, nodes; and the hands that start and restore them."""
 
 import random
+from dataclasses import replace
 from functools import cache
 from itertools import takewhile
 
 from meerkat_mq.config import Codec, EarlyStoppingConfig, ServerValuesConfig
 from meerkat_mq.core.mask import Mask
+from meerkat_mq.core.path import Entry
 from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.errors import MeerkatError
 from meerkat_mq.rounds.policy import RoundSettings
@@ -14,6 +16,7 @@ from meerkat_mq.simulate.node import SimulatedNode, SimulatedProfile
 from meerkat_mq.simulate.reached import CRASHED, Reached
 from meerkat_mq.simulate.schedule import Schedule, ScheduledFault
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState, decode_control
+from meerkat_mq.wire.limits import largest_frame
 from meerkat_mq.wire.messages import Frame, Round, Update
 from meerkat_mq.wire.topics import Topics
 from meerkat_mq.worlds.broker import Broker, Message
@@ -32,6 +35,8 @@ STREAM = "mk1"
 SERVER_LATENCY_S = 0.004
 THETAS = 256  # that are not computed twice
 RESTART_S = 5.0  # after which a supervisor starts again what an error has ended
+# What no TCP connection does to messages; some states that come out of order are put right by the next connection.
+DISORDER = {"lose", "duplicate", "delay", "reorder", "replay", "stale run", "corrupt messages"}
 TOPICS = Topics(FEDERATION)
 # Thresholds that about half of the made-up paths pass, so that there is something to get wrong.
 THRESHOLDS = EarlyStoppingConfig(initial=0.5, later=0.5, rho_later=1.0, rho_quiet=0.25, quiet=0.7, random_share=0.4)
@@ -77,6 +82,7 @@ def settings_of(schedule: Schedule) -> RoundSettings:
         max_staleness=schedule.max_staleness if schedule.mode == "buffered" else 0,
         staleness=schedule.staleness,
         values=ServerValuesConfig(accept=schedule.values > 0),
+        frame_bytes=largest_frame(schedule.packet_bytes, TOPICS),
     )
 
 
@@ -107,6 +113,7 @@ class Federation:
         self.servers: list[ServerProcess] = []
         self._backups: dict[ScheduledFault, MemoryLedger] = {}
         self._is_healed = False
+        self._flipped: dict[Entry, Entry] = {}  # as it is in the ledger, and as it was
 
     def _node(self, number: int) -> SimulatedNode:
         chance, schedule = self.chance, self.schedule
@@ -123,7 +130,7 @@ class Federation:
             codec=CODECS[number % len(CODECS)] if number < schedule.values else None,
             every_s=schedule.every_s if number < schedule.sleepers else 0.0,
         )
-        return SimulatedNode(f"n{number}", self.world, profile, chance)
+        return SimulatedNode(f"n{number}", self.world, profile, chance, schedule.packet_bytes)
 
     # --- what is noted ---
 
@@ -195,6 +202,7 @@ class Federation:
             commit_s=self.schedule.commit_s,
             measure_s=self.schedule.measure_s or 0.0,
             latency_s=SERVER_LATENCY_S,
+            largest=self.schedule.packet_bytes,
         )
         self.servers.append(server)
         server.start()
@@ -223,13 +231,34 @@ class Federation:
         """Copy the ledger, for `restore`."""
         self._backups[fault] = self.ledger.backup()
 
-    def restore(self, fault: ScheduledFault) -> None:
-        """Stop every server, and put an earlier ledger in place."""
+    def stop_servers(self) -> None:
+        """Kill every server."""
         for server in self.servers:
             if server.alive:
                 server.kill()
+
+    def flip(self, version: int) -> None:
+        """Let a bit of an entry flip on the disk, and of no other."""
+        self.unflip()
+        closed = self.ledger.entries[version]
+        digest = bytes([closed.entry.digest[0] ^ 1]) + closed.entry.digest[1:]
+        broken = replace(closed.entry, digest=digest)
+        self._flipped[broken] = closed.entry
+        self.ledger.entries[version] = replace(closed, entry=broken)
+
+    def unflip(self) -> None:
+        """Put back whatever has flipped, as from a good copy."""
+        for version, closed in list(self.ledger.entries.items()):
+            if (was := self._flipped.get(closed.entry)) is not None:
+                self.ledger.entries[version] = replace(closed, entry=was)
+
+    def restore(self, fault: ScheduledFault) -> None:
+        """Stop every server, and put an earlier ledger in place."""
+        self.stop_servers()
+        self.unflip()
         undone = list(self.ledger.entries.values())
         self.ledger.restore(self._backups[fault])
+        self.unflip()
         both = zip(undone, self.ledger.entries.values(), strict=False)
         shared = sum(1 for _ in takewhile(lambda pair: pair[0].entry == pair[1].entry, both))
         self.history.backups.append((self.clock.now(), shared))
@@ -237,15 +266,19 @@ class Federation:
     def heal(self) -> None:
         """Everybody is there, and every link carries."""
         self.broker.up = self._is_healed = True
+        self.ledger.is_full = False
+        self.unflip()
         self.thaw_servers()
         self.revive(self.server)
         for node in self.nodes.values():
             self.thaw(node)
             self.revive(node)
+        disordered = any(fault.name in DISORDER for fault in self.schedule.faults)
         for process in self.processes:
-            process.crash_in = None
-            process.client.cut, process.client.conditions = False, None
-            self.broker.break_link(process.client)
+            process.crash_in, client = None, process.client
+            lost, client.cut, client.conditions = client.cut, False, None
+            if lost or disordered:  # a link that is fine stays: who needs another connection to go on, hangs
+                self.broker.break_link(client)
 
     @property
     def finished(self) -> bool:

@@ -64,7 +64,7 @@ class SimulatedNode(NodeProcess):
         healed: called once its theta is right again; None while nothing is wrong with it.
     """
 
-    def __init__(self, name: str, world: World, profile: SimulatedProfile, chance: random.Random) -> None:
+    def __init__(self, name: str, world: World, profile: SimulatedProfile, chance: random.Random, largest: int) -> None:
         super().__init__(
             NodeProfile(name, FEDERATION, values=profile.codec is not None, keeps=profile.keeps),
             world,
@@ -72,6 +72,7 @@ class SimulatedNode(NodeProcess):
             compute=self._worker,
             make_model=lambda _, run, mask: self._model_of(run, mask),
             latency_s=profile.latency_s,
+            largest=largest,
         )
         self.profile = profile
         self.healed: Callable[[], None] | None = None

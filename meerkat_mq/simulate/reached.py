@@ -6,7 +6,7 @@ Names are those of core/metrics.py, of faults, and of what is seen here: at the 
 from collections import Counter
 
 from meerkat_mq.core import metrics as m
-from meerkat_mq.errors import AnotherServer, MeerkatError
+from meerkat_mq.errors import AnotherServer, LedgerError, MeerkatError
 from meerkat_mq.rounds.records import Verdict
 from meerkat_mq.simulate.history import History
 from meerkat_mq.wire.messages import Chunk, Entries, Frame, Offer, Refusal, Round, Want, Welcome
@@ -19,12 +19,14 @@ _METRICS = (
     m.RESYNCHRONISED, m.DIGEST_DIFFERS, m.ENTRIES_MISSED, m.LATE_STEP, m.FLAGGED.of("against"), m.FLAGGED.of("outlier"),
     m.REFUSED.of("against"), m.REFUSED.of("outlier"), m.REFUSED.of("not finite"), m.REFUSED.of("no values"),
     m.REFUSED.of("resynchronise"), m.REFUSED.of("wrong seeds"), m.REFUSED.of("wrong steps"),
+    m.UNDECODABLE.of("BadChecksum"),
 )  # fmt: skip
 
 OFFERED = "a snapshot was offered"
 TWICE = "an entry was fetched twice"
 FENCED = "a term was lost in mid-commit"
 ANOTHER = "a server found another one online"
+DAMAGED = "a server found its ledger damaged, and ended"
 CRASHED = "a process crashed between two effects"
 STALE = "an entry took a stale update"
 PARTIAL = "an entry took a part of a path"
@@ -50,8 +52,8 @@ _WANTS = {
 }
 
 REACHED = (
-    *_METRICS, *_FRAMES.values(), *_WANTS.values(), TWICE, FENCED, ANOTHER, CRASHED, STALE, PARTIAL, DISPLACED, STOPPED,
-    WAITING, WILL, ASLEEP,
+    *_METRICS, *_FRAMES.values(), *_WANTS.values(), TWICE, FENCED, ANOTHER, DAMAGED, CRASHED, STALE, PARTIAL, DISPLACED,
+    STOPPED, WAITING, WILL, ASLEEP,
 )  # fmt: skip
 
 
@@ -83,6 +85,8 @@ class Reached(Counter[str]):
         """An error ended a process."""
         if isinstance(error, AnotherServer):
             self[FENCED if error.where.startswith("ledger") else ANOTHER] += 1
+        elif isinstance(error, LedgerError):
+            self[DAMAGED] += 1
 
     def saw_ledger(self, history: History) -> None:
         """The final ledger."""

@@ -52,6 +52,7 @@ class Schedule:
         slow: whether the last node's local steps take about as long as the deadline.
         fickle: whether a restarted node answers a round with other values than before.
         leftovers: whether the broker still holds what an earlier run retained.
+        packet_bytes: of the largest MQTT packet that the broker takes.
         kinds: of faults that may strike; each seed draws its own.
     """
 
@@ -90,6 +91,7 @@ class Schedule:
     slow: bool
     fickle: bool
     leftovers: bool
+    packet_bytes: int
     kinds: tuple[str, ...]
     faults: tuple[ScheduledFault, ...]
 
@@ -130,7 +132,13 @@ _KINDS: tuple[tuple[str, int, str], ...] = (
     ("stale run", 1, "all"),
     ("hostile", 2, "node"),
     ("corrupt theta", 1, "node"),
+    ("corrupt messages", 2, "all"),
+    ("disk full", 1, "server"),
+    ("lost fsync", 1, "server"),
+    ("damaged snapshots", 1, "server"),
+    ("damaged ledger", 1, "server"),
 )
+SMALL_PACKET = 2048  # holds the largest entry of a schedule, and not many of them
 KINDS = tuple(dict.fromkeys(name for name, _, _ in _KINDS))
 _SIZES = (3, 3, 3, 3, 3, 3, 4, 4, 4, 5, 5, 6, 7)
 
@@ -192,6 +200,7 @@ def make_schedule(seed: int, names: Collection[str] = ()) -> Schedule:
         slow=slow,
         fickle=draw.random() < 0.7,
         leftovers=draw.random() < 0.2,
+        packet_bytes=draw.choice((SMALL_PACKET, 2**28, 2**28)),
         kinds=kinds,
         faults=tuple(_fault(draw, nodes, calm_s, kinds) for _ in range(draw.randint(0, 12))),
     )

@@ -32,6 +32,7 @@ def _smaller(schedule: Schedule) -> Iterator[Schedule]:
         "steps": 1, "lanes": 1, "digest_every": 1, "aggregate": "mean", "commit_s": 0.0,
         "early_stopping": "off", "every": 0, "perturbations": 1, "mode": "synchronous", "max_staleness": 1,
         "staleness": "constant", "spread": 1.0, "values": 0, "sleepers": 0, "keeps": False, "reluctant": False,
+        "packet_bytes": 2**28,
     }  # fmt: skip
     for name, value in plain.items():
         if getattr(schedule, name) != value:

@@ -40,6 +40,7 @@ class MemoryLedger:
         named: how many updates and entries name a displacement, by hash.
         snapshots: by version.
         metrics: by version and name.
+        is_full: whether its disk takes nothing just now.
         files: bytes of snapshots, by version. They are beside the ledger: a backup has none, and a restore leaves them.
     """
 
@@ -57,6 +58,7 @@ class MemoryLedger:
     snapshots: dict[int, KeptSnapshot] = field(default_factory=dict)
     metrics: dict[int, dict[str, float]] = field(default_factory=dict)
     files: dict[int, bytes] = field(default_factory=dict)
+    is_full: bool = False
 
     def backup(self) -> "MemoryLedger":
         """A copy of the ledger as it is, which shares nothing that changes; without snapshots' bytes."""
@@ -66,7 +68,7 @@ class MemoryLedger:
 
     def restore(self, backup: "MemoryLedger") -> None:
         """Become what a backup holds."""
-        for name in {table.name for table in fields(self)} - {"files"}:
+        for name in {table.name for table in fields(self)} - {"files", "is_full"}:
             table = getattr(backup, name)
             setattr(self, name, {key: dict(row) if isinstance(row, dict) else row for key, row in table.items()})
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Entry, short_hash
-from meerkat_mq.errors import AnotherServer, LedgerError
+from meerkat_mq.errors import AnotherServer, LedgerError, LedgerUnavailable
 from meerkat_mq.ledger.rows import Closed, KeptSnapshot, NodeRow, Products, Sighting, Term
 from meerkat_mq.ledger.store import SNAPSHOTS_KEPT, Store
 from meerkat_mq.rounds.policy import RoundSettings
@@ -62,6 +62,8 @@ class MemoryStore(Store):
 
     def start(self) -> None:
         """Begin a transaction."""
+        if self.ledger.is_full:
+            raise LedgerUnavailable(self.where, "no space is left on its disk")
         self._assert_in_charge()
         self._before = self._mine, set(self._loose)
         self._in_group = True
