@@ -36,7 +36,8 @@ SERVER_LATENCY_S = 0.004
 THETAS = 256  # that are not computed twice
 RESTART_S = 5.0  # after which a supervisor starts again what an error has ended
 # What no TCP connection does to messages; some states that come out of order are put right by the next connection.
-DISORDER = {"lose", "duplicate", "delay", "reorder", "replay", "stale run", "corrupt messages"}
+# After a restore nodes may know a higher term than ledger and broker do: they say so on their next connection.
+DISORDER = {"lose", "duplicate", "delay", "reorder", "replay", "stale run", "corrupt messages", "restore", "lost fsync"}
 TOPICS = Topics(FEDERATION)
 # Thresholds that about half of the made-up paths pass, so that there is something to get wrong.
 THRESHOLDS = EarlyStoppingConfig(initial=0.5, later=0.5, rho_later=1.0, rho_quiet=0.25, quiet=0.7, random_share=0.4)
@@ -228,8 +229,9 @@ class Federation:
             self.thaw(server)
 
     def take_backup(self, fault: ScheduledFault) -> None:
-        """Copy the ledger, for `restore`."""
-        self._backups[fault] = self.ledger.backup()
+        """Copy the ledger, once it holds the run, for `restore`."""
+        if self.ledger.begun:
+            self._backups[fault] = self.ledger.backup()
 
     def stop_servers(self) -> None:
         """Kill every server."""
@@ -253,7 +255,9 @@ class Federation:
                 self.ledger.entries[version] = replace(closed, entry=was)
 
     def restore(self, fault: ScheduledFault) -> None:
-        """Stop every server, and put an earlier ledger in place."""
+        """Stop every server, and put an earlier ledger in place, if there is one."""
+        if fault not in self._backups:
+            return
         self.stop_servers()
         self.unflip()
         undone = list(self.ledger.entries.values())
