@@ -40,7 +40,7 @@ def test_schedules_span_what_they_should() -> None:
     schedules = [make_schedule(seed) for seed in range(2000)]
     assert {schedule.nodes for schedule in schedules} >= {3, 4, 20}
     assert all(3 <= schedule.nodes <= 20 and schedule.rounds >= 50 for schedule in schedules)
-    assert len({fault.name for schedule in schedules for fault in schedule.faults}) == 15
+    assert {fault.name for schedule in schedules for fault in schedule.faults} == set(KINDS)
     assert {schedule.early_stopping for schedule in schedules} == {"off", "vpcs", "random"}
     assert {schedule.perturbations for schedule in schedules} == {1, 2}
     assert 0.45 < sum(schedule.mode == "buffered" for schedule in schedules) / len(schedules) < 0.55
@@ -59,7 +59,8 @@ def test_schedules_flag_some_nodes_and_not_others(by: str) -> None:
 
 def test_buffered_schedules_have_stale_updates_partial_paths_and_displacements() -> None:
     ages, partial, displaced = Counter[int](), 0, 0
-    for schedule in [found for seed in range(40) if (found := make_schedule(seed)).mode == "buffered"]:
+    buffered = [found for seed in range(400) if (found := make_schedule(seed)).mode == "buffered"]
+    for schedule in sorted(buffered, key=lambda found: -found.spread * found.max_staleness)[:20]:
         history, _ = judge(schedule)
         whole = schedule.perturbations * schedule.steps
         records = [(entry, record) for entry, found in enumerate(history.records) for record in found]
