@@ -88,7 +88,7 @@ def test_a_mask_needs_text() -> None:
 
 def test_the_page_has_every_key_and_a_valid_example() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    plan, method = text.split("\n## The plan\n")[1].split("\n## ")[0].split("\nA method:\n")
+    plan, method = text.split("\n## The plan\n")[1].split("\n## ")[0].split("\n**A method**:\n")
     documented = set(
         re.findall(r"`(?:\[\[)?([a-z_]+)(?:\]\])?`", "\n".join(re.findall(r"^\|([^|]+)\|", plan, re.MULTILINE)))
     )
