@@ -83,7 +83,9 @@ EVALUATION_LEFT_OUT: Final = _metric(
 
 DIED: Final = _metric("died", "a node's connection broke while it was online")
 LEFT: Final = _metric("left", "a node said goodbye in order")
-LATE_DEATH: Final = _metric("late death", "the end of a connection that had been replaced already; without effect")
+LATE_DEATH: Final = _metric(
+    "late death", "what a node had said before it was online, as an earlier connection ended or as it joined; no effect"
+)
 NO_SLOT: Final = _metric("no slot left", "a node too many for the round's bitmap; turned away")
 TOO_MANY_NODES: Final = _metric("too many nodes", "a status of a node too many to be remembered; dropped")
 

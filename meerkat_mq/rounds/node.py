@@ -89,6 +89,7 @@ class NodeMachine(NodeMachineState):
             self._see_two_servers()
         elif state.rank < self._rank:
             self._count(m.STALE_SERVER)
+            self._uninformed |= state.connected  # of a restored ledger, perhaps: by a want it learns of this term
         else:
             if state.term > self._rank[0]:
                 self._follow_server(event.now)

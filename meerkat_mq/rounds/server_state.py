@@ -142,10 +142,13 @@ class ServerMachineState:
         header = replace(self._header(), version=update.header.version)
         self._effects.append(e.Reply(name, Refusal(header, update.boot, reason)))
 
-    def _is_late_death(self, node: KnownNode | None, status: NodeStatus) -> bool:
-        """Whether a connection ended, or a node fell asleep, before its present connection."""
-        ended = status.status in ("asleep", "stopped", "lost")
-        return ended and node is not None and node.online and status.link != node.link
+    def _is_late(self, node: KnownNode | None, status: NodeStatus) -> bool:
+        """Whether a node said this before it was online: at the end of an earlier connection, or as it joined."""
+        if node is None or not node.online:
+            return False
+        if status.status == "starting":
+            return (status.boot, status.link) == (node.boot, node.link)
+        return status.status in ("asleep", "stopped", "lost") and status.link != node.link
 
     def _why_refused(self, name: str, update: Update) -> Reason | None:
         slot, base = self._nodes[name].slot, update.header.version

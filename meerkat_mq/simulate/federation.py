@@ -35,9 +35,6 @@ STREAM = "mk1"
 SERVER_LATENCY_S = 0.004
 THETAS = 256  # that are not computed twice
 RESTART_S = 5.0  # after which a supervisor starts again what an error has ended
-# What no TCP connection does to messages; some states that come out of order are put right by the next connection.
-# After a restore nodes may know a higher term than ledger and broker do: they say so on their next connection.
-DISORDER = {"lose", "duplicate", "delay", "reorder", "replay", "stale run", "corrupt messages", "restore", "lost fsync"}
 TOPICS = Topics(FEDERATION)
 # Thresholds that about half of the made-up paths pass, so that there is something to get wrong.
 THRESHOLDS = EarlyStoppingConfig(initial=0.5, later=0.5, rho_later=1.0, rho_quiet=0.25, quiet=0.7, random_share=0.4)
@@ -277,11 +274,10 @@ class Federation:
         for node in self.nodes.values():
             self.thaw(node)
             self.revive(node)
-        disordered = any(fault.name in DISORDER for fault in self.schedule.faults)
         for process in self.processes:
             process.crash_in, client = None, process.client
             lost, client.cut, client.conditions = client.cut, False, None
-            if lost or disordered:  # a link that is fine stays: who needs another connection to go on, hangs
+            if lost:  # a link that is fine stays: who needs another connection to go on, hangs
                 self.broker.break_link(client)
 
     @property

@@ -105,6 +105,20 @@ def test_it_asks_for_a_higher_term_until_there_is_one() -> None:
     assert node.machine.wake_at is None
 
 
+def test_a_server_of_a_lower_term_that_lives_is_told_of_the_higher_one_now_and_then_until_a_round_comes() -> None:
+    node = answered_node(announced(3, term=5, entries=tuple(chain(3))), welcome(term=5))
+    for status in ("lost", "stopped"):
+        node.give(e.ServerCame(9.0, state(term=0, status=status)))
+        assert node.machine.wake_at is None
+    (want,) = sent(node.give(e.ServerCame(10.0, state(term=2))), Want)
+    assert (want.header.term, want.welcome) == (5, True)
+    assert not sent(node.give(e.ServerCame(10.1, state(term=2, link=2))), Want)
+    assert sent(node.give(e.Tick(10.0 + RETRY_S)), Want) == [want]
+    node.give(e.ServerCame(13.0, state(term=6)))
+    node.frames(13.0, welcome(term=6), announced(term=6))
+    assert node.machine.wake_at is None
+
+
 def test_stale_and_foreign_servers_and_frames_are_counted_only() -> None:
     node = answered_node(announced(3, term=2, entries=tuple(chain(3))))
     assert reasons(node.give(e.ServerCame(1.0, state(term=1)))) == ["stale server"]

@@ -1,5 +1,7 @@
 """When a round opens, closes, waits longer, and is announced."""
 
+from typing import Any
+
 import pytest
 
 from meerkat_mq.rounds import events as e
@@ -258,8 +260,19 @@ def test_with_too_few_nodes_the_next_round_waits_for_more() -> None:
     assert server.machine.wake_at == 75
 
 
-@pytest.mark.parametrize("changes", [{"word": "starting"}, {"run": "f" * 32}])
-def test_a_node_that_is_not_ready_for_this_run_is_not_at_hand(changes: dict[str, str]) -> None:
+def test_a_starting_that_comes_after_its_online_counts_for_nothing() -> None:
+    server = answered_server()
+    server.born(0, "a", "b")
+    assert reasons(server.born(1, "b", word="starting")) == ["late death"]
+    server.update(2, "a")
+    server.update(2, "b")
+    assert server.round.header.version == 1
+    assert server.round.asked == {0, 1}
+
+
+@pytest.mark.parametrize("changes", [{"word": "starting", "link": 2}, {"word": "starting", "boot": 2},
+                                     {"run": "f" * 32}])  # fmt: skip
+def test_a_node_that_is_not_ready_for_this_run_is_not_at_hand(changes: dict[str, Any]) -> None:
     server = answered_server()
     server.born(0, "a")
     server.born(0, "b", **changes)

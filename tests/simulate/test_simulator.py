@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from meerkat_mq.core import metrics as m
 from meerkat_mq.simulate.command import tally
 from meerkat_mq.simulate.reached import OFFERED, REACHED, missing
 from meerkat_mq.simulate.run import judge
@@ -20,6 +21,12 @@ def test_no_schedule_of_faults_breaks_what_must_hold(first: int) -> None:
     assert total.failed == {}, f"meerkat simulate --repeat {min(total.failed)}"
     assert total.rounds >= 50 * CHUNK
     assert len(total.faults) > 10
+
+
+def test_nodes_that_know_a_higher_term_than_a_restored_ledger_say_so_without_a_new_connection() -> None:
+    history, found = judge(make_schedule(11, ("restore",)))
+    assert found == []
+    assert history.reached[m.STALE_SERVER] > 0
 
 
 def test_each_seed_draws_its_own_kinds_of_faults() -> None:
