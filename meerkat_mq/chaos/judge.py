@@ -3,7 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
-from meerkat_mq.chaos.faults.poison import Poison
+from meerkat_mq.chaos.faults.packets import Poison
 from meerkat_mq.chaos.observer import Observed
 from meerkat_mq.chaos.plan import LINK, Plan, Strike, is_core
 from meerkat_mq.chaos.stage import Stage

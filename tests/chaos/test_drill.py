@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
@@ -20,8 +20,7 @@ import pytest
 from meerkat_mq.chaos import judge
 from meerkat_mq.chaos.drill import Drill
 from meerkat_mq.chaos.faults import FAULTS, Fault
-from meerkat_mq.chaos.faults.fault import Place
-from meerkat_mq.chaos.faults.treatment import Treatment
+from meerkat_mq.chaos.faults.packets import Treatment
 from meerkat_mq.chaos.observer import Observed
 from meerkat_mq.chaos.page import render
 from meerkat_mq.chaos.plan import load_plan
@@ -111,8 +110,8 @@ def test_the_help_says_where_a_drill_leaves_its_files(meerkat: Meerkat) -> None:
 class Forge(Fault):
     """Somebody alters the ledger behind the server's back."""
 
-    name: ClassVar[str] = "forge"
-    on: ClassVar[Place] = "server"
+    name = "forge"
+    on = "server"
 
     @asynccontextmanager
     async def strike(self, stage: Stage, target: str, random: Random) -> AsyncIterator[None]:
@@ -143,7 +142,7 @@ def test_a_forged_ledger_fails_the_drill(meerkat: Meerkat, monkeypatch: pytest.M
 class Broken(Treatment):
     """A fault with a bug."""
 
-    name: ClassVar[str] = "broken"
+    name = "broken"
 
     def treat(self, packet: Packet, random: Random) -> Passage:
         raise KeyError(packet.kind)

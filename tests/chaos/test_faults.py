@@ -1,6 +1,9 @@
 """The registry: what plans can name is there, told apart, and written about."""
 
 import inspect
+import re
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -8,21 +11,28 @@ from typing import Any, get_args
 import pytest
 
 from meerkat_mq.chaos import faults
-from meerkat_mq.chaos.faults import FAULTS
+from meerkat_mq.chaos.faults import FAULTS, Fault
 from meerkat_mq.chaos.faults.fault import Place
 from meerkat_mq.chaos.plan import shipped
 from meerkat_mq.chaos.plan_file import FaultPlan, FederationPlan, PlanFile
 
 ROOT = Path(__file__).parents[2]
-FOLDER = Path(faults.__file__).parent
 PAGE = (ROOT / "docs/faults.md").read_text(encoding="utf-8")
 
 
-def test_every_file_is_a_fault_of_its_name() -> None:
-    files = {path.stem for path in FOLDER.glob("*.py")} - {"__init__", "fault", "treatment"}
-    assert files == {name.replace("-", "_") for name in FAULTS}
+def kinds(of: Any) -> Iterator[type[Fault]]:
+    for kind in of.__subclasses__():
+        yield kind
+        yield from kinds(kind)
+
+
+def test_every_fault_of_the_package_is_registered_under_its_own_name() -> None:
+    for file in Path(faults.__file__).parent.glob("*.py"):
+        import_module(f"{faults.__name__}.{file.stem}")
+    here = {kind for kind in kinds(Fault) if kind.__module__.startswith(faults.__name__)}
+    assert set(FAULTS.values()) == {kind for kind in here if not inspect.isabstract(kind)}
     for name, kind in FAULTS.items():
-        assert Path(inspect.getfile(kind)).stem == name.replace("-", "_")
+        assert re.sub(r"(?<!^)(?=[A-Z])", "-", kind.__name__).lower() == name
 
 
 @pytest.mark.parametrize("name", FAULTS)

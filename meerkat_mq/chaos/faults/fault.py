@@ -3,15 +3,13 @@
 from abc import abstractmethod
 from contextlib import AbstractAsyncContextManager
 from random import Random
-from typing import Annotated, ClassVar, Literal
-
-from pydantic import Field
+from typing import ClassVar, Literal
 
 from meerkat_mq.chaos.stage import Stage
 from meerkat_mq.config import Section
 
 Place = Literal["broker", "server", "node", "process", "link"]
-Share = Annotated[float, Field(gt=0, le=1)]
+PATIENCE_S = 30.0  # a process that must end has so long
 
 
 class Fault(Section):
