@@ -4,12 +4,12 @@ import asyncio
 import contextlib
 import math
 import random
-from collections.abc import Callable
 
 import structlog
 
 from meerkat_mq.config import ScheduleConfig
 from meerkat_mq.mqtt import Session
+from meerkat_mq.runtime.node import NodeDriver
 
 JITTER = 0.1  # of a period: a fleet that was switched on at once does not come at once for ever
 LOOK_S = 1.0  # between two looks at whether the node may sleep
@@ -24,29 +24,17 @@ class DutyCycle:
     Args:
         schedule: when.
         session: its farewell says "asleep" while `wakes_in_s` is a number.
-        may_sleep: whether the node has nothing left to do; or, if it is late, nothing that sleep must not interrupt.
-        on_waking: called before each connection.
-        on_sleep: called before each ends; what the session says then is its last until the next waking.
+        driver: says when the node may sleep, and is told when it wakes and sleeps.
 
     Attributes:
         parting: the session only connects to say that the node stops.
     """
 
-    def __init__(
-        self,
-        schedule: ScheduleConfig,
-        session: Session,
-        *,
-        may_sleep: Callable[[bool], bool],
-        on_waking: Callable[[], None],
-        on_sleep: Callable[[], None],
-    ) -> None:
+    def __init__(self, schedule: ScheduleConfig, session: Session, driver: NodeDriver) -> None:
         self.parting = False
         self._schedule = schedule
         self._session = session
-        self._may_sleep = may_sleep
-        self._on_waking = on_waking
-        self._on_sleep = on_sleep
+        self._driver = driver
         self._wakes_at: float | None = None
         self._changed = asyncio.Event()
 
@@ -56,7 +44,7 @@ class DutyCycle:
         return None if self._wakes_at is None else max(1, math.ceil(self._wakes_at - _now()))
 
     def changed(self) -> None:
-        """What `may_sleep` says may have changed."""
+        """Whether the driver may sleep may have changed."""
         self._changed.set()
 
     async def run(self) -> None:
@@ -80,16 +68,16 @@ class DutyCycle:
             raise
 
     async def _be_awake(self, wakes_at: float) -> None:
-        self._on_waking()
+        self._driver.wake()
         async with asyncio.TaskGroup() as tasks:
             connection = tasks.create_task(self._session.run())
             await self._stay_awake(_now() + self._schedule.awake_s)
             self._wakes_at = wakes_at
-            self._on_sleep()
+            self._driver.sleep()
             connection.cancel()
 
     async def _stay_awake(self, until: float) -> None:
-        while not self._may_sleep(_now() >= until):
+        while not self._driver.may_sleep(_now() >= until):
             self._changed.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(min(until if _now() < until else math.inf, _now() + LOOK_S)):

@@ -1,18 +1,24 @@
-"""What a node leaves to others on its machine: a share of the time, and when local steps may begin."""
+"""The node's worker, and what it leaves to others on its machine: a share of the time, and when steps may begin."""
 
 import asyncio
 import contextlib
 import os
 import shutil
 import signal
+import threading
 import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor
+from functools import partial
 
 import structlog
 
 from meerkat_mq.config import LimitsConfig
 from meerkat_mq.core.seldom import Seldom
 from meerkat_mq.errors import ConfigError
-from meerkat_mq.runtime.model import Stop
+from meerkat_mq.rounds.events import StartSteps
+from meerkat_mq.runtime.loop import Ports, ThreadCompute
+from meerkat_mq.runtime.model import Model, StepResult, Stop
 
 ANSWER_S = 10.0  # of the user's command
 
@@ -34,43 +40,52 @@ class Allowance:
             problem = f"there is no command {self._command[0]!r}"
             raise ConfigError("limits.allow", problem, "give a command on the PATH, or its whole path")
 
-    async def given(self, moved_on: asyncio.Event) -> bool:
-        """Whether the command says yes; not sooner than `check_s` after it said no, unless the run moves on: no."""
+    async def given(self, moved_on: asyncio.Event, over: asyncio.Event) -> bool:
+        """Whether the command says yes.
+
+        Args:
+            moved_on: until it is set, the command is not asked sooner than `check_s` after it said no; then it is no.
+            over: once it is set, nobody waits for the command any more.
+        """
         if self._command is None:
-            return True
+            return not over.is_set()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(self._ask_at):
                 await moved_on.wait()
             return False
-        before, self._given = self._given, await _succeeds(self._command, self._seldom)
+        answer = await self._succeeds(self._command, over)
+        if over.is_set():
+            return False
+        before, self._given = self._given, answer
         if not self._given:
             self._ask_at = asyncio.get_running_loop().time() + self._check_s
         if self._given is not before and not (self._given and before is None):
             structlog.get_logger().info("local steps allowed" if self._given else "local steps not allowed")
         return self._given
 
-
-async def _succeeds(command: tuple[str, ...], seldom: Seldom) -> bool:
-    """Whether a command exits with 0 in time; it and its children are killed otherwise."""
-    quiet = asyncio.subprocess.DEVNULL
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True
-        )
-    except OSError as error:
-        seldom.say(structlog.get_logger().warning, "limits.allow cannot be run", problem=error.strerror)
-        return False
-    try:
-        async with asyncio.timeout(ANSWER_S):
-            return await process.wait() == 0
-    except TimeoutError:
-        seldom.say(structlog.get_logger().warning, "limits.allow gave no answer", within_s=ANSWER_S)
-        return False
-    finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
+    async def _succeeds(self, command: tuple[str, ...], over: asyncio.Event) -> bool:
+        """Whether a command exits with 0 in time; it and its children are killed otherwise."""
+        quiet, warn = asyncio.subprocess.DEVNULL, structlog.get_logger().warning
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True
+            )
+        except OSError as error:
+            self._seldom.say(warn, "limits.allow cannot be run", problem=error.strerror)
+            return False
+        ends = [asyncio.create_task(process.wait()), asyncio.create_task(over.wait())]
+        try:
+            done, _ = await asyncio.wait(ends, timeout=ANSWER_S, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                self._seldom.say(warn, "limits.allow gave no answer", within_s=ANSWER_S)
+            return process.returncode == 0
+        finally:
+            for end in ends:
+                end.cancel()
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                await process.wait()
 
 
 class Pace:
@@ -100,3 +115,58 @@ class Pace:
     def _rest(self, stop: Stop) -> None:
         stop.wait(max(0.0, self._rested_at - time.monotonic()))
         self._began = time.monotonic()
+
+
+class NodeCompute(ThreadCompute):
+    """Jobs of the model's thread, in order; local steps once the user's command says that they may begin.
+
+    Args:
+        ports: of the service.
+        executor: has one thread.
+        allowance: whether local steps may begin.
+    """
+
+    def __init__(self, ports: Ports, executor: Executor, allowance: Allowance) -> None:
+        super().__init__(ports, executor)
+        self._allowance = allowance
+        self._orders: asyncio.Queue[Callable[[], Awaitable[None]]] = asyncio.Queue()
+        self._stop, self._moved_on, self._over = threading.Event(), asyncio.Event(), asyncio.Event()  # of the newest
+
+    async def run_steps(self) -> None:
+        """Work until cancelled. Nothing here holds a model: where the run changes, there is no room for two."""
+        while True:
+            await (await self._orders.get())()
+
+    def steps(
+        self,
+        model: Model,
+        order: StartSteps,
+        done: Callable[[StepResult | None], None],
+        failed: Callable[[Exception], None],
+    ) -> None:
+        """Do local steps, once they may begin; `done` takes None where that is not now."""
+        self._stop, self._moved_on, self._over = threading.Event(), asyncio.Event(), asyncio.Event()
+        job, given = partial(model.step, order, self._stop, order.steps), partial(self._allowance.given, self._moved_on)
+        self._orders.put_nowait(partial(self._begin, partial(given, self._over), job, done, failed))
+
+    async def _begin(
+        self,
+        given: Callable[[], Awaitable[bool]],
+        job: Callable[[], StepResult | None],
+        done: Callable[[StepResult | None], None],
+        failed: Callable[[Exception], None],
+    ) -> None:
+        if await given():
+            self.run(job, done, failed)
+        else:
+            self._ports.call(done, None)
+
+    def stop_steps(self) -> None:
+        """End the local steps after the one that is being made."""
+        self._stop.set()
+        self._over.set()
+        self.move_on()
+
+    def move_on(self) -> None:
+        """The run is ahead of this node: local steps that wait until they may begin wait no longer."""
+        self._moved_on.set()

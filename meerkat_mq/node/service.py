@@ -13,12 +13,11 @@ from meerkat_mq.engines.registry import check_named, entry_of
 from meerkat_mq.errors import DataError, within
 from meerkat_mq.extras import need
 from meerkat_mq.mqtt import Marker, Message, Session, Will
-from meerkat_mq.node.compute import NodeCompute
 from meerkat_mq.node.duty import DutyCycle
-from meerkat_mq.node.limits import Allowance
+from meerkat_mq.node.limits import Allowance, NodeCompute
 from meerkat_mq.node.state import NodeState
-from meerkat_mq.node.words import say_finished
 from meerkat_mq.node.work import Work
+from meerkat_mq.observe.figures import log_keys
 from meerkat_mq.observe.process import Threads, peak_rss_mib
 from meerkat_mq.runtime.loop import LoopClock, Ports
 from meerkat_mq.runtime.model import Model, NodeProfile
@@ -83,17 +82,7 @@ class _Node:
             make_model=self._make_model,
             monitor=self,
         )
-        self._duty = (
-            None
-            if config.schedule is None
-            else DutyCycle(
-                config.schedule,
-                self._session,
-                may_sleep=self._driver.may_sleep,
-                on_waking=self._driver.wake,
-                on_sleep=self._driver.sleep,
-            )
-        )
+        self._duty = None if config.schedule is None else DutyCycle(config.schedule, self._session, self._driver)
 
     def _make_model(self, run: RunDescriptor, mask: Mask) -> Model:
         check_named(run.engine, self._config.engine)
@@ -148,5 +137,17 @@ class _Node:
 
     def finished(self, version: int, theta: bytes) -> None:
         """The node has all entries of its run."""
-        say_finished(self._log, self._session, self._driver.counts, version=version, digest=theta.hex())
+        sent, received = self._session.sent, self._session.received
+        for direction, traffic in (("sent", sent), ("received", received)):
+            for kind, count in traffic.items():
+                self._log.info("traffic", direction=direction, kind=kind, **vars(count))
+        self._log.info(
+            "finished",
+            version=version,
+            digest=theta.hex(),
+            peak_rss_mib=peak_rss_mib(),
+            sent_bytes=sum(count.packet_bytes for count in sent.values()),
+            received_bytes=sum(count.packet_bytes for count in received.values()),
+            **log_keys(self._driver.counts),
+        )
         self._finished.set()

@@ -2,8 +2,10 @@
 
 import math
 import time
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import structlog
@@ -19,19 +21,88 @@ from meerkat_mq.core.step import Engine, Row, local_steps
 from meerkat_mq.core.values import Residual
 from meerkat_mq.engines.protocol import Rounds, Setup
 from meerkat_mq.engines.registry import entry_of, make_engine, try_out, usable
-from meerkat_mq.errors import ConfigError, within
+from meerkat_mq.errors import ConfigError, DataError, within
 from meerkat_mq.node.limits import Pace
-from meerkat_mq.node.rows import LocalRows
 from meerkat_mq.node.state import NodeState
 from meerkat_mq.rounds.events import StartSteps
 from meerkat_mq.runtime.follower import Follower
 from meerkat_mq.runtime.model import StepResult, Stop
 from meerkat_mq.tasks.data import read_rows
 from meerkat_mq.tasks.load import task_of
+from meerkat_mq.tasks.sources import data_files
 from meerkat_mq.tasks.task import Task
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.messages import Values
 from meerkat_mq.wire.values import encode_values
+
+Stamp = tuple[tuple[str, int, int], ...]
+
+
+class LocalRows:
+    """The rows of a node's files.
+
+    Args:
+        source: file, folder, or `hf:…`.
+        read: reads and checks its rows.
+
+    Attributes:
+        rows: as last read; at least one.
+        left_out: how many more there were, which cannot be prepared.
+
+    Raises:
+        DataError: they cannot be read.
+    """
+
+    def __init__(self, source: Path | str, read: Callable[[Path | str], list[Row]]) -> None:
+        self._source = source
+        self._read = read
+        self._stamp = _stamp(self._source)
+        self._usable: Callable[[Sequence[Row]], list[Row]] = list
+        self.left_out = 0
+        with within("data"):
+            self.rows = self._read(source)
+
+    def check(self, usable: Callable[[Sequence[Row]], list[Row]]) -> None:
+        """Keep the rows that can be prepared, now and after each change of the files.
+
+        Args:
+            usable: those of some rows; it names the others.
+
+        Raises:
+            DataError: there are none.
+        """
+        self._usable = usable
+        with within("data"):
+            self.rows = self._checked(self.rows)
+
+    def _checked(self, rows: list[Row]) -> list[Row]:
+        kept = self._usable(rows)
+        self.left_out = len(rows) - len(kept)
+        return kept
+
+    def refresh(self) -> None:
+        """Read the files again if one came, went or changed; what cannot be read is a warning, and the rows stay."""
+        stamp = _stamp(self._source)
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self.rows = self._checked(self._read(self._source))
+        except DataError as error:
+            structlog.get_logger().warning("data refused, the rows before it stay", problem=str(error))
+            return
+        structlog.get_logger().info("data read again", rows=len(self.rows), left_out=self.left_out)
+
+
+def _stamp(source: Path | str) -> Stamp:
+    """Name, size and time of change of each file; () of a data set, and of what is not there."""
+    if isinstance(source, str):
+        return ()
+    try:
+        found = [(file, file.stat()) for file in data_files(source)]
+    except (DataError, OSError):
+        return ()
+    return tuple((file.name, stat.st_size, stat.st_mtime_ns) for file, stat in found)
 
 
 class Work(Follower):

@@ -4,6 +4,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import assert_never
 
 import structlog
@@ -16,7 +17,7 @@ from meerkat_mq.rounds import events as e
 from meerkat_mq.runtime.blobs import Blobs
 from meerkat_mq.runtime.model import KeptUpdate, Model, NodeStore, StepCompute, StepResult
 from meerkat_mq.runtime.ports import Clock
-from meerkat_mq.runtime.steps import Later, Sequence, Steps, until, work
+from meerkat_mq.runtime.steps import Done, Failed, Later, Sequence, Steps, until, work
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.messages import Offer, Update
 from meerkat_mq.wire.values import decode_values, largest_blob
@@ -76,6 +77,7 @@ class Jobs:
         self._working: Sequence[None] | None = None
         self._is_working = False
         self._stopped: NodeJob | None = None  # before it began
+        self._moved_on: NodeJob | None = None
         blobs.give(kept)
 
     @property
@@ -109,8 +111,18 @@ class Jobs:
 
     def stop_steps(self) -> None:
         """End the local steps after the one that is being made; those that wait are not begun."""
-        self._stopped = next((job for job in self._open if isinstance(job, e.StartSteps)), None)
+        self._stopped = self._steps
         self._compute.stop_steps()
+
+    def move_on(self) -> None:
+        """The run is ahead of this node: local steps that wait until they may begin wait no longer."""
+        self._moved_on = self._steps
+        self._compute.move_on()
+
+    @property
+    def _steps(self) -> NodeJob | None:
+        """The local steps that are being made, or wait."""
+        return next((job for job in self._open if isinstance(job, e.StartSteps)), None)
 
     def close(self) -> None:
         """The run is over for this node: do no more."""
@@ -205,7 +217,7 @@ class Jobs:
         result: StepResult | None = None
         if order is not self._stopped:
             try:
-                result = yield Later(lambda done, failed: self._compute.steps(self._model, order, done, failed))
+                result = yield Later(partial(self._begin_steps, order))
             except Exception as error:  # an engine raises what its library does: CUDA out of memory, for one
                 say, said = structlog.get_logger().warning, {"round": order.version, "problem": reason(error)}
                 self._seldom.say(say, "steps failed", type(error).__name__, **said)
@@ -214,6 +226,11 @@ class Jobs:
             return e.StepsDone(self._clock.now(), order.version, (), math.nan)
         self._blob, self._lane = result.blob, order.lane
         return e.StepsDone(self._clock.now(), order.version, result.scalars, result.loss, result.values)
+
+    def _begin_steps(self, order: e.StartSteps, done: Done, failed: Failed) -> None:
+        self._compute.steps(self._model, order, done, failed)
+        if order is self._moved_on:  # while it waited for other jobs
+            self._compute.move_on()
 
     def _wants_keeping(self, update: Update) -> bool:
         return (self._keeps or update.values is not None) and not self._is_kept(update)

@@ -243,8 +243,8 @@ class NodeDriver:
     def _on_round(self, frame: Round, *, retained: bool) -> None:
         before, self._round = self._round, frame
         self._handle(e.FrameCame(self._clock.now(), frame))
-        if self.machine is not None and is_behind(frame, self.machine):
-            self._compute.move_on()
+        if self.machine is not None and self._jobs is not None and is_behind(frame, self.machine):
+            self._jobs.move_on()
         is_new = before is not None and frame.header.version > before.header.version and not retained
         newest = frame.entries[-1].displacement if frame.entries else None
         if is_new and newest is not None and self._blobs is not None:

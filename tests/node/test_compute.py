@@ -8,8 +8,7 @@ import pytest
 
 from meerkat_mq.config import LimitsConfig
 from meerkat_mq.engines.toy import toy_mask
-from meerkat_mq.node.compute import NodeCompute
-from meerkat_mq.node.limits import Allowance
+from meerkat_mq.node.limits import Allowance, NodeCompute
 from meerkat_mq.rounds.events import StartSteps
 from meerkat_mq.runtime.loop import Ports
 from tests.runtime.one_node import PaperModel, descriptor

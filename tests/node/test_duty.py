@@ -15,6 +15,7 @@ from meerkat_mq.node import duty
 from meerkat_mq.node.work import Work
 from meerkat_mq.rounds import node as rounds_node
 from meerkat_mq.runtime import blob_fetch, rest
+from meerkat_mq.runtime.node import NodeDriver
 from tests.node.mini_server import NODE, SLOT, Gate, MiniServer, node
 from tests.server.federation import Federation
 from tests.support import waiting
@@ -44,7 +45,7 @@ async def test_a_node_sleeps_as_soon_as_it_is_heard(tmp_path: Path, mosquitto: M
 
 
 class Connections:
-    """In the place of a session, which sends what waits, and its farewell, once it is cancelled.
+    """In the place of a driver, and of a session, which sends what waits, and its farewell, once it is cancelled.
 
     Args:
         answers: whether the broker answers each CONNECT; as many as there may be connections.
@@ -72,13 +73,17 @@ class Connections:
 
     def cycle(self, every_s: float) -> duty.DutyCycle:
         """Awake until it is connected."""
-        return duty.DutyCycle(
-            ScheduleConfig(every_s=every_s, awake_s=1.0),
-            cast("Session", self),
-            may_sleep=lambda late: self.log[-1:] == ["connected"],
-            on_waking=lambda: self.log.append("awake"),
-            on_sleep=lambda: self.log.append("asleep"),
-        )
+        schedule = ScheduleConfig(every_s=every_s, awake_s=1.0)
+        return duty.DutyCycle(schedule, cast("Session", self), cast("NodeDriver", self))
+
+    def may_sleep(self, late: bool) -> bool:
+        return self.log[-1:] == ["connected"]
+
+    def wake(self) -> None:
+        self.log.append("awake")
+
+    def sleep(self) -> None:
+        self.log.append("asleep")
 
 
 async def test_a_node_is_asleep_before_its_connection_says_so() -> None:

@@ -4,18 +4,25 @@ import asyncio
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from meerkat_mq.config import LimitsConfig
+from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.errors import ConfigError
 from meerkat_mq.node import limits
-from meerkat_mq.node.limits import Allowance, Pace
+from meerkat_mq.node.limits import Allowance, NodeCompute, Pace
+from meerkat_mq.rounds.events import StartSteps
+from meerkat_mq.runtime.loop import Ports
 from tests.node.mini_server import Gate, MiniServer, node
+from tests.runtime.one_node import PaperModel, descriptor
 from tests.support.mosquitto import Mosquitto
 from tests.support.waiting import until
+
+ORDER = StartSteps(version=0, steps=1, lane=0, eps=0.1)
 
 
 class Clock:
@@ -110,7 +117,7 @@ async def given(allowance: Allowance, *, moved_on: bool = False) -> bool:
     event = asyncio.Event()
     if moved_on:
         event.set()
-    return await allowance.given(event)
+    return await allowance.given(event, asyncio.Event())
 
 
 async def test_the_command_says_when(tmp_path: Path) -> None:
@@ -146,6 +153,23 @@ async def test_a_command_without_an_answer_is_killed_with_its_children(
             return True
 
     await until(gone)
+
+
+async def test_a_run_that_is_over_does_not_hold_up_the_next_one_by_its_question(tmp_path: Path) -> None:
+    file, told = tmp_path / "asked", asyncio.Queue[str]()
+    once = f"test -e {file} && exit 0; echo $$ > {file}; sleep 100"
+    model = PaperModel(descriptor(toy_mask(10)), toy_mask(10))
+    with ThreadPoolExecutor(1) as worker:
+        compute = NodeCompute(Ports(), worker, Allowance(LimitsConfig(allow=("sh", "-c", once), check_s=3600.0)))
+        running = asyncio.create_task(compute.run_steps())
+        for run in ("first", "second"):
+            compute.steps(model, ORDER, lambda made, run=run: told.put_nowait(f"{run} {made is None}"), print)  # type: ignore[misc]
+            if run == "first":
+                await until(file.exists)
+                compute.stop_steps()
+        async with asyncio.timeout(5):
+            assert [await told.get(), await told.get()] == ["first True", "second False"]
+        running.cancel()
 
 
 async def test_a_command_that_went_away_says_no(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 from meerkat_mq.core.step import Row
 from meerkat_mq.engines.toy import read_seeds
 from meerkat_mq.errors import DataError
-from meerkat_mq.node.rows import LocalRows
+from meerkat_mq.node.work import LocalRows
 from meerkat_mq.tasks.data import read_rows, usable_rows
 from meerkat_mq.tasks.load import load_task
 from tests.node.mini_server import MiniServer, node

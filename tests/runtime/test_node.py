@@ -316,6 +316,23 @@ def test_steps_that_are_being_made_end_early_when_the_round_is_over(server: Serv
     assert [entry.version for entry in model.entries] == [0]
 
 
+def test_steps_that_waited_for_another_job_learn_that_the_run_has_moved_on(server: Server) -> None:
+    run, asked = descriptor(MASK, rounds=100, mode="buffered", max_staleness=5), frozenset({SLOT})
+    server.begin(run)
+    server.ask(run)
+    worker, closed = server.node.worker, Entry(0, (Coefficient(0, 0, 0.5),), MASK.hash, DIGEST)
+    worker.held = True
+    heard = Round(header(run, 1), True, 1, 1, 0.5, 0, asked=asked, entries=(closed,), heard_before=((SLOT, 1),))
+    server.say(heard, TOPICS.round)
+    worker.do()  # the entry; the acknowledged update is forgotten before the next steps begin
+    server.ask(run, 2)
+    moved_on = worker.moved_on
+    worker.do(2)
+    assert worker.moved_on == moved_on + 1
+    worker.free()
+    assert [order.version for order in server.node.models[0].ordered] == [0, 1]
+
+
 def test_a_node_that_stops_tells_its_steps(server: Server) -> None:
     server.node.driver.stop()
     assert server.node.worker.stopped == 0
