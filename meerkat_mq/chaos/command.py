@@ -4,18 +4,18 @@ import asyncio
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from meerkat_mq.chaos.drill import LOOK_S, Drill
-from meerkat_mq.chaos.page import write_page
+from meerkat_mq.chaos.drill import Drill, new_file
+from meerkat_mq.chaos.page import render
 from meerkat_mq.chaos.plan import Plan, load_plan
 from meerkat_mq.chaos.verdict import DrillResult, print_verdict, violations_shown
-from meerkat_mq.core.files import write_atomically
-from meerkat_mq.errors import ConfigError, DrillFailed
+from meerkat_mq.core.files import write_atomically, writing
+from meerkat_mq.errors import DrillFailed
 from meerkat_mq.observe.logs import configure_logs
 from meerkat_mq.observe.process import run_task, say_error
 from meerkat_mq.observe.signals import Interrupted
@@ -23,6 +23,7 @@ from meerkat_mq.observe.signals import Interrupted
 LOG_FILE = "drill.log"
 VERDICT_FILE = "verdict.json"
 REPORT_FILE = "report.html"
+LOOK_S = 0.25
 
 
 def command(
@@ -69,49 +70,33 @@ async def run_drill(plan: Plan, out: Path, console: Console) -> DrillResult:
     Raises:
         MeerkatError: the drill could not be carried out.
     """
+
+    def tell(line: str) -> None:
+        now = f"{drill.clock():6.1f} s  round {drill.seen.version:>5}  {line}"
+        console.print(now, markup=False, highlight=False)
+
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[shown]}")
+    drill = Drill(plan, out, tell)
     with (
-        _log_in(out) as log,
-        Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[shown]}"), console=console,
-            disable=not console.is_terminal,
-        ) as bar,
-    ):  # fmt: skip
+        new_file(out, LOG_FILE) as log,
+        Progress(*columns, console=console, disable=not console.is_terminal) as bar,
+    ):
         configure_logs(as_json=True, file=log)
-        drill = Drill(plan, out, lambda line: console.print(_line(drill, line), markup=False, highlight=False))
         shown = asyncio.create_task(_show(drill, plan, bar))
         try:
             verdict = await drill.run()
         finally:
             shown.cancel()
-    try:
+    with writing(f"--out {out}"):
         write_atomically(out / VERDICT_FILE, verdict.to_json().encode())
-        write_page(out / REPORT_FILE, verdict)
-    except OSError as error:
-        raise ConfigError(f"--out {out}", f"cannot be written ({error.strerror})", "choose another folder") from error
+        write_atomically(out / REPORT_FILE, render(verdict).encode("utf-8", errors="replace"))
     return verdict
-
-
-def _log_in(out: Path) -> TextIO:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        return (out / LOG_FILE).open("x", encoding="utf-8")
-    except FileExistsError:
-        if not out.is_dir():
-            raise ConfigError(f"--out {out}", "cannot be written (File exists)", "choose another folder") from None
-        raise ConfigError(f"--out {out}", "holds an earlier drill", "name another folder") from None
-    except OSError as error:
-        raise ConfigError(f"--out {out}", f"cannot be written ({error.strerror})", "choose another folder") from error
-
-
-def _line(drill: Drill, text: str) -> str:
-    return f"{drill.progress.seconds:6.1f} s  round {drill.progress.version:>5}  {text}"
 
 
 async def _show(drill: Drill, plan: Plan, bar: Progress) -> None:
     task = bar.add_task(plan.name, total=len(plan.strikes), shown="")
     while True:
-        now = drill.progress
-        what = ", ".join(now.now) or "no fault"
-        shown = f"{now.struck} of {len(plan.strikes)} faults · round {now.version:,} · {what}"
-        bar.update(task, completed=now.struck, shown=shown)
+        struck, what = len(drill.happened), ", ".join(drill.now) or "no fault"
+        shown = f"{struck} of {len(plan.strikes)} faults · round {drill.seen.version:,} · {what}"
+        bar.update(task, completed=struck, shown=shown)
         await asyncio.sleep(LOOK_S)

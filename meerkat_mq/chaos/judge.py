@@ -12,7 +12,7 @@ from meerkat_mq.errors import MeerkatError
 from meerkat_mq.ledger.folder import verify_folder
 from meerkat_mq.rounds.records import Verdict as Guarded
 from meerkat_mq.simulate.checkers import Violation, check
-from meerkat_mq.simulate.history import History, Injected
+from meerkat_mq.simulate.history import History
 
 FLAGGED_WITHIN = 20
 
@@ -47,7 +47,7 @@ def all_checks(
     }
 
 
-def recovery_s(fault: Injected, faults: Sequence[Injected], seen: Observed) -> float | None:
+def recovery_s(fault: Struck, faults: Sequence[Struck], seen: Observed) -> float | None:
     """From the healing of a fault, and of those of broker and server that lasted then, to the next committed round."""
     healed = fault.ended
     for other in sorted(faults, key=lambda one: one.began):

@@ -63,11 +63,14 @@ class Observer:
         federation: its name.
         clock: seconds since the drill began.
         record: gets a JSON line for every message.
+        seen: is filled.
     """
 
-    def __init__(self, broker: BrokerConfig, federation: str, clock: Callable[[], float], record: TextIO) -> None:
-        self.seen = Observed()
-        self.news = asyncio.Event()
+    def __init__(
+        self, broker: BrokerConfig, federation: str, clock: Callable[[], float], record: TextIO, seen: Observed
+    ) -> None:
+        self.seen = seen
+        self._news = asyncio.Event()
         self._clock = clock
         self._record = record
         self._topics = topics = Topics(federation)
@@ -83,6 +86,17 @@ class Observer:
         """Add a line to the record."""
         self._record.write(json.dumps({"time": round(self._clock(), 4), **line}) + "\n")
 
+    async def sees(self, condition: Callable[[], object], within_s: float) -> bool:
+        """Whether the condition, which only messages change, comes to hold in time."""
+        try:
+            async with asyncio.timeout(within_s):
+                while not condition():
+                    self._news.clear()
+                    await self._news.wait()
+        except TimeoutError:
+            return False
+        return True
+
     def _on_message(self, message: Message) -> None:
         self.write({"topic": message.topic, "retained": message.retained, "payload": message.payload.hex()})
         if not message.payload:
@@ -91,7 +105,7 @@ class Observer:
             self._take(message)
         except WireError:
             self.seen.dropped += 1
-        self.news.set()
+        self._news.set()
 
     def _take(self, message: Message) -> None:
         now, seen, payload = self._clock(), self.seen, message.payload

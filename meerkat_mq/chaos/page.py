@@ -1,25 +1,13 @@
 """The report page of a drill: one HTML file with everything in it."""
 
-from pathlib import Path
-
 from meerkat_mq.chaos.plan import LINK
 from meerkat_mq.chaos.stage import BROKER, SERVER
 from meerkat_mq.chaos.verdict import DrillResult, check_shown, held_shown, seconds_shown, summary_line
-from meerkat_mq.core.files import write_atomically
 from meerkat_mq.observe import charts
 from meerkat_mq.observe.layout import document, section, table
 from meerkat_mq.observe.markup import Markup, tag
 
 MOST_VIOLATIONS = 200
-
-
-def write_page(path: Path, verdict: DrillResult) -> None:
-    """Write the page, atomically.
-
-    Raises:
-        OSError: the folder is missing, read-only or full.
-    """
-    write_atomically(path, render(verdict).encode("utf-8", errors="replace"))
 
 
 def render(verdict: DrillResult) -> str:

@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,26 +212,14 @@ class Attached:
         self._pid = pid
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal.
-
-        Raises:
-            DrillFailed: there is no such process, or it is not ours to signal.
-        """
-        try:
+        """Send a signal."""
+        with self._ours("signalled"):
             os.kill(self._pid, number)
-        except OSError as error:
-            raise DrillFailed(self.name, f"process {self._pid} cannot be signalled ({error.strerror})") from error
 
     def limit_files(self, size: int | None) -> None:
-        """Let no file of it grow beyond so many bytes; None: as before.
-
-        Raises:
-            DrillFailed: there is no such process, or it is not ours.
-        """
-        try:
+        """Let no file of it grow beyond so many bytes; None: as before."""
+        with self._ours("limited"):
             _limit_files(self._pid, size)
-        except OSError as error:
-            raise DrillFailed(self.name, f"process {self._pid} cannot be limited ({error.strerror})") from error
 
     async def kill(self) -> None:
         """SIGKILL."""
@@ -238,6 +227,14 @@ class Attached:
 
     async def start(self) -> None:
         """Left to its service manager."""
+
+    @contextlib.contextmanager
+    def _ours(self, done: str) -> Iterator[None]:
+        """DrillFailed, where there is no such process, or it is not ours."""
+        try:
+            yield
+        except OSError as error:
+            raise DrillFailed(self.name, f"process {self._pid} cannot be {done} ({error.strerror})") from error
 
 
 class BrokerProcess:

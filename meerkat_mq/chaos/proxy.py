@@ -98,7 +98,7 @@ class Proxy:
         target_port: the broker's.
         target_host: the broker's.
         port: to listen on, on 127.0.0.1; 0 chooses a free one.
-        random: draws the jitter.
+        random: draws each packet's share of the jitter.
         tls: clients must speak TLS with this context; to the broker the proxy speaks plain MQTT, so it sees packets.
 
     Attributes:
@@ -106,7 +106,7 @@ class Proxy:
         refuse: reset new connections.
         latency_s: that a packet takes longer, each way.
         jitter_s: up to so much more, drawn for each packet; their order stays.
-        bytes_per_s: bandwidth each way; None where it has no limit.
+        bytes_per_s: bandwidth each way.
         treat: takes each packet, says how it goes on; where it raises, the connection is reset.
         failures: what it raised.
         tls: as given.
@@ -125,12 +125,12 @@ class Proxy:
         self.refuse = False
         self.latency_s = 0.0
         self.jitter_s = 0.0
-        self.bytes_per_s: float | None = None
+        self.bytes_per_s = math.inf
         self.treat: Callable[[Packet], Passage] = as_it_is
         self.failures: list[Exception] = []
         self.port = port
         self._target = (target_host, target_port)
-        self._random = random or Random(0)  # noqa: S311 - a schedule that can be repeated, no secret
+        self.random = random or Random(0)  # noqa: S311 - a schedule that can be repeated, no secret
         self.tls = tls
         self._abandoned = asyncio.Event()  # of the connections that are open now
         self._flowing = {True: asyncio.Event(), False: asyncio.Event()}
@@ -235,23 +235,13 @@ class Proxy:
         with contextlib.suppress(OSError):
             await writer.wait_closed()
 
-    def draw(self) -> float:
-        """A packet's share of the jitter."""
-        return self._random.random() if self.jitter_s else 0.0
-
     def delay_s(self, share: float) -> float:
         """How long a packet takes over the link, as it is now."""
         return self.latency_s + share * self.jitter_s
 
     def narrow_s(self, size: int) -> float:
         """How long so many bytes keep the link busy, as it is now."""
-        return 0.0 if self.bytes_per_s is None else size / self.bytes_per_s
-
-    def pieces(self, data: bytes) -> Iterator[bytes]:
-        """A packet as a narrow link brings it: bit by bit."""
-        size = len(data) if self.bytes_per_s is None else math.ceil(self.bytes_per_s * _LOOK_S)
-        for start in range(0, len(data), max(1, size)):
-            yield data[start : start + size]
+        return size / self.bytes_per_s
 
     async def flowing(self, *, up: bool) -> None:
         """Wait while this direction is frozen."""
@@ -283,7 +273,7 @@ class _Way:
                 packet = Packet(self._up, data[0] >> 4, data)
                 self._proxy.saw(packet)
                 await self._proxy.flowing(up=self._up)
-                passage, share = self._proxy.treat(packet), self._proxy.draw()
+                passage, share = self._proxy.treat(packet), self._proxy.random.random()
                 if passage.hold_s:
                     held_s = self._proxy.delay_s(share) + passage.hold_s
                     asyncio.get_running_loop().call_later(held_s, self._queue.put_nowait, (0.0, 0.0, passage))
@@ -299,12 +289,15 @@ class _Way:
                 if passage is None:
                     return
                 await self._wait(came, partial(self._proxy.delay_s, share))
-                for piece in self._proxy.pieces(passage.data):
+                left = passage.data
+                while left:  # a narrow link brings a packet bit by bit
+                    size = math.ceil(min(len(left), self._proxy.bytes_per_s * _LOOK_S))
                     await self._proxy.flowing(up=self._up)
-                    self._target.write(piece)
+                    self._target.write(left[:size])
                     await self._target.drain()
+                    left = left[size:]
                     if not passage.cut:
-                        await self._wait(self._now(), partial(self._proxy.narrow_s, len(piece)))
+                        await self._wait(self._now(), partial(self._proxy.narrow_s, size))
                 if passage.cut:
                     _reset(self._source)
                     return

@@ -15,6 +15,7 @@ from meerkat_mq.chaos.processes import Attached, BrokerProcess, Process, Service
 from meerkat_mq.chaos.proxy import Proxy
 from meerkat_mq.chaos.wall_clock import WallClock, build_library
 from meerkat_mq.config import BrokerConfig
+from meerkat_mq.core.files import writing
 from meerkat_mq.errors import ConfigError, MeerkatError
 
 if TYPE_CHECKING:
@@ -93,6 +94,15 @@ class Stage:
         """All services that ever were."""
         return [*self.services.values(), *self.retired]
 
+    def raised(self, name: str) -> str:
+        """What a fault raised on this link since the last call, in words; the empty text where nothing was."""
+        failures = self.links[name].failures if name in self.links else []
+        if not failures:
+            return ""
+        first, count = failures[0], len(failures)
+        failures.clear()
+        return f"raised {type(first).__name__}: {first}" + (f" ({count} times)" if count > 1 else "")
+
     def set_pace(self, latency_s: float) -> None:
         """The latency that every link has without a fault."""
         for link in self.links.values():
@@ -123,12 +133,14 @@ class Stage:
             self._library = await asyncio.to_thread(build_library, self.folder)
         self.observed = self.broker.config if credentials is None else credentials.way(self.broker.config)
         assert plan.server is not None
-        self.services[SERVER] = self._service(SERVER, "server", plan.server, await self._link(SERVER))
+        for name in (SERVER, *plan.nodes):
+            await self._listen(name)
+        self.services[SERVER] = self._service(SERVER, "server", plan.server, SERVER)
         for number, (node, config) in enumerate(plan.nodes.items()):
             assert config is not None
             if plan.file.federation.config is None:
                 _write_rows(Path(config.data), number)
-            self.services[node] = self._service(node, "node", config, await self._link(node))
+            self.services[node] = self._service(node, "node", config, node)
         self.processes.update(self.services)
         self.set_pace(plan.file.federation.pace_s)
         await asyncio.gather(*(service.start() for service in self.services.values()))
@@ -139,9 +151,10 @@ class Stage:
             if process.pid is not None:
                 self.processes[name] = Attached(name, process.pid)
             if process.proxy_port is not None:
-                await self._link(name, process.proxy_port)
+                await self._listen(name, process.proxy_port)
 
-    async def _link(self, name: str, port: int = 0) -> str:
+    async def _listen(self, name: str, port: int = 0) -> None:
+        """The proxy of a process."""
         broker = self.observed
         random = Random(f"{self._plan.file.seed} {name}")  # noqa: S311 - a drill that can be repeated
         tls = None if self._credentials is None else self._credentials.context()
@@ -151,7 +164,6 @@ class Stage:
         except OSError as error:
             where = f"attach: proxy_port {port} of {name}"
             raise ConfigError(where, f"cannot be listened on ({error.strerror})", "name another") from error
-        return name
 
     def _service(self, name: str, role: str, config: BaseModel, link: str, *flags: str) -> Service:
         file = self.folder / f"{name}.toml"
@@ -160,10 +172,8 @@ class Stage:
             broker = self._credentials.way(broker, link)
         table = config.model_dump(mode="json", exclude_none=True)
         table["broker"] |= broker.model_dump(mode="json", exclude_none=True, exclude_unset=True)
-        try:
+        with writing(str(file), "choose another --out", MeerkatError):
             file.write_text(tomli_w.dumps(table), encoding="utf-8")
-        except OSError as error:
-            raise MeerkatError(str(file), f"cannot be written ({error.strerror})", "choose another --out") from error
         clock = None if self._library is None else WallClock(self._library, self.folder / f"{name}.clock")
         return Service(name, role, file, self.folder / f"{name}.log", *flags, clock=clock)
 

@@ -12,6 +12,7 @@ from rich.text import Text
 from meerkat_mq.errors import printable
 from meerkat_mq.observe.figures import DASH, duration
 from meerkat_mq.simulate.checkers import Violation
+from meerkat_mq.simulate.history import Injected
 
 MOST_VIOLATIONS = 20
 
@@ -29,8 +30,13 @@ class Struck:
     target: str
     began: float
     ended: float
-    recovery_s: float | None
+    recovery_s: float | None = None
     problem: str = ""
+
+    @property
+    def injected(self) -> Injected:
+        """The same, for the checkers of histories."""
+        return Injected(self.fault, self.target, self.began, self.ended)
 
 
 @dataclass(frozen=True)

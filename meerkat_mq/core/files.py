@@ -1,10 +1,27 @@
 """Files that a crash cannot tear."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
-from meerkat_mq.errors import ConfigError
+from meerkat_mq.errors import ConfigError, MeerkatError
+
+
+@contextmanager
+def writing(
+    where: str, remedy: str = "choose another folder", kind: type[MeerkatError] = ConfigError
+) -> Iterator[None]:
+    """Say what cannot be written, and why, where an OSError comes.
+
+    Raises:
+        MeerkatError: of this kind.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise kind(where, f"cannot be written ({error.strerror})", remedy) from error
 
 
 def write_atomically(path: Path, data: bytes, *, durable: bool = True, secret: bool = False) -> None:
@@ -68,12 +85,9 @@ def new_folder(out: Path | None, default: Path) -> Path:
 
 
 def _is_new(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with writing(f"--out {folder}"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            return False
         return not any(folder.iterdir())
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise ConfigError(
-            f"--out {folder}", f"cannot be written ({error.strerror})", "choose another folder"
-        ) from error

@@ -32,7 +32,6 @@ from meerkat_mq.errors import DrillFailed
 from meerkat_mq.ledger.sqlite import LEDGER_FILE
 from meerkat_mq.rounds.records import UpdateRecord, Verdict
 from meerkat_mq.simulate.checkers import Violation
-from meerkat_mq.simulate.history import Injected
 from meerkat_mq.wire.messages import Header, Update
 from tests.server.federation import NAME, Federation
 from tests.support.command import Meerkat
@@ -235,14 +234,14 @@ def seen(**closed: float) -> Observed:
 
 def test_recovery_is_counted_from_the_last_healing_that_matters() -> None:
     rounds = seen(v1=1.0, v2=4.5, v3=9.0)
-    node = Injected("sigkill", "node-0", 2.0, 4.0)
+    node = Struck("sigkill", "node-0", 2.0, 4.0)
     assert judge.recovery_s(node, [node], rounds) == 0.5
     for target in ("broker", "server", "link:server"):
-        core = Injected("broker-kill", target, 3.5, 8.0)
+        core = Struck("broker-kill", target, 3.5, 8.0)
         assert judge.recovery_s(node, [node, core], rounds) == 1.0
-    other = Injected("sigkill", "node-1", 3.5, 8.0)
+    other = Struck("sigkill", "node-1", 3.5, 8.0)
     assert judge.recovery_s(node, [node, other], rounds) == 0.5
-    assert judge.recovery_s(Injected("reset", "node-0", 9.0, 10.0), [], rounds) is None
+    assert judge.recovery_s(Struck("reset", "node-0", 9.0, 10.0), [], rounds) is None
 
 
 def struck(recovery_s: float | None) -> Struck:

@@ -1,5 +1,6 @@
 """Faults of the link between a process and the broker, as a whole."""
 
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from random import Random
@@ -56,7 +57,7 @@ class Bandwidth(Fault):
         try:
             yield
         finally:
-            link.bytes_per_s = None
+            link.bytes_per_s = math.inf
 
 
 class Refuse(Fault):
