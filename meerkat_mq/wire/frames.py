@@ -8,9 +8,9 @@ import math
 import struct
 import zlib
 from collections.abc import Callable, Iterable
-from enum import IntFlag
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 from meerkat_mq.core.path import HASH_BYTES
 from meerkat_mq.errors import (
@@ -51,32 +51,10 @@ from meerkat_mq.wire.messages import (
 from meerkat_mq.wire.reader import Reader, check, finite
 
 __all__ = [
-    "MAX_CHUNK_BYTES",
-    "MAX_FRAME_BYTES",
-    "MAX_LANES",
-    "MAX_SLOTS",
-    "MAX_STALENESS",
-    "MAX_STEPS",
-    "MAX_TERMS",
-    "Chunk",
-    "Entries",
-    "Frame",
-    "Header",
-    "Offer",
-    "Reason",
-    "Refusal",
-    "Round",
-    "Update",
-    "Values",
-    "Want",
-    "Welcome",
-    "decode",
-    "decode_entry",
-    "encode",
-    "encode_entry",
-    "entry_bytes",
-    "most_terms",
-]
+    "MAX_CHUNK_BYTES", "MAX_FRAME_BYTES", "MAX_LANES", "MAX_SLOTS", "MAX_STALENESS", "MAX_STEPS", "MAX_TERMS",
+    "Chunk", "Entries", "Frame", "Header", "Offer", "Reason", "Refusal", "Round", "Update", "Values", "Want", "Welcome",
+    "decode", "decode_entry", "encode", "encode_entry", "entry_bytes", "most_terms",
+]  # fmt: skip
 
 MAGIC = b"MK"
 VERSION = 1
@@ -98,21 +76,7 @@ _REFUSAL = struct.Struct("<IB")
 _OFFER = struct.Struct("<I16sI")
 _NAN = struct.pack("<f", math.nan)  # the one encoding of what is not a number
 
-
-class _UpdateFlag(IntFlag):
-    EXPLICIT_SEEDS = 1
-    VALUES = 2
-
-
-class _RoundFlag(IntFlag):
-    OPEN = 1
-    HEARD_BEFORE = 2
-
-
-class _WantFlag(IntFlag):
-    WELCOME = 1
-    ENTRIES = 2
-    CHUNKS = 4
+Pairs = tuple[tuple[int, int], ...]
 
 
 def encode(frame: Frame) -> bytes:
@@ -122,17 +86,16 @@ def encode(frame: Frame) -> bytes:
         BadValue: a field is outside its range, or not finite where it must be.
         TooLarge: the frame is longer than 96 KiB.
     """
-    kind = type(frame)
-    header = frame.header
+    name, kind, header = type(frame).__name__, _KINDS[type(frame)], frame.header
     try:
         check(len(header.mask) == 8, "mask", "hash is not cut to 8 bytes")
-        body = _ENCODERS[kind](frame)
-        head = _HEADER.pack(MAGIC, VERSION, _TYPES[kind], header.run, header.term, header.version, header.mask)
+        kind.check(frame)
+        head = _HEADER.pack(MAGIC, VERSION, kind.number, header.run, header.term, header.version, header.mask)
+        data = head + kind.encode(frame)
     except (struct.error, OverflowError) as error:
-        raise BadValue(kind.__name__, f"cannot be encoded ({error})") from error
-    data = head + body
+        raise BadValue(name, f"cannot be encoded ({error})") from error
     if len(data) + 4 > MAX_FRAME_BYTES:
-        raise TooLarge(kind.__name__, f"{len(data) + 4} bytes are more than {MAX_FRAME_BYTES}")
+        raise TooLarge(name, f"{len(data) + 4} bytes are more than {MAX_FRAME_BYTES}")
     return data + struct.pack("<I", zlib.crc32(data))
 
 
@@ -147,57 +110,72 @@ def decode(payload: bytes) -> Frame:
     if len(payload) < MIN_FRAME_BYTES:
         raise Truncated("frame", f"{len(payload)} bytes are fewer than {MIN_FRAME_BYTES}")
     reader = Reader(payload)
-    magic, version, kind, run, term, theta, mask = reader.unpack(_HEADER)
+    magic, version, number, run, term, theta, mask = reader.unpack(_HEADER)
     if magic != MAGIC:
         raise BadMagic("frame", f"starts with {magic.hex()}, not {MAGIC.hex()}")
     if version != VERSION:
         raise UnknownVersion("frame", f"has version {version}, this is {VERSION}", "update this side or the other")
-    if kind not in _DECODERS:
-        raise UnknownType("frame", f"type {kind} is unknown")
+    if number not in _NUMBERED:
+        raise UnknownType("frame", f"type {number} is unknown")
     if zlib.crc32(memoryview(payload)[:-4]) != int.from_bytes(payload[-4:], "little"):
         raise BadChecksum("frame", "CRC-32 does not match")
     reader.trim(4)
-    frame = _DECODERS[kind](Header(run, term, theta, mask), reader)
+    kind = _NUMBERED[number]
+    frame = kind.decode(Header(run, term, theta, mask), reader)
+    kind.check(frame)
     reader.end()
     return frame
 
 
-def _flags(value: int, known: type[IntFlag]) -> int:
-    if value & ~sum(known):
-        raise UnknownFlags(known.__name__.removeprefix("_"), f"bits {value:#x} are unknown", "update this side")
-    return value
+def _flags(name: str, value: int, count: int) -> list[bool]:
+    """The flags of a frame, from bit 0 on."""
+    if value >> count:
+        raise UnknownFlags(name, f"bits {value:#x} are unknown", "update this side")
+    return [bool(value >> bit & 1) for bit in range(count)]
+
+
+# --- update ---
+
+
+def _check_update(frame: Update) -> None:
+    count = len(frame.scalars) if frame.values is None else frame.values.steps
+    _check_steps(count)
+    check(len(frame.base) == 8, "base digest", "is not 8 bytes")
+    if frame.values is not None:
+        _check_alone(bool(frame.scalars) or frame.seeds is not None)
+        check_blob("values", frame.values.blob, frame.values.size)
+    elif frame.seeds is not None:
+        check(len(frame.seeds) == count, "seeds", "are not one a step")
+
+
+def _check_steps(count: int) -> None:
+    check(1 <= count <= MAX_STEPS, "steps", f"{count} is outside 1…{MAX_STEPS}")
+
+
+def _check_alone(others: bool) -> None:
+    check(not others, "values", "go without projected gradients and seeds")
 
 
 def _encode_update(frame: Update) -> bytes:
     values, seeds = frame.values, frame.seeds
     count = len(frame.scalars) if values is None else values.steps
-    check(1 <= count <= MAX_STEPS, "steps", f"{count} is outside 1…{MAX_STEPS}")
-    check(len(frame.base) == 8, "base digest", "is not 8 bytes")
-    flags = _UpdateFlag.EXPLICIT_SEEDS if seeds is not None else _UpdateFlag(0)
-    if values is not None:
-        flags |= _UpdateFlag.VALUES
+    flags = (seeds is not None) | (values is not None) << 1
     head = _UPDATE.pack(frame.boot, frame.base, count, flags, _pack_scalars((frame.loss,)))
     if values is not None:
-        check(not frame.scalars and seeds is None, "values", "go without projected gradients and seeds")
-        check_blob("values", values.blob, values.size)
         return head + BLOB.pack(values.blob, values.size)
-    check(seeds is None or len(seeds) == count, "seeds", "are not one a step")
     return head + (struct.pack(f"<{count}Q", *seeds) if seeds is not None else b"") + _pack_scalars(frame.scalars)
 
 
 def _decode_update(header: Header, reader: Reader) -> Update:
     boot, base, count, flags, packed_loss = reader.unpack(_UPDATE)
     (loss,) = _unpack_scalars("loss", packed_loss)
-    check(1 <= count <= MAX_STEPS, "steps", f"{count} is outside 1…{MAX_STEPS}")
-    explicit = _flags(flags, _UpdateFlag) & _UpdateFlag.EXPLICIT_SEEDS
-    if flags & _UpdateFlag.VALUES:
-        check(not explicit, "values", "go without projected gradients and seeds")
-        blob, size = reader.unpack(BLOB)
-        check_blob("values", blob, size)
-        return Update(header, boot, base, loss, (), values=Values(blob, size, count))
-    seeds = reader.numbers("Q", count) if explicit else None
-    scalars = _unpack_scalars("projected gradient", reader.take(4 * count))
-    return Update(header, boot, base, loss, scalars, seeds)
+    _check_steps(count)
+    has_seeds, has_values = _flags("UpdateFlag", flags, 2)
+    _check_alone(has_seeds and has_values)
+    if has_values:
+        return Update(header, boot, base, loss, (), values=Values(*reader.unpack(BLOB), count))
+    seeds = reader.numbers("Q", count) if has_seeds else None
+    return Update(header, boot, base, loss, _unpack_scalars("projected gradient", reader.take(4 * count)), seeds)
 
 
 def _pack_scalars(values: Iterable[float]) -> bytes:
@@ -213,6 +191,54 @@ def _unpack_scalars(name: str, packed: bytes | memoryview) -> tuple[float, ...]:
     return values
 
 
+# --- round ---
+
+
+def _check_round(frame: Round) -> None:
+    steps, before = frame.steps, frame.heard_before
+    _check_steps(steps)
+    check(1 <= frame.lanes <= MAX_LANES, "lanes", f"{frame.lanes} is outside 1…{MAX_LANES}")
+    check(finite("eps", frame.eps) > 0, "eps", f"{frame.eps} is not above 0")
+    slots = frame.asked | frame.heard
+    check(not slots or 0 <= min(slots) <= max(slots) < MAX_SLOTS, "slot", f"is outside 0…{MAX_SLOTS - 1}")
+    _check_ascending("short", frame.short)
+    check(all(1 <= fewer < steps for _, fewer in frame.short), "short", f"steps are outside 1…{steps - 1}")
+    _check_ascending("heard before", before)
+    check(frame.heard.isdisjoint(slot for slot, _ in before), "heard before", "names a slot that is heard")
+    check(all(1 <= age <= MAX_STALENESS for _, age in before), "heard before", f"an age is outside 1…{MAX_STALENESS}")
+
+
+def _check_ascending(name: str, pairs: Pairs) -> None:
+    check(all(a[0] < b[0] for a, b in pairwise(pairs)), name, "slots are not ascending")
+
+
+def _encode_round(frame: Round) -> bytes:
+    length = max(frame.asked | frame.heard, default=-1) // 8 + 1
+    before = frame.heard_before
+    head = _ROUND.pack(
+        frame.steps, frame.lanes, frame.eps, frame.deadline_ms, frame.attempt, frame.is_open | bool(before) << 1,
+        length, len(frame.short), len(frame.entries),
+    )  # fmt: skip
+    bitmaps = _bitmap(frame.asked, length) + _bitmap(frame.heard, length)
+    earlier = struct.pack("<H", len(before)) + _pack_pairs(before) if before else b""
+    return head + bitmaps + _pack_pairs(frame.short) + earlier + b"".join(map(encode_entry, frame.entries))
+
+
+def _decode_round(header: Header, reader: Reader) -> Round:
+    steps, lanes, eps, deadline_ms, attempt, flags, length, short_count, entry_count = reader.unpack(_ROUND)
+    check(length <= MAX_SLOTS // 8, "bitmap", f"{length} bytes are more than {MAX_SLOTS // 8}")
+    is_open, has_earlier = _flags("RoundFlag", flags, 2)
+    asked, heard = reader.take(length), reader.take(length)
+    check(length == 0 or bool(asked[-1] | heard[-1]), "bitmap", "is longer than its last slot")
+    short, earlier = _pairs(reader, short_count), ()
+    if has_earlier:
+        earlier = _pairs(reader, *reader.numbers("H", 1))
+        check(len(earlier) > 0, "heard before", "is empty")
+    entries = tuple(read_entry(reader) for _ in range(entry_count))
+    slots = _slots(bytes(asked)), _slots(bytes(heard))
+    return Round(header, is_open, steps, lanes, eps, deadline_ms, attempt, *slots, short, entries, earlier)
+
+
 def _bitmap(slots: frozenset[int], length: int) -> bytes:
     bits = bytearray(length)
     for slot in slots:
@@ -225,93 +251,41 @@ def _slots(bitmap: bytes) -> frozenset[int]:
     return frozenset(8 * i + bit for i, byte in enumerate(bitmap) for bit in range(8) if byte >> bit & 1)
 
 
-def _encode_round(frame: Round) -> bytes:
-    _check_round(frame.steps, frame.lanes, frame.eps, frame.short)
-    slots = frame.asked | frame.heard
-    length = max(slots, default=-1) // 8 + 1
-    check(length <= MAX_SLOTS // 8 and min(slots, default=0) >= 0, "slot", f"is outside 0…{MAX_SLOTS - 1}")
-    flags = _RoundFlag.OPEN if frame.is_open else _RoundFlag(0)
-    earlier = b""
-    if frame.heard_before:
-        _check_heard_before(frame.heard_before, frame.heard)
-        flags |= _RoundFlag.HEARD_BEFORE
-        earlier = struct.pack("<H", len(frame.heard_before)) + _pack_pairs(frame.heard_before)
-    head = _ROUND.pack(
-        frame.steps, frame.lanes, frame.eps, frame.deadline_ms, frame.attempt, flags,
-        length, len(frame.short), len(frame.entries),
-    )  # fmt: skip
-    entries = b"".join(map(encode_entry, frame.entries))
-    bitmaps = _bitmap(frame.asked, length) + _bitmap(frame.heard, length)
-    return head + bitmaps + _pack_pairs(frame.short) + earlier + entries
-
-
-def _pack_pairs(pairs: Iterable[tuple[int, int]]) -> bytes:
+def _pack_pairs(pairs: Pairs) -> bytes:
     return b"".join(struct.pack("<HH", *pair) for pair in pairs)
 
 
-def _pairs(reader: Reader, count: int) -> tuple[tuple[int, int], ...]:
+def _pairs(reader: Reader, count: int) -> Pairs:
     numbers = reader.numbers("H", 2 * count)
     return tuple(zip(numbers[::2], numbers[1::2], strict=True))
 
 
-def _decode_round(header: Header, reader: Reader) -> Round:
-    steps, lanes, eps, deadline_ms, attempt, flags, length, short_count, entry_count = reader.unpack(_ROUND)
-    check(length <= MAX_SLOTS // 8, "bitmap", f"{length} bytes are more than {MAX_SLOTS // 8}")
-    is_open = bool(_flags(flags, _RoundFlag) & _RoundFlag.OPEN)
-    asked, heard = reader.take(length), reader.take(length)
-    check(length == 0 or bool(asked[-1] | heard[-1]), "bitmap", "is longer than its last slot")
-    short = _pairs(reader, short_count)
-    _check_round(steps, lanes, eps, short)
-    slots = _slots(bytes(asked)), _slots(bytes(heard))
-    earlier: tuple[tuple[int, int], ...] = ()
-    if flags & _RoundFlag.HEARD_BEFORE:
-        (count,) = reader.unpack(struct.Struct("<H"))
-        check(count > 0, "heard before", "is empty")
-        earlier = _pairs(reader, count)
-        _check_heard_before(earlier, slots[1])
-    entries = tuple(read_entry(reader) for _ in range(entry_count))
-    return Round(header, is_open, steps, lanes, eps, deadline_ms, attempt, *slots, short, entries, earlier)
+# --- what is asked and answered ---
 
 
-def _check_heard_before(pairs: tuple[tuple[int, int], ...], heard: frozenset[int]) -> None:
-    check(all(a[0] < b[0] for a, b in pairwise(pairs)), "heard before", "slots are not ascending")
-    check(heard.isdisjoint(slot for slot, _ in pairs), "heard before", "names a slot that is heard")
-    check(all(1 <= age <= MAX_STALENESS for _, age in pairs), "heard before", f"an age is outside 1…{MAX_STALENESS}")
-
-
-def _check_round(steps: int, lanes: int, eps: float, short: tuple[tuple[int, int], ...]) -> None:
-    check(1 <= steps <= MAX_STEPS, "steps", f"{steps} is outside 1…{MAX_STEPS}")
-    check(1 <= lanes <= MAX_LANES, "lanes", f"{lanes} is outside 1…{MAX_LANES}")
-    check(finite("eps", eps) > 0, "eps", f"{eps} is not above 0")
-    check(all(a[0] < b[0] for a, b in pairwise(short)), "short", "slots are not ascending")
-    check(all(1 <= fewer < steps for _, fewer in short), "short", f"steps are outside 1…{steps - 1}")
+def _check_want(frame: Want) -> None:
+    named = len(frame.blob) == HASH_BYTES and len(frame.chunks) > 0 if frame.blob is not None else not frame.chunks
+    check(named, "chunks", "need a 16-byte hash and an index")
 
 
 def _encode_want(frame: Want) -> bytes:
-    flags = _WantFlag.WELCOME if frame.welcome else _WantFlag(0)
-    check(frame.blob is not None or not frame.chunks, "chunks", "are of no blob")
-    body = b""
-    if frame.entries_from is not None:
-        flags |= _WantFlag.ENTRIES
-        body += struct.pack("<I", frame.entries_from)
+    body = b"" if frame.entries_from is None else struct.pack("<I", frame.entries_from)
     if frame.blob is not None:
-        check(len(frame.blob) == HASH_BYTES and len(frame.chunks) > 0, "chunks", "need a 16-byte hash and an index")
-        flags |= _WantFlag.CHUNKS
         body += _CHUNKS.pack(frame.blob, len(frame.chunks)) + struct.pack(f"<{len(frame.chunks)}H", *frame.chunks)
+    flags = frame.welcome | (frame.entries_from is not None) << 1 | (frame.blob is not None) << 2
     return _WANT.pack(frame.boot, flags) + body
 
 
 def _decode_want(header: Header, reader: Reader) -> Want:
     boot, flags = reader.unpack(_WANT)
-    _flags(flags, _WantFlag)
+    welcome, wants_entries, wants_chunks = _flags("WantFlag", flags, 3)
     first, blob, chunks = None, None, ()
-    if flags & _WantFlag.ENTRIES:
-        (first,) = reader.unpack(struct.Struct("<I"))
-    if flags & _WantFlag.CHUNKS:
+    if wants_entries:
+        (first,) = reader.numbers("I", 1)
+    if wants_chunks:
         blob, count = reader.unpack(_CHUNKS)
-        check(count > 0, "chunks", "are none")
         chunks = reader.numbers("H", count)
-    return Want(header, boot, bool(flags & _WantFlag.WELCOME), first, blob, chunks)
+    return Want(header, boot, welcome, first, blob, chunks)
 
 
 def _encode_entries(frame: Entries) -> bytes:
@@ -319,53 +293,25 @@ def _encode_entries(frame: Entries) -> bytes:
 
 
 def _decode_entries(header: Header, reader: Reader) -> Entries:
-    (count,) = reader.unpack(struct.Struct("<H"))
+    (count,) = reader.numbers("H", 1)
     return Entries(header, tuple(read_entry(reader) for _ in range(count)))
 
 
-def _encode_chunk(frame: Chunk) -> bytes:
+def _check_chunk(frame: Chunk) -> None:
+    length = len(frame.data)
     check(len(frame.blob) == HASH_BYTES, "blob", "hash is not 16 bytes")
-    _check_chunk(frame.index, frame.count, frame.size, len(frame.data))
+    check(frame.index < frame.count, "chunk", f"{frame.index} of {frame.count} does not exist")
+    in_range = 0 < length <= min(MAX_CHUNK_BYTES, frame.size)
+    check(in_range, "chunk", f"{length} bytes of {frame.size} are out of range")
+
+
+def _encode_chunk(frame: Chunk) -> bytes:
     return _CHUNK.pack(frame.blob, frame.index, frame.count, frame.size, len(frame.data)) + frame.data
 
 
 def _decode_chunk(header: Header, reader: Reader) -> Chunk:
-    blob, index, count, size, length = reader.unpack(_CHUNK)
-    _check_chunk(index, count, size, length)
-    return Chunk(header, blob, index, count, size, bytes(reader.take(length)))
-
-
-def _check_chunk(index: int, count: int, size: int, length: int) -> None:
-    check(index < count, "chunk", f"{index} of {count} does not exist")
-    check(0 < length <= MAX_CHUNK_BYTES and length <= size, "chunk", f"{length} bytes of {size} are out of range")
-
-
-def _encode_offer(frame: Offer) -> bytes:
-    check(len(frame.blob) == HASH_BYTES and frame.size > 0, "offer", "needs a 16-byte hash and a size")
-    return _OFFER.pack(frame.version, frame.blob, frame.size)
-
-
-def _decode_offer(header: Header, reader: Reader) -> Offer:
-    version, blob, size = reader.unpack(_OFFER)
-    check(size > 0, "offer", "is of no bytes")
-    return Offer(header, version, blob, size)
-
-
-_TYPES: dict[type[Frame], int] = {Update: 1, Round: 2, Want: 3, Welcome: 4, Entries: 5, Chunk: 6, Refusal: 7, Offer: 8}
-_ENCODERS: dict[type[Frame], Callable[..., bytes]] = {
-    Update: _encode_update,
-    Round: _encode_round,
-    Want: _encode_want,
-    Welcome: lambda frame: _WELCOME.pack(frame.boot, frame.slot),
-    Entries: _encode_entries,
-    Chunk: _encode_chunk,
-    Refusal: lambda frame: _REFUSAL.pack(frame.boot, frame.reason),
-    Offer: _encode_offer,
-}
-
-
-def _decode_welcome(header: Header, reader: Reader) -> Welcome:
-    return Welcome(header, *reader.unpack(_WELCOME))
+    *place, length = reader.unpack(_CHUNK)
+    return Chunk(header, *place, bytes(reader.take(length)))
 
 
 def _decode_refusal(header: Header, reader: Reader) -> Refusal:
@@ -375,13 +321,37 @@ def _decode_refusal(header: Header, reader: Reader) -> Refusal:
     return Refusal(header, boot, Reason(reason))
 
 
-_DECODERS: dict[int, Callable[[Header, Reader], Frame]] = {
-    1: _decode_update,
-    2: _decode_round,
-    3: _decode_want,
-    4: _decode_welcome,
-    5: _decode_entries,
-    6: _decode_chunk,
-    7: _decode_refusal,
-    8: _decode_offer,
+class _Kind(NamedTuple):
+    """A type of frames: its number, what holds of each before it is encoded and after it was decoded, and its body."""
+
+    number: int
+    check: Callable[[Any], None]
+    encode: Callable[[Any], bytes]
+    decode: Callable[[Header, Reader], Frame]
+
+
+def _anything(frame: Frame) -> None:
+    """Nothing to check but what struct does."""
+
+
+_KINDS: dict[type[Frame], _Kind] = {
+    Update: _Kind(1, _check_update, _encode_update, _decode_update),
+    Round: _Kind(2, _check_round, _encode_round, _decode_round),
+    Want: _Kind(3, _check_want, _encode_want, _decode_want),
+    Welcome: _Kind(
+        4,
+        _anything,
+        lambda frame: _WELCOME.pack(frame.boot, frame.slot),
+        lambda header, reader: Welcome(header, *reader.unpack(_WELCOME)),
+    ),
+    Entries: _Kind(5, _anything, _encode_entries, _decode_entries),
+    Chunk: _Kind(6, _check_chunk, _encode_chunk, _decode_chunk),
+    Refusal: _Kind(7, _anything, lambda frame: _REFUSAL.pack(frame.boot, frame.reason), _decode_refusal),
+    Offer: _Kind(
+        8,
+        lambda frame: check_blob("offer", frame.blob, frame.size),
+        lambda frame: _OFFER.pack(frame.version, frame.blob, frame.size),
+        lambda header, reader: Offer(header, *reader.unpack(_OFFER)),
+    ),
 }
+_NUMBERED = {kind.number: kind for kind in _KINDS.values()}
