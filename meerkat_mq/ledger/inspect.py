@@ -203,7 +203,7 @@ def path_shown(ledger: Store, node: str, first: int, count: int) -> Iterator[Upd
     run = run_of(ledger)
     _check_known(ledger, node)
     for start in range(first, first + count, PAGE):
-        for entry, record in ledger.given_by(node, start, min(start + PAGE, first + count)):
+        for entry, record in ledger.updates(start, min(start + PAGE, first + count), node):
             yield _update_shown(run, record, entry)
         if start > ledger.version:
             return

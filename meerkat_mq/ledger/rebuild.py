@@ -42,7 +42,7 @@ def rebuilt_path(
     check_mask(mask, run)
     if version >= ledger.version:
         raise RunMismatch(f"round {version}", f"did not close; {ledger.version} rounds have", "name an earlier one")
-    record = next((record for _, record in ledger.given_by(node, version, version + 1)), None)
+    record = next((record for _, record in ledger.updates(version, version + 1, node)), None)
     if record is None:
         raise RunMismatch(
             f"node {node}", f"gave nothing from theta of version {version}", _where(ledger, version, node)

@@ -5,22 +5,32 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Self
 
+from meerkat_mq.config import Rules, check_config
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Entry, short_hash
-from meerkat_mq.errors import AnotherServer
+from meerkat_mq.errors import AnotherServer, LedgerError
 from meerkat_mq.ledger import sqlite_file
-from meerkat_mq.ledger.files import keep_mask
-from meerkat_mq.ledger.remains import check_remains
-from meerkat_mq.ledger.rows import Products, Sighting
-from meerkat_mq.ledger.sqlite_reader import LedgerReader
-from meerkat_mq.ledger.sqlite_rows import pack_products, update_row
-from meerkat_mq.ledger.store import SNAPSHOTS_KEPT
+from meerkat_mq.ledger.files import SnapshotFiles, check_remains, keep_mask
+from meerkat_mq.ledger.rows import Closed, KeptSnapshot, NodeRow, Products, Sighting, Term
+from meerkat_mq.ledger.sqlite_rows import (
+    Row,
+    RowT,
+    from_row,
+    judgement,
+    pack_products,
+    unpack_products,
+    update_record,
+    update_row,
+)
+from meerkat_mq.ledger.store import SNAPSHOTS_KEPT, Store
+from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.rounds.records import Judgement, UpdateRecord
-from meerkat_mq.wire.descriptor import RunDescriptor
-from meerkat_mq.wire.frames import encode_entry
+from meerkat_mq.wire.descriptor import RunDescriptor, decode_control
+from meerkat_mq.wire.frames import decode_entry, encode_entry
 
 LEDGER_FILE = "ledger.sqlite"
 
@@ -38,16 +48,37 @@ _UNNAMED = """
     NOT EXISTS (SELECT 1 FROM updates WHERE blob = blobs.hash)
     AND NOT EXISTS (SELECT 1 FROM displacements WHERE hash = blobs.hash)
 """
+_UPDATES = """
+    SELECT entry, version, node, updates.slot, updates.boot, weight, scalars, loss, verdict, blob, size, steps
+    FROM updates LEFT JOIN nodes USING (slot)
+"""
+_JUDGED = """
+    SELECT version, node, judgements.slot, rho_later, rho_quiet, early_stopped,
+           EXISTS (SELECT 1 FROM entries WHERE entries.version = judgements.version)
+    FROM judgements LEFT JOIN nodes USING (slot)
+"""
+_STRETCH = """
+    SELECT COUNT(*), TOTAL(LENGTH(entry)), TOTAL(LENGTH(data))
+    FROM entries LEFT JOIN displacements USING (version) LEFT JOIN blobs USING (hash) WHERE version >= ?
+"""
+_ASTRAY = """
+    SELECT version FROM updates
+    WHERE CASE WHEN entry IS NULL THEN version < (SELECT COALESCE(MAX(version), -1) FROM entries) - ?1
+          ELSE entry NOT IN (SELECT version FROM entries) OR entry NOT BETWEEN version AND version + ?1 END LIMIT 1
+"""
 
 
-class Ledger(LedgerReader):
+class Ledger(Store):
     """A run's ledger in a file. Snapshots and the mask are files beside it.
 
     Any method raises LedgerError where the file cannot be read or written: the message names it and the remedy.
     """
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
-        super().__init__(path, connection)
+        self.path = path
+        self._connection = connection
+        self._snapshots = SnapshotFiles(path.parent)
+        self._window: int | None = None
         self._mine: tuple[int, str] | None = None
         self._loose = set[bytes]()  # displacements kept since the last entry
         self._number = sqlite_file.number_of(path)
@@ -211,3 +242,131 @@ class Ledger(LedgerReader):
     def commit_metrics(self, version: int, metrics: Mapping[str, float]) -> None:
         rows = [(version, name, value) for name, value in metrics.items()]
         self._write("INSERT OR REPLACE INTO metrics VALUES (?, ?, ?)", *rows)
+
+    # --- what there is to read ---
+
+    @property
+    def where(self) -> str:
+        return str(self.path)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def _rows(self, query: str, *values: object) -> list[Row]:
+        with sqlite_file.in_words(self.path):
+            return self._connection.execute(query, values).fetchall()
+
+    def _row(self, query: str, *values: object) -> Row:
+        return next(iter(self._rows(query, *values)), ())
+
+    def _all(self, kind: type[RowT], what: str, query: str) -> tuple[RowT, ...]:
+        rows = self._rows(query)
+        with sqlite_file.decoding(self.path, what):
+            return tuple(from_row(kind, row) for row in rows)
+
+    @property
+    def run(self) -> RunDescriptor | None:
+        row = self._row("SELECT descriptor FROM run")
+        with sqlite_file.decoding(self.path, "a run"):
+            return decode_control(str(row[0]).encode(), RunDescriptor) if row else None
+
+    @property
+    def rules(self) -> dict[str, Any]:
+        row = self._row("SELECT rules FROM run")
+        if not row:
+            return {}
+        with sqlite_file.decoding(self.path, "rules of a run"):
+            return check_config(json.loads(row[0]), Rules, where="").kept
+
+    @property
+    def window(self) -> int:
+        """Read once."""
+        if self._window is None and (run := self.run) is not None:
+            self._window = run.max_staleness
+        return self._window or 0
+
+    @property
+    def version(self) -> int:
+        return int(self._row("SELECT COALESCE(MAX(version) + 1, 0) FROM entries")[0])
+
+    def entries_within(self, first: int, limit: int, size: int) -> tuple[Entry, ...]:
+        """What does not fit is not decoded."""
+        query = "SELECT LENGTH(entry) FROM entries WHERE version >= ? ORDER BY version LIMIT ?"
+        lengths = [int(length) for (length,) in self._rows(query, first, limit)]
+        fit = sum(total <= size for total in accumulate(lengths))
+        return self.entries(first, max(1, fit))
+
+    def closed(self, first: int, limit: int) -> tuple[Closed, ...]:
+        query = "SELECT entry, term, closed, asked, overdue FROM entries WHERE version >= ? ORDER BY version LIMIT ?"
+        rows = self._rows(query, first, limit)
+        with sqlite_file.decoding(self.path, "an entry"):
+            return tuple(from_row(Closed, (decode_entry(row[0]), *row[1:4], bool(row[4]))) for row in rows)
+
+    def blob(self, name: bytes) -> bytes | None:
+        data = next(iter(self._row("SELECT data FROM blobs WHERE hash = ?", name)), None)
+        if data is not None and not isinstance(data, bytes):
+            raise LedgerError(self.where, f"holds a displacement that is {data!r:.50}", "restore it from a backup")
+        return data
+
+    def displacement(self, name: bytes) -> bytes | None:
+        return self.blob(name) if self._row("SELECT 1 FROM displacements WHERE hash = ?", name) else None
+
+    def stretch(self, first: int) -> tuple[int, int, int]:
+        """Nothing is decoded: 0.3 ms instead of 220 for 1,000 entries of 100 terms."""
+        count, size, displaced = self._row(_STRETCH, first)
+        return int(count), int(size), int(displaced)
+
+    def updates_of(self, first: int, last: int) -> list[tuple[int, UpdateRecord]]:
+        where = "WHERE version BETWEEN ? AND ? AND entry BETWEEN ? AND ? ORDER BY entry, version, updates.slot"
+        rows = self._rows(f"{_UPDATES} {where}", first - self.window, last, first, last)
+        with sqlite_file.decoding(self.path, f"in versions {first - self.window} to {last} an update"):
+            return [(row[0], update_record(row[1:])) for row in rows]
+
+    def updates(self, first: int, end: int, node: str | None = None) -> list[tuple[int | None, UpdateRecord]]:
+        where = "WHERE version >= ? AND version < ? AND COALESCE(node = ?, TRUE) ORDER BY version, updates.slot"
+        rows = self._rows(f"{_UPDATES} {where}", first, end, node)
+        with sqlite_file.decoding(self.path, f"in versions {first} to {end - 1} an update"):
+            return [(row[0], update_record(row[1:])) for row in rows]
+
+    def astray(self) -> object | None:
+        return next(iter(self._row(_ASTRAY, self.window)), None)
+
+    def products(self, version: int, settings: RoundSettings) -> Products | None:
+        packed = next(iter(self._row("SELECT products FROM entries WHERE version = ?", version)), None)
+        with sqlite_file.decoding(self.path, "products"):
+            directions = settings.scalars_of(version)
+            return None if packed is None else unpack_products(packed, settings.directions, directions)
+
+    def judgements(self, version: int | None = None) -> tuple[Judgement, ...]:
+        where, values = ("", ()) if version is None else ("WHERE version = ?", (version,))
+        rows = self._rows(f"{_JUDGED} {where} ORDER BY version, judgements.slot", *values)
+        with sqlite_file.decoding(self.path, "a judgement"):
+            return tuple(map(judgement, rows))
+
+    def judged_while_open(self) -> object | None:
+        row = self._row("SELECT version FROM judgements WHERE version NOT IN (SELECT version FROM entries) LIMIT 1")
+        return next(iter(row), None)
+
+    def nodes(self) -> tuple[NodeRow, ...]:
+        return self._all(NodeRow, "a node", "SELECT * FROM nodes WHERE slot IS NOT NULL ORDER BY slot")
+
+    def terms(self) -> tuple[Term, ...]:
+        return self._all(Term, "a term", "SELECT * FROM terms ORDER BY term")
+
+    def snapshots(self) -> tuple[KeptSnapshot, ...]:
+        return self._all(KeptSnapshot, "a snapshot", "SELECT * FROM snapshots ORDER BY version DESC")
+
+    def snapshot(self, kept: KeptSnapshot) -> bytes | None:
+        return self._snapshots.read(kept.version)
+
+    def has_whole(self, kept: KeptSnapshot) -> bool:
+        return self._snapshots.has_whole(kept)
+
+    def snapshot_name(self, version: int) -> str:
+        return self._snapshots.name(version)
+
+    def metrics(self) -> dict[int, dict[str, float]]:
+        found: dict[int, dict[str, float]] = {}
+        for version, name, value in self._rows("SELECT version, name, value FROM metrics ORDER BY version, name"):
+            found.setdefault(version, {})[name] = value
+        return found

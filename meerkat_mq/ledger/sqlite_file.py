@@ -9,7 +9,7 @@ from pathlib import Path
 
 from meerkat_mq.core.files import keep_names
 from meerkat_mq.errors import ConfigError, LedgerError, LedgerFailing, LedgerUnavailable, WireError
-from meerkat_mq.ledger.remains import check_remains
+from meerkat_mq.ledger.files import check_remains
 
 APPLICATION_ID = 0x4D4B4C47  # "MKLG"
 BUSY_S = 15.0

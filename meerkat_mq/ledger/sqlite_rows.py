@@ -2,7 +2,7 @@
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from typing import Any, TypeVar, get_type_hints
 
@@ -15,6 +15,9 @@ _FLOAT = struct.Struct("<f")
 Row = tuple[Any, ...]
 RowT = TypeVar("RowT")
 LATEST = 1e11  # seconds since 1970, in the year 5138
+_UPDATE = {"slot": int, "boot": int, "weight": int, "verdict": int, "loss": float | bytes}
+_VALUES = get_type_hints(Values)
+_JUDGEMENT = {"version": int, "rho_later": float, "rho_quiet": float, "early_stopped": int}
 
 
 def from_row(kind: type[RowT], row: Row) -> RowT:
@@ -24,12 +27,23 @@ def from_row(kind: type[RowT], row: Row) -> RowT:
         TypeError: a value is not of its field's type; SQLite itself takes text for a number.
         ValueError: a time that no clock shows.
     """
-    for (name, hint), value in zip(get_type_hints(kind).items(), row, strict=True):
-        if not isinstance(value, hint):
-            raise TypeError(f"{name} is {value!r:.50}")
+    hints = get_type_hints(kind)
+    _check(hints, row)
+    for name, value in zip(hints, row, strict=True):
         if isinstance(value, float) and not abs(value) < LATEST:
             raise ValueError(f"{name} is {value}")
     return kind(*row)
+
+
+def _check(types: Mapping[str, Any], row: Row) -> None:
+    for (name, kind), value in zip(types.items(), row, strict=True):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} is {value!r:.50}")
+
+
+def _check_node(node: object, slot: object) -> None:
+    if node is None:
+        raise TypeError(f"no node has slot {slot!s:.50}")
 
 
 def update_row(record: UpdateRecord) -> Row:
@@ -52,26 +66,18 @@ def update_record(row: Row) -> UpdateRecord:
         struct.error: scalars or loss do not have whole floats.
     """
     version, node, slot, boot, weight, packed, loss, verdict, *described = row
-    if node is None:
-        raise TypeError(f"no node has slot {slot!s:.50}")
-    for name, value in (("slot", slot), ("boot", boot), ("weight", weight), ("verdict", verdict)):
-        if not isinstance(value, int):
-            raise TypeError(f"{name} is {value!r:.50}")
-    if not isinstance(loss, float | bytes):
-        raise TypeError(f"loss is {loss!r:.50}")
+    _check_node(node, slot)
+    _check(_UPDATE, (slot, boot, weight, verdict, loss))
     scalars = struct.unpack(f"<{len(packed) // 4}f", packed)
     if isinstance(loss, bytes):
         (loss,) = _FLOAT.unpack(loss)
-    values = None if described == [None, None, None] else _values(*described)
-    if values is not None and scalars:
-        raise ValueError("a displacement has projected gradients")
+    values = None
+    if described != [None, None, None]:
+        _check(_VALUES, tuple(described))
+        values = Values(*described)
+        if scalars:
+            raise ValueError("a displacement has projected gradients")
     return UpdateRecord(version, node, slot, boot, weight, scalars, loss, Verdict(verdict), values)
-
-
-def _values(blob: object, size: object, steps: object) -> Values:
-    if not (isinstance(blob, bytes) and isinstance(size, int) and isinstance(steps, int)):
-        raise TypeError(f"a displacement is {blob!r:.50}, {size!r:.50}, {steps!r:.50}")
-    return Values(blob, size, steps)
 
 
 def pack_products(products: Sequence[Sequence[float]]) -> bytes:
@@ -104,16 +110,8 @@ def judgement(row: Row) -> Judgement:
         ValueError: early_stopped is neither 0 nor 1, or the round did not close.
     """
     version, node, slot, rho_later, rho_quiet, early_stopped, closed = row
-    if node is None:
-        raise TypeError(f"no node has slot {slot!s:.50}")
-    for name, value, kind in (
-        ("version", version, int),
-        ("rho_later", rho_later, float),
-        ("rho_quiet", rho_quiet, float),
-        ("early_stopped", early_stopped, int),
-    ):
-        if not isinstance(value, kind):
-            raise TypeError(f"{name} is {value!r:.50}")
+    _check_node(node, slot)
+    _check(_JUDGEMENT, (version, rho_later, rho_quiet, early_stopped))
     if early_stopped not in (0, 1):
         raise ValueError(f"early_stopped is {early_stopped}")
     if not closed:

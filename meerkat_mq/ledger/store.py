@@ -165,10 +165,6 @@ class Store(Protocol):
         """The rules of the run's first start; none before `begin`. Sections that are newer than the run: defaults."""
 
     @property
-    def created(self) -> float:
-        """Seconds since 1970 of the run's first start; 0 before."""
-
-    @property
     def version(self) -> int:
         """Number of entries, theta's committed version."""
 
@@ -190,14 +186,11 @@ class Store(Protocol):
     def updates_of(self, first: int, last: int) -> list[tuple[int, UpdateRecord]]:
         """The updates that closed with these entries, each with the entry's number; by entry, base version and slot."""
 
-    def open_updates(self) -> tuple[UpdateRecord, ...]:
-        """The updates that are in no entry yet and not too old for one, by base version and slot."""
+    def updates(self, first: int, end: int, node: str | None = None) -> list[tuple[int | None, UpdateRecord]]:
+        """The updates from theta of versions `first` to `end` − 1, those of one node or all, by base version and slot.
 
-    def given_by(self, node: str, first: int, end: int) -> tuple[tuple[int | None, UpdateRecord], ...]:
-        """A node's updates from theta of versions `first` to `end` − 1, each with its entry; None while in none."""
-
-    def heard(self) -> dict[str, int]:
-        """Node to the newest version within the window from whose theta there is an update of it."""
+        Each with its entry; None while in none.
+        """
 
     def astray(self) -> object | None:
         """The version of an update that is in an entry where it cannot be, or in none for too long; None: no such."""
@@ -215,18 +208,12 @@ class Store(Protocol):
             LedgerError: they are of another number of directions.
         """
 
-    def judgements(self, version: int) -> tuple[Judgement, ...]:
-        """What a calibration round showed of the nodes, by slot; nothing of any other round."""
-
-    def newest_judgements(self) -> tuple[Judgement, ...]:
-        """The newest of each node, by slot.
+    def judgements(self, version: int | None = None) -> tuple[Judgement, ...]:
+        """What calibration rounds showed of nodes, by version and slot: all of them, or that of one version.
 
         Raises:
             LedgerError: one of them is of a round that did not close.
         """
-
-    def early_stopped_since(self) -> dict[str, int]:
-        """Early-stopped node to the calibration round from which on every one said so."""
 
     def judged_while_open(self) -> object | None:
         """The version of a judgement whose round did not close; None: there is none, as no server writes one."""
@@ -298,6 +285,31 @@ class Store(Protocol):
     def records(self, entry: int) -> tuple[UpdateRecord, ...]:
         """The updates that closed with an entry, by base version and slot."""
         return tuple(record for _, record in self.updates_of(entry, entry))
+
+    def open_updates(self) -> tuple[UpdateRecord, ...]:
+        """The updates that are in no entry yet and not too old for one, by base version and slot."""
+        version = self.version
+        return tuple(record for entry, record in self.updates(version - self.window, version + 1) if entry is None)
+
+    def heard(self) -> dict[str, int]:
+        """Node to the newest version within the window from whose theta there is an update of it."""
+        version = self.version
+        return {record.node: record.version for _, record in self.updates(version - max(1, self.window), version + 1)}
+
+    def newest_judgements(self) -> tuple[Judgement, ...]:
+        """The newest of each node, by slot; raises what `judgements` does."""
+        newest, slots = {found.node: found for found in self.judgements()}, self.slots()
+        return tuple(sorted(newest.values(), key=lambda found: slots[found.node]))
+
+    def early_stopped_since(self) -> dict[str, int]:
+        """Early-stopped node to the calibration round from which on every one said so."""
+        since = dict[str, int]()
+        for found in self.judgements():
+            if found.early_stopped:
+                since.setdefault(found.node, found.version)
+            else:
+                since.pop(found.node, None)
+        return since
 
     def past(self, window: int) -> list[tuple[UpdateRecord, ...]]:
         """The updates of the newest entries, oldest first; of those that have any."""

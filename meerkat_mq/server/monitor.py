@@ -14,8 +14,7 @@ from meerkat_mq.core.gradip import gradip
 from meerkat_mq.core.path import digest
 from meerkat_mq.core.seldom import Seldom
 from meerkat_mq.errors import reason
-from meerkat_mq.ledger.losses import mean_loss, watched_loss
-from meerkat_mq.ledger.rising import RisingLoss
+from meerkat_mq.ledger.losses import RisingLoss, mean_loss, watched_loss
 from meerkat_mq.ledger.rows import Products, Sighting
 from meerkat_mq.mqtt import MessageCount
 from meerkat_mq.observe.events import Evaluated, Observer, RoundClosed, RunFinished, Warned

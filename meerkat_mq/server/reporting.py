@@ -11,8 +11,7 @@ from meerkat_mq.core import metrics as m
 from meerkat_mq.core.clocks import elapsed
 from meerkat_mq.core.path import NO_DIGEST
 from meerkat_mq.ledger.inspect import PAGE, measured
-from meerkat_mq.ledger.losses import mean_loss, watched_loss
-from meerkat_mq.ledger.rising import RisingLoss
+from meerkat_mq.ledger.losses import RisingLoss, mean_loss, watched_loss
 from meerkat_mq.ledger.rows import Closed, NodeRow, Term
 from meerkat_mq.ledger.run import settings_of
 from meerkat_mq.ledger.shown import utc

@@ -7,10 +7,9 @@ from meerkat_mq.config import ServerConfig
 from meerkat_mq.engines.registry import entry_of
 from meerkat_mq.errors import ConfigError
 from meerkat_mq.extras import need
-from meerkat_mq.ledger.losses import rising_from
+from meerkat_mq.ledger.files import check_remains
+from meerkat_mq.ledger.losses import RisingLoss, rising_from
 from meerkat_mq.ledger.recovery import recovered
-from meerkat_mq.ledger.remains import check_remains
-from meerkat_mq.ledger.rising import RisingLoss
 from meerkat_mq.ledger.run import Run, check_same
 from meerkat_mq.ledger.snapshots import Snapshots
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger

@@ -1,4 +1,7 @@
-"""The difference file: a fine-tuned model as what it changed, mask and theta, in one small file."""
+"""The difference file: a fine-tuned model as what it changed, mask and theta, in one small file.
+
+It begins like a snapshot, so one function tells of which run and version either is.
+"""
 
 import struct
 from dataclasses import dataclass
@@ -11,11 +14,13 @@ from meerkat_mq.core.files import write_atomically
 from meerkat_mq.core.mask import MAX_WEIGHTS, Mask
 from meerkat_mq.core.path import digest
 from meerkat_mq.errors import BadMagic, BadValue, ModelError, WireError
+from meerkat_mq.wire import snapshot
 from meerkat_mq.wire.arrays import decode_mask, encode_array, encode_mask, read_array
 from meerkat_mq.wire.reader import Reader
 
 MAGIC = b"MKDIFF\x01\n"
 _HEAD = struct.Struct("<8s16sI16s16sII")
+_STAMP = struct.Struct("<8s16sI")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,3 +75,13 @@ def _decode(data: bytes) -> Difference:
     if digest(theta) != expected:
         raise BadValue("difference", "theta does not match its digest")
     return Difference(mask, theta, run_id, version)
+
+
+def stamp_of(file: Path) -> tuple[bytes, int] | None:
+    """(run id, version) of a snapshot or difference file; None where it is neither, or cannot be read."""
+    try:
+        with file.open("rb") as opened:
+            magic, run_id, version = _STAMP.unpack(opened.read(_STAMP.size))
+    except (OSError, struct.error):
+        return None
+    return (run_id, version) if magic in (MAGIC, snapshot.MAGIC) else None

@@ -173,7 +173,8 @@ def _decode_update(header: Header, reader: Reader) -> Update:
     has_seeds, has_values = _flags("UpdateFlag", flags, 2)
     _check_alone(has_seeds and has_values)
     if has_values:
-        return Update(header, boot, base, loss, (), values=Values(*reader.unpack(BLOB), count))
+        blob, size = reader.unpack(BLOB)
+        return Update(header, boot, base, loss, (), values=Values(blob, size, count))
     seeds = reader.numbers("Q", count) if has_seeds else None
     return Update(header, boot, base, loss, _unpack_scalars("projected gradient", reader.take(4 * count)), seeds)
 
@@ -230,7 +231,8 @@ def _decode_round(header: Header, reader: Reader) -> Round:
     is_open, has_earlier = _flags("RoundFlag", flags, 2)
     asked, heard = reader.take(length), reader.take(length)
     check(length == 0 or bool(asked[-1] | heard[-1]), "bitmap", "is longer than its last slot")
-    short, earlier = _pairs(reader, short_count), ()
+    short = _pairs(reader, short_count)
+    earlier: Pairs = ()
     if has_earlier:
         earlier = _pairs(reader, *reader.numbers("H", 1))
         check(len(earlier) > 0, "heard before", "is empty")
@@ -310,8 +312,8 @@ def _encode_chunk(frame: Chunk) -> bytes:
 
 
 def _decode_chunk(header: Header, reader: Reader) -> Chunk:
-    *place, length = reader.unpack(_CHUNK)
-    return Chunk(header, *place, bytes(reader.take(length)))
+    blob, index, count, size, length = reader.unpack(_CHUNK)
+    return Chunk(header, blob, index, count, size, bytes(reader.take(length)))
 
 
 def _decode_refusal(header: Header, reader: Reader) -> Refusal:

@@ -270,10 +270,6 @@ class MemoryStore(Store):
         return dict(self.ledger.begun[1].rules) if self.ledger.begun else {}
 
     @property
-    def created(self) -> float:
-        return self.ledger.begun[1].created if self.ledger.begun else 0.0
-
-    @property
     def version(self) -> int:
         return next(reversed(self.ledger.entries), -1) + 1
 
@@ -305,22 +301,13 @@ class MemoryStore(Store):
             updates = self.ledger.updates.get(version, {})
             yield from (updates[slot] for slot in sorted(updates))
 
-    def _since(self, version: int) -> Iterator[KeptUpdate]:
-        return self._based_on(range(version, self.version + 1))
-
-    def open_updates(self) -> tuple[UpdateRecord, ...]:
-        return tuple(record for entry, record in self._since(self.version - self.window) if entry is None)
-
-    def given_by(self, node: str, first: int, end: int) -> tuple[tuple[int | None, UpdateRecord], ...]:
+    def updates(self, first: int, end: int, node: str | None = None) -> list[KeptUpdate]:
         versions = range(first, min(end, self.version + 1))
-        return tuple(kept for kept in self._based_on(versions) if kept[1].node == node)
-
-    def heard(self) -> dict[str, int]:
-        return {record.node: record.version for _, record in self._since(self.version - max(1, self.window))}
+        return [kept for kept in self._based_on(versions) if node in (None, kept[1].node)]
 
     def astray(self) -> object | None:
         window, newest = self.window, self.version - 1
-        for entry, record in self._since(0):
+        for entry, record in self._based_on(range(self.version + 1)):
             base = record.version
             if base < newest - window if entry is None else not base <= entry <= min(base + window, newest):
                 return base
@@ -333,24 +320,10 @@ class MemoryStore(Store):
             raise LedgerError(self.where, f"holds products of {list(map(len, found))}, not {expected} directions")
         return found
 
-    def judgements(self, version: int) -> tuple[Judgement, ...]:
-        return tuple(self.ledger.judgements.get(version, {}).values())
-
-    def newest_judgements(self) -> tuple[Judgement, ...]:
-        newest = dict[int, Judgement]()
-        for found in self.ledger.judgements.values():
-            newest |= found
-        return tuple(newest[slot] for slot in sorted(newest))
-
-    def early_stopped_since(self) -> dict[str, int]:
-        since = dict[str, int]()
-        for found in self.ledger.judgements.values():
-            for judgement in found.values():
-                if judgement.early_stopped:
-                    since.setdefault(judgement.node, judgement.version)
-                else:
-                    since.pop(judgement.node, None)
-        return since
+    def judgements(self, version: int | None = None) -> tuple[Judgement, ...]:
+        rounds = self.ledger.judgements
+        versions = rounds if version is None else (version,)
+        return tuple(found for number in versions for found in rounds.get(number, {}).values())
 
     def judged_while_open(self) -> object | None:
         return next((version for version in self.ledger.judgements if version not in self.ledger.entries), None)

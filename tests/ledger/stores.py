@@ -171,7 +171,7 @@ def everything(store: Store) -> dict[str, object]:
         "closed": closed,
         "updates": repr([store.records(number) for number in range(version)]),
         "open": repr(store.open_updates()),
-        "given": repr([store.given_by(node, 0, version + 1) for node in NODES]),
+        "given": repr([store.updates(0, version + 1, node) for node in NODES]),
         "heard": store.heard(),
         "past": repr((store.past(2), store.past(99))),
         "newest updates": repr(store.updates_of(version - 3, version - 1)),

@@ -19,7 +19,7 @@ from tests.ledger.stores import Kept, begin, close, entry, everything, round_, s
 
 
 def test_an_empty_ledger_holds_nothing(empty: Store) -> None:
-    assert (empty.run, empty.rules, empty.created, empty.version, empty.term, empty.window) == (None, {}, 0.0, 0, 0, 0)
+    assert (empty.run, empty.rules, empty.version, empty.term, empty.window) == (None, {}, 0, 0, 0)
     assert (empty.terms(), empty.nodes(), empty.open_updates(), empty.snapshots()) == ((), (), (), ())
     assert (empty.heard(), empty.metrics(), empty.past(5), empty.updates_of(0, 5)) == ({}, {}, [], [])
     assert (empty.newest_judgements(), empty.early_stopped_since(), empty.astray()) == ((), {}, None)

@@ -30,9 +30,9 @@ def test_an_update_closes_with_the_entry_that_names_it_and_waits_until_then(buff
     assert (buffered.records(1), buffered.open_updates()) == ((refused, third), ())
     assert (buffered.past(9), buffered.past(1)) == ([(first,), (refused, third)], [(refused, third)])
     assert buffered.updates_of(0, 1) == [(0, first), (1, refused), (1, third)]
-    assert buffered.given_by("n0", 0, 9) == ((0, first), (1, third))
-    assert buffered.given_by("n0", 1, 2) == ((1, third),)
-    assert buffered.given_by("n9", 0, 9) == ()
+    assert buffered.updates(0, 9, "n0") == [(0, first), (1, third)]
+    assert buffered.updates(1, 2, "n0") == [(1, third)]
+    assert buffered.updates(0, 9, "n9") == []
 
 
 def test_who_was_heard_within_the_window(buffered: Store) -> None:
@@ -67,7 +67,7 @@ def test_what_is_too_old_for_any_entry_is_forgotten(buffered: Store) -> None:
     buffered.commit_updates([late])
     assert (buffered.open_updates(), buffered.astray()) == ((), None)
     close(buffered)
-    assert (buffered.given_by("n1", 0, 99), buffered.astray()) == ((), None)
+    assert (buffered.updates(0, 99, "n1"), buffered.astray()) == ([], None)
 
 
 def test_a_displacement_stays_as_long_as_an_update_or_an_entry_names_it(buffered: Store) -> None:

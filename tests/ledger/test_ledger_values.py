@@ -34,7 +34,7 @@ def writer(tmp_path: Path) -> Writer:
 def test_a_row_that_no_server_writes(writer: Writer, change: str) -> None:
     sent(writer.ledger, 0, 1)
     alter(writer.folder, f"UPDATE updates SET {change}")
-    with pytest.raises(LedgerError, match=r"holds since version -?[0-9]+ an update that no server writes"):
+    with pytest.raises(LedgerError, match=r"holds in versions -?[0-9]+ to [0-9]+ an update that no server writes"):
         writer.ledger.open_updates()
 
 

@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from meerkat_mq.ledger.rising import RisingLoss
+from meerkat_mq.ledger.losses import RisingLoss
 
 
 def first_warning(losses: list[float]) -> int | None:

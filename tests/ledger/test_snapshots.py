@@ -11,7 +11,7 @@ from meerkat_mq.config import ServerConfig
 from meerkat_mq.core.path import Coefficient, Entry, short_hash
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.errors import LedgerError
-from meerkat_mq.ledger import snapshot_files
+from meerkat_mq.ledger import files
 from meerkat_mq.ledger import snapshots as module
 from meerkat_mq.ledger.recovery import recovered
 from meerkat_mq.ledger.run import Run
@@ -138,7 +138,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_that_names_the_file(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(snapshot_files, "write_atomically", full)
+    monkeypatch.setattr(files, "write_atomically", full)
     with pytest.raises(LedgerError, match=r"snapshot-8.mks: cannot be written \(No space left on device\)"):
         kept.snapshots.keep(8, kept.head, kept.replica.theta)
     assert [snapshot.version for snapshot in kept.ledger.snapshots()] == [6, 4]

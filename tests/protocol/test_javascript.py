@@ -85,7 +85,7 @@ async def test_three_nodes_of_ours_and_one_in_javascript_end_at_one_theta(
     server, node = federation.server("--once", rounds=ROUNDS | walk), start_node("--exit-when-finished")
     await check_the_end(federation, node, server, *python_nodes(federation))
     with federation.ledger() as ledger:
-        records = [record for _, record in ledger.given_by("js-1", 0, 30)]
+        records = [record for _, record in ledger.updates(0, 30, "js-1")]
     assert [record.verdict for record in records] == [Verdict.ACCEPTED] * 30
 
 
@@ -95,7 +95,7 @@ async def test_its_scalars_are_those_of_our_toy_engine(federation: Federation, s
     await check_the_end(federation, node, server, *python_nodes(federation))
     with federation.ledger() as ledger:
         run = ledger.run
-        ((_, record),) = ledger.given_by("js-1", 0, 1)
+        ((_, record),) = ledger.updates(0, 1, "js-1")
     assert run is not None
     seeds = [seed_for(run.run_id, 0, record.slot % 2, step) for step in range(4)]
     expected, loss = local_steps(
@@ -123,7 +123,7 @@ async def test_a_buffered_run_ends_at_one_theta(federation: Federation, start_no
     await check_the_end(federation, node, server, *python_nodes(federation))
     with federation.ledger() as ledger:
         entries = ledger.entries(0, 60)
-        mine = ledger.given_by("js-1", 0, 60)
+        mine = ledger.updates(0, 60, "js-1")
     assert any(term.age for entry in entries for term in entry.terms)
     assert len(mine) >= 10
 

@@ -8,7 +8,7 @@ import pytest
 
 from meerkat_mq.config import ServerConfig
 from meerkat_mq.core.path import Coefficient, Entry
-from meerkat_mq.ledger import sqlite_reader
+from meerkat_mq.ledger import sqlite
 from meerkat_mq.ledger.run import Run
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.rounds import events as e
@@ -58,7 +58,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
         seen.append(data)
         return decode_entry(data)
 
-    monkeypatch.setattr(sqlite_reader, "decode_entry", counted)
+    monkeypatch.setattr(sqlite, "decode_entry", counted)
     return seen
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from meerkat_mq.ledger import snapshot_files, sqlite_file
+from meerkat_mq.ledger import files, sqlite_file
 from meerkat_mq.ledger.sqlite import Ledger
 from meerkat_mq.server.__main__ import command
 from meerkat_mq.wire import difference
@@ -27,7 +27,7 @@ POINTS: dict[str, tuple[Any, str]] = {
     "entry": (Ledger, "commit_entry"),
     "sightings": (Ledger, "commit_sightings"),
     "snapshot row": (Ledger, "_commit_snapshot"),
-    "snapshot file": (snapshot_files, "write_atomically"),
+    "snapshot file": (files, "write_atomically"),
     "difference": (difference, "write_atomically"),
 }
 

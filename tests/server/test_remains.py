@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from meerkat_mq.errors import LedgerError
-from meerkat_mq.ledger.files import mask_file, snapshot_file
+from meerkat_mq.ledger.files import check_remains, mask_file, snapshot_file
 from meerkat_mq.ledger.folder import verify_folder
-from meerkat_mq.ledger.remains import check_remains
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.wire.descriptor import ServerState
 from meerkat_mq.wire.difference import Difference

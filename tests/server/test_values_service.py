@@ -75,7 +75,7 @@ async def test_a_buffered_run_does_not_wait_for_its_slow_node_and_still_takes_wh
     await check_the_end(federation, server, nodes)
     with federation.ledger() as ledger:
         ages = {
-            node: [entry - record.version for entry, record in ledger.given_by(node, 0, 99) if entry is not None]
+            node: [entry - record.version for entry, record in ledger.updates(0, 99, node) if entry is not None]
             for node in ("node-0", "node-1", "node-2")
         }
         shown = run_shown(ledger)

@@ -124,7 +124,7 @@ def test_times_are_the_worlds() -> None:
     store = MemoryStore(now=lambda: float(next(times)))
     begin(store)
     round_(store)
-    assert (store.created, store.terms()[0].taken, store.closed(0, 1)[0].closed) == (1.0, 2.0, 3.0)
+    assert (store.ledger.begun[1].created, store.terms()[0].taken, store.closed(0, 1)[0].closed) == (1.0, 2.0, 3.0)
 
 
 def test_checkers_read_the_same_history_from_every_store(tmp_path: Path) -> None:
