@@ -87,7 +87,12 @@ class Stage:
         file = folder / "demo.mkm"
         if not file.exists():
             text = plan.calibration()
-            make_mask(load_model(plan.source), text, sequences=plan.sequences, length=plan.length).save(file)
+            make_mask(
+                load_model(plan.source),
+                text,
+                sequences=plan.settings.calibration_sequences,
+                length=plan.settings.calibration_tokens,
+            ).save(file)
         mask = Mask.load(file)
         return cls(plan, mask, TransformersEngine(load_model(plan.source), mask, plan.task))
 

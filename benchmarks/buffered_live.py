@@ -139,7 +139,12 @@ def main() -> None:
     if not mask.exists():
         plan = make_plan(Choices(nodes=NODES))
         text = plan.calibration()
-        make_mask(load_model(plan.source), text, sequences=plan.sequences, length=plan.length).save(mask)
+        make_mask(
+            load_model(plan.source),
+            text,
+            sequences=plan.settings.calibration_sequences,
+            length=plan.settings.calibration_tokens,
+        ).save(mask)
     for seed in range(args.first, args.first + args.seeds):
         target = None
         for policy, count in policies(tuple(args.versions)):

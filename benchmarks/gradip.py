@@ -64,7 +64,12 @@ def stage(model: str, masks: Path, tokens: int) -> Stage:
         file = masks / "demo.mkm"
         if not file.exists():
             text = plan.calibration()
-            make_mask(load_model(plan.source), text, sequences=plan.sequences, length=plan.length).save(file)
+            make_mask(
+                load_model(plan.source),
+                text,
+                sequences=plan.settings.calibration_sequences,
+                length=plan.settings.calibration_tokens,
+            ).save(file)
         mask = Mask.load(file)
         return Stage(TransformersEngine(load_model(plan.source), mask, plan.task), mask, plan.rounds.eps)
     task = agnews_task().model_copy(update={"max_tokens": tokens})

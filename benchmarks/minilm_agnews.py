@@ -141,11 +141,10 @@ def main() -> None:
         task = agnews_task()
         train = read_rows(SHARED / "data/agnews/train.jsonl", task)
         held_out = train[-1000:] if args.tune else read_rows(SHARED / "data/agnews/validation.jsonl", task)
+        mask = mask_file(args.masks or folder, source, args.mask, args.density, args.seed)
         plan = LocalFederation(
-            folder=folder,
             source=source,
             task=task,
-            mask=mask_file(args.masks or folder, source, args.mask, args.density, args.seed),
             shards=partition(train[:-1000], NODES, "dirichlet", seed=args.seed, alpha=0.5),
             held_out=held_out,
             rounds=RoundsConfig(
@@ -165,7 +164,7 @@ def main() -> None:
                 when = f"round {event.version:4}  {event.seconds:6.1f} s"
                 print(f"{when}  accuracy {event.accuracy:.4f}  loss {event.loss:.4f}", flush=True)
 
-        result = asyncio.run(run_local(plan, show))
+        result = asyncio.run(run_local(plan, folder, mask, show))
         row = report(args, result)
         row["wall_seconds"] = round(time.monotonic() - began, 1)
         row["curve"] = [asdict(event) for event in result.evaluations]

@@ -150,7 +150,12 @@ def compare(plan: DemoPlan, aggregate: str) -> tuple[Outcome, Outcome]:
     """(without the node, with it)."""
     loaded = load_model(plan.source)
     mask = make_mask(
-        loaded, plan.calibration(), density=plan.density, seed=plan.seed, sequences=plan.sequences, length=plan.length
+        loaded,
+        plan.calibration(),
+        density=plan.settings.density,
+        seed=plan.seed,
+        sequences=plan.settings.calibration_sequences,
+        length=plan.settings.calibration_tokens,
     )
     engine, rules = TransformersEngine(loaded, mask, plan.task), settings(plan, mask, aggregate)
     batch = plan.rounds.batch_size

@@ -167,10 +167,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     plan = make_plan(Choices())
-    loaded, text = load_model(plan.source), plan.calibration()
+    loaded, text, settings = load_model(plan.source), plan.calibration(), plan.settings
     masks = {
-        "demo": make_mask(loaded, text, sequences=plan.sequences, length=plan.length),
-        "dense": make_mask(loaded, text, "dense", sequences=4, length=plan.length),
+        "demo": make_mask(loaded, text, sequences=settings.calibration_sequences, length=settings.calibration_tokens),
+        "dense": make_mask(loaded, text, "dense", sequences=4, length=settings.calibration_tokens),
     }
     for line in sizes(masks, plan):
         print(line, flush=True)

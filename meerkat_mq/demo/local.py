@@ -24,45 +24,36 @@ from meerkat_mq.config import (
 from meerkat_mq.core.step import Row
 from meerkat_mq.errors import RunError
 from meerkat_mq.observe.events import Evaluated, Observer, RunEvent, RunFinished, RunStarted
-from meerkat_mq.observe.facts import Facts
 from meerkat_mq.server import serve
 from meerkat_mq.tasks.data import write_rows
 from meerkat_mq.tasks.task import Task
 
 NODE_EXIT_S = 30.0
+FEDERATION = "demo"
 SERVER = "server"  # its state_dir, in the demo's folder
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LocalFederation:
     """What to run.
 
     Attributes:
-        folder: where everything is written; must exist, and hold no run.
         source: base model, folder or hub id.
         task: what its rows mean.
-        mask: mask file.
         shards: the rows of each node.
         held_out: rows that the server evaluates on.
         every: rounds between evaluations.
-        threads: CPU threads of each node.
-        facts: what is known of the run beforehand, for its report.
+        dtype: of the model, on nodes and on the server.
     """
 
-    folder: Path
     source: str
     task: Task
-    mask: Path
     shards: Sequence[Sequence[Row]]
     held_out: Sequence[Row]
     rounds: RoundsConfig
     every: int
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     dtype: Literal["float32", "bfloat16"] = "float32"
-    device: str = "cpu"
-    threads: int = 1
-    name: str = "demo"
-    facts: Facts | None = None
 
 
 @dataclass
@@ -81,26 +72,17 @@ class LocalResult:
     node_reports: dict[str, dict[str, Any]] = field(default_factory=dict)
     program: str = ""
 
-    def take(self, event: RunEvent) -> None:
-        """Keep an event of the server."""
-        match event:
-            case RunStarted():
-                self.run = event.descriptor.run
-            case Evaluated():
-                self.evaluations.append(event)
-            case RunFinished():
-                self.finished = event
 
-
-def _leave_facts(folder: Path, facts: Facts | None) -> None:
-    """Leave what is known of the run beside its ledger, for its page."""
-    if facts is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        facts.save(folder)
-
-
-async def run_local(plan: LocalFederation, observer: Observer = lambda event: None) -> LocalResult:
+async def run_local(
+    plan: LocalFederation, folder: Path, mask: Path, observer: Observer = lambda event: None
+) -> LocalResult:
     """Run the federation to its end.
+
+    Args:
+        plan: what to run.
+        folder: where everything is written; must exist, and hold no run.
+        mask: mask file.
+        observer: is told what happens.
 
     Raises:
         MeerkatError: the broker, the server or a node failed; names the log.
@@ -108,24 +90,29 @@ async def run_local(plan: LocalFederation, observer: Observer = lambda event: No
     result = LocalResult()
 
     def observe(event: RunEvent) -> None:
-        result.take(event)
+        match event:
+            case RunStarted():
+                result.run = event.descriptor.run
+            case Evaluated():
+                result.evaluations.append(event)
+            case RunFinished():
+                result.finished = event
         observer(event)
 
-    await asyncio.to_thread(_leave_facts, plan.folder / SERVER, plan.facts)
     async with embedded_broker() as broker:
         result.program = broker.program
         async with asyncio.TaskGroup() as tasks:
-            helpers = [tasks.create_task(broker.watch())]
+            watching = tasks.create_task(broker.watch())
             nodes = [
-                tasks.create_task(_run_node(plan, number, rows, broker.config))
+                tasks.create_task(_run_node(plan, folder, node_name(number), rows, broker.config))
                 for number, rows in enumerate(plan.shards)
             ]
-            await serve(_server_config(plan, broker.config), observer=observe)
+            await serve(_server_config(plan, folder, mask, broker.config), observer=observe)
             await asyncio.wait(nodes, timeout=NODE_EXIT_S)
-            for task in (*helpers, *nodes):
+            for task in (watching, *nodes):
                 task.cancel()
-    for number in range(len(plan.shards)):
-        result.node_reports[node_name(number)] = _last_words(plan.folder / f"{node_name(number)}.log")
+    names = map(node_name, range(len(plan.shards)))
+    result.node_reports = {name: _last_words(folder / f"{name}.log") for name in names}
     return result
 
 
@@ -134,41 +121,39 @@ def node_name(number: int) -> str:
     return f"node-{number}"
 
 
-def _server_config(plan: LocalFederation, broker: BrokerConfig) -> ServerConfig:
-    held_out, task = plan.folder / "held-out.jsonl", plan.folder / "task.toml"
+def _server_config(plan: LocalFederation, folder: Path, mask: Path, broker: BrokerConfig) -> ServerConfig:
+    held_out, task = folder / "held-out.jsonl", folder / "task.toml"
     write_rows(held_out, plan.held_out)
     task.write_text(tomli_w.dumps(plan.task.describe().model_dump(mode="json")), encoding="utf-8")
     return ServerConfig(
-        federation=plan.name,
-        state_dir=plan.folder / SERVER,
+        federation=FEDERATION,
+        state_dir=folder / SERVER,
         broker=broker,
         rounds=plan.rounds,
         early_stopping=plan.early_stopping,
-        mask=plan.mask,
+        mask=mask,
         task=str(task),
         dtype=plan.dtype,
-        model=ModelConfig(source=plan.source, dtype=plan.dtype, device=plan.device),
+        model=ModelConfig(source=plan.source, dtype=plan.dtype),
         evaluation=EvaluationConfig(data=held_out, every=plan.every),
         once=True,
         wait_for_nodes_s=600,
     )
 
 
-async def _run_node(plan: LocalFederation, number: int, rows: Sequence[Row], broker: BrokerConfig) -> None:
-    name = node_name(number)
-    write_rows(plan.folder / f"{name}.jsonl", rows)
+async def _run_node(plan: LocalFederation, folder: Path, name: str, rows: Sequence[Row], broker: BrokerConfig) -> None:
+    write_rows(folder / f"{name}.jsonl", rows)
     settings = {
         "id": name,
-        "federation": plan.name,
+        "federation": FEDERATION,
         "data": f"{name}.jsonl",
         "model": plan.source,
         "state_dir": name,
-        "device": plan.device,
-        "threads": plan.threads,
+        "threads": 1,
         "exit_when_finished": True,
         "broker": {"url": broker.url},
     }
-    config, log = plan.folder / f"{name}.toml", plan.folder / f"{name}.log"
+    config, log = folder / f"{name}.toml", folder / f"{name}.log"
     config.write_text(tomli_w.dumps(settings), encoding="utf-8")
     with log.open("wb") as file:
         process = await asyncio.create_subprocess_exec(
@@ -176,7 +161,7 @@ async def _run_node(plan: LocalFederation, number: int, rows: Sequence[Row], bro
             stdin=asyncio.subprocess.DEVNULL,
             stdout=file,
             stderr=file,
-            env={**os.environ, "OMP_NUM_THREADS": str(plan.threads), "TOKENIZERS_PARALLELISM": "false"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
         )
     try:
         code = await process.wait()

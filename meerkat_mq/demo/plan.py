@@ -1,21 +1,22 @@
 """What `meerkat demo` runs: its own model and lines, or the model and data that it is given."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from meerkat_mq.config import EarlyStoppingConfig, RoundsConfig, check_config
 from meerkat_mq.core.step import Row
 from meerkat_mq.demo.corpus import TASK, pretraining_text, triage_rows
-from meerkat_mq.demo.settings import DEMO, WEIGHTS
+from meerkat_mq.demo.local import LocalFederation
+from meerkat_mq.demo.settings import DEMO, GIVEN, GIVEN_TEXT_TOKENS, WEIGHTS, DemoSettings
 from meerkat_mq.errors import ConfigError, DataError
 from meerkat_mq.tasks.data import ClassOf, hold_out, partition, read_rows, read_texts
 from meerkat_mq.tasks.load import load_task
 from meerkat_mq.tasks.task import Task
 
 HELD_OUT = 0.2
-GIVEN_STEPS = 100  # of a node, on a model that is given
+EVALUATIONS = 12
 
 
 @dataclass(frozen=True)
@@ -38,35 +39,22 @@ class Choices:
     bound: bool | None = None
 
 
-@dataclass(frozen=True)
-class DemoPlan:
-    """A demo, ready to run.
+@dataclass(frozen=True, kw_only=True)
+class DemoPlan(LocalFederation):
+    """A federation that is ready to run, and what comes before and after it; the first node's rows have one label only.
 
     Attributes:
         name: of the model, for people.
         calibration: text that scores the mask, made when it is needed.
-        shards: the rows of each node; the first node's have one label only.
-        sequences: of calibration text, of `length` tokens.
+        settings: of the mask, and of the first-order training.
         bound: whether first-order training on the same mask follows, for comparison: on a model of one's own it may
             take longer, and far more memory, than the run itself.
-        first_order_steps: of AdamW with `first_order_lr`, for the bound.
     """
 
-    source: str
     name: str
-    task: Task
-    calibration: Callable[[], Sequence[str]]
-    shards: Sequence[Sequence[Row]]
-    held_out: Sequence[Row]
-    rounds: RoundsConfig
-    early_stopping: EarlyStoppingConfig
-    density: float
-    sequences: int
-    length: int
+    calibration: Callable[[], list[str]]
+    settings: DemoSettings
     bound: bool
-    first_order_steps: int
-    first_order_lr: float
-    dtype: Literal["float32", "bfloat16"]
     seed: int
 
 
@@ -94,79 +82,81 @@ def make_plan(choices: Choices) -> DemoPlan:
 
 
 def _own(choices: Choices) -> DemoPlan:
-    early_stopping = DEMO.early_stopping.model_copy(update={"by": choices.early_stopping})
-    rows = triage_rows(choices.seed, DEMO.training_rows, "train")
-    return DemoPlan(
-        source=str(WEIGHTS),
-        name="meerkat-demo (Llama architecture)",
-        task=TASK,
-        calibration=lambda: list(pretraining_text(1000, DEMO.calibration_lines)),
-        shards=shards(rows, choices.nodes, TASK.class_of, choices.seed),
-        held_out=triage_rows(choices.seed, DEMO.held_out_rows, "held-out"),
-        rounds=_rounds(
-            choices,
-            count=_count(DEMO.rounds, choices, early_stopping),
-            directions=min(DEMO.directions, choices.nodes),
-            lr=DEMO.lr,
-            eps=DEMO.eps,
-            batch_size=DEMO.batch,
-        ),
-        early_stopping=early_stopping,
-        density=DEMO.density if choices.density is None else choices.density,
-        sequences=DEMO.calibration_sequences,
-        length=DEMO.calibration_tokens,
-        bound=choices.bound is not False,
-        first_order_steps=150,
-        first_order_lr=1e-2,
-        dtype=choices.dtype,
-        seed=choices.seed,
-    )
+    train = triage_rows(choices.seed, DEMO.training_rows, "train")
+    held_out = triage_rows(choices.seed, DEMO.held_out_rows, "held-out")
+
+    def calibration() -> list[str]:
+        return list(pretraining_text(1000, DEMO.calibration_lines))
+
+    return _plan(choices, DEMO, TASK, source=str(WEIGHTS), train=train, held_out=held_out, calibration=calibration)
 
 
 def _given(choices: Choices, model: str, task: Task, data: Path | str) -> DemoPlan:
-    rows = read_rows(data, task)
+    rows, text = read_rows(data, task), choices.text
     train, held_out = hold_out(rows, HELD_OUT, seed=choices.seed, class_of=task.class_of)
     if not held_out:
         problem = f"{len(rows)} rows, no two of one label: none can be held out"
         raise DataError(str(data), problem, "give more rows")
-    text, early_stopping = choices.text, EarlyStoppingConfig(by=choices.early_stopping)
-    count = _count(GIVEN_STEPS, choices, early_stopping)
+    settings = GIVEN if text is None else replace(GIVEN, calibration_tokens=GIVEN_TEXT_TOKENS)
 
-    def calibration() -> Sequence[str]:
-        return read_texts(text) if text is not None else [task.as_text(row) for row in train]
+    def calibration() -> list[str]:
+        return [task.as_text(row) for row in train] if text is None else read_texts(text)
 
+    return _plan(choices, settings, task, source=model, train=train, held_out=held_out, calibration=calibration)
+
+
+def _plan(
+    choices: Choices,
+    settings: DemoSettings,
+    task: Task,
+    *,
+    source: str,
+    train: Sequence[Row],
+    held_out: Sequence[Row],
+    calibration: Callable[[], list[str]],
+) -> DemoPlan:
+    own = settings is DEMO
+    early_stopping = settings.early_stopping.model_copy(update={"by": choices.early_stopping})
+    parts = shards(train, choices.nodes, task.class_of, choices.seed)
+    rounds = _rounds(choices, settings, early_stopping)
     return DemoPlan(
-        source=model,
-        name=model,
+        source=source,
+        name="meerkat-demo (Llama architecture)" if own else source,
         task=task,
-        calibration=calibration,
-        shards=shards(train, choices.nodes, task.class_of, choices.seed),
+        shards=parts,
         held_out=held_out,
-        rounds=_rounds(choices, count=count, directions=choices.nodes, lr=1e-3, eps=1e-3, batch_size=16),
+        rounds=rounds,
+        every=max(1, rounds.count // EVALUATIONS),
         early_stopping=early_stopping,
-        density=1e-3 if choices.density is None else choices.density,
-        sequences=100,
-        length=512 if text is not None else 128,
-        bound=choices.bound is True,
-        first_order_steps=100,
-        first_order_lr=1e-3,
         dtype=choices.dtype,
+        calibration=calibration,
+        settings=settings if choices.density is None else replace(settings, density=choices.density),
+        bound=own if choices.bound is None else choices.bound,
         seed=choices.seed,
     )
 
 
-def _count(steps: int, choices: Choices, config: EarlyStoppingConfig) -> int:
-    """Rounds in which a node does about so many local steps, at least half of them after a calibration."""
-    if config.by == "off" or choices.local_steps <= config.steps:
-        return max(1, steps // max(1, choices.local_steps))
-    return 1 + max(1, max(steps // 2, steps - config.calibration_steps) // choices.local_steps)
-
-
-def _rounds(choices: Choices, **defaults: float) -> RoundsConfig:
+def _rounds(choices: Choices, settings: DemoSettings, early_stopping: EarlyStoppingConfig) -> RoundsConfig:
     chosen = {"count": choices.rounds, "directions": choices.directions, "lr": choices.lr}
-    always = {"local_steps": choices.local_steps, "min_nodes": choices.nodes, "min_updates": min(3, choices.nodes)}
-    table = defaults | always | {key: value for key, value in chosen.items() if value is not None}
+    table = {
+        "count": _count(settings.rounds, choices.local_steps, early_stopping),
+        "directions": min(settings.directions, choices.nodes),
+        "lr": settings.lr,
+        "eps": settings.eps,
+        "batch_size": settings.batch,
+        "local_steps": choices.local_steps,
+        "min_nodes": choices.nodes,
+        "min_updates": min(3, choices.nodes),
+    }
+    table |= {key: value for key, value in chosen.items() if value is not None}
     return check_config(table, RoundsConfig, where="command line")
+
+
+def _count(steps: int, local_steps: int, config: EarlyStoppingConfig) -> int:
+    """Rounds in which a node does about so many local steps, at least half of them after a calibration."""
+    if config.by == "off" or local_steps <= config.steps:
+        return max(1, steps // max(1, local_steps))
+    return 1 + max(1, max(steps // 2, steps - config.calibration_steps) // local_steps)
 
 
 def shards(rows: Sequence[Row], nodes: int, class_of: ClassOf, seed: int) -> list[list[Row]]:

@@ -4,13 +4,13 @@ import asyncio
 import os
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.demo.facts import facts_after, facts_before
-from meerkat_mq.demo.local import SERVER, LocalFederation, run_local
+from meerkat_mq.demo.local import SERVER, LocalResult, node_name, run_local
 from meerkat_mq.demo.plan import DemoPlan
 from meerkat_mq.engines.evaluate import evaluate, first_order
 from meerkat_mq.engines.torch.engine import TransformersEngine
@@ -18,16 +18,15 @@ from meerkat_mq.engines.torch.load import LoadedModel, load_model, set_threads
 from meerkat_mq.engines.torch.masks import make_mask
 from meerkat_mq.errors import ConfigError, RunMismatch
 from meerkat_mq.ledger.sqlite import LEDGER_FILE
-from meerkat_mq.observe.facts import Facts
+from meerkat_mq.mqtt.message import MessageCount
 from meerkat_mq.observe.live import Live
 from meerkat_mq.observe.logs import configure_logs
 from meerkat_mq.observe.page import write_report
-from meerkat_mq.observe.report import Report
+from meerkat_mq.observe.report import Facts, NodeFacts, Report
 from meerkat_mq.observe.summary import print_summary, unchanged_line
 from meerkat_mq.observe.tables import say
 from meerkat_mq.server.reporting import PAGE_FILE, read_report
-
-EVALUATIONS = 12
+from meerkat_mq.tasks.data import class_counts
 
 
 async def run_demo(plan: DemoPlan, out: Path, console: Console) -> None:
@@ -41,8 +40,9 @@ async def run_demo(plan: DemoPlan, out: Path, console: Console) -> None:
     """
     set_threads(max(1, (os.cpu_count() or 1) // 2))  # the nodes work on the others
     try:
-        configure_logs(as_json=True, file=await asyncio.to_thread((out / "server.log").open, "x"))
-        await _run(plan, out, console)
+        with await asyncio.to_thread((out / "server.log").open, "x") as log:
+            configure_logs(as_json=True, file=log)
+            await _run(plan, out, console)
     except OSError as error:
         raise ConfigError(f"--out {out}", f"cannot be written ({error.strerror})", "choose another folder") from error
 
@@ -50,7 +50,7 @@ async def run_demo(plan: DemoPlan, out: Path, console: Console) -> None:
 async def _run(plan: DemoPlan, out: Path, console: Console) -> None:
     config, local_steps = plan.early_stopping, plan.rounds.local_steps
     if config.by != "off" and local_steps <= config.steps:
-        console.print(unchanged_line(local_steps, config), soft_wrap=True, highlight=False)
+        say(console, unchanged_line(local_steps, config))
     try:
         with Live(console, rounds=plan.rounds.count, nodes=len(plan.shards)) as live:
             report = await _federate(plan, out, live)
@@ -60,7 +60,8 @@ async def _run(plan: DemoPlan, out: Path, console: Console) -> None:
         raise
     print_summary(console, report)
     say(console, f"Report: {out / PAGE_FILE}")
-    _check_digests(report, out)
+    if differing := ", ".join(name for name, node in report.nodes.items() if node.digest != report.digest):
+        raise RunMismatch(differing, f"did not end at the server's digest {report.digest}", f"see the logs in {out}")
 
 
 async def _federate(plan: DemoPlan, out: Path, live: Live) -> Report:
@@ -72,10 +73,11 @@ async def _federate(plan: DemoPlan, out: Path, live: Live) -> Report:
     live.note("scoring the mask")
     mask = await asyncio.to_thread(_make_mask, plan, loaded)
     mask.save(out / "mask.mkm")
-    facts = facts_before(plan, mask, sum(parameter.numel() for parameter in loaded.model.parameters()))
+    facts = _facts_before(plan, mask, sum(parameter.numel() for parameter in loaded.model.parameters()))
+    await asyncio.to_thread(facts.save, out / SERVER)
     live.note(f"starting the broker, the server and {len(plan.shards)} nodes")
-    result = await run_local(_federation(plan, out, facts), live)
-    facts = facts_after(facts, plan, result)
+    result = await run_local(plan, out, out / "mask.mkm", live)
+    facts = _facts_after(facts, result)
     report = await asyncio.to_thread(_leave_page, facts, out)
     if plan.bound:
         live.note("first-order training on the same mask, for comparison (Ctrl-C leaves it out)")
@@ -85,7 +87,7 @@ async def _federate(plan: DemoPlan, out: Path, live: Live) -> Report:
             loop.call_soon_threadsafe(live.advance, done, total)
 
         bound = await asyncio.to_thread(_bound, plan, mask, loaded, progress)
-        report = await asyncio.to_thread(_leave_page, facts.model_copy(update={"bound": bound}), out)
+        report = await asyncio.to_thread(_leave_page, replace(facts, bound=bound), out)
     return report
 
 
@@ -98,24 +100,42 @@ def _leave_page(facts: Facts, out: Path) -> Report:
 
 
 def _make_mask(plan: DemoPlan, loaded: LoadedModel) -> Mask:
+    wanted = plan.settings
     return make_mask(
-        loaded, plan.calibration(), density=plan.density, seed=plan.seed, sequences=plan.sequences, length=plan.length
+        loaded,
+        plan.calibration(),
+        density=wanted.density,
+        seed=plan.seed,
+        sequences=wanted.calibration_sequences,
+        length=wanted.calibration_tokens,
     )
 
 
-def _federation(plan: DemoPlan, out: Path, facts: Facts) -> LocalFederation:
-    return LocalFederation(
-        folder=out,
-        source=plan.source,
-        task=plan.task,
-        mask=out / "mask.mkm",
-        shards=plan.shards,
-        held_out=plan.held_out,
-        rounds=plan.rounds,
-        early_stopping=plan.early_stopping,
-        every=max(1, plan.rounds.count // EVALUATIONS),
-        dtype=plan.dtype,
-        facts=facts,
+def _facts_before(plan: DemoPlan, mask: Mask, parameters: int) -> Facts:
+    """What is known before the run starts: the model, and the rows of each node."""
+    labels = [class_counts(rows, plan.task) for rows in plan.shards]
+    nodes = {node_name(number): NodeFacts(labels=counts) for number, counts in enumerate(labels)}
+    return Facts(mask=mask.hash.hex(), model=plan.name, parameters=parameters, covered=mask.covered, nodes=nodes)
+
+
+def _facts_after(facts: Facts, result: LocalResult) -> Facts:
+    """And after it: how it ended, and what each node said last."""
+    finished = result.finished
+    assert finished is not None
+    nodes = dict(facts.nodes)
+    for name, words in result.node_reports.items():
+        updates = finished.updates.get(name, MessageCount())
+        nodes[name] = replace(
+            nodes[name],
+            payload_bytes=updates.payload_bytes,
+            packet_bytes=updates.packet_bytes,
+            sent_bytes=words.get("sent_bytes"),
+            received_bytes=words.get("received_bytes"),
+            peak_rss_mib=words.get("peak_rss_mib"),
+            digest=words.get("digest") or "",
+        )
+    return replace(
+        facts, run=result.run, digest=finished.digest, seconds=finished.seconds, nodes=nodes, counts=finished.counts
     )
 
 
@@ -126,18 +146,10 @@ def _bound(plan: DemoPlan, mask: Mask, loaded: LoadedModel, progress: Callable[[
         engine,
         mask.theta_0,
         rows,
-        steps=plan.first_order_steps,
-        lr=plan.first_order_lr,
+        steps=plan.settings.bound_steps,
+        lr=plan.settings.bound_lr,
         batch_size=2 * plan.rounds.batch_size,
         seed=plan.seed,
         progress=progress,
     )
     return evaluate(engine, engine.usable(plan.held_out)).accuracy
-
-
-def _check_digests(report: Report, out: Path) -> None:
-    differing = [name for name, node in report.nodes.items() if node.digest != report.digest]
-    if differing:
-        raise RunMismatch(
-            ", ".join(differing), f"did not end at the server's digest {report.digest}", f"see the logs in {out}"
-        )

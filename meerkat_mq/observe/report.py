@@ -1,17 +1,30 @@
-"""What a run comes to, running, interrupted or finished; `summary` prints it, `page` draws it. What is None or empty is
-not known, and is left out."""
+"""What a run comes to, running, interrupted or finished; `summary` prints it, `page` draws it.
+
+Most of it is in the ledger. What the ledger does not hold is in `facts.json` in the state_dir, left by who knows it,
+such as the demo. What is None or empty is not known, and is left out.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
+from typing import Annotated, Final
+
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
 from meerkat_mq.config import EarlyStoppingConfig
+from meerkat_mq.core.files import write_atomically
+from meerkat_mq.errors import ConfigError
 from meerkat_mq.observe.charts import Point
 from meerkat_mq.rounds.records import Judgement
 from meerkat_mq.wire.descriptor import RunDescriptor
 
-MASKED_VALUE_BYTES = 4
-WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+FACTS_FILE: Final = "facts.json"
+MASKED_VALUE_BYTES: Final = 4
+WEIGHT_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+Count = Annotated[int, Field(ge=0)]
+Size = Annotated[FiniteFloat, Field(ge=0)]
 
 
 class Standing(Enum):
@@ -41,12 +54,10 @@ class HeldOutScore:
 
 
 @dataclass(frozen=True)
-class NodeReport:
-    """One node of a run.
+class NodeFacts:
+    """What is known of a node beyond the ledger.
 
     Attributes:
-        updates: that reached the server.
-        rows: size of its data.
         labels: rows of each class.
         payload_bytes: of its updates.
         packet_bytes: of its updates, as MQTT packets.
@@ -54,24 +65,98 @@ class NodeReport:
         received_bytes: everything that it received, as MQTT packets.
         peak_rss_mib: largest resident memory, MiB.
         digest: of its theta at the end, hex.
+    """
+
+    labels: Sequence[Count] = ()
+    payload_bytes: Count | None = None
+    packet_bytes: Count | None = None
+    sent_bytes: Count | None = None
+    received_bytes: Count | None = None
+    peak_rss_mib: Size | None = None
+    digest: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeReport(NodeFacts):
+    """One node of a run.
+
+    Attributes:
+        updates: that reached the server.
+        rows: size of its data.
         proven: the newest version of theta that it held, bit for bit, as the server saw by an update.
     """
 
     updates: int
     rows: int | None = None
-    labels: Sequence[int] = ()
-    payload_bytes: int | None = None
-    packet_bytes: int | None = None
-    sent_bytes: int | None = None
-    received_bytes: int | None = None
-    peak_rss_mib: float | None = None
-    digest: str = ""
     proven: int | None = None
 
     @property
     def traffic_bytes(self) -> int:
         """Both directions, as far as they are known."""
         return (self.sent_bytes or 0) + (self.received_bytes or 0)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a run beyond the ledger.
+
+    Attributes:
+        mask: hash of the run's mask, hex: what says before its start which run they are of.
+        run: its id, hex; "" before its start.
+        model: name, for people.
+        parameters: d, all weights of the model.
+        covered: weights of the matrices that the mask covers.
+        bound: held-out accuracy of first-order training on the same mask.
+        digest: of the server's theta at the last round with a digest, hex.
+        seconds: that it was worked on, about.
+        counts: what happened, by reason.
+    """
+
+    mask: str = ""
+    run: str = ""
+    model: str = ""
+    parameters: Count | None = None
+    covered: Count | None = None
+    bound: FiniteFloat | None = None
+    digest: str = ""
+    seconds: Size | None = None
+    counts: Mapping[str, Count] = field(default_factory=dict)
+    nodes: Mapping[str, NodeFacts] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Write them into a state_dir, atomically.
+
+        Raises:
+            OSError: the folder is read-only or full.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / FACTS_FILE, _FACTS.dump_json(self, indent=1), durable=False)
+
+
+_FACTS: Final = TypeAdapter(Facts)
+
+
+def facts_of(folder: Path, run: RunDescriptor) -> Facts:
+    """The facts of a run; none where there is no such file, or it is of another run.
+
+    Raises:
+        ConfigError: the file cannot be used.
+    """
+    file = folder / FACTS_FILE
+    try:
+        facts = _FACTS.validate_json(file.read_bytes())
+    except FileNotFoundError:
+        return Facts()
+    except OSError as error:
+        raise ConfigError(
+            str(file), f"cannot be read ({error.strerror})", "let this user read it, or remove it"
+        ) from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "JSON"
+        remedy = "remove it: the report then says what the ledger knows"
+        raise ConfigError(f"{file}: {place}", str(first["msg"]), remedy) from error
+    return facts if facts.mask == run.mask and facts.run in ("", run.run) else Facts()
 
 
 @dataclass(frozen=True)
@@ -105,24 +190,17 @@ class Cost:
         return self.ways * one_way / max(1, self.sent + (self.received or 0))
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, kw_only=True)
+class Report(Facts):
     """A run.
 
     Attributes:
-        model: name, for people.
         standing: how it stands.
         closed: number of rounds closed.
         losses: (round, mean loss over the nodes on their own batches).
         evaluations: by version.
         at: when the report was made, in UTC.
-        digest: of the server's theta at the last round with a digest, hex.
-        seconds: that it was worked on, about.
-        counts: what happened, by reason.
-        parameters: d, all weights of the model.
         classes: names of the classes.
-        bound: held-out accuracy of first-order training on the same mask.
-        covered: weights of the matrices that the mask covers.
         magnitudes: |GradIP| over the local steps of each node; empty where it says nothing (T = 1).
         judgements: the newest of each node; empty where no round calibrated.
         early_stopping: the run's rules of it.
@@ -130,20 +208,13 @@ class Report:
     """
 
     descriptor: RunDescriptor
-    model: str
     standing: Standing
     closed: int
     losses: Sequence[Point]
     evaluations: Sequence[HeldOutScore]
     nodes: Mapping[str, NodeReport]
     at: str
-    digest: str = ""
-    seconds: float | None = None
-    counts: Mapping[str, int] = field(default_factory=dict)
-    parameters: int | None = None
     classes: Sequence[str] = ()
-    bound: float | None = None
-    covered: int | None = None
     magnitudes: Mapping[str, Sequence[Point]] = field(default_factory=dict)
     judgements: Mapping[str, Judgement] = field(default_factory=dict)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)

@@ -18,9 +18,8 @@ from meerkat_mq.ledger.shown import utc
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.ledger.verify import run_of
 from meerkat_mq.observe.charts import Point
-from meerkat_mq.observe.facts import NodeFacts, facts_of
 from meerkat_mq.observe.paths import Magnitudes
-from meerkat_mq.observe.report import HeldOutScore, NodeReport, Report, Standing
+from meerkat_mq.observe.report import HeldOutScore, NodeFacts, NodeReport, Report, Standing, facts_of
 from meerkat_mq.rounds.guards import NOT_REFUSED
 from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.rounds.records import UpdateRecord
@@ -53,22 +52,22 @@ def read_report(folder: Path, progress: Progress = lambda done, total: None) -> 
         evaluations = _evaluations(metrics, history.rising)
         terms = ledger.terms()
         history.counts |= {m.STARTED: len(terms)} if len(terms) > 1 else {}
+        known = vars(facts) | {
+            "model": facts.model or run.model or f"{run.engine} engine",
+            "digest": facts.digest or history.digest,
+            "seconds": history.seconds(terms) if facts.seconds is None else facts.seconds,
+            "counts": facts.counts or history.counts,
+            "nodes": {row.node: _node(row, history, facts.nodes.get(row.node, NodeFacts())) for row in rows},
+        }
         return Report(
+            **known,
             descriptor=run,
-            model=facts.model or run.model or f"{run.engine} engine",
             standing=_standing(version >= run.count, is_alive(folder, terms[-1].host if terms else "")),
             closed=version,
             losses=history.losses,
             evaluations=evaluations,
-            nodes={row.node: _node(row, history, facts.nodes.get(row.node, NodeFacts())) for row in rows},
             at=utc(time.time()),
-            digest=facts.digest or history.digest,
-            seconds=history.seconds(terms) if facts.seconds is None else facts.seconds,
-            counts=facts.counts or history.counts,
-            parameters=facts.parameters,
-            classes=list(facts.classes or (task_of(run.task).classes if run.task else ())),
-            bound=facts.bound,
-            covered=facts.covered,
+            classes=task_of(run.task).classes if run.task else (),
             magnitudes={node: found.points for node, found in sorted(history.magnitudes.items())},
             judgements={found.node: found for found in ledger.newest_judgements()},
             early_stopping=settings.early_stopping,
@@ -161,15 +160,10 @@ def _evaluations(metrics: Mapping[int, Mapping[str, float]], rising: RisingLoss)
 
 
 def _node(row: NodeRow, history: _History, facts: NodeFacts) -> NodeReport:
+    known = vars(facts) | {"sent_bytes": row.packet_bytes if facts.sent_bytes is None else facts.sent_bytes}
     return NodeReport(
+        **known,
         updates=history.updates[row.node],
         rows=sum(facts.labels) if facts.labels else row.rows,
-        labels=facts.labels,
-        payload_bytes=facts.payload_bytes,
-        packet_bytes=facts.packet_bytes,
-        sent_bytes=row.packet_bytes if facts.sent_bytes is None else facts.sent_bytes,
-        received_bytes=facts.received_bytes,
-        peak_rss_mib=facts.peak_rss_mib,
-        digest=facts.digest,
         proven=history.proven.get(row.node),
     )

@@ -1,5 +1,6 @@
 """`meerkat init`: a folder whose files run as they are."""
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from meerkat_mq.config import NodeConfig, ServerConfig, load_config
 from meerkat_mq.demo.begin import divided
 from meerkat_mq.demo.corpus import TASK, triage_rows
+from meerkat_mq.node.service import run_node
 from meerkat_mq.tasks.data import read_rows, write_rows
 from meerkat_mq.tasks.load import load_task
 from tests.server.federation import Service
@@ -87,6 +89,7 @@ def test_what_is_wrong_is_said_and_nothing_is_left(meerkat: Meerkat, tmp_path: P
 async def test_the_commands_that_it_names_run(
     meerkat: Meerkat, mosquitto: Mosquitto, tmp_path: Path, tiny_llama: Path, rows: Path
 ) -> None:
+    """A server and a node as processes of their own; the other nodes, of other files alike, in this one."""
     folder = tmp_path / "field"
     said = meerkat("init", folder, "--model", tiny_llama, "--task", "sst2", "--data", rows, "--nodes", 3,
                    "--broker", mosquitto.config.url)  # fmt: skip
@@ -95,11 +98,16 @@ async def test_the_commands_that_it_names_run(
     config = folder / "federation.toml"
     config.write_text(config.read_text().replace("count = 200 ", "count = 2 "))
     server = Service("meerkat_mq.server", config, ["--once"], {})
-    nodes = [Service("meerkat_mq.node", folder / f"node-{number}.toml", [], {}) for number in range(3)]
+    first = Service("meerkat_mq.node", folder / "node-0.toml", [], {})
+    others = [load_config(folder / f"node-{number}.toml", NodeConfig) for number in (1, 2)]
+    nodes = [asyncio.create_task(run_node(config)) for config in others]
     try:
         assert await server.ended(within_s=200) == 0, server.plain
         assert len(server.said("round closed", heard=3)) == 2
         assert json.dumps(server.said("evaluated")[-1]["version"]) == "2"
     finally:
-        for service in (server, *nodes):
+        for service in (server, first):
             service.kill()
+        for node in nodes:
+            node.cancel()
+        await asyncio.wait(nodes)

@@ -18,7 +18,11 @@ from meerkat_mq.tasks.load import load_task
 
 def test_without_choices_the_demo_runs_its_own_model() -> None:
     plan = make_plan(Choices())
-    assert (plan.rounds.count, plan.rounds.directions, plan.density) == (DEMO.rounds, DEMO.directions, DEMO.density)
+    assert (plan.rounds.count, plan.rounds.directions, plan.settings.density) == (
+        DEMO.rounds,
+        DEMO.directions,
+        DEMO.density,
+    )
     assert len(plan.shards) == plan.rounds.min_nodes == 4
     lines = {row["line"] for shard in plan.shards for row in shard}
     assert not lines & {row["line"] for row in plan.held_out}

@@ -3,6 +3,7 @@
 import math
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,7 @@ import pytest
 from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.errors import ConfigError
 from meerkat_mq.ledger.inspect import run_shown
-from meerkat_mq.observe.facts import FACTS_FILE, Facts, NodeFacts
-from meerkat_mq.observe.report import Standing
+from meerkat_mq.observe.report import FACTS_FILE, Facts, NodeFacts, Standing
 from meerkat_mq.rounds.records import Verdict
 from meerkat_mq.server.alive import alive
 from meerkat_mq.server.reporting import read_report
@@ -115,8 +115,8 @@ def test_facts_are_added_where_they_are_of_this_run(tmp_path: Path) -> None:
     assert (report.model, report.parameters, report.bound, report.counts) == ("mine", 1000, 0.9, {"late": 3})
     assert (report.ended, report.astray, sorted(report.nodes)) == (["n0"], [], ["n0", "n1", "n2"])
     assert report.nodes["n0"].rows == 7
-    for change in ({"run": "0" * 32}, {"mask": "0" * 32}):
-        facts.model_copy(update=change).save(tmp_path)
+    for another in (replace(facts, run="0" * 32), replace(facts, mask="0" * 32)):
+        another.save(tmp_path)
         assert read_report(tmp_path).parameters is None
 
 
