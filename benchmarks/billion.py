@@ -128,6 +128,7 @@ def federation(engine: TransformersEngine, mask: Mask) -> Federation:
         count=1,
         local_steps=1,
         directions=1,
+        batch_size=BATCH,
         lr=1e-3,
         eps=1e-3,
         min_nodes=NODES,
@@ -138,7 +139,7 @@ def federation(engine: TransformersEngine, mask: Mask) -> Federation:
         min_updates=1,
     )
     parts = [NodePart(f"node-{n}", engine, ROWS[n::NODES]) for n in range(NODES)]
-    return Federation(settings, mask, parts, batch_size=BATCH)
+    return Federation(settings, mask, parts)
 
 
 @quiet()

@@ -108,7 +108,7 @@ def settings(policy: Policy, stage: Stage, seed: int) -> RoundSettings:
         run_id=hashlib.sha256(f"buffered {seed}".encode()).digest()[:16],
         mask_hash=stage.mask.hash, count=100_000, local_steps=1, directions=LANES, lr=policy.lr, eps=DEMO.eps,
         min_nodes=NODES, min_updates=1, fraction=1.0, quorum=policy.quorum, deadline_s=policy.deadline_s, grace_s=2,
-        digest_every=100,
+        digest_every=100, batch_size=BATCH,
     )  # fmt: skip
     if not policy.buffer_size:
         return rules
@@ -124,7 +124,7 @@ def run(policy: Policy, stage: Stage, seed: int, every_s: float, target: float |
         NodePart(f"node-{number}", stage.engine, rows, steps_s=times[number])
         for number, rows in enumerate(stage.plan.shards)
     ]
-    federation = Federation(settings(policy, stage, seed), stage.mask, parts, batch_size=BATCH)
+    federation = Federation(settings(policy, stage, seed), stage.mask, parts)
     clock, curve = federation.clock, list[Point]()
     federation.start()
     while clock.now() < policy.seconds:

@@ -98,11 +98,12 @@ def calibrate(found: Stage, shards: Sequence[Sequence[Row]], seed: int, args: ar
     rules = RoundSettings(
         run_id=hashlib.sha256(f"gradip {seed}".encode()).digest()[:16],
         mask_hash=found.mask.hash, count=1, local_steps=10, directions=1, lr=args.lr, eps=found.eps,
+        batch_size=args.batch,
         min_nodes=len(shards), min_updates=1, fraction=1.0, quorum=1.0, deadline_s=60, grace_s=2, measured=True,
         early_stopping=EarlyStoppingConfig(by="vpcs", calibration_steps=args.steps),
     )  # fmt: skip
     parts = [NodePart(f"node-{n}", found.engine, rows) for n, rows in enumerate(shards)]
-    federation = Federation(rules, found.mask, parts, batch_size=args.batch)
+    federation = Federation(rules, found.mask, parts)
     federation.start()
     federation.run(until=1e6)
     assert len(federation.entries) == 1, federation.errors

@@ -32,6 +32,7 @@ def settings(args: argparse.Namespace, mask: Mask, lr: float) -> RoundSettings:
         mask_hash=mask.hash,
         count=args.rounds,
         local_steps=1,
+        batch_size=args.batch,
         directions=args.directions,
         lr=lr,
         eps=1e-3,
@@ -55,7 +56,7 @@ def learning_curve(
 ) -> list[tuple[int, float, float]]:
     """(round, accuracy, loss) every so many rounds."""
     parts = [NodePart(f"node-{i}", engine, shard) for i, shard in enumerate(shards)]
-    federation = Federation(rules, mask, parts, batch_size=args.batch)
+    federation = Federation(rules, mask, parts)
     federation.start()
     curve = []
     for target in range(0, args.rounds + 1, args.every):

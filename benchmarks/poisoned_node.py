@@ -90,6 +90,7 @@ def settings(plan: DemoPlan, mask: Mask, aggregate: str) -> RoundSettings:
         mask_hash=mask.hash,
         count=rules.count,
         local_steps=rules.local_steps,
+        batch_size=rules.batch_size,
         directions=1,
         lr=rules.lr,
         eps=rules.eps,
@@ -111,10 +112,9 @@ def train(
     engine: TransformersEngine,
     shards: Sequence[Sequence[Row]],
     held_out: Sequence[Row],
-    batch: int,
 ) -> Outcome:
     parts = [NodePart(node_name(number), engine, rows) for number, rows in enumerate(shards)]
-    federation = PoisonedFederation(rules, mask, parts, batch_size=batch)
+    federation = PoisonedFederation(rules, mask, parts)
     federation.start()
     federation.run(until=1e6)
     assert federation.version == rules.count, federation.errors
@@ -158,9 +158,8 @@ def compare(plan: DemoPlan, aggregate: str) -> tuple[Outcome, Outcome]:
         length=plan.settings.calibration_tokens,
     )
     engine, rules = TransformersEngine(loaded, mask, plan.task), settings(plan, mask, aggregate)
-    batch = plan.rounds.batch_size
-    without = train(rules, mask, engine, plan.shards[:-1], plan.held_out, batch)
-    return without, train(rules, mask, engine, plan.shards, plan.held_out, batch)
+    without = train(rules, mask, engine, plan.shards[:-1], plan.held_out)
+    return without, train(rules, mask, engine, plan.shards, plan.held_out)
 
 
 def main() -> None:

@@ -140,12 +140,8 @@ def read_history(seen: Observed, state_dir: Path, faults: list[Injected], *, fin
         mask = mask_of(state_dir, run)
         settings = settings_of(run, ledger.rules, measured=bool(mask.g_p.any()))
         history = History(
-            run_id=run.run_id,
             mask=mask,
-            stream=run.stream,
-            digest_every=run.digest_every,
             settings=settings,
-            codec=settings.values.codec,
             rounds=seen.rounds,
             states=seen.states,
             faults=faults,

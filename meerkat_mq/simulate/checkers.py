@@ -101,7 +101,7 @@ def _sent(history: History) -> Mapping[tuple[str, int, bytes], list[Update]]:
 
 
 def _run(history: History) -> int:
-    return Header.of(history.run_id, 0, 0, history.settings.mask_hash).run
+    return Header.of(history.settings.run_id, 0, 0, history.settings.mask_hash).run
 
 
 # --- no update too stale --------------------------------------------------------------------------------------------
@@ -156,10 +156,9 @@ def _entries_lost(history: History, time: float, frame: Round) -> Found:
 @_checker("theta is the replay of the ledger")
 def theta_is_the_replay(history: History) -> Found:
     """The entries are a chain with the right digests; nodes claim, and were counted with, no other theta."""
-    replica = Replica(
-        history.mask, run_id=history.run_id, stream=history.stream, digest_every=history.digest_every
-    )  # fmt: skip
-    digests, head = {0: digest(replica.theta)}, history.settings.mask_hash
+    rules = history.settings
+    replica = Replica(history.mask, run_id=rules.run_id, stream=rules.stream, digest_every=rules.digest_every)
+    digests, head = {0: digest(replica.theta)}, rules.mask_hash
     for version, entry in enumerate(history.entries):
         after = replica.apply(entry.terms, _displacement(history, entry))
         if (entry.version, entry.previous) != (version, head):
@@ -168,7 +167,7 @@ def theta_is_the_replay(history: History) -> Found:
             yield f"entry {version}", f"has digest {entry.digest.hex()}, but the replay gives {after.hex()}"
         if after != NO_DIGEST:
             digests[version + 1] = after
-        head = entry.hash(history.run_id)
+        head = entry.hash(rules.run_id)
     yield from _false_claims(history, digests)
     yield from _counted_from_elsewhere(history, digests)
 
@@ -214,7 +213,7 @@ def _counted_from_elsewhere(history: History, digests: Mapping[int, bytes]) -> F
     sent = _sent(history)
     for version, records in enumerate(history.records):
         for record in records:
-            base = digests.get(record.version - record.version % history.digest_every, b"")[:8]
+            base = digests.get(record.version - record.version % history.settings.digest_every, b"")[:8]
             found = sent.get(_identity(record.node, record), ())
             bases = {update.base for update in found if update.header.version == record.version}
             if bases and base not in bases:
@@ -257,7 +256,7 @@ def _wrong_mean(history: History, entry: Entry, shares: Sequence[Share]) -> str 
     size, found = history.mask.size, _displacement(history, entry)
     try:
         parts = [(share.weight, decode_values(history.blobs[share.blob], share.blob, size)) for share in shares]
-        mean = quantised(mean_displacement(parts, size), history.codec)
+        mean = quantised(mean_displacement(parts, size), history.settings.values.codec)
     except (KeyError, WireError, BadValue):
         return "lacks a displacement of its stored updates"
     if found is None or found.tobytes() != mean.tobytes():
@@ -301,13 +300,9 @@ def judgements_recomputable(history: History) -> Found:
             yield "ledger", f"{len(history.entries)} entries, but {what} for {len(kept)}"
     ledger = zip(history.records, history.products, history.judgements, strict=False)
     for version, (records, products, judgements) in enumerate(ledger):
-        steps, lanes = (
-            settings.perturbations * settings.steps_of(version),
-            settings.directions if settings.measured else 0,
-        )
-        if products != inner_products(
-            g_p, history.run_id, version, lanes=lanes, steps=steps, stream=history.stream
-        ):  # fmt: skip
+        steps, lanes = settings.scalars_of(version), settings.directions if settings.measured else 0
+        measured = inner_products(g_p, settings.run_id, version, lanes=lanes, steps=steps, stream=settings.stream)
+        if products != measured:
             yield f"entry {version}", "its inner products are not those of its directions"
         elif judgements != judgements_of(version, records, products, settings):
             yield f"entry {version}", "its judgements are not those of the stored paths"
@@ -339,7 +334,7 @@ def _two_servers(history: History, owners: Mapping[int, str]) -> Found:
     """By what servers say; a restored ledger has forgotten who took a term after the backup."""
     speakers = defaultdict[tuple[int, int], set[str]](set)
     for time, state in history.states:
-        if state.run == history.run_id.hex() and state.connected:
+        if state.run == history.settings.run_id.hex() and state.connected:
             restores = sum(restored < time for restored, _ in history.backups)
             speakers[state.term, restores].add(state.server_id)
     for (term, restores), heard in sorted(speakers.items()):

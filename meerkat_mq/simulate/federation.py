@@ -2,19 +2,15 @@
 
 import random
 from dataclasses import replace
-from functools import cache
 from itertools import takewhile
 
-from meerkat_mq.config import Codec, EarlyStoppingConfig, ServerValuesConfig
-from meerkat_mq.core.mask import Mask
+from meerkat_mq.config import Codec
 from meerkat_mq.core.path import Entry
-from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.errors import MeerkatError
-from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.simulate.history import History
 from meerkat_mq.simulate.node import SimulatedNode, SimulatedProfile
 from meerkat_mq.simulate.reached import CRASHED, Reached
-from meerkat_mq.simulate.schedule import Schedule, ScheduledFault
+from meerkat_mq.simulate.schedule import Schedule, ScheduledFault, mask
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState, decode_control
 from meerkat_mq.wire.limits import largest_frame
 from meerkat_mq.wire.messages import Frame, Round, Update
@@ -28,60 +24,11 @@ from meerkat_mq.worlds.server import ServerProcess
 from meerkat_mq.worlds.store import MemoryStore
 from meerkat_mq.worlds.world import World
 
-RUN = bytes(range(16))
-WEIGHTS = 8
 CODECS: tuple[Codec, ...] = ("int8", "float32", "bfloat16")
-STREAM = "mk1"
 SERVER_LATENCY_S = 0.004
 THETAS = 256  # that are not computed twice
 RESTART_S = 5.0  # after which a supervisor starts again what an error has ended
 TOPICS = Topics(FEDERATION)
-# Thresholds that about half of the made-up paths pass, so that there is something to get wrong.
-THRESHOLDS = EarlyStoppingConfig(initial=0.5, later=0.5, rho_later=1.0, rho_quiet=0.25, quiet=0.7, random_share=0.4)
-
-
-@cache
-def _mask() -> tuple[Mask, bytes]:
-    mask = toy_mask(WEIGHTS)
-    return mask, mask.hash
-
-
-def settings_of(schedule: Schedule) -> RoundSettings:
-    """The rules of a schedule's rounds."""
-    return RoundSettings(
-        run_id=RUN,
-        mask_hash=_mask()[1],
-        count=schedule.rounds,
-        local_steps=schedule.steps,
-        directions=schedule.lanes,
-        lr=0.1,
-        eps=2.0**-10,
-        min_nodes=schedule.min_nodes,
-        min_updates=1,
-        fraction=schedule.fraction,
-        quorum=schedule.quorum,
-        deadline_s=schedule.deadline_s,
-        grace_s=schedule.grace_s,
-        weigh_by_rows=schedule.weigh_by_rows,
-        aggregate=schedule.aggregate,
-        snapshot_every=schedule.snapshot_every,
-        digest_every=schedule.digest_every,
-        perturbations=schedule.perturbations,
-        early_stopping=THRESHOLDS.model_copy(
-            update={
-                "by": schedule.early_stopping,
-                "calibration_steps": schedule.calibration_steps,
-                "every": schedule.every,
-            }
-        ),
-        measured=schedule.measure_s is not None,
-        mode=schedule.mode,
-        buffer_size=schedule.buffer_size,
-        max_staleness=schedule.max_staleness if schedule.mode == "buffered" else 0,
-        staleness=schedule.staleness,
-        values=ServerValuesConfig(accept=schedule.values > 0),
-        frame_bytes=largest_frame(schedule.packet_bytes, TOPICS),
-    )
 
 
 class Federation:
@@ -95,17 +42,17 @@ class Federation:
     """
 
     def __init__(self, schedule: Schedule) -> None:
-        mask, _ = _mask()
         self.schedule = schedule
         self.chance = random.Random(schedule.seed)  # noqa: S311 - chance to be repeated, not to be secret
         self.clock = VirtualClock()
         self.broker = Broker(self.clock, self.chance, routed=self._saw)
-        settings = settings_of(schedule)
-        self.history = History(RUN, mask, STREAM, schedule.digest_every, settings)
+        room = largest_frame(schedule.packet_bytes, TOPICS)
+        settings = schedule.settings.model_copy(update={"frame_bytes": room})
+        self.history = History(mask(), settings)
         self.ledger = MemoryLedger()
         self.reached = Reached()
         self.errors: list[tuple[str, MeerkatError]] = []
-        run = make_run(settings, mask, stream=STREAM, codec=self.history.codec)
+        run = make_run(settings, mask())
         self.world = World(self.clock, self.broker, run, Thetas(run, THETAS), self._failed, self._count)
         self.nodes = {f"n{number}": self._node(number) for number in range(schedule.nodes)}
         self.servers: list[ServerProcess] = []
@@ -116,7 +63,9 @@ class Federation:
     def _node(self, number: int) -> SimulatedNode:
         chance, schedule = self.chance, self.schedule
         slow = schedule.slow and number == schedule.nodes - 1
-        just_in_time = schedule.deadline_s - 0.04 - schedule.commit_s / 2  # the update comes, but is not yet committed
+        just_in_time = (
+            schedule.settings.deadline_s - 0.04 - schedule.commit_s / 2
+        )  # the update comes, but is not yet committed
         slower = schedule.spread ** (number / (schedule.nodes - 1))
         profile = SimulatedProfile(
             latency_s=chance.uniform(0.001, 0.05),
@@ -198,7 +147,7 @@ class Federation:
             self.world,
             self.ledger,
             commit_s=self.schedule.commit_s,
-            measure_s=self.schedule.measure_s or 0.0,
+            measure_s=self.schedule.measure_s,
             latency_s=SERVER_LATENCY_S,
             largest=self.schedule.packet_bytes,
         )
@@ -283,7 +232,7 @@ class Federation:
     @property
     def finished(self) -> bool:
         """Whether the ledger is full, and a server that can say so has said it."""
-        return len(self.ledger.entries) >= self.schedule.rounds and any(
+        return len(self.ledger.entries) >= self.schedule.settings.count and any(
             server.alive and server.machine is not None and server.machine.finished for server in self.servers
         )
 

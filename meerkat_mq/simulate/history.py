@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from meerkat_mq.config import Codec
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Entry
 from meerkat_mq.ledger.store import Store
@@ -42,7 +41,6 @@ class History:
         judgements: of the final ledger: what each entry's round showed of its nodes.
         open_updates: of the final ledger: the committed updates that are in no entry yet.
         blobs: of the final ledger: displacements of its updates and entries, by hash.
-        codec: how mean displacements are encoded.
         terms: of the final ledger: (term, server id).
         entry_terms: of the final ledger: the term that wrote each entry.
         rounds: (time, frame) of every round frame published.
@@ -56,10 +54,7 @@ class History:
             published of later entries, or of the updates of the rounds from there on, before that time may differ.
     """
 
-    run_id: bytes
     mask: Mask
-    stream: str
-    digest_every: int
     settings: RoundSettings
     entries: list[Entry] = field(default_factory=list)
     records: list[tuple[UpdateRecord, ...]] = field(default_factory=list)
@@ -67,7 +62,6 @@ class History:
     judgements: list[tuple[Judgement, ...]] = field(default_factory=list)
     open_updates: tuple[UpdateRecord, ...] = ()
     blobs: Mapping[bytes, bytes] = field(default_factory=dict)
-    codec: Codec = "bfloat16"
     terms: list[tuple[int, str]] = field(default_factory=list)
     entry_terms: list[int] = field(default_factory=list)
     rounds: list[tuple[float, Round]] = field(default_factory=list)
@@ -99,14 +93,14 @@ class History:
     def saw_update(self, time: float, node: str, update: Update) -> None:
         """A node sent an update: its base says what its newest due theta is."""
         self.updates.append((time, node, update))
-        if update.header.run == int.from_bytes(self.run_id[:4], "little"):
+        if update.header.run == int.from_bytes(self.settings.run_id[:4], "little"):
             version = update.header.version
-            self.claims.append((time, node, version - version % self.digest_every, update.base))
+            self.claims.append((time, node, version - version % self.settings.digest_every, update.base))
 
     def saw_status(self, time: float, node: str, status: NodeStatus) -> None:
         """A node published its status: where it stands, and the newest due digest there."""
-        if status.digest is not None and status.run == self.run_id.hex():
-            due = status.version - status.version % self.digest_every
+        if status.digest is not None and status.run == self.settings.run_id.hex():
+            due = status.version - status.version % self.settings.digest_every
             self.claims.append((time, node, due, bytes.fromhex(status.digest)))
 
     def undone(self, time: float, version: int) -> bool:

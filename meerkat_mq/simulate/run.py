@@ -15,9 +15,9 @@ NO_FAILURE = "no process fails"
 
 def patience(schedule: Schedule) -> float:
     """Virtual seconds within which a healed federation finishes, whatever it went through."""
-    a_round = 2.0 + 2.0 * (schedule.measure_s or 0.0) + (3.0 * schedule.deadline_s if schedule.slow else 0.0)
+    a_round = 2.0 + 2.0 * schedule.measure_s + (3.0 * schedule.settings.deadline_s if schedule.slow else 0.0)
     a_round += 1.5 * schedule.step_s * schedule.spread + (schedule.every_s + AWAKE_S if schedule.sleepers else 0.0)
-    return 30.0 + 12 * schedule.deadline_s + a_round * schedule.rounds
+    return 30.0 + 12 * schedule.settings.deadline_s + a_round * schedule.settings.count
 
 
 def play(federation: Federation) -> None:

@@ -3,12 +3,28 @@
 import json
 import random
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from typing import Any
 
-from meerkat_mq.rounds.policy import share
+from meerkat_mq.config import EarlyStoppingConfig, ServerValuesConfig
+from meerkat_mq.core.mask import Mask
+from meerkat_mq.engines.toy import toy_mask
+from meerkat_mq.rounds.policy import RoundSettings, share
 
 SERVER, ALL = "server", "all"
+WEIGHTS = 8
+# Thresholds that about half of the made-up paths pass, so that there is something to get wrong.
+THRESHOLDS = EarlyStoppingConfig(initial=0.5, later=0.5, rho_later=1.0, rho_quiet=0.25, quiet=0.7, random_share=0.4)
+
+
+@cache
+def mask() -> Mask:
+    """The mask of every simulated run."""
+    return toy_mask(WEIGHTS)
+
+
+_RUN: dict[str, Any] = {"run_id": bytes(range(16)), "mask_hash": mask().hash}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,23 +48,19 @@ class ScheduledFault:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """A federation and its faults; see `RoundSettings` for the rules of rounds.
+    """A federation and its faults.
 
     Attributes:
-        perturbations: projected gradients a local step.
-        early_stopping: who does fewer local steps after a calibration; "off" also where that would be everybody.
-        calibration_steps: local steps of a calibration.
-        every: rounds from one calibration to the next; 0: the first round only.
-        measure_s: virtual seconds that the inner products of a round's directions take; None: they are not measured.
+        settings: the rules of its rounds.
+        measure_s: virtual seconds that the inner products of a round's directions take.
         step_s: virtual seconds of a round's local steps, on the fastest node.
         commit_s: virtual seconds of one commit.
         spread: how many times as long as the fastest node the slowest takes.
         values: how many nodes send displacements.
         sleepers: how many nodes are duty-cycled.
         every_s: virtual seconds that these sleep.
-        keeps: whether nodes keep updates that were not heard over a restart.
+        keeps: whether nodes keep updates that were not acknowledged over a restart.
         reluctant: whether the limits of the first node forbid some steps.
-        wire: whether each frame goes through its encoding.
         slow: whether the last node's local steps take about as long as the deadline.
         fickle: whether a restarted node answers a round with other values than before.
         leftovers: whether the broker still holds what an earlier run retained.
@@ -58,36 +70,16 @@ class Schedule:
 
     seed: int
     nodes: int
-    rounds: int
-    lanes: int
-    steps: int
-    min_nodes: int
-    fraction: float
-    quorum: float
-    deadline_s: float
-    grace_s: float
-    digest_every: int
-    snapshot_every: int
-    weigh_by_rows: bool
-    aggregate: Literal["mean", "trimmed-mean"]
-    perturbations: int
-    early_stopping: Literal["off", "vpcs", "random"]
-    calibration_steps: int
-    every: int
-    measure_s: float | None
-    mode: Literal["synchronous", "buffered"]
-    buffer_size: int
-    max_staleness: int
-    staleness: Literal["constant", "polynomial"]
+    settings: RoundSettings
+    measure_s: float
+    step_s: float
+    commit_s: float
     spread: float
     values: int
     sleepers: int
     every_s: float
     keeps: bool
     reluctant: bool
-    step_s: float
-    commit_s: float
-    wire: bool
     slow: bool
     fickle: bool
     leftovers: bool
@@ -102,14 +94,20 @@ class Schedule:
 
     def encode(self) -> str:
         """JSON, for people and for `decode`."""
-        return json.dumps(asdict(self), indent=1)
+        rules = self.settings.model_dump(mode="json", exclude=set(_RUN), exclude_unset=True)
+        return json.dumps(
+            {field.name: getattr(self, field.name) for field in fields(self)} | {"settings": rules},
+            default=asdict,
+            indent=1,
+        )
 
     @classmethod
     def decode(cls, text: str) -> "Schedule":
         """What `encode` wrote."""
-        fields: dict[str, Any] = json.loads(text)
-        faults = tuple(ScheduledFault(**fault) for fault in fields["faults"])
-        return cls(**fields | {"faults": faults, "kinds": tuple(fields["kinds"])})
+        found: dict[str, Any] = json.loads(text)
+        settings = RoundSettings(**_RUN, **found["settings"])
+        faults = tuple(ScheduledFault(**fault) for fault in found["faults"])
+        return cls(**found | {"settings": settings, "faults": faults, "kinds": tuple(found["kinds"])})
 
 
 # Name, weight, whom it may strike.
@@ -152,57 +150,69 @@ def make_schedule(seed: int, names: Collection[str] = ()) -> Schedule:
     draw = random.Random(seed)  # noqa: S311 - chance to be repeated, not to be secret
     kinds = tuple(names) or tuple(kind for kind in KINDS if draw.random() < 0.5) or KINDS
     nodes = draw.randint(8, 20) if draw.random() < 0.03 else draw.choice(_SIZES)
-    rounds = draw.choice((50, 52, 54, 60))
-    min_nodes = draw.randint(2, nodes)
-    buffered = draw.random() < 0.5
-    fraction = 1.0 if buffered else draw.choice((1.0, 1.0, 1.0, 0.6))
-    spread = draw.choice((1.0, 4.0, 20.0)) if buffered else 1.0
-    sleepers, every_s = draw.choice((0, 0, 0, 0, 0, 1, nodes // 2)), draw.choice((1.0, 3.0))
+    values = draw.choice((0, 0, 0, 1, (nodes + 1) // 2))
+    settings = _settings(draw, nodes, has_values=values > 0)
     step_s, commit_s = draw.choice((0.05, 0.2, 0.4)), draw.choice((0.0, 0.005, 0.05, 0.3))
-    deadline_s, slow = draw.choice((2.0, 4.0, 8.0)), draw.random() < 0.1
-    by: Literal["off", "vpcs", "random"] = draw.choice(("off", "off", "vpcs", "vpcs", "random"))
-    measure_s = draw.choice((0.0, 0.01, 0.3, 2.5)) if by == "vpcs" or draw.random() < 0.5 else None
-    a_round = deadline_s if slow and not buffered else max(1.3 * step_s, measure_s or 0.0) + 3 * commit_s + 0.1
-    calm_s = rounds * a_round  # about what an undisturbed run takes
+    measure_s = draw.choice((0.0, 0.01, 0.3, 2.5)) if settings.measured else 0.0
+    slow = draw.random() < 0.1
+    a_round = (
+        settings.deadline_s if slow and not settings.buffered else max(1.3 * step_s, measure_s) + 3 * commit_s + 0.1
+    )
+    calm_s = settings.count * a_round  # about what an undisturbed run takes
     return Schedule(
         seed=seed,
         nodes=nodes,
-        rounds=rounds,
-        lanes=draw.choice((1, 1, min(2, share(fraction, min_nodes)))),
-        steps=draw.choice((1, 1, 3) if buffered else (1, 1, 1, 1, 3)) if by == "off" else draw.choice((2, 3)),
-        min_nodes=min_nodes,
-        fraction=fraction,
-        quorum=draw.choice((0.5, 0.75, 1.0)),
-        deadline_s=deadline_s,
-        grace_s=draw.choice((0.0, 0.5, 2.0)),
-        digest_every=draw.choice((1, 1, 2)),
-        snapshot_every=draw.choice((6, 10, 20)),
-        weigh_by_rows=draw.random() < 0.3,
-        aggregate=draw.choice(("mean", "mean", "mean", "trimmed-mean")),
-        perturbations=draw.choice((1, 1, 1, 2)),
-        early_stopping=by,
-        calibration_steps=draw.choice((4, 6)),
-        every=draw.choice((0, 7, 20)),
+        settings=settings,
         measure_s=measure_s,
-        mode="buffered" if buffered else "synchronous",
-        buffer_size=draw.randint(1, nodes),
-        max_staleness=draw.randint(0, 5),
-        staleness=draw.choice(("constant", "polynomial", "polynomial")),
-        spread=spread,
-        values=draw.choice((0, 0, 0, 1, (nodes + 1) // 2)),
-        sleepers=sleepers,
-        every_s=every_s,
-        keeps=draw.random() < 0.5,
-        reluctant=draw.random() < 0.1,
         step_s=step_s,
         commit_s=commit_s,
-        wire=draw.random() < 0.05,
+        spread=draw.choice((1.0, 4.0, 20.0)) if settings.buffered else 1.0,
+        values=values,
+        sleepers=draw.choice((0, 0, 0, 0, 0, 1, nodes // 2)),
+        every_s=draw.choice((1.0, 3.0)),
+        keeps=draw.random() < 0.5,
+        reluctant=draw.random() < 0.1,
         slow=slow,
         fickle=draw.random() < 0.7,
         leftovers=draw.random() < 0.2,
         packet_bytes=draw.choice((SMALL_PACKET, 2**28, 2**28)),
         kinds=kinds,
         faults=tuple(_fault(draw, nodes, calm_s, kinds) for _ in range(draw.randint(0, 12))),
+    )
+
+
+def _settings(draw: random.Random, nodes: int, *, has_values: bool) -> RoundSettings:
+    """The rules of rounds that so many nodes can fill."""
+    min_nodes, buffered = draw.randint(2, nodes), draw.random() < 0.5
+    fraction = 1.0 if buffered else draw.choice((1.0, 1.0, 1.0, 0.6))
+    by = draw.choice(("off", "off", "vpcs", "vpcs", "random"))
+    return RoundSettings(
+        **_RUN,
+        lr=0.1,
+        eps=2.0**-10,
+        count=draw.choice((50, 52, 54, 60)),
+        local_steps=draw.choice((1, 1, 3) if buffered else (1, 1, 1, 1, 3)) if by == "off" else draw.choice((2, 3)),
+        directions=draw.choice((1, 1, min(2, share(fraction, min_nodes)))),
+        perturbations=draw.choice((1, 1, 1, 2)),
+        digest_every=draw.choice((1, 1, 2)),
+        mode="buffered" if buffered else "synchronous",
+        max_staleness=draw.randint(0, 5) if buffered else 0,
+        min_nodes=min_nodes,
+        min_updates=1,
+        fraction=fraction,
+        quorum=draw.choice((0.5, 0.75, 1.0)),
+        deadline_s=draw.choice((2.0, 4.0, 8.0)),
+        grace_s=draw.choice((0.0, 0.5, 2.0)),
+        weigh_by_rows=draw.random() < 0.3,
+        aggregate=draw.choice(("mean", "mean", "mean", "trimmed-mean")),
+        snapshot_every=draw.choice((6, 10, 20)),
+        buffer_size=draw.randint(1, nodes),
+        staleness=draw.choice(("constant", "polynomial", "polynomial")),
+        early_stopping=THRESHOLDS.model_copy(
+            update={"by": by, "calibration_steps": draw.choice((4, 6)), "every": draw.choice((0, 7, 20))}
+        ),
+        values=ServerValuesConfig(accept=has_values),
+        measured=by == "vpcs" or draw.random() < 0.5,
     )
 
 

@@ -192,10 +192,9 @@ class Federated:
         parts = [NodePart(f"node-{number}", engine, rows) for number, rows in enumerate(self.shards)]
         traffic = Traffic(settings.count * len(parts), self.report, self.sample)
         federation = Federation(
-            settings,
+            settings.model_copy(update={"batch_size": self.batch_size}),
             self.mask,
             parts,
-            batch_size=self.batch_size,
             routed=traffic.routed,
             delivered=traffic.delivered,
         )

@@ -11,7 +11,7 @@ from functools import lru_cache
 from itertools import count
 from typing import Any
 
-from meerkat_mq.config import Codec, NodeValuesConfig
+from meerkat_mq.config import NodeValuesConfig
 from meerkat_mq.core.directions import Float32Array, direction
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Entry
@@ -61,9 +61,6 @@ class Federation:
         settings: the rules of the run's rounds.
         mask: of the run.
         parts: of the nodes.
-        batch_size: rows of a local step.
-        stream: of directions.
-        codec: how mean displacements are encoded.
         commit_s: virtual seconds of one commit.
         routed: is told of each message that reaches the broker.
         delivered: is told of each message that reaches a client.
@@ -75,7 +72,6 @@ class Federation:
         nodes: by name.
         server: the one that was started last.
         parts: by name; whoever replaces one gives a node other data or times from its next start on.
-        stream: of directions.
     """
 
     def __init__(
@@ -84,9 +80,6 @@ class Federation:
         mask: Mask,
         parts: Sequence[NodePart],
         *,
-        batch_size: int,
-        stream: str = "mk1",
-        codec: Codec = "bfloat16",
         commit_s: float = 0.0,
         routed: Callable[[Message], None] = lambda message: None,
         delivered: Callable[[Message], None] = lambda message: None,
@@ -96,14 +89,13 @@ class Federation:
         self.ledger = MemoryLedger()
         self.counts: Counter[tuple[str, str]] = Counter()
         self.errors: list[tuple[str, MeerkatError]] = []
-        run = make_run(settings, mask, stream=stream, codec=codec, batch_size=batch_size)
+        run = make_run(settings, mask)
         chance = random.Random(0)  # noqa: S311 - chance to be repeated, not to be secret
         broker = Broker(self.clock, chance, routed=routed, delivered=delivered)
         self._world = World(self.clock, broker, run, Thetas(run, THETAS), self._failed, self._count)
         self._commit_s = commit_s
         self._draw = lru_cache(maxsize=min(1024, DRAWN_BYTES // (4 * mask.size)))(direction)
         self._numbers = count()
-        self.stream = stream
         self.parts = {part.name: part for part in parts}
         self.nodes: Mapping[str, NodeProcess] = {part.name: self._node(part) for part in parts}
         self.server = self._server()

@@ -2,7 +2,7 @@
 
 from functools import lru_cache
 
-from meerkat_mq.config import Codec, GuardsConfig, RoundsConfig, ServerValuesConfig
+from meerkat_mq.config import GuardsConfig, RoundsConfig
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.ledger.run import Run
 from meerkat_mq.rounds.policy import MAX_STEP, RoundSettings
@@ -18,18 +18,8 @@ def _blob(mask: Mask) -> bytes:
     return encode_mask(mask)
 
 
-def make_run(
-    settings: RoundSettings, mask: Mask, *, stream: str = "mk1", codec: Codec = "bfloat16", batch_size: int = 1
-) -> Run:
-    """What a server and nodes need of a run.
-
-    Args:
-        settings: the rules of its rounds.
-        mask: of the run.
-        stream: of directions.
-        codec: how mean displacements are encoded.
-        batch_size: rows of a local step.
-    """
+def make_run(settings: RoundSettings, mask: Mask) -> Run:
+    """What a server and nodes need of a run, by the rules of its rounds."""
     blob = _blob(mask)
     chunks = split(Header.of(settings.run_id, 0, 0, mask.hash), mask.hash, blob)
     descriptor = RunDescriptor.model_validate(
@@ -46,8 +36,6 @@ def make_run(
             "mask_chunks": len(chunks),
             "weights": mask.size,
             **settings.spec,
-            "stream": stream,
-            "batch_size": batch_size,
             "values": settings.values.accept,
             "max_step": settings.max_step if settings.max_step < MAX_STEP else None,
         }
@@ -56,6 +44,6 @@ def make_run(
         "rounds": RoundsConfig().model_dump(mode="json"),
         "guards": GuardsConfig().model_dump(mode="json"),
         "early_stopping": settings.early_stopping.model_dump(mode="json"),
-        "values": ServerValuesConfig(codec=codec).model_dump(mode="json"),
+        "values": settings.values.model_dump(mode="json"),
     }
     return Run(descriptor, settings, mask, blob, rules)

@@ -394,7 +394,7 @@ BUGS: dict[Callable[[pytest.MonkeyPatch], None], tuple[str, ...]] = {
     weigh_by_the_wrong_age: (),
     draw_stale_directions_anew: (),
     drop_stale_updates_on_resume: ("crash",),
-    forget_whom_it_heard_on_resume: ("crash", "lose"),
+    forget_whom_it_heard_on_resume: ("crash",),
     open_the_window_too_wide: (),
     distribute_the_mean_itself: (),
     weigh_displacements_alike: (),

@@ -37,7 +37,7 @@ def frame(history: History, version: int, heard: frozenset[int] = frozenset()) -
 
 def right() -> History:
     """Two nodes, four rounds, one server."""
-    history = History(RUN, MASK, "mk1", 1, settings(mask_hash=MASK.hash, count=ROUNDS, measured=True))
+    history = History(MASK, settings(mask_hash=MASK.hash, count=ROUNDS, measured=True))
     extend(history, ROUNDS)
     history.terms = [(1, "5" * 16)]
     history.states = [(0.0, state())]

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,12 @@ from meerkat_mq.simulate.schedule import KINDS, Schedule, ScheduledFault, make_s
 from meerkat_mq.simulate.shrink import shrink
 
 CHUNK = 50
+
+
+def changed(schedule: Schedule, *, min_nodes: int, directions: int = 1, **changes: Any) -> Schedule:
+    """Another schedule, with another number of nodes that a round needs."""
+    rules = {"min_nodes": min_nodes, "directions": directions}
+    return replace(schedule, settings=schedule.settings.model_copy(update=rules), **changes)
 
 
 @pytest.mark.parametrize("first", range(0, 500, CHUNK))
@@ -46,19 +53,21 @@ def test_a_campaign_that_never_met_something_says_what() -> None:
 def test_schedules_span_what_they_should() -> None:
     schedules = [make_schedule(seed) for seed in range(2000)]
     assert {schedule.nodes for schedule in schedules} >= {3, 4, 20}
-    assert all(3 <= schedule.nodes <= 20 and schedule.rounds >= 50 for schedule in schedules)
+    assert all(3 <= schedule.nodes <= 20 and schedule.settings.count >= 50 for schedule in schedules)
     assert {fault.name for schedule in schedules for fault in schedule.faults} == set(KINDS)
-    assert {schedule.early_stopping for schedule in schedules} == {"off", "vpcs", "random"}
-    assert {schedule.perturbations for schedule in schedules} == {1, 2}
-    assert 0.45 < sum(schedule.mode == "buffered" for schedule in schedules) / len(schedules) < 0.55
-    assert {schedule.max_staleness for schedule in schedules} == set(range(6))
+    assert {schedule.settings.early_stopping.by for schedule in schedules} == {"off", "vpcs", "random"}
+    assert {schedule.settings.perturbations for schedule in schedules} == {1, 2}
+    assert 0.45 < sum(schedule.settings.buffered for schedule in schedules) / len(schedules) < 0.55
+    assert {schedule.settings.max_staleness for schedule in schedules} == set(range(6))
     assert {schedule.values > 0 for schedule in schedules} == {schedule.sleepers > 0 for schedule in schedules}
 
 
 @pytest.mark.parametrize("by", ["vpcs", "random"])
 def test_schedules_flag_some_nodes_and_not_others(by: str) -> None:
     flagged = Counter[bool]()
-    for schedule in [schedule for seed in range(30) if (schedule := make_schedule(seed)).early_stopping == by]:
+    for schedule in [
+        schedule for seed in range(30) if (schedule := make_schedule(seed)).settings.early_stopping.by == by
+    ]:
         history, _ = judge(schedule)
         flagged.update(judgement.early_stopped for found in history.judgements for judgement in found)
     assert min(flagged[True], flagged[False]) > 10
@@ -66,10 +75,10 @@ def test_schedules_flag_some_nodes_and_not_others(by: str) -> None:
 
 def test_buffered_schedules_have_stale_updates_partial_paths_and_displacements() -> None:
     ages, partial, displaced = Counter[int](), 0, 0
-    buffered = [found for seed in range(400) if (found := make_schedule(seed)).mode == "buffered"]
-    for schedule in sorted(buffered, key=lambda found: -found.spread * found.max_staleness)[:20]:
+    buffered = [found for seed in range(400) if (found := make_schedule(seed)).settings.buffered]
+    for schedule in sorted(buffered, key=lambda found: -found.spread * found.settings.max_staleness)[:20]:
         history, _ = judge(schedule)
-        whole = schedule.perturbations * schedule.steps
+        whole = schedule.settings.perturbations * schedule.settings.local_steps
         records = [(entry, record) for entry, found in enumerate(history.records) for record in found]
         ages.update(entry - record.version for entry, record in records)
         partial += sum(0 < len(record.scalars) < whole for _, record in records)
@@ -92,7 +101,7 @@ def test_a_schedule_is_data() -> None:
 
 
 def test_without_quorum_a_run_does_not_finish_and_the_checker_says_so() -> None:
-    schedule = replace(make_schedule(4), faults=(), min_nodes=4, nodes=3)
+    schedule = changed(make_schedule(4), nodes=3, min_nodes=4, faults=())
     history, found = judge(schedule)
     assert history.entries == []
     assert [violation.checker for violation in found] == ["a live quorum finishes"]
@@ -102,7 +111,7 @@ def test_a_schedule_shrinks_to_what_makes_it_fail() -> None:
     faults = tuple(
         ScheduledFault(name, "server", float(at), 1.0, 0.5) for at, name in enumerate(["crash", "lose", "freeze"])
     )
-    schedule = replace(make_schedule(0), faults=faults, nodes=5, min_nodes=3, lanes=1, wire=True)
+    schedule = changed(make_schedule(0), faults=faults, nodes=5, slow=True, min_nodes=3)
     least = shrink(schedule, lambda smaller: any(fault.name == "lose" for fault in smaller.faults))
     assert [fault.name for fault in least.faults] == ["lose"]
-    assert (least.nodes, least.rounds, least.wire) == (2, 2, False)
+    assert (least.nodes, least.settings.count, least.slow) == (2, 2, False)

@@ -28,7 +28,6 @@ def fleet(
     size: int = 4,
     *,
     values: Mapping[str, NodeValuesConfig] | None = None,
-    stream: str = "mk1",
     commit_s: float = 0.0,
     routed: Callable[[Message], None] = lambda message: None,
     **changes: Any,
@@ -44,10 +43,11 @@ def fleet(
         )
         for k in range(size)
     ]
-    plain = {"mask_hash": mask.hash, "min_nodes": size, "quorum": 0.5, "deadline_s": 10.0, "grace_s": 2.0, "lr": 0.1}
-    return Federation(
-        settings(**plain | changes), mask, parts, batch_size=BATCH, stream=stream, commit_s=commit_s, routed=routed
-    )
+    plain = {
+        "mask_hash": mask.hash, "min_nodes": size, "quorum": 0.5, "deadline_s": 10.0, "grace_s": 2.0, "lr": 0.1,
+        "batch_size": BATCH,
+    }  # fmt: skip
+    return Federation(settings(**plain | changes), mask, parts, commit_s=commit_s, routed=routed)
 
 
 def change(federation: Federation, name: str, **changes: Any) -> None:
@@ -98,7 +98,7 @@ def counted(federation: Federation, name: str, reason: str) -> int:
 def check_ledger(federation: Federation) -> None:
     """The ledger is a chain of what its records say, and leads from theta_0 to the server's theta."""
     rules, mask, entries = federation.settings, toy_mask(WEIGHTS), federation.entries
-    replica = Replica(mask, run_id=rules.run_id, stream=federation.stream, digest_every=rules.digest_every)
+    replica = Replica(mask, run_id=rules.run_id, stream=rules.stream, digest_every=rules.digest_every)
     digests = replica.replay(federation.store.changes(entries, mask.size))
     assert [entry.previous for entry in entries[:1]] in ([], [rules.mask_hash])
     assert all(later.previous == entry.hash(rules.run_id) for entry, later in pairwise(entries))
@@ -122,7 +122,7 @@ def check_judgements(federation: Federation) -> None:
     for version, (records, products) in enumerate(zip(federation.records, federation.products, strict=True)):
         steps = rules.perturbations * rules.steps_of(version)
         expected = inner_products(
-            mask.g_p, rules.run_id, version, lanes=rules.directions, steps=steps, stream=federation.stream
+            mask.g_p, rules.run_id, version, lanes=rules.directions, steps=steps, stream=rules.stream
         )
         assert products == (expected if rules.measured else ())
         judged += judgements_of(version, records, products, rules)

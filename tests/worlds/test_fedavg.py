@@ -19,7 +19,7 @@ def end_point(federation: Federation, node: NodePart, slot: int) -> np.ndarray[A
     """Where a node's own walk from theta_0 ends."""
     rules, theta = federation.settings, np.zeros(federation.theta.size, np.float32)
     for step in range(rules.local_steps):
-        z = direction(federation.stream, seed_for(RUN, 0, lane_of(slot, rules.directions), step), 0, theta.size)
+        z = direction(rules.stream, seed_for(RUN, 0, lane_of(slot, rules.directions), step), 0, theta.size)
         rows = [node.rows[number] for number in batch_rows(RUN, node.name, len(node.rows), BATCH, step)]
         g, _ = projected_gradient(node.engine, theta, z, rules.eps, node.engine.prepare(rows))
         theta = theta - np.float32(rules.lr * g) * z

@@ -135,7 +135,7 @@ def test_checkers_read_the_same_history_from_every_store(tmp_path: Path) -> None
         for _ in range(writer.count - 1):
             writer.round()
         writer.hear()
-        history = History(writer.run.run_id, writer.mask, writer.run.stream, 1, writer.settings)
+        history = History(writer.mask, writer.settings)
         history.take_ledger(writer.ledger)
         histories.append(history)
     close_all()
