@@ -18,8 +18,8 @@ from meerkat_mq.core.lock import locked
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import short_hash
 from meerkat_mq.errors import BadMagic, BadValue, ConfigError, MaskError, TooLarge, WireError
+from meerkat_mq.runtime.disk import Spare
 from meerkat_mq.runtime.model import KeptUpdate
-from meerkat_mq.runtime.spare import Spare
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.frames import MAX_FRAME_BYTES, decode, encode
 from meerkat_mq.wire.messages import Header, Update

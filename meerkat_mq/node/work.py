@@ -25,8 +25,7 @@ from meerkat_mq.errors import ConfigError, DataError, within
 from meerkat_mq.node.limits import Pace
 from meerkat_mq.node.state import NodeState
 from meerkat_mq.rounds.events import StartSteps
-from meerkat_mq.runtime.follower import Follower
-from meerkat_mq.runtime.model import StepResult, Stop
+from meerkat_mq.runtime.model import Follower, StepResult, Stop
 from meerkat_mq.tasks.data import read_rows
 from meerkat_mq.tasks.load import task_of
 from meerkat_mq.tasks.sources import data_files

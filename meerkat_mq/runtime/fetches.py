@@ -11,7 +11,7 @@ from meerkat_mq.errors import BadValue, NotConnected, WireError
 from meerkat_mq.ledger.displacement import verdict_on
 from meerkat_mq.rounds.events import FetchValues, ServerEvent, ValuesMissed
 from meerkat_mq.rounds.records import Verdict
-from meerkat_mq.runtime.blob_fetch import BlobFetch
+from meerkat_mq.runtime.blobs import BlobFetch
 from meerkat_mq.runtime.ports import Clock, Compute
 from meerkat_mq.runtime.steps import Later, Sequence, Steps, until, work
 from meerkat_mq.runtime.writer import KeepValues

@@ -6,8 +6,7 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.seldom import Seldom
 from meerkat_mq.engines.registry import ENGINES
 from meerkat_mq.errors import BadValue, WireError, shown
-from meerkat_mq.runtime.blob_fetch import BlobFetch
-from meerkat_mq.runtime.blobs import Blobs
+from meerkat_mq.runtime.blobs import BlobFetch, Blobs
 from meerkat_mq.runtime.model import NodeStore
 from meerkat_mq.runtime.ports import Compute, Transport
 from meerkat_mq.runtime.steps import Steps, work

@@ -1,5 +1,7 @@
 """What a driver needs of its world: a clock, work that takes time, a transport. The ledger's port is `ledger.Store`.
 
+A monitor looks on at a driver, and tells people: nothing that it does changes the run.
+
 A driver is synchronous. It is called with what happens (a message, a connection, the end of some work), and calls its
 ports. No port call blocks, and no port calls back before the call into it has returned. So a driver never meets itself
 half-way, and whoever binds the ports decides what time is: the event loop's in a service, a virtual one in `worlds/`.
@@ -9,6 +11,10 @@ An exception that leaves a callback ends the process: the port that called back 
 
 from collections.abc import Callable
 from typing import Protocol, TypeVar
+
+from meerkat_mq.core.directions import Float32Array
+from meerkat_mq.rounds.events import EntryCommitted
+from meerkat_mq.wire.descriptor import NodeStatus
 
 Result = TypeVar("Result")
 
@@ -65,3 +71,25 @@ class Transport(Protocol):
 
     def disown(self) -> None:
         """Another process owns our topics: publish no more, and leave neither will nor farewell."""
+
+
+class ServerMonitor:
+    """Who looks on at a server; this one does nothing."""
+
+    def counted(self, reason: str) -> None:
+        """Something noteworthy happened."""
+
+    def heard_from(self, node: str, status: NodeStatus) -> None:
+        """A node said what it does."""
+
+    def took_term(self, term: int) -> None:
+        """This server is in charge."""
+
+    def stood(self, version: int, theta: Float32Array) -> None:
+        """theta, float32 (n,), is committed at a version."""
+
+    def closed(self, commit: EntryCommitted, online: int) -> None:
+        """A round was committed."""
+
+    def changed(self, online: int, *, is_open: bool, finished: bool) -> None:
+        """The machine was told something."""

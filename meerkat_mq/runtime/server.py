@@ -22,13 +22,11 @@ from meerkat_mq.errors import NotConnected, PayloadTooLarge, WireError
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.pulse import Pulse
 from meerkat_mq.rounds.server import ServerMachine
-from meerkat_mq.runtime.alarm import Alarm
 from meerkat_mq.runtime.fetches import Fetches
 from meerkat_mq.runtime.measure import Measurer
-from meerkat_mq.runtime.monitor import ServerMonitor
-from meerkat_mq.runtime.ports import Clock, Compute, Transport
+from meerkat_mq.runtime.ports import Clock, Compute, ServerMonitor, Transport
+from meerkat_mq.runtime.steps import Alarm, Steps, ignore, work
 from meerkat_mq.runtime.steps import Sequence as Running
-from meerkat_mq.runtime.steps import Steps, ignore, work
 from meerkat_mq.runtime.succession import Succession
 from meerkat_mq.runtime.writer import Holdings, LedgerWriter
 from meerkat_mq.wire.arrays import chunks_of, split
@@ -165,7 +163,7 @@ class ServerDriver:
         self._log.info(
             "in charge", term=term, weights=self._run.mask.size, round=machine.version, rounds=self._run.settings.count
         )
-        self._monitor.took_term(term, machine)
+        self._monitor.took_term(term)
         if is_first:
             self._monitor.stood(*self.writer.committed)
         self._transport.renew()  # for a will that holds this term; then `connected` greets
@@ -339,8 +337,6 @@ class ServerDriver:
 
     def _publish_round(self, frame: Round) -> None:
         self._is_open = frame.is_open
-        if frame.is_open:
-            self._monitor.opened()
         self._publish_bytes(self._topics.round, encode(frame))
 
     def _say_who_is_awaited(self, machine: ServerMachine) -> None:

@@ -95,3 +95,26 @@ class Sequence(Generic[Result]):
         if number == self._number:
             self._number += 1
             self._go(partial(self._steps.throw, error))
+
+
+class Alarm:
+    """The clock of a machine: calls `ring` at the time that was set last, whatever else happens."""
+
+    def __init__(self, clock: Clock, ring: Callable[[], None]) -> None:
+        self._clock = clock
+        self._ring = ring
+        self._at: float | None = None
+        self._timer: Timer | None = None
+
+    def set(self, at: float | None) -> None:
+        """Ring then, once; None: do not."""
+        if at == self._at:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._at = at
+        self._timer = None if at is None else self._clock.at(at, self._rings)
+
+    def _rings(self) -> None:
+        self._at = self._timer = None
+        self._ring()

@@ -1,42 +1,91 @@
-"""What people get to see of a run: rounds as they close, evaluations, and how it ended."""
+"""What people get to see of a run: rounds as they close, evaluations on held-out data, and how it ended."""
 
 import asyncio
 import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import partial
 
 import structlog
 
+from meerkat_mq.config import ServerConfig
 from meerkat_mq.core import metrics as m
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.gradip import gradip
 from meerkat_mq.core.path import digest
 from meerkat_mq.core.seldom import Seldom
-from meerkat_mq.errors import reason
+from meerkat_mq.engines.evaluate import evaluate
+from meerkat_mq.engines.protocol import Setup
+from meerkat_mq.engines.registry import entry_of, make_engine, try_out, usable
+from meerkat_mq.errors import ConfigError, reason, within
 from meerkat_mq.ledger.losses import RisingLoss, mean_loss, watched_loss
 from meerkat_mq.ledger.rows import Products, Sighting
+from meerkat_mq.ledger.run import Run, early_stopping_in_words, mode_in_words, trust_in_words
 from meerkat_mq.mqtt import MessageCount
-from meerkat_mq.observe.events import Evaluated, Observer, RoundClosed, RunFinished, Warned
+from meerkat_mq.observe.events import Evaluated, Observer, RoundClosed, RunFinished, RunStarted, Warned
 from meerkat_mq.observe.figures import log_keys, rounded
 from meerkat_mq.rounds.events import EntryCommitted
 from meerkat_mq.rounds.guards import NOT_REFUSED
 from meerkat_mq.rounds.policy import lane_of
 from meerkat_mq.rounds.records import UpdateRecord
-from meerkat_mq.server.evaluation import Evaluator
-from meerkat_mq.tasks.task import Evaluation
-from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor
-from meerkat_mq.wire.frames import MAX_SLOTS
+from meerkat_mq.runtime.ports import ServerMonitor
+from meerkat_mq.tasks.data import read_rows
+from meerkat_mq.tasks.load import task_of
+from meerkat_mq.tasks.task import Evaluation, classified
+from meerkat_mq.wire.descriptor import NodeStatus
 
 LAST_WORDS_S = 10.0
 
 
-class Monitor:
+class Evaluator:
+    """The server's own model, looked at through theta."""
+
+    def __init__(self, config: ServerConfig, run: Run) -> None:
+        """Load model and data; slow.
+
+        Raises:
+            MeerkatError: the model does not fit the mask, or the data does not fit the task.
+        """
+        assert config.evaluation is not None
+        name, model, described = config.engine, config.model, run.descriptor.task
+        task = None if described is None else task_of(described)
+        if task is not None and entry_of(name).task == "needed" and model is None:
+            raise ConfigError("evaluation", "needs a [model] section", "add model.source, or drop [evaluation]")
+        read = entry_of(name).read if task is None else partial(read_rows, task=task)
+        with within("evaluation.data"):
+            rows = read(config.evaluation.data)
+        setup = Setup(run.mask, task)
+        if model is not None:
+            setup = Setup(run.mask, task, model.source, model.dtype, model.device)
+        with nullcontext() if model is None else within("model.source"):
+            self._engine = make_engine(name, setup, "evaluation")
+        with within("evaluation.data"):
+            self._rows = usable(self._engine, rows)
+        try_out(name, self._engine, run.mask.theta_0, self._rows)
+        self._figures = classified if task is None else task.evaluation
+        self._batch_size = config.evaluation.batch_size
+
+    async def evaluate(self, theta: Float32Array) -> Evaluation:
+        """What the task makes of theta."""
+        return await asyncio.to_thread(self._evaluate, theta)
+
+    def _evaluate(self, theta: Float32Array) -> Evaluation:
+        self._engine.write(theta)
+        return evaluate(self._engine, self._rows, self._batch_size, self._figures)
+
+
+class Monitor(ServerMonitor):
     """Tells the observer and the log; evaluates theta beside the rounds.
 
     Attributes:
         statuses: the last status of each node.
         counts: everything counted, by reason.
+        received: what came to the server, by "kind/node".
+        online: how many nodes are.
+        finished: set once the run's end has been published.
+        enough_nodes: set once a round can open.
     """
 
     def __init__(
@@ -44,7 +93,7 @@ class Monitor:
         observer: Observer,
         evaluator: Evaluator | None,
         every: int,
-        run: RunDescriptor,
+        run: Run,
         rising: RisingLoss | None = None,
     ) -> None:
         """Look on at a run.
@@ -58,13 +107,17 @@ class Monitor:
         """
         self.statuses: dict[str, NodeStatus] = {}
         self.counts: Counter[str] = Counter()
+        self.received: Mapping[str, MessageCount] = {}
+        self.online = 0
+        self.finished, self.enough_nodes = asyncio.Event(), asyncio.Event()
         self._observe = observer
         self._evaluator = evaluator
         self._every = every
-        self._rounds = run.count
-        self._window = run.max_staleness
+        self._run = run
+        self._is_first_term = True
+        self._rounds = run.settings.count
         self._products: dict[int, Products] = {}
-        self._log = structlog.get_logger().bind(federation=run.federation, run=run.run[:8])
+        self._log = structlog.get_logger().bind(federation=run.descriptor.federation, run=run.descriptor.run[:8])
         self._began: float | None = None
         self._due: tuple[int, float, Float32Array] | None = None
         self._is_due, self._evaluated = asyncio.Event(), asyncio.Event()
@@ -79,9 +132,32 @@ class Monitor:
         self._began = now if self._began is None else self._began
         return now - self._began
 
-    def opened(self) -> None:
-        """The first round opens: the run's clock starts."""
-        self._seconds()
+    def counted(self, reason: str) -> None:
+        """Something noteworthy happened."""
+        self.counts[reason] += 1
+
+    def took_term(self, term: int) -> None:
+        """This server is in charge: say once what kind of run it is."""
+        if not self._is_first_term:
+            return
+        self._is_first_term, settings = False, self._run.settings
+        if said := mode_in_words(settings):
+            self._log.info("mode", how=said)
+        if said := trust_in_words(settings):
+            self._log.warning("nothing compares updates", means=said)
+        if said := early_stopping_in_words(settings):
+            self._log.info("early stopping", how=said)
+        self._observe(RunStarted(self._run.descriptor, term))
+
+    def changed(self, online: int, *, is_open: bool, finished: bool) -> None:
+        """The machine was told something; with the first open round, the run's clock starts."""
+        self.online = online
+        if is_open:
+            self._seconds()
+        if finished:
+            self.finished.set()
+        if finished or is_open or online >= self._run.settings.fewest_nodes:
+            self.enough_nodes.set()
 
     def stood(self, version: int, theta: Float32Array) -> None:
         """theta stands at a version; evaluate it if that is due. Of those that wait only the newest one is kept."""
@@ -93,13 +169,13 @@ class Monitor:
         self._evaluated.clear()
         self._is_due.set()
 
-    def closed(self, commit: EntryCommitted, online: int, bytes_up: int) -> None:
+    def closed(self, commit: EntryCommitted, online: int) -> None:
         """A round was committed."""
+        bytes_up = sum(count.payload_bytes for count in self._updates().values())
+        oldest = commit.version - self._run.settings.max_staleness
         records = [found for found in commit.records if found.verdict in NOT_REFUSED]
         loss = mean_loss(commit.records)
-        recent = {
-            version: found for version, found in self._products.items() if version >= commit.version - self._window
-        }
+        recent = {version: found for version, found in self._products.items() if version >= oldest}
         self._products = recent | {commit.version: commit.products}
         paths = {found.node: path for found in records if (path := self._gradip(found))}
         event = RoundClosed(
@@ -129,9 +205,6 @@ class Monitor:
 
     def heard_from(self, node: str, status: NodeStatus) -> None:
         """A node said where it stands."""
-        if node not in self.statuses and len(self.statuses) >= MAX_SLOTS:
-            self.counts[m.TOO_MANY_NODES] += 1
-            return
         self.statuses[node] = status
         if all(self._has_spoken(status) for status in self.statuses.values()):
             self._spoken.set()
@@ -139,11 +212,18 @@ class Monitor:
     def _has_spoken(self, status: NodeStatus) -> bool:
         return status.status in ("lost", "stopped", "asleep") or status.version == self._rounds
 
-    def sightings(self, received: Mapping[str, MessageCount]) -> tuple[Sighting, ...]:
-        """What is new of nodes since the last call; `received` counts by "kind/node"."""
+    def _updates(self) -> dict[str, MessageCount]:
+        return {
+            kind.removeprefix("update/"): count for kind, count in self.received.items() if kind.startswith("update/")
+        }
+
+    def sightings(self) -> tuple[Sighting, ...]:
+        """What is new of nodes since the last call."""
         news, now = list[Sighting](), time.time()
         for node, status in self.statuses.items():
-            counts = {kind: received.get(f"{kind}/{node}") or MessageCount() for kind in ("update", "want", "status")}
+            counts = {
+                kind: self.received.get(f"{kind}/{node}") or MessageCount() for kind in ("update", "want", "status")
+            }
             standing = (status, counts["update"].messages, sum(count.packet_bytes for count in counts.values()))
             before, self._noted[node] = self._noted.get(node, (None, 0, 0)), standing
             if standing != before:
@@ -183,7 +263,7 @@ class Monitor:
         figures = {**found.figures, "rows": float(found.rows)}
         keep(version, {name: value for name, value in figures.items() if math.isfinite(value)})
 
-    async def finish(self, theta: Float32Array, updates: Mapping[str, MessageCount]) -> None:
+    async def finish(self, theta: Float32Array) -> None:
         """Wait for the last evaluation and for the nodes at hand to say where they stand; then tell how it ended."""
         seconds = self._seconds()
         if not all(self._has_spoken(status) for status in self.statuses.values()):
@@ -198,5 +278,5 @@ class Monitor:
         counted = log_keys(self.counts)
         self._log.info("run finished", rounds=self._rounds, seconds=round(seconds, 2), digest=final, **counted)
         self._observe(
-            RunFinished(self._rounds, seconds, final, dict(self.statuses), dict(updates), dict(self.counts))
-        )  # fmt: skip
+            RunFinished(self._rounds, seconds, final, dict(self.statuses), self._updates(), dict(self.counts))
+        )

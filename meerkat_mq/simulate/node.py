@@ -17,8 +17,7 @@ from meerkat_mq.core.path import short_hash
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.values import Residual
 from meerkat_mq.rounds.events import StartSteps
-from meerkat_mq.runtime.follower import Follower
-from meerkat_mq.runtime.model import NodeProfile, StepResult, Stop
+from meerkat_mq.runtime.model import Follower, NodeProfile, StepResult, Stop
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.messages import Offer, Values
 from meerkat_mq.wire.values import encode_values

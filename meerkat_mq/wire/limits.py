@@ -2,7 +2,7 @@
 
 Entries and pairs of a round frame, and entries of a reply, are as many as fit. Chunks are not: the protocol fixes where
 a blob is cut (64 KiB). So a server does not start where a packet does not hold what no node can do without
-(`server/room.py`), and offers no snapshot whose chunks do not fit.
+(`server/run.py`), and offers no snapshot whose chunks do not fit.
 """
 
 from meerkat_mq.core.path import Entry

@@ -12,8 +12,7 @@ from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.step import Engine, Row, local_steps
 from meerkat_mq.core.values import Residual
 from meerkat_mq.rounds.events import StartSteps
-from meerkat_mq.runtime.follower import Follower
-from meerkat_mq.runtime.model import StepResult, Stop
+from meerkat_mq.runtime.model import Follower, StepResult, Stop
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.messages import Values
 from meerkat_mq.wire.values import encode_values

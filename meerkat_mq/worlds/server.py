@@ -1,14 +1,12 @@
 """A server process of a world: the driver on ports in memory."""
 
-from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.ledger.recovery import recovered
 from meerkat_mq.ledger.snapshots import Snapshots
-from meerkat_mq.rounds.events import EntryCommitted
 from meerkat_mq.rounds.server import ServerMachine
+from meerkat_mq.runtime.ports import ServerMonitor
 from meerkat_mq.runtime.server import ServerDriver
 from meerkat_mq.runtime.succession import Past
 from meerkat_mq.runtime.writer import Holdings
-from meerkat_mq.wire.descriptor import NodeStatus
 from meerkat_mq.wire.topics import Topics
 from meerkat_mq.worlds.broker import LARGEST_PACKET, Client
 from meerkat_mq.worlds.clock import Process
@@ -19,7 +17,7 @@ from meerkat_mq.worlds.store import MemoryStore
 from meerkat_mq.worlds.world import World
 
 
-class ServerProcess(Process):
+class ServerProcess(Process, ServerMonitor):
     """One server process; several may share a ledger. It is its driver's monitor.
 
     Args:
@@ -126,21 +124,3 @@ class ServerProcess(Process):
     def counted(self, reason: str) -> None:
         """Something noteworthy happened."""
         self._world.count(self.name, reason)
-
-    def heard_from(self, node: str, status: NodeStatus) -> None:
-        """A node said what it does."""
-
-    def took_term(self, term: int, machine: ServerMachine) -> None:
-        """This server is in charge."""
-
-    def stood(self, version: int, theta: Float32Array) -> None:
-        """theta is committed at a version."""
-
-    def opened(self) -> None:
-        """A round is open."""
-
-    def closed(self, event: EntryCommitted, online: int) -> None:
-        """A round was committed."""
-
-    def changed(self, online: int, *, is_open: bool, finished: bool) -> None:
-        """The machine was told something."""

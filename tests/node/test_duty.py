@@ -14,7 +14,7 @@ from meerkat_mq.mqtt import Session
 from meerkat_mq.node import duty
 from meerkat_mq.node.work import Work
 from meerkat_mq.rounds import node as rounds_node
-from meerkat_mq.runtime import blob_fetch, rest
+from meerkat_mq.runtime import blobs, rest
 from meerkat_mq.runtime.node import NodeDriver
 from tests.node.mini_server import NODE, SLOT, Gate, MiniServer, node
 from tests.server.federation import Federation
@@ -261,7 +261,7 @@ async def test_a_sleeping_node_ends_without_a_broker_too(
 async def test_a_node_stays_awake_while_it_catches_up(
     tmp_path: Path, mosquitto: Mosquitto, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blob_fetch, "PATIENCE_S", 1.2)  # longer than awake_s
+    monkeypatch.setattr(blobs, "PATIENCE_S", 1.2)  # longer than awake_s
     async with MiniServer(mosquitto.config, values=True) as server:
         server.close(server.mask.g_p)
         server.offers_chunks = False

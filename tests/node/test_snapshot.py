@@ -16,7 +16,7 @@ from meerkat_mq.core.replica import Replica
 from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.mqtt import Message
 from meerkat_mq.node import run_node
-from meerkat_mq.runtime import blob_fetch
+from meerkat_mq.runtime import blobs
 from meerkat_mq.wire.arrays import encode_mask, split
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor, ServerState, decode_control
 from meerkat_mq.wire.frames import decode, encode
@@ -119,7 +119,7 @@ class Server:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(blob_fetch, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(blobs, "PATIENCE_S", 0.1)
     with capture_logs():
         yield
 

@@ -10,7 +10,7 @@ from meerkat_mq.core.directions import Float32Array, direction
 from meerkat_mq.core.path import short_hash
 from meerkat_mq.errors import RunMismatch
 from meerkat_mq.observe.process import first_error
-from meerkat_mq.runtime import blob_fetch
+from meerkat_mq.runtime import blobs
 from meerkat_mq.wire.arrays import Assembly
 from meerkat_mq.wire.messages import Chunk, Want
 from meerkat_mq.wire.values import decode_values
@@ -23,7 +23,7 @@ WEIGHTS = 40_000  # more than one chunk, in float32
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blob_fetch, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(blobs, "PATIENCE_S", 0.2)
 
 
 def displacement(seed: int) -> Float32Array:
@@ -33,7 +33,7 @@ def displacement(seed: int) -> Float32Array:
 async def test_what_is_sent_to_all_is_not_asked_for(
     tmp_path: Path, mosquitto: Mosquitto, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blob_fetch, "PATIENCE_S", 20.0)
+    monkeypatch.setattr(blobs, "PATIENCE_S", 20.0)
     async with (
         MiniServer(mosquitto.config, weights=WEIGHTS, values=True) as server,
         node(tmp_path, mosquitto.config),
@@ -58,7 +58,7 @@ async def test_chunks_are_asked_for_again_where_the_server_connects_anew(
         node(tmp_path, mosquitto.config),
     ):
         await server.status("online")  # it has the mask, which not every broker gives unasked
-        monkeypatch.setattr(blob_fetch, "PATIENCE_S", 600.0)
+        monkeypatch.setattr(blobs, "PATIENCE_S", 600.0)
         server.offers_chunks = False
         server.close(displacement(1))
         server.announce(asked=False)
@@ -102,7 +102,7 @@ async def test_what_does_not_come_is_asked_for_at_once(
         async with node(tmp_path, mosquitto.config):
             await server.status("online")  # the mask is there, for which a node waits where no chunks are retained
         await server.status("stopped")
-        monkeypatch.setattr(blob_fetch, "PATIENCE_S", 600.0)
+        monkeypatch.setattr(blobs, "PATIENCE_S", 600.0)
         blob = server.close(displacement(1))
         server.announce(asked=False)
         async with node(tmp_path, mosquitto.config):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from meerkat_mq.errors import BadValue, NotConnected, TooLarge
-from meerkat_mq.runtime.blob_fetch import CHUNKS_A_WANT, PATIENCE_S, BlobFetch
+from meerkat_mq.runtime.blobs import CHUNKS_A_WANT, PATIENCE_S, BlobFetch
 from meerkat_mq.runtime.steps import Sequence
 from meerkat_mq.wire.arrays import split
 from meerkat_mq.wire.messages import Chunk, Header

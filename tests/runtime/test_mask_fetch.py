@@ -10,7 +10,7 @@ import pytest
 from meerkat_mq.core.mask import Mask, MaskedMatrix
 from meerkat_mq.errors import BadValue, TooLarge
 from meerkat_mq.node.state import NodeState
-from meerkat_mq.runtime.blob_fetch import CHUNKS_A_WANT, PATIENCE_S
+from meerkat_mq.runtime.blobs import CHUNKS_A_WANT, PATIENCE_S
 from meerkat_mq.runtime.join import check_descriptor
 from meerkat_mq.runtime.model import NodeProfile
 from meerkat_mq.wire.arrays import encode_mask, split

@@ -14,8 +14,7 @@ from meerkat_mq.errors import AnotherServer, LedgerError, LedgerUnavailable
 from meerkat_mq.ledger.recovery import recovered
 from meerkat_mq.ledger.snapshots import Snapshots
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
-from meerkat_mq.rounds import events as e
-from meerkat_mq.rounds.server import ServerMachine
+from meerkat_mq.runtime.ports import ServerMonitor
 from meerkat_mq.runtime.server import ServerDriver
 from meerkat_mq.runtime.succession import ANSWER_S, Past
 from meerkat_mq.runtime.writer import TERM_PAUSE_S, Holdings
@@ -29,7 +28,7 @@ from tests.runtime.ports import Recorder, VirtualClock, Worker
 TOPICS, SERVER_ID, OTHER_ID = Topics("f"), "c" * 16, "d" * 16
 
 
-class OneServer:
+class OneServer(ServerMonitor):
     """A server process on virtual ports; it is its own monitor."""
 
     def __init__(self, ledger: Ledger) -> None:
@@ -74,23 +73,11 @@ class OneServer:
     def counted(self, reason: str) -> None:
         self.counts[reason] += 1
 
-    def heard_from(self, node: str, status: NodeStatus) -> None:
-        pass
-
-    def took_term(self, term: int, machine: ServerMachine) -> None:
+    def took_term(self, term: int) -> None:
         self.terms.append(term)
 
     def stood(self, version: int, theta: Float32Array) -> None:
         self.stands.append(version)
-
-    def opened(self) -> None:
-        pass
-
-    def closed(self, event: e.EntryCommitted, online: int) -> None:
-        pass
-
-    def changed(self, online: int, *, is_open: bool, finished: bool) -> None:
-        pass
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from meerkat_mq.errors import AnotherServer, LedgerError, LedgerFailing, LedgerU
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.records import Share, UpdateRecord, Verdict
-from meerkat_mq.runtime.patience import FAILING_S
+from meerkat_mq.runtime.disk import FAILING_S
 from meerkat_mq.runtime.writer import GROUP_S, TERM_PAUSE_S, WANTS, KeepMetrics, KeepValues
 from meerkat_mq.server.run import prepare_run
 from meerkat_mq.wire.messages import Chunk, Header, Update, Values, Want

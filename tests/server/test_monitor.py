@@ -19,7 +19,6 @@ from meerkat_mq.server.monitor import Monitor
 from meerkat_mq.server.run import prepare_run
 from meerkat_mq.tasks.task import Evaluation
 from meerkat_mq.wire.descriptor import NodeStatus
-from meerkat_mq.wire.frames import MAX_SLOTS
 from meerkat_mq.wire.messages import Values
 from tests.support.waiting import until
 
@@ -33,7 +32,7 @@ class Evaluator:
 
 def made(tmp_path: Any, evaluator: Any = None, told: list[RunEvent] | None = None, **rounds: Any) -> Monitor:
     run = prepare_run(ServerConfig(federation="f", state_dir=tmp_path, engine="toy", rounds=RoundsConfig(**rounds)))
-    return Monitor((told if told is not None else []).append, evaluator, 5, run.descriptor)
+    return Monitor((told if told is not None else []).append, evaluator, 5, run)
 
 
 def status(word: str = "online", link: int = 1) -> NodeStatus:
@@ -50,25 +49,16 @@ def test_a_sighting_says_what_is_new(tmp_path: Any) -> None:
         "status/b": MessageCount(1, 5, 7),
         "update": MessageCount(9),
     }
-    first = {found.node: found for found in eye.sightings(counts)}
+    eye.received = counts
+    first = {found.node: found for found in eye.sightings()}
     assert (first["a"].updates, first["a"].packet_bytes, first["a"].rows, first["a"].boot) == (2, 200, 8, 3)
     assert (first["b"].updates, first["b"].packet_bytes) == (0, 7)
-    assert eye.sightings(counts) == ()
+    assert eye.sightings() == ()
     counts["update/a"] = MessageCount(3, 150, 225)
     eye.heard_from("b", status("lost"))
-    second = {found.node: found for found in eye.sightings(counts)}
+    second = {found.node: found for found in eye.sightings()}
     assert (second["a"].updates, second["a"].packet_bytes) == (1, 75)
     assert (second["b"].status, second["b"].updates, second["b"].packet_bytes) == ("lost", 0, 0)
-
-
-def test_strangers_without_number_are_counted_and_not_kept(tmp_path: Any) -> None:
-    eye = made(tmp_path)
-    eye.statuses.update(dict.fromkeys(map(str, range(MAX_SLOTS)), status()))
-    eye.heard_from("one-more", status())
-    eye.heard_from("7", status("stopped"))
-    assert "one-more" not in eye.statuses
-    assert eye.statuses["7"].status == "stopped"
-    assert eye.counts["too many nodes"] == 1
 
 
 async def test_evaluations_go_to_the_ledger(tmp_path: Any) -> None:
@@ -97,8 +87,8 @@ async def test_a_closed_round_tells_gradip_and_judgements(tmp_path: Any) -> None
     )
     judgements = (Judgement(0, "c", 4.0, 0.5, True),)
     eye = made(tmp_path, told=told)
-    eye.closed(EntryCommitted(0.0, 0, records, ((0.5, 0.25), (0.0, 0.0)), judgements), 3, 156)
-    eye.closed(EntryCommitted(0.0, 1, records), 3, 156)
+    eye.closed(EntryCommitted(0.0, 0, records, ((0.5, 0.25), (0.0, 0.0)), judgements), 3)
+    eye.closed(EntryCommitted(0.0, 1, records), 3)
     first, second = told
     assert isinstance(first, RoundClosed)
     assert isinstance(second, RoundClosed)
@@ -112,9 +102,9 @@ async def test_gradip_of_a_stale_update_is_along_the_directions_of_its_own_versi
     eye = made(tmp_path, told=told, mode="buffered", max_staleness=1)
     stale = UpdateRecord(0, "a", 0, 1, 1, (2.0,), 1.0)
     values = UpdateRecord(1, "b", 1, 1, 1, (), 1.0, values=Values(bytes(16), 100, 5))
-    eye.closed(EntryCommitted(0.0, 0, (), ((0.5,),)), 3, 156)
-    eye.closed(EntryCommitted(0.0, 1, (stale, values), ((0.25,),)), 3, 156)
-    eye.closed(EntryCommitted(0.0, 2, (stale,), ((0.25,),)), 3, 156)
+    eye.closed(EntryCommitted(0.0, 0, (), ((0.5,),)), 3)
+    eye.closed(EntryCommitted(0.0, 1, (stale, values), ((0.25,),)), 3)
+    eye.closed(EntryCommitted(0.0, 2, (stale,), ((0.25,),)), 3)
     found = [dict(event.gradip) for event in told if isinstance(event, RoundClosed)]
     assert found == [{}, {"a": (1.0,)}, {}]
 
@@ -123,7 +113,7 @@ async def test_nobody_waits_for_the_last_words_of_a_sleeper(tmp_path: Any) -> No
     eye = made(tmp_path)
     eye.heard_from("a", NodeStatus(status="asleep", boot=1, link=1, host="h", wakes_in_s=600))
     async with asyncio.timeout(5):
-        await eye.finish(np.zeros(2, dtype=np.float32), {})
+        await eye.finish(np.zeros(2, dtype=np.float32))
 
 
 class Slow:
@@ -168,7 +158,7 @@ async def test_behind_a_slow_evaluation_only_the_newest_waits(tmp_path: Any) -> 
             eye.stood(version, at(version))
         slow.may_end.set()
         async with asyncio.timeout(5):
-            await eye.finish(at(1000), {})
+            await eye.finish(at(1000))
         assert slow.began == kept == [0, 1000]
     assert eye.counts["evaluation left out"] == 199
 
@@ -183,7 +173,7 @@ async def test_an_evaluation_that_fails_costs_its_figure_alone(tmp_path: Any) ->
                 eye.stood(version, at(version))
                 await until(partial(lambda number: len(slow.began) == number, number))
             async with asyncio.timeout(5):
-                await eye.finish(at(20), {})
+                await eye.finish(at(20))
     assert kept == [0, 20]
     assert eye.counts["evaluation failed"] == 3
     (line,) = [line for line in lines if line["event"] == "evaluation failed"]

@@ -24,11 +24,10 @@ from meerkat_mq.runtime.succession import Past
 from meerkat_mq.runtime.writer import Holdings, KeepSightings
 from meerkat_mq.server.monitor import Monitor
 from meerkat_mq.server.run import prepare_run
-from meerkat_mq.server.server import Server
-from meerkat_mq.server.service import serve
+from meerkat_mq.server.service import Server, serve
 from meerkat_mq.wire.arrays import CHUNKS_A_REPLY, split
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState
-from meerkat_mq.wire.frames import decode, encode
+from meerkat_mq.wire.frames import MAX_SLOTS, decode, encode
 from meerkat_mq.wire.messages import Chunk, Header, Round, Want
 
 SERVER_ID = "c" * 16
@@ -48,8 +47,8 @@ class Office:
         self._worker = worker
 
     def server(self, config: ServerConfig | None = None) -> tuple[Server, ServerDriver, Monitor]:
-        watch = Monitor(lambda event: None, None, 1, self.run.descriptor)
-        server = Server(config or self.config, self.held, self._worker, watch, lambda event: None, replace=False)
+        watch = Monitor(lambda event: None, None, 1, self.run)
+        server = Server(config or self.config, self.held, self._worker, watch, replace=False)
         return server, server._driver, watch
 
     def in_charge(self, config: ServerConfig, slots: dict[str, int]) -> tuple[Server, ServerDriver, Monitor]:
@@ -85,16 +84,16 @@ async def test_chunks_that_nobody_asked_for_are_counted(office: Office) -> None:
 
 async def test_a_finished_run_is_said_before_its_server_may_leave(office: Office) -> None:
     run = office.run
-    server, driver, _ = office.server()
+    _, driver, watch = office.server()
     machine = ServerMachine(run.settings, term=2, server_id=SERVER_ID, base=bytes(16), version=run.settings.count)
     driver.took_term(2, machine)
     before = ServerState(
         status="finished", run=run.descriptor.run, term=1, server_id="0" * 16, link=1, host="h", round=100, nodes=0
     )
     driver.received("meerkat/v1/f/server", before.encode(), retained=True)  # on the way to the greeting
-    assert not server._finished.is_set()
+    assert not watch.finished.is_set()
     driver.connected(2)
-    assert server._finished.is_set()
+    assert watch.finished.is_set()
 
 
 async def test_a_reply_that_does_not_fit_into_the_outbox_is_dropped_and_counted(
@@ -123,7 +122,7 @@ async def test_a_reply_that_does_not_fit_into_the_outbox_is_dropped_and_counted(
 async def test_wants_that_fill_the_outbox_do_not_end_the_server(
     office: Office, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("meerkat_mq.server.server.OUTBOX_BYTES", 2**20)
+    monkeypatch.setattr("meerkat_mq.server.service.OUTBOX_BYTES", 2**20)
     _, driver, watch = office.in_charge(office.config, {"node": 0})
     office.masked(driver, CHUNKS_A_REPLY)
     topic, header, dropped = "meerkat/v1/f/up/node/want", driver.header(), "not published: the outbox is full"
@@ -222,6 +221,19 @@ async def test_news_of_nodes_do_not_pile_up_while_the_disk_takes_nothing_and_non
     sightings += [order.sightings for order in writer._queue if isinstance(order, KeepSightings)]
     assert len(sightings) == 2
     assert sum(sighting.packet_bytes for (sighting,) in sightings) == received.packet_bytes
+
+
+async def test_strangers_without_number_are_counted_and_not_kept(office: Office) -> None:
+    _, driver, watch = office.server()
+    status = NodeStatus(status="online", boot=3, link=1, host="h")
+    for known in (driver._statuses, watch.statuses):
+        known.update(dict.fromkeys(map(str, range(MAX_SLOTS)), status))
+    driver.received("meerkat/v1/f/up/one-more/status", status.encode(), retained=False)
+    stopped = status.model_copy(update={"status": "stopped"})
+    driver.received("meerkat/v1/f/up/7/status", stopped.encode(), retained=False)
+    assert "one-more" not in watch.statuses
+    assert watch.statuses["7"].status == "stopped"
+    assert watch.counts["too many nodes"] == 1
 
 
 async def test_what_takes_long_is_given_up_before_its_threads_are_waited_for(
