@@ -11,13 +11,12 @@ import structlog
 
 from meerkat_mq.config import BrokerConfig
 from meerkat_mq.errors import BrokerError, NotConnected, PayloadTooLarge
-from meerkat_mq.mqtt.connection import Connection
+from meerkat_mq.mqtt.connection import Connection, takes_without_will
 from meerkat_mq.mqtt.ends import Lost, Refused, Sending
 from meerkat_mq.mqtt.marker import Marker
 from meerkat_mq.mqtt.message import Message, MessageCount, Will
 from meerkat_mq.mqtt.outbox import Outbox, Outgoing
 from meerkat_mq.mqtt.own_topic import OwnTopic
-from meerkat_mq.mqtt.probe import takes_without_will
 from meerkat_mq.mqtt.timeouts import Timeouts
 from meerkat_mq.mqtt.trouble import Trouble, bound
 from meerkat_mq.wire.limits import packet_bytes

@@ -61,7 +61,7 @@ async def test_a_session_that_is_cancelled_while_it_leaves_runs_again(
             leaving.set()
             await asyncio.Event().wait()
 
-        connection._client.leave = leave  # type: ignore[method-assign]
+        connection._leave = leave  # type: ignore[method-assign]
         await end(connection, orderly=orderly)
 
     async with peer(mosquitto.config, "a") as a:

@@ -166,7 +166,7 @@ async def test_a_user_name_of_another_is_named(proxy: Proxy) -> None:
 def test_own_certificates_that_no_broker_takes_say_why(tmp_path: Path) -> None:
     from datetime import UTC, datetime, timedelta
 
-    from meerkat_mq.mqtt.certificate import certificate_flaws
+    from meerkat_mq.mqtt.tls import certificate_flaws
 
     authority, now = Authority.create(tmp_path / "ca", days=30), datetime.now(UTC)
 

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from meerkat_mq.config import BrokerConfig
 from meerkat_mq.mqtt import Timeouts
-from meerkat_mq.mqtt.back_off import BackOff
+from meerkat_mq.mqtt.trouble import BackOff
 from tests.support.mosquitto import HOST, Mosquitto, free_port
 from tests.support.peer import FAST, Peer, peer
 from tests.support.proxy import CONNACK, CONNECT, PUBACK, PUBLISH, Packet, Proxy

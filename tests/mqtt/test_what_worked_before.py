@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from meerkat_mq.config import BrokerConfig
 from meerkat_mq.errors import BadCredentials, BrokerError, ConfigError
 from meerkat_mq.mqtt import Marker
-from meerkat_mq.mqtt.back_off import BackOff
+from meerkat_mq.mqtt.trouble import BackOff
 from tests.mqtt.test_refusals import PASSWORDS
 from tests.support.mosquitto import HOST, Mosquitto
 from tests.support.peer import Peer, peer
