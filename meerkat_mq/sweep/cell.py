@@ -1,7 +1,7 @@
 """What a worker does: score a mask, evaluate the untrained model, train and evaluate one cell."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from meerkat_mq.sweep.energy import EnergyMeter
 from meerkat_mq.sweep.grid import Cell
 from meerkat_mq.sweep.plan import OWN_MODEL, SweepPlan
 from meerkat_mq.sweep.rows import calibration, rows_of, shards_of
-from meerkat_mq.sweep.training import Federated, Report, Trained, diverged, train_first_order
+from meerkat_mq.sweep.training import Report, Trained, diverged, train_federated, train_first_order
 from meerkat_mq.tasks.data import class_counts
 from meerkat_mq.tasks.task import Evaluation
 
@@ -95,7 +95,12 @@ def run_cell(cell: Cell, mask: Path | None, baseline: Path, report: Report) -> d
     meter = EnergyMeter()
     engine = TransformersEngine(loaded, found, cell.described)
     shards, evaluation = [engine.usable(shard) for shard in shards], engine.usable(rows.evaluation)
-    trained = _train(cell, engine, found, shards, evaluation=evaluation, report=report, sample=meter.sample)
+
+    def progress(share: float) -> None:
+        report(share)
+        meter.sample()
+
+    trained = _train(cell, engine, found, shards, evaluation=evaluation, report=progress)
     energy = meter.used(trained.cpu_seconds, cell.plan.watts, cell.plan.device)
     memory = peak_rss_mib()
     engine.write(trained.theta)
@@ -132,21 +137,19 @@ def _train(
     *,
     evaluation: Sequence[Row],
     report: Report,
-    sample: Callable[[], None],
 ) -> Trained:
     plan = cell.plan
     if cell.method.federated:
-        return Federated(
-            engine=engine,
-            mask=mask,
-            settings=cell.settings(mask.hash, measured=bool(mask.g_p.any())),
-            shards=shards,
-            batch_size=plan.batch_size,
+        settings = cell.settings(mask.hash, measured=bool(mask.g_p.any()))
+        return train_federated(
+            engine,
+            mask,
+            shards,
+            settings,
             evaluation=evaluation,
             every=plan.evaluate_every,
             report=report,
-            sample=sample,
-        ).train()
+        )
     assert cell.lr is not None
     return train_first_order(
         engine,
@@ -158,7 +161,6 @@ def _train(
         lr=cell.lr,
         seed=cell.seed,
         report=report,
-        sample=sample,
     )
 
 

@@ -141,6 +141,7 @@ class Cell:
             directions=self.method.directions,
             lr=self.lr,
             eps=self.method.eps,
+            batch_size=self.plan.batch_size,
             min_nodes=self.plan.nodes,
             min_updates=1,
             quorum=1.0,

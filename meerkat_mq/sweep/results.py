@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from meerkat_mq.core.files import write_atomically
+from meerkat_mq.core.files import write_atomically, writing
 from meerkat_mq.errors import DataError, printable
 from meerkat_mq.observe.figures import DASH, human_bytes
 
@@ -23,7 +23,7 @@ _LEGEND = (
     "passes of all nodes; bytes of a node."
 )
 _AXES = ("method", "task", "split", "local_steps", "lr", "evaluated_on", "budget")
-_SETTINGS = (
+SETTINGS = (
     "optimiser", "mask", "density", "rank", "eps", "directions", "perturbations", "early_stopping", "nodes",
     "batch_size", "max_tokens", "eval_rows", "tune_rows", "model", "dtype", "device",
 )  # fmt: skip
@@ -75,15 +75,13 @@ class Results:
         """
         row = _finite(row)
         line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-        try:
+        with writing(str(self._file), "name another folder", DataError):
             with self._file.open("ab") as file:
                 file.write(line.encode())
                 file.flush()
                 os.fsync(file.fileno())
             self._take(row)
             write_atomically(self._table, table(self.rows.values()).encode(), durable=False)
-        except OSError as error:
-            raise DataError(str(self._file), f"cannot be written ({error.strerror})", "name another folder") from error
 
 
 def _finite(value: Any) -> Any:
@@ -145,7 +143,7 @@ def _telling(groups: Mapping[tuple[Any, ...], Sequence[Row]]) -> list[str]:
     places: dict[tuple[Any, ...], list[Row]] = {}
     for group, members in groups.items():
         places.setdefault(group[:-1], []).append(members[0])
-    return [name for name in _SETTINGS if any(len({row.get(name) for row in same}) > 1 for same in places.values())]
+    return [name for name in SETTINGS if any(len({row.get(name) for row in same}) > 1 for same in places.values())]
 
 
 def _order(group: tuple[Any, ...], methods: Sequence[str]) -> tuple[Any, ...]:

@@ -1,25 +1,25 @@
 """A sweep from its plan to its results: masks and baselines once, then cell by cell, in worker processes."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from meerkat_mq.core.files import writing
 from meerkat_mq.core.lock import locked
 from meerkat_mq.demo.corpus import TASK
-from meerkat_mq.errors import ConfigError, ModelError, RunError
-from meerkat_mq.observe.signals import Interrupted, handled, interrupt
+from meerkat_mq.errors import ModelError, RunError
+from meerkat_mq.observe.signals import handled, interrupt
 from meerkat_mq.sweep.grid import Cell, cells_of
 from meerkat_mq.sweep.plan import SweepPlan
-from meerkat_mq.sweep.prepared import FOLDER, SharedFolder
 from meerkat_mq.sweep.progress import SweepProgress
-from meerkat_mq.sweep.results import TABLE_FILE, Results
+from meerkat_mq.sweep.results import SETTINGS, TABLE_FILE, Results
 from meerkat_mq.sweep.rows import rows_of, shards_of
-from meerkat_mq.sweep.workers import Job, Workers
+from meerkat_mq.sweep.workers import Job, Outcome, Workers
 
-__all__ = ["Interrupted", "check_plan", "run_sweep"]
+PREPARED = "prepared"  # what cells share: masks, and evaluations of the untrained model
 
 
 def run_sweep(plan: SweepPlan, out: Path, processes: int, console: Console) -> None:
@@ -36,7 +36,7 @@ def run_sweep(plan: SweepPlan, out: Path, processes: int, console: Console) -> N
             raise ModelError("model", outcome.error)
         cells, results = cells_of(plan, outcome.value, TASK), Results(out)
         with SweepProgress(console, cells, results.rows, processes) as progress:
-            _run(cells, SharedFolder(out / FOLDER), workers, results, progress)
+            _run(cells, out / PREPARED, workers, results, progress)
     failed = sum(not results.finished(cell.key) for cell in cells)
     console.print(f"Results: {out / TABLE_FILE}", soft_wrap=True, highlight=False, markup=False)
     if failed:
@@ -60,21 +60,17 @@ def check_plan(plan: SweepPlan) -> None:
             shards_of(train, plan.nodes, cell.split, seed=cell.seed, class_of=class_of)
 
 
-def _run(
-    cells: Sequence[Cell], shared: SharedFolder, workers: Workers, results: Results, progress: SweepProgress
-) -> None:
+def _run(cells: Sequence[Cell], shared: Path, workers: Workers, results: Results, progress: SweepProgress) -> None:
     waiting = {cell.key: cell for cell in cells if not results.finished(cell.key)}
-    for outcome in workers.run(shared.jobs(waiting.values()), lambda: progress.look(workers.shares)):
-        shared.take(outcome)
-        if outcome.error is None:
-            progress.prepared(shared.what(outcome.job), outcome.seconds)
+    failed = _prepare(waiting.values(), shared, workers, progress)
     jobs = list[Job]()
     for key, cell in waiting.items():
-        failed = shared.failure(cell)
-        if failed is None:
-            jobs.append(Job(key, "run_cell", (cell, shared.mask(cell), shared.baseline(cell))))
+        mask, baseline = _files(cell, shared)
+        failure = failed.get(baseline) or failed.get(mask)
+        if failure is None:
+            jobs.append(Job(key, "run_cell", (cell, mask, baseline)))
         else:
-            results.add(row_of(cell, failed.failure))
+            results.add(row_of(cell, failure.failure))
             progress.finished(cell, results.rows[key], {})
     for outcome in workers.run(jobs, lambda: progress.look(workers.shares)):
         cell = waiting[outcome.job.name]
@@ -83,35 +79,67 @@ def _run(
         progress.finished(cell, results.rows[cell.key], workers.shares)
 
 
+def _files(cell: Cell, shared: Path) -> tuple[Path | None, Path]:
+    """A cell's mask, None where nothing is trained; and the evaluation of its model before training."""
+    mask = None if cell.method.mask == "none" else shared / f"{cell.mask_key}.mkm"
+    return mask, shared / f"{cell.baseline_key}.json"
+
+
+def _prepare(
+    cells: Iterable[Cell], shared: Path, workers: Workers, progress: SweepProgress
+) -> dict[Path | None, Outcome]:
+    """Make what these cells share, where it is not there yet; returns why a file could not be made.
+
+    Raises:
+        ConfigError: the folder cannot be made.
+    """
+    with writing(f"--out {shared.parent}"):
+        shared.mkdir(parents=True, exist_ok=True)
+    jobs, failed = dict[Path, Job](), dict[Path | None, Outcome]()
+    for cell in cells:
+        mask, baseline = _files(cell, shared)
+        jobs.setdefault(baseline, Job(f"before training: {cell.axes['task']}", "make_baseline", (cell, baseline)))
+        if mask is not None:
+            name = f"mask of {cell.method.name}, seed {cell.mask_seed}"
+            jobs.setdefault(mask, Job(name, "make_cell_mask", (cell, mask)))
+    missing = [job for file, job in jobs.items() if not file.is_file()]
+    for outcome in workers.run(missing, lambda: progress.look(workers.shares)):
+        if outcome.error is None:
+            progress.prepared(outcome.job.name, outcome.seconds)
+        else:
+            failed[outcome.job.arguments[-1]] = outcome
+    return failed
+
+
 def row_of(cell: Cell, figures: Mapping[str, Any]) -> dict[str, Any]:
     """A row of `results.jsonl`: where in the grid, how it was run, what it came to."""
-    plan, method = cell.plan, cell.method
-    names = ("optimiser", "mask", "density", "rank", "eps", "directions", "perturbations")
+    plan = cell.plan
     return {
         "key": cell.key,
         **cell.axes,
         "evaluated_on": plan.evaluate_on,
         "budget": f"{plan.rounds} rounds" if plan.passes is None else f"{plan.passes} passes",
         "setting": cell.setting_key,
-        **{name: None if name in method.idle else getattr(method, name) for name in names},
-        "early_stopping": method.early_stopping.by,
-        "nodes": plan.nodes,
-        "batch_size": plan.batch_size,
-        "max_tokens": cell.described.max_tokens,
-        "eval_rows": plan.eval_rows,
-        "tune_rows": plan.tune_rows,
-        "model": plan.model,
-        "dtype": plan.dtype,
-        "device": plan.device,
+        **{name: _setting(cell, name) for name in SETTINGS},
         **figures,
     }
 
 
+def _setting(cell: Cell, name: str) -> Any:
+    """None of one that decides nothing here."""
+    method = cell.method
+    if name == "early_stopping":
+        return method.early_stopping.by
+    if name == "max_tokens":
+        return cell.described.max_tokens
+    if name in method.idle:
+        return None
+    return getattr(method if name in type(method).model_fields else cell.plan, name)
+
+
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    try:
+    with writing(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)
         with locked(out / "lock", f"--out {out}", "sweep"):
             yield
-    except OSError as error:
-        raise ConfigError(f"--out {out}", f"cannot be written ({error.strerror})", "choose another folder") from error

@@ -2,11 +2,10 @@
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -32,6 +31,8 @@ WORSE_THAN_A_GUESS = 1.1
 WORSE_THAN_BEFORE = 1.5
 
 Report = Callable[[float], None]
+Given = TypeVar("Given")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -72,20 +73,18 @@ class Trained:
 
 @dataclass
 class Stopwatch:
-    """CPU and wall seconds of the stretches between `start` and `stop`."""
+    """CPU and wall seconds of what was done while it ran."""
 
     cpu: float = 0.0
     wall: float = 0.0
-    _began: tuple[float, float] = (0.0, 0.0)
 
-    def start(self) -> None:
-        """A stretch begins."""
-        self._began = (time.process_time(), time.monotonic())
-
-    def stop(self) -> None:
-        """It ends."""
-        self.cpu += time.process_time() - self._began[0]
-        self.wall += time.monotonic() - self._began[1]
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count a stretch."""
+        cpu, wall = time.process_time(), time.monotonic()
+        yield
+        self.cpu += time.process_time() - cpu
+        self.wall += time.monotonic() - wall
 
 
 class CountingEngine:
@@ -102,24 +101,20 @@ class CountingEngine:
 
     def write(self, theta: Float32Array) -> None:
         """As the engine's."""
-        with self._noting():
-            self._engine.write(theta)
+        self._noting(self._engine.write, theta)
 
     def prepare(self, rows: Sequence[Row]) -> Prepared:
         """As the engine's."""
-        with self._noting():
-            return self._engine.prepare(rows)
+        return self._noting(self._engine.prepare, rows)
 
     def losses(self, batch: Prepared) -> Float32Array:
         """As the engine's."""
         self.passes += 1
-        with self._noting():
-            return self._engine.losses(batch)
+        return self._noting(self._engine.losses, batch)
 
-    @contextmanager
-    def _noting(self) -> Iterator[None]:
+    def _noting(self, call: Callable[[Given], Found], given: Given) -> Found:
         try:
-            yield
+            return call(given)
         except Exception as error:
             self.error = error
             raise
@@ -131,20 +126,18 @@ class Traffic:
     Args:
         updates: that the run will take.
         report: takes the share of them that has come.
-        sample: called with every update.
 
     Attributes:
         up: bytes of all nodes' frames; down: of all frames to them.
     """
 
-    def __init__(self, updates: int, report: Report, sample: Callable[[], None]) -> None:
+    def __init__(self, updates: int, report: Report) -> None:
         self.up = self.down = 0
         root = Topics(FEDERATION).root
         self._to_nodes = tuple(f"{root}/{kind}" for kind in ("round", "down/", "values"))
         self._updates = updates
         self._came = 0
         self._report = report
-        self._sample = sample
 
     def routed(self, message: Message) -> None:
         """A message has reached the broker."""
@@ -153,7 +146,6 @@ class Traffic:
         if message.topic.endswith("/update"):
             self._came += 1
             self._report(min(1.0, self._came / self._updates))
-            self._sample()
 
     def delivered(self, message: Message) -> None:
         """A message has reached a client."""
@@ -161,95 +153,77 @@ class Traffic:
             self.down += len(message.payload)
 
 
-@dataclass
-class Federated:
-    """One federated cell.
+@quiet()
+def train_federated(
+    engine: TransformersEngine,
+    mask: Mask,
+    shards: Sequence[Sequence[Row]],
+    settings: RoundSettings,
+    *,
+    evaluation: Sequence[Row] = (),
+    every: int = 0,
+    report: Report,
+) -> Trained:
+    """Run all rounds, or as many as there are before every loss is lost.
 
-    Attributes:
-        every: rounds between points of the curve; 0: none.
-        sample: called at least once a round.
+    Args:
+        engine: of all nodes.
+        mask: of the run.
+        shards: each node's rows.
+        settings: of the rounds.
+        evaluation: rows for the points of the curve.
+        every: rounds between them; 0: none.
+        report: takes the share that is done, with every update.
+
+    Raises:
+        Exception: what the engine failed with.
     """
-
-    engine: TransformersEngine
-    mask: Mask
-    settings: RoundSettings
-    shards: Sequence[Sequence[Row]]
-    batch_size: int
-    evaluation: Sequence[Row]
-    every: int
-    report: Report
-    sample: Callable[[], None]
-    watch: Stopwatch = field(default_factory=Stopwatch)
-
-    @quiet()
-    def train(self) -> Trained:
-        """Run all rounds, or as many as there are before every loss is lost.
-
-        Raises:
-            Exception: what the engine failed with.
-        """
-        engine, settings = CountingEngine(self.engine), self.settings
-        parts = [NodePart(f"node-{number}", engine, rows) for number, rows in enumerate(self.shards)]
-        traffic = Traffic(settings.count * len(parts), self.report, self.sample)
-        federation = Federation(
-            settings.model_copy(update={"batch_size": self.batch_size}),
-            self.mask,
-            parts,
-            routed=traffic.routed,
-            delivered=traffic.delivered,
-        )
-        ended, curve = None, list[tuple[int, float, float]]()
-        federation.start()
-        for target in self._targets():
-            self.watch.start()
-            ended = self._until(federation, engine, target)
-            self.watch.stop()
-            if ended is not None:
-                break
-            if self.every:
-                self.engine.write(federation.theta)
-                with np.errstate(all="ignore"):  # what diverges may hold anything
-                    found = evaluate(self.engine, self.evaluation)
-                curve.append((target, found.accuracy, found.loss))
-        verdicts = Counter(record.verdict for records in federation.records for record in records)
-        return Trained(
-            theta=federation.theta,
-            rounds=federation.version,
-            passes=engine.passes,
-            cpu_seconds=self.watch.cpu,
-            wall_seconds=self.watch.wall,
-            bytes_up=traffic.up / len(parts),
-            bytes_down=traffic.down / len(parts),
-            refused=sum(count for verdict, count in verdicts.items() if verdict not in NOT_REFUSED),
-            judgements=federation.judgements,
-            gradips=_gradips(federation),
-            ended=ended,
-            curve=curve,
-        )
-
-    def _targets(self) -> Sequence[int]:
-        count = self.settings.count
-        return [*range(self.every, count, self.every), count] if self.every else [count]
-
-    def _until(self, federation: Federation, engine: CountingEngine, entries: int) -> str | None:
-        """Run up to so many entries; returns what ended it before."""
-        while (version := federation.version) < entries:
-            over = partial(_is_over, federation, engine, version)
-            federation.run(federation.clock.now() + self.settings.deadline_s, over)
-            if engine.error is not None:
-                raise engine.error
-            if federation.errors:
-                return str(federation.errors[0][1])
-            if federation.version == version:
-                return "no round closed before its deadline"
-            if all(record.verdict in UNUSABLE for record in federation.store.records(version)):
-                return f"no update of round {version} has numbers that can be used"
-        return None
+    counting, watch, curve = CountingEngine(engine), Stopwatch(), list[tuple[int, float, float]]()
+    parts = [NodePart(f"node-{number}", counting, rows) for number, rows in enumerate(shards)]
+    traffic = Traffic(settings.count * len(parts), report)
+    federation = Federation(settings, mask, parts, routed=traffic.routed, delivered=traffic.delivered)
+    ended = None
+    federation.start()
+    for target in [*(range(every, settings.count, every) if every else ()), settings.count]:
+        with watch.running():
+            ended = _until(federation, counting, target)
+        if ended is not None:
+            break
+        if every:
+            engine.write(federation.theta)
+            with np.errstate(all="ignore"):  # what diverges may hold anything
+                found = evaluate(engine, evaluation)
+            curve.append((target, found.accuracy, found.loss))
+    return Trained(
+        theta=federation.theta,
+        rounds=federation.version,
+        passes=counting.passes,
+        cpu_seconds=watch.cpu,
+        wall_seconds=watch.wall,
+        bytes_up=traffic.up / len(parts),
+        bytes_down=traffic.down / len(parts),
+        refused=sum(record.verdict not in NOT_REFUSED for records in federation.records for record in records),
+        judgements=federation.judgements,
+        gradips=_gradips(federation),
+        ended=ended,
+        curve=curve,
+    )
 
 
-def _is_over(federation: Federation, engine: CountingEngine, version: int) -> bool:
-    """Whether a round is, or the whole run."""
-    return federation.version > version or bool(federation.errors) or engine.error is not None
+def _until(federation: Federation, engine: CountingEngine, entries: int) -> str | None:
+    """Run up to so many entries; returns what ended it before."""
+    while (version := federation.version) < entries:
+        deadline = federation.clock.now() + federation.settings.deadline_s
+        federation.run(deadline, lambda: bool(federation.version > version or federation.errors or engine.error))
+        if engine.error is not None:
+            raise engine.error
+        if federation.errors:
+            return str(federation.errors[0][1])
+        if federation.version == version:
+            return "no round closed before its deadline"
+        if all(record.verdict in UNUSABLE for record in federation.store.records(version)):
+            return f"no update of round {version} has numbers that can be used"
+    return None
 
 
 def _gradips(federation: Federation) -> list[NodeGradIP]:
@@ -272,23 +246,23 @@ def train_first_order(
     lr: float,
     seed: int,
     report: Report,
-    sample: Callable[[], None],
 ) -> Trained:
     """AdamW with back-propagation on all nodes' rows in one place: a bound, no federation.
 
     A step takes the next nodes × batch_size rows of one shuffled order of them all, whoever's they are.
     """
-
-    def progress(done: int, total: int) -> None:
-        report(done / total)
-        sample()
-
     watch = Stopwatch()
-    watch.start()
-    theta = first_order(
-        engine, mask.theta_0, rows, steps=steps, lr=lr, batch_size=nodes * batch_size, seed=seed, progress=progress
-    )
-    watch.stop()
+    with watch.running():
+        theta = first_order(
+            engine,
+            mask.theta_0,
+            rows,
+            steps=steps,
+            lr=lr,
+            batch_size=nodes * batch_size,
+            seed=seed,
+            progress=lambda done, total: report(done / total),
+        )
     return Trained(theta, 0, PASSES_OF_A_GRADIENT * nodes * steps, watch.cpu, watch.wall)
 
 

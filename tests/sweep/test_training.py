@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
@@ -8,7 +9,7 @@ from meerkat_mq.core.path import digest
 from meerkat_mq.engines.torch.engine import TransformersEngine
 from meerkat_mq.engines.toy import QuadraticEngine, toy_mask
 from meerkat_mq.rounds.policy import RoundSettings
-from meerkat_mq.sweep.training import Federated
+from meerkat_mq.sweep.training import Trained, train_federated
 
 MASK = toy_mask(8)
 COUNT, NODES = 5, 3
@@ -32,7 +33,7 @@ class FailingEngine(QuadraticEngine):
         return super().losses(batch)
 
 
-def federated(engine: QuadraticEngine, shares: list[float], samples: list[None]) -> Federated:
+def trained(engine: QuadraticEngine, report: Callable[[float], None]) -> Trained:
     settings = RoundSettings(
         run_id=bytes(range(16)),
         mask_hash=MASK.hash,
@@ -42,39 +43,31 @@ def federated(engine: QuadraticEngine, shares: list[float], samples: list[None])
         directions=1,
         lr=0.1,
         eps=1e-3,
+        batch_size=1,
         min_nodes=NODES,
         fraction=1.0,
         quorum=1.0,
         deadline_s=60.0,
         grace_s=0.0,
     )
-    return Federated(
-        engine=cast("TransformersEngine", engine),
-        mask=MASK,
-        settings=settings,
-        shards=[[{"seed": number}] for number in range(NODES)],
-        batch_size=1,
-        evaluation=(),
-        every=0,
-        report=shares.append,
-        sample=lambda: samples.append(None),
-    )
+    shards = [[{"seed": number}] for number in range(NODES)]
+    return train_federated(cast("TransformersEngine", engine), MASK, shards, settings, report=report)
 
 
 def test_what_training_comes_to_and_costs() -> None:
-    shares, samples = list[float](), list[None]()
+    shares = list[float]()
     with capture_logs() as logs:
-        trained = federated(QuadraticEngine(MASK.size), shares, samples).train()
+        found = trained(QuadraticEngine(MASK.size), shares.append)
     assert logs == []  # drivers of services would say who is in charge
-    assert (trained.rounds, trained.passes, trained.refused, trained.ended) == (COUNT, 2 * NODES * COUNT, 0, None)
-    assert digest(trained.theta) != digest(MASK.theta_0)
-    assert trained.bytes_up == COUNT * 52
-    assert trained.bytes_down > COUNT * 52
+    assert (found.rounds, found.passes, found.refused, found.ended) == (COUNT, 2 * NODES * COUNT, 0, None)
+    assert digest(found.theta) != digest(MASK.theta_0)
+    assert found.bytes_up == COUNT * 52
+    assert found.bytes_down > COUNT * 52
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
-    assert len(samples) == len(shares) == NODES * COUNT
+    assert len(shares) == NODES * COUNT
 
 
 def test_what_an_engine_raises_ends_the_cell_by_its_name() -> None:
     with pytest.raises(OutOfMemory, match="no memory left"):
-        federated(FailingEngine(), [], []).train()
+        trained(FailingEngine(), lambda share: None)
