@@ -11,9 +11,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from meerkat_mq.broker.authority import Authority
-from meerkat_mq.broker.certs import OBSERVER_NAME, SERVER_NAME, mosquitto_acl, write_certificates
-from meerkat_mq.wire.topics import check_identifier
+from meerkat_mq.broker.certs import Authority, mosquitto_acl, write_certificates
+from meerkat_mq.wire.topics import OBSERVER_NAME, SERVER_NAME, check_identifier
 from tests.support.command import Meerkat
 
 NAMES = ("broker.example", "192.0.2.7", "2001:db8::7")

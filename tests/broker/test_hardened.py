@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from meerkat_mq.broker.authority import Authority
-from meerkat_mq.broker.certs import revoke_certificates, write_certificates
+from meerkat_mq.broker.certs import Authority, revoke_certificates, write_certificates
 from meerkat_mq.config import BrokerConfig
 from meerkat_mq.errors import BadCredentials, BrokerError
 from meerkat_mq.mqtt import Message, Will

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import yaml  # type: ignore[import-untyped]
 
-from meerkat_mq.broker.certs import SERVER_NAME, write_certificates
+from meerkat_mq.broker.certs import write_certificates
 from meerkat_mq.config import NodeConfig, ServerConfig, load_config
+from meerkat_mq.wire.topics import SERVER_NAME
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "broker/compose"

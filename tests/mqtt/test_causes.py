@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from meerkat_mq.broker.authority import Authority
+from meerkat_mq.broker.certs import Authority
 from meerkat_mq.config import BrokerConfig
 from meerkat_mq.mqtt import Timeouts, Will
 from tests.support.mosquitto import HOST, Mosquitto
