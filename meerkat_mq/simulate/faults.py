@@ -14,7 +14,7 @@ from meerkat_mq.simulate.schedule import ALL, SERVER, ScheduledFault
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState, decode_control
 from meerkat_mq.wire.frames import encode
 from meerkat_mq.wire.messages import Header, Round, Update, Values
-from meerkat_mq.worlds.broker import KEEP_ALIVE_S, Client, LinkConditions, Message
+from meerkat_mq.worlds.broker import KEEP_ALIVE_S, Client, LinkConditions, VirtualMessage
 from meerkat_mq.worlds.server import ServerProcess
 
 CRASH_WITHIN = 40  # effects
@@ -62,7 +62,7 @@ def leave_behind(federation: Federation) -> None:
         (TOPICS.up("n0", "status"), ghost),
         (TOPICS.up("ghost", "status"), ghost),
     ):
-        broker.retained[topic] = Message(topic, payload, retain=True)
+        broker.retained[topic] = VirtualMessage(topic, payload, retain=True)
 
 
 def _process(federation: Federation, fault: ScheduledFault) -> SimulatedNode | ServerProcess:
@@ -245,7 +245,7 @@ def _corrupt_messages(federation: Federation, fault: ScheduledFault) -> None:
         federation.broker.spread(replace(message, payload=payload))
 
 
-def _is_of_an_earlier_process(federation: Federation, message: Message) -> bool:
+def _is_of_an_earlier_process(federation: Federation, message: VirtualMessage) -> bool:
     """Whether it is a node's status before its present start: a broker gives no session what was live before it."""
     node, kind = TOPICS.parse_up(message.topic) or ("", "")
     process = federation.nodes.get(node)
@@ -256,10 +256,10 @@ def _is_of_an_earlier_process(federation: Federation, message: Message) -> bool:
 
 def _earlier_run(federation: Federation, fault: ScheduledFault) -> None:
     broker, round_ = federation.broker, _foreign_round(federation)
-    broker.spread(Message(TOPICS.round, encode(round_)))
+    broker.spread(VirtualMessage(TOPICS.round, encode(round_)))
     for name, node in federation.nodes.items():
         update = Update(round_.header, node.boot, bytes(8), 1.0, (1.0,))
-        broker.spread(Message(TOPICS.up(name, "update"), encode(update)))
+        broker.spread(VirtualMessage(TOPICS.up(name, "update"), encode(update)))
 
 
 def _foreign_round(federation: Federation) -> Round:
@@ -276,7 +276,7 @@ def _hostile(federation: Federation, fault: ScheduledFault) -> None:
     for _ in range(1 + int(5 * fault.detail)):
         update = _nasty(federation, node, chance.choice)
         federation.history.updates.append((federation.clock.now(), node.name, update))
-        federation.broker.spread(Message(TOPICS.up(node.name, "update"), encode(update)))
+        federation.broker.spread(VirtualMessage(TOPICS.up(node.name, "update"), encode(update)))
 
 
 def _nasty(federation: Federation, node: SimulatedNode, choose: Callable[..., float]) -> Update:

@@ -15,7 +15,7 @@ from meerkat_mq.wire.descriptor import NodeStatus, ServerState, decode_control
 from meerkat_mq.wire.limits import largest_frame
 from meerkat_mq.wire.messages import Frame, Round, Update
 from meerkat_mq.wire.topics import Topics
-from meerkat_mq.worlds.broker import Broker, Message
+from meerkat_mq.worlds.broker import Broker, VirtualMessage
 from meerkat_mq.worlds.clock import VirtualClock
 from meerkat_mq.worlds.ledger import MemoryLedger
 from meerkat_mq.worlds.replica import Thetas
@@ -81,7 +81,7 @@ class Federation:
 
     # --- what is noted ---
 
-    def _saw(self, message: Message) -> None:
+    def _saw(self, message: VirtualMessage) -> None:
         """A message has reached the broker."""
         history, topic, payload = self.history, message.topic, message.payload
         if topic == TOPICS.round:
@@ -97,12 +97,12 @@ class Federation:
         elif topic != TOPICS.run:
             self._read(message)
 
-    def _read(self, message: Message) -> Frame:
+    def _read(self, message: VirtualMessage) -> Frame:
         frame = self.world.read(message.payload)
         self.reached.saw(message.topic, frame)
         return frame
 
-    def _saw_node(self, message: Message, node: str, kind: str) -> None:
+    def _saw_node(self, message: VirtualMessage, node: str, kind: str) -> None:
         if kind != "status":
             frame = self._read(message)
             if isinstance(frame, Update):

@@ -21,7 +21,7 @@ from meerkat_mq.runtime.model import Follower, NodeProfile, StepResult, Stop
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.messages import Offer, Values
 from meerkat_mq.wire.values import encode_values
-from meerkat_mq.worlds.clock import Process
+from meerkat_mq.worlds.clock import VirtualProcess
 from meerkat_mq.worlds.compute import VirtualStepCompute
 from meerkat_mq.worlds.node import MemoryNodeStore, NodeProcess
 from meerkat_mq.worlds.run import FEDERATION
@@ -80,7 +80,7 @@ class SimulatedNode(NodeProcess):
         self._awake_until = math.inf
         self._looking = False
 
-    def _worker(self, process: Process) -> VirtualStepCompute:
+    def _worker(self, process: VirtualProcess) -> VirtualStepCompute:
         return VirtualStepCompute(
             process,
             self.profile.step_s,
@@ -161,7 +161,7 @@ class SimulatedNode(NodeProcess):
     def _wake_up(self) -> None:
         assert self.driver is not None
         self.driver.wake()
-        self._world.broker.join(self.client)
+        self.client.join(self.driver)
         self._stay_awake()
 
 

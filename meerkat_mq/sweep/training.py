@@ -21,7 +21,7 @@ from meerkat_mq.rounds.records import Judgement, Verdict
 from meerkat_mq.sweep.plan import PASSES_OF_A_GRADIENT
 from meerkat_mq.tasks.task import Evaluation
 from meerkat_mq.wire.topics import Topics
-from meerkat_mq.worlds.broker import Message
+from meerkat_mq.worlds.broker import VirtualMessage
 from meerkat_mq.worlds.federation import Federation, NodePart
 from meerkat_mq.worlds.quiet import quiet
 from meerkat_mq.worlds.run import FEDERATION
@@ -139,7 +139,7 @@ class Traffic:
         self._came = 0
         self._report = report
 
-    def routed(self, message: Message) -> None:
+    def routed(self, message: VirtualMessage) -> None:
         """A message has reached the broker."""
         if message.topic.endswith(("/update", "/want")):
             self.up += len(message.payload)
@@ -147,7 +147,7 @@ class Traffic:
             self._came += 1
             self._report(min(1.0, self._came / self._updates))
 
-    def delivered(self, message: Message) -> None:
+    def delivered(self, message: VirtualMessage) -> None:
         """A message has reached a client."""
         if message.topic.startswith(self._to_nodes):
             self.down += len(message.payload)

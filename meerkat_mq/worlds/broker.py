@@ -10,10 +10,11 @@ from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import Protocol
 
 from meerkat_mq.errors import PayloadTooLarge
 from meerkat_mq.wire.limits import packet_bytes
-from meerkat_mq.worlds.clock import Process, VirtualClock
+from meerkat_mq.worlds.clock import VirtualClock, VirtualProcess
 
 KEEP_ALIVE_S = 1.5
 BACK_OFF_S = (0.2, 0.5, 1.0)
@@ -32,7 +33,7 @@ class LinkConditions:
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class VirtualMessage:
     """What is published; `sent` is when, by whoever published it."""
 
     topic: str
@@ -50,6 +51,19 @@ def matches(pattern: str, topic: str) -> bool:
     return len(wanted) == len(found) and all(want in ("+", level) for want, level in zip(wanted, found, strict=True))
 
 
+class Driver(Protocol):
+    """Who is told what comes by a session."""
+
+    def received(self, topic: str, payload: bytes, *, retained: bool) -> None:
+        """A message came."""
+
+    def connected(self, link: int) -> None:
+        """A connection stands, and what was retained on the topic of the will has been received."""
+
+    def disconnected(self) -> None:
+        """The connection is gone."""
+
+
 class Client:
     """One process's session with the broker.
 
@@ -58,9 +72,6 @@ class Client:
         process: everything that comes is its to do.
         filters: what it subscribes to.
         own: the topic of its will.
-        received: takes (topic, payload, retained).
-        connected: takes the link.
-        disconnected: the connection is gone.
         will: makes the payload of the last words, for a link.
         latency_s: of its link, one way.
         largest: MQTT packet, in bytes.
@@ -73,13 +84,10 @@ class Client:
     def __init__(
         self,
         broker: "Broker",
-        process: Process,
+        process: VirtualProcess,
         *,
         filters: Collection[str],
         own: str,
-        received: Callable[[str, bytes, bool], None],
-        connected: Callable[[int], None],
-        disconnected: Callable[[], None],
         will: Callable[[int], bytes],
         latency_s: float = 0.001,
         largest: int = LARGEST_PACKET,
@@ -94,13 +102,11 @@ class Client:
         self.conditions: LinkConditions | None = None
         self.ready_at = 0.0
         self.tries = 0
-        self.outbox: list[Message] = []
-        self.recent: deque[tuple[float, Message]] = deque(maxlen=3)
+        self.outbox: list[VirtualMessage] = []
+        self.recent: deque[tuple[float, VirtualMessage]] = deque(maxlen=3)
         self.last_words = b""  # for the present connection
         self._broker = broker
-        self._received = received
-        self._connected = connected
-        self._disconnected = disconnected
+        self._driver: Driver | None = None
         self._largest = largest
 
     # --- the port ---
@@ -118,7 +124,7 @@ class Client:
         if size > self._largest:
             problem = f"a packet of {size} bytes is over the limit of {self._largest}"
             raise PayloadTooLarge(topic, problem, "raise broker.max_packet_bytes, where the broker takes it")
-        self._broker.publish(self, Message(topic, payload, retain, self.process.now()))
+        self._broker.publish(self, VirtualMessage(topic, payload, retain, self.process.now()))
 
     def subscribe(self, topic: str) -> None:
         """Add a filter."""
@@ -142,24 +148,32 @@ class Client:
         self.disowned = True
         self.outbox.clear()
 
-    # --- what the broker does to it ---
+    # --- what becomes of it ---
+
+    def join(self, driver: Driver) -> None:
+        """Connect, from now on, for this driver."""
+        self._driver = driver
+        self._broker.join(self)
 
     def hears(self, topic: str) -> bool:
         """Whether it subscribes to a topic."""
         return topic in self.filters or any(matches(pattern, topic) for pattern in self.filters if "+" in pattern)
 
-    def deliver(self, message: Message, *, retained: bool) -> None:
+    def deliver(self, message: VirtualMessage, *, retained: bool) -> None:
         """A message has arrived."""
-        self.process.call(self._received, message.topic, message.payload, retained)
+        assert self._driver is not None
+        self.process.call(self._driver.received, message.topic, message.payload, retained=retained)
 
     def greet(self, link: int) -> None:
         """The connection stands."""
-        self.process.call(self._connected, link)
+        assert self._driver is not None
+        self.process.call(self._driver.connected, link)
 
     def lose(self) -> None:
         """The connection is gone."""
         self.link = None
-        self.process.call(self._disconnected)
+        assert self._driver is not None
+        self.process.call(self._driver.disconnected)
 
 
 class Broker:
@@ -178,12 +192,12 @@ class Broker:
         clock: VirtualClock,
         chance: random.Random,
         *,
-        routed: Callable[[Message], None] = lambda message: None,
-        delivered: Callable[[Message], None] = lambda message: None,
+        routed: Callable[[VirtualMessage], None] = lambda message: None,
+        delivered: Callable[[VirtualMessage], None] = lambda message: None,
     ) -> None:
         self.up = True
-        self.retained: dict[str, Message] = {}
-        self.passed: deque[Message] = deque(maxlen=4000)
+        self.retained: dict[str, VirtualMessage] = {}
+        self.passed: deque[VirtualMessage] = deque(maxlen=4000)
         self._clock = clock
         self._chance = chance
         self._routed = routed
@@ -252,7 +266,7 @@ class Broker:
 
     def _say_will(self, client: Client, will_s: float) -> None:
         if client.link is not None and not client.disowned:
-            will = Message(client.own, client.last_words, retain=True, sent=self._clock.now())
+            will = VirtualMessage(client.own, client.last_words, retain=True, sent=self._clock.now())
             self._clock.at(self._clock.now() + will_s, partial(self._route, will))
 
     def renew(self, client: Client) -> None:
@@ -267,7 +281,7 @@ class Broker:
         if farewell is None or client.cut:
             self._say_will(client, will_s)
         elif client.link is not None and not client.disowned:
-            self._route(Message(client.own, farewell, retain=True, sent=self._clock.now()))
+            self._route(VirtualMessage(client.own, farewell, retain=True, sent=self._clock.now()))
         client.link, client.closed = None, True
         if client in self._clients:
             self._clients.remove(client)
@@ -298,7 +312,7 @@ class Broker:
 
     # --- messages ---
 
-    def publish(self, client: Client, message: Message) -> None:
+    def publish(self, client: Client, message: VirtualMessage) -> None:
         """A client publishes, now or once it is connected."""
         if client.link is None:
             if message.retain:
@@ -314,11 +328,11 @@ class Broker:
         for delay in self._fate(client.conditions):
             self._clock.at(self._clock.now() + delay, partial(self._arrive, client, client.link, message))
 
-    def _arrive(self, client: Client, link: int, message: Message) -> None:
+    def _arrive(self, client: Client, link: int, message: VirtualMessage) -> None:
         if client.link == link and not client.cut:
             self._route(message)
 
-    def _route(self, message: Message) -> None:
+    def _route(self, message: VirtualMessage) -> None:
         if not self.up:
             return
         self.passed.append(message)
@@ -327,7 +341,7 @@ class Broker:
             self.retained[message.topic] = message
         self.spread(message)
 
-    def spread(self, message: Message) -> None:
+    def spread(self, message: VirtualMessage) -> None:
         """Give a message to everybody who listens."""
         hearers = self._hearers.get(message.topic)
         if hearers is None:
@@ -341,7 +355,7 @@ class Broker:
         """Somebody subscribes to something else now."""
         self._hearers.clear()
 
-    def _down(self, client: Client, message: Message, *, retained: bool) -> None:
+    def _down(self, client: Client, message: VirtualMessage, *, retained: bool) -> None:
         now, conditions = self._clock.now(), client.conditions
         if client.cut or client.link is None:
             return
@@ -351,7 +365,7 @@ class Broker:
                 time = client.ready_at = max(client.ready_at, time)
             self._clock.at(time, partial(self._land, client, client.link, message, retained))
 
-    def _land(self, client: Client, link: int, message: Message, retained: bool) -> None:
+    def _land(self, client: Client, link: int, message: VirtualMessage, retained: bool) -> None:
         if client.link == link and not client.cut:
             self._delivered(message)
             client.deliver(message, retained=retained)

@@ -67,7 +67,7 @@ class VirtualClock:
         raise RuntimeError(f"a storm: more than {STORM} things happened until {self._now:.3f} s")
 
 
-class Process:
+class VirtualProcess:
     """What can be killed, frozen and started again. What happens to it goes through `call`. It is its own Clock port.
 
     Args:
@@ -101,15 +101,15 @@ class Process:
         if life == self._life:
             self.call(action)
 
-    def call(self, action: Callable[..., None], *args: Any) -> None:
+    def call(self, action: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         """Let the process do something: now, when it thaws, or never."""
         if not self.alive:
             return
         if self._held is not None:
-            self._held.append(partial(action, *args))
+            self._held.append(partial(action, *args, **kwargs))
             return
         try:
-            action(*args)
+            action(*args, **kwargs)
         except Crashed:
             self.kill()
         except MeerkatError as error:

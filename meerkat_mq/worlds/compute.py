@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from meerkat_mq.rounds.events import StartSteps
 from meerkat_mq.runtime.model import Model, StepResult
-from meerkat_mq.worlds.clock import Process, VirtualTimer
+from meerkat_mq.worlds.clock import VirtualProcess, VirtualTimer
 
 Result = TypeVar("Result")
 
@@ -20,7 +20,7 @@ class VirtualCompute:
         at_once: whether no job waits for those before it.
     """
 
-    def __init__(self, process: Process, seconds: float = 0.0, *, at_once: bool = False) -> None:
+    def __init__(self, process: VirtualProcess, seconds: float = 0.0, *, at_once: bool = False) -> None:
         self._process = process
         self._seconds = seconds
         self._at_once = at_once
@@ -71,7 +71,7 @@ class VirtualStepCompute(VirtualCompute):
 
     def __init__(
         self,
-        process: Process,
+        process: VirtualProcess,
         steps_s: float,
         *,
         may_begin: Callable[[], bool] = lambda: True,

@@ -22,8 +22,8 @@ from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.rounds.records import Judgement, UpdateRecord
 from meerkat_mq.runtime.model import Model, NodeProfile
 from meerkat_mq.wire.descriptor import RunDescriptor
-from meerkat_mq.worlds.broker import Broker, Message
-from meerkat_mq.worlds.clock import Process, VirtualClock
+from meerkat_mq.worlds.broker import Broker, VirtualMessage
+from meerkat_mq.worlds.clock import VirtualClock, VirtualProcess
 from meerkat_mq.worlds.compute import VirtualStepCompute
 from meerkat_mq.worlds.ledger import MemoryLedger
 from meerkat_mq.worlds.model import EngineModel
@@ -81,8 +81,8 @@ class Federation:
         parts: Sequence[NodePart],
         *,
         commit_s: float = 0.0,
-        routed: Callable[[Message], None] = lambda message: None,
-        delivered: Callable[[Message], None] = lambda message: None,
+        routed: Callable[[VirtualMessage], None] = lambda message: None,
+        delivered: Callable[[VirtualMessage], None] = lambda message: None,
     ) -> None:
         self.settings = settings
         self.clock = VirtualClock()
@@ -104,7 +104,7 @@ class Federation:
         return ServerProcess(f"{next(self._numbers):016x}", self._world, self.ledger, commit_s=self._commit_s)
 
     def _node(self, part: NodePart) -> NodeProcess:
-        def compute(process: Process) -> VirtualStepCompute:
+        def compute(process: VirtualProcess) -> VirtualStepCompute:
             return VirtualStepCompute(process, self.parts[part.name].steps_s)
 
         return NodeProcess(

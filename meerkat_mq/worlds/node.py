@@ -9,7 +9,7 @@ from meerkat_mq.runtime.node import NodeDriver
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor
 from meerkat_mq.wire.topics import Topics
 from meerkat_mq.worlds.broker import LARGEST_PACKET, Client
-from meerkat_mq.worlds.clock import Process
+from meerkat_mq.worlds.clock import VirtualProcess
 from meerkat_mq.worlds.compute import VirtualStepCompute
 from meerkat_mq.worlds.world import World
 
@@ -49,7 +49,7 @@ class MemoryNodeStore:
         return first
 
 
-class NodeProcess(Process):
+class NodeProcess(VirtualProcess):
     """One node; each life has a boot of its own, and begins at theta_0. It is its driver's monitor.
 
     Args:
@@ -74,7 +74,7 @@ class NodeProcess(Process):
         world: World,
         store: MemoryNodeStore,
         *,
-        compute: Callable[[Process], VirtualStepCompute],
+        compute: Callable[[VirtualProcess], VirtualStepCompute],
         make_model: Callable[["NodeProcess", RunDescriptor, Mask], Model],
         latency_s: float = 0.001,
         largest: int = LARGEST_PACKET,
@@ -99,9 +99,6 @@ class NodeProcess(Process):
             self,
             filters=[topics.server, topics.run, topics.round, topics.reply(name)],
             own=topics.up(name, "status"),
-            received=self._received,
-            connected=self._connected,
-            disconnected=self._disconnected,
             will=lambda link: self.status("lost", link).encode(),
             latency_s=self._latency_s,
             largest=self._largest,
@@ -124,7 +121,7 @@ class NodeProcess(Process):
             monitor=self,
             read=self._world.read,
         )
-        self._world.broker.join(self.client)
+        self.client.join(self.driver)
 
     def kill(self, *, will_s: float = 0.0) -> None:
         """End: the broker publishes the will, after the keep-alive if need be."""
@@ -133,25 +130,13 @@ class NodeProcess(Process):
 
     def leave(self) -> None:
         """End in order."""
-        Process.kill(self)
+        VirtualProcess.kill(self)
         self._world.broker.leave(self.client, farewell=self.status("stopped", self.client.link or 0).encode())
 
     def status(self, word: str, link: int, wakes_in_s: int | None = None) -> NodeStatus:
         """What its status topic says."""
         assert self.driver is not None
         return self.driver.status(word, link, wakes_in_s)
-
-    def _received(self, topic: str, payload: bytes, retained: bool) -> None:
-        assert self.driver is not None
-        self.driver.received(topic, payload, retained=retained)
-
-    def _connected(self, link: int) -> None:
-        assert self.driver is not None
-        self.driver.connected(link)
-
-    def _disconnected(self) -> None:
-        assert self.driver is not None
-        self.driver.disconnected()
 
     # --- what its driver tells ---
 

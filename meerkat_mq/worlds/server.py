@@ -9,7 +9,7 @@ from meerkat_mq.runtime.succession import Past
 from meerkat_mq.runtime.writer import Holdings
 from meerkat_mq.wire.topics import Topics
 from meerkat_mq.worlds.broker import LARGEST_PACKET, Client
-from meerkat_mq.worlds.clock import Process
+from meerkat_mq.worlds.clock import VirtualProcess
 from meerkat_mq.worlds.compute import VirtualCompute
 from meerkat_mq.worlds.ledger import MemoryLedger
 from meerkat_mq.worlds.run import FEDERATION
@@ -17,7 +17,7 @@ from meerkat_mq.worlds.store import MemoryStore
 from meerkat_mq.worlds.world import World
 
 
-class ServerProcess(Process, ServerMonitor):
+class ServerProcess(VirtualProcess, ServerMonitor):
     """One server process; several may share a ledger. It is its driver's monitor.
 
     Args:
@@ -60,9 +60,6 @@ class ServerProcess(Process, ServerMonitor):
             self,
             filters=[topics.up("+", kind) for kind in ("status", "update", "want")],
             own=topics.server,
-            received=self._received,
-            connected=self._connected,
-            disconnected=self._disconnected,
             will=self._will,
             latency_s=latency_s,
             largest=largest,
@@ -94,26 +91,12 @@ class ServerProcess(Process, ServerMonitor):
             replace=self._replace,
             read=self._world.read,
         )
-        self._world.broker.join(self.client)
+        self.client.join(self.driver)
 
     def kill(self) -> None:
         """End: the broker publishes the will."""
         super().kill()
         self._world.broker.leave(self.client)
-
-    # --- its session ---
-
-    def _received(self, topic: str, payload: bytes, retained: bool) -> None:
-        assert self.driver is not None
-        self.driver.received(topic, payload, retained=retained)
-
-    def _connected(self, link: int) -> None:
-        assert self.driver is not None
-        self.driver.connected(link)
-
-    def _disconnected(self) -> None:
-        assert self.driver is not None
-        self.driver.disconnected()
 
     def _will(self, link: int) -> bytes:
         assert self.driver is not None

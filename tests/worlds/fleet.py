@@ -16,7 +16,7 @@ from meerkat_mq.engines.toy import QuadraticEngine, toy_mask
 from meerkat_mq.rounds.early_stopping import judgements_of
 from meerkat_mq.rounds.policy import fewest_needed, shares_of, terms_of
 from meerkat_mq.rounds.records import Judgement
-from meerkat_mq.worlds.broker import LinkConditions, Message
+from meerkat_mq.worlds.broker import LinkConditions, VirtualMessage
 from meerkat_mq.worlds.federation import Federation, NodePart
 from tests.rounds.support import settings
 
@@ -29,7 +29,7 @@ def fleet(
     *,
     values: Mapping[str, NodeValuesConfig] | None = None,
     commit_s: float = 0.0,
-    routed: Callable[[Message], None] = lambda message: None,
+    routed: Callable[[VirtualMessage], None] = lambda message: None,
     **changes: Any,
 ) -> Federation:
     """`size` toy nodes n0, n1, … with 4, 5, … rows of their own; `changes` to the settings."""

@@ -9,7 +9,7 @@ import pytest
 from meerkat_mq.core.directions import direction
 from meerkat_mq.wire.frames import decode
 from meerkat_mq.wire.messages import Chunk, Offer
-from meerkat_mq.worlds.broker import Message
+from meerkat_mq.worlds.broker import VirtualMessage
 from meerkat_mq.worlds.federation import Federation
 from tests.worlds.fleet import WEIGHTS, change, check, counted, fleet, heal, run, settle, taken, worsen
 
@@ -38,7 +38,7 @@ def test_a_federation_learns_and_all_arrive_at_the_same_bits(lanes: int, steps: 
 
 
 def test_in_good_weather_a_round_costs_one_update_a_node_and_nothing_is_remarkable() -> None:
-    routed = list[Message]()
+    routed = list[VirtualMessage]()
     federation = fleet(routed=routed.append, count=20)
     federation.start()
     federation.run(1.0)
@@ -210,7 +210,7 @@ def test_many_nodes_and_a_fraction_of_them_a_round() -> None:
 
 
 def test_a_node_that_comes_late_takes_a_snapshot() -> None:
-    routed = list[Message]()
+    routed = list[VirtualMessage]()
     federation = fleet(routed=routed.append, count=100, min_nodes=3, steps=50, snapshot_every=20)
     federation.start_server()
     for name in ("n0", "n1", "n2"):
