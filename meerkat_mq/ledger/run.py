@@ -44,6 +44,18 @@ class Run:
         return split(Header.of(run.run_id, term, 0, run.mask_hash), run.mask_name, self.blob)
 
 
+def mask_keys(mask: Mask, blob: bytes) -> dict[str, Any]:
+    """What a run descriptor says of its mask; `blob` is the mask as it was encoded.
+
+    Raises:
+        TooLarge: more than 256 MiB.
+    """
+    chunks = split(Header.of(bytes(16), 0, 0, mask.hash), mask.hash, blob)
+    keys = {"mask": mask.hash, "fingerprint": mask.fingerprint, "tokenizer": mask.tokenizer_fingerprint}
+    sizes = {"mask_bytes": len(blob), "mask_chunks": len(chunks), "weights": mask.size}
+    return {key: value.hex() for key, value in keys.items()} | sizes
+
+
 def settings_of(run: RunDescriptor, rules: Mapping[str, Any], *, measured: bool = True) -> RoundSettings:
     """What rules a run's rounds: the descriptor says what is fixed, the rules the rest.
 

@@ -11,11 +11,11 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Coefficient, Displacement, Entry, short_hash
 from meerkat_mq.engines.registry import entry_of, own_mask
 from meerkat_mq.errors import ConfigError, within
-from meerkat_mq.ledger.run import Run, max_step_of, settings_of
+from meerkat_mq.ledger.run import Run, mask_keys, max_step_of, settings_of
 from meerkat_mq.rounds.policy import default_lanes
 from meerkat_mq.tasks.load import load_task
 from meerkat_mq.tasks.task import Task
-from meerkat_mq.wire.arrays import encode_mask, split
+from meerkat_mq.wire.arrays import encode_mask
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.frames import encode
 from meerkat_mq.wire.limits import LONGEST_ID, largest_frame, packet_bytes
@@ -37,7 +37,6 @@ def prepare_run(config: ServerConfig, begun: RunDescriptor | None = None) -> Run
     by_default = begun.directions if begun else default_lanes(rounds.min_nodes, rounds.fraction)
     spec = rounds.spec | {"directions": rounds.directions or by_default}
     blob = encode_mask(mask)
-    chunks = split(Header.of(run_id, 0, 0, mask.hash), mask.hash, blob)
     rules = config.kept
     as_begun = begun is None or begun.mask_bytes == len(blob)  # not where another zstd made the chunks that nodes hold
     bounded = begun is None or begun.max_step is not None  # a run that is older than the bound goes on without
@@ -49,13 +48,8 @@ def prepare_run(config: ServerConfig, begun: RunDescriptor | None = None) -> Run
             model=config.model.source if config.model else "",
             task=None if (task := _task(config)) is None else task.describe(),
             dtype=config.dtype,
-            fingerprint=mask.fingerprint.hex(),
-            tokenizer=mask.tokenizer_fingerprint.hex(),
-            mask=mask.hash.hex(),
-            mask_bytes=len(blob),
-            mask_chunks=len(chunks),
             mask_blob=None if as_begun else short_hash(blob).hex(),
-            weights=mask.size,
+            **mask_keys(mask, blob),
             **spec,
             values=config.values.accept,
             max_step=max_step_of(rules, mask) if bounded else None,

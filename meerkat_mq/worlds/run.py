@@ -4,11 +4,10 @@ from functools import lru_cache
 
 from meerkat_mq.config import GuardsConfig, RoundsConfig
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.ledger.run import Run
+from meerkat_mq.ledger.run import Run, mask_keys
 from meerkat_mq.rounds.policy import MAX_STEP, RoundSettings
-from meerkat_mq.wire.arrays import encode_mask, split
+from meerkat_mq.wire.arrays import encode_mask
 from meerkat_mq.wire.descriptor import RunDescriptor
-from meerkat_mq.wire.messages import Header
 
 FEDERATION = "world"
 
@@ -21,7 +20,6 @@ def _blob(mask: Mask) -> bytes:
 def make_run(settings: RoundSettings, mask: Mask) -> Run:
     """What a server and nodes need of a run, by the rules of its rounds."""
     blob = _blob(mask)
-    chunks = split(Header.of(settings.run_id, 0, 0, mask.hash), mask.hash, blob)
     descriptor = RunDescriptor.model_validate(
         {
             "federation": FEDERATION,
@@ -29,12 +27,7 @@ def make_run(settings: RoundSettings, mask: Mask) -> Run:
             "engine": "toy",
             "model": "",
             "dtype": "float32",
-            "fingerprint": mask.fingerprint.hex(),
-            "tokenizer": mask.tokenizer_fingerprint.hex(),
-            "mask": mask.hash.hex(),
-            "mask_bytes": len(blob),
-            "mask_chunks": len(chunks),
-            "weights": mask.size,
+            **mask_keys(mask, blob),
             **settings.spec,
             "values": settings.values.accept,
             "max_step": settings.max_step if settings.max_step < MAX_STEP else None,
