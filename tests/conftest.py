@@ -4,6 +4,8 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any test imports huggingface_hub, which would wait for a hub
+
 import pytest
 import structlog
 from hypothesis import HealthCheck, settings
@@ -97,7 +99,6 @@ def meerkat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a random Llama with two layers."""
-    os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
     from tests.engines import tiny
 

@@ -23,7 +23,7 @@ from meerkat_mq.engines import toy
 from meerkat_mq.engines.protocol import Checks, Chooses, Setup
 from meerkat_mq.errors import ConfigError, MeerkatError, RunMismatch, reason
 from meerkat_mq.extras import Extra, importing
-from meerkat_mq.tasks.data import read_any, usable_rows
+from meerkat_mq.tasks.data import read_rows, usable_rows
 
 Factory = Callable[[Setup], Engine[Any]]
 
@@ -48,7 +48,7 @@ class KnownEngine:
     extra: Extra | None = None
     task: Literal["needed", "optional", "none"] = "optional"
     mask: Callable[[int], Mask] | None = None
-    read: Callable[[Path | str], list[Row]] = read_any
+    read: Callable[[Path | str], list[Row]] = read_rows
 
 
 ENGINES: Final = {

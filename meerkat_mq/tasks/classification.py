@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from meerkat_mq.config import check_config
+from meerkat_mq.config import check_config, read_toml
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.step import Row
 from meerkat_mq.errors import DataError, TaskError, cut, shown, shown_names
@@ -151,78 +152,6 @@ class Classification(BaseModel):
         return TaskDescription.model_validate(self.model_dump(mode="json"))
 
 
-TASKS: dict[str, Classification] = {
-    task.name: task
-    for task in (
-        Classification(
-            name="sst2",
-            fields=("sentence",),
-            template="Review: {sentence}\nIn one word, the film is",
-            label_words=(" terrible", " great"),
-            text="{sentence}",
-            descriptions=("a terrible film", "a great film"),
-            max_tokens=128,
-        ),
-        Classification(
-            name="agnews",
-            fields=("text",),
-            template="{text}\nThe topic of this news item is",
-            label_words=(" world", " sports", " business", " technology"),
-            text="{text}",
-            descriptions=(
-                "international news and politics",
-                "sports news",
-                "business and financial news",
-                "science and technology news",
-            ),
-            max_tokens=64,
-        ),
-        Classification(
-            name="yelp",
-            fields=("text",),
-            template="{text}\nIn one word, the place is",
-            label_words=(" terrible", " great"),
-            text="{text}",
-            descriptions=("a terrible place", "a great place"),
-        ),
-        Classification(
-            name="boolq",
-            fields=("passage", "question"),
-            template="{passage}\nQuestion: {question}?\nAnswer yes or no:",
-            label_words=(" no", " yes"),
-            text="{question}? {passage}",
-            descriptions=("the answer is no", "the answer is yes"),
-            max_tokens=384,
-        ),
-        Classification(
-            name="rte",
-            fields=("premise", "hypothesis"),
-            template="{premise}\nDoes it follow that: {hypothesis}\nAnswer yes or no:",
-            label_words=(" yes", " no"),
-            text="{hypothesis} {premise}",
-            descriptions=("the first statement follows", "the first statement does not follow"),
-        ),
-        Classification(
-            name="wsc",
-            fields=("text", "span1_text", "span2_text"),
-            template='{text}\nDoes "{span2_text}" stand for "{span1_text}" here?\nAnswer yes or no:',
-            label_words=(" no", " yes"),
-            text='"{span2_text}" is "{span1_text}": {text}',
-            descriptions=("two different things", "one and the same thing"),
-        ),
-        Classification(
-            name="wic",
-            fields=("word", "sentence1", "sentence2"),
-            template='{sentence1}\n{sentence2}\nDoes "{word}" mean the same in both sentences?\nAnswer yes or no:',
-            label_words=(" no", " yes"),
-            text="{word}: {sentence1} {sentence2}",
-            descriptions=("two different meanings", "the same meaning"),
-            max_tokens=128,
-        ),
-    )
-}
-
-
 def _with_defaults(table: dict[str, Any], stem: str) -> dict[str, Any]:
     template, words = table.get("template"), table.get("label_words")
     defaults: dict[str, Any] = {"name": stem}
@@ -282,3 +211,9 @@ def _named(template: str) -> list[str]:
 def fill(template: str, row: Mapping[str, Any]) -> str:
     """Put a row's fields into a template; braces around anything else stay as they are: a task's are checked before."""
     return _PLACEHOLDER.sub(lambda match: str(row[match[1]]) if match[1] in row else match[0], template)
+
+
+TASKS = {
+    name: Classification.from_table(table, name, name)
+    for name, table in read_toml(Path(__file__).with_name("built_in.toml")).items()
+}

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -13,8 +13,6 @@ from meerkat_mq.errors import ConfigError
 from meerkat_mq.tasks import data as files
 from meerkat_mq.tasks.load import load_task
 from meerkat_mq.tasks.sources import named_source
-
-Split = Literal["iid", "dirichlet", "one-label"]
 
 
 @contextmanager
@@ -35,7 +33,7 @@ def partition(
     out: Annotated[Path, typer.Option(help="Folder for node-0.jsonl, node-1.jsonl, …")],
     nodes: Annotated[int, typer.Option(help="How many shards.")],
     task: Annotated[str, typer.Option(help="Built-in task or a task's TOML file.")],
-    split: Annotated[Split, typer.Option(help="How labels are spread.")] = "dirichlet",
+    split: Annotated[files.Division, typer.Option(help="How labels are spread.")] = "dirichlet",
     alpha: Annotated[float, typer.Option(help="Of the Dirichlet distribution; smaller is more skewed.")] = 0.5,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same shards.")] = 0,
 ) -> None:

@@ -17,12 +17,12 @@ from meerkat_mq.tasks.sources import (
     SUFFIXES,
     FileRow,
     data_files,
+    is_plain,
     paragraphs,
     place_of,
     read_content,
     records,
     rows_within,
-    shape_of,
 )
 from meerkat_mq.tasks.task import Task
 
@@ -34,31 +34,23 @@ Division = Literal["iid", "dirichlet", "one-label"]
 ClassOf = Callable[[Row], int]
 
 
-def read_rows(source: Path | str, task: Task) -> list[Row]:
+def read_rows(source: Path | str, task: Task | None = None) -> list[Row]:
     """Read rows, each checked by the task.
 
     Args:
         source: a file of JSON lines, one object a line, or of one JSON array of objects; a CSV or TSV file with a
             header row, its name ending in .csv or .tsv; any of these gzipped; a folder of such files, by name; or
             `hf:<folder or hub id>[,<config>]:<split>`, for the `datasets` library. Blank lines are skipped.
-        task: what a row must have.
+        task: what a row must have; None: whatever its fields are.
 
     Raises:
         DataError: names the file, the line and what is wrong with it.
     """
-    rows = [task.checked(row) for row in records(source, task.columns, task.integers)]
-    if not rows:
-        raise no_rows(source, "give a JSONL file with one object a line")
-    return rows
-
-
-def read_any(source: Path | str) -> list[Row]:
-    """Rows as they stand there, of a run without a task: whatever their fields are.
-
-    Raises:
-        DataError: names the file, the line and what is wrong with it.
-    """
-    rows: list[Row] = list(records(source, None))
+    rows: list[Row]
+    if task is None:
+        rows = list(records(source, None))
+    else:
+        rows = [task.checked(row) for row in records(source, task.columns, task.integers)]
     if not rows:
         raise no_rows(source, "give a JSONL file with one object a line")
     return rows
@@ -91,10 +83,9 @@ def read_texts(source: Path | str, field: str = "text") -> list[str]:
 
 def _texts_within(file: Path, field: str) -> list[str]:
     content = read_content(file)
-    shape = shape_of(file, content)
-    if shape == "text":
+    if is_plain(file, content):
         return paragraphs(file, content)
-    return [text_of(row, field) for row in rows_within(file, content, shape)]
+    return [text_of(row, field) for row in rows_within(file, content)]
 
 
 def text_of(row: FileRow, field: str) -> str:

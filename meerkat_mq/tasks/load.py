@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from pydantic import ValidationError
 
@@ -13,22 +13,7 @@ from meerkat_mq.tasks.classification import TASKS, Classification
 from meerkat_mq.tasks.task import Task
 from meerkat_mq.wire.descriptor import TaskDescription
 
-
-class Kind(Protocol):
-    """A kind of task: its class."""
-
-    def from_table(self, table: dict[str, Any], stem: str, where: str) -> Task:
-        """A task from a TOML file's table.
-
-        Raises:
-            ConfigError, TaskError: a key is wrong; names it.
-        """
-
-    def model_validate_json(self, json_data: bytes, *, strict: bool | None = None) -> Task:
-        """A task from its description; pydantic's."""
-
-
-KINDS: Final[dict[str, Kind]] = {kind.kind: kind for kind in (Classification,)}
+KINDS: Final[dict[str, Any]] = {Classification.kind: Classification}
 
 
 def load_task(source: str | Path) -> Task:
@@ -50,10 +35,11 @@ def load_task(source: str | Path) -> Task:
         kind = table.pop("kind", Classification.kind)
         if kind not in list(KINDS):
             raise TaskError(f"{name}: kind", f"{shown(kind)} is unknown", f"use one of {', '.join(KINDS)}")
-        return KINDS[kind].from_table(table, path.stem, name)
+        task: Task = KINDS[kind].from_table(table, path.stem, name)
     except ConfigError as error:
         remedy = "see docs/tasks.md" if error.remedy == SEE else error.remedy
         raise TaskError(error.where, error.problem, remedy) from error
+    return task
 
 
 def task_of(description: TaskDescription) -> Task:
@@ -67,8 +53,9 @@ def task_of(description: TaskDescription) -> Task:
     if kind not in list(KINDS):
         raise BadValue("RunDescriptor.task.kind", f"{shown(kind)} is none that this version has")
     try:
-        return KINDS[kind].model_validate_json(json.dumps(table).encode(), strict=True)
+        task: Task = KINDS[kind].model_validate_json(json.dumps(table).encode(), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in ("RunDescriptor.task", *first["loc"]))[:100]
         raise BadValue(ascii(place)[1:-1], first["msg"]) from error
+    return task

@@ -9,7 +9,7 @@ import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from meerkat_mq.config import HUB_DATA
 from meerkat_mq.errors import DataError, reason, shown, shown_names
@@ -24,8 +24,6 @@ MOST_UNPACKED = 2**30  # bytes of a gzip file's content
 _GZIP = b"\x1f\x8b"
 _JSON = re.compile(r'\s*(\{\s*["}]|\[\s*[{"\]])')
 _INTEGER = re.compile(r"-?\d{1,20}")
-
-Shape = Literal["table", "json", "text"]
 
 
 class FileRow(dict[str, Any]):
@@ -96,22 +94,17 @@ def records(source: Path | str, columns: Sequence[str] | None, integers: str | N
         yield from _hub_records(source, columns)
         return
     for file in data_files(source):
-        content = read_content(file)
-        shape = shape_of(file, content)
-        yield from rows_within(file, content, "json" if shape == "text" else shape, integers)
+        yield from rows_within(file, read_content(file), integers)
 
 
-def shape_of(path: Path, content: str) -> Shape:
-    """What a file holds: tables and JSON by the ending of their name; else JSON where it begins like JSON."""
-    suffix = _suffix(path)
-    if suffix in DELIMITERS:
-        return "table"
-    return "json" if suffix in SUFFIXES or _JSON.match(content) else "text"
+def is_plain(path: Path, content: str) -> bool:
+    """Whether a file is plain text: by its name it holds no rows, and it does not begin like JSON."""
+    return _suffix(path) not in SUFFIXES and not _JSON.match(content)
 
 
-def rows_within(path: Path, content: str, shape: Shape, integers: str | None = None) -> Iterator[FileRow]:
+def rows_within(path: Path, content: str, integers: str | None = None) -> Iterator[FileRow]:
     """The rows of a file whose content was read already."""
-    if shape == "table":
+    if _suffix(path) in DELIMITERS:
         return _table_rows(path, content, integers)
     return _array_rows(path, content) if content.lstrip().startswith("[") else _line_rows(path, content)
 
@@ -134,22 +127,17 @@ def _table_rows(path: Path, content: str, integers: str | None) -> Iterator[File
             continue
         if header is None:
             header = values
-            _refuse_doubles(header, where)
+            twice = next((name for name in header if name and header.count(name) > 1), None)
+            if twice is not None:
+                problem = f"has {header.count(twice)} columns {shown(twice)}"
+                raise DataError(where, problem, "rename or remove all but one")
         elif len(values) != len(header):
             raise DataError(where, f"has {len(values)} columns, the header {len(header)}", "quote text with commas")
         else:
-            yield FileRow(_with_integer(dict(zip(header, values, strict=True)), integers), where)
-
-
-def _refuse_doubles(header: list[str], where: str) -> None:
-    twice = next((name for name in header if name and header.count(name) > 1), None)
-    if twice is not None:
-        raise DataError(where, f"has {header.count(twice)} columns {shown(twice)}", "rename or remove all but one")
-
-
-def _with_integer(row: dict[str, Any], column: str | None) -> dict[str, Any]:
-    value = row.get(column, "").strip() if column is not None else ""
-    return {**row, column: int(value)} if column is not None and _INTEGER.fullmatch(value) else row
+            row: dict[str, Any] = dict(zip(header, values, strict=True))
+            if integers in row and _INTEGER.fullmatch(row[integers].strip()):
+                row[integers] = int(row[integers])
+            yield FileRow(row, where)
 
 
 def _array_rows(path: Path, content: str) -> Iterator[FileRow]:
@@ -179,7 +167,7 @@ def _line_rows(path: Path, content: str) -> Iterator[FileRow]:
 
 def _remedy(path: Path, content: str) -> str:
     """What helps a line that is not JSON."""
-    if shape_of(path, content) == "text":
+    if is_plain(path, content):
         return f"rows are JSON lines, a JSON array, or a table whose name ends in {' or '.join(DELIMITERS)}"
     try:
         whole = _parsed(content)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
 
-from meerkat_mq.engines.torch.load import LoadedModel, linear_matrices, load_model, tokenizer_fingerprint
-from meerkat_mq.engines.torch.probes import PROBES
+from meerkat_mq.engines.torch.load import LoadedModel, linear_layers, load_model, tokenizer_fingerprint
+from meerkat_mq.engines.torch.tokenizer_trial import PROBES
 from meerkat_mq.errors import ModelError, ModelNotFound, UnsupportedModel
 from tests.engines import tiny
 
@@ -193,18 +193,18 @@ def test_matrices_of_llama(load: Load) -> None:
     projections = ["mlp.down_proj", "mlp.gate_proj", "mlp.up_proj"]
     projections += [f"self_attn.{name}_proj" for name in "koqv"]
     expected = [f"model.layers.{layer}.{name}.weight" for layer in range(2) for name in projections]
-    assert linear_matrices(load("llama").model) == expected
+    assert list(linear_layers(load("llama").model)) == expected
 
 
 def test_matrices_of_gpt2_are_conv1d(load: Load) -> None:
     model = load("gpt2").model
     names = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
-    assert linear_matrices(model) == [f"transformer.h.{i}.{name}.weight" for i in range(2) for name in names]
-    assert set(linear_matrices(model)) <= dict(model.named_parameters()).keys()
+    assert list(linear_layers(model)) == [f"transformer.h.{i}.{name}.weight" for i in range(2) for name in names]
+    assert set(linear_layers(model)) <= dict(model.named_parameters()).keys()
 
 
 def test_matrices_of_bert_leave_the_pooler_out(load: Load) -> None:
-    names = linear_matrices(load("bert").model)
+    names = list(linear_layers(load("bert").model))
     assert len(names) == 12
     assert all(name.startswith("encoder.layer.") for name in names)
     assert not any("LayerNorm" in name or name.endswith("bias") for name in names)
@@ -216,7 +216,7 @@ def test_fused_experts_are_refused() -> None:
         num_key_value_heads=2, num_local_experts=2,
     )  # fmt: skip
     with pytest.raises(UnsupportedModel, match=r"experts\.gate_up_proj: fused 3-D experts are not supported"):
-        linear_matrices(MixtralForCausalLM(config))
+        linear_layers(MixtralForCausalLM(config))
 
 
 def test_quantised_weights_are_refused(load: Load) -> None:
@@ -224,7 +224,7 @@ def test_quantised_weights_are_refused(load: Load) -> None:
     weight = model.model.layers[0].mlp.up_proj.weight
     model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(weight.to(torch.uint8), requires_grad=False)
     with pytest.raises(UnsupportedModel, match=r"layers\.0\.mlp\.up_proj\.weight: is quantised"):
-        linear_matrices(model)
+        linear_layers(model)
 
 
 def test_model_without_blocks_is_refused() -> None:
@@ -237,7 +237,7 @@ def test_model_without_blocks_is_refused() -> None:
             return None
 
     with pytest.raises(UnsupportedModel, match="Flat: has no linear layers in repeated blocks"):
-        linear_matrices(Flat())
+        linear_layers(Flat())
 
 
 @pytest.mark.real
@@ -245,11 +245,11 @@ def test_real_stories(stories: Path) -> None:
     loaded = load_model(stories)
     assert loaded.kind == "causal"
     assert loaded.max_tokens == 512
-    assert len(linear_matrices(loaded.model)) == 35
+    assert len(linear_layers(loaded.model)) == 35
 
 
 @pytest.mark.real
 def test_real_minilm(minilm: Path) -> None:
     loaded = load_model(minilm)
     weights = dict(loaded.model.named_parameters())
-    assert sum(weights[name].numel() // 1000 for name in linear_matrices(loaded.model)) == 10_596
+    assert sum(weights[name].numel() // 1000 for name in linear_layers(loaded.model)) == 10_596

@@ -1,10 +1,10 @@
 """A process that looks at damaged model folders, and reports on each: memory, processor time and files are watched.
 
-    python -m tests.fuzz.look_at_models ROOT KIND START STOP
+    echo KIND START STOP | python -m tests.fuzz.look_at_models ROOT
 
-Writes a JSON line before and after each mutant to stdout. What a library prints, warns of or panics with is a fault,
-and so are files that were changed or opened elsewhere, connections and processes. It ends by a signal where a mutant
-takes the process down, or more than a limit.
+Each line of stdin is an order. Writes a JSON line before and after each mutant to stdout, and {} after each order. What
+a library prints, warns of or panics with is a fault, and so are files that were changed or opened elsewhere,
+connections and processes. It ends by a signal where a mutant takes the process down, or more than a limit.
 """
 
 import json
@@ -159,7 +159,7 @@ def look(mutant: Mutant, watch: Watch, out: Path) -> Report:
     return report
 
 
-def main(root: Path, kind: str, start: int, stop: int) -> None:
+def main(root: Path) -> None:
     lines = os.fdopen(os.dup(1), "w", buffering=1)
     printed = root.with_name("printed.txt")
     with printed.open("ab", buffering=0) as stream:
@@ -175,11 +175,14 @@ def main(root: Path, kind: str, start: int, stop: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, held + MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     watch = Watch(root, printed)
-    for number in range(start, stop):
-        mutant = make_mutant(kind, good, work, number)
-        lines.write(json.dumps({"begun": number}) + "\n")
-        lines.write(json.dumps(asdict(look(mutant, watch, root / "out"))) + "\n")
+    for order in sys.stdin:
+        kind, start, stop = order.split()
+        for number in range(int(start), int(stop)):
+            mutant = make_mutant(kind, good, work, number)
+            lines.write(json.dumps({"begun": number}) + "\n")
+            lines.write(json.dumps(asdict(look(mutant, watch, root / "out"))) + "\n")
+        lines.write("{}\n")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    main(Path(sys.argv[1]))

@@ -1,8 +1,6 @@
-"""The `datasets` library works in a folder of its own, and never on the network."""
+"""The `datasets` library works in a folder of its own."""
 
 import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
 
 import pytest
 

@@ -195,7 +195,8 @@ def _place(file: Path, table: Json, build: Callable[[Json], Any], said: str) -> 
     """The file, and the key that is wrong: the library names it, or without it all is well."""
     key = key_of(said, table)
     if key is None:
-        others = [key for key in table if key != "model_type"][:_MOST_TRIED]
+        likely = sorted(table, key=lambda key: -table[key] if type(table[key]) is int else 0)  # a number without end
+        others = [key for key in likely if key != "model_type"][:_MOST_TRIED]
         key = next((key for key in others if _works(build, {k: v for k, v in table.items() if k != key})), None)
     return f"{file}: {cut(key)}" if key else str(file)
 

@@ -19,7 +19,7 @@ from meerkat_mq.engines.torch.folder import CONFIG, find_folder
 from meerkat_mq.engines.torch.in_words import in_words
 from meerkat_mq.engines.torch.kinds import Kind, class_of, kind_of, read_config, skeleton
 from meerkat_mq.engines.torch.names import Names, names_of
-from meerkat_mq.engines.torch.probes import PROBES
+from meerkat_mq.engines.torch.tokenizer_trial import PROBES
 from meerkat_mq.engines.torch.tokens import (
     added_around,
     check_ids,
@@ -246,11 +246,6 @@ def linear_layers(model: Any) -> dict[str, nn.Linear]:
     if not layers:
         raise UnsupportedModel(type(model).__name__, "has no linear layers in repeated blocks", "use a transformer")
     return dict(sorted(layers.items(), key=lambda item: item[0].encode()))
-
-
-def linear_matrices(model: Any) -> list[str]:
-    """Names of the maskable matrices: the keys of `linear_layers`."""
-    return list(linear_layers(model))
 
 
 def all_weights(model: Any) -> dict[str, nn.Parameter]:

@@ -18,8 +18,8 @@ from meerkat_mq.engines.torch.export import exported_files
 from meerkat_mq.engines.torch.folder import find_folder
 from meerkat_mq.engines.torch.load import LoadedModel, load_model
 from meerkat_mq.engines.torch.names import FLOATS, stored_copies
-from meerkat_mq.engines.torch.probes import PROBES
 from meerkat_mq.engines.torch.scoring import mean_loss, scorer_for
+from meerkat_mq.engines.torch.tokenizer_trial import PROBES
 from meerkat_mq.errors import ModelMismatch
 from meerkat_mq.tasks.task import Task
 

@@ -15,8 +15,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from meerkat_mq.engines.torch.probes import PROBES
 from meerkat_mq.errors import ModelError, reason, shown
+
+# The 64 strings whose token ids identify a tokenizer. Normative: changing one changes every fingerprint.
+PROBES: tuple[str, ...] = tuple(json.loads(Path(__file__).with_name("probes.json").read_text(encoding="utf-8")))
 
 TOKEN_KEYS = frozenset({"content", "single_word", "lstrip", "rstrip", "normalized", "special"})
 

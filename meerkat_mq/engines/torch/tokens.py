@@ -13,8 +13,7 @@ import transformers
 from meerkat_mq.engines.torch.folder import CONFIG, TOKENIZER, TOKENIZER_CONFIG, Json, place_in, read_json, walk
 from meerkat_mq.engines.torch.in_words import in_words, key_of
 from meerkat_mq.engines.torch.kinds import Kind
-from meerkat_mq.engines.torch.probes import PROBES
-from meerkat_mq.engines.torch.tokenizer_trial import TOKEN_KEYS, try_tokenizer
+from meerkat_mq.engines.torch.tokenizer_trial import PROBES, TOKEN_KEYS, try_tokenizer
 from meerkat_mq.errors import ModelError, shown
 
 _FEWEST = 8  # tokens: what a text that says anything needs
