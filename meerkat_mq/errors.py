@@ -54,6 +54,11 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
+def printable_lines(text: str) -> str:
+    """The same, of text that may have several lines."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def cut(text: str, most: int = VALUE_SHOWN) -> str:
     """A name or a message for an error, cut short."""
     return text if len(text) <= most else f"{text[:most]}…"

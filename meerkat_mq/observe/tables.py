@@ -1,14 +1,15 @@
 """What people read of a ledger as tables and lines."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from meerkat_mq.core.metrics import meaning
-from meerkat_mq.errors import printable
-from meerkat_mq.ledger.shown import NodeShown, RebuiltShown, RoundShown, RunShown, StepShown, UpdateShown
+from meerkat_mq.errors import printable, printable_lines
+from meerkat_mq.ledger.shown import NodeShown, RebuiltShown, RoundShown, RunShown, StepShown, TermShown, UpdateShown
 from meerkat_mq.observe.figures import DASH, duration, human_bytes, percent, points
 from meerkat_mq.observe.fitting import Column, FittingTable
 
@@ -59,12 +60,9 @@ def status_table(run: RunShown) -> RenderableType:
     )
     warning = [Text(printable(run.warning), style="bold red")] if run.warning else []
     if not run.nodes:
-        return Group(*warning, figures, _text("\nno node was seen yet"))
-    more = [_text(f"… and {len(run.nodes) - MOST_SHOWN:,} more")] if len(run.nodes) > MOST_SHOWN else []
-    measured = any(node.gradip is not None for node in run.nodes)
-    judged = any(node.judged is not None for node in run.nodes)
-    long_ago = DASH if run.finished else "many"
-    table = _node_table(run.nodes[:MOST_SHOWN], long_ago, measured=measured, judged=judged)
+        return Group(*warning, figures, Text("\nno node was seen yet"))
+    more = [Text(f"… and {len(run.nodes) - MOST_SHOWN:,} more")] if len(run.nodes) > MOST_SHOWN else []
+    table = _node_table(run.nodes[:MOST_SHOWN], DASH if run.finished else "many")
     return Group(*warning, figures, Text(), table, *more, *_counted(run))
 
 
@@ -106,41 +104,29 @@ def _running(run: RunShown) -> str:
     return "running" if run.running else "not running"
 
 
-def _node_table(nodes: Iterable[NodeShown], long_ago: str, *, measured: bool, judged: bool) -> FittingTable:
+def _node_table(nodes: Sequence[NodeShown], long_ago: str) -> FittingTable[NodeShown]:
     """`long_ago`: how far a node is behind that gave nothing lately."""
-    table = FittingTable(
-        [
-            Column("node", words=True),
-            Column("slot", right=True, drop=1),
-            Column("status", words=True),
-            Column("seen"),
-            Column("rows", right=True, drop=3),
-            Column("updates", right=True),
-            Column("bytes", right=True),
-            Column("behind", right=True),
-            Column("verdict", words=True),
-            *([Column("GradIP", right=True, drop=2)] if measured else []),
-            *([Column("virtual path", words=True)] if judged else []),
-        ]
-    )
-    for node in nodes:
-        verdict = f"flagged: {node.flagged}" if node.flagged else node.verdict
-        verdict += f", displacement of {human_bytes(node.displacement)}" if node.displacement else ""
-        table.add(
-            node.node,
-            DASH if node.slot is None else f"{node.slot}",
-            node.status or "never",
-            _ago(node.seen_s),
-            f"{node.rows:,}",
-            f"{node.updates:,}",
-            human_bytes(node.packet_bytes),
-            long_ago if node.behind is None else f"{node.behind:,}",
-            verdict or DASH,
-            *([_number(node.gradip)] if measured else []),
-            *([_judgement(node)] if judged else []),
-            style="bold red" if node.flagged else None,
-        )
-    return table
+    measured = any(node.gradip is not None for node in nodes)
+    judged = any(node.judged is not None for node in nodes)
+    columns: list[Column[NodeShown]] = [
+        Column("node", lambda node: node.node, words=True),
+        Column("slot", lambda node: DASH if node.slot is None else f"{node.slot}", drop=1),
+        Column("status", lambda node: node.status or "never", words=True),
+        Column("seen", lambda node: _ago(node.seen_s), left=True),
+        Column("rows", lambda node: f"{node.rows:,}", drop=3),
+        Column("updates", lambda node: f"{node.updates:,}"),
+        Column("bytes", lambda node: human_bytes(node.packet_bytes)),
+        Column("behind", lambda node: long_ago if node.behind is None else f"{node.behind:,}"),
+        Column("verdict", _verdict, words=True),
+        Column("GradIP", lambda node: _number(node.gradip), drop=2, shown=measured),
+        Column("virtual path", _judgement, words=True, shown=judged),
+    ]
+    return FittingTable(columns, nodes, style=lambda node: "bold red" if node.flagged else None)
+
+
+def _verdict(node: NodeShown) -> str:
+    verdict = f"flagged: {node.flagged}" if node.flagged else node.verdict
+    return verdict + (f", displacement of {human_bytes(node.displacement)}" if node.displacement else "") or DASH
 
 
 def _judgement(node: NodeShown) -> str:
@@ -156,44 +142,28 @@ def _judgement(node: NodeShown) -> str:
 # --- ledger ---
 
 
-def round_table(rounds: Iterable[RoundShown]) -> FittingTable:
+def round_table(rounds: Iterable[RoundShown]) -> FittingTable[RoundShown]:
     """A line a round; of a buffered run with the ages of the newest and the oldest update."""
     rounds = list(rounds)
     buffered = any(shown.buffer for shown in rounds)
-    table = FittingTable(
-        [
-            Column("round", right=True),
-            Column("term", right=True, drop=1),
-            Column("closed"),
-            Column("asked", right=True, drop=4),
-            Column("accepted", right=True),
-            Column("refused", right=True),
-            Column("by", words=True),
-            *([Column("age", right=True)] if buffered else []),
-            Column("terms", right=True, drop=2),
-            Column("loss", right=True),
-            Column("digest", drop=3),
-        ]
-    )
-    for shown in rounds:
-        table.add(
-            f"{shown.round:,}",
-            f"{shown.term:,}",
-            _clock(shown.closed),
-            f"{shown.asked:,}",
-            f"{shown.accepted:,}",
-            f"{len(shown.updates) - shown.accepted:,}",
-            "deadline" if shown.overdue else "buffer full" if shown.full else "all updates",
-            *([_ages(*shown.ages)] if buffered else []),
-            f"{len(shown.terms):,}",
-            _number(shown.loss),
-            shown.digest[:SHORT] or DASH,
-        )
-    return table
+    columns: list[Column[RoundShown]] = [
+        Column("round", lambda shown: f"{shown.round:,}"),
+        Column("term", lambda shown: f"{shown.term:,}", drop=1),
+        Column("closed", lambda shown: _clock(shown.closed), left=True),
+        Column("asked", lambda shown: f"{shown.asked:,}", drop=4),
+        Column("accepted", lambda shown: f"{shown.accepted:,}"),
+        Column("refused", lambda shown: f"{len(shown.updates) - shown.accepted:,}"),
+        Column("by", _closed_by, words=True),
+        Column("age", lambda shown: "–".join(f"{age}" for age in sorted(set(shown.ages))), shown=buffered),
+        Column("terms", lambda shown: f"{len(shown.terms):,}", drop=2),
+        Column("loss", lambda shown: _number(shown.loss)),
+        Column("digest", lambda shown: shown.digest[:SHORT] or DASH, left=True, drop=3),
+    ]
+    return FittingTable(columns, rounds)
 
 
-def _ages(newest: int, oldest: int) -> str:
-    return f"{newest}" if newest == oldest else f"{newest}–{oldest}"
+def _closed_by(shown: RoundShown) -> str:
+    return "deadline" if shown.overdue else "buffer full" if shown.full else "all updates"
 
 
 def round_pages(rounds: Iterable[RoundShown]) -> RenderableType:
@@ -213,75 +183,75 @@ def _round_page(shown: RoundShown) -> RenderableType:
         ("previous", shown.previous),
         ("hash", shown.hash),
     )
-    aged = any(term.age for term in shown.terms)
-    heads = [*(["age"] if aged else []), "lane", "step", "seed", "coefficient"]
-    terms = FittingTable([Column(head, right=head != "seed") for head in heads])
-    for term in shown.terms:
-        age = [f"{term.age}"] if aged else []
-        terms.add(*age, f"{term.lane}", f"{term.step}", term.seed, f"{term.coefficient:.9g}")
-    return Group(figures, Text(), terms, Text(), path_table(shown.updates, by_node=True))
+    columns: list[Column[TermShown]] = [
+        Column("age", lambda term: f"{term.age}", shown=any(term.age for term in shown.terms)),
+        Column("lane", lambda term: f"{term.lane}"),
+        Column("step", lambda term: f"{term.step}"),
+        Column("seed", lambda term: term.seed, left=True),
+        Column("coefficient", lambda term: f"{term.coefficient:.9g}"),
+    ]
+    return Group(figures, Text(), FittingTable(columns, shown.terms), Text(), path_table(shown.updates, by_node=True))
 
 
 def _displacement(shown: RoundShown | UpdateShown) -> str:
     return f"{shown.displacement}, {human_bytes(shown.size)}"
 
 
-def path_table(updates: Iterable[UpdateShown], *, by_node: bool = False) -> FittingTable:
+class _Step(NamedTuple):
+    """A local step of an update, or its displacement."""
+
+    of: UpdateShown
+    number: int
+    seed: str
+    g: str
+
+
+def _steps(update: UpdateShown) -> Iterator[_Step]:
+    if update.displacement:
+        yield _Step(update, 0, f"displacement {_displacement(update)}", DASH)
+    for number, (seed, scalar) in enumerate(zip(update.seeds, update.scalars, strict=True)):
+        yield _Step(update, number, seed, f"{scalar:.9g}")
+
+
+def path_table(updates: Iterable[UpdateShown], *, by_node: bool = False) -> FittingTable[_Step]:
     """Updates, a line a local step or displacement: of one node over the rounds, or `by_node` of one round."""
     updates = list(updates)
-    aged = any(update.age for update in updates)
-    first = [Column("node", words=True), Column("slot", right=True, drop=2)]
-    table = FittingTable(
-        [
-            *(first if by_node else [Column("round", right=True)]),
-            Column("boot", right=True, drop=1),
-            *([Column("age", right=True)] if aged else []),
-            Column("weight", right=True, drop=3),
-            Column("lane", right=True, drop=4),
-            Column("step", right=True),
-            Column("seed", words=any(update.displacement for update in updates)),
-            Column("g", right=True),
-            Column("loss", right=True),
-            Column("verdict", words=True),
-        ]
-    )
-    for update in updates:
-        head = [update.node, f"{update.slot}"] if by_node else [f"{update.round:,}"]
-        head += [f"{update.boot}", *([f"{update.age}"] if aged else []), f"{update.weight:,}"]
-        verdict = [f"{update.loss:.5g}", update.verdict]
-        if update.displacement:
-            table.add(*head, DASH, DASH, f"displacement {_displacement(update)}", DASH, *verdict)
-        for step, (seed, scalar) in enumerate(zip(update.seeds, update.scalars, strict=True)):
-            whole = [f"{update.lane}", f"{step}", seed, f"{scalar:.9g}"]
-            table.add(*head, *whole, *(verdict if step == 0 else ["", ""]))
-    return table
-
-
-def step_table(steps: Sequence[StepShown], *, head: bool = True) -> FittingTable:
-    """A line a projected gradient; where there are many, page by page, the first with a head."""
-    columns = [
-        Column("round", right=True, least=6),
-        Column("node", words=True, least=16),
-        Column("lane", right=True, least=4, drop=1),
-        Column("step", right=True, least=4),
-        Column("seed", least=16, drop=2),
-        Column("g", right=True, least=15),
-        Column("GradIP", right=True, least=15),
-        *([Column("distance", right=True, least=15)] if isinstance(steps[0], RebuiltShown) else []),
+    sparse = any(update.displacement for update in updates)
+    columns: list[Column[_Step]] = [
+        Column("node", lambda step: step.of.node, words=True, shown=by_node),
+        Column("slot", lambda step: f"{step.of.slot}", drop=2, shown=by_node),
+        Column("round", lambda step: f"{step.of.round:,}", shown=not by_node),
+        Column("boot", lambda step: f"{step.of.boot}", drop=1),
+        Column("age", lambda step: f"{step.of.age}", shown=any(update.age for update in updates)),
+        Column("weight", lambda step: f"{step.of.weight:,}", drop=3),
+        Column("lane", lambda step: DASH if step.of.displacement else f"{step.of.lane}", drop=4),
+        Column("step", lambda step: DASH if step.of.displacement else f"{step.number}"),
+        Column("seed", lambda step: step.seed, left=True, words=sparse),
+        Column("g", lambda step: step.g),
+        Column("loss", lambda step: "" if step.number else f"{step.of.loss:.5g}"),
+        Column("verdict", lambda step: "" if step.number else step.of.verdict, words=True),
     ]
-    table = FittingTable(columns, show_header=head)
-    for step in steps:
-        table.add(
-            f"{step.round}",
-            step.node,
-            f"{step.lane}",
-            f"{step.step}",
-            step.seed,
-            f"{step.g:.9g}",
-            DASH if step.gradip is None else f"{step.gradip:.9g}",
-            *([f"{step.distance:.9g}"] if isinstance(step, RebuiltShown) else []),
-        )
-    return table
+    return FittingTable(columns, [step for update in updates for step in _steps(update)])
+
+
+def step_table(steps: Sequence[StepShown], *, head: bool = True) -> FittingTable[StepShown]:
+    """A line a projected gradient; where there are many, page by page, the first with a head."""
+    columns: list[Column[StepShown]] = [
+        Column("round", lambda step: f"{step.round}", least=6),
+        Column("node", lambda step: step.node, words=True, least=16),
+        Column("lane", lambda step: f"{step.lane}", least=4, drop=1),
+        Column("step", lambda step: f"{step.step}", least=4),
+        Column("seed", lambda step: step.seed, left=True, least=16, drop=2),
+        Column("g", lambda step: f"{step.g:.9g}", least=15),
+        Column("GradIP", lambda step: DASH if step.gradip is None else f"{step.gradip:.9g}", least=15),
+    ]
+    if isinstance(steps[0], RebuiltShown):
+        columns.append(Column("distance", _distance, least=15))
+    return FittingTable(columns, steps, show_header=head)
+
+
+def _distance(step: StepShown) -> str:
+    return f"{step.distance:.9g}" if isinstance(step, RebuiltShown) else DASH
 
 
 # --- cells ---
@@ -293,12 +263,8 @@ def _pairs(*pairs: tuple[str, str]) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for label, text in pairs:
-        table.add_row(label, _text(text))
+        table.add_row(label, Text(printable_lines(text)))
     return table
-
-
-def _text(text: str) -> Text:
-    return Text("\n".join(map(printable, text.split("\n"))))
 
 
 def _number(value: float | None) -> str:
