@@ -6,7 +6,7 @@ from typing import Final
 
 from meerkat_mq.core.metrics import meaning
 from meerkat_mq.observe import charts, summary
-from meerkat_mq.observe.figures import DASH, human_bytes, smoothed
+from meerkat_mq.observe.figures import human_bytes, smoothed
 from meerkat_mq.observe.layout import pairs, section, table
 from meerkat_mq.observe.markup import Markup, tag
 from meerkat_mq.observe.report import NodeReport, Report
@@ -23,7 +23,7 @@ def gradip_card(report: Report) -> Markup:
         content = [*_gradip_chart(report), _judgements(report)]
         return section("GradIP: ⟨pre-training gradient, local step⟩", *content, note=_what_to_see(report))
     if report.early_stopping.by != "off":
-        return section("Early stopping", _judgements(report), note=_early_stopping(report))
+        return section("Early stopping", _judgements(report), note=summary.early_stopping_line(report))
     return Markup()
 
 
@@ -83,20 +83,7 @@ def _what_to_see(report: Report) -> str:
             "Calibration is grey, early-stopped nodes are dashed.",
             "A new round starts from the common weights, so there a line that sank is up again.",
         ]
-    return " ".join([*sentences, _early_stopping(report)])
-
-
-def _early_stopping(report: Report) -> str:
-    config, stopped = report.early_stopping, len(report.early_stopped)
-    if config.by == "off":
-        return ""
-    if report.descriptor.local_steps <= config.steps:
-        return summary.unchanged_line(report.descriptor.local_steps, config)
-    if not report.judgements:
-        return "No calibration round has closed yet."
-    steps = f"{config.steps} local {'step' if config.steps == 1 else 'steps'}"
-    instead = f"{steps} a round instead of {report.descriptor.local_steps:,}"
-    return f"{stopped} of {len(report.judgements)} nodes early-stopped: {instead}."
+    return " ".join([*sentences, summary.early_stopping_line(report)])
 
 
 def _judgements(report: Report) -> Markup:
@@ -178,38 +165,11 @@ def _parts(report: Report, node: NodeReport) -> list[tuple[str, float]]:
 
 
 def nodes_card(report: Report) -> Markup:
-    """A line a node; columns of which nothing is known are left out."""
+    """A line a node."""
     if not report.nodes:
         return section("Nodes", note="No node was seen yet.")
-    columns = {
-        "rows": {name: _count(node.rows) for name, node in report.nodes.items()},
-        "updates": {name: _count(node.updates) for name, node in report.nodes.items()},
-        "sent": {name: _size(node.sent_bytes) for name, node in report.nodes.items()},
-        "received": {name: _size(node.received_bytes) for name, node in report.nodes.items()},
-        "peak memory": {name: _memory(node.peak_rss_mib) for name, node in report.nodes.items()},
-        "weights": {name: summary.verdict(report, node) for name, node in report.nodes.items()},
-    }
-    known = {
-        head: cells for head, cells in columns.items() if any(not cell.startswith(DASH) for cell in cells.values())
-    }
-    rows = ([name, *(cells[name] for cells in known.values())] for name in report.nodes)
-    return section("Nodes", table(["node", *known], rows), note=_sentence(summary.digest_line(report)))
-
-
-def _sentence(line: str) -> str:
-    return f"{line[:1].upper()}{line[1:]}." if line else ""
-
-
-def _count(number: int | None) -> str:
-    return DASH if number is None else f"{number:,}"
-
-
-def _size(size: int | None) -> str:
-    return DASH if size is None else human_bytes(size)
-
-
-def _memory(mib: float | None) -> str:
-    return DASH if mib is None else f"{mib:,.0f} MiB"
+    columns = summary.node_columns(report, {"rows": [summary.known(node.rows) for node in report.nodes.values()]})
+    return section("Nodes", table(list(columns), zip(*columns.values(), strict=True)))
 
 
 def counts_card(report: Report) -> Markup:

@@ -1,15 +1,15 @@
 """The report page: one HTML file with everything in it, for a browser or a phone."""
 
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from meerkat_mq.core.files import write_atomically
-from meerkat_mq.observe import charts, summary
+from meerkat_mq.observe import charts
 from meerkat_mq.observe.cards import bytes_card, counts_card, gradip_card, labels_card, nodes_card, run_card
-from meerkat_mq.observe.figures import duration, human_bytes, human_factor, percent, points, small_percent, smoothed
+from meerkat_mq.observe.figures import duration, percent, smoothed
 from meerkat_mq.observe.layout import document, section
 from meerkat_mq.observe.markup import Markup, tag
 from meerkat_mq.observe.report import Report, Standing
+from meerkat_mq.observe.summary import Headline, headlines
 
 LABEL_GAP = 0.06
 
@@ -57,70 +57,12 @@ def _warning(report: Report) -> Markup:
 
 
 def _tiles(report: Report) -> Markup:
-    return tag("div", *(_tile(*tile) for tile in _headlines(report)), class_="tiles")
+    return tag("div", *map(_tile, headlines(report)), class_="tiles")
 
 
-def _tile(label: str, value: str, *details: str) -> Markup:
-    shown = (tag("p", detail, class_="detail") for detail in details)
-    return tag("div", tag("p", label, class_="label"), tag("p", value, class_="value"), *shown, class_="tile")
-
-
-def _headlines(report: Report) -> Iterable[Sequence[str]]:
-    if report.evaluations and report.gained is not None:
-        before, after = report.evaluations[0], report.evaluations[-1]
-        yield (
-            "Held-out accuracy", percent(after.accuracy), f"{points(report.gained)}, from {percent(before.accuracy)}",
-            *([f"majority class {percent(after.majority)}"] if after.majority is not None else []),
-        )  # fmt: skip
-    if report.gap_closed is not None and report.bound is not None:
-        yield (
-            "Of the gap closed", percent(report.gap_closed, 0),
-            f"first-order training on the same mask reaches {percent(report.bound)}",
-        )  # fmt: skip
-    yield from _traffic(report)
-    yield ("Weights tuned", f"{report.descriptor.weights:,}", *_shares(report))
-    spent = "–" if report.seconds is None else duration(report.seconds)
-    yield ("Training time", spent, f"{report.closed:,} rounds", *summary.pace(report))
-    yield from _equal(report)
-
-
-def _traffic(report: Report) -> Iterable[Sequence[str]]:
-    cost = report.cost
-    if cost is None:
-        return
-    both = cost.sent + (cost.received or 0)
-    details = [f"{human_bytes(cost.sent)} sent, {human_bytes(both - cost.sent)} received"] if cost.ways == 2 else []
-    if cost.weights:
-        less = human_factor(cost.saving(cost.weights))
-        each = "both ways, " if cost.ways == 2 else ""
-        details += [
-            f"instead of {human_bytes(cost.ways * cost.weights)} for all weights {each}each round:",
-            f"{less} × less",
-        ]
-    yield ("Traffic of a node" if cost.ways == 2 else "Sent by a node", human_bytes(both), *details)
-
-
-def _shares(report: Report) -> Iterable[str]:
-    tuned = report.descriptor.weights
-    if report.parameters:
-        yield f"{small_percent(tuned / report.parameters)} of all {report.parameters:,}"
-    if report.covered:
-        yield f"{small_percent(tuned / report.covered)} of the masked matrices"
-
-
-def _equal(report: Report) -> Iterable[Sequence[str]]:
-    """How many nodes are known to hold the server's weights: at the end, or when they began their last update."""
-    if report.ended:
-        equal, sign = len(report.ended) - len(report.astray), "✗" if report.astray else "✓"
-        yield (
-            "Same as the server",
-            f"{sign} {equal} of {len(report.nodes)}",
-            "nodes end with its weights,",
-            "bit for bit",
-        )
-    elif proven := [node for node in report.nodes.values() if node.proven is not None]:
-        when = "nodes began their last update", "from its weights, bit for bit"
-        yield ("Same as the server", f"✓ {len(proven)} of {len(report.nodes)}", *when)
+def _tile(headline: Headline) -> Markup:
+    label, value = tag("p", headline.label, class_="label"), tag("p", headline.value, class_="value")
+    return tag("div", label, value, *(tag("p", each, class_="detail") for each in headline.details), class_="tile")
 
 
 # --- curves ---

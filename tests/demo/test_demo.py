@@ -56,9 +56,9 @@ def test_the_demo_ends_by_itself_with_equal_digests_and_a_model_to_export(
     chosen = ("--nodes", 2, "--rounds", 2, "--local-steps", 2, "--early-stopping", "random")
     done = meerkat("demo", *chosen, "--out", out)
     assert done.code == 0, done.err
-    assert "all 2 nodes hold the server's weights, bit for bit" in done.out
-    assert re.search(r"accuracy +5\d\.\d %", done.out)
-    assert re.search(r"stopped +1 of 2 nodes, by random: node-[01]", done.out)
+    assert "✓ 2 of 2: nodes hold its weights, bit for bit" in done.out
+    assert re.search(r"held-out accuracy .*, from 5\d\.\d %", done.out)
+    assert re.search(r"early stopping +1 of 2 nodes early-stopped by random: node-[01]", done.out)
     assert "\x1b" not in done.out
     report = (out / "report.html").read_text(encoding="utf-8")
     assert "<svg" in report

@@ -67,9 +67,10 @@ def page(tmp_path: Path) -> Any:
 
 def test_it_has_the_figures(page: Any) -> None:
     text = page()[1].text
-    for figure in ("88.4 %", "+30.3 points, from 58.1 %", "majority class 31.0 %", "first-order bound 91.2 %", "92 %",
-                   "119 kB", "31.2 kB sent, 88.0 kB received", "21,000 × less", "742",
-                   "instead of 2.55 GB for all weights both ways, each round:", "0.070 % of all 1,063,040",
+    for figure in ("88.4 %", "+30.3 points, from 58.1 %", "majority class 31.0 % of 1,000 rows",
+                   "first-order training on the same mask reaches 91.2 %", "first-order bound 91.2 %", "92 %",
+                   "119 kB", "31.2 kB sent, 88.0 kB received (the mask too)", "742",
+                   "21,000 × less than all weights as often, both ways: 2.55 GB", "0.070 % of all 1,063,040",
                    "✓ 4 of 4", "1 min 52 s", "12" * 16, "312 MiB", "✓ equal", "0.01"):  # fmt: skip
         assert figure in text, figure
 
@@ -174,7 +175,7 @@ def test_gradip_is_a_line_a_node_and_early_stopped_ones_are_marked(page: Any) ->
         assert words in text, words
     assert text.count("✗ early-stopped") == 1
     assert text.count("✓ all local steps") == 3
-    assert "1 of 4 nodes early-stopped" in " ".join(text)
+    assert "1 of 4 nodes early-stopped by vpcs: node-3" in " ".join(text)
 
 
 def test_of_many_nodes_the_early_stopped_ones_are_drawn(page: Any) -> None:
