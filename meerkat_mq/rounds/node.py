@@ -29,7 +29,7 @@ from meerkat_mq.core.path import NO_DIGEST, Entry
 from meerkat_mq.errors import RunMismatch
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.node_state import RETRY_S, Done, NodeMachineState
-from meerkat_mq.wire.frames import Entries, Offer, Reason, Refusal, Round, Want, Welcome
+from meerkat_mq.wire.frames import Entries, Offer, Reason, Refusal, Round, Update, Want, Welcome
 from meerkat_mq.wire.messages import in_words
 
 LONGEST_PAUSE_S = 60.0  # between local steps that fail
@@ -53,12 +53,10 @@ class NodeMachine(NodeMachineState):
                 self._on_frame_came(event)
             case e.EntriesApplied():
                 self._on_entries_applied(event)
-            case e.EntriesMissed():
-                self._on_entries_missed(event)
             case e.StepsDone():
                 self._on_steps_done(event)
-            case e.StepsFailed():
-                self._on_steps_failed(event)
+            case e.JobFailed():
+                self._on_job_failed(event)
             case e.Tick():
                 pass
             case e.ServerCame():
@@ -67,8 +65,6 @@ class NodeMachine(NodeMachineState):
                 self._on_connected(event)
             case e.SnapshotLoaded():
                 self._on_snapshot_loaded(event)
-            case e.SnapshotMissed():
-                self._on_snapshot_missed(event)
 
     # --- servers and connections ---
 
@@ -168,7 +164,7 @@ class NodeMachine(NodeMachineState):
 
     def _take_refusal(self, frame: Refusal) -> None:
         done = self._done
-        if done is None or (frame.boot, frame.header.version) != (done.boot, done.version):
+        if done is None or (frame.boot, frame.header.version) != (done.update.boot, done.version):
             return
         self._count(m.REFUSED.of(in_words(frame.reason)), done.version)
         if done.version < self.version or done.task is None:
@@ -235,16 +231,6 @@ class NodeMachine(NodeMachineState):
         self._ask_at = float("-inf")
         self._base = next((digest for digest in reversed(event.digests) if digest != NO_DIGEST), self._base)
 
-    def _on_entries_missed(self, event: e.EntriesMissed) -> None:
-        if self._busy != e.ApplyEntries(event.entries):
-            self._count(m.UNEXPECTED)
-            return
-        self._count(m.ENTRIES_MISSED)
-        self._busy = None
-        self._ask_at = event.now + RETRY_S
-        if self._frame is not None:
-            self._frame = replace(self._frame, entries=())  # the server is asked, in a while, not this frame again
-
     def _on_snapshot_loaded(self, event: e.SnapshotLoaded) -> None:
         task = self._busy
         if not isinstance(task, e.FetchSnapshot) or task.offer.version != event.version:
@@ -254,15 +240,6 @@ class NodeMachine(NodeMachineState):
         self._trusted_term = task.offer.header.term
         self.version, self._head, self._base = event.version, event.head, event.digest
         self._ask_at = float("-inf")
-
-    def _on_snapshot_missed(self, event: e.SnapshotMissed) -> None:
-        task = self._busy
-        if not isinstance(task, e.FetchSnapshot) or task.offer.version != event.version:
-            self._count(m.UNEXPECTED)
-            return
-        self._count(m.SNAPSHOT_MISSED)
-        self._busy = None
-        self._ask_at = event.now + RETRY_S
 
     def _on_steps_done(self, event: e.StepsDone) -> None:
         task = self._busy
@@ -274,19 +251,29 @@ class NodeMachine(NodeMachineState):
             return  # none was made: the present round is asked about again
         self._forget()
         self._pause_s = RETRY_S
-        self._answered, self._sent, base = False, False, self._base[:8]
-        self._done = Done(task.version, task, self._boot, base, event.scalars, event.loss, event.values)
+        self._answered = self._sent = False
+        header, base = replace(self._header(), version=task.version), self._base[:8]
+        self._done = Done(task, Update(header, self._boot, base, event.loss, event.scalars, values=event.values))
         self._drop_if_late()
 
-    def _on_steps_failed(self, event: e.StepsFailed) -> None:
-        """Try again in a while, and after each failure in a longer one: what the round asks for then."""
-        task = self._busy
-        if not isinstance(task, e.StartSteps) or task.version != event.version:
+    def _on_job_failed(self, event: e.JobFailed) -> None:
+        """Try again in a while, steps after each failure in a longer one: what the round asks for then."""
+        if self._busy != event.job:
             self._count(m.UNEXPECTED)
             return
-        self._count(m.STEPS_FAILED, task.version)
         self._busy, self._stopping = None, False
-        self._step_at, self._pause_s = event.now + self._pause_s, min(2 * self._pause_s, LONGEST_PAUSE_S)
+        match event.job:
+            case e.StartSteps(version):
+                self._count(m.STEPS_FAILED, version)
+                self._step_at, self._pause_s = event.now + self._pause_s, min(2 * self._pause_s, LONGEST_PAUSE_S)
+                return
+            case e.FetchSnapshot():
+                self._count(m.SNAPSHOT_MISSED)
+            case e.ApplyEntries():
+                self._count(m.ENTRIES_MISSED)
+                if self._frame is not None:
+                    self._frame = replace(self._frame, entries=())  # the server is asked, not this frame again
+        self._ask_at = event.now + RETRY_S
 
     # --- what next ---
 
@@ -335,7 +322,7 @@ class NodeMachine(NodeMachineState):
         """The next version would be too far from the one that the steps began from: send what there is."""
         if isinstance(busy, e.StartSteps) and not self._stopping and self._age(busy.version) >= self._oldest:
             self._stopping = True
-            self._effects.append(e.StopSteps(busy.version))
+            self._effects.append(e.StopSteps())
 
     def _send_done(self) -> None:
         """Send finished steps at each announcement until they are acknowledged."""
@@ -348,7 +335,8 @@ class NodeMachine(NodeMachineState):
             return
         elif self.slot in frame.asked and self._still_asked(done, frame, self.slot):
             self._answered = self._sent = True
-            self._effects.append(e.Send(done.update(self._header())))
+            header = replace(self._header(), version=done.version)
+            self._effects.append(e.Send(replace(done.update, header=header)))
 
     def _drop_if_late(self) -> None:
         """No entry will take finished steps any more."""

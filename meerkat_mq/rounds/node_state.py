@@ -1,39 +1,27 @@
 """What a node's machine knows, its phases, and what follows from both; `node.py` says what changes them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from meerkat_mq.core import metrics as m
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.policy import lane_of
 from meerkat_mq.rounds.transitions import NodePhase
-from meerkat_mq.wire.frames import Header, Round, Update, Values
+from meerkat_mq.wire.frames import Header, Round, Update
 
 RETRY_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """Finished steps, to be sent until they are acknowledged.
+    """Finished steps, to be sent until they are acknowledged."""
 
-    Attributes:
-        task: what asked for them; None if an earlier process of this node did the steps.
-        boot: of the process that made them.
-        base: first 8 bytes of the digest that they began from.
-    """
+    task: e.StartSteps | None  # what asked for them; None if an earlier process of this node did the steps
+    update: Update  # begun from theta of its header's version
 
-    version: int
-    task: e.StartSteps | None
-    boot: int
-    base: bytes
-    scalars: tuple[float, ...]
-    loss: float
-    values: Values | None
-    seeds: tuple[int, ...] | None = None
-
-    def update(self, header: Header) -> Update:
-        """The frame to send."""
-        at_base = replace(header, version=self.version)
-        return Update(at_base, self.boot, self.base, self.loss, self.scalars, self.seeds, self.values)
+    @property
+    def version(self) -> int:
+        """The round's."""
+        return self.update.header.version
 
 
 class NodeMachineState:
@@ -78,10 +66,7 @@ class NodeMachineState:
         self._two_servers = False
         self._answered = False
         self._max_staleness = max_staleness
-        self._done: Done | None = None
-        if pending is not None:
-            p = pending
-            self._done = Done(p.header.version, None, p.boot, p.base, p.scalars, p.loss, p.values, p.seeds)
+        self._done = Done(None, pending) if pending is not None else None
         self._stopping = False
         self._in_vain = 0
         self._sent = pending is not None

@@ -60,7 +60,7 @@ class ServerMachine(ServerMachineState):
             self._proceed(now)
         self._announce()
         if self.finished:
-            self._effects.append(e.PublishState(finished=True))
+            self._effects.append(e.PublishState())
         return self._flush()
 
     def handle(self, event: e.ServerEvent) -> list[e.ServerEffect]:
@@ -91,10 +91,8 @@ class ServerMachine(ServerMachineState):
         match event:
             case e.UpdatesCommitted():
                 self._on_updates_committed(event)
-            case e.ValuesCame():
-                self._on_values_came(event)
-            case e.ValuesMissed():
-                self._on_values_missed(event)
+            case e.ValuesFetched():
+                self._on_values_fetched(event)
             case e.DirectionsMeasured():
                 self._on_directions_measured(event)
             case e.RoundJudged():
@@ -192,7 +190,7 @@ class ServerMachine(ServerMachineState):
         if state.rank > self._rank:
             self._effects.append(e.End(self._another_server(state)))
         elif state.rank < self._rank or state.status != ("finished" if self.finished else "online"):
-            self._effects.append(e.PublishState(self.finished))
+            self._effects.append(e.PublishState())
 
     # --- updates ---
 
@@ -213,21 +211,17 @@ class ServerMachine(ServerMachineState):
                 name, update, on_arrival(update.scalars, update.loss, self._settings.lr, self._settings.max_step)
             )
 
-    def _on_values_came(self, event: e.ValuesCame) -> None:
-        name, update = event.node, event.update
-        expected = self._window.fetched(name, update.header.version)
-        reason = self._why_dropped(name, update) if expected else m.UNEXPECTED
-        if reason is not None:
+    def _on_values_fetched(self, event: e.ValuesFetched) -> None:
+        name, update, verdict = event.node, event.update, event.verdict
+        if not self._window.fetched(name, update.header.version):
+            self._count(m.UNEXPECTED, name, update.header.version)
+        elif verdict is None:
+            self._count(m.VALUES_MISSED, name, update.header.version)
+        elif (reason := self._why_dropped(name, update)) is not None:
             self._count(reason, name, update.header.version)
-        elif event.verdict is Verdict.ACCEPTED and not math.isfinite(update.loss):
-            self._take(name, update, Verdict.NOT_FINITE)
         else:
-            self._take(name, update, event.verdict)
-
-    def _on_values_missed(self, event: e.ValuesMissed) -> None:
-        expected = self._window.fetched(event.node, event.update.header.version)
-        reason = m.VALUES_MISSED if expected else m.UNEXPECTED
-        self._count(reason, event.node, event.update.header.version)
+            not_finite = verdict is Verdict.ACCEPTED and not math.isfinite(update.loss)
+            self._take(name, update, Verdict.NOT_FINITE if not_finite else verdict)
 
     def _refuse(self, name: str, update: Update, reason: Reason) -> None:
         self._count(m.REFUSED.of(in_words(reason)), name, update.header.version)
@@ -365,7 +359,7 @@ class ServerMachine(ServerMachineState):
     def _on_entry_committed(self, event: e.EntryCommitted) -> None:
         current = self._open
         entry, outcome = (current.entry, current.outcome) if current is not None else (None, None)
-        if entry is None or outcome is None or event.version != entry.version:
+        if entry is None or outcome is None or event.commit.entry != entry:
             self._count(m.UNEXPECTED)
             return
         self._entries = newest_that_fit([*self._entries, entry])
@@ -380,4 +374,4 @@ class ServerMachine(ServerMachineState):
         self._proceed(event.now)
         self._announce()
         if self.finished:
-            self._effects.append(e.PublishState(finished=True))
+            self._effects.append(e.PublishState())

@@ -62,9 +62,9 @@ NODE_TRANSITIONS: Mapping[NodePhase, Mapping[type[e.NodeEvent], frozenset[NodePh
         e.ServerCame: frozenset({N.IDLE, N.APPLYING, N.SENDING}),  # a new term: its round is not known yet
         **dict.fromkeys((e.Connected, e.Tick), frozenset({N.APPLYING})),  # what was missed is tried again
     },
-    N.APPLYING: dict.fromkeys((e.EntriesApplied, e.EntriesMissed), AWAITED - {N.APPLYING} | {N.STEPPING}),
-    N.LOADING: dict.fromkeys((e.SnapshotLoaded, e.SnapshotMissed), AWAITED | {N.STEPPING}),
-    N.STEPPING: dict.fromkeys((e.StepsDone, e.StepsFailed), AWAITED),
+    N.APPLYING: dict.fromkeys((e.EntriesApplied, e.JobFailed), AWAITED - {N.APPLYING} | {N.STEPPING}),
+    N.LOADING: dict.fromkeys((e.SnapshotLoaded, e.JobFailed), AWAITED | {N.STEPPING}),
+    N.STEPPING: dict.fromkeys((e.StepsDone, e.JobFailed), AWAITED),
     N.SENDING: {
         e.FrameCame: frozenset({N.IDLE, N.BEHIND, N.APPLYING, N.LOADING, N.STEPPING}),
         **dict.fromkeys((e.Connected, e.ServerCame, e.Tick), frozenset({N.STEPPING})),

@@ -9,7 +9,7 @@ import structlog
 from meerkat_mq.core.seldom import Seldom
 from meerkat_mq.errors import BadValue, NotConnected, WireError
 from meerkat_mq.ledger.displacement import verdict_on
-from meerkat_mq.rounds.events import FetchValues, ServerEvent, ValuesMissed
+from meerkat_mq.rounds.events import FetchValues, ServerEvent, ValuesFetched
 from meerkat_mq.rounds.records import Verdict
 from meerkat_mq.runtime.blobs import BlobFetch
 from meerkat_mq.runtime.ports import Clock, Compute
@@ -116,7 +116,7 @@ class Fetches:
             self._seldom.say(say, "displacement dropped", order.node, type(error).__name__, **said)
         self._going.pop(order.node, None)
         if not came:
-            self._owner.handle(ValuesMissed(self._clock.now(), order.node, order.update))
+            self._owner.handle(ValuesFetched(self._clock.now(), order.node, order.update, None))
         self._begin_more()
 
     def _collect(self, order: FetchValues) -> Steps[None]:

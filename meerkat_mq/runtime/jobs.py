@@ -160,7 +160,7 @@ class Jobs:
 
     # --- following the ledger ---
 
-    def _apply(self, entries: tuple[Entry, ...]) -> Steps[e.EntriesApplied | e.EntriesMissed]:
+    def _apply(self, entries: tuple[Entry, ...]) -> Steps[e.EntriesApplied | e.JobFailed]:
         """Apply entries, one displacement in memory at a time; all of them, or none."""
         before, digests = self._model.place, list[bytes]()
         try:
@@ -171,7 +171,7 @@ class Jobs:
             yield from work(self._compute, self._model.go_to, before)
             said = {"first": entries[0].version, "problem": str(error)}
             self._seldom.say(structlog.get_logger().warning, "entries missed", type(error).__name__, **said)
-            return e.EntriesMissed(self._clock.now(), entries)
+            return e.JobFailed(self._clock.now(), e.ApplyEntries(entries))
         self._digest = next((found for found in reversed(digests) if any(found)), self._digest)
         return e.EntriesApplied(self._clock.now(), entries, tuple(digests))
 
@@ -197,7 +197,7 @@ class Jobs:
         finally:
             self._blobs.end()
 
-    def _load_snapshot(self, offer: Offer) -> Steps[e.SnapshotLoaded | e.SnapshotMissed]:
+    def _load_snapshot(self, offer: Offer) -> Steps[e.SnapshotLoaded | e.JobFailed]:
         log = structlog.get_logger()
         try:
             if offer.size > 5 * self._run.weights + 2**16:  # more than any snapshot of this run has
@@ -207,13 +207,13 @@ class Jobs:
         except (NotConnected, WireError) as error:
             said = {"version": offer.version, "problem": str(error)}
             self._seldom.say(log.warning, "snapshot missed", type(error).__name__, **said)
-            return e.SnapshotMissed(self._clock.now(), offer.version)
+            return e.JobFailed(self._clock.now(), e.FetchSnapshot(offer))
         log.info("snapshot loaded", version=offer.version, bytes=offer.size)
         return e.SnapshotLoaded(self._clock.now(), offer.version, head, self._digest)
 
     # --- steps, and what comes of them ---
 
-    def _step(self, order: e.StartSteps) -> Steps[e.StepsDone | e.StepsFailed]:
+    def _step(self, order: e.StartSteps) -> Steps[e.StepsDone | e.JobFailed]:
         result: StepResult | None = None
         if order is not self._stopped:
             try:
@@ -221,7 +221,7 @@ class Jobs:
             except Exception as error:  # an engine raises what its library does: CUDA out of memory, for one
                 say, said = structlog.get_logger().warning, {"round": order.version, "problem": reason(error)}
                 self._seldom.say(say, "steps failed", type(error).__name__, **said)
-                return e.StepsFailed(self._clock.now(), order.version)
+                return e.JobFailed(self._clock.now(), order)
         if result is None:  # an earlier update may still be unsent: its blob and lane stay
             return e.StepsDone(self._clock.now(), order.version, (), math.nan)
         self._blob, self._lane = result.blob, order.lane

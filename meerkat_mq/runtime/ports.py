@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 from meerkat_mq.core.directions import Float32Array
-from meerkat_mq.rounds.events import EntryCommitted
+from meerkat_mq.rounds.events import CommitEntry
 from meerkat_mq.wire.descriptor import NodeStatus
 
 Result = TypeVar("Result")
@@ -88,7 +88,7 @@ class ServerMonitor:
     def stood(self, version: int, theta: Float32Array) -> None:
         """theta, float32 (n,), is committed at a version."""
 
-    def closed(self, commit: EntryCommitted, online: int) -> None:
+    def closed(self, commit: CommitEntry, online: int) -> None:
         """A round was committed."""
 
     def changed(self, online: int, *, is_open: bool, finished: bool) -> None:

@@ -280,7 +280,7 @@ class ServerDriver:
         if self.machine is not None and not self._taking_term:
             self._perform(self.machine.handle(event))
         if isinstance(event, e.EntryCommitted) and self.machine is not None:
-            self._monitor.closed(event, self.machine.online)
+            self._monitor.closed(event.commit, self.machine.online)
             self._monitor.stood(*self.writer.committed)
 
     def _perform(self, effects: Sequence[e.ServerEffect]) -> None:

@@ -62,7 +62,7 @@ class KeepMetrics:
 
 @dataclass(frozen=True, slots=True)
 class KeepValues:
-    """Keep the displacement that an update announced; answered by ValuesCame, then by `kept`."""
+    """Keep the displacement that an update announced; answered by ValuesFetched, then by `kept`."""
 
     node: str
     update: Update
@@ -251,8 +251,7 @@ class LedgerWriter:
                 self._owner.handle(e.SlotCommitted(now, order.node))
             elif isinstance(order, e.CommitEntry):
                 self.committed = (order.entry.version + 1, self._replica.theta)
-                kept = e.EntryCommitted(now, order.entry.version, order.records, order.products, order.judgements)
-                self._owner.handle(kept)
+                self._owner.handle(e.EntryCommitted(now, order))
                 if order.entry.displacement is not None:
                     self._owner.distribute(self._newest_blob)
 
@@ -288,7 +287,7 @@ class LedgerWriter:
             case KeepValues(node, update, blob, verdict, kept):
                 yield from self._patiently(self._ledger.keep_blob, blob)
                 # its update is committed at once, or never
-                self._owner.handle(e.ValuesCame(self._clock.now(), node, update, verdict))
+                self._owner.handle(e.ValuesFetched(self._clock.now(), node, update, verdict))
                 kept(None)
             case e.KeepSnapshot(version, head):
                 yield from work(self._compute, self._keep_snapshot, version, head)

@@ -26,7 +26,7 @@ from meerkat_mq.ledger.run import Run, early_stopping_in_words, mode_in_words, t
 from meerkat_mq.mqtt import MessageCount
 from meerkat_mq.observe.events import Evaluated, Observer, RoundClosed, RunFinished, RunStarted, Warned
 from meerkat_mq.observe.figures import log_keys, rounded
-from meerkat_mq.rounds.events import EntryCommitted
+from meerkat_mq.rounds.events import CommitEntry
 from meerkat_mq.rounds.guards import NOT_REFUSED
 from meerkat_mq.rounds.policy import lane_of
 from meerkat_mq.rounds.records import UpdateRecord
@@ -169,17 +169,18 @@ class Monitor(ServerMonitor):
         self._evaluated.clear()
         self._is_due.set()
 
-    def closed(self, commit: EntryCommitted, online: int) -> None:
+    def closed(self, commit: CommitEntry, online: int) -> None:
         """A round was committed."""
+        version = commit.entry.version
         bytes_up = sum(count.payload_bytes for count in self._updates().values())
-        oldest = commit.version - self._run.settings.max_staleness
+        oldest = version - self._run.settings.max_staleness
         records = [found for found in commit.records if found.verdict in NOT_REFUSED]
         loss = mean_loss(commit.records)
-        recent = {version: found for version, found in self._products.items() if version >= oldest}
-        self._products = recent | {commit.version: commit.products}
+        recent = {at: found for at, found in self._products.items() if at >= oldest}
+        self._products = recent | {version: commit.products}
         paths = {found.node: path for found in records if (path := self._gradip(found))}
         event = RoundClosed(
-            commit.version,
+            version,
             self._seconds(),
             math.nan if loss is None else loss,
             len(commit.records),

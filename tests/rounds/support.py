@@ -112,15 +112,15 @@ class AnsweredServer:
             case e.CommitUpdate(record):
                 return e.UpdatesCommitted(now, (record,))
             case e.FetchValues(node, update):
-                return e.ValuesCame(now, node, update, Verdict.ACCEPTED)
+                return e.ValuesFetched(now, node, update, Verdict.ACCEPTED)
             case e.JudgeRound(term, version, judge):
                 return e.RoundJudged(now, term, version, judge())
             case e.ApplyTerms(version, _, shares):
                 due = (version + 1) % self._digest_every == 0
                 digest = base_after(version) if due else NO_DIGEST
                 return e.TermsApplied(now, version, digest, Displacement(short_hash(b"mean"), 9) if shares else None)
-            case e.CommitEntry(entry, records):
-                return e.EntryCommitted(now, entry.version, records)
+            case e.CommitEntry():
+                return e.EntryCommitted(now, effect)
             case e.MeasureDirections(version, lanes, steps):
                 return e.DirectionsMeasured(now, version, ((1.0,) * steps,) * lanes)
         return None

@@ -188,7 +188,7 @@ def test_a_snapshot_that_is_offered_stands_in_for_the_entries_before_it() -> Non
 def test_a_snapshot_that_does_not_come_is_asked_for_again_later() -> None:
     node = answered_node(announced(9))
     node.frames(1.0, offer(7))
-    effects = node.give(e.SnapshotMissed(5.0, 7))
+    effects = node.give(e.JobFailed(5.0, e.FetchSnapshot(offer(7))))
     assert reasons(effects) == ["snapshot missed"]
     assert not sent(effects, Want)
     assert node.machine.wake_at == 5.0 + RETRY_S
@@ -201,7 +201,7 @@ def test_an_offer_of_what_the_node_has_and_an_answer_that_nobody_waits_for_do_no
     node.step(1.0)
     assert node.frames(2.0, offer(2)) == []
     assert reasons(node.give(e.SnapshotLoaded(3.0, 2, RUN, THETA_0))) == ["unexpected answer"]
-    assert reasons(node.give(e.SnapshotMissed(3.0, 2))) == ["unexpected answer"]
+    assert reasons(node.give(e.JobFailed(3.0, e.FetchSnapshot(offer(2))))) == ["unexpected answer"]
     assert node.machine.version == 2
 
 
@@ -225,7 +225,7 @@ def test_entries_are_applied_from_the_head_on_only() -> None:
 
 def test_entries_that_come_while_the_node_is_busy_wait_for_the_next_answer() -> None:
     node, ledger = answered_node(announced()), tuple(chain(2))
-    assert node.frames(1.0, Entries(header(2), ledger), announced(2)) == [e.StopSteps(0)]
+    assert node.frames(1.0, Entries(header(2), ledger), announced(2)) == [e.StopSteps()]
     assert reasons(node.step(2.0)) == ["late step"]
     (want,) = sent(node.seen, Want)
     assert want.entries_from == 0
@@ -428,7 +428,7 @@ def test_steps_that_fail_are_tried_again_later_and_later() -> None:
     (task,) = only(e.StartSteps, node.frames(1.0, welcome(), announced()))
     now = 1.0
     for pause_s in (2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0):
-        effects = node.give(e.StepsFailed(now, 0))
+        effects = node.give(e.JobFailed(now, task))
         assert reasons(effects) == ["steps failed"]
         assert not only(e.StartSteps, effects)
         now += pause_s
@@ -438,15 +438,15 @@ def test_steps_that_fail_are_tried_again_later_and_later() -> None:
     assert sent(node.step(now, 0.5), Update)
     (second,) = only(e.StartSteps, node.frames(now, announced(1, entries=tuple(chain(1)))))
     assert second.version == 1
-    node.give(e.StepsFailed(now, 1))
+    node.give(e.JobFailed(now, second))
     assert node.machine.wake_at == now + RETRY_S
 
 
 def test_a_round_that_closed_meanwhile_is_not_tried_again() -> None:
     node = AnsweredNode()
-    node.frames(1.0, welcome(), announced())
-    node.give(e.StepsFailed(1.0, 0))
+    (late,) = only(e.StartSteps, node.frames(1.0, welcome(), announced()))
+    node.give(e.JobFailed(1.0, late))
     node.frames(1.5, announced(1, entries=tuple(chain(1))))
     (task,) = only(e.StartSteps, node.give(e.Tick(3.0)))
     assert task.version == 1
-    assert reasons(node.give(e.StepsFailed(3.0, 0))) == ["unexpected answer"]
+    assert reasons(node.give(e.JobFailed(3.0, late))) == ["unexpected answer"]

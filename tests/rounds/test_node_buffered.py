@@ -40,7 +40,7 @@ def ahead(version: int, **changes: Any) -> Round:
 def test_a_node_stops_when_the_head_is_as_far_ahead_as_an_update_may_be_late() -> None:
     node = answered_node(announced(), max_staleness=2)
     assert only(e.StopSteps, node.frames(1.0, ahead(1))) == []
-    assert only(e.StopSteps, node.frames(2.0, ahead(2))) == [e.StopSteps(0)]
+    assert only(e.StopSteps, node.frames(2.0, ahead(2))) == [e.StopSteps()]
     assert only(e.StopSteps, node.frames(2.1, ahead(2), ahead(3))) == []  # said once
 
 
@@ -189,8 +189,8 @@ def test_in_a_synchronous_run_it_learns_from_the_next_round_that_it_was_heard() 
 def test_entries_whose_displacement_does_not_come_are_asked_for_after_a_while() -> None:
     node, entries = answered_node(), tuple(chain(1))
     node.machine.handle(e.FrameCame(1.0, announced(1, entries=entries)))
-    assert reasons(node.machine.handle(e.EntriesMissed(2.0, entries))) == ["entries missed"]
+    assert reasons(node.machine.handle(e.JobFailed(2.0, e.ApplyEntries(entries)))) == ["entries missed"]
     assert (node.machine.wake_at, node.machine.version) == (4.0, 0)
     (want,) = only(e.Send, node.machine.handle(e.Tick(4.0)))
     assert want.frame.entries_from == 0  # type: ignore[union-attr]
-    assert reasons(node.machine.handle(e.EntriesMissed(5.0, entries))) == ["unexpected answer"]
+    assert reasons(node.machine.handle(e.JobFailed(5.0, e.ApplyEntries(entries)))) == ["unexpected answer"]

@@ -288,7 +288,7 @@ def test_the_last_entry_finishes_the_run() -> None:
     server.born(0, "a", "b")
     server.update(1, "a")
     effects = server.update(1, "b")
-    assert only(e.PublishState, effects) == [e.PublishState(finished=True)]
+    assert only(e.PublishState, effects) == [e.PublishState()]
     assert not server.round.is_open
     assert server.machine.wake_at is None
     assert reasons(server.update(2, "a", version=0)) == ["late"]
@@ -312,7 +312,7 @@ def test_a_server_of_higher_rank_ends_this_one() -> None:
 
 def test_a_late_will_or_a_lesser_server_is_overwritten_and_the_own_word_is_not() -> None:
     server = answered_server()
-    assert server.give(e.ServerSeen(1, state(status="lost"))) == [e.PublishState(finished=False)]
-    assert server.give(e.ServerSeen(1, state(term=0))) == [e.PublishState(finished=False)]
-    assert server.give(e.ServerSeen(1, state(server_id="4" * 16))) == [e.PublishState(finished=False)]
+    assert server.give(e.ServerSeen(1, state(status="lost"))) == [e.PublishState()]
+    assert server.give(e.ServerSeen(1, state(term=0))) == [e.PublishState()]
+    assert server.give(e.ServerSeen(1, state(server_id="4" * 16))) == [e.PublishState()]
     assert server.give(e.ServerSeen(1, state(round=7))) == []

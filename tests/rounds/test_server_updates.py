@@ -255,7 +255,7 @@ def test_answers_that_nobody_waits_for_change_nothing() -> None:
         e.SlotCommitted(1, "a"),
         e.SlotCommitted(1, "z"),
         e.TermsApplied(1, 0, MASK),
-        e.EntryCommitted(1, 0, ()),
+        e.EntryCommitted(1, e.CommitEntry(chain(1)[0], (), 2, overdue=False)),
     ):
         assert reasons(server.give(junk)) == ["unexpected answer"]
     server.update(2, "a", 3.0)
@@ -263,7 +263,9 @@ def test_answers_that_nobody_waits_for_change_nothing() -> None:
     server.update(4, "b", 1.0)
     server.answer(5)
     assert reasons(server.give(e.TermsApplied(6, 0, MASK))) == ["unexpected answer"]
-    assert reasons(server.give(e.EntryCommitted(6, 1, ()))) == ["unexpected answer"]
+    assert reasons(server.give(e.EntryCommitted(6, e.CommitEntry(chain(2)[1], (), 2, overdue=False)))) == [
+        "unexpected answer"
+    ]
     server.answer(7)
     assert [r.scalars for r in server.entries[0].records] == [(3.0,), (1.0,)]
     assert server.machine.version == 1
@@ -333,6 +335,6 @@ def test_the_round_frame_keeps_its_size_when_a_long_ledger_is_resumed() -> None:
 
 def test_a_finished_run_stays_finished() -> None:
     server = answered_server(resume={"version": 10})
-    assert only(e.PublishState, server.seen) == [e.PublishState(finished=True)]
+    assert only(e.PublishState, server.seen) == [e.PublishState()]
     server.born(0, "a", "b")
     assert not server.round.is_open

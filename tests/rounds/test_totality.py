@@ -12,7 +12,7 @@ from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.node import NodeMachine
 from meerkat_mq.rounds.records import RoundOutcome, UpdateRecord, Verdict
 from meerkat_mq.rounds.server import ServerMachine
-from meerkat_mq.wire.frames import Entries, Header, Reason, Refusal, Round, Update, Values, Want, Welcome, encode
+from meerkat_mq.wire.frames import Entries, Header, Offer, Reason, Refusal, Round, Update, Values, Want, Welcome, encode
 from tests.rounds import support as s
 
 names = st.sampled_from(["a", "b", "c"])
@@ -63,6 +63,14 @@ frames = (
     | st.builds(Entries, headers, entries)
 )
 
+commits = st.builds(
+    e.CommitEntry, entries.filter(len).map(lambda some: some[0]), records.map(tuple), small, st.booleans()
+)  # fmt: skip
+jobs = (
+    st.builds(e.ApplyEntries, entries)
+    | st.builds(e.StartSteps, small, small, st.just(2), st.just(2.0**-10))
+    | st.builds(e.FetchSnapshot, st.builds(Offer, headers, small, digests, small))
+)
 NOTHING = RoundOutcome((), (), (), (), {})
 
 server_junk = st.one_of(
@@ -72,11 +80,10 @@ server_junk = st.one_of(
     st.builds(e.ServerSeen, st.just(0.0), states),
     st.builds(e.SlotCommitted, st.just(0.0), names),
     st.builds(e.UpdatesCommitted, st.just(0.0), records.map(tuple)),
-    st.builds(e.ValuesCame, st.just(0.0), names, announcements, st.sampled_from(Verdict)),
-    st.builds(e.ValuesMissed, st.just(0.0), names, announcements),
+    st.builds(e.ValuesFetched, st.just(0.0), names, announcements, st.none() | st.sampled_from(Verdict)),
     st.builds(e.RoundJudged, st.just(0.0), st.just(2), small, st.just(NOTHING)),
     st.builds(e.TermsApplied, st.just(0.0), small, digests),
-    st.builds(e.EntryCommitted, st.just(0.0), small, records.map(tuple)),
+    st.builds(e.EntryCommitted, st.just(0.0), commits),
     st.builds(e.DirectionsMeasured, st.just(0.0), small, products),
 )
 node_junk = st.one_of(
@@ -85,10 +92,9 @@ node_junk = st.one_of(
     st.builds(e.FrameCame, st.just(0.0), frames),
     st.builds(e.FrameCame, st.just(0.0), frames),
     st.builds(e.EntriesApplied, st.just(0.0), entries, st.lists(digests, max_size=4).map(tuple)),
-    st.builds(e.EntriesMissed, st.just(0.0), entries),
+    st.builds(e.JobFailed, st.just(0.0), jobs),
     st.builds(e.StepsDone, st.just(0.0), small, scalars | st.just(()), loss),
     st.builds(e.StepsDone, st.just(0.0), small, st.just(()), loss, values),
-    st.builds(e.StepsFailed, st.just(0.0), small),
 )
 # Beside junk: time passes, an update that fits comes, or the oldest effect is answered as a driver would.
 helpful = st.floats(0.0, 60.0) | st.tuples(names, scalars) | st.just("answer")

@@ -110,14 +110,14 @@ def answer_of(rng: Random, now: float, job: Any) -> Any:
     match job:
         case e.ApplyEntries(entries):
             digests = tuple(entry.digest if rng.random() < 0.95 else s.THETA_0 for entry in entries)
-            return e.EntriesApplied(now, entries, digests) if well else e.EntriesMissed(now, entries)
+            return e.EntriesApplied(now, entries, digests) if well else e.JobFailed(now, job)
         case e.FetchSnapshot(offer):
             head, digest = PAST[offer.version - 1].hash(s.RUN), s.base_after(offer.version - 1)
             loaded = e.SnapshotLoaded(now, offer.version, head, digest)
-            return loaded if well else e.SnapshotMissed(now, offer.version)
+            return loaded if well else e.JobFailed(now, job)
         case e.StartSteps(version):
             done = e.StepsDone(now, version, (1.0,) if well else (), 1.0)
-            return done if rng.random() < 0.7 else e.StepsFailed(now, version)
+            return done if rng.random() < 0.7 else e.JobFailed(now, job)
 
 
 def walk_of_a_node(rng: Random) -> None:
@@ -149,7 +149,7 @@ def failures_beside_an_update(rng: Random) -> None:
     machine.handle(e.StepsDone(0.0, 0, (1.0,), 1.0))
     machine.handle(e.FrameCame(0.0, s.announced(1, entries=tuple(PAST[:1]))))
     machine.handle(e.EntriesApplied(0.0, tuple(PAST[:1]), (PAST[0].digest,)))
-    machine.handle(e.StepsFailed(0.0, 1))
+    machine.handle(e.JobFailed(0.0, e.StartSteps(1, 0, 1, 2.0**-10)))
     later = 100.0
     events: list[e.NodeEvent] = [e.Tick(later), e.Connected(later), e.ServerCame(later, s.state(term=1))]
     machine.handle(rng.choice(events))

@@ -31,7 +31,7 @@ def test_a_displacement_is_fetched_then_committed_then_added_after_the_terms() -
     server = accepting(e.FetchValues)
     order = fetch(server, 1, "a")
     assert only(e.CommitUpdate, server.seen) == []
-    server.give(e.ValuesCame(2, "a", order.update, Verdict.ACCEPTED))
+    server.give(e.ValuesFetched(2, "a", order.update, Verdict.ACCEPTED))
     (kept,) = only(e.CommitUpdate, server.seen)
     assert (kept.record.values, kept.record.scalars) == (VALUES, ())
     server.update(3, "b", 4.0)
@@ -62,7 +62,7 @@ def test_a_displacement_that_does_not_come_may_be_announced_again() -> None:
     server = accepting(e.FetchValues)
     order = fetch(server, 1, "a")
     assert reasons(server.update(2, "a", values=VALUES)) == ["duplicate"]
-    assert reasons(server.give(e.ValuesMissed(3, "a", order.update))) == ["values missed"]
+    assert reasons(server.give(e.ValuesFetched(3, "a", order.update, None))) == ["values missed"]
     fetch(server, 4, "a")
 
 
@@ -72,7 +72,7 @@ def test_a_fetch_that_ends_after_its_version_is_gone_adds_nothing() -> None:
     server.update(2, "b")
     server.tick(100)
     assert server.machine.version == 1
-    assert reasons(server.give(e.ValuesCame(101, "a", order.update, Verdict.ACCEPTED))) == ["late"]
+    assert reasons(server.give(e.ValuesFetched(101, "a", order.update, Verdict.ACCEPTED))) == ["late"]
     assert len(only(e.CommitUpdate, server.seen)) == 1
 
 
@@ -80,7 +80,7 @@ def test_a_fetch_that_ends_in_the_window_counts_with_its_age() -> None:
     server = accepting(e.FetchValues, mode="buffered", max_staleness=2, buffer_size=1, min_nodes=1)
     order = fetch(server, 1, "a")
     server.update(2, "b")
-    server.give(e.ValuesCame(3, "a", order.update, Verdict.ACCEPTED))
+    server.give(e.ValuesFetched(3, "a", order.update, Verdict.ACCEPTED))
     (_, applied) = only(e.ApplyTerms, server.seen)
     assert applied.shares == (Share(VALUES.blob, 181 / 256),)
     assert server.round.heard_before == ((0, 2), (1, 2))
@@ -89,9 +89,9 @@ def test_a_fetch_that_ends_in_the_window_counts_with_its_age() -> None:
 def test_an_answer_that_nobody_waits_for_is_dropped() -> None:
     server = accepting(e.FetchValues)
     order = fetch(server, 1, "a")
-    server.give(e.ValuesCame(2, "a", order.update, Verdict.ACCEPTED))
-    assert reasons(server.give(e.ValuesCame(2, "a", order.update, Verdict.ACCEPTED))) == ["unexpected answer"]
-    assert reasons(server.give(e.ValuesMissed(2, "a", order.update))) == ["unexpected answer"]
+    server.give(e.ValuesFetched(2, "a", order.update, Verdict.ACCEPTED))
+    assert reasons(server.give(e.ValuesFetched(2, "a", order.update, Verdict.ACCEPTED))) == ["unexpected answer"]
+    assert reasons(server.give(e.ValuesFetched(2, "a", order.update, None))) == ["unexpected answer"]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_an_answer_that_nobody_waits_for_is_dropped() -> None:
 def test_a_displacement_that_cannot_be_added_is_kept_and_left_out(verdict: Verdict, loss: float, kept: Verdict) -> None:
     server = accepting(e.FetchValues)
     order = fetch(server, 1, "a", loss=loss)
-    effects = server.give(e.ValuesCame(2, "a", order.update, verdict))
+    effects = server.give(e.ValuesFetched(2, "a", order.update, verdict))
     assert only(e.Reply, effects)[0].frame.reason is Reason.OUT_OF_RANGE  # type: ignore[union-attr]
     server.update(3, "b", 4.0)
     assert [record.verdict for record in server.entries[0].records] == [kept, Verdict.ACCEPTED]

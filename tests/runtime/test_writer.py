@@ -370,7 +370,7 @@ def test_a_displacement_is_kept_before_the_machine_hears_that_it_came(it: OneWri
     assert (it.told, ledger.blob(short_hash(blob))) == ([], None)
     it.worker.free()
     (came,) = it.told
-    assert isinstance(came, e.ValuesCame)
+    assert isinstance(came, e.ValuesFetched)
     assert (came.node, came.update, came.verdict) == ("node-0", update, Verdict.TOO_LARGE)
     assert ledger.blob(short_hash(blob)) == blob
 

@@ -11,9 +11,10 @@ from structlog.testing import capture_logs
 
 from meerkat_mq.config import RoundsConfig, ServerConfig
 from meerkat_mq.core.directions import Float32Array
+from meerkat_mq.core.path import Entry
 from meerkat_mq.mqtt import MessageCount
 from meerkat_mq.observe.events import Evaluated, RoundClosed, RunEvent
-from meerkat_mq.rounds.events import EntryCommitted
+from meerkat_mq.rounds.events import CommitEntry
 from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
 from meerkat_mq.server.monitor import Monitor
 from meerkat_mq.server.run import prepare_run
@@ -33,6 +34,10 @@ class Evaluator:
 def made(tmp_path: Any, evaluator: Any = None, told: list[RunEvent] | None = None, **rounds: Any) -> Monitor:
     run = prepare_run(ServerConfig(federation="f", state_dir=tmp_path, engine="toy", rounds=RoundsConfig(**rounds)))
     return Monitor((told if told is not None else []).append, evaluator, 5, run)
+
+
+def commit(version: int, records: tuple[UpdateRecord, ...], *more: Any) -> CommitEntry:
+    return CommitEntry(Entry(version, (), bytes(16), bytes(16)), records, 3, False, *more)
 
 
 def status(word: str = "online", link: int = 1) -> NodeStatus:
@@ -87,8 +92,8 @@ async def test_a_closed_round_tells_gradip_and_judgements(tmp_path: Any) -> None
     )
     judgements = (Judgement(0, "c", 4.0, 0.5, True),)
     eye = made(tmp_path, told=told)
-    eye.closed(EntryCommitted(0.0, 0, records, ((0.5, 0.25), (0.0, 0.0)), judgements), 3)
-    eye.closed(EntryCommitted(0.0, 1, records), 3)
+    eye.closed(commit(0, records, ((0.5, 0.25), (0.0, 0.0)), judgements), 3)
+    eye.closed(commit(1, records), 3)
     first, second = told
     assert isinstance(first, RoundClosed)
     assert isinstance(second, RoundClosed)
@@ -102,9 +107,9 @@ async def test_gradip_of_a_stale_update_is_along_the_directions_of_its_own_versi
     eye = made(tmp_path, told=told, mode="buffered", max_staleness=1)
     stale = UpdateRecord(0, "a", 0, 1, 1, (2.0,), 1.0)
     values = UpdateRecord(1, "b", 1, 1, 1, (), 1.0, values=Values(bytes(16), 100, 5))
-    eye.closed(EntryCommitted(0.0, 0, (), ((0.5,),)), 3)
-    eye.closed(EntryCommitted(0.0, 1, (stale, values), ((0.25,),)), 3)
-    eye.closed(EntryCommitted(0.0, 2, (stale,), ((0.25,),)), 3)
+    eye.closed(commit(0, (), ((0.5,),)), 3)
+    eye.closed(commit(1, (stale, values), ((0.25,),)), 3)
+    eye.closed(commit(2, (stale,), ((0.25,),)), 3)
     found = [dict(event.gradip) for event in told if isinstance(event, RoundClosed)]
     assert found == [{}, {"a": (1.0,)}, {}]
 
