@@ -9,14 +9,9 @@ SKEW_S = 60.0  # by so much, clocks of different machines and readings in anothe
 
 
 def elapsed(since: float, until: float) -> float | None:
-    """Seconds from one reading to a later one, never negative.
+    """Seconds from one reading (seconds since 1970) to a later one, never negative.
 
-    Args:
-        since: seconds since 1970.
-        until: the same, read later.
-
-    Returns:
-        None where the clock was set in between: it went back, or only the later one is of a clock that was set.
+    None where the clock was set in between: it went back, or only the later one is of a clock that was set.
     """
     if until < since - SKEW_S or since < WAS_SET <= until:
         return None

@@ -23,27 +23,21 @@ _BITS_PER_VALUE = {"mk1": 16, "rademacher": 1}
 def direction(stream: str, seed: int, start: int, stop: int) -> Float32Array:
     """Values start … stop-1 of the direction that `seed` names.
 
-    Args:
-        stream: "mk1" (standard normal, 16 bits a value) or "rademacher" (±1, one bit a value).
-        seed: 0 ≤ seed < 2**64.
-        start: first value, ≥ 0.
-        stop: one past the last value.
+    "mk1" is standard normal, 16 bits a value; "rademacher" is ±1, one bit a value.
 
     Returns:
         float32 (stop - start,); any slice equals the same slice of the whole.
 
     Raises:
-        BadValue: unknown stream, or a seed or range outside the limits.
+        BadValue: unknown stream, or not 0 ≤ seed < 2**64 and 0 ≤ start ≤ stop.
     """
     if stream not in _BITS_PER_VALUE:
         raise BadValue("stream", f"{stream!r} is unknown", f"use one of {', '.join(STREAMS)}")
     if not (0 <= seed < 2**64 and 0 <= start <= stop):
-        raise BadValue(
-            "direction", f"seed {seed}, values {start}…{stop} are out of range", "seed < 2**64, start ≤ stop"
-        )
+        problem = f"seed {seed}, values {start}…{stop} are out of range"
+        raise BadValue("direction", problem, "seed < 2**64, start ≤ stop")
     per_block = _BLOCK_BITS // _BITS_PER_VALUE[stream]
-    first_block = start // per_block
-    last_block = -(-stop // per_block)
+    first_block, last_block = start // per_block, -(-stop // per_block)
     words = np.random.Philox(key=seed, counter=first_block).random_raw(4 * (last_block - first_block))
     raw = np.asarray(words, dtype="<u8")
     within = slice(start - first_block * per_block, stop - first_block * per_block)

@@ -28,8 +28,6 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True, secret: b
     """Write a file so that a crash leaves the old one or the new one, whole.
 
     Args:
-        path: the file.
-        data: all of it.
         durable: wait until it would outlive a power cut.
         secret: only its owner can read it, from the first moment.
 

@@ -65,10 +65,8 @@ def first_order_walk(
     Leaves the engine where the last step began: whoever looks at the model next writes theta first.
 
     Args:
-        engine: the model.
         theta: float32 (n,), where to start; unchanged.
         batches: rows of each step.
-        settings: optimiser and learning rate.
 
     Returns:
         (theta after the step, loss before it) of each; one array, float32 (n,), changed from step to step.
@@ -97,10 +95,8 @@ def first_order_steps(
     """A values node's part of a round.
 
     Args:
-        engine: the model.
         theta: float32 (n,), theta of the round; unchanged.
         batches: T lists of rows.
-        settings: optimiser and learning rate.
         stop: asked after each local step; where it answers yes, that was the last one.
 
     Returns:

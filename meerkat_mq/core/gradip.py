@@ -19,8 +19,7 @@ LARGEST = float(np.finfo(np.float32).max)
 def tree_sum(values: Float64Array) -> float:
     """The sum in float64, halves added to halves: `values` is padded with zeros to a power of two, then folded.
 
-    Args:
-        values: float64 (m,), m ≥ 1; overwritten.
+    They are float64 (m,), m ≥ 1, and overwritten.
     """
     count = values.size
     while count > 1:
@@ -51,11 +50,7 @@ def inner_products(
 
     Args:
         g_p: float32 (n,), the mean signed pre-training gradient on the mask.
-        run_id: 16 bytes.
-        version: of the round.
-        lanes: P.
         steps: directions a lane.
-        stream: direction stream.
     """
     return by_lane(tuple(each_inner_product(g_p, run_id, version, lanes=lanes, steps=steps, stream=stream)), lanes)
 

@@ -58,7 +58,6 @@ def locked(file: Path, where: str, user: str) -> Iterator[bool]:
     """Hold a lock on a file, which is made where it is missing; gives whether the volume has locks.
 
     Args:
-        file: the lock's.
         where: what it stands for, for an error.
         user: what may hold it, in words: "node process".
 

@@ -131,13 +131,10 @@ class Mask:
         """The mask file: header, a record a matrix, then all indices, all theta_0, all g_p."""
         parts = [MAGIC, self.fingerprint, self.tokenizer_fingerprint, struct.pack("<I", len(self.matrices))]
         for matrix in self.matrices:
-            name = matrix.name.encode()
-            parts.append(struct.pack("<HBI", len(name), len(matrix.shape), matrix.indices.size))
-            parts.append(struct.pack(f"<{len(matrix.shape)}I", *matrix.shape))
-            parts.append(name)
-        parts += [matrix.indices.astype("<u4").tobytes() for matrix in self.matrices]
-        parts += [matrix.theta_0.astype("<f4").tobytes() for matrix in self.matrices]
-        parts += [matrix.g_p.astype("<f4").tobytes() for matrix in self.matrices]
+            name, shape = matrix.name.encode(), matrix.shape
+            parts += [struct.pack(f"<HBI{len(shape)}I", len(name), len(shape), matrix.indices.size, *shape), name]
+        for array, dtype in (("indices", "<u4"), ("theta_0", "<f4"), ("g_p", "<f4")):
+            parts += [getattr(matrix, array).astype(dtype).tobytes() for matrix in self.matrices]
         return b"".join(parts)
 
     @classmethod
@@ -156,8 +153,7 @@ class Mask:
     def whole(cls, weights: Mapping[str, npt.ArrayLike]) -> "Mask":
         """A mask of every weight of a small model: no pre-training gradient, and no checkpoint's fingerprint.
 
-        Args:
-            weights: float32 of any shape, by name; they are theta_0, in the order of the names' bytes.
+        The weights, float32 of any shape by name, are theta_0.
 
         Raises:
             MaskError: there are none, or they are not finite.
@@ -170,7 +166,7 @@ class Mask:
         return cls(tuple(matrices), bytes(32), bytes(32))
 
     def save(self, path: Path) -> None:
-        """Write the mask file atomically: a crash leaves the old file or the new one."""
+        """Write the mask file, whole or not at all."""
         write_atomically(path, self.to_bytes())
 
     @classmethod

@@ -44,7 +44,6 @@ def coefficient(lr: float, scalars: Iterable[tuple[int, float]], total_weight: f
     is the sum (`math.fsum`): the order of arrival does not matter.
 
     Args:
-        lr: learning rate, finite.
         scalars: (n_k, g_k) of the nodes that made this step; 1 ≤ n_k ≤ 2**32, g_k a float32.
         total_weight: of a mean, Σ n_k over all accepted nodes of the round, those of other lanes and with fewer steps
             included; of a trimmed mean, that reduced as the lane's weight is (`rounds.policy.terms_of`); ≥ 1.
@@ -122,8 +121,6 @@ def virtual_path(
         scalars: its T·K projected gradients.
         seeds: of its lane, as many.
         perturbations: K, projected gradients a local step.
-        stream: direction stream.
-        lr: learning rate of the node's own walk.
 
     Returns:
         One array, float32 (n,), changed from step to step.

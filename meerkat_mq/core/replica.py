@@ -41,8 +41,7 @@ class Replica:
     def apply(self, terms: Sequence[Coefficient], displacement: Float32Array | None = None) -> bytes:
         """Apply entry `version`: its terms, then what its displacement decodes to, float32 (n,).
 
-        Returns:
-            The digest after it, or 16 zero bytes where none is due.
+        Returns the digest after it, or 16 zero bytes where none is due.
 
         Raises:
             RunError: theta is not finite after it; nothing is applied.

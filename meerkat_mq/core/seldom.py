@@ -12,11 +12,7 @@ MOST_KEYS = 256
 
 @dataclass
 class _Line:
-    """What is known of one key.
-
-    Attributes:
-        wait_s: from the last line that was said to the next.
-    """
+    """What is known of one key; `wait_s` is from the last line that was said to the next."""
 
     said_at: float
     seen_at: float
@@ -41,20 +37,17 @@ class Seldom:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._lines: dict[Hashable, _Line] = {}
+        self._lines = dict[Hashable, _Line]()
         self._tidied_at = -QUIET_S
 
     def say(self, say: Callable[..., object], event: str, *key: Hashable, **fields: object) -> bool:
-        """Say an event through a logger's method, unless it is too soon; with `left_out`, where some were.
+        """Say an event through a logger's method, unless it is too soon; returns whether it was said.
 
         Args:
-            say: as `log.warning`.
+            say: as `log.warning`; takes `left_out` too, where some were.
             event: the first part of the key.
             key: the rest: what makes one line another one's repetition, such as topic and reason. Of an event that
                 has very many keys, all others count as one.
-
-        Returns:
-            Whether it was said.
         """
         left_out = self._due((event, *key))
         if left_out is None:

@@ -39,7 +39,6 @@ def projected_gradient(
     Leaves the engine at theta − eps·z: whoever looks at the model next writes theta first.
 
     Args:
-        engine: the model.
         theta: float32 (n,), unchanged.
         z: float32 (n,).
         eps: perturbation scale, > 0.
@@ -78,12 +77,9 @@ def local_steps(
     theta − lr/K·Σ_i g_i·z_i (DeComFL, arXiv 2405.15861).
 
     Args:
-        engine: the model.
         theta: float32 (n,), theta of the round; unchanged.
         seeds: T·K seeds of the node's lane.
         batches: T lists of rows.
-        stream: direction stream.
-        eps: perturbation scale.
         lr: learning rate of the node's own walk.
         draw: makes directions; one that remembers them, where several nodes of a process walk one lane.
         stop: asked after each local step; where it answers yes, that was the last one: a partial path.

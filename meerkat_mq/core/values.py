@@ -29,15 +29,15 @@ def quantise(values: Float32Array, codec: Codec) -> Parts:
     - int8: int8 (n,), rint(x / scale) within ±127, and float32 (⌈n / 128⌉,), the scales: largest |x| of a block / 127,
       or 0 where that is below 2**-126, and so are its codes.
 
-    Args:
-        values: float32 (n,), finite.
-        codec: which.
+    They are float32 (n,), finite.
     """
     match codec:
         case "float32":
             return (values,)
         case "bfloat16":
-            return (_upper_halves(values),)
+            bits = values.view(np.uint32)
+            halves = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+            return (np.where(halves & 0x7FFF == 0x7F80, halves - np.uint16(1), halves),)
         case "int8":
             return _blocks(values)
 
@@ -59,12 +59,6 @@ def quantised(values: Float32Array, codec: Codec) -> Float32Array:
     return dequantise(quantise(values, codec), codec)
 
 
-def _upper_halves(values: Float32Array) -> npt.NDArray[np.uint16]:
-    bits = values.view(np.uint32)
-    halves = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    return np.where(halves & 0x7FFF == 0x7F80, halves - np.uint16(1), halves)
-
-
 def _blocks(values: Float32Array) -> Parts:
     padded = np.zeros((-(-values.size // BLOCK), BLOCK), dtype=np.float32)
     padded.reshape(-1)[: values.size] = values
@@ -82,11 +76,8 @@ def mean_displacement(parts: Iterable[tuple[float, Float32Array]], size: int) ->
         parts: (weight, float32 (n,)) each, finite; the weights' sum is at most 1.
         size: n.
 
-    Returns:
-        float32 (n,), finite.
-
     Raises:
-        BadValue: the result is not.
+        BadValue: the result is not finite.
     """
     total, product = np.zeros(size, dtype=np.float64), np.empty(size, dtype=np.float64)
     for weight, values in parts:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from meerkat_mq.core.files import write_atomically
+from meerkat_mq.core.files import write_atomically, writing
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import short_hash
 from meerkat_mq.engines.registry import ENGINES
@@ -46,11 +46,9 @@ def keep_mask(folder: Path, run: RunDescriptor, mask: Mask) -> None:
         LedgerError: the folder is full or read-only.
     """
     file = mask_file(folder, run.mask_hash)
-    try:
+    with writing(str(file), _FREE_SPACE, LedgerError):
         if made_mask(run) is None and not file.exists():
             mask.save(file)
-    except OSError as error:
-        raise LedgerError(str(file), f"cannot be written ({error.strerror})", _FREE_SPACE) from error
 
 
 class SnapshotFiles:
@@ -65,22 +63,12 @@ class SnapshotFiles:
         return str(snapshot_file(self._folder, version))
 
     def write(self, version: int, blob: bytes) -> None:
-        """Write one, whole or not at all.
-
-        Raises:
-            LedgerError: the folder is full or read-only.
-        """
-        try:
+        """Write one, whole or not at all; LedgerError where the folder is full or read-only."""
+        with writing(self.name(version), _FREE_SPACE, LedgerError):
             write_atomically(snapshot_file(self._folder, version), blob)
-        except OSError as error:
-            raise LedgerError(self.name(version), f"cannot be written ({error.strerror})", _FREE_SPACE) from error
 
     def read(self, version: int) -> bytes | None:
-        """Its bytes, whatever became of them; None where there is no such file.
-
-        Raises:
-            LedgerError: it cannot be read.
-        """
+        """Its bytes, whatever became of them; None where there is no such file; LedgerError where it is unreadable."""
         try:
             return snapshot_file(self._folder, version).read_bytes()
         except FileNotFoundError:
@@ -112,7 +100,7 @@ def check_remains(ledger: Path, run: RunDescriptor | None, version: int) -> None
 
     Args:
         ledger: its file, which may be missing.
-        run: that it holds; None where it holds none, or is missing.
+        run: that it holds; None where it holds none.
         version: where it ends.
 
     Raises:

@@ -33,7 +33,6 @@ def verify_folder(
     Snapshots that are not there are passed over.
 
     Args:
-        folder: the state_dir.
         mask: the run's mask file; default: the copy in the folder. The toy engine needs none.
         model: folder of an exported model: of difference.mkd's version, or of the last where there is no such file.
         base: what it was exported from: local folder or hub id.

@@ -27,13 +27,9 @@ PAGE = 200
 
 
 def run_shown(ledger: Store, now: float | None = None) -> RunShown:
-    """The run as it stands. What it costs does not grow with the number of rounds, only with that of calibrations.
+    """The run as it stands, at a time, or now. What it costs grows with the number of calibrations, not of rounds.
 
     Whether its server runs, a ledger does not say: `running` is None.
-
-    Args:
-        ledger: of a run.
-        now: seconds since 1970; default: the clock's.
     """
     now = time.time() if now is None else now
     run, version = run_of(ledger), ledger.version
@@ -123,21 +119,13 @@ def measured(
 ) -> Iterator[tuple[UpdateRecord, tuple[float, ...]]]:
     """The updates of a round that were not refused, each with its GradIP; not those whose version has no products."""
     products = {version: ledger.products(version, settings) for version in {record.version for record in records}}
-    for record in _not_refused(records):
-        if found := products[record.version]:
+    for record in records:
+        if record.verdict in NOT_REFUSED and (found := products[record.version]):
             yield record, gradip_of(ledger, record, found)
 
 
-def _not_refused(records: Iterable[UpdateRecord]) -> list[UpdateRecord]:
-    return [record for record in records if record.verdict in NOT_REFUSED]
-
-
 def gradip_of(ledger: Store, record: UpdateRecord, products: Products) -> tuple[float, ...]:
-    """GradIP of each projected gradient of an update.
-
-    Raises:
-        LedgerError: it has more of them than its round had directions.
-    """
+    """GradIP of each projected gradient of an update; LedgerError where its round had fewer directions."""
     lane = products[lane_of(record.slot, len(products))]
     if len(record.scalars) > len(lane):
         problem = f"holds {len(record.scalars)} projected gradients of {record.node} in round {record.version}"
@@ -183,11 +171,7 @@ def rounds_shown(ledger: Store, first: int, count: int) -> Iterator[RoundShown]:
 
 
 def round_shown(ledger: Store, version: int) -> RoundShown:
-    """One closed round.
-
-    Raises:
-        RunMismatch: it did not close yet.
-    """
+    """One closed round; RunMismatch where it did not close yet."""
     for shown in rounds_shown(ledger, version, 1):
         if shown.round == version:
             return shown

@@ -23,14 +23,7 @@ AT_ONCE = 100
 def rebuilt_path(
     ledger: Store, mask: Mask, version: int, node: str, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Iterator[RebuiltShown]:
-    """A node's projected gradients from theta of a version, and how far from there each local step led it.
-
-    Args:
-        ledger: of a run.
-        mask: of the run.
-        version: theta's, of a closed round.
-        node: its id.
-        progress: is told how many entries are applied, of how many.
+    """A node's projected gradients from theta of a closed round, and how far from there each local step led it.
 
     Raises:
         RunMismatch: it is another run's mask, the round did not close, or the node gave nothing from its theta, or a

@@ -22,9 +22,6 @@ def recovered(ledger: Store, run: Run, snapshots: Snapshots, replica: Replica | 
     """theta as the ledger says: the newest whole snapshot, or theta_0, and the entries since; every digest checked.
 
     Args:
-        ledger: of the run, or empty.
-        run: what is run.
-        snapshots: of it.
         replica: at theta_0; led on to the ledger's version. Default: a new one.
 
     Raises:

@@ -30,7 +30,7 @@ class Closed:
 
 @dataclass(frozen=True, slots=True)
 class KeptSnapshot:
-    """A snapshot file: theta's version, the blob's hash and size."""
+    """A snapshot: theta's version, the blob's hash and size."""
 
     version: int
     hash: bytes

@@ -21,11 +21,7 @@ _HASHES = {"mask", "fingerprint", "tokenizer"}  # say less than what else differ
 
 @dataclass(frozen=True)
 class Run:
-    """All that is fixed of a run.
-
-    Attributes:
-        rules: of this start, as the ledger keeps those of the first.
-    """
+    """All that is fixed of a run, and the rules of this start, as the ledger keeps those of the first."""
 
     descriptor: RunDescriptor
     settings: RoundSettings
@@ -60,7 +56,6 @@ def settings_of(run: RunDescriptor, rules: Mapping[str, Any], *, measured: bool 
     """What rules a run's rounds: the descriptor says what is fixed, the rules the rest.
 
     Args:
-        run: the run.
         rules: as the ledger keeps them.
         measured: whether the mask's g_p is other than zero; who only reads a ledger need not know.
 

@@ -26,12 +26,7 @@ class Snapshots:
         self._run = run
 
     def keep(self, version: int, head: bytes, theta: Float32Array) -> None:
-        """Keep a snapshot; the newest two stay.
-
-        Raises:
-            LedgerError: there is no space for it.
-            AnotherServer: the ledger is another server's by now.
-        """
+        """Keep a snapshot; raises what `Store.keep_snapshot` does."""
         self._ledger.keep_snapshot(version, encode_snapshot(self._run.run_id, version, head, theta))
 
     def sweep(self) -> None:

@@ -5,6 +5,7 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Self
@@ -36,8 +37,9 @@ LEDGER_FILE = "ledger.sqlite"
 
 _NEWEST_TERM = "SELECT term, server_id, host FROM terms ORDER BY term DESC LIMIT 1"
 _SIGHTING = """
-    UPDATE nodes SET boot = ?, host = ?, status = ?, rows = ?, first_seen = COALESCE(first_seen, ?), last_seen = ?,
-                     updates = updates + ?, packet_bytes = packet_bytes + ? WHERE node = ?
+    UPDATE nodes SET boot = :boot, host = :host, status = :status, rows = :rows, last_seen = :seen,
+                     first_seen = COALESCE(first_seen, :seen), updates = updates + :updates,
+                     packet_bytes = packet_bytes + :packet_bytes WHERE node = :node
 """
 _UPDATE = """
     INSERT INTO updates (version, slot, boot, weight, scalars, loss, verdict, blob, size, steps)
@@ -85,11 +87,7 @@ class Ledger(Store):
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Open a run's ledger for writing; make an empty one where there is none.
-
-        Raises:
-            LedgerError: it is no ledger, damaged, of a newer version, or cannot be written. The file stays as it is.
-        """
+        """Open a run's ledger for writing; make an empty one where there is none. Raises as `open_to_write`."""
         return cls(path, sqlite_file.open_to_write(path))
 
     @classmethod
@@ -143,7 +141,7 @@ class Ledger(Store):
                 "leave it in charge, or stop it and start this one again",
             )
 
-    def _write(self, statement: str, *rows: Sequence[object]) -> None:
+    def _write(self, statement: str, *rows: Sequence[object] | Mapping[str, object]) -> None:
         with self.group():
             self._connection.executemany(statement, rows)
 
@@ -219,7 +217,6 @@ class Ledger(Store):
         keep_mask(self.path.parent, run, mask)
 
     def keep_snapshot(self, version: int, blob: bytes) -> None:
-        """Write the file, then its row, then remove what is not among the newest two."""
         self._snapshots.write(version, blob)
         self._commit_snapshot(version, short_hash(blob), len(blob))
         self.sweep()
@@ -234,10 +231,7 @@ class Ledger(Store):
         self._snapshots.sweep(self.snapshots())
 
     def commit_sightings(self, sightings: Iterable[Sighting]) -> None:
-        rows = [
-            (s.boot, s.host, s.status, s.rows, s.seen, s.seen, s.updates, s.packet_bytes, s.node) for s in sightings
-        ]
-        self._write(_SIGHTING, *rows)
+        self._write(_SIGHTING, *map(asdict, sightings))
 
     def commit_metrics(self, version: int, metrics: Mapping[str, float]) -> None:
         rows = [(version, name, value) for name, value in metrics.items()]
@@ -280,7 +274,6 @@ class Ledger(Store):
 
     @property
     def window(self) -> int:
-        """Read once."""
         if self._window is None and (run := self.run) is not None:
             self._window = run.max_staleness
         return self._window or 0

@@ -107,11 +107,9 @@ class Store(Protocol):
         products: Products = (),
         judgements: Sequence[Judgement] = (),
     ) -> None:
-        """Keep an entry, and which updates closed with it, with what verdicts; those now too old for any entry go.
+        """Keep an entry, of the ledger's version, and every update that closed with it; those now too old for any go.
 
         Args:
-            entry: of the ledger's version.
-            records: every update that closed with it.
             asked: how many nodes were asked.
             overdue: whether the deadline closed the round.
             products: ⟨g_p, z⟩ by lane and step; empty where the run does not measure GradIP.
@@ -200,12 +198,8 @@ class Store(Protocol):
 
         Nothing was kept by servers older than schema 2, and of a round that did not close.
 
-        Args:
-            version: of the entry.
-            settings: of the run: how many lanes a round has, and how many directions each.
-
         Raises:
-            LedgerError: they are of another number of directions.
+            LedgerError: they are of another number of directions than the settings say.
         """
 
     def judgements(self, version: int | None = None) -> tuple[Judgement, ...]:
@@ -254,15 +248,7 @@ class Store(Protocol):
         return len(entries), sum(map(entry_bytes, entries)), displaced
 
     def changes(self, entries: Iterable[Entry], weights: int) -> Iterator[Change]:
-        """What `Replica.replay` takes of entries; one displacement is in memory at a time.
-
-        Args:
-            entries: of this ledger.
-            weights: n.
-
-        Raises:
-            LedgerError: a displacement is missing or damaged.
-        """
+        """What `Replica.replay` takes of entries of n weights; one displacement is in memory at a time."""
         for entry in entries:
             added = entry.displacement
             yield entry.terms, None if added is None else self.values(added.blob, weights)
@@ -273,14 +259,13 @@ class Store(Protocol):
         Raises:
             LedgerError: it is missing or damaged.
         """
-        blob = self.blob(name)
+        blob, remedy = self.blob(name), "restore it from a backup"
         if blob is None:
-            raise LedgerError(self.where, f"lacks the displacement {name.hex()}", "restore it from a backup")
+            raise LedgerError(self.where, f"lacks the displacement {name.hex()}", remedy)
         try:
             return decode_values(blob, name, weights)
         except WireError as error:
-            problem = f"holds a displacement that no server writes ({error})"
-            raise LedgerError(self.where, problem, "restore it from a backup") from error
+            raise LedgerError(self.where, f"holds a displacement that no server writes ({error})", remedy) from error
 
     def records(self, entry: int) -> tuple[UpdateRecord, ...]:
         """The updates that closed with an entry, by base version and slot."""

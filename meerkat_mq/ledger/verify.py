@@ -38,7 +38,6 @@ class Verified:
     """What holds.
 
     Attributes:
-        rounds: entries.
         updates: those that the entries are made of, refused ones too.
         digest: of theta after the last entry.
         files: names of what else was compared.
@@ -63,8 +62,6 @@ def verify_ledger(
     A server may write on meanwhile: the entries present at the start are verified.
 
     Args:
-        ledger: of a run.
-        mask: of the run.
         progress: is told how many entries are done, of how many.
         looks: by version, who wants to see theta there.
 
@@ -111,11 +108,7 @@ def verify_ledger(
 
 
 def run_of(ledger: Store) -> RunDescriptor:
-    """The run that a ledger is of.
-
-    Raises:
-        LedgerError: it was made, but no run was begun.
-    """
+    """The run that a ledger is of; LedgerError where none was begun."""
     run = ledger.run
     if run is None:
         remedy = "start its server, unless this is a copy without its -wal file: then copy both"
@@ -266,11 +259,7 @@ def _words(term: Coefficient | None) -> str:
 
 
 def check_mask(mask: Mask, run: RunDescriptor) -> None:
-    """Refuse the mask of another run.
-
-    Raises:
-        RunMismatch: names both hashes.
-    """
+    """Refuse, as RunMismatch, the mask of another run."""
     if mask.hash != run.mask_hash:
         raise RunMismatch("mask", f"has hash {mask.hash.hex()}, the run's is {run.mask}", "give the run's mask file")
 

@@ -23,7 +23,7 @@ def get_mask(
     kept = yield from work(compute, store.load_mask, run.mask_hash)
     if kept is not None:
         return kept
-    fetch, filters = blobs.begin(run.mask_name, run.mask_bytes), topics.blobs(run.mask_name)
+    fetch, filters = blobs.begin(run.mask_name, run.mask_bytes), topics.blob(run.mask_name, "+")
     transport.subscribe(filters)
     try:
         mask = yield from _collect(fetch, run, compute)

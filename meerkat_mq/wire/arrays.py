@@ -88,25 +88,19 @@ def encode_mask(mask: Mask) -> bytes:
 
 
 def decode_mask(blob: bytes, expected: bytes, weights: int) -> Mask:
-    """Decode a mask blob and hold it against its hash.
-
-    Args:
-        blob: from the broker, untrusted.
-        expected: 16 bytes, the mask hash of the run descriptor.
-        weights: n of the run descriptor.
+    """Decode a mask blob, untrusted, and hold it against the mask hash and n of the run descriptor.
 
     Raises:
         WireError: the blob is damaged or not the mask asked for.
     """
     reader = Reader(blob)
-    head_bytes, size = reader.unpack(struct.Struct("<II"))
+    head_bytes, size = reader.numbers("I", 2)
     if size != weights:
         raise BadValue("mask", f"has {size} weights, expected {weights}")
     if size > MAX_BLOB_WEIGHTS:
         raise TooLarge("mask", f"{size} weights are more than {MAX_BLOB_WEIGHTS}")
     head = bytes(reader.take(head_bytes))
-    gaps = read_array(reader, "<u4", size)
-    theta_0, g_p = read_array(reader, "<f4", size), read_array(reader, "<f4", size)
+    gaps, theta_0, g_p = (read_array(reader, dtype, size) for dtype in ("<u4", "<f4", "<f4"))
     reader.end()
     try:
         records, _ = matrix_records(memoryview(head))
@@ -177,11 +171,7 @@ class Assembly:
         return tuple(i for i, part in enumerate(self._parts) if part is None)
 
     def join(self) -> bytes:
-        """The whole blob.
-
-        Raises:
-            Truncated: chunks are missing.
-        """
+        """The whole blob; Truncated where chunks are missing."""
         if self.missing:
             raise Truncated("blob", f"lacks {len(self.missing)} of {len(self._parts)} chunks")
         return b"".join(part for part in self._parts if part is not None)

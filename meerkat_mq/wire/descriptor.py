@@ -35,11 +35,7 @@ class ControlMessage(Closed):
 
 
 class TaskDescription(ControlMessage):
-    """A run's task, as `tasks` wrote it and reads it: to the wire, JSON with a name.
-
-    Attributes:
-        name: for people.
-    """
+    """A run's task, as `tasks` wrote it and reads it: to the wire, JSON with a name for people."""
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
@@ -75,7 +71,6 @@ class RunDescriptor(RunSpec, _Subject):
         engine: "transformers", "toy" for tests and drills, or "package.module:factory" (docs/engines.md).
         model: name of the base model, for people.
         weights: n, the number of masked weights.
-        mask: mask hash.
         mask_bytes: size of the encoded mask blob, in `mask_chunks` chunks.
         mask_blob: hash of the encoded mask blob, where its chunks have that name; None: they have the mask hash.
         values: whether nodes may send displacements (docs/values.md).

@@ -42,9 +42,8 @@ class Difference:
     def save(self, path: Path) -> None:
         """Write the file atomically: magic, run id, version, digest, mask hash, sizes, mask blob, theta."""
         blob = encode_mask(self.mask)
-        head = _HEAD.pack(
-            MAGIC, self.run_id, self.version, digest(self.theta), self.mask.hash, self.mask.size, len(blob)
-        )
+        place = (self.run_id, self.version, digest(self.theta), self.mask.hash)
+        head = _HEAD.pack(MAGIC, *place, self.mask.size, len(blob))
         write_atomically(path, head + blob + encode_array(self.theta))
 
     @classmethod

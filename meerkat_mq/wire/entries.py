@@ -100,11 +100,7 @@ def _entry(data: bytes) -> Entry:
 
 
 def decode_entry(data: bytes) -> Entry:
-    """The inverse of `encode_entry`.
-
-    Raises:
-        WireError: the bytes are no entry.
-    """
+    """The inverse of `encode_entry`; WireError where the bytes are no entry."""
     reader = Reader(data)
     entry = read_entry(reader)
     reader.end()

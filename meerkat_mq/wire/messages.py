@@ -33,8 +33,7 @@ class Values:
     """A displacement that a node has for the server, which asks for it chunk by chunk.
 
     Attributes:
-        blob: hash of the encoded displacement, 16 bytes.
-        size: bytes of the blob.
+        blob: hash of the encoded displacement, 16 bytes; `size` is the blob's.
         steps: local steps that led to it.
     """
 
@@ -148,12 +147,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """Instead of entries: a snapshot of theta of `version`, to be asked for chunk by chunk.
-
-    Attributes:
-        blob: hash of the snapshot blob.
-        size: its bytes.
-    """
+    """Instead of entries: a snapshot of theta of `version`, to be asked for chunk by chunk: hash and bytes of it."""
 
     header: Header
     version: int

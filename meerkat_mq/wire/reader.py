@@ -20,21 +20,13 @@ class Reader:
         return len(self._data) - self._offset
 
     def peek(self, count: int) -> memoryview:
-        """The next `count` bytes, as a view; they stay the next.
-
-        Raises:
-            Truncated: fewer are left.
-        """
+        """The next `count` bytes, as a view; they stay the next. Truncated where fewer are left."""
         if count > self.left:
             raise Truncated("frame", f"ends {count - self.left} bytes early")
         return self._data[self._offset : self._offset + count]
 
     def take(self, count: int) -> memoryview:
-        """The next `count` bytes, as a view.
-
-        Raises:
-            Truncated: fewer are left.
-        """
+        """The next `count` bytes, as a view; likewise."""
         part = self.peek(count)
         self._offset += count
         return part

@@ -17,13 +17,11 @@ _HEAD = struct.Struct("<8s16sI16s16sI")
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """theta of a version, and its place in the ledger.
+    """theta of a version, float32 (n,), and its place in the ledger.
 
     Attributes:
-        run_id: 16 bytes.
         version: number of ledger entries behind theta.
         head: 16 bytes, hash of the last of them.
-        theta: float32 (n,), mask order.
     """
 
     run_id: bytes
@@ -38,14 +36,9 @@ def encode_snapshot(run_id: bytes, version: int, head: bytes, theta: Float32Arra
 
 
 def decode_snapshot(blob: bytes, expected_hash: bytes, weights: int) -> Snapshot:
-    """Decode a snapshot and hold it against its hash, the run's size and its own digest.
+    """Decode a snapshot, untrusted, and hold it against its hash, the run's size and its own digest.
 
     Whether it is of the run and version that the caller wants is for the caller to see.
-
-    Args:
-        blob: from the broker or a file, untrusted.
-        expected_hash: 16 bytes, of the offer or the ledger.
-        weights: n of the run.
 
     Raises:
         WireError: the blob is damaged or not the snapshot asked for.

@@ -56,13 +56,9 @@ class Topics:
         """Chunks of the newest entry's displacement, not retained."""
         return f"{self.root}/values"
 
-    def blob(self, blob: bytes, index: int) -> str:
-        """Retained chunk of a content-addressed blob."""
+    def blob(self, blob: bytes, index: int | Literal["+"]) -> str:
+        """Retained chunk of a content-addressed blob; index "+" makes the filter for all of them."""
         return f"{self.root}/blob/{blob.hex()}/{index}"
-
-    def blobs(self, blob: bytes) -> str:
-        """Filter for all chunks of a blob."""
-        return f"{self.root}/blob/{blob.hex()}/+"
 
     def up(self, node: str, kind: NodeKind) -> str:
         """What a node publishes; node "+" makes the server's filter."""

@@ -38,10 +38,6 @@ def largest_blob(weights: int) -> int:
 def encode_values(values: Float32Array, codec: Codec) -> bytes:
     """Magic, u8 codec, u32 n, then one zstd frame: the arrays of `core.values.quantise`, all first bytes first.
 
-    Args:
-        values: float32 (n,), 1 ≤ n ≤ 2**26.
-        codec: which.
-
     Raises:
         BadValue: a value is not finite.
         TooLarge: more than 2**26 values.
@@ -72,15 +68,11 @@ def _pack(planes: list[bytes], way: zstandard.ZstdCompressionParameters) -> byte
 
 
 def decode_values(blob: bytes, name: bytes | None, weights: int) -> Float32Array:
-    """Decode a values blob and hold it against its hash and the run's size.
+    """Decode a values blob, untrusted, and hold it against its hash and the run's size: float32 (n,), finite.
 
     Args:
-        blob: from the broker or a file, untrusted.
         name: 16 bytes, the blob's hash; None where it was not named.
         weights: n of the run.
-
-    Returns:
-        float32 (n,), finite.
 
     Raises:
         WireError: the blob is damaged, or not the one asked for.

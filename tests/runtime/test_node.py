@@ -141,7 +141,7 @@ def test_another_run_during_the_masks_fetch_gives_it_up(server: Server) -> None:
     assert {want.blob for want in server.wants} == {ONE.mask_hash}
     server.describe(TWO)
     asked = len(server.wants)
-    assert server.node.transport.filters == {TOPICS.blobs(TWO.mask_hash)}
+    assert server.node.transport.filters == {TOPICS.blob(TWO.mask_hash, "+")}
     server.node.clock.go(100.0)
     assert {want.blob for want in server.wants[asked:]} == {TWO.mask_hash}
     server.give_mask(TWO)

@@ -11,7 +11,7 @@ def test_topics_are_those_of_the_specification() -> None:
     assert TOPICS.run == "meerkat/v1/plant-7/run"
     assert TOPICS.round == "meerkat/v1/plant-7/round"
     assert TOPICS.blob(b"\x01\xab", 3) == "meerkat/v1/plant-7/blob/01ab/3"
-    assert TOPICS.blobs(b"\x01\xab") == "meerkat/v1/plant-7/blob/01ab/+"
+    assert TOPICS.blob(b"\x01\xab", "+") == "meerkat/v1/plant-7/blob/01ab/+"
     assert TOPICS.up("pump_3", "update") == "meerkat/v1/plant-7/up/pump_3/update"
     assert TOPICS.up("+", "status") == "meerkat/v1/plant-7/up/+/status"
     assert TOPICS.reply("pump_3") == "meerkat/v1/plant-7/down/pump_3/reply"
