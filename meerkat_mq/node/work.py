@@ -6,33 +6,28 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import structlog
 
 from meerkat_mq.config import NodeConfig
-from meerkat_mq.core.batches import batch_rows
 from meerkat_mq.core.directions import direction
-from meerkat_mq.core.first_order import FirstOrderEngine, first_order_steps
+from meerkat_mq.core.first_order import FirstOrderEngine
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.core.path import seeds_of, short_hash
 from meerkat_mq.core.replica import Replica
-from meerkat_mq.core.step import Engine, Row, local_steps
-from meerkat_mq.core.values import Residual
+from meerkat_mq.core.step import Engine, Row
 from meerkat_mq.engines.protocol import Rounds, Setup
 from meerkat_mq.engines.registry import entry_of, make_engine, try_out, usable
 from meerkat_mq.errors import ConfigError, DataError, within
 from meerkat_mq.node.limits import Pace
 from meerkat_mq.node.state import NodeState
 from meerkat_mq.rounds.events import StartSteps
-from meerkat_mq.runtime.model import Follower, StepResult, Stop
+from meerkat_mq.runtime.model import EngineModel, StepResult, Stop
 from meerkat_mq.tasks.data import read_rows
 from meerkat_mq.tasks.load import task_of
 from meerkat_mq.tasks.sources import data_files
 from meerkat_mq.tasks.task import Task
 from meerkat_mq.wire.descriptor import RunDescriptor
-from meerkat_mq.wire.messages import Values
-from meerkat_mq.wire.values import encode_values
 
 Stamp = tuple[tuple[str, int, int], ...]
 
@@ -104,8 +99,8 @@ def _stamp(source: Path | str) -> Stamp:
     return tuple((file.name, stat.st_size, stat.st_mtime_ns) for file, stat in found)
 
 
-class Work(Follower):
-    """Model, data and theta of one node in one run: `runtime.model.Model` on real data."""
+class Work(EngineModel):
+    """Model, data and theta of one node in one run: on its own files, within its limits."""
 
     def __init__(self, config: NodeConfig, run: RunDescriptor, mask: Mask, state: NodeState) -> None:
         """Load all of it; slow.
@@ -113,82 +108,45 @@ class Work(Follower):
         Raises:
             MeerkatError: model, tokenizer, data or task do not fit the run.
         """
-        residual = Residual(config.values.codec, mask.size) if config.uplink == "values" else None
-        replica = Replica(mask, run_id=run.run_id, stream=run.stream, digest_every=run.digest_every)
-        super().__init__(run, replica, residual)
-        self._node = config.id
-        self._state = state
         self._pace = Pace(config.limits.cpu_share)
-        self._settings = config.values
         entry, described = entry_of(run.engine), run.task
         task = None if described is None else task_of(described)
         if entry.task == "needed" and config.model is None:
             raise ConfigError("model", "is missing", "name the folder or hub id of the run's base model")
         read = entry.read if task is None else partial(read_rows, task=task)
-        self._rows = LocalRows(config.data, read)
-        self.engine = _engine(config, run, mask, task)
-        self._rows.check(partial(usable, self.engine))
-        try_out(run.engine, self.engine, mask.theta_0, self._rows.rows)
-
-    @property
-    def rows(self) -> int:
-        """How many rows the node's data had before the last steps."""
-        return len(self._rows.rows)
-
-    @property
-    def left_out(self) -> int:
-        """Rows of the node's data that cannot be prepared."""
-        return self._rows.left_out
+        self._local = LocalRows(config.data, read)
+        engine = _engine(config, run, mask, task)
+        self._local.check(partial(usable, engine))
+        try_out(run.engine, engine, mask.theta_0, self._local.rows)
+        super().__init__(
+            run,
+            Replica(mask, run_id=run.run_id, stream=run.stream, digest_every=run.digest_every),
+            name=config.id,
+            engine=engine,
+            data=self._local.rows,
+            take_steps=state.take_steps,
+            values=config.values if config.uplink == "values" else None,
+        )
+        self.left_out = self._local.left_out
 
     def step(self, order: StartSteps, stop: Stop, made: int) -> StepResult | None:
-        """The local steps of a round from the present theta, so many at most.
-
-        Returns:
-            None where `stop` was set before the first one: no step was made, and none was taken of the data.
-        """
-        run = self._run
+        """The local steps of a round; none where `stop` was set before the first one: then no row was taken."""
         if not self._pace.begin(order.steps, stop):
             return None
-        self._rows.refresh()
-        began, first = time.thread_time(), self._state.take_steps(run.run, order.steps)
-        rows = self._rows.rows
-        numbers = [
-            batch_rows(run.run_id, self._node, len(rows), run.batch_size, step) for step in range(first, first + made)
-        ]
-        batches = [[rows[number] for number in batch] for batch in numbers]
-        walk = self._walk if self._residual is None else self._displace
-        result = walk(order, batches, stop)
+        self._local.refresh()
+        self.data, self.rows, self.left_out = self._local.rows, len(self._local.rows), self._local.left_out
+        began, log = time.thread_time(), structlog.get_logger()
+        result = super().step(order, stop, made)
+        assert result is not None
         if not math.isfinite(result.loss):
-            structlog.get_logger().warning(
-                "a loss is not finite: reported as NaN, which is refused", round=order.version
-            )
-        structlog.get_logger().debug(
-            "stepped", round=order.version, loss=round(result.loss, 5), cpu_s=round(time.thread_time() - began, 4)
-        )
+            log.warning("a loss is not finite: reported as NaN, which is refused", round=order.version)
+        cpu_s = round(time.thread_time() - began, 4)
+        log.debug("stepped", round=order.version, loss=round(result.loss, 5), cpu_s=cpu_s)
         return result
 
-    def _walk(self, order: StartSteps, batches: list[list[Row]], stop: Stop) -> StepResult:
-        run = self._run
-        scalars, loss = local_steps(
-            self.engine,
-            self._replica.theta,
-            seeds_of(run.run_id, order.version, order.lane, len(batches) * run.perturbations),
-            batches,
-            stream=run.stream,
-            eps=order.eps,
-            lr=run.lr,
-            stop=lambda: self._pace.ends(stop),
-        )
-        return StepResult(scalars, loss)
-
-    def _displace(self, order: StartSteps, batches: list[list[Row]], stop: Stop) -> StepResult:
-        assert self._residual is not None
-        engine = cast("FirstOrderEngine[Any]", self.engine)  # it was looked at when it was made
-        displacement, loss, steps = first_order_steps(
-            engine, self._replica.theta, batches, self._settings, lambda: self._pace.ends(stop)
-        )
-        blob = encode_values(self._residual.add(order.version, displacement), self._settings.codec)
-        return StepResult((), loss, Values(short_hash(blob), len(blob), steps), blob)
+    def ends(self, stop: Stop) -> bool:
+        """After each local step: rest, if another is to be made; whether none is."""
+        return self._pace.ends(stop)
 
 
 def _engine(config: NodeConfig, run: RunDescriptor, mask: Mask, task: Task | None) -> Engine[Any]:

@@ -1,13 +1,19 @@
 """What a node's driver needs of its model and of its disk, and who looks on."""
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol, cast
 
-from meerkat_mq.core.directions import Float32Array
+from meerkat_mq.config import NodeValuesConfig
+from meerkat_mq.core.batches import batch_rows
+from meerkat_mq.core.directions import Float32Array, direction
+from meerkat_mq.core.first_order import FirstOrderEngine, first_order_steps
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.core.path import Entry, check_steps, digest
+from meerkat_mq.core.path import Entry, check_steps, digest, seeds_of, short_hash
 from meerkat_mq.core.replica import Change, Replica
+from meerkat_mq.core.step import Engine, Row, local_steps
 from meerkat_mq.core.values import Residual
 from meerkat_mq.errors import BadValue
 from meerkat_mq.rounds.events import StartSteps
@@ -15,8 +21,10 @@ from meerkat_mq.runtime.ports import Compute
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.messages import Offer, Update, Values
 from meerkat_mq.wire.snapshot import decode_snapshot
+from meerkat_mq.wire.values import encode_values
 
 Place = tuple[Float32Array, int]  # theta and its version
+Draw = Callable[[str, int, int, int], Float32Array]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,66 +78,21 @@ class Stop(Protocol):
         """Wait until it is set, for so many seconds at most; whether it is."""
 
 
-class Model(Protocol):
-    """Model, data and theta of one node in one run. Its methods block, and are called by the node's worker only."""
-
-    @property
-    def rows(self) -> int:
-        """How many rows of data it has."""
-
-    @property
-    def left_out(self) -> int:
-        """How many rows of data cannot be prepared."""
-
-    @property
-    def place(self) -> Place:
-        """Where `go_to` leads back to."""
-
-    def go_to(self, place: Place) -> None:
-        """Have theta be what it was."""
-
-    def apply(self, entries: tuple[Entry, ...], displacement: Float32Array | None) -> tuple[bytes, ...]:
-        """Apply entries, the last one with its displacement, float32 (n,); returns digests, zeros where none is due.
-
-        Raises:
-            WireError: an entry is one that no server of this run can mean.
-            NotFinite: theta would not be finite.
-        """
-
-    def load(self, blob: bytes, offer: Offer) -> tuple[bytes, bytes]:
-        """Go to a snapshot's theta; returns the hash of the last entry before it, and theta's digest.
-
-        Raises:
-            WireError: it is damaged or not what was offered; theta is as it was.
-        """
-
-    def reset(self) -> None:
-        """Back to theta_0."""
-
-    def step(self, order: StartSteps, stop: Stop, made: int) -> StepResult | None:
-        """The local steps of a round from the present theta.
-
-        Args:
-            order: what is asked for; all of it counts as taken from the data.
-            stop: ends them after the present one.
-            made: so many at most.
-
-        Returns:
-            None where not even the first one was made: no row was taken.
-        """
-
-    def forget(self, version: int, heard: bool) -> None:
-        """The update from theta of `version` is acknowledged, or came too late."""
-
-
-class Follower:
-    """What every node's model does with what the server has decided: entries, snapshots, its own displacements.
+class Model(ABC):
+    """Model, data and theta of one node in one run. Its methods block, and are called by the node's worker only.
 
     Args:
         run: what is followed.
         replica: theta, at theta_0.
         residual: of a values node: what its codec lost so far.
+
+    Attributes:
+        rows: how many rows of data it has.
+        left_out: how many more cannot be prepared.
     """
+
+    rows: int
+    left_out: int = 0
 
     def __init__(self, run: RunDescriptor, replica: Replica, residual: Residual | None = None) -> None:
         self._run = run
@@ -181,6 +144,81 @@ class Follower:
         """The update from theta of `version` is acknowledged, or came too late."""
         if self._residual is not None:
             self._residual.forget(version, heard=heard)
+
+    @abstractmethod
+    def step(self, order: StartSteps, stop: Stop, made: int) -> StepResult | None:
+        """The local steps of a round from the present theta.
+
+        Args:
+            order: what is asked for; all of it counts as taken from the data.
+            stop: ends them after the present one.
+            made: so many at most.
+
+        Returns:
+            None where not even the first one was made: no row was taken.
+        """
+
+
+class EngineModel(Model):
+    """A model on an engine and rows.
+
+    Args:
+        run: the run.
+        replica: theta, at theta_0.
+        name: of the node.
+        engine: may be shared by all nodes of a process: whoever steps writes theta first.
+        data: rows of the node.
+        take_steps: moves the node's data pointer on; returns where it was.
+        values: of a values node: how it steps.
+        draw: makes directions.
+    """
+
+    def __init__(
+        self,
+        run: RunDescriptor,
+        replica: Replica,
+        *,
+        name: str,
+        engine: Engine[Any],
+        data: Sequence[Row],
+        take_steps: Callable[[str, int], int],
+        values: NodeValuesConfig | None,
+        draw: Draw = direction,
+    ) -> None:
+        super().__init__(run, replica, None if values is None else Residual(values.codec, run.weights))
+        self._name = name
+        self.engine = engine
+        self.data = data
+        self.rows = len(data)
+        self._take_steps = take_steps
+        self._values = values
+        self._draw = draw
+
+    def step(self, order: StartSteps, stop: Stop, made: int) -> StepResult | None:
+        """The local steps of a round from the present theta, so many at most."""
+        run, data, theta = self._run, self.data, self._replica.theta
+        first = self._take_steps(run.run, order.steps)
+        batches = [
+            [data[row] for row in batch_rows(run.run_id, self._name, len(data), run.batch_size, step)]
+            for step in range(first, first + made)
+        ]
+        ends = partial(self.ends, stop)
+        if self._values is None:
+            seeds = seeds_of(run.run_id, order.version, order.lane, made * run.perturbations)
+            scalars, loss = local_steps(
+                self.engine, theta, seeds, batches,
+                stream=run.stream, eps=order.eps, lr=run.lr, draw=self._draw, stop=ends,
+            )  # fmt: skip
+            return StepResult(scalars, loss)
+        assert self._residual is not None
+        engine = cast("FirstOrderEngine[Any]", self.engine)  # it was looked at when it was made
+        displacement, loss, steps = first_order_steps(engine, theta, batches, self._values, ends)
+        blob = encode_values(self._residual.add(order.version, displacement), self._values.codec)
+        return StepResult((), loss, Values(short_hash(blob), len(blob), steps), blob)
+
+    def ends(self, stop: Stop) -> bool:
+        """After each local step: whether no other is to be made."""
+        return stop.is_set()
 
 
 class StepCompute(Compute, Protocol):

@@ -17,7 +17,7 @@ from meerkat_mq.core.path import short_hash
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.values import Residual
 from meerkat_mq.rounds.events import StartSteps
-from meerkat_mq.runtime.model import Follower, NodeProfile, StepResult, Stop
+from meerkat_mq.runtime.model import Model, NodeProfile, StepResult, Stop
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.messages import Offer, Values
 from meerkat_mq.wire.values import encode_values
@@ -165,7 +165,7 @@ class SimulatedNode(NodeProcess):
         self._stay_awake()
 
 
-class MadeUpModel(Follower):
+class MadeUpModel(Model):
     """`runtime.model.Model` whose answers theta, round, step and node decide, and the boot of a fickle node."""
 
     def __init__(self, run: RunDescriptor, replica: Replica, node: SimulatedNode) -> None:

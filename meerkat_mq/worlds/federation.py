@@ -20,13 +20,12 @@ from meerkat_mq.errors import MeerkatError
 from meerkat_mq.ledger.rows import Products
 from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.rounds.records import Judgement, UpdateRecord
-from meerkat_mq.runtime.model import Model, NodeProfile
+from meerkat_mq.runtime.model import EngineModel, Model, NodeProfile
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.worlds.broker import Broker, VirtualMessage
 from meerkat_mq.worlds.clock import VirtualClock, VirtualProcess
 from meerkat_mq.worlds.compute import VirtualStepCompute
 from meerkat_mq.worlds.ledger import MemoryLedger
-from meerkat_mq.worlds.model import EngineModel
 from meerkat_mq.worlds.node import MemoryNodeStore, NodeProcess
 from meerkat_mq.worlds.replica import Thetas
 from meerkat_mq.worlds.run import FEDERATION, make_run

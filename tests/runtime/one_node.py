@@ -29,7 +29,7 @@ def descriptor(mask: Mask, **changes: object) -> RunDescriptor:
 
 
 @dataclass
-class PaperModel:
+class PaperModel(Model):
     """Knows which entries it has, and how often it was asked for steps."""
 
     run: RunDescriptor
