@@ -7,8 +7,7 @@ from typing import Final
 from meerkat_mq.core.metrics import meaning
 from meerkat_mq.observe import charts, summary
 from meerkat_mq.observe.figures import human_bytes, smoothed
-from meerkat_mq.observe.layout import pairs, section, table
-from meerkat_mq.observe.markup import Markup, tag
+from meerkat_mq.observe.markup import Markup, pairs, section, table, tag
 from meerkat_mq.observe.report import NodeReport, Report
 
 LEGEND_CLASSES: Final = 16
