@@ -34,10 +34,11 @@ class Run:
         """How mean displacements are encoded."""
         return ServerValuesConfig(**self.rules["values"]).codec
 
-    def chunks(self, term: int) -> list[Chunk]:
-        """The mask's chunks as a server of this term publishes them."""
+    @property
+    def chunks(self) -> list[Chunk]:
+        """The mask's chunks; the header of term 0 is replaced by whoever publishes them."""
         run = self.descriptor
-        return split(Header.of(run.run_id, term, 0, run.mask_hash), run.mask_name, self.blob)
+        return split(Header.of(run.run_id, 0, 0, run.mask_hash), run.mask_name, self.blob)
 
 
 def mask_keys(mask: Mask, blob: bytes) -> dict[str, Any]:

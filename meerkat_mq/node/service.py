@@ -9,7 +9,7 @@ import structlog
 
 from meerkat_mq.config import NodeConfig
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.engines.registry import check_named, entry_of
+from meerkat_mq.engines.registry import entry_of
 from meerkat_mq.errors import DataError, within
 from meerkat_mq.extras import need
 from meerkat_mq.mqtt import Marker, Message, Session, Will
@@ -73,20 +73,22 @@ class _Node:
             marker=Marker(config.state_dir, config.broker, client_id),
         )
         self._driver = NodeDriver(
-            NodeProfile(config.id, config.federation, config.uplink == "values", keeps=config.schedule is not None),
+            NodeProfile(
+                config.id,
+                config.federation,
+                config.uplink == "values",
+                keeps=config.schedule is not None,
+                engine=config.engine,
+            ),
             secrets.randbits(32),
             transport=self._session,
             store=state,
             compute=self._compute,
             clock=LoopClock(self._ports),
-            make_model=self._make_model,
+            make_model=lambda run, mask: Work(config, run, mask, state),
             monitor=self,
         )
         self._duty = None if config.schedule is None else DutyCycle(config.schedule, self._session, self._driver)
-
-    def _make_model(self, run: RunDescriptor, mask: Mask) -> Model:
-        check_named(run.engine, self._config.engine)
-        return Work(self._config, run, mask, self._state)
 
     async def run(self) -> None:
         """Work until cancelled, or until the run is finished."""

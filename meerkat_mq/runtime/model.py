@@ -35,12 +35,14 @@ class NodeProfile:
         name: its id.
         values: whether it sends displacements instead of projected gradients.
         keeps: whether it keeps every update on disk until it is acknowledged; in a buffered run each node does.
+        engine: that its owner names; None: any engine of this package.
     """
 
     name: str
     federation: str
     values: bool = False
     keeps: bool = False
+    engine: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

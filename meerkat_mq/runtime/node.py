@@ -16,6 +16,7 @@ import structlog
 from meerkat_mq.core import metrics as m
 from meerkat_mq.core.path import digest
 from meerkat_mq.core.seldom import Seldom
+from meerkat_mq.engines.registry import check_named
 from meerkat_mq.errors import NodeReplaced, NotConnected, PayloadTooLarge, RunMismatch, WireError
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.node import NodeMachine
@@ -273,6 +274,7 @@ class NodeDriver:
         if self._profile.values and not run.values:
             problem = f'is "values", but run {run.run[:8]} takes projected gradients only'
             raise RunMismatch("uplink", problem, 'set uplink = "path" here, or values.accept = true on the server')
+        check_named(run.engine, self._profile.engine)  # before the mask is fetched, which may be large
         self._log = self._log.bind(run=run.run[:8])
         blobs = self._blobs = Blobs(run, self._boot, self._send, self._clock)
         mask = yield from get_mask(

@@ -11,6 +11,7 @@ present machine hears and says nothing.
 
 import socket
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import assert_never
 
 import structlog
@@ -90,7 +91,7 @@ class ServerDriver:
         self._taking_term = False
         self._term = 0
         self._pulse = Pulse(rounds=3, slow_s=30.0)
-        self._chunks = run.chunks(0)
+        self._chunks = run.chunks
         self._is_open = self._greeted = False
         self._awaited: int | None = None
         self._alarm = Alarm(clock, lambda: self.handle(e.Tick(clock.now())))
@@ -159,7 +160,7 @@ class ServerDriver:
     def took_term(self, term: int, machine: ServerMachine) -> None:
         """The ledger holds this server's term."""
         is_first, self._term, self.machine, self._taking_term = self.machine is None, term, machine, False
-        self._chunks = self._run.chunks(term)
+        self._chunks = [replace(chunk, header=replace(chunk.header, term=term)) for chunk in self._chunks]
         self._log.info(
             "in charge", term=term, weights=self._run.mask.size, round=machine.version, rounds=self._run.settings.count
         )

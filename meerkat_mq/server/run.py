@@ -107,7 +107,7 @@ def check_room(config: ServerConfig, run: Run) -> None:
 
 def _needed(run: Run, topics: Topics) -> Iterator[tuple[str, str, bytes]]:
     """What a packet must hold, its topic and its payload."""
-    settings, header, first = run.settings, Header.of(bytes(16), 0, 0, bytes(8)), run.chunks(0)[0]
+    settings, header, first = run.settings, Header.of(bytes(16), 0, 0, bytes(8)), run.chunks[0]
     yield "the run's description", topics.run, run.descriptor.encode()
     yield "a part of the mask", topics.blob(first.blob, first.index), encode(first)
     slots = frozenset(range(settings.fewest_nodes))

@@ -39,7 +39,7 @@ async def announce(broker: BrokerConfig, run: Run) -> None:
     """Put on the broker what a node of this run needs."""
     async with peer(broker, "announcer") as announcer:
         announcer.session.publish(TOPICS.run, run.descriptor.encode(), retain=True)
-        for chunk in run.chunks(1):
+        for chunk in run.chunks:
             announcer.session.publish(TOPICS.blob(chunk.blob, chunk.index), encode(chunk), retain=True)
         await announcer.session.drain(10)
 

@@ -4,6 +4,7 @@ import json
 import traceback
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -36,7 +37,7 @@ def header(run: RunDescriptor, version: int = 0) -> Header:
 class Server:
     """Says what a server says to its one node, and reads what that says."""
 
-    def __init__(self, **profile: bool) -> None:
+    def __init__(self, **profile: Any) -> None:
         self.node = OneNode(Nothing(), NodeProfile(NODE, "f", **profile), BOOT)
         self.node.driver.connected(1)
 
@@ -282,6 +283,14 @@ def test_a_run_that_the_node_cannot_take_part_in_ends_it_from_the_clock_not_from
     with pytest.raises(RunMismatch, match="takes projected gradients only"):
         server.node.clock.settle()
     assert not server.node.transport.disowned  # it leaves in words
+
+
+def test_an_engine_that_the_nodes_owner_did_not_name_is_refused_before_the_mask_is_fetched() -> None:
+    server = Server()
+    server.node.driver.received(TOPICS.run, descriptor(MASK, engine="ours:Engine").encode(), retained=True)
+    with pytest.raises(RunMismatch, match="computes with 'ours:Engine', and this file names none"):
+        server.node.clock.settle()
+    assert (server.wants, server.node.transport.filters) == ([], set())
 
 
 # --- steps that are stopped ---

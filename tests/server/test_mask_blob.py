@@ -29,11 +29,11 @@ def test_the_chunks_have_the_name_of_the_mask_unless_its_bytes_differ_from_the_b
     config = ServerConfig(federation="f", state_dir=tmp_path, engine="toy", toy_weights=50_000)
     first = prepare_run(config)
     assert first.descriptor.mask_blob is None
-    assert {chunk.blob for chunk in first.chunks(1)} == {first.mask.hash}
+    assert {chunk.blob for chunk in first.chunks} == {first.mask.hash}
     begun = first.descriptor.model_copy(update={"mask_bytes": len(first.blob) + 1})
     later = prepare_run(config, begun)
     assert later.descriptor.mask_name == short_hash(later.blob) != later.mask.hash
-    assert {chunk.blob for chunk in later.chunks(1)} == {short_hash(later.blob)}
+    assert {chunk.blob for chunk in later.chunks} == {short_hash(later.blob)}
     assert prepare_run(config, first.descriptor).descriptor == first.descriptor
 
 
