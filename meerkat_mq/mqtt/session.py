@@ -10,7 +10,7 @@ from typing import Any
 import structlog
 
 from meerkat_mq.config import BrokerConfig
-from meerkat_mq.errors import BrokerError, NotConnected, PayloadTooLarge
+from meerkat_mq.errors import BrokerError, MeerkatError, NotConnected, PayloadTooLarge
 from meerkat_mq.mqtt.connection import Connection, takes_without_will
 from meerkat_mq.mqtt.ends import Lost, Refused, Sending
 from meerkat_mq.mqtt.marker import Marker
@@ -43,7 +43,7 @@ class Session:
         on_connected: takes the link; re-publish state here.
         on_disconnected: takes the reason, for people; called once after each `on_connected`, unless `run()` ends.
         will: the state that the broker publishes when this link breaks.
-        farewell: the state to publish at an orderly end, when `run()` is cancelled.
+        farewell: the state to publish at an orderly end, when `run()` is cancelled; None: what stands there is right.
         kind_of: what to count a topic's traffic under in `sent` and `received`.
         outbox_bytes: how much may wait for the broker; retained messages may always.
         name: the user that the federation's rights are given to; where our certificate names another, hints say so.
@@ -66,7 +66,7 @@ class Session:
         on_connected: Callable[[int], None] = lambda link: None,
         on_disconnected: Callable[[str], None] = lambda reason: None,
         will: Callable[[int], Will] | None = None,
-        farewell: Callable[[int], Will] | None = None,
+        farewell: Callable[[int], Will | None] | None = None,
         timeouts: Timeouts = _TIMEOUTS,
         kind_of: Callable[[str], str] = lambda topic: "all",
         outbox_bytes: int = 64 * 2**20,
@@ -94,6 +94,7 @@ class Session:
         self._is_marked = False
         self._own: OwnTopic | None = None
         self._disowned = False
+        self._is_leaving = False
         self._renewal: asyncio.Future[None] | None = None
         self._log = structlog.get_logger().bind(broker=broker.address, client=client_id)
         self._trouble = Trouble(self._log, timeouts)
@@ -101,8 +102,9 @@ class Session:
     async def run(self) -> None:
         """Keep a connection until cancelled. What a broker refuses is tried again, unless `broker.give_up` says else.
 
-        Cancelled: sends what waits and the farewell (at most `flush_s`), then DISCONNECT, so no will. It may be called
-        again then: subscriptions and counts stay; what is published in between is dropped.
+        Cancelled: sends what waits and the farewell (at most `flush_s`), then DISCONNECT, so no will; where it has only
+        begun to connect, the farewell alone. It may be called again then: subscriptions and counts stay; what is
+        published in between is dropped.
 
         Raises:
             BadCredentials: given up: the broker refuses us.
@@ -112,6 +114,7 @@ class Session:
         """
         self._outbox.open()
         self._trouble.begin()
+        self._is_leaving = False
         try:
             while True:
                 pause_s = await self._connect_once()
@@ -120,6 +123,16 @@ class Session:
                 await asyncio.sleep(pause_s)
         finally:
             self._outbox.close(NotConnected(self._broker.address, "the session has ended"))
+
+    async def part(self, within_s: float) -> None:
+        """After `run()`, connect only to leave the farewell; where that takes too long, what stands there stays."""
+        self._is_leaving = True
+        with contextlib.suppress(TimeoutError, MeerkatError):
+            async with asyncio.timeout(within_s):
+                while True:
+                    if not (pause_s := await self._connect_once()):
+                        return
+                    await asyncio.sleep(pause_s)
 
     async def _gives_up(self) -> bool:
         """Whether a refusal ends the session."""
@@ -198,12 +211,13 @@ class Session:
         self._outbox.narrow(self._trouble.sends_one_by_one)
         began, connects = asyncio.get_running_loop().time(), self.connects
         lost = await self._go_through(connection, link, will.topic if will else None)
+        announced = self.connects > connects
         if lost is None:
-            self._on_disconnected("renewed")
+            if announced:
+                self._on_disconnected("renewed")
             return 0.0
         if isinstance(lost, Refused) and await self._gives_up():
             raise lost.error
-        announced = self.connects > connects
         lived_s = asyncio.get_running_loop().time() - began if announced else None
         pause_s = self._trouble.ended(lost, lived_s, connection.flaws)
         if announced:
@@ -211,14 +225,14 @@ class Session:
         return pause_s
 
     async def _go_through(self, connection: Connection, link: int, own: str | None) -> Lost | None:
-        """Talk until the connection ends, and how it did; None where it was left to be renewed."""
+        """Talk until the connection ends, and how it did; None where it was left in order."""
         talk = asyncio.create_task(self._talk(connection, link, own))
         orderly = False
         renewal: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._renewal = renewal
         try:
             await asyncio.wait(_futures(talk, connection.ended, renewal), return_when=asyncio.FIRST_COMPLETED)
-            orderly = not (connection.ended.done() or talk.done())
+            orderly = not connection.ended.done() and (not talk.done() or talk.exception() is None)
             if not orderly:
                 cause = connection.ended.result() if connection.ended.done() else talk.exception()
         except asyncio.CancelledError:
@@ -253,6 +267,10 @@ class Session:
         filters = await self._match_filters(connection, filters, own)
         if own is not None:
             await connection.unsubscribe(f"{own}/fence")  # answered behind all that was retained; no ACL forbids it
+        if self._is_leaving:
+            if (last := self._last_words(link)) is not None:
+                await connection.publish(last.topic, last.payload, 1, retain=True)
+            return
         self.link = link
         self.connects += 1
         self._trouble.connected(link)
@@ -316,10 +334,15 @@ class Session:
     async def _flush(self, connection: Connection, talk: asyncio.Task[None]) -> None:
         """Send what waits and the farewell, while `talk` goes on."""
         connection.mute()
-        if self.link is None or self._disowned:
+        if self._disowned:
             return
-        if self._farewell is not None:
-            last = self._farewell(self.link)
+        if self.link is None:
+            self._is_leaving = True
+            if self._farewell is not None:  # the broker may hold the will already: `talk` goes on to the farewell
+                await asyncio.wait(_futures(talk, connection.ended), timeout=self._timeouts.flush_s,
+                                   return_when=asyncio.FIRST_COMPLETED)  # fmt: skip
+            return
+        if (last := self._last_words(self.link)) is not None:
             with contextlib.suppress(BrokerError):  # too large a packet: the state will stand as it is
                 self.publish(last.topic, last.payload, retain=True)
         drained = asyncio.create_task(self._outbox.drained())
@@ -327,9 +350,12 @@ class Session:
         await asyncio.wait(ends, timeout=self._timeouts.flush_s, return_when=asyncio.FIRST_COMPLETED)
         drained.cancel()
 
+    def _last_words(self, link: int) -> Will | None:
+        return None if self._farewell is None else self._farewell(link)
+
     def _take(self, message: Message) -> None:
         self.received[self._kind_of(message.topic)].add(message.topic, message.payload, message.qos)
-        if self._own is None or not self._own.is_answer(message):
+        if not self._is_leaving and (self._own is None or not self._own.is_answer(message)):
             self._on_message(message)
 
 

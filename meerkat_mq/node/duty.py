@@ -25,13 +25,9 @@ class DutyCycle:
         schedule: when.
         session: its farewell says "asleep" while `wakes_in_s` is a number.
         driver: says when the node may sleep, and is told when it wakes and sleeps.
-
-    Attributes:
-        parting: the session only connects to say that the node stops.
     """
 
     def __init__(self, schedule: ScheduleConfig, session: Session, driver: NodeDriver) -> None:
-        self.parting = False
         self._schedule = schedule
         self._session = session
         self._driver = driver
@@ -53,18 +49,17 @@ class DutyCycle:
         Raises:
             MeerkatError: as `Session.run`, in a group.
         """
-        connects = 0
         try:
             while True:
-                connects = self._session.connects
                 wakes_at = _now() + self._schedule.every_s * (1 - JITTER * _RANDOM.random())
                 await self._be_awake(wakes_at)
                 structlog.get_logger().info("asleep", wakes_in_s=self.wakes_in_s)
                 await asyncio.sleep(wakes_at - _now())
                 self._wakes_at = None
         except asyncio.CancelledError:
-            if self._wakes_at is not None or self._session.connects == connects > 0:  # asleep, or only just awake
-                await self._part()
+            if self._wakes_at is not None:
+                self._wakes_at = None  # "stopped" takes the place of "asleep", which would expire
+                await self._session.part(PARTING_S)
             raise
 
     async def _be_awake(self, wakes_at: float) -> None:
@@ -82,19 +77,6 @@ class DutyCycle:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(min(until if _now() < until else math.inf, _now() + LOOK_S)):
                     await self._changed.wait()
-
-    async def _part(self) -> None:
-        """Connect, so that the node's state is its farewell; where that takes too long, "asleep" stays, and expires."""
-        self._wakes_at, self.parting = None, True
-        connection = asyncio.create_task(self._session.run())
-        ends = _now() + PARTING_S
-        while self._session.link is None and not connection.done() and _now() < ends:
-            self._changed.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(ends):
-                    await self._changed.wait()
-        connection.cancel()
-        await asyncio.gather(connection, return_exceptions=True)
 
 
 def _now() -> float:

@@ -12,7 +12,7 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.engines.registry import entry_of
 from meerkat_mq.errors import DataError, within
 from meerkat_mq.extras import need
-from meerkat_mq.mqtt import Marker, Message, Session, Will
+from meerkat_mq.mqtt import Marker, Session, Will
 from meerkat_mq.node.duty import DutyCycle
 from meerkat_mq.node.limits import Allowance, NodeCompute
 from meerkat_mq.node.state import NodeState
@@ -63,8 +63,8 @@ class _Node:
             config.broker,
             client_id,
             subscriptions=[(topic, 1) for topic in (topics.server, topics.run, topics.round, topics.reply(config.id))],
-            on_message=self._on_message,
-            on_connected=self._on_connected,
+            on_message=lambda message: self._driver.received(message.topic, message.payload, retained=message.retained),
+            on_connected=lambda link: self._driver.connected(link),  # noqa: PLW0108 - the driver is made below
             on_disconnected=lambda _: self._driver.disconnected(),
             will=lambda link: Will(status, self._driver.status("lost", link).encode()),
             farewell=lambda link: Will(status, self._farewell(link).encode()),
@@ -104,20 +104,6 @@ class _Node:
                 self._driver.stop()
             for task in work:
                 task.cancel()
-
-    # --- the session ---
-
-    def _on_message(self, message: Message) -> None:
-        if self._duty is None or not self._duty.parting:
-            self._driver.received(message.topic, message.payload, retained=message.retained)
-
-    def _on_connected(self, link: int) -> None:
-        if self._duty is not None:
-            self._duty.changed()
-            if self._duty.parting:
-                self._driver.presence.connected(link)
-                return
-        self._driver.connected(link)
 
     def _farewell(self, link: int) -> NodeStatus:
         wakes_in_s = self._duty.wakes_in_s if self._duty is not None else None

@@ -162,7 +162,7 @@ class Server:
             on_connected=lambda link: self._driver.connected(link),  # noqa: PLW0108 - the driver is made below
             on_disconnected=lambda _: self._driver.disconnected(),
             will=lambda link: Will(topics.server, self._driver.state("lost", link).encode()),
-            farewell=lambda link: Will(topics.server, self._driver.parting(link).encode()),
+            farewell=self._farewell,
             kind_of=self._kind_of,
             outbox_bytes=OUTBOX_BYTES + 2 * len(run.blob),
             name=SERVER_NAME,
@@ -247,6 +247,10 @@ class Server:
 
     def _keep_metrics(self, version: int, metrics: Mapping[str, float]) -> None:
         self._driver.writer.put(KeepMetrics(version, metrics))
+
+    def _farewell(self, link: int) -> Will | None:
+        """Nothing before the first term: what stands there is another server's."""
+        return Will(self._topics.server, self._driver.parting(link).encode()) if self._driver.machine else None
 
     def _kind_of(self, topic: str) -> str:
         parsed = self._topics.parse_up(topic)

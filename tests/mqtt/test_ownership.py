@@ -13,7 +13,7 @@ from meerkat_mq.mqtt import Message, Session, Timeouts, Will
 from meerkat_mq.rounds.presence import Ownership, Presence
 from tests.support.mosquitto import Mosquitto
 from tests.support.peer import Peer, peer
-from tests.support.proxy import PUBACK, PUBLISH, Proxy
+from tests.support.proxy import CONNECT, PUBACK, PUBLISH, Proxy
 from tests.support.waiting import until
 
 STATUS = "f/up/node-1/status"
@@ -109,6 +109,26 @@ async def test_an_orderly_end_says_farewell_and_leaves_no_will(mosquitto: Mosqui
         await observer.sees("stopped", 1)
         await observer.session.publish("unrelated", b"")  # a will would have come before this is acknowledged
         assert observer.states == [("online", 1), ("stopped", 1)]
+
+
+@pytest.mark.parametrize("again", [False, True])
+async def test_whoever_stops_while_it_connects_says_farewell_and_leaves_no_will(
+    mosquitto: Mosquitto, proxy: Proxy, again: bool
+) -> None:
+    async with observing(mosquitto.config) as observer:
+        proxy.pause_s = 0.0 if again else 0.1
+        owner = Owner(proxy.config, 1, "here", timeouts=Timeouts(back_off_first_s=0.1))
+        if again:
+            await observer.sees("online", 1)
+            proxy.pause_s = 0.1
+            proxy.reset()
+            await observer.sees("lost", 1)
+        before = observer.states
+        await until(lambda: proxy.count(CONNECT, up=True) == 1 + again)
+        await owner.leave()
+        await observer.sees("stopped", 1)
+        await observer.session.publish("unrelated", b"")  # a will would have come before this is acknowledged
+        assert observer.states == [*before, ("stopped", 1)]
 
 
 async def test_what_waits_is_flushed_before_the_farewell(mosquitto: Mosquitto) -> None:

@@ -57,19 +57,16 @@ class Connections:
     def __init__(self, *answers: bool) -> None:
         self.log: list[str] = []
         self._answers = iter(answers)
-        self.link: int | None = None
-        self.connects = 0
 
     async def run(self) -> None:
+        self.log.append("connected" if next(self._answers) else "connecting")
         try:
-            if next(self._answers):
-                self.link, self.connects = 1, self.connects + 1
-            self.log.append("connecting" if self.link is None else "connected")
             await asyncio.Event().wait()
         finally:
-            if self.link is not None:
-                self.log.append("farewell")
-            self.link = None
+            self.log.append("farewell")
+
+    async def part(self, within_s: float) -> None:
+        self.log.append("parted")
 
     def cycle(self, every_s: float) -> duty.DutyCycle:
         """Awake until it is connected."""
@@ -87,21 +84,21 @@ class Connections:
 
 
 async def test_a_node_is_asleep_before_its_connection_says_so() -> None:
-    session = Connections(True, True)
+    session = Connections(True)
     running = asyncio.create_task(session.cycle(3600.0).run())
     await until(lambda: "farewell" in session.log)
     running.cancel()
     await asyncio.wait([running])
-    assert session.log == ["awake", "connected", "asleep", "farewell", "connected", "farewell"]
+    assert session.log == ["awake", "connected", "asleep", "farewell", "parted"]
 
 
-async def test_a_node_that_stops_while_it_connects_says_so_on_another_connection() -> None:
-    session = Connections(True, False, True)
+async def test_a_node_that_stops_while_it_connects_says_so_on_this_connection() -> None:
+    session = Connections(True, False)
     running = asyncio.create_task(session.cycle(1.0).run())
     await until(lambda: "connecting" in session.log)
     running.cancel()
     await asyncio.wait([running])
-    assert session.log[4:] == ["awake", "connecting", "connected", "farewell"]
+    assert session.log[4:] == ["awake", "connecting", "farewell"]
 
 
 async def test_who_was_heard_from_an_earlier_waking_steps_before_it_sleeps(
