@@ -8,12 +8,42 @@ from meerkat_mq.engines.registry import ENGINES
 from meerkat_mq.errors import BadValue, WireError, shown
 from meerkat_mq.runtime.blobs import BlobFetch, Blobs
 from meerkat_mq.runtime.model import NodeStore
-from meerkat_mq.runtime.ports import Compute, Transport
+from meerkat_mq.runtime.ports import Clock, Compute, Transport
 from meerkat_mq.runtime.steps import Steps, work
 from meerkat_mq.tasks.load import task_of
 from meerkat_mq.wire.arrays import Assembly, decode_mask
 from meerkat_mq.wire.descriptor import MAY_CHANGE, RunDescriptor
+from meerkat_mq.wire.messages import Round
 from meerkat_mq.wire.topics import Topics
+
+LOST_S, LONGEST_S = 5.0, 300.0  # so long may a descriptor be on its way; between two tries in vain
+
+
+def describes(run: RunDescriptor, frame: Round) -> bool:
+    """Whether a round is of this run."""
+    return frame.header.run == int.from_bytes(run.run_id[:4], "little")
+
+
+class LostDescriptor:
+    """Notices that rounds come of a run whose descriptor does not, and connects again: brokers say it to who comes."""
+
+    def __init__(self, transport: Transport, clock: Clock) -> None:
+        self._transport = transport
+        self._clock = clock
+        self._since: float | None = None
+        self._wait_s = LOST_S
+
+    def round_came(self, frame: Round, newest: RunDescriptor | None) -> None:
+        """A round frame came; the newest descriptor may be of its run, or of another."""
+        now = self._clock.now()
+        if newest is not None and describes(newest, frame):
+            self._since, self._wait_s = None, LOST_S
+        elif self._since is None:
+            self._since = now
+        elif now - self._since >= self._wait_s:
+            self._since, self._wait_s = now, min(2 * self._wait_s, LONGEST_S)
+            structlog.get_logger().warning("rounds of a run that was not described, connecting again")
+            self._transport.renew()
 
 
 def get_mask(

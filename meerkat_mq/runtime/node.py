@@ -24,7 +24,7 @@ from meerkat_mq.rounds.presence import Ownership, Presence
 from meerkat_mq.rounds.pulse import Pulse
 from meerkat_mq.runtime.blobs import Blobs
 from meerkat_mq.runtime.jobs import Jobs
-from meerkat_mq.runtime.join import check_changes, check_descriptor, get_mask
+from meerkat_mq.runtime.join import LostDescriptor, check_changes, check_descriptor, describes, get_mask
 from meerkat_mq.runtime.model import KeptUpdate, MakeModel, Model, NodeMonitor, NodeProfile, NodeStore, StepCompute
 from meerkat_mq.runtime.ports import Clock, Transport
 from meerkat_mq.runtime.rest import Rest, is_behind
@@ -97,6 +97,7 @@ class NodeDriver:
         self._told_finished = False
         self._asleep = False
         self._rest = Rest()
+        self._lost = LostDescriptor(transport, clock)
 
     def stop(self) -> None:
         """The process ends: end local steps soon."""
@@ -219,7 +220,7 @@ class NodeDriver:
                 self._join_anew(descriptor)  # its chunks may have another name and size now
             return
         self._descriptor = descriptor
-        if self._round is not None and self._round.header.run != int.from_bytes(descriptor.run_id[:4], "little"):
+        if self._round is not None and not describes(descriptor, self._round):
             self._round = None  # else it overtook its run's descriptor: some brokers keep no order among topics
         self._join_anew(descriptor)
 
@@ -241,6 +242,7 @@ class NodeDriver:
 
     def _on_round(self, frame: Round, *, retained: bool) -> None:
         before, self._round = self._round, frame
+        self._lost.round_came(frame, self._descriptor)
         self._handle(e.FrameCame(self._clock.now(), frame))
         if self.machine is not None and self._jobs is not None and is_behind(frame, self.machine):
             self._jobs.move_on()

@@ -111,6 +111,22 @@ def test_a_run_of_a_newer_server_is_refused_in_words_that_help() -> None:
     assert server.node.machine_is_there
 
 
+def test_a_node_that_missed_the_descriptor_of_a_run_connects_again(server: Server) -> None:
+    node = server.node
+    for run, others in ((ONE, 0), (TWO, 1)):  # the first one of all, and one that follows another run
+        for _ in range(6):
+            server.ask(run)
+            node.clock.go(1.0)
+        assert node.transport.renewed == others + 1
+        for _ in range(9):
+            server.ask(run)
+            node.clock.go(1.0)
+        assert node.transport.renewed == others + 1  # the next try is later
+        server.begin(run)
+        server.ask(run)
+        assert [update.header.run for update in server.updates][-1] == header(run).run
+
+
 def test_a_node_that_is_asked_steps_and_sends(server: Server) -> None:
     server.begin(ONE)
     first, *others = [status.status for status in server.statuses]
