@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from meerkat_mq.broker.embedded import EmbeddedBroker, embedded_broker
+from meerkat_mq.broker import EmbeddedBroker, embedded_broker
 from meerkat_mq.chaos.log_pipe import LogPipe
 from meerkat_mq.chaos.wall_clock import WallClock
 from meerkat_mq.config import BrokerConfig
-from meerkat_mq.errors import BrokerError, DrillFailed, RunError
+from meerkat_mq.errors import BrokerError, DrillFailed
 
 RESTART_S = 1.0
 STOP_S = 15.0
@@ -60,7 +60,7 @@ class Service:
 
     Attributes:
         deaths: ends that nobody asked for; each was followed by another start.
-        forgiven: ends in words are not counted as deaths for now.
+        forgiven: ends in words with these exit codes are not counted as deaths for now.
         log_pipe: its standard error.
         clock: its wall clock, where that can be stepped.
     """
@@ -72,7 +72,7 @@ class Service:
         self.clock = clock
         self.log_pipe = LogPipe(log)
         self.deaths: list[ProcessEnd] = []
-        self.forgiven = False
+        self.forgiven: tuple[int, ...] = ()
         self._command = [sys.executable, "-m", f"meerkat_mq.{role}", "--config", str(config), "--json-logs", *flags]
         self._log = log
         self._begins = 0
@@ -186,7 +186,7 @@ class Service:
             if not self._wanted:
                 return
             end = self._end()
-            if not (self.forgiven and end.words and end.code == RunError.exit_code):
+            if not (end.words and end.code in self.forgiven):
                 self.deaths.append(end)
             await asyncio.sleep(RESTART_S)
             if not self._wanted:

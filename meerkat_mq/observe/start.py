@@ -1,7 +1,4 @@
-"""The first thing that a process of ours does, before it imports anything that takes long: even `signal` does.
-
-`python -m` runs a package before its `__main__`: those of services are empty, for signals would wait for their imports.
-"""
+"""The first thing that a process of ours does, before it imports anything that takes long: even `signal` does."""
 
 import _signal  # type: ignore[import-not-found]  # typeshed knows the public one only
 import os

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from meerkat_mq.chaos.faults.fault import PATIENCE_S, Fault
 from meerkat_mq.chaos.stage import SERVER, Stage
-from meerkat_mq.errors import RunError
+from meerkat_mq.errors import BrokerError, RunError
 
 
 class Sigkill(Fault):
@@ -140,7 +140,9 @@ class Clone(Fault):
         first = stage.services[target]
         second = stage.clone_of(target)
         first.expect_end()
-        second.forgiven = True  # a first one that was just starting is the newer one; started again, the second wins
+        # A first one that was just starting is the newer one; started again, the second wins. And who was never
+        # connected before ends where the broker knows nobody just then.
+        second.forgiven = RunError.exit_code, BrokerError.exit_code
         await second.start()
         try:
             await first.ends_in_words(RunError.exit_code, within_s=PATIENCE_S)
@@ -164,7 +166,7 @@ class SecondServer(Fault):
     async def strike(self, stage: Stage, target: str, random: Random) -> AsyncIterator[None]:
         first, second = stage.services[SERVER], stage.next_server()
         first.expect_end()
-        second.forgiven = True  # a first one that was just starting takes over when it wakes; started again, it wins
+        second.forgiven = (RunError.exit_code,)  # a first one that was just starting takes over; started again, it wins
         first.signal(signal.SIGSTOP)
         try:
             await second.start()
@@ -172,4 +174,4 @@ class SecondServer(Fault):
         finally:
             first.signal(signal.SIGCONT)
         await first.ends_in_words(RunError.exit_code, within_s=PATIENCE_S)
-        second.forgiven = False
+        second.forgiven = ()
