@@ -8,6 +8,7 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -164,7 +165,7 @@ class Displacement:
     size: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Entry:
     """What turns theta_v into theta_(v+1), v = `version`.
 
@@ -178,10 +179,17 @@ class Entry:
     digest: bytes
     displacement: Displacement | None = None
 
-    @property
+    @cached_property
     def aged(self) -> bool:
         """Whether the age of each term is written down: one of them is not 0."""
         return any(term.age for term in self.terms)
+
+    @cached_property
+    def body(self) -> bytes:
+        """Terms, displacement, previous and digest, as they are hashed and sent."""
+        added = self.displacement
+        displaced = added.blob + struct.pack("<I", added.size) if added is not None else b""
+        return pack_terms(self.terms, self.aged) + displaced + self.previous + self.digest
 
     def hash(self, run_id: bytes) -> bytes:
         """SHA-256(run id ‖ u32 version ‖ u32 number of terms and flags ‖ terms ‖ displacement ‖ previous ‖ digest).
@@ -189,12 +197,8 @@ class Entry:
         The first 16 bytes. Flags: bit 31 where terms have ages, bit 30 where there is a displacement
         (protocol/SPECIFICATION.md, section 2.5).
         """
-        aged = self.aged
-        flags = aged << 31 | (self.displacement is not None) << 30
-        parts = [run_id, struct.pack("<II", self.version, len(self.terms) | flags), pack_terms(self.terms, aged)]
-        if self.displacement is not None:
-            parts.append(self.displacement.blob + struct.pack("<I", self.displacement.size))
-        return short_hash(b"".join([*parts, self.previous, self.digest]))
+        flags = self.aged << 31 | (self.displacement is not None) << 30
+        return short_hash(run_id + struct.pack("<II", self.version, len(self.terms) | flags) + self.body)
 
 
 def check_steps(entry: Entry, max_step: float) -> None:
@@ -212,8 +216,8 @@ def check_steps(entry: Entry, max_step: float) -> None:
 def pack_terms(terms: Iterable[Coefficient], aged: bool) -> bytes:
     """u16 lane, u16 step, f32 coefficient each; with ages, a u16 age before each."""
     if aged:
-        return b"".join(struct.pack("<HHHf", term.age, term.lane, term.step, term.coefficient) for term in terms)
-    return b"".join(struct.pack("<HHf", term.lane, term.step, term.coefficient) for term in terms)
+        return b"".join([struct.pack("<HHHf", term.age, term.lane, term.step, term.coefficient) for term in terms])
+    return b"".join([struct.pack("<HHf", term.lane, term.step, term.coefficient) for term in terms])
 
 
 def digest_due(version: int, digest_every: int) -> bool:

@@ -167,11 +167,9 @@ class NodeMachineState:
         frame = self._frame
         if frame is None or not frame.is_open or frame.header.version != self.version:
             return None
-        if (
-            self.slot is None
-            or self.slot not in frame.asked - frame.heard
-            or self._acknowledged_version == self.version
-        ):
+        if self.slot is None or self.slot not in frame.asked or self.slot in frame.heard:
+            return None
+        if self._acknowledged_version == self.version:
             return None
         steps = dict(frame.short).get(self.slot, frame.steps)
         return e.StartSteps(self.version, lane_of(self.slot, frame.lanes), steps, frame.eps)

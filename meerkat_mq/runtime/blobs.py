@@ -15,7 +15,7 @@ from meerkat_mq.core.seldom import Seldom
 from meerkat_mq.errors import NotConnected, TooLarge
 from meerkat_mq.runtime.model import KeptUpdate
 from meerkat_mq.runtime.ports import Clock, Timer
-from meerkat_mq.runtime.steps import Done, Failed, Later, Steps
+from meerkat_mq.runtime.steps import Done, Failed, Steps
 from meerkat_mq.wire.arrays import Assembly, chunks_of, split
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.frames import MAX_CHUNK_BYTES
@@ -119,7 +119,7 @@ class BlobFetch:
         """
         self._asked, self._most_silences = None if unasked else frozenset(), silences
         try:
-            blob: bytes = yield Later(self._begin)
+            blob: bytes = yield self._begin
         finally:
             self.stop()
         return blob

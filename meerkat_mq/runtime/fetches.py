@@ -13,7 +13,7 @@ from meerkat_mq.rounds.events import FetchValues, ServerEvent, ValuesFetched
 from meerkat_mq.rounds.records import Verdict
 from meerkat_mq.runtime.blobs import BlobFetch
 from meerkat_mq.runtime.ports import Clock, Compute
-from meerkat_mq.runtime.steps import Later, Sequence, Steps, until, work
+from meerkat_mq.runtime.steps import Sequence, Steps, until, work
 from meerkat_mq.runtime.writer import KeepValues
 from meerkat_mq.wire.messages import Chunk, Header, Update, Want
 from meerkat_mq.wire.values import decode_values, largest_blob
@@ -139,7 +139,7 @@ class Fetches:
             if self._open.get(order.node) is fetch:
                 del self._open[order.node]
         verdict = yield from work(self._compute, self._verdict, update, announced.blob, blob)
-        yield Later(lambda done, _: self._keep(KeepValues(order.node, update, blob, verdict, done)))
+        yield lambda done, _: self._keep(KeepValues(order.node, update, blob, verdict, done))
 
     def _verdict(self, update: Update, name: bytes, blob: bytes) -> Verdict:
         steps = update.values.steps if update.values is not None else 1

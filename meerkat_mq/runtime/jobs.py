@@ -17,7 +17,7 @@ from meerkat_mq.rounds import events as e
 from meerkat_mq.runtime.blobs import Blobs
 from meerkat_mq.runtime.model import KeptUpdate, Model, NodeStore, StepCompute, StepResult
 from meerkat_mq.runtime.ports import Clock
-from meerkat_mq.runtime.steps import Done, Failed, Later, Sequence, Steps, until, work
+from meerkat_mq.runtime.steps import Done, Failed, Sequence, Steps, until, work
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.messages import Offer, Update
 from meerkat_mq.wire.values import decode_values, largest_blob
@@ -217,7 +217,7 @@ class Jobs:
         result: StepResult | None = None
         if order is not self._stopped:
             try:
-                result = yield Later(partial(self._begin_steps, order))
+                result = yield partial(self._begin_steps, order)
             except Exception as error:  # an engine raises what its library does: CUDA out of memory, for one
                 say, said = structlog.get_logger().warning, {"round": order.version, "problem": reason(error)}
                 self._seldom.say(say, "steps failed", type(error).__name__, **said)

@@ -1,12 +1,11 @@
 """What takes several steps with waiting in between, written as one function.
 
-`Steps` is a generator. It yields a `Later` for each thing that it waits for: work of a `Compute` port, a pause on the
+`Steps` is a generator. It yields a `Begin` for each thing that it waits for: work of a `Compute` port, a pause on the
 `Clock`, a blob that comes by the transport. It is sent the result, or has the failure thrown into it. `Sequence` drives
 it. This is what `async def` would be on an event loop; here there is none.
 """
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar, TypeVarTuple
 
@@ -17,20 +16,8 @@ Result = TypeVar("Result")
 
 Done = Callable[[Any], None]
 Failed = Callable[[Exception], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Later:
-    """Something that ends later.
-
-    Attributes:
-        begin: begins it. One of both functions is called once it has ended, or none if it is given up.
-    """
-
-    begin: Callable[[Done, Failed], None]
-
-
-Steps = Generator[Later, Any, Result]
+Begin = Callable[[Done, Failed], None]  # of both, one is called once it has ended; none if it is given up
+Steps = Generator[Begin, Any, Result]
 
 
 def work(compute: Compute, job: Callable[[*Args], Result], *args: *Args) -> Steps[Result]:
@@ -41,7 +28,7 @@ def work(compute: Compute, job: Callable[[*Args], Result], *args: *Args) -> Step
         return job(*args) if wanted else None
 
     try:
-        result: Result = yield Later(partial(compute.run, attempt))
+        result: Result = yield partial(compute.run, attempt)
     finally:
         wanted = False
     return result
@@ -49,7 +36,7 @@ def work(compute: Compute, job: Callable[[*Args], Result], *args: *Args) -> Step
 
 def until(clock: Clock, time: float) -> Steps[None]:
     """Wait for a time."""
-    yield Later(lambda done, _: ignore(clock.at(time, lambda: done(None))))
+    yield lambda done, _: ignore(clock.at(time, partial(done, None)))
 
 
 def ignore(_: Timer) -> None:
@@ -70,31 +57,31 @@ class Sequence(Generic[Result]):
         self._steps = steps
         self._done = done
         self._number = 0  # of the present wait: what an earlier one still brings is ignored
-        self._go(partial(next, steps))
+        self._go(steps.send, None)
 
     def cancel(self) -> None:
         """Do nothing more than what a `finally` asks for."""
         self._number += 1
         self._steps.close()
 
-    def _go(self, resume: Callable[[], Later]) -> None:
+    def _go(self, resume: Callable[[Any], Begin], came: Any) -> None:
         try:
-            waited_for = resume()
+            begin = resume(came)
         except StopIteration as end:
             self._done(end.value)
             return
         number = self._number
-        waited_for.begin(partial(self._resumed, number), partial(self._threw, number))
+        begin(partial(self._resumed, number), partial(self._threw, number))
 
     def _resumed(self, number: int, result: Any) -> None:
         if number == self._number:
             self._number += 1
-            self._go(partial(self._steps.send, result))
+            self._go(self._steps.send, result)
 
     def _threw(self, number: int, error: Exception) -> None:
         if number == self._number:
             self._number += 1
-            self._go(partial(self._steps.throw, error))
+            self._go(self._steps.throw, error)
 
 
 class Alarm:

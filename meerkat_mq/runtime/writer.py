@@ -27,7 +27,7 @@ from meerkat_mq.rounds.records import Share, UpdateRecord, Verdict
 from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.runtime.disk import Patience, Spare
 from meerkat_mq.runtime.ports import Clock, Compute, Timer
-from meerkat_mq.runtime.steps import Done, Failed, Later, Steps, until, work
+from meerkat_mq.runtime.steps import Done, Failed, Steps, until, work
 from meerkat_mq.runtime.steps import Sequence as Running
 from meerkat_mq.runtime.succession import Past
 from meerkat_mq.wire.frames import Update
@@ -203,7 +203,7 @@ class LedgerWriter:
         if not self._queue:
             self._say_idle()
         elif not self._wants and all(map(_can_wait, self._queue)):
-            yield Later(self._gather)
+            yield self._gather
         waiting, self._queue = self._queue, []
         yield from self._commit([order for order in waiting if isinstance(order, Commit)])
         for task in [order for order in waiting if isinstance(order, Task)]:

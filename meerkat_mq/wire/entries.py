@@ -1,10 +1,12 @@
 """A ledger entry's bytes, as frames carry them and the ledger keeps them (protocol/SPECIFICATION.md, section 4)."""
 
+import math
 import struct
 from functools import lru_cache
 
-from meerkat_mq.core.path import HASH_BYTES, Coefficient, Displacement, Entry, pack_terms
-from meerkat_mq.wire.reader import Reader, check, finite
+from meerkat_mq.core.path import HASH_BYTES, Coefficient, Displacement, Entry
+from meerkat_mq.errors import BadValue
+from meerkat_mq.wire.reader import Reader, check
 
 MAX_TERMS = 12000  # an entry of them fits a frame,
 MAX_AGED_TERMS = 9600  # and so does one of these, which are longer
@@ -39,19 +41,10 @@ def encode_entry(entry: Entry) -> bytes:
     With bit 15, there is a u16 age before each lane; with bit 14, 16 hash and u32 size of a displacement after the
     terms.
     """
-    aged = entry.aged
-    _check_count(len(entry.terms), aged)
     check(len(entry.previous) == len(entry.digest) == HASH_BYTES, "entry", "has a hash that is not 16 bytes")
-    for term in entry.terms:
-        finite("coefficient", term.coefficient)
-        _check_age(term.age, entry.version)
-    flags, displaced = _AGED * aged, b""
-    if entry.displacement is not None:
-        check_blob("displacement", entry.displacement.blob, entry.displacement.size)
-        flags |= _DISPLACED
-        displaced = BLOB.pack(entry.displacement.blob, entry.displacement.size)
-    head = _ENTRY.pack(entry.version, len(entry.terms) | flags)
-    return head + pack_terms(entry.terms, aged) + displaced + entry.previous + entry.digest
+    _check(entry)
+    flags = _AGED * entry.aged | _DISPLACED * (entry.displacement is not None)
+    return _ENTRY.pack(entry.version, len(entry.terms) | flags) + entry.body
 
 
 def _check_count(terms: int, aged: bool) -> None:
@@ -59,8 +52,17 @@ def _check_count(terms: int, aged: bool) -> None:
     check(terms <= most, "terms", f"{terms} are more than {most}")
 
 
-def _check_age(age: int, version: int) -> None:
-    check(0 <= age <= min(MAX_STALENESS, version), "age", f"{age} is outside 0…{min(MAX_STALENESS, version)}")
+def _check(entry: Entry) -> None:
+    """Refuse, as BadValue, what no entry can be."""
+    _check_count(len(entry.terms), entry.aged)
+    oldest = min(MAX_STALENESS, entry.version)
+    for term in entry.terms:
+        if not math.isfinite(term.coefficient):
+            raise BadValue("coefficient", f"{term.coefficient} is not finite")
+        if not 0 <= term.age <= oldest:
+            raise BadValue("age", f"{term.age} is outside 0…{oldest}")
+    if entry.displacement is not None:
+        check_blob("displacement", entry.displacement.blob, entry.displacement.size)
 
 
 def check_blob(name: str, blob: bytes, size: int) -> None:
@@ -88,15 +90,12 @@ def _entry(data: bytes) -> Entry:
     count, aged = head & ~(_AGED | _DISPLACED), bool(head & _AGED)
     packed = reader.take((_AGED_TERM if aged else _TERM).size * count)
     found = _AGED_TERM.iter_unpack(packed) if aged else ((0, *term) for term in _TERM.iter_unpack(packed))
-    terms = tuple(Coefficient(lane, step, finite("coefficient", c), age) for age, lane, step, c in found)
-    check(any(term.age for term in terms) == aged, "age", "is written down although all are 0")
-    for term in terms:
-        _check_age(term.age, version)
-    displacement = None
-    if head & _DISPLACED:
-        displacement = Displacement(*reader.unpack(BLOB))
-        check_blob("displacement", displacement.blob, displacement.size)
-    return Entry(version, terms, bytes(reader.take(HASH_BYTES)), bytes(reader.take(HASH_BYTES)), displacement)
+    terms = tuple([Coefficient(lane, step, c, age) for age, lane, step, c in found])
+    displacement = Displacement(*reader.unpack(BLOB)) if head & _DISPLACED else None
+    entry = Entry(version, terms, bytes(reader.take(HASH_BYTES)), bytes(reader.take(HASH_BYTES)), displacement)
+    check(entry.aged == aged, "age", "is written down although all are 0")
+    _check(entry)
+    return entry
 
 
 def decode_entry(data: bytes) -> Entry:

@@ -21,15 +21,17 @@ class Reader:
 
     def peek(self, count: int) -> memoryview:
         """The next `count` bytes, as a view; they stay the next. Truncated where fewer are left."""
-        if count > self.left:
-            raise Truncated("frame", f"ends {count - self.left} bytes early")
-        return self._data[self._offset : self._offset + count]
+        part = self.take(count)
+        self._offset -= count
+        return part
 
     def take(self, count: int) -> memoryview:
         """The next `count` bytes, as a view; likewise."""
-        part = self.peek(count)
-        self._offset += count
-        return part
+        start, end = self._offset, self._offset + count
+        if end > len(self._data):
+            raise Truncated("frame", f"ends {end - len(self._data)} bytes early")
+        self._offset = end
+        return self._data[start:end]
 
     def unpack(self, layout: struct.Struct) -> tuple[Any, ...]:
         """The next fields, by a struct layout."""

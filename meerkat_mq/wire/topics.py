@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 from meerkat_mq.errors import ConfigError
@@ -31,27 +31,27 @@ class Topics:
         """Refuse, as ConfigError, a name that cannot be a topic level."""
         check_identifier(self.federation, "federation")
 
-    @property
+    @cached_property
     def root(self) -> str:
         """Everything of the federation lies below."""
         return f"{PREFIX}/{self.federation}"
 
-    @property
+    @cached_property
     def server(self) -> str:
         """Retained server state (JSON), with a will."""
         return f"{self.root}/server"
 
-    @property
+    @cached_property
     def run(self) -> str:
         """Retained run descriptor (JSON)."""
         return f"{self.root}/run"
 
-    @property
+    @cached_property
     def round(self) -> str:
         """Retained round frame."""
         return f"{self.root}/round"
 
-    @property
+    @cached_property
     def values(self) -> str:
         """Chunks of the newest entry's displacement, not retained."""
         return f"{self.root}/values"

@@ -103,7 +103,8 @@ def decode_values(blob: bytes, name: bytes | None, weights: int) -> Float32Array
 
 def _decompress(packed: memoryview, arrays: list[tuple[np.dtype[np.generic], int]]) -> Parts:
     raw = np.frombuffer(decompress(packed, sum(count * dtype.itemsize for dtype, count in arrays)), np.uint8)
-    parts, start = list[npt.NDArray[np.generic]](), 0
+    parts: list[npt.NDArray[np.generic]] = []
+    start = 0
     for dtype, count in arrays:
         planes = raw[start : start + count * dtype.itemsize].reshape(dtype.itemsize, count)
         parts.append(np.ascontiguousarray(planes.T).reshape(-1).view(dtype))

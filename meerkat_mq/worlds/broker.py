@@ -162,12 +162,12 @@ class Client:
     def deliver(self, message: VirtualMessage, *, retained: bool) -> None:
         """A message has arrived."""
         assert self._driver is not None
-        self.process.call(self._driver.received, message.topic, message.payload, retained=retained)
+        self.process.call(partial(self._driver.received, message.topic, message.payload, retained=retained))
 
     def greet(self, link: int) -> None:
         """The connection stands."""
         assert self._driver is not None
-        self.process.call(self._driver.connected, link)
+        self.process.call(partial(self._driver.connected, link))
 
     def lose(self) -> None:
         """The connection is gone."""

@@ -4,7 +4,6 @@ import heapq
 import itertools
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from meerkat_mq.errors import MeerkatError
 
@@ -83,33 +82,26 @@ class VirtualProcess:
     def __init__(self, name: str, clock: VirtualClock, failed: Callable[[str, MeerkatError], None]) -> None:
         self.name = name
         self.clock = clock
+        self.now = clock.now
         self.alive = False
         self.crash_in: int | None = None
         self._failed = failed
         self._held: list[Action] | None = None
         self._life = 0
 
-    def now(self) -> float:
-        """The present time."""
-        return self.clock.now()
-
     def at(self, time: float, action: Action) -> VirtualTimer:
         """Let this life of the process do something at a time."""
-        return self.clock.at(time, partial(self._if_living, self._life, action))
+        return self.clock.at(time, partial(self.call, action, self._life))
 
-    def _if_living(self, life: int, action: Action) -> None:
-        if life == self._life:
-            self.call(action)
-
-    def call(self, action: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        """Let the process do something: now, when it thaws, or never."""
-        if not self.alive:
+    def call(self, action: Action, life: int | None = None) -> None:
+        """Let the process do something, in this life of it: now, when it thaws, or never."""
+        if not self.alive or life not in (None, self._life):
             return
         if self._held is not None:
-            self._held.append(partial(action, *args, **kwargs))
+            self._held.append(action)
             return
         try:
-            action(*args, **kwargs)
+            action()
         except Crashed:
             self.kill()
         except MeerkatError as error:

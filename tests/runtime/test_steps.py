@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from meerkat_mq.runtime.steps import Done, Failed, Later, Sequence, Steps, until, work
+from meerkat_mq.runtime.steps import Done, Failed, Sequence, Steps, until, work
 from tests.runtime.ports import VirtualClock, Worker
 
 
@@ -18,7 +18,7 @@ class Waiting:
         def begin(done: Done, failed: Failed) -> None:
             self.begun[name] = done, failed
 
-        result: object = yield Later(begin)
+        result: object = yield begin
         return result
 
     def end(self, name: str, result: object) -> None:
@@ -110,9 +110,9 @@ def test_an_answer_that_is_there_at_once_goes_on_at_once() -> None:
     def steps() -> Steps[list[object]]:
         found = list[object]()
         for number in range(3):
-            found.append((yield Later(at_once(number))))
+            found.append((yield at_once(number)))
         try:
-            yield Later(refused)
+            yield refused
         except OSError as error:
             found.append(str(error))
         return found
