@@ -22,7 +22,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-from meerkat_mq.broker import embedded_broker
+from meerkat_mq.broker.embedded import embedded_broker
 from meerkat_mq.config import BrokerConfig
 from meerkat_mq.core.path import digest, seed_for
 from meerkat_mq.core.replica import Replica

@@ -11,7 +11,6 @@ MeerkatError                     1
 ├── MaskError                    4   a mask file or a mask request
 ├── MissingExtra                 4   an optional package, such as PyTorch, that is not installed
 ├── BrokerError                  5   the broker and the way to it
-│   ├── BrokerUnreachable
 │   ├── BadCredentials
 │   ├── PayloadTooLarge
 │   └── NotConnected
@@ -179,10 +178,6 @@ class BrokerError(MeerkatError):
 
     exit_code = 5
     fate = Fate.AGAIN
-
-
-class BrokerUnreachable(BrokerError):
-    """No connection to the broker; sessions keep trying."""
 
 
 class BadCredentials(BrokerError):

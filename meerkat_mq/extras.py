@@ -3,7 +3,7 @@
 import importlib.util
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
@@ -25,9 +25,9 @@ def missing(extra: Extra) -> str | None:
     for package, least in PACKAGES[extra].items():
         if not _is_there(package):
             return f"{package} is not installed"
-        found = _version(package)
-        if found is not None and _numbers(found) < _numbers(least):
-            return f"{package} {found} is installed, and {least} or newer is needed"
+        with suppress(PackageNotFoundError):  # built by hand
+            if _numbers(found := version(package)) < _numbers(least):
+                return f"{package} {found} is installed, and {least} or newer is needed"
     return None
 
 
@@ -73,12 +73,5 @@ def _is_there(package: str) -> bool:
         return False
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # built by hand
-        return None
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(int, re.findall(r"\d+", re.match(r"[\d.]*", text)[0])))  # type: ignore[index]  # matches anything
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", re.sub(r"[^\d.].*", "", text))]

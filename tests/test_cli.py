@@ -11,7 +11,7 @@ from meerkat_mq import __version__
 from meerkat_mq.config import EvaluationConfig, ModelConfig, RoundsConfig, ServerConfig
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.observe.events import Evaluated, RunEvent, RunFinished
-from meerkat_mq.server import serve
+from meerkat_mq.server.service import serve
 from tests.server.federation import Federation
 from tests.support.command import Meerkat
 from tests.support.mosquitto import Mosquitto

@@ -4,8 +4,7 @@ from meerkat_mq.chaos.plan import LINK
 from meerkat_mq.chaos.stage import BROKER, SERVER
 from meerkat_mq.chaos.verdict import DrillResult, check_shown, held_shown, seconds_shown, summary_line
 from meerkat_mq.observe import charts
-from meerkat_mq.observe.layout import document, section, table
-from meerkat_mq.observe.markup import Markup, tag
+from meerkat_mq.observe.markup import Markup, document, section, table, tag
 
 MOST_VIOLATIONS = 200
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from meerkat_mq.broker import EmbeddedBroker, embedded_broker
+from meerkat_mq.broker.embedded import EmbeddedBroker, embedded_broker
 from meerkat_mq.chaos.log_pipe import LogPipe
 from meerkat_mq.chaos.wall_clock import WallClock
 from meerkat_mq.config import BrokerConfig

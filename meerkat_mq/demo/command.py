@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from meerkat_mq.broker import installed_program
+from meerkat_mq.broker.embedded import installed_program
 from meerkat_mq.core.files import new_folder
 from meerkat_mq.extras import importing, need
 from meerkat_mq.observe.process import run_task

@@ -8,17 +8,19 @@ Everything is drawn from `random.Random(text)`, which gives the same lines on ev
 """
 
 import re
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
+from pathlib import Path
 from random import Random
 from typing import Any, Final, Literal
 
-from meerkat_mq.demo.lexicon import CAUSES, DEVICES, HOSTS, NUMBERS, PEOPLE, SEVERITIES, TRAILERS
 from meerkat_mq.tasks.classification import Classification
 
 LABELS: Final = ("routine", "power", "network", "mechanical")
+LEXICON: Final[dict[str, Any]] = tomllib.loads(Path(__file__).with_name("lexicon.toml").read_text(encoding="utf-8"))
 ANNOTATION: Final = " -> triage:"
 TASK: Final = Classification(
     name="field-triage",
@@ -68,7 +70,8 @@ class Wording:
 def wordings(label: int) -> tuple[Wording, ...]:
     """All messages of one cause: one in eight is for held-out rows alone, one in eight never annotated or tuned on."""
     uses = {3: Use.NOT_TUNED, 7: Use.UNSEEN}
-    texts = [f"{subject} {symptom}" for subject, symptoms in CAUSES[label].items() for symptom in symptoms]
+    causes = LEXICON["causes"][LABELS[label]]
+    texts = [f"{subject} {symptom}" for subject, symptoms in causes.items() for symptom in symptoms]
     return tuple(Wording(label, text, uses.get(i % 8, Use.EVERYWHERE)) for i, text in enumerate(texts))
 
 
@@ -119,12 +122,12 @@ def _draw(rng: Random, uses: set[Use]) -> Wording:
 def _line(rng: Random, wording: Wording, site: int) -> tuple[str, int]:
     """A log line in one of three formats, and its severity."""
     severity = _pick(rng, _SEVERITY_OF_FAULT if wording.label else _SEVERITY_OF_ROUTINE)
-    device = f"{rng.choice(DEVICES[wording.label])}-{site:02d}"
+    device = f"{rng.choice(LEXICON['devices'][LABELS[wording.label]])}-{site:02d}"
     clock, text = _slot(rng, "clock"), _fill(rng, wording.text)
     if rng.random() < _TRAILED:
-        text += "; " + _fill(rng, rng.choice(TRAILERS))
+        text += "; " + _fill(rng, rng.choice(LEXICON["trailers"]))
     style = rng.randrange(3)
-    spelling = SEVERITIES[severity][style]
+    spelling = LEXICON["severities"][severity][style]
     shapes = (
         f"{clock} {spelling} {device}: {text}",
         f"{device} [{spelling}] {text}",
@@ -138,15 +141,15 @@ def _fill(rng: Random, text: str) -> str:
 
 
 def _slot(rng: Random, name: str) -> str:
-    if name in NUMBERS:
-        low, high, decimals = NUMBERS[name]
+    if name in LEXICON["numbers"]:
+        low, high, decimals = LEXICON["numbers"][name]
         scale = 10**decimals
         return f"{rng.randrange(low * scale, high * scale + 1) / scale:.{decimals}f}"
     if name == "clock":
         return f"{rng.randrange(24):02d}:{rng.randrange(60):02d}"
     if name == "version":
         return f"{rng.randrange(1, 5)}.{rng.randrange(10)}.{rng.randrange(10)}"
-    return rng.choice(PEOPLE if name == "person" else HOSTS)
+    return str(rng.choice(LEXICON["choices"][name]))
 
 
 def _pick(rng: Random, shares: tuple[float, ...]) -> int:

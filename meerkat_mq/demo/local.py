@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import tomli_w
 
-from meerkat_mq.broker import embedded_broker
+from meerkat_mq.broker.embedded import embedded_broker
 from meerkat_mq.config import (
     BrokerConfig,
     EarlyStoppingConfig,
@@ -24,7 +24,7 @@ from meerkat_mq.config import (
 from meerkat_mq.core.step import Row
 from meerkat_mq.errors import RunError
 from meerkat_mq.observe.events import Evaluated, Observer, RunEvent, RunFinished, RunStarted
-from meerkat_mq.server import serve
+from meerkat_mq.server.service import serve
 from meerkat_mq.tasks.data import write_rows
 from meerkat_mq.tasks.task import Task
 

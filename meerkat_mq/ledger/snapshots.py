@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import structlog
 
 from meerkat_mq.core.directions import Float32Array
-from meerkat_mq.core.path import digest, digest_due
+from meerkat_mq.core.path import digest, digest_due, short_hash
+from meerkat_mq.core.seldom import Seldom
 from meerkat_mq.errors import LedgerError, WireError
 from meerkat_mq.ledger.rows import KeptSnapshot
 from meerkat_mq.ledger.store import Store
@@ -16,6 +17,7 @@ from meerkat_mq.wire.messages import Chunk, Header, Offer, Want
 from meerkat_mq.wire.snapshot import Snapshot, decode_snapshot, encode_snapshot
 
 LOOKED_AT = 1000
+DAMAGED = "the ledger is damaged: this is not given to nodes, `meerkat verify` says more"
 
 
 class Snapshots:
@@ -24,6 +26,7 @@ class Snapshots:
     def __init__(self, ledger: Store, run: RunDescriptor) -> None:
         self._ledger = ledger
         self._run = run
+        self._seldom = Seldom()
 
     def keep(self, version: int, head: bytes, theta: Float32Array) -> None:
         """Keep a snapshot; raises what `Store.keep_snapshot` does."""
@@ -58,7 +61,7 @@ class Snapshots:
             raise LedgerError(name, "does not have the digest that the ledger gives")
         return found
 
-    def offer(self, header: Header, first: int) -> Offer | None:
+    def offer(self, header: Header, first: int, *, at_any_cost: bool = False) -> Offer | None:
         """The newest snapshot, where it brings a node that is at version `first` to the head at less cost.
 
         Not one that is damaged: a node would ask for another for ever.
@@ -66,6 +69,8 @@ class Snapshots:
         kept = next(iter(self._ledger.snapshots()), None)
         if kept is None or kept.version <= first or not self._ledger.has_whole(kept):
             return None
+        if at_any_cost:
+            return Offer(header, kept.version, kept.hash, kept.size)
         missed, after = self._stretch(first), self._stretch(kept.version)
         cheaper = snapshot_is_cheaper(
             missed,
@@ -85,7 +90,7 @@ class Snapshots:
     def chunks(self, header: Header, want: Want) -> Iterator[Chunk]:
         """The chunks of a snapshot or of an entry's displacement that a node wants, at most 64 of them.
 
-        None of anything else: what a node sent is nobody else's business.
+        None of anything else: what a node sent is nobody else's business. Nor of what is damaged.
         """
         if want.blob is not None and (blob := self._blob(want.blob)):
             chunks = split(header, want.blob, blob)
@@ -93,4 +98,10 @@ class Snapshots:
 
     def _blob(self, name: bytes) -> bytes | None:
         kept = next((kept for kept in self._ledger.snapshots() if kept.hash == name), None)
-        return self._ledger.displacement(name) if kept is None else self._ledger.snapshot(kept)
+        if kept is not None:
+            return self._ledger.snapshot(kept) if self._ledger.has_whole(kept) else None
+        blob = self._ledger.displacement(name)
+        if blob is None or short_hash(blob) == name:
+            return blob
+        self._seldom.say(structlog.get_logger().warning, DAMAGED, file=self._ledger.where, displacement=name.hex())
+        return None

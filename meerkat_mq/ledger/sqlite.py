@@ -31,6 +31,7 @@ from meerkat_mq.ledger.store import SNAPSHOTS_KEPT, Store
 from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.rounds.records import Judgement, UpdateRecord
 from meerkat_mq.wire.descriptor import RunDescriptor, decode_control
+from meerkat_mq.wire.entries import previous_of
 from meerkat_mq.wire.frames import decode_entry, encode_entry
 
 LEDGER_FILE = "ledger.sqlite"
@@ -288,6 +289,11 @@ class Ledger(Store):
         lengths = [int(length) for (length,) in self._rows(query, first, limit)]
         fit = sum(total <= size for total in accumulate(lengths))
         return self.entries(first, max(1, fit))
+
+    def said_of(self, version: int) -> bytes | None:
+        """Without decoding the entry after it."""
+        row = self._row("SELECT entry FROM entries WHERE version = ?", version + 1)
+        return previous_of(bytes(row[0])) if row else None
 
     def closed(self, first: int, limit: int) -> tuple[Closed, ...]:
         query = "SELECT entry, term, closed, asked, overdue FROM entries WHERE version >= ? ORDER BY version LIMIT ?"

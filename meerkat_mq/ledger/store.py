@@ -241,6 +241,10 @@ class Store(Protocol):
         fit = sum(1 for _ in takewhile(lambda total: total <= size, accumulate(map(entry_bytes, entries))))
         return entries[: max(1, fit)]
 
+    def said_of(self, version: int) -> bytes | None:
+        """The hash that the entry after it says of the entry of this version; None while it is the newest."""
+        return next((entry.previous for entry in self.entries(version + 1, 1)), None)
+
     def stretch(self, first: int) -> tuple[int, int, int]:
         """How many entries there are from version `first` on, their encoded bytes, and those of displacements."""
         entries = self.entries(first, self.version)

@@ -7,8 +7,7 @@ from typing import Final
 from meerkat_mq.core.metrics import meaning
 from meerkat_mq.observe import charts, summary
 from meerkat_mq.observe.figures import human_bytes, smoothed
-from meerkat_mq.observe.layout import pairs, section, table
-from meerkat_mq.observe.markup import Markup, tag
+from meerkat_mq.observe.markup import Markup, pairs, section, table, tag
 from meerkat_mq.observe.report import NodeReport, Report
 
 LEGEND_CLASSES: Final = 16
@@ -111,16 +110,15 @@ def _judgements(report: Report) -> Markup:
 def bytes_card(report: Report) -> Markup:
     """What the node with the most traffic sent and received, against weights."""
     cost = report.cost
-    if cost is None or not cost.sent:
+    if cost is None or not cost.node.sent_bytes:
         return Markup()
-    ways, both = cost.ways, ", both ways" if cost.ways == 2 else ""
     sizes = [
-        (f"all weights{both}, each round", "weights", None if cost.weights is None else ways * cost.weights),
-        (f"only the masked values{both}, each round", "masked", ways * cost.masked),
-        ("sent: updates, payload", "main", cost.payload),
-        ("sent: updates as MQTT packets", "main", cost.packets),
-        ("sent: everything", "main", cost.sent),
-        ("received: everything, the mask too", "received", cost.received),
+        (f"all weights{cost.both}, each round", "weights", cost.weights),
+        (f"only the masked values{cost.both}, each round", "masked", cost.masked),
+        ("sent: updates, payload", "main", cost.node.payload_bytes),
+        ("sent: updates as MQTT packets", "main", cost.node.packet_bytes),
+        ("sent: everything", "main", cost.node.sent_bytes),
+        ("received: everything, the mask too", "received", cost.node.received_bytes),
     ]
     bars = [charts.Bar(label, style, size, human_bytes(size)) for label, style, size in sizes if size is not None]
     first = "The first two are" if cost.weights is not None else "The first is"

@@ -1,8 +1,11 @@
-"""Charts as inline SVG: widths in percent and heights in px, so that text keeps its size on a phone."""
+"""Charts as inline SVG: widths in percent and heights in px, so that text keeps its size on a phone.
+
+Each `style` is a CSS class of `page.css`.
+"""
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from meerkat_mq.observe.markup import Markup, join, tag
 
@@ -14,14 +17,8 @@ COLOURS = 8
 Point = tuple[float, float]
 
 
-@dataclass(frozen=True)
-class Line:
-    """A curve.
-
-    Attributes:
-        style: CSS class.
-        dots: mark the points, too.
-    """
+class Line(NamedTuple):
+    """A curve; `dots` marks its points, too."""
 
     label: str
     style: str
@@ -29,8 +26,7 @@ class Line:
     dots: bool = False
 
 
-@dataclass(frozen=True)
-class Reference:
+class Reference(NamedTuple):
     """A horizontal line with its label: above or below it, at its left or right end."""
 
     label: str
@@ -40,9 +36,8 @@ class Reference:
     left: bool = False
 
 
-@dataclass(frozen=True)
-class Band:
-    """A stretch of the x axis that stands out; `style` is its CSS class."""
+class Band(NamedTuple):
+    """A stretch of the x axis that stands out."""
 
     label: str
     style: str
@@ -50,14 +45,8 @@ class Band:
     end: float
 
 
-@dataclass(frozen=True)
-class Bar:
-    """A bar on a log scale.
-
-    Attributes:
-        style: CSS class.
-        shown: the value for people.
-    """
+class Bar(NamedTuple):
+    """A bar on a log scale; `shown` is its value for people."""
 
     label: str
     style: str
@@ -65,8 +54,7 @@ class Bar:
     shown: str
 
 
-@dataclass(frozen=True)
-class Scale:
+class Scale(NamedTuple):
     """A linear axis."""
 
     low: float
@@ -118,7 +106,10 @@ def line_chart(
         tag("title", title),
         join(_band(x, band) for band in bands),
         join(_y_tick(y, value, show(value)) for value in y.ticks),
-        join(_x_tick(x, value) for value in x.ticks),
+        *(
+            tag("text", f"{at:,.0f}", x=_part(x.share(at)), y=HEIGHT + 20, text_anchor="middle", class_="tick")
+            for at in x.ticks
+        ),
         join(_reference_line(y, mark) for mark in references),
         tag("svg", join(_curve(x, y, line) for line in lines), viewBox=f"0 0 1000 {HEIGHT}", preserveAspectRatio="none",
             x=0, y=0, width="100%", height=HEIGHT),
@@ -138,13 +129,13 @@ def stacked_bar(title: str, parts: Sequence[tuple[str, float]], whole: float) ->
     """
     left, drawn = 0.0, list[Markup]()
     for index, (label, size) in enumerate(parts):
-        width = 100 * size / (whole or 1)
+        share = size / (whole or 1)
         if size:
             drawn.append(
-                tag("rect", tag("title", f"{label}: {size:,}"), x=f"{left:.3f}%", y=0, width=f"{width:.3f}%",
+                tag("rect", tag("title", f"{label}: {size:,}"), x=_part(left), y=0, width=_part(share),
                     height="100%", class_=f"part {colour(index)}")
             )  # fmt: skip
-        left += width
+        left += share
     return tag("svg", tag("title", title), *drawn, class_="bar", role="img", width="100%", height=18)
 
 
@@ -155,7 +146,7 @@ def log_bars(bars: Sequence[Bar], show: Callable[[float], str]) -> Markup:
     high = max(low + 1, math.ceil(math.log10(max(sizes, default=10))))
 
     def share(value: float) -> str:
-        return f"{100 * (math.log10(value) - low) / (high - low):.3f}%"
+        return _part((math.log10(value) - low) / (high - low))
 
     every = math.ceil((high - low) / 5)
     decades = range(low, high + 1, every)
@@ -209,6 +200,11 @@ def _nice_step(least: float) -> float:
     return next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= least * (1 - 1e-9))
 
 
+def _part(share: float) -> str:
+    """A place or width along the chart."""
+    return f"{100 * share:.3f}%"
+
+
 def _height(y: Scale, value: float) -> float:
     return round(HEIGHT * (1 - y.share(value)), 2)
 
@@ -219,15 +215,10 @@ def _y_tick(y: Scale, value: float, shown: str) -> Markup:
     return join([line, tag("text", shown, x=-8, y=at + 4, text_anchor="end", class_="tick")])
 
 
-def _x_tick(x: Scale, value: float) -> Markup:
-    place = f"{100 * x.share(value):.3f}%"
-    return tag("text", f"{value:,.0f}", x=place, y=HEIGHT + 20, text_anchor="middle", class_="tick")
-
-
 def _band(x: Scale, band: Band) -> Markup:
-    begin, end = x.share(band.begin), x.share(band.end)
-    return tag("rect", tag("title", band.label), x=f"{100 * begin:.3f}%", y=0, width=f"{100 * (end - begin):.3f}%",
-               height=HEIGHT, class_=f"band {band.style}")  # fmt: skip
+    begin, width = x.share(band.begin), x.share(band.end) - x.share(band.begin)
+    return tag("rect", tag("title", band.label), x=_part(begin), y=0, width=_part(width), height=HEIGHT,
+               class_=f"band {band.style}")  # fmt: skip
 
 
 def _curve(x: Scale, y: Scale, line: Line) -> Markup:
@@ -239,7 +230,7 @@ def _dots(x: Scale, y: Scale, line: Line, show: Callable[[float], str]) -> Marku
     chosen = line.points if len(line.points) <= MOST_DOTS else line.points[-1:]
     return join(
         tag("circle", tag("title", f"after {at:,.0f} rounds: {line.label} {show(value)}"),
-            cx=f"{100 * x.share(at):.3f}%", cy=_height(y, value), r=3.5, class_=f"dot {line.style}")
+            cx=_part(x.share(at)), cy=_height(y, value), r=3.5, class_=f"dot {line.style}")
         for at, value in chosen
     )  # fmt: skip
 

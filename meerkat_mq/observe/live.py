@@ -1,7 +1,6 @@
 """Progress of a run while it goes on: a live display on a terminal, plain lines elsewhere."""
 
 import math
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console, Group, RenderableType
@@ -13,6 +12,7 @@ from rich.text import Text
 from meerkat_mq.errors import printable
 from meerkat_mq.observe.events import Evaluated, RoundClosed, RunEvent, RunFinished, RunStarted, Warned
 from meerkat_mq.observe.figures import DASH, Smoother, duration, human_bytes, named, percent
+from meerkat_mq.observe.tables import say
 
 REPORTS, STAGE_REPORTS = 20, 5
 SMOOTHED_ROUNDS = 20
@@ -32,26 +32,17 @@ class Live:
         self._rounds = rounds
         self._nodes = nodes
         self._last: RoundClosed | None = None
-        self._first_evaluation: Evaluated | None = None
-        self._last_evaluation: Evaluated | None = None
+        self._evaluations: list[Evaluated] = []
         self._average = Smoother(SMOOTHED_ROUNDS)
         self._loss = 0.0
         self._spinner = Spinner("dots")
-        self._staged = False
-        self._stage = ""
-        self._early_stopped = ""
-        self._progress = Progress(
-            TextColumn("rounds"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TaskProgressColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("left"),
-            console=console,
-        )
+        self._stage = ""  # "" while rounds close
+        self._early_stopped: list[str] = []
+        columns = (BarColumn(), MofNCompleteColumn(), TaskProgressColumn(), TimeRemainingColumn(compact=True))
+        self._progress = Progress(TextColumn("rounds"), *columns, TextColumn("left"), console=console)
         self._task = self._progress.add_task("rounds", total=rounds)
         self._display: Display | None = None
-        if console.is_terminal and not console.is_dumb_terminal:
+        if console.is_interactive:
             self._display = Display(console=console, get_renderable=self._render, refresh_per_second=5)
 
     def __enter__(self) -> Self:
@@ -59,10 +50,8 @@ class Live:
             self._display.start(refresh=True)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._staged = False
+    def __exit__(self, *_: object) -> None:
+        self._stage = ""
         if self._display is not None:
             self._display.stop()
 
@@ -70,9 +59,8 @@ class Live:
         """Say which stage begins, e.g. "scoring the mask …"."""
         self._stage = printable(text)
         self._spinner.update(text=Text(self._stage))
-        self._staged = True
         if self._display is None:
-            self._say(text)
+            say(self._console, text)
         else:
             self._display.refresh()
 
@@ -81,7 +69,7 @@ class Live:
         if self._display is not None:
             self._spinner.update(text=Text(f"{self._stage}: {done:,} of {total:,}"))
         elif done * STAGE_REPORTS // total > (done - 1) * STAGE_REPORTS // total:
-            self._say(f"{done:,} of {total:,} steps")
+            say(self._console, f"{done:,} of {total:,} steps")
 
     def __call__(self, event: RunEvent) -> None:
         """Take an event of the server."""
@@ -93,41 +81,38 @@ class Live:
             case Evaluated():
                 self._evaluated(event)
             case Warned():
-                self._say(f"warning: {event.text}")
+                say(self._console, f"warning: {event.text}")
             case RunFinished():
-                self._say(f"{event.version} rounds in {duration(event.seconds)}, theta's digest {event.digest}")
+                say(
+                    self._console, f"{event.version} rounds in {duration(event.seconds)}, theta's digest {event.digest}"
+                )
 
     def _closed(self, event: RoundClosed) -> None:
         before = self._last.version if self._last else 0
-        self._last, self._staged = event, False
+        self._last, self._stage = event, ""
         if math.isfinite(event.loss):  # else it would be the average for good
             self._loss = self._average.add(event.loss)
         self._progress.update(self._task, completed=event.version)
         if event.judgements:
-            self._judged(event)
+            found = [judgement.node for judgement in event.judgements if judgement.early_stopped]
+            self._early_stopped = [f"early-stopped: {named(found)}"]
+            calibrated = f"{len(event.judgements)} nodes calibrated"
+            say(self._console, ", ".join([f"round {event.round}: {calibrated}", *self._early_stopped]))
         if self._display is None and event.version * REPORTS // self._rounds > before * REPORTS // self._rounds:
-            done = f"{event.version / self._rounds:.0%}"
-            self._say(f"{self._place(event.version)} ({done}): {', '.join(self._figures())}")
-
-    def _judged(self, event: RoundClosed) -> None:
-        found = [judgement for judgement in event.judgements if judgement.early_stopped]
-        self._early_stopped = f"early-stopped: {named([judgement.node for judgement in found])}"
-        self._say(f"round {event.round}: {len(event.judgements)} nodes calibrated, {self._early_stopped}")
+            done = f"{event.version} of {self._rounds} rounds ({event.version / self._rounds:.0%})"
+            say(self._console, f"{done}: {', '.join(self._figures(event))}")
 
     def _evaluated(self, event: Evaluated) -> None:
-        self._first_evaluation = self._first_evaluation or event
-        self._last_evaluation = event
+        self._evaluations = [*self._evaluations[:1], event]
         if self._display is None:
-            self._say(f"{self._place(event.version)}: {self._held_out()} on {event.rows:,} held-out rows")
-
-    def _place(self, version: int) -> str:
-        return f"{version} of {self._rounds} rounds"
+            place = f"{event.version} of {self._rounds} rounds"
+            say(self._console, f"{place}: {self._held_out()} on {event.rows:,} held-out rows")
 
     def _held_out(self) -> str:
         """The newest evaluation: its accuracy, or its loss where the task has no other figure."""
-        first, last = self._first_evaluation, self._last_evaluation
-        if first is None or last is None:
+        if not self._evaluations:
             return f"accuracy {DASH}"
+        first, last = self._evaluations[0], self._evaluations[-1]
         if "accuracy" not in last.figures:
             return f"held-out loss {last.loss:.4f}" + ("" if first is last else f" (from {first.loss:.4f})")
         start = f"from {percent(first.accuracy)}" if first is not last else ""
@@ -135,24 +120,17 @@ class Live:
             start = f"majority {percent(last.figures['majority'])}"
         return f"accuracy {percent(last.accuracy)}" + f" ({start})" * bool(start)
 
-    def _figures(self) -> list[str]:
-        assert self._last is not None
-        last = self._last
+    def _figures(self, last: RoundClosed) -> list[str]:
         return [
             f"loss {self._loss:.4f}",
             f"{last.online} of {self._nodes} nodes online",
             f"{human_bytes(last.bytes_up)} up",
             duration(last.seconds),
-            *([self._early_stopped] if self._early_stopped else []),
+            *self._early_stopped,
         ]
 
     def _render(self) -> RenderableType:
         parts: list[RenderableType] = []
         if self._last is not None:
-            parts += [self._progress, Text(" · ".join([self._held_out(), *self._figures()]))]
-        if self._staged:
-            parts.append(self._spinner)
-        return Group(*parts)
-
-    def _say(self, text: str) -> None:
-        self._console.print(printable(text), markup=False, highlight=False, emoji=False, soft_wrap=True)
+            parts += [self._progress, Text(" · ".join([self._held_out(), *self._figures(self._last)]))]
+        return Group(*parts, *([self._spinner] if self._stage else []))

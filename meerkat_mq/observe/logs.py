@@ -7,9 +7,10 @@ import logging
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
 
 import structlog
+import typer
 
 from meerkat_mq.observe.streams import Diagnostics, lossy
 
@@ -23,6 +24,10 @@ class LogLevel(StrEnum):
     ERROR = "ERROR"
 
 
+JsonLogs = Annotated[bool | None, typer.Option(help="Log JSON lines; default: unless on a terminal.")]
+LeastLevel = Annotated[LogLevel, typer.Option(help="Least level to log.", case_sensitive=False)]
+
+
 def configure_logs(*, as_json: bool | None = None, level: str = "INFO", file: TextIO | None = None) -> None:
     """Set up logging.
 
@@ -34,14 +39,12 @@ def configure_logs(*, as_json: bool | None = None, level: str = "INFO", file: Te
     stream = lossy(file or sys.stderr)
     if as_json is None:
         as_json = not stream.isatty()
-    renderer: structlog.types.Processor
-    renderer = structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer()
     processors: list[structlog.types.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
-        renderer,
+        structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer(),
     ]
     structlog.configure(
         processors=processors,

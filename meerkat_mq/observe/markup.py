@@ -1,9 +1,13 @@
-"""HTML and SVG by construction: whatever is not Markup is escaped."""
+"""HTML and SVG by construction, and what pages are made of; whatever is not Markup is escaped."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
+from typing import Final
 
-from meerkat_mq.errors import printable
+from meerkat_mq.errors import printable_lines
+
+STYLE: Final = Path(__file__).with_name("page.css")
 
 
 class Markup(str):
@@ -24,5 +28,36 @@ def join(parts: Iterable[str]) -> Markup:
 
 
 def _text(value: str | float) -> str:
-    lines = value.split("\n") if isinstance(value, str) else [f"{value:.6g}"]
-    return escape("\n".join(map(printable, lines)))
+    return escape(printable_lines(value) if isinstance(value, str) else f"{value:.6g}")
+
+
+def document(title: str, *content: str, style: str = "") -> str:
+    """A whole page as HTML; `style` is CSS beside the house's."""
+    head = tag(
+        "head",
+        Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
+        Markup('<meta name="color-scheme" content="light dark">'),
+        tag("title", title),
+        tag("style", Markup(STYLE.read_text(encoding="utf-8") + style)),
+    )
+    return f"<!doctype html>\n{tag('html', head, tag('body', tag('main', *content)), lang='en')}\n"
+
+
+def section(title: str, *content: str, note: str = "", style: str = "card") -> Markup:
+    """A card with its heading."""
+    explained = tag("p", note, class_="note") if note else ""
+    return tag("section", tag("h2", title), explained, *content, class_=style)
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Markup:
+    """A table that scrolls; on a phone, each row is a list of its cells, and each cell says its column's head."""
+    first = tag("thead", tag("tr", *(tag("th", head, scope="col") for head in heads)))
+    others = (
+        tag("tr", *(tag("td", cell, data_label=head) for head, cell in zip(heads, row, strict=True))) for row in rows
+    )
+    return tag("div", tag("table", first, tag("tbody", *others)), class_="scroll")
+
+
+def pairs(entries: Iterable[tuple[str, str]], style: str) -> Markup:
+    """Labels and what they say."""
+    return tag("dl", *(tag("div", tag("dt", label), tag("dd", value)) for label, value in entries), class_=style)

@@ -6,8 +6,7 @@ from meerkat_mq.core.files import write_atomically
 from meerkat_mq.observe import charts
 from meerkat_mq.observe.cards import bytes_card, counts_card, gradip_card, labels_card, nodes_card, run_card
 from meerkat_mq.observe.figures import duration, percent, smoothed
-from meerkat_mq.observe.layout import document, section
-from meerkat_mq.observe.markup import Markup, tag
+from meerkat_mq.observe.markup import Markup, document, section, tag
 from meerkat_mq.observe.report import Report, Standing
 from meerkat_mq.observe.summary import Headline, headlines
 

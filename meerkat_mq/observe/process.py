@@ -70,11 +70,8 @@ def run_service(main: Callable[[], Coroutine[Any, Any, None]], *, config: Path |
     """
     signals.be_patient(signals.IN_ORDER_S)
     try:
-        asyncio.run(_until_signal(main()))
-    except (MeerkatError, BaseExceptionGroup) as caught:
-        error = first_error(caught)
-        if error is None:
-            raise
+        _run(main)
+    except MeerkatError as error:
         say_error(error, config)
         return error.exit_code
     structlog.get_logger().info("stopped")
@@ -89,15 +86,19 @@ def run_task(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
         Interrupted: a signal did.
     """
     try:
-        asyncio.run(_until_signal(main()))
-    except BaseExceptionGroup as caught:
-        error = first_error(caught)
-        if error is None:
-            raise
-        raise error from None
+        _run(main)
     finally:
         if (number := signals.came()) is not None:
             raise signals.Interrupted(number)
+
+
+def _run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    try:
+        asyncio.run(_until_signal(main()))
+    except BaseExceptionGroup as caught:
+        if (error := first_error(caught)) is None:
+            raise
+        raise error from None
 
 
 def say_error(error: MeerkatError, config: Path | None = None) -> None:

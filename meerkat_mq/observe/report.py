@@ -161,33 +161,27 @@ def facts_of(folder: Path, run: RunDescriptor) -> Facts:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the node with the most traffic has sent and received, and what weights would have cost it; bytes.
+    """The node with the most traffic, and the bytes that weights would have cost it, in the same directions.
 
     Attributes:
         updates: rounds that it took part in.
-        sent: everything that it sent, as MQTT packets.
-        received: everything that it received, the mask too; None: not known.
-        payload, packets: of its updates, as such and as MQTT packets; None: not known.
-        masked: the masked values in each of these rounds, float32, in one direction.
-        weights: all weights of the model, likewise, in the run's dtype; None: their number is not known.
+        masked: the masked values in each of these rounds, float32.
+        weights: all weights of the model in each, in the run's dtype; None: their number is not known.
     """
 
+    node: NodeReport
     updates: int
-    sent: int
-    received: int | None
-    payload: int | None
-    packets: int | None
     masked: int
     weights: int | None
 
     @property
-    def ways(self) -> int:
-        """In how many directions the traffic is known, and so is compared."""
-        return 1 if self.received is None else 2
+    def both(self) -> str:
+        """ ", both ways", where both directions are known."""
+        return "" if self.node.received_bytes is None else ", both ways"
 
-    def saving(self, one_way: int) -> float:
-        """How many times the traffic goes into another size, that in the same directions."""
-        return self.ways * one_way / max(1, self.sent + (self.received or 0))
+    def saving(self, size: int) -> float:
+        """How many times the traffic goes into another size."""
+        return size / max(1, self.node.traffic_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,9 +248,7 @@ class Report(Facts):
         if most is None or most.sent_bytes is None:
             return None
         updates = min(most.updates, self.closed)
-        masked = updates * self.descriptor.weights * MASKED_VALUE_BYTES
+        sent = updates * (1 if most.received_bytes is None else 2)
         size = WEIGHT_BYTES[self.descriptor.dtype]
-        weights = None if self.parameters is None else updates * self.parameters * size
-        return Cost(
-            updates, most.sent_bytes, most.received_bytes, most.payload_bytes, most.packet_bytes, masked, weights
-        )
+        weights = None if self.parameters is None else sent * self.parameters * size
+        return Cost(most, updates, sent * self.descriptor.weights * MASKED_VALUE_BYTES, weights)

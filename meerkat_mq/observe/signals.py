@@ -60,10 +60,8 @@ def listen() -> None:
     for number in WORDS:
         signal.signal(number, lambda number, _: leave(number))
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    before = signal.pthread_sigmask(
-        signal.SIG_BLOCK, WORDS
-    )  # so that the thread takes none: where the main thread blocks
-    _thread.start_new_thread(_end_late, (reading,))  # them for a moment, they wait
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, WORDS)  # the thread takes none: they wait for the main thread
+    _thread.start_new_thread(_end_late, (reading,))
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
@@ -118,8 +116,7 @@ def hear(number: int) -> None:
 def interrupt(number: int) -> NoReturn:
     """Raise Interrupted: the action of commands.
 
-    In the middle of an import, leave instead: compiled libraries abort where what they import
-    raises.
+    In the middle of an import, leave instead: compiled libraries abort where what they import raises.
     """
     frame: FrameType | None = sys._getframe()
     while frame is not None:

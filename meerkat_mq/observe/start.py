@@ -1,4 +1,7 @@
-"""The first thing that a process of ours does, before it imports anything that takes long: even `signal` does."""
+"""The first thing that a process of ours does, before it imports anything that takes long: even `signal` does.
+
+`python -m` runs a package before its `__main__`: those of services are empty, for signals would wait for their imports.
+"""
 
 import _signal  # type: ignore[import-not-found]  # typeshed knows the public one only
 import os

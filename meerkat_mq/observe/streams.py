@@ -25,11 +25,30 @@ class _HasDescriptor(Protocol):
         """The descriptor; ValueError where it is closed."""
 
 
-class Diagnostics(io.RawIOBase):
-    """Writes what it can: a full disk, a reader that left or stands still costs lines, never the caller.
+class _Stream(io.RawIOBase):
+    """What a text stream writes to: another file, of which only the descriptor is used."""
 
-    Args:
-        file: what to write to; only its descriptor is used.
+    def __init__(self, file: _HasDescriptor) -> None:
+        super().__init__()
+        self._file = file
+
+    def fileno(self) -> int:
+        """The other file's."""
+        return self._file.fileno()
+
+    def isatty(self) -> bool:
+        """Whether somebody looks at it; not where it is closed."""
+        with suppress(OSError, ValueError):
+            return os.isatty(self.fileno())
+        return False
+
+    def writable(self) -> bool:
+        """Always."""
+        return True
+
+
+class Diagnostics(_Stream):
+    """Writes what it can: a full disk, a reader that left or stands still costs lines, never the caller.
 
     Attributes:
         dropped: lines since the last that was written.
@@ -37,26 +56,11 @@ class Diagnostics(io.RawIOBase):
     """
 
     def __init__(self, file: _HasDescriptor) -> None:
-        super().__init__()
+        super().__init__(file)
         self.dropped = 0
         self.notice: Callable[[int], str] = lambda count: f"meerkat: {count} lines dropped\n"
-        self._file = file
         self._torn = False
         self._stuck = False
-
-    def fileno(self) -> int:
-        """The descriptor of what it writes to."""
-        return self._file.fileno()
-
-    def isatty(self) -> bool:
-        """Whether somebody looks at it; not where it is closed."""
-        with suppress(OSError, ValueError):
-            return os.isatty(self._file.fileno())
-        return False
-
-    def writable(self) -> bool:
-        """Always."""
-        return True
 
     def write(self, data: Any) -> int:
         """Write all of it, or drop it and count its lines."""
@@ -83,7 +87,7 @@ class Diagnostics(io.RawIOBase):
         return os.write(descriptor, piece)
 
 
-class Answers(io.RawIOBase):
+class Answers(_Stream):
     """Standard output: once it cannot be written, the command ends, and what it still says is for nobody.
 
     A reader that left wants no more: that ends the command as a signal would, without a word.
@@ -92,22 +96,7 @@ class Answers(io.RawIOBase):
         ConfigError: the disk is full, the descriptor closed.
     """
 
-    def __init__(self, file: _HasDescriptor) -> None:
-        super().__init__()
-        self._file = file
-        self._over = False
-
-    def fileno(self) -> int:
-        """The descriptor of what it writes to."""
-        return self._file.fileno()
-
-    def isatty(self) -> bool:
-        """Whether somebody looks at it."""
-        return os.isatty(self._file.fileno())
-
-    def writable(self) -> bool:
-        """Always."""
-        return True
+    _over = False
 
     def write(self, data: Any) -> int:
         """Write all of it."""
@@ -145,23 +134,16 @@ def guard_standard_streams() -> None:
     and get what others write there.
     """
     for descriptor in (0, 1, 2):
-        _open_where_closed(descriptor)
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDONLY)  # to read: what is written there fails, as on what is closed
+            os.set_inheritable(opened, True)
     encoding = getattr(sys.stdout, "encoding", "utf-8")
-    sys.stdout = _text(Answers(_standard(1)), encoding, getattr(sys.stdout, "errors", "strict"))
-    sys.stderr = _text(Diagnostics(_standard(2)), encoding, "backslashreplace")
-
-
-def _standard(descriptor: int) -> io.FileIO:
-    return io.FileIO(descriptor, "w", closefd=False)
+    answers, diagnostics = (io.FileIO(descriptor, "w", closefd=False) for descriptor in (1, 2))
+    sys.stdout = _text(Answers(answers), encoding, getattr(sys.stdout, "errors", "strict"))
+    sys.stderr = _text(Diagnostics(diagnostics), encoding, "backslashreplace")
 
 
 def _text(raw: Any, encoding: str, errors: str) -> TextIO:
     return io.TextIOWrapper(raw, encoding, errors, write_through=True)
-
-
-def _open_where_closed(descriptor: int) -> None:
-    try:
-        os.fstat(descriptor)
-    except OSError:
-        opened = os.open(os.devnull, os.O_RDONLY)  # to read: what is written there fails, as on what is closed
-        os.set_inheritable(opened, True)

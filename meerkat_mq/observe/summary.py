@@ -73,16 +73,15 @@ def _traffic(report: Report) -> Iterator[Headline]:
     cost = report.cost
     if cost is None:
         return
-    details = []
-    if cost.received is not None:
-        details.append(f"{human_bytes(cost.sent)} sent, {human_bytes(cost.received)} received (the mask too)")
-    both = ", both ways" if cost.ways == 2 else ""
+    node, details = cost.node, []
+    if cost.both:
+        both = known(node.sent_bytes, human_bytes), known(node.received_bytes, human_bytes)
+        details.append("{} sent, {} received (the mask too)".format(*both))
     for size, what in ((cost.weights, "all weights"), (cost.masked, "masked values")):
         if size is not None:
             less = human_factor(cost.saving(size))
-            details.append(f"{less} × less than {what} as often{both}: {human_bytes(cost.ways * size)}")
-    label = "Traffic of a node" if cost.ways == 2 else "Sent by a node"
-    yield Headline(label, human_bytes(cost.sent + (cost.received or 0)), details)
+            details.append(f"{less} × less than {what} as often{cost.both}: {human_bytes(size)}")
+    yield Headline("Traffic of a node" if cost.both else "Sent by a node", human_bytes(node.traffic_bytes), details)
 
 
 def _shares(report: Report) -> Iterator[str]:

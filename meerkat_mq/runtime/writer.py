@@ -13,14 +13,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar, TypeVarTuple, assert_never
 
-from meerkat_mq.core.path import Coefficient, Displacement
+import structlog
+
+from meerkat_mq.core.path import Coefficient, Displacement, Entry
 from meerkat_mq.core.replica import Replica
-from meerkat_mq.errors import AnotherServer, LedgerUnavailable
+from meerkat_mq.core.seldom import Seldom
+from meerkat_mq.errors import AnotherServer, LedgerError, LedgerUnavailable
 from meerkat_mq.ledger.displacement import mean_of
 from meerkat_mq.ledger.recovery import follow, resumed
 from meerkat_mq.ledger.rows import Sighting
 from meerkat_mq.ledger.run import Run
-from meerkat_mq.ledger.snapshots import Snapshots
+from meerkat_mq.ledger.snapshots import DAMAGED, Snapshots
 from meerkat_mq.ledger.store import Store
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.records import Share, UpdateRecord, Verdict
@@ -152,6 +155,7 @@ class LedgerWriter:
         self._server_id = server_id
         self._owner = owner
         self._spare = Spare()
+        self._seldom = Seldom()
         self._term_at = float("-inf")
         self._newest_blob = b""  # of the last displacement that was applied
         self._queue: list[Commit | Task] = []
@@ -337,12 +341,34 @@ class LedgerWriter:
         return list(self._snapshots.chunks(header, want))
 
     def _help(self, header: Header, first: int) -> Entries | Offer | None:
-        """A snapshot's offer where that is cheaper, else as many entries as a reply takes."""
-        offer, room = self._snapshots.offer(header, first), self._run.settings.frame_bytes
-        if offer is not None and chunks_fit(offer.size, room):
-            return offer
-        chosen = self._ledger.entries_within(first, REPLY_ENTRIES, reply_room(room))
-        return Entries(header, chosen) if chosen else None
+        """A snapshot's offer where that is cheaper, or leads around damage; else as many entries as a reply takes."""
+        room = self._run.settings.frame_bytes
+        try:
+            offer = self._snapshots.offer(header, first)
+            if offer is not None and chunks_fit(offer.size, room):
+                return offer
+            chosen = self._ledger.entries_within(first, REPLY_ENTRIES, reply_room(room))
+            sound = self._sound(chosen)
+            if sound or not chosen:
+                return Entries(header, sound) if sound else None
+        except LedgerUnavailable:
+            raise
+        except LedgerError as error:  # it does not even decode
+            self._seldom.say(structlog.get_logger().warning, DAMAGED, file=self._ledger.where, problem=error.problem)
+        offer = self._snapshots.offer(header, first, at_any_cost=True)
+        return offer if offer is not None and chunks_fit(offer.size, room) else None
+
+    def _sound(self, entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
+        """Those before the first one whose hash is not what the entry after it says."""
+        run_id, where = self._run.descriptor.run_id, self._ledger.where
+        said = [entry.previous for entry in entries[1:]] + [
+            self._ledger.said_of(entry.version) for entry in entries[-1:]
+        ]
+        for number, (entry, expected) in enumerate(zip(entries, said, strict=True)):
+            if expected is not None and entry.hash(run_id) != expected:
+                self._seldom.say(structlog.get_logger().warning, DAMAGED, file=where, entry=entry.version)
+                return entries[:number]
+        return entries
 
     def _take_term(self, above: int) -> tuple[int, ServerMachine]:
         """Take a term; theta goes to what is committed, and a machine goes on from there."""

@@ -11,9 +11,9 @@ from typing import Annotated
 
 import typer
 
-from meerkat_mq.broker import embedded_broker
+from meerkat_mq.broker.embedded import embedded_broker
 from meerkat_mq.config import ServerConfig, load_config
-from meerkat_mq.observe.logs import LogLevel, configure_logs
+from meerkat_mq.observe.logs import JsonLogs, LeastLevel, LogLevel, configure_logs
 from meerkat_mq.observe.process import run_process, run_service
 from meerkat_mq.server.service import serve
 
@@ -25,8 +25,8 @@ def command(
         typer.Option("--replace", help="Take over from a server that is online, or from a run that is not finished."),
     ] = False,
     once: Annotated[bool, typer.Option("--once", help="End with the run; exit code 6 if too few nodes come.")] = False,
-    json_logs: Annotated[bool | None, typer.Option(help="Log JSON lines; default: unless on a terminal.")] = None,
-    log_level: Annotated[LogLevel, typer.Option(help="Least level to log.", case_sensitive=False)] = LogLevel.INFO,
+    json_logs: JsonLogs = None,
+    log_level: LeastLevel = LogLevel.INFO,
 ) -> None:
     """Run the server until SIGTERM, or, with --once, until its run is finished."""
     configure_logs(as_json=json_logs, level=log_level)

@@ -47,6 +47,11 @@ def encode_entry(entry: Entry) -> bytes:
     return _ENTRY.pack(entry.version, len(entry.terms) | flags) + entry.body
 
 
+def previous_of(data: bytes) -> bytes:
+    """The hash of the entry before, of an encoded entry."""
+    return data[-2 * HASH_BYTES : -HASH_BYTES]
+
+
 def _check_count(terms: int, aged: bool) -> None:
     most = most_terms(aged=aged)
     check(terms <= most, "terms", f"{terms} are more than {most}")

@@ -12,7 +12,8 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from structlog.testing import capture_logs
 
-from meerkat_mq.broker import Program, child, embedded, embedded_broker
+from meerkat_mq.broker import child, embedded
+from meerkat_mq.broker.embedded import Program, embedded_broker
 from meerkat_mq.config import BrokerConfig
 from meerkat_mq.errors import BrokerError, MissingExtra
 from tests.support.mosquitto import HOST, free_port

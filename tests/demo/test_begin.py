@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from meerkat_mq.config import NodeConfig, ServerConfig, load_config
-from meerkat_mq.demo.begin import divided
+from meerkat_mq.demo.begin import HELD_OUT
 from meerkat_mq.demo.corpus import TASK, triage_rows
 from meerkat_mq.node.service import run_node
-from meerkat_mq.tasks.data import read_rows, write_rows
+from meerkat_mq.tasks.data import hold_out, read_rows, write_rows
 from meerkat_mq.tasks.load import load_task
 from tests.server.federation import Service
 from tests.support.command import Meerkat
@@ -26,11 +26,11 @@ def rows(tmp_path: Path) -> Path:
 
 def test_held_out_rows_are_a_fifth_of_each_label() -> None:
     rows = triage_rows(0, 500, "train")
-    held_out, train = divided(rows, TASK)
+    train, held_out = hold_out(rows, HELD_OUT, seed=0, class_of=TASK.class_of)
     assert len(held_out) + len(train) == 500
     for label in range(4):
         had = sum(row["label"] == label for row in rows)
-        assert sum(row["label"] == label for row in held_out) == had // 5
+        assert sum(row["label"] == label for row in held_out) == round(had / 5)
 
 
 def test_the_files_can_be_read_and_say_what_was_asked_for(meerkat: Meerkat, tmp_path: Path, rows: Path) -> None:

@@ -6,8 +6,17 @@ from collections import Counter
 
 import pytest
 
-from meerkat_mq.demo.corpus import ANNOTATION, LABELS, TASK, Use, Wording, pretraining_text, triage_rows, wordings
-from meerkat_mq.demo.lexicon import CAUSES, HOSTS, NUMBERS, PEOPLE, TRAILERS
+from meerkat_mq.demo.corpus import (
+    ANNOTATION,
+    LABELS,
+    LEXICON,
+    TASK,
+    Use,
+    Wording,
+    pretraining_text,
+    triage_rows,
+    wordings,
+)
 
 ALL = [wording for label in range(len(LABELS)) for wording in wordings(label)]
 TEXT_LINES = "\n".join(pretraining_text(3, 6000)).split("\n")
@@ -72,15 +81,16 @@ def test_classes_are_unbalanced_but_none_is_rare(rows: list[dict[str, object]]) 
 
 
 def test_every_slot_of_the_lexicon_is_filled() -> None:
-    known = {*NUMBERS, "clock", "version", "person", "host"}
-    texts = [*TRAILERS, *(wording.text for wording in ALL)]
+    known = {*LEXICON["numbers"], *LEXICON["choices"], "clock", "version"}
+    texts = [*LEXICON["trailers"], *(wording.text for wording in ALL)]
     assert {slot for text in texts for slot in re.findall(r"\{(\w+)\}", text)} == known
     assert not any(set("{}") & set(row["line"]) for row in (*TRAIN, *HELD_OUT))
-    assert not any(set("{}") & set(word) for word in (*PEOPLE, *HOSTS))
+    assert not any(set("{}") & set(word) for words in LEXICON["choices"].values() for word in words)
 
 
 def test_no_wording_belongs_to_two_causes() -> None:
-    texts = [[f"{s} {symptom}" for s, symptoms in cause.items() for symptom in symptoms] for cause in CAUSES]
+    causes = LEXICON["causes"].values()
+    texts = [[f"{s} {symptom}" for s, symptoms in cause.items() for symptom in symptoms] for cause in causes]
     assert len(set(itertools.chain(*texts))) == sum(map(len, texts))
 
 

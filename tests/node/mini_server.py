@@ -16,7 +16,7 @@ from meerkat_mq.core.path import Coefficient, Displacement, Entry, short_hash
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.engines.toy import QuadraticEngine, toy_mask
 from meerkat_mq.mqtt import Message
-from meerkat_mq.node import run_node
+from meerkat_mq.node.service import run_node
 from meerkat_mq.wire.arrays import encode_mask, split
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor, ServerState, decode_control
 from meerkat_mq.wire.frames import Frame, decode, encode

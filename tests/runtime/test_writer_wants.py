@@ -1,30 +1,29 @@
 """What a want for entries costs the ledger's thread: no more is decoded than the reply takes."""
 
+import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from meerkat_mq.config import ServerConfig
-from meerkat_mq.core.path import Coefficient, Entry
+from meerkat_mq.core.path import Coefficient, Displacement, Entry
 from meerkat_mq.ledger import sqlite
 from meerkat_mq.ledger.run import Run
+from meerkat_mq.ledger.snapshots import DAMAGED
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.rounds import events as e
 from meerkat_mq.runtime.writer import REPLY_ENTRIES
 from meerkat_mq.server.run import prepare_run
 from meerkat_mq.wire.frames import decode_entry, entry_bytes
 from meerkat_mq.wire.limits import REPLY_BYTES
-from meerkat_mq.wire.messages import Entries
+from meerkat_mq.wire.messages import Entries, Offer, Want
 from tests.runtime.one_writer import OneWriter
 
 LONGEST = 12_000  # terms of an entry: twice what a reply takes
 SHORT, LONG = 2, 800
-
-
-def entry(version: int, terms: int) -> Entry:
-    return Entry(version, (Coefficient(0, 0, 0.5),) * terms, bytes(16), bytes(16))
 
 
 @pytest.fixture
@@ -43,7 +42,11 @@ def run(ledger: Ledger) -> Run:
 
 def fill(ledger: Ledger, sizes: list[int]) -> list[Entry]:
     """Entries with so many terms."""
-    entries = [entry(version, terms) for version, terms in enumerate(sizes)]
+    assert ledger.run is not None
+    run_id, entries, previous = ledger.run.run_id, list[Entry](), ledger.run.mask_hash
+    for version, terms in enumerate(sizes):
+        entries.append(Entry(version, (Coefficient(0, 0, 0.5),) * terms, previous, bytes(16)))
+        previous = entries[-1].hash(run_id)
     with ledger.group():
         for made in entries:
             ledger.commit_entry(made, (), 1, overdue=False)
@@ -106,3 +109,53 @@ def test_the_last_byte_of_the_room_is_used(ledger: Ledger, run: Run) -> None:
     assert list(ledger.entries_within(0, 1, size)) == entries[:1]
     assert list(ledger.entries_within(3, 9, 0)) == entries[3:]
     assert ledger.entries_within(4, 9, size) == ()
+
+
+def damage(ledger: Ledger, version: int, at: int) -> None:
+    """Let a byte of an entry flip on the disk; `at` as of a list."""
+    with closing(sqlite3.connect(ledger.path, isolation_level=None)) as file:
+        (data,) = file.execute("SELECT entry FROM entries WHERE version = ?", (version,)).fetchone()
+        flipped = bytearray(data)
+        flipped[at] ^= 1
+        file.execute("UPDATE entries SET entry = ? WHERE version = ?", (bytes(flipped), version))
+
+
+@pytest.mark.parametrize(("at", "given"), [(-1, 4), (-20, 3), (12, 4), (5, 0)])  # digest, previous, a term, how many
+def test_a_damaged_entry_is_not_given_to_a_node_and_said_once_in_words(
+    ledger: Ledger, run: Run, at: int, given: int
+) -> None:
+    it, entries = OneWriter(ledger, run), tuple(fill(ledger, [SHORT] * 9))
+    damage(ledger, 4, at)
+    with capture_logs() as lines:
+        it.put(e.SendEntries("behind", 0))
+        it.put(e.SendEntries("at it", 4))
+        it.put(e.SendEntries("at it", 4))
+        it.put(e.SendEntries("ahead", 5))
+    whole, newest = ("behind", Entries(it.header(), entries[:given])), ("ahead", Entries(it.header(), entries[5:]))
+    assert it.replies == ([whole, newest] if given else [newest])
+    said = [line["event"] for line in lines]
+    assert said.count(DAMAGED) == 1
+    it.put(e.KeepSnapshot(0, bytes(16)))  # of whatever version: it leads around the damage
+    it.replies.clear()
+    kept = ledger.snapshots()[0]
+    ledger.keep_snapshot(7, ledger.snapshot(kept) or b"")
+    it.put(e.SendEntries("at it", 4))
+    ((_, offer),) = it.replies
+    assert isinstance(offer, Offer)
+    assert offer.version == 7
+
+
+def test_a_displacement_that_is_damaged_is_not_given_to_a_node(ledger: Ledger, run: Run) -> None:
+    it, blob = OneWriter(ledger, run), bytes(100)
+    name = ledger.keep_blob(blob)
+    made = Entry(0, (), run.mask.hash, bytes(16), Displacement(name, len(blob)))
+    ledger.commit_entry(made, (), 1, overdue=False)
+    want = e.SendChunks("node", Want(it.header(), 1, blob=name, chunks=(0,)))
+    it.put(want)
+    assert len(it.replies) == 1
+    with closing(sqlite3.connect(ledger.path, isolation_level=None)) as file:
+        file.execute("UPDATE blobs SET data = ?", (bytes(99) + b"x",))
+    with capture_logs() as lines:
+        it.put(want, want)
+    assert len(it.replies) == 1
+    assert [line["event"] for line in lines] == [DAMAGED]
