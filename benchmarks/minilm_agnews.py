@@ -21,9 +21,11 @@ from pathlib import Path
 
 import torch
 
-from meerkat_mq.config import RoundsConfig
+from meerkat_mq.config import EarlyStoppingConfig, RoundsConfig
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.demo.local import LocalFederation, LocalResult, run_local
+from meerkat_mq.demo.local import LocalResult, run_local
+from meerkat_mq.demo.plan import DemoPlan
+from meerkat_mq.demo.settings import GIVEN
 from meerkat_mq.engines.torch.load import load_model
 from meerkat_mq.engines.torch.masks import METHODS, Method, make_mask
 from meerkat_mq.observe.events import Evaluated, RunEvent
@@ -60,8 +62,7 @@ def mask_file(folder: Path, source: str, method: Method, density: float, seed: i
 
 def report(args: argparse.Namespace, result: LocalResult) -> dict[str, object]:
     finished = result.finished
-    rounds = finished.version if finished else 0
-    assert finished is not None
+    rounds = finished.version
     first, last = result.evaluations[0], result.evaluations[-1]
     reports = result.node_reports
 
@@ -142,8 +143,10 @@ def main() -> None:
         train = read_rows(SHARED / "data/agnews/train.jsonl", task)
         held_out = train[-1000:] if args.tune else read_rows(SHARED / "data/agnews/validation.jsonl", task)
         mask = mask_file(args.masks or folder, source, args.mask, args.density, args.seed)
-        plan = LocalFederation(
+        plan = DemoPlan(
             source=source,
+            name="MiniLM",
+            calibration=list,
             task=task,
             shards=partition(train[:-1000], NODES, "dirichlet", seed=args.seed, alpha=0.5),
             held_out=held_out,
@@ -156,6 +159,11 @@ def main() -> None:
                 min_nodes=NODES,
             ),
             every=args.every,
+            early_stopping=EarlyStoppingConfig(),
+            dtype="float32",
+            settings=GIVEN,
+            bound=False,
+            seed=args.seed,
         )
         began = time.monotonic()
 

@@ -6,57 +6,27 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tomli_w
 
 from meerkat_mq.broker.embedded import embedded_broker
-from meerkat_mq.config import (
-    BrokerConfig,
-    EarlyStoppingConfig,
-    EvaluationConfig,
-    ModelConfig,
-    RoundsConfig,
-    ServerConfig,
-)
+from meerkat_mq.config import BrokerConfig, EvaluationConfig, ModelConfig, ServerConfig
 from meerkat_mq.core.step import Row
+from meerkat_mq.demo.plan import DemoPlan
 from meerkat_mq.errors import RunError
 from meerkat_mq.observe.events import Evaluated, Observer, RunEvent, RunFinished, RunStarted
 from meerkat_mq.server.service import serve
 from meerkat_mq.tasks.data import write_rows
-from meerkat_mq.tasks.task import Task
 
 NODE_EXIT_S = 30.0
 FEDERATION = "demo"
 SERVER = "server"  # its state_dir, in the demo's folder
 
 
-@dataclass(frozen=True, kw_only=True)
-class LocalFederation:
-    """What to run.
-
-    Attributes:
-        source: base model, folder or hub id.
-        task: what its rows mean.
-        shards: the rows of each node.
-        held_out: rows that the server evaluates on.
-        every: rounds between evaluations.
-        dtype: of the model, on nodes and on the server.
-    """
-
-    source: str
-    task: Task
-    shards: Sequence[Sequence[Row]]
-    held_out: Sequence[Row]
-    rounds: RoundsConfig
-    every: int
-    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
-    dtype: Literal["float32", "bfloat16"] = "float32"
-
-
-@dataclass
+@dataclass(frozen=True)
 class LocalResult:
     """What came of it.
 
@@ -66,16 +36,14 @@ class LocalResult:
         program: the broker that was used.
     """
 
-    run: str = ""
-    evaluations: list[Evaluated] = field(default_factory=list)
-    finished: RunFinished | None = None
-    node_reports: dict[str, dict[str, Any]] = field(default_factory=dict)
-    program: str = ""
+    run: str
+    evaluations: list[Evaluated]
+    finished: RunFinished
+    node_reports: dict[str, dict[str, Any]]
+    program: str
 
 
-async def run_local(
-    plan: LocalFederation, folder: Path, mask: Path, observer: Observer = lambda event: None
-) -> LocalResult:
+async def run_local(plan: DemoPlan, folder: Path, mask: Path, observer: Observer) -> LocalResult:
     """Run the federation to its end.
 
     Args:
@@ -87,33 +55,30 @@ async def run_local(
     Raises:
         MeerkatError: the broker, the server or a node failed; names the log.
     """
-    result = LocalResult()
+    events: list[RunEvent] = []
 
     def observe(event: RunEvent) -> None:
-        match event:
-            case RunStarted():
-                result.run = event.descriptor.run
-            case Evaluated():
-                result.evaluations.append(event)
-            case RunFinished():
-                result.finished = event
+        events.append(event)
         observer(event)
 
-    async with embedded_broker() as broker:
-        result.program = broker.program
-        async with asyncio.TaskGroup() as tasks:
-            watching = tasks.create_task(broker.watch())
-            nodes = [
-                tasks.create_task(_run_node(plan, folder, node_name(number), rows, broker.config))
-                for number, rows in enumerate(plan.shards)
-            ]
-            await serve(_server_config(plan, folder, mask, broker.config), observer=observe)
-            await asyncio.wait(nodes, timeout=NODE_EXIT_S)
-            for task in (watching, *nodes):
-                task.cancel()
-    names = map(node_name, range(len(plan.shards)))
-    result.node_reports = {name: _last_words(folder / f"{name}.log") for name in names}
-    return result
+    names = [node_name(number) for number in range(len(plan.shards))]
+    async with embedded_broker() as broker, asyncio.TaskGroup() as tasks:
+        watching = tasks.create_task(broker.watch())
+        nodes = [
+            tasks.create_task(_run_node(plan, folder, name, rows, broker.config))
+            for name, rows in zip(names, plan.shards, strict=True)
+        ]
+        await serve(_server_config(plan, folder, mask, broker.config), observer=observe)
+        await asyncio.wait(nodes, timeout=NODE_EXIT_S)
+        for task in (watching, *nodes):
+            task.cancel()
+    return LocalResult(
+        run=next(event.descriptor.run for event in events if isinstance(event, RunStarted)),
+        evaluations=[event for event in events if isinstance(event, Evaluated)],
+        finished=next(event for event in events if isinstance(event, RunFinished)),
+        node_reports={name: _last_words(folder / f"{name}.log") for name in names},
+        program=broker.program,
+    )
 
 
 def node_name(number: int) -> str:
@@ -121,7 +86,7 @@ def node_name(number: int) -> str:
     return f"node-{number}"
 
 
-def _server_config(plan: LocalFederation, folder: Path, mask: Path, broker: BrokerConfig) -> ServerConfig:
+def _server_config(plan: DemoPlan, folder: Path, mask: Path, broker: BrokerConfig) -> ServerConfig:
     held_out, task = folder / "held-out.jsonl", folder / "task.toml"
     write_rows(held_out, plan.held_out)
     task.write_text(tomli_w.dumps(plan.task.describe().model_dump(mode="json")), encoding="utf-8")
@@ -141,7 +106,7 @@ def _server_config(plan: LocalFederation, folder: Path, mask: Path, broker: Brok
     )
 
 
-async def _run_node(plan: LocalFederation, folder: Path, name: str, rows: Sequence[Row], broker: BrokerConfig) -> None:
+async def _run_node(plan: DemoPlan, folder: Path, name: str, rows: Sequence[Row], broker: BrokerConfig) -> None:
     write_rows(folder / f"{name}.jsonl", rows)
     settings = {
         "id": name,

@@ -8,7 +8,6 @@ from typing import Literal
 from meerkat_mq.config import EarlyStoppingConfig, RoundsConfig, check_config
 from meerkat_mq.core.step import Row
 from meerkat_mq.demo.corpus import TASK, pretraining_text, triage_rows
-from meerkat_mq.demo.local import LocalFederation
 from meerkat_mq.demo.settings import DEMO, GIVEN, GIVEN_TEXT_TOKENS, WEIGHTS, DemoSettings
 from meerkat_mq.errors import ConfigError, DataError
 from meerkat_mq.tasks.data import ClassOf, hold_out, partition, read_rows, read_texts
@@ -40,19 +39,31 @@ class Choices:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoPlan(LocalFederation):
-    """A federation that is ready to run, and what comes before and after it; the first node's rows have one label only.
+class DemoPlan:
+    """A federation that is ready to run, and what comes before and after it.
 
     Attributes:
+        source: base model, folder or hub id.
         name: of the model, for people.
+        task: what its rows mean.
         calibration: text that scores the mask, made when it is needed.
+        shards: the rows of each node; the first node's have one label only.
+        held_out: rows that the server evaluates on, every so many rounds.
         settings: of the mask, and of the first-order training.
         bound: whether first-order training on the same mask follows, for comparison: on a model of one's own it may
             take longer, and far more memory, than the run itself.
     """
 
+    source: str
     name: str
+    task: Task
     calibration: Callable[[], list[str]]
+    shards: Sequence[Sequence[Row]]
+    held_out: Sequence[Row]
+    every: int
+    rounds: RoundsConfig
+    early_stopping: EarlyStoppingConfig
+    dtype: Literal["float32", "bfloat16"]
     settings: DemoSettings
     bound: bool
     seed: int

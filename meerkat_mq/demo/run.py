@@ -120,9 +120,7 @@ def _facts_before(plan: DemoPlan, mask: Mask, parameters: int) -> Facts:
 
 def _facts_after(facts: Facts, result: LocalResult) -> Facts:
     """And after it: how it ended, and what each node said last."""
-    finished = result.finished
-    assert finished is not None
-    nodes = dict(facts.nodes)
+    finished, nodes = result.finished, dict(facts.nodes)
     for name, words in result.node_reports.items():
         updates = finished.updates.get(name, MessageCount())
         nodes[name] = replace(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from meerkat_mq.mqtt.message import MessageCount
 from meerkat_mq.rounds.records import Judgement
-from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor
+from meerkat_mq.wire.descriptor import RunDescriptor
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,6 @@ class RunStarted:
     """The first round can be asked as soon as nodes are there."""
 
     descriptor: RunDescriptor
-    term: int
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,6 @@ class RunFinished:
 
     Attributes:
         digest: of the server's theta, hex.
-        statuses: the last status of each node.
         updates: of each node, the updates that came: number, payload and packet bytes.
         counts: everything counted, by reason.
     """
@@ -88,7 +86,6 @@ class RunFinished:
     version: int
     seconds: float
     digest: str
-    statuses: Mapping[str, NodeStatus]
     updates: Mapping[str, MessageCount]
     counts: Mapping[str, int]
 

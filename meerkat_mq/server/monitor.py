@@ -147,7 +147,7 @@ class Monitor(ServerMonitor):
             self._log.warning("nothing compares updates", means=said)
         if said := early_stopping_in_words(settings):
             self._log.info("early stopping", how=said)
-        self._observe(RunStarted(self._run.descriptor, term))
+        self._observe(RunStarted(self._run.descriptor))
 
     def changed(self, online: int, *, is_open: bool, finished: bool) -> None:
         """The machine was told something; with the first open round, the run's clock starts."""
@@ -278,6 +278,4 @@ class Monitor(ServerMonitor):
         final = digest(theta).hex()
         counted = log_keys(self.counts)
         self._log.info("run finished", rounds=self._rounds, seconds=round(seconds, 2), digest=final, **counted)
-        self._observe(
-            RunFinished(self._rounds, seconds, final, dict(self.statuses), self._updates(), dict(self.counts))
-        )
+        self._observe(RunFinished(self._rounds, seconds, final, self._updates(), dict(self.counts)))

@@ -11,13 +11,13 @@ from tests.observe.made_up import DIGEST, a_descriptor, a_judgement, a_round, ev
 
 def a_run(live: Live, rounds: int, *, every: int) -> None:
     live.note("scoring the mask")
-    live(RunStarted(a_descriptor(), 1))
+    live(RunStarted(a_descriptor()))
     live(evaluated(0, 0.581))
     for version in range(1, rounds + 1):
         live(a_round(version - 1, loss=1.25, seconds=version / 2))
         if version % every == 0:
             live(evaluated(version, 0.6 + version / (10 * rounds)))
-    live(RunFinished(rounds, rounds / 2, DIGEST, {}, {"node-0": MessageCount()}, {}))
+    live(RunFinished(rounds, rounds / 2, DIGEST, {"node-0": MessageCount()}, {}))
 
 
 def plain(rounds: int, *, every: int) -> list[str]:
@@ -103,7 +103,7 @@ def test_on_a_terminal_the_last_picture_has_all_figures() -> None:
 def test_on_a_terminal_stages_come_before_and_after_the_rounds() -> None:
     console = on_a_terminal()
     with Live(console, rounds=1, nodes=1) as live:
-        for event in (RunStarted(a_descriptor(), 1), a_round(0)):
+        for event in (RunStarted(a_descriptor()), a_round(0)):
             live(event)
         live.note("comparing")
         assert isinstance(console.file, io.StringIO)
