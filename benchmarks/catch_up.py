@@ -35,7 +35,7 @@ from meerkat_mq.ledger.run import Run
 from meerkat_mq.ledger.snapshots import Snapshots
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.mqtt import Message
-from meerkat_mq.observe.logs import LogLevel, configure_logs
+from meerkat_mq.observe.logs import configure_logs
 from meerkat_mq.rounds.catch_up import DIGEST_NS, LINK_BYTES_A_SECOND, LOAD_NS, REPLAY_NS
 from meerkat_mq.rounds.policy import terms_of
 from meerkat_mq.rounds.records import UpdateRecord
@@ -299,7 +299,7 @@ def main() -> None:
     parser.add_argument("--weights", type=int, default=1_000_000)
     parser.add_argument("--folder", type=Path, help="where ledgers are kept, and found the next time")
     args = parser.parse_args()
-    configure_logs(as_json=False, level=LogLevel.WARNING)
+    configure_logs(as_json=False, level="WARNING")
     absences = [1, 100]
     with tempfile.TemporaryDirectory() as text:
         ledgers = args.folder or Path(text) / "ledgers"

@@ -29,7 +29,7 @@ from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.step import local_steps
 from meerkat_mq.engines.toy import QuadraticEngine, toy_mask
 from meerkat_mq.mqtt import Message, Session
-from meerkat_mq.observe.logs import LogLevel, configure_logs
+from meerkat_mq.observe.logs import configure_logs
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.node import NodeMachine
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor, ServerState, decode_control
@@ -219,12 +219,12 @@ def main() -> None:
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection is a file
     if arguments.fleet:
-        configure_logs(as_json=True, level=LogLevel.ERROR)
+        configure_logs(as_json=True, level="ERROR")
         url, first, count = arguments.fleet
         with contextlib.suppress(KeyboardInterrupt):
             asyncio.run(run_nodes(url, int(first), int(count)))
         return
-    configure_logs(as_json=True, level=LogLevel.ERROR)
+    configure_logs(as_json=True, level="ERROR")
     asyncio.run(measure(arguments.nodes, arguments.rounds, arguments.node_processes))
 
 

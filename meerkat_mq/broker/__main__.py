@@ -11,14 +11,14 @@ from typing import Annotated
 import typer
 
 from meerkat_mq.broker.embedded import embedded_broker
-from meerkat_mq.observe.logs import JsonLogs, LeastLevel, LogLevel, configure_logs
+from meerkat_mq.observe.logs import JsonLogs, LeastLevel, configure_logs
 from meerkat_mq.observe.process import run_process, run_service
 
 
 def command(
     port: Annotated[int, typer.Option(help="TCP port on 127.0.0.1; 0 chooses a free one.")] = 1883,
     json_logs: JsonLogs = None,
-    log_level: LeastLevel = LogLevel.INFO,
+    log_level: LeastLevel = "INFO",
 ) -> None:
     """Run a broker on 127.0.0.1: Mosquitto where it is installed, else amqtt."""
     configure_logs(as_json=json_logs, level=log_level)

@@ -41,8 +41,9 @@ def _progress(verdict: DrillResult) -> Markup:
     x = charts.count_scale(int(verdict.seconds) + 1)
     return section(
         "Progress",
-        charts.line_chart("Rounds closed over time", [line], [], x, lambda value: f"{value:,.0f}", bands=bands),
-        tag("p", "seconds", class_="axis"),
+        charts.line_chart(
+            "Rounds closed over time", [line], [], x, lambda value: f"{value:,.0f}", axis="seconds", bands=bands
+        ),
         charts.legend([(place, charts.colour(index)) for index, place in enumerate(places, 1)]),
         note="Rounds closed; bands are faults while they last, by what they strike.",
     )

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from meerkat_mq.config import NodeConfig, ServerConfig, check_config, load_config
-from meerkat_mq.core.files import write_atomically
+from meerkat_mq.core.files import write_atomically, writing
 from meerkat_mq.errors import ConfigError
 from meerkat_mq.observe.tables import say
 
@@ -41,9 +41,11 @@ def command(
     rows = read_rows(named_source(data), found)
     train, held_out = hold_out(rows, HELD_OUT, seed=0, class_of=found.class_of)
     shards = partition(train, nodes, "iid", seed=0, class_of=found.class_of)
-    _make(folder)
     said = {"federation": name, "model": _placed(model), "task": _placed(task), "url": broker}
-    try:
+    with writing(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise ConfigError(str(folder), "has something in it", "name a new folder")
         write_rows(folder / "held-out.jsonl", held_out)
         write_rows(folder / CALIBRATION, [{"text": found.as_text(row)} for row in train])
         _write(folder / "federation.toml", "federation", said | {"min_nodes": max(3, 3 * nodes // 4)})
@@ -54,8 +56,6 @@ def command(
             more = {"name": node, "data": f"{node}.jsonl", "state": f"{node}-state"}
             _write(folder / f"{node}.toml", "node", said | more)
             load_config(folder / f"{node}.toml", NodeConfig)
-    except OSError as error:
-        raise ConfigError(str(folder), f"cannot be written ({error.strerror})", "choose another folder") from error
     for text in _next(folder, model, nodes):
         say(Console(), text)
 
@@ -63,15 +63,6 @@ def command(
 def _placed(given: str) -> str:
     """A name as it is; a path so that it is found from the folder too."""
     return str(Path(given).resolve()) if Path(given).exists() else given
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise ConfigError(str(folder), "has something in it", "name a new folder")
-    except OSError as error:
-        raise ConfigError(str(folder), f"cannot be made ({error.strerror})", "choose another folder") from error
 
 
 def _write(path: Path, template: str, values: Mapping[str, object]) -> None:

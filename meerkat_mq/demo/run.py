@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from meerkat_mq.core.files import writing
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.demo.local import SERVER, LocalResult, node_name, run_local
 from meerkat_mq.demo.plan import DemoPlan
@@ -16,7 +17,7 @@ from meerkat_mq.engines.evaluate import evaluate, first_order
 from meerkat_mq.engines.torch.engine import TransformersEngine
 from meerkat_mq.engines.torch.load import LoadedModel, load_model, set_threads
 from meerkat_mq.engines.torch.masks import make_mask
-from meerkat_mq.errors import ConfigError, RunMismatch
+from meerkat_mq.errors import RunMismatch
 from meerkat_mq.ledger.sqlite import LEDGER_FILE
 from meerkat_mq.mqtt.message import MessageCount
 from meerkat_mq.observe.live import Live
@@ -39,12 +40,9 @@ async def run_demo(plan: DemoPlan, out: Path, console: Console) -> None:
         MeerkatError: a process failed, or a node's digest is not the server's.
     """
     set_threads(max(1, (os.cpu_count() or 1) // 2))  # the nodes work on the others
-    try:
-        with await asyncio.to_thread((out / "server.log").open, "x") as log:
-            configure_logs(as_json=True, file=log)
-            await _run(plan, out, console)
-    except OSError as error:
-        raise ConfigError(f"--out {out}", f"cannot be written ({error.strerror})", "choose another folder") from error
+    with writing(f"--out {out}"), await asyncio.to_thread((out / "server.log").open, "x") as log:
+        configure_logs(as_json=True, file=log)
+        await _run(plan, out, console)
 
 
 async def _run(plan: DemoPlan, out: Path, console: Console) -> None:

@@ -8,7 +8,7 @@ from meerkat_mq.core.metrics import meaning
 from meerkat_mq.observe import charts, summary
 from meerkat_mq.observe.figures import human_bytes, smoothed
 from meerkat_mq.observe.markup import Markup, pairs, section, table, tag
-from meerkat_mq.observe.report import NodeReport, Report
+from meerkat_mq.observe.report import Report
 
 LEGEND_CLASSES: Final = 16
 
@@ -36,13 +36,10 @@ def _gradip_chart(report: Report) -> Iterable[Markup]:
         [],
         charts.count_scale(longest),
         lambda power: f"{10**power:.2g}",
+        axis=f"{'local steps' if report.descriptor.perturbations == 1 else 'projected gradients'} of the node",
         bands=_calibration(report),
     )
-    unit = "local steps" if report.descriptor.perturbations == 1 else "projected gradients"
-    yield tag("p", f"{unit} of the node", class_="axis")
-    more = len(report.magnitudes) - len(drawn)
-    entries = [(line.label, line.style) for line in lines]
-    yield charts.legend([*entries, (f"… and {more:,} more", "none")] if more else entries)
+    yield charts.legend([(line.label, line.style) for line in lines], len(report.magnitudes) - len(lines))
 
 
 def _gradip_line(report: Report, name: str, style: str) -> charts.Line:
@@ -143,23 +140,17 @@ def labels_card(report: Report) -> Markup:
     most = max(sum(node.labels) for node in known.values())
     rows = (
         tag("div", tag("span", name, class_="name"),
-            charts.stacked_bar(f"Rows of {name} by class", _parts(report, node), most),
+            charts.stacked_bar(f"Rows of {name} by class", list(zip(report.classes, node.labels, strict=False)), most),
             tag("span", f"{sum(node.labels):,}", class_="sum"), class_="share")
         for name, node in known.items()
     )  # fmt: skip
     entries = [(name, charts.colour(index)) for index, name in enumerate(report.classes)]
-    if len(entries) > LEGEND_CLASSES:
-        entries = [*entries[:LEGEND_CLASSES], (f"… and {len(entries) - LEGEND_CLASSES} more", "none")]
     return section(
         "Data on the nodes",
-        charts.legend(entries),
+        charts.legend(entries[:LEGEND_CLASSES], max(0, len(entries) - LEGEND_CLASSES)),
         tag("div", *rows, class_="shares"),
         note="Rows of each class; a row never leaves its node.",
     )
-
-
-def _parts(report: Report, node: NodeReport) -> list[tuple[str, float]]:
-    return list(zip(report.classes, node.labels, strict=False))
 
 
 def nodes_card(report: Report) -> Markup:

@@ -91,6 +91,7 @@ def line_chart(
     x: Scale,
     show: Callable[[float], str],
     *,
+    axis: str,
     bands: Sequence[Band] = (),
 ) -> Markup:
     """Curves over rounds, with reference lines.
@@ -98,6 +99,7 @@ def line_chart(
     Args:
         title: for screen readers.
         show: a y value for people.
+        axis: what x counts.
         bands: behind the curves.
     """
     y = nice_scale([*(value for line in lines for _, value in line.points), *(mark.value for mark in references)])
@@ -117,7 +119,7 @@ def line_chart(
         join(_reference_label(y, mark) for mark in references),
         class_="plot", role="img", width="100%", height=HEIGHT,
     )  # fmt: skip
-    return tag("div", plot, class_="plot-frame")
+    return join([tag("div", plot, class_="plot-frame"), tag("p", axis, class_="axis")])
 
 
 def stacked_bar(title: str, parts: Sequence[tuple[str, float]], whole: float) -> Markup:
@@ -170,8 +172,9 @@ def log_bars(bars: Sequence[Bar], show: Callable[[float], str]) -> Markup:
     return tag("div", *rows, tag("svg", *ticks, class_="bar", width="100%", height=20), class_="bars")
 
 
-def legend(entries: Sequence[tuple[str, str]]) -> Markup:
-    """Label and CSS class of each colour."""
+def legend(entries: Sequence[tuple[str, str]], left_out: int = 0) -> Markup:
+    """Label and CSS class of each colour, and how many more there are."""
+    entries = [*entries, (f"… and {left_out:,} more", "none")] if left_out else entries
     items = (
         tag("li", tag("svg", tag("rect", width=12, height=12, rx=3, class_=style), width=12, height=12), f" {label}")
         for label, style in entries

@@ -6,34 +6,24 @@ A log line that cannot be written is dropped; the next one that can be says how 
 import logging
 import sys
 from collections.abc import Sequence
-from enum import StrEnum
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, Literal, TextIO
 
 import structlog
 import typer
 
 from meerkat_mq.observe.streams import Diagnostics, lossy
 
-
-class LogLevel(StrEnum):
-    """Least level to log."""
-
-    DEBUG = "DEBUG"
-    INFO = "INFO"
-    WARNING = "WARNING"
-    ERROR = "ERROR"
-
-
+LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 JsonLogs = Annotated[bool | None, typer.Option(help="Log JSON lines; default: unless on a terminal.")]
 LeastLevel = Annotated[LogLevel, typer.Option(help="Least level to log.", case_sensitive=False)]
 
 
-def configure_logs(*, as_json: bool | None = None, level: str = "INFO", file: TextIO | None = None) -> None:
+def configure_logs(*, as_json: bool | None = None, level: LogLevel = "INFO", file: TextIO | None = None) -> None:
     """Set up logging.
 
     Args:
         as_json: JSON lines, or console lines; default: console on a terminal, JSON elsewhere.
-        level: DEBUG, INFO, WARNING or ERROR.
+        level: least level to log.
         file: where to; standard error by default.
     """
     stream = lossy(file or sys.stderr)

@@ -79,8 +79,9 @@ def _accuracy(report: Report, rounds: charts.Scale) -> Markup:
     rows = report.evaluations[-1].rows
     return section(
         "Held-out accuracy",
-        charts.line_chart("Held-out accuracy over rounds", [curve], _references(report), rounds, _percent_tick),
-        tag("p", "rounds closed", class_="axis"),
+        charts.line_chart(
+            "Held-out accuracy over rounds", [curve], _references(report), rounds, _percent_tick, axis="rounds closed"
+        ),
         note="On rows that no node has seen." if rows is None else f"On {rows:,} rows that no node has seen.",
     )
 
@@ -114,8 +115,7 @@ def _loss(report: Report, rounds: charts.Scale) -> Markup:
     ]
     return section(
         "Loss",
-        charts.line_chart("Loss over rounds", lines, [], rounds, lambda value: f"{value:.6g}"),
-        tag("p", "rounds", class_="axis"),
+        charts.line_chart("Loss over rounds", lines, [], rounds, lambda value: f"{value:.6g}", axis="rounds"),
         charts.legend([(line.label, line.style) for line in lines if line.points]),
         note="Mean over the nodes, each on a batch of its own data.",
     )

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from meerkat_mq.config import EarlyStoppingConfig
-from meerkat_mq.errors import printable, printable_lines
+from meerkat_mq.errors import printable
 from meerkat_mq.observe.figures import (
     DASH,
     MOST_NAMED,
@@ -22,6 +22,7 @@ from meerkat_mq.observe.figures import (
     small_percent,
 )
 from meerkat_mq.observe.report import NodeReport, Report
+from meerkat_mq.observe.tables import pairs
 
 MOST_NODES = 40
 MOST_CLASSES = 5
@@ -34,7 +35,12 @@ class Headline(NamedTuple):
 
     label: str
     value: str
-    details: Sequence[str]
+    details: Sequence[str] = ()
+
+    @property
+    def text(self) -> str:
+        """The value with the first detail, and the others line by line."""
+        return "\n".join([": ".join([self.value, *self.details[:1]]), *self.details[1:]])
 
 
 # --- what is said ---
@@ -53,7 +59,7 @@ def headlines(report: Report) -> Iterator[Headline]:
 
 def _accuracy(report: Report) -> Iterator[Headline]:
     if report.gained is None:
-        yield Headline("Held-out accuracy", "not measured", [])
+        yield Headline("Held-out accuracy", "not measured")
         return
     before, after = report.evaluations[0], report.evaluations[-1]
     details = [f"{points(report.gained)}, from {percent(before.accuracy)}"]
@@ -170,23 +176,17 @@ def _verdict(report: Report, node: NodeReport) -> str:
 
 def print_summary(console: Console, report: Report) -> None:
     """Print the figures of a run, and its nodes as a table."""
-    figures = Table.grid(padding=(0, 2))
-    figures.add_column(style="bold", no_wrap=True)
-    figures.add_column()
     judged = [(name, report.judgements[name]) for name in report.early_stopped[:MOST_NAMED]]
     rhos = [f"{name}: rho_later {ratio(found.rho_later)}, rho_quiet {found.rho_quiet:.2f}" for name, found in judged]
-    counts = ", ".join(f"{why}: {count:,}" for why, count in sorted(report.counts.items()) if why != "left")
-    for label, value, details in (
-        Headline("warning", report.warning, []),
+    counts = [f"{why}: {count:,}" for why, count in sorted(report.counts.items()) if why != "left"]
+    said = (
+        Headline("warning", report.warning),
         *headlines(report),
-        Headline("early stopping", early_stopping_line(report), ["", *rhos]),
-        Headline("counted", counts, []),
-    ):
-        if value:
-            first = ": ".join(filter(None, [value, *details[:1]]))
-            figures.add_row(label.lower(), Text(printable_lines("\n".join([first, *details[1:]]))))
+        Headline("early stopping", "\n".join([early_stopping_line(report), *rhos])),
+        Headline("counted", ", ".join(counts)),
+    )
     console.print()
-    console.print(figures)
+    console.print(pairs(*((each.label.lower(), each.text) for each in said if each.value)))
     if report.nodes:
         console.print()
         console.print(_node_table(report, console.width))

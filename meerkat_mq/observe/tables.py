@@ -47,7 +47,7 @@ def status_line(run: RunShown) -> str:
 
 def status_table(run: RunShown) -> RenderableType:
     """The run, and a line a node."""
-    figures = _pairs(
+    figures = pairs(
         ("accuracy", _accuracy(run)),
         ("loss", _loss(run)),
         ("round", _progress(run)),
@@ -70,7 +70,7 @@ def _counted(run: RunShown) -> Iterable[RenderableType]:
     """What was counted in the recent rounds, and what it means."""
     if run.counts:
         yield Text()
-        yield _pairs(*((f"{name}: {count:,}", meaning(name)) for name, count in run.counts.items()))
+        yield pairs(*((f"{name}: {count:,}", meaning(name)) for name, count in run.counts.items()))
 
 
 def _accuracy(run: RunShown) -> str:
@@ -174,7 +174,7 @@ def round_pages(rounds: Iterable[RoundShown]) -> RenderableType:
 def _round_page(shown: RoundShown) -> RenderableType:
     how = "when its buffer was full" if shown.full else "when all expected updates were committed"
     how = "by its deadline" if shown.overdue else how
-    figures = _pairs(
+    figures = pairs(
         ("round", f"{shown.round:,}, closed {_clock(shown.closed)} {how}, under term {shown.term}"),
         ("asked", f"{shown.asked:,} nodes; {shown.accepted:,} of {len(shown.updates):,} updates accepted"),
         ("loss", _number(shown.loss)),
@@ -257,7 +257,7 @@ def _distance(step: StepShown) -> str:
 # --- cells ---
 
 
-def _pairs(*pairs: tuple[str, str]) -> Table:
+def pairs(*pairs: tuple[str, str]) -> Table:
     """Labels and what they say."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)

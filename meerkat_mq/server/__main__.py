@@ -13,7 +13,7 @@ import typer
 
 from meerkat_mq.broker.embedded import embedded_broker
 from meerkat_mq.config import ServerConfig, load_config
-from meerkat_mq.observe.logs import JsonLogs, LeastLevel, LogLevel, configure_logs
+from meerkat_mq.observe.logs import JsonLogs, LeastLevel, configure_logs
 from meerkat_mq.observe.process import run_process, run_service
 from meerkat_mq.server.service import serve
 
@@ -26,7 +26,7 @@ def command(
     ] = False,
     once: Annotated[bool, typer.Option("--once", help="End with the run; exit code 6 if too few nodes come.")] = False,
     json_logs: JsonLogs = None,
-    log_level: LeastLevel = LogLevel.INFO,
+    log_level: LeastLevel = "INFO",
 ) -> None:
     """Run the server until SIGTERM, or, with --once, until its run is finished."""
     configure_logs(as_json=json_logs, level=log_level)

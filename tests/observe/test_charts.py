@@ -45,13 +45,15 @@ def test_an_axis_of_rounds_ends_at_the_last(last: int, ticks: tuple[int, ...]) -
 
 
 def test_a_curve_runs_from_corner_to_corner() -> None:
-    chart = line_chart("loss", [Line("loss", "main", [(0, 4.0), (10, 0.0)])], [], count_scale(10), str)
+    chart = line_chart("loss", [Line("loss", "main", [(0, 4.0), (10, 0.0)])], [], count_scale(10), str, axis="rounds")
     assert f'points="0.0,0.0 1000.0,{HEIGHT}.0"' in chart
 
 
 def test_a_reference_stands_at_its_value() -> None:
     mark = Reference("bound", "bound", 0.5)
-    chart = line_chart("accuracy", [Line("a", "main", [(0, 0.0), (1, 1.0)])], [mark], count_scale(1), str)
+    chart = line_chart(
+        "accuracy", [Line("a", "main", [(0, 0.0), (1, 1.0)])], [mark], count_scale(1), str, axis="rounds"
+    )
     assert f'y1="{HEIGHT // 2}" y2="{HEIGHT // 2}" class="reference bound"' in chart
 
 
