@@ -10,11 +10,16 @@ from pydantic import Field, StringConstraints, ValidationInfo, field_validator
 from meerkat_mq.config.section import LocalPath, Section, in_vain
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<place>[^/?#]*)(?P<rest>.*)", re.DOTALL)
-_PLACE = re.compile(r"(?P<host>\[[^\[\]]*\]|[^\[\]:%\\]+)(?P<colon>:)?(?P<port>(?<=:)[^:]*)?")
+_PLACE = re.compile(r"(?P<host>\[[^\[\]]*\]|[^\[\]:%\\]+)(:(?P<port>[^:]*))?")
 CHUNK_PACKET_BYTES = 2**16 + 1024  # a chunk of 64 KiB, its header, its topic
 _PORTS = {"mqtt": 1883, "mqtts": 8883}
 _SHAPE = "must be mqtt://host[:port], mqtts://host[:port] or embedded"
 _CREDENTIALS = "must hold no user and password: put them into broker.username and broker.password"
+
+_NEEDS = {
+    "password": ("username", "is not sent without a user name"),
+    "key_file": ("cert_file", "does nothing without its certificate"),
+}
 
 _Text = Annotated[str, StringConstraints(max_length=16_000)]  # MQTT: 65,535 bytes of UTF-8
 
@@ -67,19 +72,13 @@ class BrokerConfig(Section):
             raise in_vain("does nothing without TLS: write mqtts:// in broker.url, or remove it")
         return value
 
-    @field_validator("password")
+    @field_validator("password", "key_file")
     @classmethod
-    def _of_a_user(cls, password: str | None, info: ValidationInfo) -> str | None:
-        if password is not None and info.data.get("username", "") is None:
-            raise in_vain("is not sent without a user name: add broker.username")
-        return password
-
-    @field_validator("key_file")
-    @classmethod
-    def _of_a_certificate(cls, key: Path | None, info: ValidationInfo) -> Path | None:
-        if key is not None and info.data.get("cert_file", "") is None:
-            raise in_vain("does nothing without its certificate: add broker.cert_file")
-        return key
+    def _of_use_with_another_key(cls, value: str | Path | None, info: ValidationInfo) -> str | Path | None:
+        needs, problem = _NEEDS[str(info.field_name)]
+        if value is not None and info.data.get(needs, "") is None:
+            raise in_vain(f"{problem}: add broker.{needs}")
+        return value
 
     @property
     def tls(self) -> bool:
@@ -126,7 +125,10 @@ def _parse(url: str) -> _Address:
     place = _PLACE.fullmatch(parts["place"])
     if place is None:
         raise ValueError(f"{_SHAPE}; an IPv6 address in brackets: mqtt://[::1]:1883")
-    return _Address(scheme == "mqtts", _host(place["host"]), _port(place["colon"] and place["port"], scheme))
+    port = place["port"]
+    if port is not None and not (re.fullmatch(r"[0-9]{1,5}", port) and 1 <= int(port) <= 65535):
+        raise ValueError("the port must be a number from 1 to 65535")
+    return _Address(scheme == "mqtts", _host(place["host"]), _PORTS[scheme] if port is None else int(port))
 
 
 def _host(text: str) -> str:
@@ -136,11 +138,3 @@ def _host(text: str) -> str:
         return str(IPv6Address(text[1:-1]))
     except ValueError:
         raise ValueError("holds brackets, and no IPv6 address in them") from None
-
-
-def _port(text: str | None, scheme: str) -> int:
-    if text is None:
-        return _PORTS[scheme]
-    if re.fullmatch(r"[0-9]{1,5}", text) and 1 <= int(text) <= 65535:
-        return int(text)
-    raise ValueError("the port must be a number from 1 to 65535")

@@ -27,11 +27,7 @@ def load_config(path: Path, kind: type[ConfigT]) -> ConfigT:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file's table; a byte order mark before it is none of it.
-
-    Raises:
-        ConfigError: the file is missing, or is not TOML.
-    """
+    """A TOML file's table, without a byte order mark; ConfigError where it is missing, or is not TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -41,10 +37,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def check_config(table: object, kind: type[ConfigT], *, where: str, folder: Path | None = None) -> ConfigT:
-    """Check a table against a configuration class.
-
-    Args:
-        where: the file's name, or "".
+    """Check a table against a configuration class; `where` is the file's name, or "".
 
     Raises:
         ConfigError: names the first key that is wrong, the value found and what it must be.
@@ -53,9 +46,8 @@ def check_config(table: object, kind: type[ConfigT], *, where: str, folder: Path
         return kind.model_validate(table, context={"folder": folder})
     except ValidationError as error:
         wrong = error.errors(include_url=False)
-        first = next(
-            (one for one in wrong if one["type"] == "extra_forbidden"), wrong[0]
-        )  # a typo leaves its key missing
+        unknown = (one for one in wrong if one["type"] == "extra_forbidden")
+        first = next(unknown, wrong[0])  # a typo leaves its key missing
         key = ".".join(cut(str(part)) for part in first["loc"]) or "file"
         hidden = first["type"] in _SAY_ALL or isinstance(first["input"], dict) or "password" in key
         found = "" if hidden else f", not {shown(_without_secrets(first['input']))}"

@@ -49,23 +49,13 @@ _NAMES_OR_PATHS = ("model", "source", "task")  # a hub id or built-in name, unle
 _DATA = ("data", "train", "validation")
 
 
-def _parts(value: str | Path | tuple[object, ...]) -> tuple[object, ...]:
-    return value if isinstance(value, tuple) else (value,)
-
-
-def _may_exist(path: Path) -> bool:
-    """False of a path that no file system takes."""
-    try:
-        path.exists()
-    except OSError as error:
-        return error.errno != errno.ENAMETOOLONG
-    return True
-
-
-def _is_there(path: Path) -> bool:
+def _is_there(path: Path, *, strict: bool = False) -> bool:
+    """Strict: a ValueError of a path that no file system takes."""
     try:
         return path.exists()
-    except OSError:
+    except OSError as error:
+        if strict and error.errno == errno.ENAMETOOLONG:
+            raise ValueError("must be a path that can exist: no name in it longer than 255 bytes") from None
         return False
 
 
@@ -80,16 +70,11 @@ class Section(Closed):
 
     @field_validator("*", mode="after")
     @classmethod
-    def _no_nul(cls, value: object) -> object:
-        if isinstance(value, str | Path | tuple) and any("\0" in str(part) for part in _parts(value)):
-            raise ValueError("must not hold a NUL character")
-        if isinstance(value, Path) and not _may_exist(value):
-            raise ValueError("must be a path that can exist: no name in it longer than 255 bytes")
-        return value
-
-    @field_validator("*", mode="after")
-    @classmethod
     def _anchor_paths(cls, value: object, info: ValidationInfo) -> object:
+        if any("\0" in str(part) for part in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError("must not hold a NUL character")
+        if isinstance(value, Path):
+            _is_there(value, strict=True)
         folder = (info.context or {}).get("folder")
         if folder is None:
             return value
