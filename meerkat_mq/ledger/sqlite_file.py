@@ -1,6 +1,7 @@
 """The ledger's file: made whole, looked at before it is opened, and every failure in words."""
 
 import os
+import re
 import sqlite3
 import struct
 from collections.abc import Iterable, Iterator
@@ -68,44 +69,34 @@ _HEADER_BYTES = 100
 _RESTORE = "restore it from a backup, or name another state_dir for a new run"
 _AGAIN = "start the server again: it goes on where it was"
 _LOCAL_DISK = "keep state_dir on a local disk, not on a network or shared file system"
-_DAMAGED = ("is damaged", f"keep it and its -wal file for a look, and {_RESTORE}")
-_LOCKS = ("its file system does not lock files as SQLite needs it", f"{_LOCAL_DISK}, and {_AGAIN}")
 _OTHERS = ("cannot be used, and SQLite says why", "leave the file as it is, and report this line")
-_PROBLEMS = {  # the first that the name of SQLite's error begins with
-    "SQLITE_FULL": ("there is no space left", f"free some, and {_AGAIN}"),
-    "SQLITE_READONLY_DBMOVED": ("was moved or replaced while it was open", f"put it back, and {_AGAIN}"),
-    "SQLITE_READONLY": ("cannot be written", "let this user write the file and its folder"),
-    "SQLITE_CANTOPEN": ("cannot be opened", "let this user read and write the file and its folder"),
-    "SQLITE_PERM": ("cannot be opened", "let this user read and write the file and its folder"),
-    "SQLITE_AUTH": ("cannot be opened", "let this user read and write the file and its folder"),
-    "SQLITE_BUSY": (
+_PROBLEMS = {  # the first that the name of SQLite's error matches
+    "FULL": ("there is no space left", f"free some, and {_AGAIN}"),
+    "READONLY_DBMOVED": ("was moved or replaced while it was open", f"put it back, and {_AGAIN}"),
+    "READONLY": ("cannot be written", "let this user write the file and its folder"),
+    "CANTOPEN|PERM|AUTH": ("cannot be opened", "let this user read and write the file and its folder"),
+    "BUSY": (
         "is locked: another process has been writing it for too long, or its file system has no locks",
         f"end that process: a stopped server, perhaps; and {_LOCAL_DISK}",
     ),
-    "SQLITE_LOCKED": ("is locked", f"{_AGAIN}; and {_LOCAL_DISK}"),
-    "SQLITE_PROTOCOL": _LOCKS,
-    "SQLITE_NOLFS": ("is larger than its file system takes", f"move state_dir to another disk, and {_AGAIN}"),
-    "SQLITE_NOMEM": ("there is not enough memory", f"free some, and {_AGAIN}"),
-    "SQLITE_IOERR_NOMEM": ("there is not enough memory", f"free some, and {_AGAIN}"),
-    "SQLITE_IOERR_CORRUPTFS": ("the file system is damaged", f"have it checked, and {_AGAIN}"),
-    "SQLITE_IOERR_LOCK": _LOCKS,
-    "SQLITE_IOERR_RDLOCK": _LOCKS,
-    "SQLITE_IOERR_UNLOCK": _LOCKS,
-    "SQLITE_IOERR_BLOCKED": _LOCKS,
-    "SQLITE_IOERR_CHECKRESERVEDLOCK": _LOCKS,
-    "SQLITE_IOERR_SHM": _LOCKS,
-    "SQLITE_IOERR": ("cannot be read or written", f"see to the disk, and {_AGAIN}"),
-    "SQLITE_NOTADB": ("is not a ledger", "name another state_dir"),
-    "SQLITE_CORRUPT": _DAMAGED,
-    "SQLITE_ERROR": _DAMAGED,  # a table or a column is missing
+    "LOCKED": ("is locked", f"{_AGAIN}; and {_LOCAL_DISK}"),
+    "NOLFS": ("is larger than its file system takes", f"move state_dir to another disk, and {_AGAIN}"),
+    "(IOERR_)?NOMEM": ("there is not enough memory", f"free some, and {_AGAIN}"),
+    "IOERR_CORRUPTFS": ("the file system is damaged", f"have it checked, and {_AGAIN}"),
+    "PROTOCOL|IOERR_(LOCK|RDLOCK|UNLOCK|BLOCKED|CHECKRESERVEDLOCK|SHM)": (
+        "its file system does not lock files as SQLite needs it",
+        f"{_LOCAL_DISK}, and {_AGAIN}",
+    ),
+    "IOERR": ("cannot be read or written", f"see to the disk, and {_AGAIN}"),
+    "NOTADB": ("is not a ledger", "name another state_dir"),
+    "CORRUPT|ERROR": (
+        "is damaged",
+        f"keep it and its -wal file for a look, and {_RESTORE}",
+    ),  # ERROR: a table or a column is missing
 }
 _LATER: dict[str, type[LedgerError]] = {  # what a disk, or another process, can do for a while
-    "SQLITE_FULL": LedgerUnavailable,
-    "SQLITE_BUSY": LedgerUnavailable,
-    "SQLITE_LOCKED": LedgerUnavailable,
-    "SQLITE_NOMEM": LedgerUnavailable,
-    "SQLITE_PROTOCOL": LedgerUnavailable,
-    "SQLITE_IOERR": LedgerFailing,
+    "FULL|BUSY|LOCKED|NOMEM|PROTOCOL": LedgerUnavailable,
+    "IOERR": LedgerFailing,
 }
 
 
@@ -116,9 +107,9 @@ def in_words(path: Path) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         unnamed = "SQLITE_CORRUPT" if isinstance(error, sqlite3.OperationalError) else ""  # what should be text is none
-        name = getattr(error, "sqlite_errorname", unnamed)
-        words = next((words for code, words in _PROBLEMS.items() if name.startswith(code)), _OTHERS)
-        kind = next((kind for code, kind in _LATER.items() if name.startswith(code)), LedgerError)
+        name = getattr(error, "sqlite_errorname", unnamed).removeprefix("SQLITE_")
+        words = next((words for names, words in _PROBLEMS.items() if re.match(names, name)), _OTHERS)
+        kind = next((kind for names, kind in _LATER.items() if re.match(names, name)), LedgerError)
         said = str(error).partition(" with text ")[0]  # after that come all bytes of what should be text
         raise kind(str(path), f"{words[0]} ({said})", words[1]) from error
 

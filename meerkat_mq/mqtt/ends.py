@@ -10,11 +10,7 @@ _CLOCK = ("expired", "not yet valid")  # a clock that is set, or a renewed certi
 
 
 class Sending(NamedTuple):
-    """A message that may have to do with the end of a connection.
-
-    Attributes:
-        size: of the whole packet, in bytes.
-    """
+    """A message that may have to do with the end of a connection; its size is that of the whole packet."""
 
     topic: str
     size: int
@@ -41,8 +37,7 @@ class Lost(Exception):
 class Refused(Lost):
     """The broker refuses us, we refuse the broker, or a file is missing: wrong settings, or a fault that passes.
 
-    Attributes:
-        error: the same for people, with a remedy.
+    `error` says so to people, with a remedy.
     """
 
     def __init__(self, error: MeerkatError) -> None:
@@ -53,7 +48,7 @@ class Refused(Lost):
 class Words:
     """Makes errors of what the broker, the TLS library and the system say.
 
-    Args:
+    Attributes:
         flaws: what is wrong with our own certificate, as far as this process can see.
     """
 

@@ -12,12 +12,8 @@ MARKER_FILE = "connected"
 class Marker:
     """Outlives the process: a restart in the middle of a passing fault is no first start.
 
-    Both methods block.
-
-    Args:
-        folder: the service's `state_dir`.
-        broker: the way to the broker; what counts is where it is, and whether with TLS.
-        client: who connects; the same in every process.
+    It is of one client and one broker: where that is, and whether with TLS. Both methods block, and raise OSError where
+    the file cannot be read or written.
     """
 
     def __init__(self, folder: Path, broker: BrokerConfig, client: str) -> None:
@@ -26,20 +22,12 @@ class Marker:
         self._line = json.dumps({"broker": url, "client": client}).encode() + b"\n"
 
     def is_there(self) -> bool:
-        """Whether this client has been connected to this broker.
-
-        Raises:
-            OSError: a file is there, and cannot be read.
-        """
+        """Whether this client has been connected to this broker."""
         try:
             return self.file.read_bytes() == self._line
         except FileNotFoundError:
             return False
 
     def leave(self) -> None:
-        """Write it.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Write it."""
         write_atomically(self.file, self._line)

@@ -7,12 +7,7 @@ from meerkat_mq.wire.limits import packet_bytes
 
 @dataclass(frozen=True)
 class Message:
-    """A message from the broker.
-
-    Attributes:
-        retained: the broker kept it and sends it because of our subscription; False on live messages.
-        qos: as delivered.
-    """
+    """A message from the broker; `retained`: it kept it, and sends it because of our subscription."""
 
     topic: str
     payload: bytes

@@ -51,9 +51,7 @@ class Outbox:
     Args:
         limit_bytes: how much it holds; a retained message it takes even when full, since of these it holds the newest
             on a topic.
-        window_messages: how many may be in flight.
-        window_bytes: how much may be in flight (always at least one message).
-
+        window_messages, window_bytes: how many and how much may be in flight, always at least one message.
     """
 
     def __init__(self, limit_bytes: int, *, window_messages: int = 32, window_bytes: int = 256 * 1024) -> None:
@@ -79,9 +77,8 @@ class Outbox:
 
         Some brokers acknowledge what they refuse, and then close the connection.
         """
-        last = self._last
-        just_now = last is not None and time.monotonic() - last[1] < _JUST_NOW_S
-        return tuple(self._in_flight) or ((last[0],) if last is not None and just_now else ())
+        last, at = self._last or (None, 0.0)
+        return tuple(self._in_flight) or ((last,) if last and time.monotonic() - at < _JUST_NOW_S else ())
 
     def put(self, out: Outgoing) -> None:
         """Add a message; a retained one takes the place of an older one on its topic.
@@ -93,11 +90,8 @@ class Outbox:
             out.settle(self._closed)
             return
         if not out.retain and self._bytes + out.cost > self._limit_bytes:
-            raise NotConnected(
-                out.topic,
-                f"{len(self)} messages ({self._bytes} bytes) already wait for the broker",
-                "publish less at once",
-            )
+            problem = f"{len(self)} messages ({self._bytes} bytes) already wait for the broker"
+            raise NotConnected(out.topic, problem, "publish less at once")
         self._bytes += out.cost
         self._append(out)
         self._changed.set()

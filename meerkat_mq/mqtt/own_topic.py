@@ -1,6 +1,7 @@
 """Whether the broker lets us publish on our own topic, and keeps what is retained there."""
 
 import asyncio
+import contextlib
 
 from meerkat_mq.mqtt.connection import Connection
 from meerkat_mq.mqtt.message import Message
@@ -11,9 +12,6 @@ class OwnTopic:
     """Asks, on one connection, whether what was published on the topic of our will comes back, as it should.
 
     Some brokers acknowledge what their ACL denies, and drop it; some forget that a message was to be retained.
-
-    Args:
-        topic: of the will.
     """
 
     def __init__(self, topic: str) -> None:
@@ -42,31 +40,21 @@ class OwnTopic:
         return message.payload == self._payload
 
     async def ask(self, connection: Connection, quiet_s: float) -> str | None:
-        """Wait until the broker has acknowledged a message of ours; then ask for it.
+        """Wait until the broker has acknowledged a message of ours, then ask for it: what it does not do, or None.
 
-        Args:
-            quiet_s: an answer is waited for until nothing has come for so long.
-
-        Returns:
-            What the broker does not do, or None.
+        An answer is waited for until nothing has come for `quiet_s`.
         """
         await self._acknowledged.wait()
         self._asks = True
         await connection.subscribe({self.topic: 1})
-        while not self._kept.is_set() and await self._hears(quiet_s):
-            pass
+        with contextlib.suppress(TimeoutError):
+            while not self._kept.is_set():
+                self._heard.clear()
+                async with asyncio.timeout(quiet_s):
+                    await self._heard.wait()
         self._asks, self.is_known = False, True
         if self._kept.is_set():
             return None
         if self._came_back:
             return "the broker keeps no retained messages: who comes later does not learn what was said before"
         return "the broker acknowledges what is sent to this topic, but does not pass it on: see its ACL"
-
-    async def _hears(self, quiet_s: float) -> bool:
-        self._heard.clear()
-        try:
-            async with asyncio.timeout(quiet_s):
-                await self._heard.wait()
-        except TimeoutError:
-            return False
-        return True

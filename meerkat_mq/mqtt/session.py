@@ -36,7 +36,6 @@ class Session:
     left unacknowledged; then the rest. Delivery is at least once: receivers tell duplicates by what is in the frames.
 
     Args:
-        broker: address, credentials, TLS, keep-alive and packet limit.
         client_id: fixed; the broker closes an older connection with the same one.
         subscriptions: (filter, qos) that hold on every connection; the will's topic is added, first.
         on_message: takes each message, in order.
@@ -231,7 +230,7 @@ class Session:
         renewal: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._renewal = renewal
         try:
-            await asyncio.wait(_futures(talk, connection.ended, renewal), return_when=asyncio.FIRST_COMPLETED)
+            await _first(talk, connection.ended, renewal)
             orderly = not connection.ended.done() and (not talk.done() or talk.exception() is None)
             if not orderly:
                 cause = connection.ended.result() if connection.ended.done() else talk.exception()
@@ -346,8 +345,7 @@ class Session:
             with contextlib.suppress(BrokerError):  # too large a packet: the state will stand as it is
                 self.publish(last.topic, last.payload, retain=True)
         drained = asyncio.create_task(self._outbox.drained())
-        ends = _futures(drained, talk, connection.ended)
-        await asyncio.wait(ends, timeout=self._timeouts.flush_s, return_when=asyncio.FIRST_COMPLETED)
+        await _first(drained, talk, connection.ended, within_s=self._timeouts.flush_s)
         drained.cancel()
 
     def _last_words(self, link: int) -> Will | None:
@@ -359,5 +357,6 @@ class Session:
             self._on_message(message)
 
 
-def _futures(*futures: asyncio.Future[Any]) -> set[asyncio.Future[Any]]:
-    return set(futures)
+async def _first(*futures: asyncio.Future[Any], within_s: float | None = None) -> None:
+    """Wait until one of them is done."""
+    await asyncio.wait(futures, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)

@@ -39,11 +39,7 @@ class BackOff:
         self._step_s = self._first_s
 
     def pause_s(self, *, refused: bool = False) -> float:
-        """The next pause.
-
-        Args:
-            refused: trying again soon would not help, and costs the broker.
-        """
+        """The next pause; `refused`: trying again soon would not help, and costs the broker."""
         cap_s = self._refused_cap_s if refused else self._cap_s
         step_s = min(self._step_s, cap_s)
         self._step_s = min(2 * step_s, cap_s)
@@ -52,9 +48,6 @@ class BackOff:
 
 class Trouble:
     """Counts failures, says each kind of them less and less often, and finds a cause that a person can mend.
-
-    Args:
-        log: of the session.
 
     Attributes:
         will_refused: it was seen that the broker takes this client without a will only.
@@ -104,14 +97,15 @@ class Trouble:
             flaws: of our own certificate or user name.
         """
         self._count(lost, lived_s)
-        hint, sure = ("", True) if isinstance(lost, Refused) else self._hint(flaws)
+        refused = isinstance(lost, Refused)
+        hint, sure = ("", True) if refused else self._hint(flaws)
         pause_s = self._back_off.pause_s(refused=sure)
         fields: dict[str, object] = {"problem": str(lost), "retry_in_s": round(pause_s, 2)}
         if hint:
             sending = tuple(out.topic for out in lost.sending)
             fields |= {"short_lived": self._short_lived, "sending": sending, "hint": hint}
-        event = "cannot connect" if isinstance(lost, Refused) else "broker unreachable"
-        event = event if lived_s is None else "connection lost"
+        failed = "cannot connect" if refused else "broker unreachable"
+        event = failed if lived_s is None else "connection lost"
         kind = re.sub(r"\d+", "", str(lost)), hint
         self._says_connected |= self._seldom.say(self._log.warning, event, *kind, **fields)
         return pause_s
