@@ -1,4 +1,7 @@
-"""Configuration files: TOML in, checked objects out; every error names the file, the key and the remedy."""
+"""Configuration files: TOML in, checked objects out; every error names the file, the key and the remedy.
+
+What each key means is in docs/configuration.md, which a test holds against these classes.
+"""
 
 from meerkat_mq.config.broker import BrokerConfig
 from meerkat_mq.config.early_stopping import EarlyStoppingConfig

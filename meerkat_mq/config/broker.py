@@ -31,17 +31,7 @@ class _Address(NamedTuple):
 
 
 class BrokerConfig(Section):
-    """The way to the broker.
-
-    Attributes:
-        url: mqtt://host[:port] or mqtts://host[:port], or "embedded" (server and demo only).
-        password: only with `username`.
-        ca_file: trust only this CA; default: the system's. This and the next two: only with mqtts.
-        cert_file: client certificate, with its key in `key_file` or in the same file.
-        max_packet_bytes: largest MQTT packet that this broker takes.
-        give_up: when a service ends because the broker refuses it, or it the broker: where that is so at the very first
-            start, before it was ever connected; never; always.
-    """
+    """The way to the broker."""
 
     url: str = "mqtt://127.0.0.1:1883"
     username: Annotated[_Text, StringConstraints(min_length=1)] | None = None

@@ -8,21 +8,7 @@ from meerkat_mq.config.section import Section, Share
 
 
 class EarlyStoppingConfig(Section):
-    """Meerkat-vp: nodes with extremely skewed data do fewer local steps a round (docs/early-stopping.md).
-
-    Attributes:
-        by: "vpcs" judges each node by the GradIP of its virtual path; "random", the control, draws nodes; "off".
-        steps: local steps a round of an early-stopped node.
-        calibration_steps: local steps, of every node, in a round that calibrates, the first one; a round's count.
-        every: rounds from one calibration to the next, at least 2; 0: never again.
-        initial: share of the calibration steps that are its initial part.
-        later: share of them, from the end, that are its later part.
-        rho_later: least ratio of mean |GradIP| in the initial part to that in the later part.
-        rho_quiet: least share of quiet steps in the later part: |GradIP| below `quiet`.
-        quiet: level σ, as a part of the node's mean |GradIP| in the initial part.
-        require: whether both conditions flag a node, or one is enough.
-        random_share: share of the nodes that "random" draws.
-    """
+    """Meerkat-vp: nodes with extremely skewed data do fewer local steps a round (docs/early-stopping.md)."""
 
     by: Literal["off", "vpcs", "random"] = "off"
     steps: Annotated[int, Field(ge=1, le=1000)] = 1

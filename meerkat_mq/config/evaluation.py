@@ -8,12 +8,7 @@ from meerkat_mq.config.section import DataSource, Section
 
 
 class EvaluationConfig(Section):
-    """Evaluation on held-out data, on the server.
-
-    Attributes:
-        data: file of rows, or hf:… (docs/tasks.md).
-        every: rounds between evaluations.
-    """
+    """Evaluation on held-out data, on the server."""
 
     data: DataSource
     every: Annotated[int, Field(ge=1)] = 10

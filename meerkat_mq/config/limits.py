@@ -8,13 +8,7 @@ from meerkat_mq.config.section import Seconds, Section, Share
 
 
 class LimitsConfig(Section):
-    """What a node leaves to others on its machine (docs/duty-cycle.md).
-
-    Attributes:
-        cpu_share: part of the time that local steps take; it rests for the other part after each step.
-        allow: a command and its arguments; local steps begin only while it exits with 0.
-        check_s: from one refusal of that command to the next try.
-    """
+    """What a node leaves to others on its machine (docs/duty-cycle.md)."""
 
     cpu_share: Share = 1.0
     allow: Annotated[tuple[str, ...], Field(min_length=1)] | None = None

@@ -4,11 +4,7 @@ from meerkat_mq.config.section import Device, Dtype, Section
 
 
 class ModelConfig(Section):
-    """The base model, where a server has one for evaluation and masks.
-
-    Attributes:
-        source: local folder or hub id.
-    """
+    """The base model, where a server has one for evaluation and masks."""
 
     source: str
     dtype: Dtype = "float32"

@@ -12,16 +12,7 @@ from meerkat_mq.config.values import NodeValuesConfig
 
 
 class NodeConfig(Section):
-    """node.toml: a node needs only its id, a broker, its data, where the base model is, and a state folder.
-
-    Attributes:
-        id: 1 to 64 letters, digits, "_" and "-"; unique in the federation.
-        engine: one of one's own, which the run names too; default: the run's, where it is one of this package.
-        model: local folder or hub id of the base model; not needed for an engine without one.
-        dtype: default: the run's.
-        threads: CPU threads for the model; default: torch's own choice.
-        uplink: "path": projected gradients; "values": a displacement, of first-order steps.
-    """
+    """node.toml: a node needs only its id, a broker, its data, where the base model is, and a state folder."""
 
     id: Identifier
     federation: Identifier

@@ -1,4 +1,4 @@
-"""The keys of a run's rounds, each declared once: name, bounds, default, meaning.
+"""The keys of a run's rounds, each declared once: name, bounds, default; docs/configuration.md has their meaning.
 
 All that has a key of rounds inherits it from here: `RoundsConfig` is the section `[rounds]` of `federation.toml`, the
 run's descriptor on the wire (wire/descriptor.py) is a `RunSpec`, and what the machines go by (rounds/policy.py) are
@@ -27,33 +27,19 @@ class RunSpec(Closed):
 
     A key that is new on the wire is None by default, and then left out: nodes of an older release refuse what they do
     not know.
-
-    Attributes:
-        stream: direction stream.
-        count: rounds of the run.
-        local_steps: T.
-        directions: P, the direction lanes; 1 ≤ P ≤ nodes asked. Default: a lane for every three nodes.
-        lr: learning rate.
-        eps: perturbation scale.
-        perturbations: projected gradients a local step, along as many directions from one point (DeComFL's P).
-        batch_size: rows a local step.
-        digest_every: theta's digest is computed every so many versions; divides count, so that the last has one.
-        mode: "synchronous": a round waits for its nodes; "buffered": it takes what comes, from newer and older theta
-            (docs/buffered.md).
-        max_staleness: how many versions old the theta of an update may be; 0 in a synchronous run.
     """
 
     stream: Literal["mk1", "rademacher"] = "mk1"
     count: Count = 100
-    local_steps: Annotated[int, Field(ge=1, le=1000)] = 1
-    directions: Directions | None = None
+    local_steps: Annotated[int, Field(ge=1, le=1000)] = 1  # T
+    directions: Directions | None = None  # P, the lanes; None: one for every three nodes
     lr: Annotated[float, Field(gt=0)] = 1e-3
     eps: Annotated[float, Field(gt=0)] = 1e-3
-    perturbations: Annotated[int, Field(ge=1, le=1000)] = 1
+    perturbations: Annotated[int, Field(ge=1, le=1000)] = 1  # K, projected gradients a local step (DeComFL's P)
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 16
-    digest_every: Annotated[int, Field(ge=1)] = 1
+    digest_every: Annotated[int, Field(ge=1)] = 1  # divides count, so that the last version has one
     mode: Literal["synchronous", "buffered"] = "synchronous"
-    max_staleness: Staleness = 0
+    max_staleness: Staleness = 0  # 0 in a synchronous run
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -62,24 +48,7 @@ class RunSpec(Closed):
 
 
 class RoundRules(RunSpec):
-    """All that rules the rounds: a `RunSpec`, and what the server alone goes by.
-
-    Attributes:
-        min_nodes: nodes that must be at hand before a round opens; never fewer than `min_updates`.
-        min_updates: usable updates, each of another node, that a round takes at least to close (docs/guards.md). Below
-            three nothing can be compared, and one node alone can ruin the model.
-        fraction: share of the nodes at hand that a round asks; at least `min_updates` nodes.
-        quorum: share of the nodes asked that a round needs.
-        deadline_s: a round closes at the latest then, if the quorum is met.
-        grace_s: a node counts as dead this long after its death was announced.
-        weigh_by_rows: weigh nodes by their number of rows instead of equally.
-        aggregate: how a lane's projected gradients become one.
-        trim: share of a lane's nodes that "trimmed-mean" leaves out at each end.
-        snapshot_every: theta is kept as a file every so many versions, for nodes and servers that come back.
-        buffer_size: updates that close a buffered round; at its deadline one suffices.
-        staleness: how a buffered run weighs updates from a theta τ versions old: "constant" 1, "polynomial" 1/(1+τ)^a.
-        staleness_exponent: a.
-    """
+    """All that rules the rounds: a `RunSpec`, and what the server alone goes by."""
 
     min_nodes: Annotated[int, Field(ge=1, le=65535)] = 1
     min_updates: Annotated[int, Field(ge=1, le=65535)] = 3

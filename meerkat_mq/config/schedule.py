@@ -8,13 +8,7 @@ from meerkat_mq.config.section import Section
 
 
 class ScheduleConfig(Section):
-    """When a duty-cycled node is awake (docs/duty-cycle.md).
-
-    Attributes:
-        every_s: from one waking to the next; up to a tenth less, at random.
-        awake_s: it goes to sleep after that long at the latest, unless it is catching up; sooner when its update is
-            acknowledged. Local steps go on while it is asleep. Default: 60, or `every_s` where that is less.
-    """
+    """When a duty-cycled node is awake (docs/duty-cycle.md)."""
 
     every_s: Annotated[float, Field(ge=1, le=86_400 * 7)]
     awake_s: Annotated[float, Field(ge=1, le=86_400)] = 60.0

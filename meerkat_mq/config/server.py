@@ -32,16 +32,7 @@ class Rules(Section):
 
 
 class ServerConfig(Rules):
-    """federation.toml.
-
-    Attributes:
-        engine: what computes, or "package.module:factory" of one's own (docs/engines.md).
-        mask: mask file (`meerkat mask` writes one); not needed where the engine brings its own.
-        task: built-in task, or a task's TOML file.
-        model: only for evaluation; without it the server never imports torch.
-        wait_for_nodes_s: with `once`, how long to wait for min_nodes.
-        once: end with the run instead of staying online.
-    """
+    """federation.toml."""
 
     federation: Identifier
     state_dir: LocalPath

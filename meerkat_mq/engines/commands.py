@@ -102,7 +102,7 @@ def export(
     """Write the fine-tuned model as a Hugging Face folder."""
     with importing("model", "meerkat export"):
         from meerkat_mq.engines.torch.export import export_model  # noqa: PLC0415
-    from meerkat_mq.wire.difference import Difference  # noqa: PLC0415
+    from meerkat_mq.wire.snapshot import Difference  # noqa: PLC0415
 
     found = Difference.load(difference)
     export_model(model, found.mask, found.theta, out)

@@ -14,9 +14,9 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import short_hash
 from meerkat_mq.engines.registry import ENGINES
 from meerkat_mq.errors import LedgerError
-from meerkat_mq.ledger.rows import KeptSnapshot
+from meerkat_mq.ledger.store import KeptSnapshot
 from meerkat_mq.wire.descriptor import RunDescriptor
-from meerkat_mq.wire.difference import stamp_of
+from meerkat_mq.wire.snapshot import stamp_of
 
 DIFFERENCE_FILE = "difference.mkd"
 _PUT_BACK = "put back the whole ledger, with its -wal file, or a backup"

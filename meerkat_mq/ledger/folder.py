@@ -17,7 +17,7 @@ from meerkat_mq.ledger.verify import ALTERED, Look, Progress, Verified, compare,
 from meerkat_mq.tasks.load import task_of
 from meerkat_mq.tasks.task import Task
 from meerkat_mq.wire.descriptor import RunDescriptor
-from meerkat_mq.wire.difference import Difference
+from meerkat_mq.wire.snapshot import Difference
 
 
 def verify_folder(

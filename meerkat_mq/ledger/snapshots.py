@@ -8,8 +8,7 @@ from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.path import digest, digest_due, short_hash
 from meerkat_mq.core.seldom import Seldom
 from meerkat_mq.errors import LedgerError, WireError
-from meerkat_mq.ledger.rows import KeptSnapshot
-from meerkat_mq.ledger.store import Store
+from meerkat_mq.ledger.store import KeptSnapshot, Store
 from meerkat_mq.rounds.catch_up import Stretch, snapshot_is_cheaper
 from meerkat_mq.wire.arrays import chunks_of, split
 from meerkat_mq.wire.descriptor import RunDescriptor

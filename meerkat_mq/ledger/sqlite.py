@@ -16,7 +16,6 @@ from meerkat_mq.core.path import Entry, short_hash
 from meerkat_mq.errors import AnotherServer, LedgerError
 from meerkat_mq.ledger import sqlite_file
 from meerkat_mq.ledger.files import SnapshotFiles, check_remains, keep_mask
-from meerkat_mq.ledger.rows import Closed, KeptSnapshot, NodeRow, Products, Sighting, Term
 from meerkat_mq.ledger.sqlite_rows import (
     Row,
     RowT,
@@ -27,7 +26,7 @@ from meerkat_mq.ledger.sqlite_rows import (
     update_record,
     update_row,
 )
-from meerkat_mq.ledger.store import SNAPSHOTS_KEPT, Store
+from meerkat_mq.ledger.store import SNAPSHOTS_KEPT, Closed, KeptSnapshot, NodeRow, Products, Sighting, Store, Term
 from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.rounds.records import Judgement, UpdateRecord
 from meerkat_mq.wire.descriptor import RunDescriptor, decode_control

@@ -7,7 +7,7 @@ from dataclasses import astuple
 from typing import Any, TypeVar, get_type_hints
 
 from meerkat_mq.core.gradip import by_lane
-from meerkat_mq.ledger.rows import Products
+from meerkat_mq.ledger.store import Products
 from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
 from meerkat_mq.wire.messages import Values
 

@@ -38,6 +38,7 @@ knows, which `sweep` removes.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from itertools import accumulate, groupby, takewhile
 from typing import Any, Final, Protocol
 
@@ -46,7 +47,6 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Entry
 from meerkat_mq.core.replica import Change
 from meerkat_mq.errors import LedgerError, WireError
-from meerkat_mq.ledger.rows import Closed, KeptSnapshot, NodeRow, Products, Sighting, Term
 from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.rounds.records import Judgement, UpdateRecord
 from meerkat_mq.wire.descriptor import RunDescriptor
@@ -54,6 +54,77 @@ from meerkat_mq.wire.entries import entry_bytes
 from meerkat_mq.wire.values import decode_values
 
 SNAPSHOTS_KEPT: Final = 2
+
+Products = tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """A term that a server took; `taken` in seconds since 1970."""
+
+    term: int
+    server_id: str
+    host: str
+    taken: float
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """An entry and how its round closed; `closed` in seconds since 1970."""
+
+    entry: Entry
+    term: int
+    closed: float
+    asked: int
+    overdue: bool
+
+
+@dataclass(frozen=True, slots=True)
+class KeptSnapshot:
+    """A snapshot: theta's version, the blob's hash and size."""
+
+    version: int
+    hash: bytes
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRow:
+    """What is known of a node that has a slot.
+
+    Attributes:
+        slot_version: theta's version when it got its slot.
+        status: the last word of its status topic; None before the first sighting.
+        first_seen: seconds since 1970.
+        updates: update messages that came from it, duplicates too.
+        packet_bytes: all MQTT packets that came from it.
+    """
+
+    node: str
+    slot: int
+    slot_version: int
+    boot: int | None
+    host: str | None
+    status: str | None
+    rows: int | None
+    first_seen: float | None
+    last_seen: float | None
+    updates: int
+    packet_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """News of a node; `updates` and `packet_bytes` count what came since the last sighting."""
+
+    node: str
+    boot: int
+    host: str
+    status: str
+    rows: int
+    seen: float
+    updates: int = 0
+    packet_bytes: int = 0
 
 
 class Store(Protocol):

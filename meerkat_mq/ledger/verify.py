@@ -14,9 +14,8 @@ from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.values import quantised
 from meerkat_mq.errors import LedgerError, MeerkatError, RunMismatch, WireError
 from meerkat_mq.ledger.displacement import mean_of, verdict_on
-from meerkat_mq.ledger.rows import KeptSnapshot, Products
 from meerkat_mq.ledger.run import max_step_of, settings_of
-from meerkat_mq.ledger.store import Store
+from meerkat_mq.ledger.store import KeptSnapshot, Products, Store
 from meerkat_mq.rounds.early_stopping import EarlyStopping, judgements_of, with_verdicts
 from meerkat_mq.rounds.guards import on_arrival
 from meerkat_mq.rounds.policy import RoundSettings, shares_of, steps_fit, terms_of

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from itertools import takewhile
 
 from meerkat_mq.core.gradip import by_lane, each_inner_product
-from meerkat_mq.ledger.rows import Products
 from meerkat_mq.ledger.run import Run
+from meerkat_mq.ledger.store import Products
 from meerkat_mq.rounds import events as e
 from meerkat_mq.runtime.ports import Clock, Compute
 from meerkat_mq.runtime.steps import Sequence, Steps, work

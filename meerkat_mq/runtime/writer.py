@@ -21,10 +21,9 @@ from meerkat_mq.core.seldom import Seldom
 from meerkat_mq.errors import AnotherServer, LedgerError, LedgerUnavailable
 from meerkat_mq.ledger.displacement import mean_of
 from meerkat_mq.ledger.recovery import follow, resumed
-from meerkat_mq.ledger.rows import Sighting
 from meerkat_mq.ledger.run import Run
 from meerkat_mq.ledger.snapshots import DAMAGED, Snapshots
-from meerkat_mq.ledger.store import Store
+from meerkat_mq.ledger.store import Sighting, Store
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.records import Share, UpdateRecord, Verdict
 from meerkat_mq.rounds.server import ServerMachine

@@ -16,8 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from meerkat_mq.errors import ConfigError
 from meerkat_mq.extras import need
 from meerkat_mq.ledger.folder import mask_of, verify_folder
-from meerkat_mq.ledger.inspect import path_shown, round_shown, rounds_shown, run_shown, steps_shown
-from meerkat_mq.ledger.rebuild import rebuilt_path
+from meerkat_mq.ledger.inspect import path_shown, rebuilt_path, round_shown, rounds_shown, run_shown, steps_shown
 from meerkat_mq.ledger.shown import RoundShown, RunShown, StepShown, UpdateShown, json_line
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.ledger.verify import run_of

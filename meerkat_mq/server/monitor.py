@@ -21,8 +21,8 @@ from meerkat_mq.engines.protocol import Setup
 from meerkat_mq.engines.registry import entry_of, make_engine, try_out, usable
 from meerkat_mq.errors import ConfigError, reason, within
 from meerkat_mq.ledger.losses import RisingLoss, mean_loss, watched_loss
-from meerkat_mq.ledger.rows import Products, Sighting
 from meerkat_mq.ledger.run import Run, early_stopping_in_words, mode_in_words, trust_in_words
+from meerkat_mq.ledger.store import Products, Sighting
 from meerkat_mq.mqtt import MessageCount
 from meerkat_mq.observe.events import Evaluated, Observer, RoundClosed, RunFinished, RunStarted, Warned
 from meerkat_mq.observe.figures import log_keys, rounded

@@ -12,10 +12,10 @@ from meerkat_mq.core.clocks import elapsed
 from meerkat_mq.core.path import NO_DIGEST
 from meerkat_mq.ledger.inspect import PAGE, measured
 from meerkat_mq.ledger.losses import RisingLoss, mean_loss, watched_loss
-from meerkat_mq.ledger.rows import Closed, NodeRow, Term
 from meerkat_mq.ledger.run import settings_of
 from meerkat_mq.ledger.shown import utc
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
+from meerkat_mq.ledger.store import Closed, NodeRow, Term
 from meerkat_mq.ledger.verify import run_of
 from meerkat_mq.observe.charts import Point
 from meerkat_mq.observe.paths import Magnitudes

@@ -31,7 +31,7 @@ from meerkat_mq.runtime.writer import Holdings, KeepMetrics, KeepSightings, Ledg
 from meerkat_mq.server.alive import alive
 from meerkat_mq.server.monitor import Evaluator, Monitor
 from meerkat_mq.server.run import check_room, prepare_run
-from meerkat_mq.wire.difference import Difference
+from meerkat_mq.wire.snapshot import Difference
 from meerkat_mq.wire.topics import SERVER_NAME, Topics
 
 CLOSE_S = 1.0

@@ -17,7 +17,7 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Entry
 from meerkat_mq.core.step import Engine, Row
 from meerkat_mq.errors import MeerkatError
-from meerkat_mq.ledger.rows import Products
+from meerkat_mq.ledger.store import Products
 from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.rounds.records import Judgement, UpdateRecord
 from meerkat_mq.runtime.model import EngineModel, Model, NodeProfile

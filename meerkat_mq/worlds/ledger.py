@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final, NamedTuple, TypeVar
 
-from meerkat_mq.ledger.rows import Closed, KeptSnapshot, NodeRow, Products, Term
+from meerkat_mq.ledger.store import Closed, KeptSnapshot, NodeRow, Products, Term
 from meerkat_mq.rounds.records import Judgement, UpdateRecord
 from meerkat_mq.wire.descriptor import RunDescriptor
 

@@ -21,8 +21,7 @@ from typing import Any
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Entry, short_hash
 from meerkat_mq.errors import AnotherServer, LedgerError, LedgerUnavailable
-from meerkat_mq.ledger.rows import Closed, KeptSnapshot, NodeRow, Products, Sighting, Term
-from meerkat_mq.ledger.store import SNAPSHOTS_KEPT, Store
+from meerkat_mq.ledger.store import SNAPSHOTS_KEPT, Closed, KeptSnapshot, NodeRow, Products, Sighting, Store, Term
 from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.rounds.records import Judgement, UpdateRecord
 from meerkat_mq.wire.descriptor import RunDescriptor

@@ -16,7 +16,7 @@ from meerkat_mq.demo.plan import Choices, DemoPlan, make_plan
 from meerkat_mq.demo.settings import DEMO, WEIGHTS
 from meerkat_mq.observe.live import Live
 from meerkat_mq.observe.report import Report
-from meerkat_mq.wire.difference import Difference
+from meerkat_mq.wire.snapshot import Difference
 from tests.support.command import Meerkat
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.tasks.data import write_rows
-from meerkat_mq.wire.difference import Difference
+from meerkat_mq.wire.snapshot import Difference
 from tests.engines import tiny
 from tests.support.command import Meerkat
 

@@ -18,18 +18,16 @@ from meerkat_mq.core.replica import Replica
 from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.ledger.displacement import mean_of
 from meerkat_mq.ledger.files import DIFFERENCE_FILE, snapshot_file
-from meerkat_mq.ledger.rows import Sighting
 from meerkat_mq.ledger.run import settings_of
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
-from meerkat_mq.ledger.store import Store
+from meerkat_mq.ledger.store import Sighting, Store
 from meerkat_mq.rounds.early_stopping import EarlyStopping, judgements_of, with_verdicts
 from meerkat_mq.rounds.policy import shares_of, terms_of
 from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
 from meerkat_mq.wire.descriptor import RunDescriptor
-from meerkat_mq.wire.difference import Difference
 from meerkat_mq.wire.frames import encode_entry
 from meerkat_mq.wire.messages import Values
-from meerkat_mq.wire.snapshot import encode_snapshot
+from meerkat_mq.wire.snapshot import Difference, encode_snapshot
 from meerkat_mq.wire.values import encode_values
 
 RUN = bytes(range(16))

@@ -9,8 +9,7 @@ import pytest
 
 from meerkat_mq.core.path import short_hash
 from meerkat_mq.errors import AnotherServer, LedgerError
-from meerkat_mq.ledger.rows import Sighting
-from meerkat_mq.ledger.store import Store
+from meerkat_mq.ledger.store import Sighting, Store
 from meerkat_mq.rounds.records import Verdict
 from meerkat_mq.wire.entries import entry_bytes
 from tests.ledger.stores import Kept, begin, close, entry, everything, round_, sent, update

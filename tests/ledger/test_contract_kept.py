@@ -6,8 +6,7 @@ import pytest
 
 from meerkat_mq.core.path import Displacement, short_hash
 from meerkat_mq.errors import LedgerError
-from meerkat_mq.ledger.rows import Sighting
-from meerkat_mq.ledger.store import Store
+from meerkat_mq.ledger.store import Sighting, Store
 from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
 from meerkat_mq.wire.entries import entry_bytes
 from tests.ledger.stores import Kept, blob_of, close, round_, sent, update

@@ -13,8 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from meerkat_mq.core.path import Displacement, short_hash
 from meerkat_mq.errors import AnotherServer, LedgerError
-from meerkat_mq.ledger.rows import Sighting
-from meerkat_mq.ledger.store import Store
+from meerkat_mq.ledger.store import Sighting, Store
 from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
 from tests.ledger.stores import NODES, InMemory, InSqlite, Kept, begin, displacement, entry, everything, sent, update
 

@@ -10,8 +10,7 @@ import pytest
 from meerkat_mq.core.path import digest, short_hash
 from meerkat_mq.errors import LedgerError, RunMismatch
 from meerkat_mq.ledger import snapshots as module
-from meerkat_mq.ledger.inspect import path_shown, rounds_shown, run_shown
-from meerkat_mq.ledger.rebuild import rebuilt_path
+from meerkat_mq.ledger.inspect import path_shown, rebuilt_path, rounds_shown, run_shown
 from meerkat_mq.ledger.recovery import follow, recovered, resumed
 from meerkat_mq.ledger.run import Run
 from meerkat_mq.ledger.snapshots import Snapshots

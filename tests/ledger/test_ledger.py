@@ -19,8 +19,8 @@ from meerkat_mq.config import ServerConfig
 from meerkat_mq.core.path import Coefficient, Entry
 from meerkat_mq.errors import LedgerError
 from meerkat_mq.ledger import sqlite_file
-from meerkat_mq.ledger.rows import Sighting
 from meerkat_mq.ledger.sqlite import Ledger
+from meerkat_mq.ledger.store import Sighting
 from meerkat_mq.rounds.records import UpdateRecord
 from meerkat_mq.server.run import prepare_run
 

@@ -11,8 +11,7 @@ from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.step import local_steps
 from meerkat_mq.engines.toy import QuadraticEngine, toy_mask
 from meerkat_mq.errors import BadValue, LedgerError, RunMismatch
-from meerkat_mq.ledger.inspect import steps_shown
-from meerkat_mq.ledger.rebuild import rebuilt_path, theta_of
+from meerkat_mq.ledger.inspect import rebuilt_path, steps_shown, theta_of
 from meerkat_mq.rounds.records import Verdict
 from tests.ledger.ledgers import RUN, Writer, alter, close_all
 
@@ -70,7 +69,7 @@ def test_the_only_nodes_path_ends_at_the_next_theta(tmp_path: Path) -> None:
 
 
 def test_theta_of_any_version_is_the_ledgers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("meerkat_mq.ledger.rebuild.AT_ONCE", 2)
+    monkeypatch.setattr("meerkat_mq.ledger.inspect.AT_ONCE", 2)
     writer = rounds(tmp_path, 5, lanes=3)
     replica, told = Replica(writer.mask, run_id=RUN, stream="mk1", digest_every=1), list[tuple[int, int]]()
     for version in range(6):

@@ -20,8 +20,8 @@ from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.ledger.verify import verify_ledger
 from meerkat_mq.rounds.policy import terms_of
 from meerkat_mq.rounds.records import Verdict
-from meerkat_mq.wire.difference import Difference
 from meerkat_mq.wire.frames import encode_entry
+from meerkat_mq.wire.snapshot import Difference
 from tests.ledger.ledgers import RUN, Writer, alter, alter_entry, close_all, write
 
 BAD = 3  # the entry that tests alter

@@ -13,8 +13,7 @@ import pytest
 from meerkat_mq.core.path import Displacement, digest, short_hash
 from meerkat_mq.errors import RunMismatch
 from meerkat_mq.ledger.folder import verify_folder
-from meerkat_mq.ledger.inspect import path_shown, round_shown, run_shown
-from meerkat_mq.ledger.rebuild import rebuilt_path
+from meerkat_mq.ledger.inspect import path_shown, rebuilt_path, round_shown, run_shown
 from meerkat_mq.ledger.sqlite import LEDGER_FILE
 from meerkat_mq.rounds.records import Verdict
 from meerkat_mq.wire.values import encode_values

@@ -17,9 +17,9 @@ import tomli_w
 from meerkat_mq.config import BrokerConfig
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor, ServerState, decode_control
-from meerkat_mq.wire.difference import Difference
 from meerkat_mq.wire.frames import decode
 from meerkat_mq.wire.messages import Round, Want
+from meerkat_mq.wire.snapshot import Difference
 from meerkat_mq.wire.topics import Topics
 from tests.support.peer import Peer
 from tests.support.waiting import until

@@ -15,7 +15,7 @@ import typer
 from meerkat_mq.ledger import files, sqlite_file
 from meerkat_mq.ledger.sqlite import Ledger
 from meerkat_mq.server.__main__ import command
-from meerkat_mq.wire import difference
+from meerkat_mq.wire import snapshot
 
 POINTS: dict[str, tuple[Any, str]] = {
     "make": (sqlite_file, "_name"),
@@ -28,7 +28,7 @@ POINTS: dict[str, tuple[Any, str]] = {
     "sightings": (Ledger, "commit_sightings"),
     "snapshot row": (Ledger, "_commit_snapshot"),
     "snapshot file": (files, "write_atomically"),
-    "difference": (difference, "write_atomically"),
+    "difference": (snapshot, "write_atomically"),
 }
 
 

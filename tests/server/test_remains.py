@@ -13,8 +13,7 @@ from meerkat_mq.ledger.files import check_remains, mask_file, snapshot_file
 from meerkat_mq.ledger.folder import verify_folder
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.wire.descriptor import ServerState
-from meerkat_mq.wire.difference import Difference
-from meerkat_mq.wire.snapshot import encode_snapshot
+from meerkat_mq.wire.snapshot import Difference, encode_snapshot
 from tests.ledger.ledgers import RUN, Writer
 from tests.server.federation import PACE, Federation
 

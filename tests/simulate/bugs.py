@@ -10,8 +10,8 @@ import pytest
 from meerkat_mq.core.gradip import each_inner_product
 from meerkat_mq.core.path import Coefficient, short_hash
 from meerkat_mq.ledger.recovery import resumed
-from meerkat_mq.ledger.rows import KeptSnapshot, Term
 from meerkat_mq.ledger.snapshots import Snapshots
+from meerkat_mq.ledger.store import KeptSnapshot, Term
 from meerkat_mq.rounds import closing
 from meerkat_mq.rounds.events import ApplyEntries, SendEntries, StatusCame
 from meerkat_mq.rounds.open_round import OpenRound

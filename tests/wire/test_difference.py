@@ -7,7 +7,7 @@ import pytest
 
 from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.errors import ModelError
-from meerkat_mq.wire.difference import Difference
+from meerkat_mq.wire.snapshot import Difference
 
 
 @pytest.fixture
