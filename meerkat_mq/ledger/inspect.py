@@ -13,7 +13,7 @@ from meerkat_mq.core.clocks import elapsed, typical
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.gradip import gradip
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.core.path import NO_DIGEST, seed_for, seeds_of, virtual_path
+from meerkat_mq.core.path import NO_DIGEST, Coefficient, seed_for, seeds_of, virtual_path
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.errors import LedgerError, RunMismatch
 from meerkat_mq.ledger.losses import mean_loss, rising_now
@@ -87,7 +87,7 @@ def run_shown(ledger: Store, now: float | None = None) -> RunShown:
         early_stopping=_early_stopping(settings, sum(node.node not in paths.judgements for node in nodes)),
         nodes=tuple(_node_shown(node, last.get(node.node), version, flagged, paths=paths, now=now) for node in nodes),
         mode=mode_in_words(settings),
-        staleness=_staleness(recent),
+        staleness=math.fsum(entry - record.version for entry, record in recent) / len(recent) if recent else None,
         warning=rising_now(ledger),
         counts=_counts(past, sum(entry.overdue for entry in entries)),
     )
@@ -97,11 +97,6 @@ def _counts(past: Iterable[Sequence[UpdateRecord]], overdue: int) -> Mapping[str
     refused = Counter(found.verdict for records in past for found in records if found.verdict not in NOT_REFUSED)
     counts: dict[str, int] = {m.REFUSED.of(in_words(verdict)): count for verdict, count in sorted(refused.items())}
     return counts | ({m.DEADLINE: overdue} if overdue else {})
-
-
-def _staleness(updates: Sequence[tuple[int, UpdateRecord]]) -> float | None:
-    """Mean age of updates when they closed with their entries, in versions; None of none."""
-    return math.fsum(entry - record.version for entry, record in updates) / len(updates) if updates else None
 
 
 def _early_stopping(settings: RoundSettings, waiting: int) -> str:
@@ -152,15 +147,11 @@ def _node_shown(
 ) -> NodeShown:
     judgement = paths.judgements.get(node.node)
     return NodeShown(
-        node=node.node,
-        slot=node.slot,
+        **{name: getattr(node, name) for name in ("node", "slot", "boot", "updates", "packet_bytes")},
         host=node.host or "",
         status=node.status or "",
         seen_s=None if node.last_seen is None else elapsed(node.last_seen, now),
-        boot=node.boot,
         rows=node.rows or 0,
-        updates=node.updates,
-        packet_bytes=node.packet_bytes,
         behind=None if last is None else max(0, version - last.version - 1),
         verdict="" if last is None else in_words(last.verdict),
         flagged=in_words(flagged[node.node]) if node.node in flagged else "",
@@ -256,18 +247,17 @@ def _round_shown(
         digest="" if entry.digest == NO_DIGEST else entry.digest.hex(),
         previous=entry.previous.hex(),
         hash=entry.hash(run.run_id).hex(),
-        terms=tuple(
-            TermShown(
-                term.lane, term.step, _seed(run, entry.version - term.age, term.lane, term.step), term.coefficient,
-                term.age,
-            )
-            for term in entry.terms
-        ),
+        terms=tuple(_term_shown(run, entry.version, term) for term in entry.terms),
         updates=tuple(_update_shown(run, record, entry.version) for record in records),
         displacement=entry.displacement.blob.hex() if entry.displacement else "",
         size=entry.displacement.size if entry.displacement else 0,
         buffer=settings.buffer_size if settings.takes_what_comes(entry.version) else 0,
-    )  # fmt: skip
+    )
+
+
+def _term_shown(run: RunDescriptor, version: int, term: Coefficient) -> TermShown:
+    seed = _seed(run, version - term.age, term.lane, term.step)
+    return TermShown(term.lane, term.step, seed, term.coefficient, term.age)
 
 
 def _update_shown(run: RunDescriptor, record: UpdateRecord, entry: int | None) -> UpdateShown:

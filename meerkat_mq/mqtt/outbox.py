@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,11 +59,10 @@ class Outbox:
         self._limit_bytes = limit_bytes
         self._window_messages = window_messages
         self._window_bytes = window_bytes
-        self._waiting: OrderedDict[Outgoing, None] = OrderedDict()
-        self._retained: dict[str, Outgoing] = {}
-        self._in_flight: OrderedDict[Outgoing, None] = OrderedDict()
+        self._waiting = dict[Outgoing, None]()
+        self._retained = dict[str, Outgoing]()
+        self._in_flight = dict[Outgoing, None]()
         self._bytes = 0
-        self._flying_bytes = 0
         self._closed: MeerkatError | None = None
         self._changed = asyncio.Event()
 
@@ -102,11 +100,11 @@ class Outbox:
             await self._change()
             if self._one_by_one:
                 await asyncio.sleep(_JUST_NOW_S / 2)
-        out, _ = self._waiting.popitem(last=False)
+        out = next(iter(self._waiting))
+        del self._waiting[out]
         if self._retained.get(out.topic) is out:
             del self._retained[out.topic]
         self._in_flight[out] = None
-        self._flying_bytes += out.cost
         return out
 
     def acknowledge(self, out: Outgoing) -> None:
@@ -114,14 +112,12 @@ class Outbox:
         self._last = out, time.monotonic()
         if self._closed is None:
             del self._in_flight[out]
-            self._flying_bytes -= out.cost
             self._drop(out)
 
     def rewind(self) -> None:
         """The connection ended: what was in flight waits again, before all else."""
         pending = [*self._in_flight, *self._waiting]
         self._in_flight.clear()
-        self._flying_bytes = 0
         self._waiting.clear()
         self._retained.clear()
         for out in pending:
@@ -136,7 +132,7 @@ class Outbox:
     @contextmanager
     def ahead(self) -> Iterator[None]:
         """What is put inside goes before what waits already."""
-        earlier, self._waiting, self._retained = self._waiting, OrderedDict(), {}
+        earlier, self._waiting, self._retained = self._waiting, {}, {}
         try:
             yield
         finally:
@@ -163,7 +159,7 @@ class Outbox:
         self._in_flight.clear()
         self._waiting.clear()
         self._retained.clear()
-        self._bytes = self._flying_bytes = 0
+        self._bytes = 0
         self._changed.set()
 
     def _append(self, out: Outgoing) -> None:
@@ -181,12 +177,9 @@ class Outbox:
         self._changed.set()
 
     def _window_full(self) -> bool:
-        head = next(iter(self._waiting))
-        return bool(self._in_flight) and (
-            self._one_by_one
-            or len(self._in_flight) >= self._window_messages
-            or self._flying_bytes + head.cost > self._window_bytes
-        )
+        bytes_then = sum(out.cost for out in (*self._in_flight, next(iter(self._waiting))))
+        full = len(self._in_flight) >= self._window_messages or bytes_then > self._window_bytes
+        return bool(self._in_flight) and (self._one_by_one or full)
 
     async def _change(self) -> None:
         self._changed.clear()

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from meerkat_mq.ledger.store import Store
+from tests.ledger.ledgers import close_all
 from tests.ledger.stores import InMemory, InSqlite, Kept, begin
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    close_all()
 
 
 @pytest.fixture(params=["sqlite", "memory"])

@@ -214,3 +214,9 @@ def close_all() -> None:
     """At the end of a test."""
     while OPEN:
         OPEN.pop().close()
+
+
+def flip(file: Path, at: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.write_bytes(data)

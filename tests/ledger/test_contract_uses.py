@@ -1,6 +1,5 @@
 """What is made of a ledger, from every store: theta, a server, proofs, a look, snapshots for nodes."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,12 @@ from meerkat_mq.ledger.verify import snapshot_look, verify_ledger
 from meerkat_mq.wire.arrays import Assembly
 from meerkat_mq.wire.messages import Header, Want
 from meerkat_mq.wire.snapshot import encode_snapshot
-from tests.ledger.ledgers import RUN, Writer, close_all
+from tests.ledger.ledgers import RUN, Writer
 from tests.ledger.stores import Kept
 
 BUFFERED: dict[str, Any] = {
     "max_staleness": 2, "absent": [(1, 1), (2, 0)], "ages": {(2, 1): 1, (4, 0): 2}, "values": {2: "int8"},
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _closed() -> Iterator[None]:
-    yield
-    close_all()
 
 
 class Written:

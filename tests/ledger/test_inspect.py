@@ -2,7 +2,6 @@
 
 import random
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,13 +14,7 @@ from meerkat_mq.ledger.inspect import path_shown, round_shown, rounds_shown, run
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.observe.tables import status_line
 from meerkat_mq.rounds.records import Verdict
-from tests.ledger.ledgers import RUN, Writer, alter, close_all
-
-
-@pytest.fixture(autouse=True)
-def _closed() -> Iterator[None]:
-    yield
-    close_all()
+from tests.ledger.ledgers import RUN, Writer, alter
 
 
 def close(writer: Writer, *times: float) -> None:

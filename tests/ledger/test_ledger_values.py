@@ -1,6 +1,5 @@
 """The ledger of buffered runs and of displacements: what waits, what closes, what is forgotten, what is replayed."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,10 @@ from meerkat_mq.errors import LedgerError
 from meerkat_mq.ledger.recovery import recovered, resumed
 from meerkat_mq.ledger.run import Run
 from meerkat_mq.ledger.snapshots import Snapshots
-from tests.ledger.ledgers import Writer, alter, close_all
+from tests.ledger.ledgers import Writer, alter
 from tests.ledger.stores import sent, update
 
 MIXED: dict[str, Any] = {"nodes": 4, "values": {1: "int8", 3: "bfloat16"}}
-
-
-@pytest.fixture(autouse=True)
-def _closed() -> Iterator[None]:
-    yield
-    close_all()
 
 
 @pytest.fixture

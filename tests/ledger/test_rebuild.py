@@ -1,6 +1,5 @@
 """Virtual paths rebuilt from the ledger: they are the paths that nodes walked."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +12,9 @@ from meerkat_mq.engines.toy import QuadraticEngine, toy_mask
 from meerkat_mq.errors import BadValue, LedgerError, RunMismatch
 from meerkat_mq.ledger.inspect import rebuilt_path, steps_shown, theta_of
 from meerkat_mq.rounds.records import Verdict
-from tests.ledger.ledgers import RUN, Writer, alter, close_all
+from tests.ledger.ledgers import RUN, Writer, alter
 
 SIZE = 40
-
-
-@pytest.fixture(autouse=True)
-def _closed() -> Iterator[None]:
-    yield
-    close_all()
 
 
 def rounds(folder: Path, count: int, **what: object) -> Writer:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from meerkat_mq.ledger.folder import verify_folder
 from meerkat_mq.ledger.inspect import run_shown
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.ledger.verify import verify_ledger
-from tests.ledger.ledgers import Writer, alter, close_all
+from tests.ledger.ledgers import Writer, alter
 
 KEPT = {
     "run": "id, run, created, descriptor, rules",
@@ -32,12 +32,6 @@ KEPT_2 = KEPT | {
     "judgements": "version, slot, rho_later, rho_quiet, early_stopped",
 }
 SINCE_SCHEMA_3 = ("mode", "buffer_size", "max_staleness", "staleness", "staleness_exponent", "values")
-
-
-@pytest.fixture(autouse=True)
-def _closed() -> Iterator[None]:
-    yield
-    close_all()
 
 
 def without(text: str, *keys: str) -> str:

@@ -1,7 +1,6 @@
 """Verification of virtual paths: products, judgements, early-stopped updates and their lengths."""
 
 import sqlite3
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
@@ -17,16 +16,10 @@ from meerkat_mq.errors import RunMismatch
 from meerkat_mq.ledger.folder import verify_folder
 from meerkat_mq.ledger.sqlite import LEDGER_FILE
 from meerkat_mq.rounds.records import Verdict
-from tests.ledger.ledgers import RUN, Writer, alter, close_all, write
+from tests.ledger.ledgers import RUN, Writer, alter, write
 
 RULES: dict[str, Any] = {"steps": 2, "calibration_steps": 12, "every": 4, "rho_later": 1.2, "rho_quiet": 0.9}
 PATHS: dict[str, Any] = {"nodes": 4, "lanes": 2, "steps": 5}
-
-
-@pytest.fixture(autouse=True)
-def _closed() -> Iterator[None]:
-    yield
-    close_all()
 
 
 def early(by: Literal["vpcs", "random"] = "vpcs", **changes: Any) -> EarlyStoppingConfig:

@@ -1,7 +1,6 @@
 """Verification of buffered runs and of displacements: an age, a place or a byte that is not what it was is found."""
 
 import sqlite3
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from meerkat_mq.ledger.inspect import path_shown, rebuilt_path, round_shown, run
 from meerkat_mq.ledger.sqlite import LEDGER_FILE
 from meerkat_mq.rounds.records import Verdict
 from meerkat_mq.wire.values import encode_values
-from tests.ledger.ledgers import WEIGHTS, Writer, alter, alter_entry, close_all, write
+from tests.ledger.ledgers import WEIGHTS, Writer, alter, alter_entry, write
 
 AGES = {(2, 0): 2, (3, 1): 1, (4, 0): 3, (4, 2): 1}
 BUFFERED: dict[str, Any] = {
@@ -28,12 +27,6 @@ BUFFERED: dict[str, Any] = {
     "partial": {(4, 0): 1, (5, 1): 2},
 }
 MIXED: dict[str, Any] = {"nodes": 5, "values": {1: "int8", 3: "bfloat16", 4: "float32"}}
-
-
-@pytest.fixture(autouse=True)
-def _closed() -> Iterator[None]:
-    yield
-    close_all()
 
 
 def fails(folder: Path, version: int, *words: str) -> None:
