@@ -338,8 +338,7 @@ class Session:
         if self.link is None:
             self._is_leaving = True
             if self._farewell is not None:  # the broker may hold the will already: `talk` goes on to the farewell
-                await asyncio.wait(_futures(talk, connection.ended), timeout=self._timeouts.flush_s,
-                                   return_when=asyncio.FIRST_COMPLETED)  # fmt: skip
+                await _first(talk, connection.ended, within_s=self._timeouts.flush_s)
             return
         if (last := self._last_words(self.link)) is not None:
             with contextlib.suppress(BrokerError):  # too large a packet: the state will stand as it is
