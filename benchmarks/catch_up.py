@@ -32,11 +32,10 @@ from meerkat_mq.core.path import Coefficient, Entry, digest, short_hash
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.ledger.run import Run
-from meerkat_mq.ledger.snapshots import Snapshots
+from meerkat_mq.ledger.snapshots import DIGEST_NS, LINK_BYTES_A_SECOND, LOAD_NS, REPLAY_NS, Snapshots
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.mqtt import Message
 from meerkat_mq.observe.logs import configure_logs
-from meerkat_mq.rounds.catch_up import DIGEST_NS, LINK_BYTES_A_SECOND, LOAD_NS, REPLAY_NS
 from meerkat_mq.rounds.policy import terms_of
 from meerkat_mq.rounds.records import UpdateRecord
 from meerkat_mq.server.run import prepare_run

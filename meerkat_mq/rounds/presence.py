@@ -1,7 +1,10 @@
-"""Who owns a topic that carries a will: the rule that keeps late wills and cloned cards apart."""
+"""Who owns a topic that carries a will, which keeps late wills and cloned cards apart; how often its state is said."""
 
 from collections.abc import Hashable
+from dataclasses import dataclass
 from enum import Enum
+
+LEAST_S = 5.0
 
 
 class Ownership(Enum):
@@ -54,3 +57,27 @@ class Presence:
             return Ownership.OVERWRITTEN
         # A stranger's death that arrives live was overtaken by our birth (clusters deliver wills late).
         return Ownership.REPLACED if online or retained else Ownership.OVERWRITTEN
+
+
+@dataclass(slots=True)
+class Pulse:
+    """Says when a retained state is due to be published again because theta moved on: for people who watch.
+
+    Attributes:
+        rounds: after so many, but not within 5 s of the last time.
+        slow_s: or after so long, if theta moved on at all.
+    """
+
+    rounds: int
+    slow_s: float
+    _version: int = 0
+    _at: float = float("-inf")
+
+    def said(self, version: int, now: float) -> None:
+        """The state was published, for whatever reason."""
+        self._version, self._at = version, now
+
+    def due(self, version: int, now: float) -> bool:
+        """Whether the state, now of this version, is to be published again."""
+        moved, waited = abs(version - self._version), now - self._at
+        return waited >= LEAST_S and (moved >= self.rounds or (moved > 0 and waited >= self.slow_s))

@@ -31,9 +31,8 @@ from functools import partial
 from meerkat_mq.core import metrics as m
 from meerkat_mq.core.path import MAX_WEIGHT, Entry
 from meerkat_mq.rounds import events as e
-from meerkat_mq.rounds.closing import outcome_of
 from meerkat_mq.rounds.guards import NOT_REFUSED, on_arrival
-from meerkat_mq.rounds.open_round import OpenRound, opened
+from meerkat_mq.rounds.open_round import OpenRound, opened, outcome_of
 from meerkat_mq.rounds.policy import (
     deadline_length,
     fewest_needed,

@@ -20,14 +20,12 @@ from meerkat_mq.engines.registry import check_named
 from meerkat_mq.errors import NodeReplaced, NotConnected, PayloadTooLarge, RunMismatch, WireError
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.node import NodeMachine
-from meerkat_mq.rounds.presence import Ownership, Presence
-from meerkat_mq.rounds.pulse import Pulse
+from meerkat_mq.rounds.presence import Ownership, Presence, Pulse
 from meerkat_mq.runtime.blobs import Blobs
-from meerkat_mq.runtime.jobs import Jobs
+from meerkat_mq.runtime.jobs import Jobs, Rest, is_behind
 from meerkat_mq.runtime.join import LostDescriptor, check_changes, check_descriptor, describes, get_mask
 from meerkat_mq.runtime.model import KeptUpdate, MakeModel, Model, NodeMonitor, NodeProfile, NodeStore, StepCompute
 from meerkat_mq.runtime.ports import Clock, Transport
-from meerkat_mq.runtime.rest import Rest, is_behind
 from meerkat_mq.runtime.steps import Alarm, Sequence, Steps, until, work
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor, ServerState, decode_control
 from meerkat_mq.wire.frames import decode, encode

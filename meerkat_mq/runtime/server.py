@@ -21,12 +21,12 @@ from meerkat_mq.core.path import short_hash
 from meerkat_mq.core.seldom import Seldom
 from meerkat_mq.errors import NotConnected, PayloadTooLarge, WireError
 from meerkat_mq.rounds import events as e
-from meerkat_mq.rounds.pulse import Pulse
+from meerkat_mq.rounds.presence import Pulse
 from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.runtime.fetches import Fetches
 from meerkat_mq.runtime.measure import Measurer
 from meerkat_mq.runtime.ports import Clock, Compute, ServerMonitor, Transport
-from meerkat_mq.runtime.steps import Alarm, Steps, ignore, work
+from meerkat_mq.runtime.steps import Alarm, Steps, work
 from meerkat_mq.runtime.steps import Sequence as Running
 from meerkat_mq.runtime.succession import Succession
 from meerkat_mq.runtime.writer import Holdings, LedgerWriter
@@ -147,7 +147,7 @@ class ServerDriver:
         machine = self.machine
         if machine is not None and not self._taking_term and self._pulse.due(machine.version, self._clock.now()):
             self._publish_state()
-        ignore(self._clock.at(self._clock.now() + LOOK_S, self._look))
+        self._clock.at(self._clock.now() + LOOK_S, self._look)
 
     # --- terms ---
 

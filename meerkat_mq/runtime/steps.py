@@ -35,12 +35,12 @@ def work(compute: Compute, job: Callable[[*Args], Result], *args: *Args) -> Step
 
 
 def until(clock: Clock, time: float) -> Steps[None]:
-    """Wait for a time."""
-    yield lambda done, _: ignore(clock.at(time, partial(done, None)))
+    """Wait for a time; where the wait is given up, the timer rings for nobody."""
 
+    def begin(done: Done, failed: Failed) -> None:
+        clock.at(time, partial(done, None))
 
-def ignore(_: Timer) -> None:
-    """A timer that nobody will cancel: whoever waits for it has been given up then, and ignores it."""
+    yield begin
 
 
 class Sequence(Generic[Result]):

@@ -14,7 +14,7 @@ from meerkat_mq.mqtt import Session
 from meerkat_mq.node import duty
 from meerkat_mq.node.work import Work
 from meerkat_mq.rounds import node as rounds_node
-from meerkat_mq.runtime import blobs, rest
+from meerkat_mq.runtime import blobs, jobs
 from meerkat_mq.runtime.node import NodeDriver
 from tests.node.mini_server import NODE, SLOT, Gate, MiniServer, node
 from tests.server.federation import Federation
@@ -146,7 +146,7 @@ async def test_who_was_heard_stays_awake_until_the_entries_came_that_it_asked_fo
 async def test_a_node_of_which_nothing_is_asked_sleeps_soon(
     tmp_path: Path, mosquitto: Mosquitto, monkeypatch: pytest.MonkeyPatch, round_: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(rest, "GRACE_S", 0.2)
+    monkeypatch.setattr(jobs, "GRACE_S", 0.2)
     async with MiniServer(mosquitto.config) as server:
         server.close()
         server.announce(**round_)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meerkat_mq.rounds import events as e
-from meerkat_mq.rounds.awaited import Awaited
+from meerkat_mq.rounds.roster import Awaited
 from tests.rounds.support import AnsweredServer, answered_server, status
 
 names = st.sampled_from("abcd")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meerkat_mq.core.path import NO_DIGEST, Coefficient, Entry
-from meerkat_mq.rounds.catch_up import Stretch, snapshot_is_cheaper
+from meerkat_mq.ledger.snapshots import Stretch, snapshot_is_cheaper
 from meerkat_mq.wire.frames import encode_entry
 
 MILLION = 1_000_000

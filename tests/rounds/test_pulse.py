@@ -1,4 +1,4 @@
-from meerkat_mq.rounds.pulse import Pulse
+from meerkat_mq.rounds.presence import Pulse
 
 
 def test_after_some_rounds_or_a_while_but_never_soon_again() -> None:
