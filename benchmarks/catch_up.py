@@ -262,7 +262,7 @@ async def measure(ledgers: Path, rounds: int, weights: int, absences: list[int])
 
 
 def constants(weights: int) -> dict[str, tuple[float, float]]:
-    """(measured, as `rounds.catch_up` has it): CPU nanoseconds a weight."""
+    """(measured, as `ledger.snapshots` has it): CPU nanoseconds a weight."""
     mask, terms = toy_mask(weights), [((Coefficient(0, 0, 0.01),), None)] * 20
     plain, digesting = (Replica(mask, run_id=bytes(16), stream="mk1", digest_every=every) for every in (10**9, 1))
     replay = _ns(lambda: plain.replay(terms)) / len(terms) / weights
@@ -287,7 +287,7 @@ def _ns(work: Callable[[], object]) -> float:
 
 
 def crossover(link: float, weights: int, snapshot_bytes: int) -> int:
-    """How many T = 1 rounds cost as much as a snapshot, by the constants of `rounds.catch_up`."""
+    """How many T = 1 rounds cost as much as a snapshot, by the constants of `ledger.snapshots`."""
     a_round = 46 / link + (REPLAY_NS + DIGEST_NS) * weights * 1e-9
     return round((snapshot_bytes / link + LOAD_NS * weights * 1e-9) / a_round)
 
@@ -312,7 +312,7 @@ def main() -> None:
         same = "yes" if result.same else "NO"
         cost = f"{result.size:,} | {result.seconds:.2f} | {result.cpu_seconds:.2f}"
         print(f"| {name} | {result.way} | {cost} | {same} |")
-    print("\n| CPU ns a weight | measured | in rounds/catch_up.py |\n|---|---|---|")
+    print("\n| CPU ns a weight | measured | in ledger/snapshots.py |\n|---|---|---|")
     for name, (measured, used) in constants(args.weights).items():
         print(f"| {name} | {measured:.1f} | {used:g} |")
     print("\n| link | a snapshot is cheaper from so many T = 1 rounds on |\n|---|---|")

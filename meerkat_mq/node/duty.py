@@ -19,13 +19,7 @@ _RANDOM = random.SystemRandom()  # a fleet that boots from one image must not sh
 
 
 class DutyCycle:
-    """Connects a session for a while, again and again.
-
-    Args:
-        schedule: when.
-        session: its farewell says "asleep" while `wakes_in_s` is a number.
-        driver: says when the node may sleep, and is told when it wakes and sleeps.
-    """
+    """Connects a session for a while, again and again; its farewell says "asleep" while `wakes_in_s` is a number."""
 
     def __init__(self, schedule: ScheduleConfig, session: Session, driver: NodeDriver) -> None:
         self._schedule = schedule
@@ -44,11 +38,7 @@ class DutyCycle:
         self._changed.set()
 
     async def run(self) -> None:
-        """Wake and sleep until cancelled; then the last that the session says is its farewell.
-
-        Raises:
-            MeerkatError: as `Session.run`, in a group.
-        """
+        """Wake and sleep until cancelled; then the session says its farewell. Raises as `Session.run`, in a group."""
         try:
             while True:
                 wakes_at = _now() + self._schedule.every_s * (1 - JITTER * _RANDOM.random())

@@ -24,11 +24,7 @@ ANSWER_S = 10.0  # of the user's command
 
 
 class Allowance:
-    """Asks the user's command whether local steps may begin now.
-
-    Raises:
-        ConfigError: there is no such command.
-    """
+    """Asks the user's command whether local steps may begin now; ConfigError where there is no such command."""
 
     def __init__(self, limits: LimitsConfig) -> None:
         self._seldom = Seldom()
@@ -118,13 +114,7 @@ class Pace:
 
 
 class NodeCompute(ThreadCompute):
-    """Jobs of the model's thread, in order; local steps once the user's command says that they may begin.
-
-    Args:
-        ports: of the service.
-        executor: has one thread.
-        allowance: whether local steps may begin.
-    """
+    """Jobs of the model's one thread, in order; local steps once the user's command says that they may begin."""
 
     def __init__(self, ports: Ports, executor: Executor, allowance: Allowance) -> None:
         super().__init__(ports, executor)

@@ -151,11 +151,7 @@ class NodeState:
 
 
 def _decode_update(data: bytes, run: RunDescriptor) -> KeptUpdate | None:
-    """What `keep_update` wrote; None of another run.
-
-    Raises:
-        WireError: damaged.
-    """
+    """What `keep_update` wrote; None of another run. WireError: damaged."""
     reader = Reader(data)
     magic, run_id, size = reader.unpack(_HEAD)
     if magic != _MAGIC:

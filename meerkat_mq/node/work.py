@@ -33,18 +33,11 @@ Stamp = tuple[tuple[str, int, int], ...]
 
 
 class LocalRows:
-    """The rows of a node's files.
-
-    Args:
-        source: file, folder, or `hf:…`.
-        read: reads and checks its rows.
+    """The rows of a node's files, or of a data set `hf:…`; DataError where they cannot be read.
 
     Attributes:
         rows: as last read; at least one.
         left_out: how many more there were, which cannot be prepared.
-
-    Raises:
-        DataError: they cannot be read.
     """
 
     def __init__(self, source: Path | str, read: Callable[[Path | str], list[Row]]) -> None:
@@ -57,14 +50,7 @@ class LocalRows:
             self.rows = self._read(source)
 
     def check(self, usable: Callable[[Sequence[Row]], list[Row]]) -> None:
-        """Keep the rows that can be prepared, now and after each change of the files.
-
-        Args:
-            usable: those of some rows; it names the others.
-
-        Raises:
-            DataError: there are none.
-        """
+        """Keep the rows that can be prepared, now and after each change; DataError where there are none."""
         self._usable = usable
         with within("data"):
             self.rows = self._checked(self.rows)

@@ -47,13 +47,8 @@ def judgements_of(
 ) -> tuple[Judgement, ...]:
     """What a calibration round shows of its accepted updates, in their order; nothing of any other round.
 
-    The records as they stand after that show the same, so the ledger's updates and products prove its judgements.
-
-    Args:
-        version: of the round.
-        records: its updates with the guards' verdicts, by slot.
-        products: ⟨g_p, z⟩ by lane and step.
-        settings: of the run.
+    The records come by slot, with the guards' verdicts. As they stand after that they show the same, so the ledger's
+    updates and products prove its judgements.
     """
     if not settings.calibrates(version):
         return ()
@@ -74,15 +69,11 @@ def judgements_of(
 
 
 def path_ratios(path: Sequence[float], config: EarlyStoppingConfig) -> tuple[float, float]:
-    """(rho_later, rho_quiet) of a virtual path's GradIP, MEERKAT (arXiv 2506.03337), section on VPCS.
+    """(rho_later, rho_quiet) of a virtual path's GradIP, by step, MEERKAT (arXiv 2506.03337), section on VPCS.
 
     rho_later = mean |GradIP| of the initial part ÷ that of the later part; infinite where only the latter is 0, and 0
     where both are, since a path of zeros shows no decay.
     rho_quiet = share of the later part's steps with |GradIP| < σ, σ = `quiet` · mean |GradIP| of the initial part.
-
-    Args:
-        path: GradIP by step, at least one.
-        config: how long the parts are.
     """
     sizes = [abs(value) for value in path]
     initial, later = sizes[: share(config.initial, len(sizes))], sizes[-share(config.later, len(sizes)) :]

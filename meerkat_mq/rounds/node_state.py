@@ -25,12 +25,7 @@ class Done:
 
 
 class NodeMachineState:
-    """One node process in one run.
-
-    Attributes:
-        version: theta's version on this node.
-        slot: given by the welcome of the present server.
-    """
+    """One node process in one run; `slot` is given by the welcome of the present server."""
 
     def __init__(
         self,
@@ -43,12 +38,12 @@ class NodeMachineState:
         max_staleness: int = 0,
         pending: Update | None = None,
     ) -> None:
-        """A node whose theta is theta_0.
+        """A node whose theta is theta_0, of digest `base`, 16 bytes.
 
         Args:
             run_id: 16 bytes.
             mask_hash: 16 bytes.
-            base: 16 bytes, the digest of theta_0.
+            base: the digest of theta_0, 16 bytes.
             boot: random u32 of this process.
             now: present time.
             max_staleness: how many versions old the theta of an update may be.

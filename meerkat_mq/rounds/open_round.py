@@ -158,15 +158,9 @@ def outcome_of(
 ) -> RoundOutcome:
     """Judge a closed round: verdicts, judgements, coefficients and shares; of each round once, in order.
 
-    A function of the round's committed updates and of the guards' window alone. With 1,000 nodes and 100 steps it takes
-    a good part of a second, so the machine has it computed for it (JudgeRound).
-
-    Args:
-        guard: as the rounds before left it; nobody else uses it meanwhile.
-        settings: of the run.
-        version: of the round.
-        records: its committed updates, by base version and slot.
-        products: ⟨g_p, z⟩ by lane and step; () where the run does not measure them.
+    A function of the round's committed updates, by base version and slot, and of the guards' window alone. With 1,000
+    nodes and 100 steps it takes a good part of a second, so the machine has it computed for it (JudgeRound). The
+    guard, which nobody else uses meanwhile, remembers the round.
     """
     guarded = guard.judge(records)
     judgements = judgements_of(version, guarded, products, settings)

@@ -170,12 +170,7 @@ def fewest_needed(settings: RoundSettings, version: int) -> int:
 def why_refused(update: Update, settings: RoundSettings, *, base: bytes, slot: int, steps: int) -> Reason | None:
     """What is wrong with an update, before its numbers are looked at; None: nothing.
 
-    Args:
-        update: from theta of its header's version.
-        settings: of the run.
-        base: 8 bytes, the beginning of the newest due digest at or before that version.
-        slot: the node's.
-        steps: local steps that the node was asked for.
+    `base` is the beginning of the newest due digest at or before its version, 8 bytes; `steps` the node was asked for.
     """
     if update.base != base:
         return Reason.RESYNCHRONISE
@@ -198,10 +193,7 @@ def steps_fit(scalars: int, steps: int, settings: RoundSettings) -> bool:
 
 
 def applicable(scalars: Iterable[float], lr: float, max_step: float = MAX_STEP) -> bool:
-    """Whether every |lr·g|, and so any weighted mean of such, is at most `max_step`.
-
-    At 2⁶⁴, theta of no version leaves float32.
-    """
+    """Whether every |lr·g|, and so any weighted mean of such, is at most `max_step`: at 2⁶⁴, theta stays in float32."""
     return all(abs(lr * g) <= max_step for g in scalars)
 
 

@@ -22,14 +22,7 @@ class Window:
     def __init__(
         self, head: int, max_staleness: int, bases: Mapping[int, bytes], updates: Iterable[UpdateRecord]
     ) -> None:
-        """Resume.
-
-        Args:
-            head: theta's version.
-            max_staleness: how much older an update's theta may be.
-            bases: by version, the newest due digest at or before it, 16 bytes; of the head at least.
-            updates: those that are committed, and in no entry yet.
-        """
+        """Resume at `head` with its due digests by version, and with the committed updates that are in no entry yet."""
         self._max_staleness = max_staleness
         self._bases = dict(bases)
         self._newest: dict[str, int] = {}

@@ -29,21 +29,14 @@ MOST_PUSHED = 32  # displacements that come unasked, however small they are
 
 
 class BlobFetch:
-    """Collects the chunks of one blob; `add` is called for every chunk that arrives.
+    """Collects the chunks of one blob; `add` is called for every chunk that arrives. TooLarge: no blob is.
 
     Args:
         name: the blob's hash, 16 bytes.
-        size: its bytes.
         ask: asks whoever has it for these chunks.
-        clock: for silences.
 
     Attributes:
-        name: as given.
-        size: as given.
         silences: how many there were since the newest chunk.
-
-    Raises:
-        TooLarge: larger than a blob can be.
     """
 
     def __init__(self, name: bytes, size: int, ask: Callable[[tuple[int, ...]], None], clock: Clock) -> None:
@@ -66,11 +59,7 @@ class BlobFetch:
         return Assembly(self.name, self.size, -(-self.size // MAX_CHUNK_BYTES))
 
     def add(self, chunk: Chunk) -> None:
-        """Take a chunk.
-
-        Raises:
-            BadValue: it is of another blob.
-        """
+        """Take a chunk; BadValue where it is of another blob."""
         if not self._assembly.add(chunk):
             return
         now = self._clock.now()
@@ -169,12 +158,6 @@ class Blobs:
     """The blobs of one run: one that is being fetched, the newest displacements that come unasked, and one to give.
 
     Of those that come unasked as many are kept as have room where the largest two would have it.
-
-    Args:
-        run: the run.
-        boot: of this process.
-        send: sends to the server.
-        clock: for silences.
     """
 
     def __init__(self, run: RunDescriptor, boot: int, send: Callable[[Want | Chunk], None], clock: Clock) -> None:
@@ -189,11 +172,7 @@ class Blobs:
         self._own: list[Chunk] = []
 
     def begin(self, name: bytes, size: int) -> BlobFetch:
-        """From now on, chunks are taken for this blob; those that came unasked are there already.
-
-        Raises:
-            TooLarge: larger than a blob can be.
-        """
+        """From now on, chunks are taken for this blob; those that came unasked are there. TooLarge: no blob is."""
         pushed = self._pushed.pop(name, None)
         self._fetch = pushed if pushed is not None and pushed.size == size else self._new(name, size)
         return self._fetch
@@ -217,29 +196,17 @@ class Blobs:
             self._fetch.ask_again()
 
     def take(self, chunk: Chunk) -> None:
-        """Take a chunk that was asked for.
-
-        Raises:
-            BadValue: it is of another blob than the one that is being fetched.
-        """
+        """Take a chunk that was asked for; BadValue where it is of another blob."""
         if self._fetch is not None:
             self._fetch.add(chunk)
 
     def expect(self, displacement: Displacement) -> None:
-        """The chunks of this displacement are on their way to everybody.
-
-        Raises:
-            TooLarge: larger than a displacement can be.
-        """
+        """The chunks of this displacement are on their way to everybody; TooLarge where none can be so large."""
         if self._fetch is None or self._fetch.name != displacement.blob:
             self._coming(displacement.blob, displacement.size)
 
     def take_pushed(self, chunk: Chunk) -> None:
-        """Take a chunk of a displacement, which the server sends to all.
-
-        Raises:
-            WireError: it does not fit the others, or is of a blob larger than a displacement can be.
-        """
+        """Take a chunk of a displacement, which the server sends to all; WireError where it does not fit the others."""
         if self._fetch is not None and self._fetch.name == chunk.blob:
             self._fetch.add(chunk)
         else:

@@ -14,11 +14,7 @@ FAILING_S = 20.0  # of reading and writing, not of a full disk: then the disk is
 
 
 class Patience:
-    """One piece of work that reads or writes the ledger, tried again while its disk cannot take it.
-
-    Args:
-        now: seconds, on any clock.
-    """
+    """One piece of work that reads or writes the ledger, tried again while its disk cannot take it."""
 
     def __init__(self, now: float) -> None:
         self._began = now
@@ -26,11 +22,7 @@ class Patience:
         self._seldom = Seldom()
 
     def after(self, error: LedgerUnavailable, now: float) -> float:
-        """Seconds to wait before the next try.
-
-        Raises:
-            LedgerFailing: the disk has given errors for 20 s.
-        """
+        """Seconds to wait before the next try; raises the error where the disk has given some for 20 s."""
         if isinstance(error, LedgerFailing) and now - self._began > FAILING_S:
             raise error
         self._seldom.say(structlog.get_logger().warning, "ledger not available, trying again", problem=str(error))
@@ -51,12 +43,7 @@ class Spare:
         self._failed: Counter[str] = Counter()
 
     def write(self, what: str, write: Callable[[], object]) -> bool:
-        """Write a file, or remove one; whether that was possible.
-
-        Args:
-            what: the file, in words; the same at every try.
-            write: raises OSError or LedgerError where the disk cannot take it.
-        """
+        """Write or remove a file, of the same name in words at every try; False where OSError or LedgerError came."""
         log = structlog.get_logger()
         try:
             write()

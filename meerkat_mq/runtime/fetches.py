@@ -42,11 +42,8 @@ class Fetches:
 
     Args:
         weights: n.
-        owner: asks the nodes, and is told of a displacement that did not come, or is none.
-        keep: takes one that decodes, and what the guards say of it.
+        keep: takes a displacement that decodes, and what the guards say of it.
         reach: the largest root mean square of a displacement, by its local steps.
-        compute: decodes them.
-        clock: for silences.
     """
 
     def __init__(
@@ -90,11 +87,7 @@ class Fetches:
             going.cancel()
 
     def add(self, node: str, chunk: Chunk) -> None:
-        """A chunk arrived from a node.
-
-        Raises:
-            BadValue: nobody asked for it.
-        """
+        """A chunk arrived from a node; BadValue where nobody asked for it."""
         fetch = self._open.get(node)
         if fetch is None:
             raise BadValue("chunk", f"{chunk.index} of {chunk.blob.hex()} was not asked for")

@@ -33,14 +33,8 @@ class Jobs:
     """The jobs of one run.
 
     Args:
-        run: the run.
-        model: does them.
-        blobs: brings what they need.
-        store: keeps the update until it is acknowledged.
         keeps: whether an update is kept on disk: where it may be wanted long after it was made.
         kept: what an earlier process kept.
-        compute: the node's worker.
-        clock: of the answers.
         theta_0: its digest.
         tell: takes the answer to each job that is done, None to one without.
         send: sends an update to the server.
@@ -178,12 +172,7 @@ class Jobs:
         return e.EntriesApplied(self._clock.now(), entries, tuple(digests))
 
     def _values(self, displacement: Displacement | None) -> Steps[Float32Array | None]:
-        """Get a displacement, which may be on its way to everybody, or there already.
-
-        Raises:
-            NotConnected: it did not come.
-            WireError: it is none.
-        """
+        """Get a displacement, which may be on its way to all, or there already. NotConnected, WireError: it is not."""
         if displacement is None:
             return None
         weights = self._run.weights
@@ -294,12 +283,7 @@ class Rest:
     def may_sleep(self, late: bool, jobs: Jobs, frame: Round | None, machine: NodeMachine, now: float) -> bool:
         """Whether the node has nothing left to do; or, if it is late, nothing that sleep must not interrupt.
 
-        Args:
-            late: its time to be awake (`schedule.awake_s`) is over.
-            jobs: of its run.
-            frame: the newest round.
-            machine: of its run.
-            now: the present time.
+        It is late once its time to be awake (`schedule.awake_s`) is over. `frame` is the newest round.
         """
         if not late:
             idle = self._is_idle(jobs, frame, machine, now)

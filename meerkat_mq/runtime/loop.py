@@ -23,11 +23,7 @@ class Ports:
         self._failed: asyncio.Future[None] = self._loop.create_future()
 
     async def run(self) -> None:
-        """Wait until cancelled.
-
-        Raises:
-            Exception: whatever a callback raised first.
-        """
+        """Wait until cancelled; raises whatever a callback raised first."""
         await self._failed
 
     def call(self, action: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:

@@ -12,14 +12,7 @@ from meerkat_mq.runtime.steps import Sequence, Steps, work
 
 
 class Measurer:
-    """Measures what it was asked for last; what that superseded is given up at the next direction.
-
-    Args:
-        run: what is run.
-        compute: measures.
-        clock: of the answers.
-        tell: takes them.
-    """
+    """Measures what it was asked for last; what that superseded is given up at the next direction."""
 
     def __init__(self, run: Run, compute: Compute, clock: Clock, tell: Callable[[e.DirectionsMeasured], None]) -> None:
         self._run = run

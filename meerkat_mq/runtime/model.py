@@ -84,13 +84,11 @@ class Model(ABC):
     """Model, data and theta of one node in one run. Its methods block, and are called by the node's worker only.
 
     Args:
-        run: what is followed.
         replica: theta, at theta_0.
         residual: of a values node: what its codec lost so far.
 
     Attributes:
-        rows: how many rows of data it has.
-        left_out: how many more cannot be prepared.
+        rows: how many rows of data it has; `left_out`: how many more cannot be prepared.
     """
 
     rows: int
@@ -111,10 +109,7 @@ class Model(ABC):
         self._replica.load(*place)
 
     def apply(self, entries: tuple[Entry, ...], displacement: Float32Array | None) -> tuple[bytes, ...]:
-        """Apply entries to theta, the last one with what its displacement decodes to, float32 (n,).
-
-        Returns:
-            The digests, zeros where none is due.
+        """Apply entries, the last one with its displacement, float32 (n,); returns digests, zeros where none is due.
 
         Raises:
             BadValue: a step of an entry is longer than any of this run can be.
@@ -149,15 +144,10 @@ class Model(ABC):
 
     @abstractmethod
     def step(self, order: StartSteps, stop: Stop, made: int) -> StepResult | None:
-        """The local steps of a round from the present theta.
+        """The local steps of a round from the present theta, `made` at most; `stop` ends them after the present one.
 
-        Args:
-            order: what is asked for; all of it counts as taken from the data.
-            stop: ends them after the present one.
-            made: so many at most.
-
-        Returns:
-            None where not even the first one was made: no row was taken.
+        All that the order asks for counts as taken from the data. None: not even the first one was made, and no row
+        was taken.
         """
 
 
@@ -165,11 +155,7 @@ class EngineModel(Model):
     """A model on an engine and rows.
 
     Args:
-        run: the run.
-        replica: theta, at theta_0.
-        name: of the node.
         engine: may be shared by all nodes of a process: whoever steps writes theta first.
-        data: rows of the node.
         take_steps: moves the node's data pointer on; returns where it was.
         values: of a values node: how it steps.
         draw: makes directions.

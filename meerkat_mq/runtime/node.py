@@ -34,18 +34,12 @@ from meerkat_mq.wire.topics import Topics
 
 
 class NodeDriver:
-    """One node process.
+    """One node process. Its transport is subscribed to the server, run and round topics and to its own replies.
 
     Args:
-        profile: of this node.
         boot: random u32, one a process.
-        transport: its session; it is subscribed to the server, run and round topics and to its own replies.
         store: what it keeps between starts.
-        compute: its worker.
-        clock: of everything here.
         make_model: makes the model of a run; blocks, and is called by the worker.
-        monitor: looks on.
-        read: decodes a frame.
 
     Attributes:
         counts: everything counted, by reason.
@@ -160,12 +154,7 @@ class NodeDriver:
     # --- messages ---
 
     def received(self, topic: str, payload: bytes, *, retained: bool) -> None:
-        """A message came.
-
-        Raises:
-            NodeReplaced: a newer process uses this id.
-            MeerkatError: ends this node.
-        """
+        """A message came; raises NodeReplaced where a newer process uses this id, or what else ends this node."""
         try:
             if topic == self._own_status:
                 self._on_own_status(payload, retained=retained)
@@ -263,12 +252,7 @@ class NodeDriver:
         self._joining = Sequence(self._join(run))
 
     def _join(self, run: RunDescriptor) -> Steps[None]:
-        """Get all that a run needs, and begin.
-
-        Raises:
-            RunMismatch: this node cannot take part in it.
-            MeerkatError: model or data cannot be used.
-        """
+        """Get all that a run needs, and begin; RunMismatch and other errors end a node that cannot take part."""
         self._told_finished = False
         yield from until(self._clock, self._clock.now())  # what is refused ends the node, not its session: it says so
         if self._profile.values and not run.values:

@@ -42,20 +42,13 @@ Answer = Welcome | Refusal | Entries | Offer | Chunk | Want
 
 
 class ServerDriver:
-    """One server process.
+    """One server process. Its transport is subscribed to all nodes' topics and the server topic.
 
     Args:
-        federation: whose topics it uses.
         server_id: random, one a process; 16 hex digits.
-        held: of the run.
-        transport: its session; it is subscribed to all nodes' topics and the server topic.
-        clock: of everything here.
-        ledger_work: does what concerns ledger and theta.
-        other_work: does the rest that takes time.
-        monitor: looks on.
+        ledger_work: does what concerns ledger and theta; `other_work` the rest that takes time.
         replace: whether to take over from a server that is online.
         alone: whether no other process uses this server's ledger.
-        read: decodes a frame.
 
     Attributes:
         machine: of the present term; None before the first.
@@ -217,11 +210,7 @@ class ServerDriver:
     # --- messages ---
 
     def received(self, topic: str, payload: bytes, *, retained: bool) -> None:
-        """A message came.
-
-        Raises:
-            MeerkatError: ends this server.
-        """
+        """A message came; what is raised ends this server."""
         try:
             if topic == self._topics.server:
                 self._on_server_state(payload, retained=retained)

@@ -57,13 +57,11 @@ class Succession:
 
     Args:
         topic: of the servers' state.
-        past: of this server's ledger.
         replace: whether to take over from whoever is there.
         alone: whether no other process uses this server's ledger.
         ask: publishes a state there, not retained.
         take: takes a term above the one that it is given.
         leave: called before an error is raised: whoever may not take charge leaves what stands on the topics as it is.
-        clock: for the time to answer.
     """
 
     def __init__(
@@ -92,11 +90,7 @@ class Succession:
         self._log = structlog.get_logger()
 
     def saw(self, state: ServerState, *, live: bool) -> None:
-        """A state stands on the topic; `live` where it was published just now.
-
-        Raises:
-            AnotherServer: the predecessor answers.
-        """
+        """A state stands on the topic, `live` if published just now. AnotherServer: the predecessor answers."""
         self._found = state
         if live and self._asked is not None and state.status == "online":
             raise self._another(state)

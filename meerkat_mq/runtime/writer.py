@@ -125,11 +125,8 @@ class LedgerWriter:
     was told of what was not kept) and AnotherServer (the ledger holds another server's term).
 
     Args:
-        held: of the run.
         compute: the worker that alone uses what is held.
-        clock: for pauses.
         server_id: random, one a process; 16 hex digits.
-        owner: is answered.
 
     Attributes:
         committed: version and theta that the ledger holds.

@@ -43,11 +43,7 @@ class Evaluator:
     """The server's own model, looked at through theta."""
 
     def __init__(self, config: ServerConfig, run: Run) -> None:
-        """Load model and data; slow.
-
-        Raises:
-            MeerkatError: the model does not fit the mask, or the data does not fit the task.
-        """
+        """Load model and data; slow. They may not fit the mask, or the task: MeerkatError."""
         assert config.evaluation is not None
         name, model, described = config.engine, config.model, run.descriptor.task
         task = None if described is None else task_of(described)
@@ -96,14 +92,9 @@ class Monitor(ServerMonitor):
         run: Run,
         rising: RisingLoss | None = None,
     ) -> None:
-        """Look on at a run.
+        """Look on at a run; `every` are the rounds between evaluations.
 
-        Args:
-            observer: is told.
-            evaluator: of theta, if there is one.
-            every: rounds between evaluations.
-            run: what is run.
-            rising: watches its loss, from where the ledger stands; default: from its first round.
+        `rising` watches the loss from where the ledger stands; by default, from its first round.
         """
         self.statuses: dict[str, NodeStatus] = {}
         self.counts: Counter[str] = Counter()

@@ -32,11 +32,7 @@ Progress = Callable[[int, int], None]
 
 
 def read_report(folder: Path, progress: Progress = lambda done, total: None) -> Report:
-    """The report of the run in a state_dir.
-
-    Args:
-        folder: the server's state_dir.
-        progress: is told how many rounds are read, of how many.
+    """The report of the run in a state_dir; `progress` is told how many rounds are read, of how many.
 
     Raises:
         LedgerError: there is no ledger, or it cannot be used.

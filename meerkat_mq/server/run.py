@@ -90,11 +90,7 @@ def _task(config: ServerConfig) -> Task | None:
 
 
 def check_room(config: ServerConfig, run: Run) -> None:
-    """Make sure that packets hold the largest of each kind of message.
-
-    Raises:
-        ConfigError: one of them is larger than `broker.max_packet_bytes`.
-    """
+    """Make sure that packets hold the largest of each kind of message; else ConfigError: `broker.max_packet_bytes`."""
     limit = config.broker.max_packet_bytes
     for what, topic, payload in _needed(run, Topics(config.federation)):
         size = packet_bytes(topic, payload, 1)

@@ -83,15 +83,7 @@ async def serve(config: ServerConfig, *, replace: bool = False, observer: Observ
 
 
 async def patiently(job: Callable[[], Awaitable[Result]]) -> Result:
-    """Do what reads or writes the ledger, again and again while its disk cannot take it.
-
-    Args:
-        job: changes nothing where it raises.
-
-    Raises:
-        LedgerFailing: its disk has given errors for 20 s.
-        MeerkatError: whatever else `job` raises.
-    """
+    """Do what reads or writes the ledger, and changes nothing where it raises, again while its disk cannot take it."""
     now = asyncio.get_running_loop().time
     patience = Patience(now())
     while True:
@@ -135,10 +127,7 @@ class Server:
     """One server process.
 
     Args:
-        config: federation.toml.
-        held: what the process holds of its run.
         worker: the thread of the ledger.
-        monitor: looks on.
         replace: whether to take over from a server that is online.
         alone: whether no other process uses this server's ledger.
     """
@@ -271,11 +260,7 @@ class ModelFile:
         self._version = 0
 
     async def leave(self) -> bool:
-        """Write it once, unless no round closed since; whether it lies there, or is another server's.
-
-        Raises:
-            LedgerError: the ledger cannot tell who is in charge.
-        """
+        """Write it, unless no round closed since; whether it lies there, or is another server's. Raises LedgerError."""
         return await asyncio.get_running_loop().run_in_executor(self._worker, self._write)
 
     async def complete(self, *, once: bool) -> None:
@@ -283,7 +268,6 @@ class ModelFile:
 
         Raises:
             ConfigError: in that minute the disk did not take it.
-            LedgerError: as `leave`.
         """
         gives_up = asyncio.get_running_loop().time() + ONCE_S
         while not await self._left():

@@ -12,7 +12,7 @@ from meerkat_mq.core.path import Coefficient, short_hash
 from meerkat_mq.ledger.recovery import resumed
 from meerkat_mq.ledger.snapshots import Snapshots
 from meerkat_mq.ledger.store import KeptSnapshot, Term
-from meerkat_mq.rounds import closing
+from meerkat_mq.rounds import open_round
 from meerkat_mq.rounds.events import ApplyEntries, SendEntries, StatusCame
 from meerkat_mq.rounds.open_round import OpenRound
 from meerkat_mq.rounds.policy import RoundSettings, counted, lane_of, shares_of, terms_of
@@ -165,7 +165,7 @@ def add_in_arrival_order(patch: pytest.MonkeyPatch) -> None:
                 terms.append(Coefficient(lane, step, float(np.float32(lr) * (g / total)), age))
         return tuple(terms)
 
-    patch.setattr(closing, "terms_of", terms_of)
+    patch.setattr(open_round, "terms_of", terms_of)
 
 
 def skip_the_digest_check(patch: pytest.MonkeyPatch) -> None:
@@ -217,7 +217,7 @@ def lose_judgements_on_resume(patch: pytest.MonkeyPatch) -> None:
 
 def count_all_steps_of_an_early_stopped_node(patch: pytest.MonkeyPatch) -> None:
     """A virtual path counts whole, though its node is early-stopped."""
-    patch.setattr(closing, "terms_of", lambda records, *more: terms_of(_unmarked(records), *more))
+    patch.setattr(open_round, "terms_of", lambda records, *more: terms_of(_unmarked(records), *more))
 
 
 def _unmarked(records: Sequence[UpdateRecord]) -> list[UpdateRecord]:
@@ -253,7 +253,7 @@ def weigh_by_the_wrong_age(patch: pytest.MonkeyPatch) -> None:
         wider = settings.model_copy(update={"mode": "buffered", "max_staleness": settings.max_staleness + 1})
         return tuple(replace(term, age=term.age - 1) for term in terms_of(records, wider, version + 1))
 
-    patch.setattr(closing, "terms_of", broken)
+    patch.setattr(open_round, "terms_of", broken)
 
 
 def draw_stale_directions_anew(patch: pytest.MonkeyPatch) -> None:
@@ -293,7 +293,7 @@ def weigh_displacements_alike(patch: pytest.MonkeyPatch) -> None:
         shares = shares_of(*args)
         return tuple(replace(share, weight=1 / len(shares)) for share in shares)
 
-    patch.setattr(closing, "shares_of", broken)
+    patch.setattr(open_round, "shares_of", broken)
 
 
 # --- in the drivers -------------------------------------------------------------------------------------------------
