@@ -24,18 +24,13 @@ PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # what a disk ca
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock.
-
-    Attributes:
-        started: when the process began, in the kernel's own figures; with `boot` it tells processes of one id apart.
-        since: when it took the lock, as people write it.
-    """
+    """Who holds a lock."""
 
     pid: int
     host: str
     boot: str
-    started: str
-    since: str
+    started: str  # when the process began, in the kernel's own figures; with `boot` it tells processes of one id apart
+    since: str  # when it took the lock, as people write it
 
     @classmethod
     def here(cls) -> Self:

@@ -33,21 +33,13 @@ _DTYPES = (np.dtype("<u4"), np.dtype("<f4"), np.dtype("<f4"))
 
 @dataclass(frozen=True, eq=False)
 class MaskedMatrix:
-    """The masked weights of one matrix.
+    """The masked weights of one matrix."""
 
-    Attributes:
-        name: as in the model's `named_parameters()`.
-        shape: the whole matrix.
-        indices: uint32 (k,), strictly ascending positions in the flattened matrix.
-        theta_0: float32 (k,), the weights before training.
-        g_p: float32 (k,), the mean signed pre-training gradient.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    indices: UInt32Array
-    theta_0: Float32Array
-    g_p: Float32Array
+    name: str  # as in the model's `named_parameters()`
+    shape: tuple[int, ...]  # the whole matrix
+    indices: UInt32Array  # uint32 (k,), strictly ascending positions in the flattened matrix
+    theta_0: Float32Array  # float32 (k,), the weights before training
+    g_p: Float32Array  # float32 (k,), the mean signed pre-training gradient
 
     def __post_init__(self) -> None:
         """Refuse, as MaskError, anything that is not a mask of this matrix."""
@@ -69,17 +61,11 @@ class MaskedMatrix:
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """All masked matrices, ordered by the bytes of their names, and the base that they belong to.
+    """All masked matrices, ordered by the bytes of their names, and the base that they belong to."""
 
-    Attributes:
-        matrices: the mask order is matrix by matrix, then ascending index.
-        fingerprint: 32 bytes, the base checkpoint's.
-        tokenizer_fingerprint: 32 bytes.
-    """
-
-    matrices: tuple[MaskedMatrix, ...]
-    fingerprint: bytes
-    tokenizer_fingerprint: bytes
+    matrices: tuple[MaskedMatrix, ...]  # the mask order is matrix by matrix, then ascending index
+    fingerprint: bytes  # 32 bytes, the base checkpoint's
+    tokenizer_fingerprint: bytes  # 32 bytes
     size: int = field(init=False)
 
     def __post_init__(self) -> None:

@@ -140,29 +140,20 @@ def virtual_path(
 
 @dataclass(frozen=True, slots=True)
 class Coefficient:
-    """One direction of an entry: theta -= coefficient · direction(seed of (version − age, lane, step)).
-
-    Attributes:
-        age: by how many versions the update was stale, τ; 0 in a synchronous run.
-    """
+    """One direction of an entry: theta -= coefficient · direction(seed of (version − age, lane, step))."""
 
     lane: int
     step: int
     coefficient: float
-    age: int = 0
+    age: int = 0  # by how many versions the update was stale, τ; 0 in a synchronous run
 
 
 @dataclass(frozen=True, slots=True)
 class Displacement:
-    """What values nodes add to an entry: theta += what the blob decodes to, after the terms.
+    """What values nodes add to an entry: theta += what the blob decodes to, after the terms."""
 
-    Attributes:
-        blob: hash of the encoded mean displacement, 16 bytes.
-        size: bytes of the blob.
-    """
-
-    blob: bytes
-    size: int
+    blob: bytes  # hash of the encoded mean displacement, 16 bytes
+    size: int  # bytes of the blob
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,7 @@ Change = tuple[Sequence[Coefficient], Float32Array | None]
 
 
 class Replica:
-    """One copy of theta.
-
-    Attributes:
-        theta: float32 (n,), mask order.
-        version: number of entries applied.
-    """
+    """One copy of theta, float32 (n,) in mask order, and its version, the number of entries applied."""
 
     def __init__(self, mask: Mask, *, run_id: bytes, stream: str, digest_every: int) -> None:
         self._mask = mask

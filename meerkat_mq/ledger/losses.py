@@ -33,17 +33,13 @@ def watched_loss(records: Sequence[UpdateRecord]) -> float | None:
 
 
 class RisingLoss:
-    """Is told of the losses as they come; says once that they rise.
-
-    Attributes:
-        warning: what it said; "" before.
-    """
+    """Is told of the losses as they come; says once that they rise."""
 
     def __init__(self) -> None:
         self._first: list[float] = []
         self._last: deque[float] = deque(maxlen=LAST)
         self._held_out: float | None = None
-        self.warning = ""
+        self.warning = ""  # what it said
 
     def closed(self, number: int, loss: float) -> str:
         """A round closed; returns the warning, "" where there is nothing to say, or it was said.

@@ -15,89 +15,54 @@ _YEAR_1: Final = -62_135_596_800.0  # where datetime begins; a damaged ledger ma
 
 @dataclass(frozen=True, slots=True)
 class NodeShown:
-    """A node as the ledger knows it.
-
-    Attributes:
-        status: its last word: "starting", "online", "asleep", "stopped" or "lost".
-        seen_s: seconds since it was last heard of; None also where the clock was set since.
-        rows: size of its data.
-        updates: update messages that came from it, repeated ones and chunks of displacements too.
-        packet_bytes: all MQTT packets that came from it.
-        behind: rounds closed since that from whose theta its last update is; None if it is none of the recent ones.
-        verdict: on its last update among the recent ones.
-        flagged: why it stands out, or "".
-        gradip: mean |GradIP| of its recent accepted steps; None if there are none.
-        judged: the newest calibration round that judged its virtual path; None: none did.
-        rho_later, rho_quiet: what that round found; None: none did.
-        early_stopped_since: the calibration round from which on every one early-stopped it; None: it is not.
-        displacement: bytes of the displacement that its last update is; 0: it is a path, or there is none.
-    """
+    """A node as the ledger knows it."""
 
     node: str
     slot: int | None
     host: str
-    status: str
-    seen_s: float | None
+    status: str  # its last word: "starting", "online", "asleep", "stopped" or "lost"
+    seen_s: float | None  # seconds since it was last heard of; None also where the clock was set since
     boot: int | None
-    rows: int
-    updates: int
-    packet_bytes: int
-    behind: int | None
-    verdict: str
-    flagged: str
-    gradip: float | None
-    judged: int | None
-    rho_later: float | None
-    rho_quiet: float | None
-    early_stopped_since: int | None
-    displacement: int = 0
+    rows: int  # size of its data
+    updates: int  # update messages that came from it, repeated ones and chunks of displacements too
+    packet_bytes: int  # all MQTT packets that came from it
+    behind: int | None  # rounds closed since that from whose theta its last update is; None if that is long ago
+    verdict: str  # on its last update among the recent ones
+    flagged: str  # why it stands out, or ""
+    gradip: float | None  # mean |GradIP| of its recent accepted steps; None if there are none
+    judged: int | None  # the newest calibration round that judged its virtual path; None: none did
+    rho_later: float | None  # what that round found; None: none did
+    rho_quiet: float | None  # likewise
+    early_stopped_since: int | None  # the calibration round from which on every one early-stopped it; None: it is not
+    displacement: int = 0  # bytes of the displacement that its last update is; 0: it is a path, or there is none
 
 
 @dataclass(frozen=True, slots=True)
 class RunShown:
-    """A run as its ledger stands.
-
-    Attributes:
-        running: whether a server works on it now; None where that cannot be known (docs/ledger.md).
-        host: of the server that took the newest term.
-        round: the open one, so the number of those closed; `rounds` once the run is finished.
-        rounds: of the whole run.
-        accuracy, held_out_loss: of the newest evaluation; None if there is none.
-        evaluated: theta's version, so the number of rounds closed, at that evaluation.
-        base_accuracy: of the evaluation before the first round.
-        heard: committed updates that are in no round yet.
-        closed_s: seconds since the last round closed; None also where the clock was set since.
-        round_s: seconds a round, the median of the recent ones.
-        loss: mean over the accepted updates of the last round.
-        warning: what is wrong with the run, and the remedy; "" if nothing is.
-        early_stopping: what it does, in words; "" where it is off.
-        mode: how a buffered run closes its rounds, in words; "" of a synchronous one.
-        staleness: mean age of the updates of the recent rounds, in versions; None if there are none.
-        counts: what was counted in the recent rounds, by metric.
-    """
+    """A run as its ledger stands."""
 
     federation: str
     run: str
-    running: bool | None
+    running: bool | None  # whether a server works on it now; None where that cannot be known (docs/ledger.md)
     term: int
     server_id: str
-    host: str
-    round: int
-    rounds: int
-    accuracy: float | None
-    held_out_loss: float | None
-    evaluated: int | None
-    base_accuracy: float | None
-    heard: int
-    closed_s: float | None
-    round_s: float | None
-    loss: float | None
-    early_stopping: str
+    host: str  # of the server that took the newest term
+    round: int  # the open one, so the number of those closed; `rounds` once the run is finished
+    rounds: int  # of the whole run
+    accuracy: float | None  # of the newest evaluation; None if there is none
+    held_out_loss: float | None  # likewise
+    evaluated: int | None  # theta's version, so the number of rounds closed, at that evaluation
+    base_accuracy: float | None  # of the evaluation before the first round
+    heard: int  # committed updates that are in no round yet
+    closed_s: float | None  # seconds since the last round closed; None also where the clock was set since
+    round_s: float | None  # seconds a round, the median of the recent ones
+    loss: float | None  # mean over the accepted updates of the last round
+    early_stopping: str  # what it does, in words; "" where it is off
     nodes: tuple[NodeShown, ...]
-    mode: str = ""
-    staleness: float | None = None
-    warning: str = ""
-    counts: Mapping[str, int] = field(default_factory=dict)
+    mode: str = ""  # how a buffered run closes its rounds, in words; "" of a synchronous one
+    staleness: float | None = None  # mean age of the updates of the recent rounds, in versions; None if there are none
+    warning: str = ""  # what is wrong with the run, and the remedy; "" if nothing is
+    counts: Mapping[str, int] = field(default_factory=dict)  # what was counted in the recent rounds, by metric
 
     @property
     def finished(self) -> bool:
@@ -112,16 +77,9 @@ class RunShown:
 
 @dataclass(frozen=True, slots=True)
 class UpdateShown:
-    """What a node gave to a round; `seeds` (16 hex digits) and `scalars` are one a local step.
+    """What a node gave to a round; `seeds` (16 hex digits) and `scalars` are one a local step."""
 
-    Attributes:
-        round: from whose theta it is; of a buffered run, an earlier one than it closed with.
-        entry: the round that it closed with; None: none yet.
-        displacement: its hash, hex, of a values node's update, which has no seeds and scalars; "" of a path.
-        size: bytes of the displacement.
-    """
-
-    round: int
+    round: int  # from whose theta it is; of a buffered run, an earlier one than it closed with
     node: str
     slot: int
     lane: int
@@ -131,9 +89,9 @@ class UpdateShown:
     scalars: tuple[float, ...]
     loss: float
     verdict: str
-    entry: int | None = None
-    displacement: str = ""
-    size: int = 0
+    entry: int | None = None  # the round that it closed with; None: none yet
+    displacement: str = ""  # its hash, hex, of a values node's update, which has no seeds and scalars; "" of a path
+    size: int = 0  # bytes of the displacement
 
     @property
     def age(self) -> int:
@@ -174,34 +132,22 @@ class TermShown:
 
 @dataclass(frozen=True, slots=True)
 class RoundShown:
-    """A closed round.
-
-    Attributes:
-        closed: time in UTC, ISO 8601, as in the log.
-        asked: number of nodes asked.
-        overdue: whether the deadline closed it.
-        buffer: how many updates close it; 0 of a round that waits for its nodes.
-        loss: mean over the accepted updates; None if there is none.
-        digest, previous, hash: hex; no digest where none is due.
-        updates: refused ones too, by base version and slot.
-        displacement: hash of what values nodes add, hex; "" if there are none.
-        size: bytes of it.
-    """
+    """A closed round."""
 
     round: int
     term: int
-    closed: str
-    asked: int
-    overdue: bool
-    loss: float | None
-    digest: str
-    previous: str
-    hash: str
+    closed: str  # time in UTC, ISO 8601, as in the log
+    asked: int  # number of nodes asked
+    overdue: bool  # whether the deadline closed it
+    loss: float | None  # mean over the accepted updates; None if there is none
+    digest: str  # hex; "" where none is due
+    previous: str  # hex
+    hash: str  # hex
     terms: tuple[TermShown, ...]
-    updates: tuple[UpdateShown, ...]
-    displacement: str = ""
-    size: int = 0
-    buffer: int = 0
+    updates: tuple[UpdateShown, ...]  # refused ones too, by base version and slot
+    displacement: str = ""  # hash of what values nodes add, hex; "" if there are none
+    size: int = 0  # bytes of it
+    buffer: int = 0  # how many updates close it; 0 of a round that waits for its nodes
 
     @property
     def full(self) -> bool:

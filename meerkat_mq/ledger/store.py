@@ -90,27 +90,19 @@ class KeptSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class NodeRow:
-    """What is known of a node that has a slot.
-
-    Attributes:
-        slot_version: theta's version when it got its slot.
-        status: the last word of its status topic; None before the first sighting.
-        first_seen: seconds since 1970.
-        updates: update messages that came from it, duplicates too.
-        packet_bytes: all MQTT packets that came from it.
-    """
+    """What is known of a node that has a slot."""
 
     node: str
     slot: int
-    slot_version: int
+    slot_version: int  # theta's version when it got its slot
     boot: int | None
     host: str | None
-    status: str | None
+    status: str | None  # the last word of its status topic; None before the first sighting
     rows: int | None
-    first_seen: float | None
+    first_seen: float | None  # seconds since 1970
     last_seen: float | None
-    updates: int
-    packet_bytes: int
+    updates: int  # update messages that came from it, duplicates too
+    packet_bytes: int  # all MQTT packets that came from it
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,18 +34,12 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What holds.
-
-    Attributes:
-        updates: those that the entries are made of, refused ones too.
-        digest: of theta after the last entry.
-        files: names of what else was compared.
-    """
+    """What holds."""
 
     rounds: int
-    updates: int
-    digest: bytes
-    files: tuple[str, ...] = ()
+    updates: int  # those that the entries are made of, refused ones too
+    digest: bytes  # of theta after the last entry
+    files: tuple[str, ...] = ()  # names of what else was compared
 
 
 def verify_ledger(

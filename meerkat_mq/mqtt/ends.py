@@ -21,17 +21,13 @@ class Sending(NamedTuple):
 
 
 class Lost(Exception):
-    """The connection failed or ended; the next one may work.
+    """The connection failed or ended; the next one may work."""
 
-    Attributes:
-        sending: what was on its way, the oldest first; or else what was acknowledged just before.
-        closed: it ended from the other side, not because an answer was missing.
-        unanswered: that was before the answer to CONNECT.
-    """
-
-    sending: tuple[Sending, ...] = ()
-    closed = False
-    unanswered = False
+    sending: tuple[
+        Sending, ...
+    ] = ()  # what was on its way, the oldest first; or else what was acknowledged just before
+    closed = False  # it ended from the other side, not because an answer was missing
+    unanswered = False  # that was before the answer to CONNECT
 
 
 class Refused(Lost):
@@ -46,14 +42,10 @@ class Refused(Lost):
 
 
 class Words:
-    """Makes errors of what the broker, the TLS library and the system say.
-
-    Attributes:
-        flaws: what is wrong with our own certificate, as far as this process can see.
-    """
+    """Makes errors of what the broker, the TLS library and the system say."""
 
     def __init__(self, broker: BrokerConfig, client_id: str) -> None:
-        self.flaws: tuple[str, ...] = ()
+        self.flaws: tuple[str, ...] = ()  # what is wrong with our own certificate, as far as this process can see
         self._broker = broker
         self._client_id = client_id
 

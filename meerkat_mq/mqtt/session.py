@@ -47,12 +47,6 @@ class Session:
         outbox_bytes: how much may wait for the broker; retained messages may always.
         name: the user that the federation's rights are given to; where our certificate names another, hints say so.
         marker: says whether this client was connected in an earlier process.
-
-    Attributes:
-        link: of the current connection, None while there is none.
-        connects: connections that got as far as `on_connected`.
-        sent: per kind; a message that is sent again counts again.
-        received: per kind.
     """
 
     def __init__(
@@ -72,10 +66,10 @@ class Session:
         name: str | None = None,
         marker: Marker | None = None,
     ) -> None:
-        self.link: int | None = None
-        self.connects = 0
-        self.sent: defaultdict[str, MessageCount] = defaultdict(MessageCount)
-        self.received: defaultdict[str, MessageCount] = defaultdict(MessageCount)
+        self.link: int | None = None  # of the current connection
+        self.connects = 0  # connections that got as far as `on_connected`
+        self.sent = defaultdict[str, MessageCount](MessageCount)  # per kind; what is sent again counts again
+        self.received = defaultdict[str, MessageCount](MessageCount)  # per kind
         self._broker = broker
         self._client_id = client_id
         self._filters = dict(subscriptions)

@@ -47,14 +47,10 @@ class BackOff:
 
 
 class Trouble:
-    """Counts failures, says each kind of them less and less often, and finds a cause that a person can mend.
-
-    Attributes:
-        will_refused: it was seen that the broker takes this client without a will only.
-    """
+    """Counts failures, says each kind of them less and less often, and finds a cause that a person can mend."""
 
     def __init__(self, log: Any, timeouts: Timeouts) -> None:
-        self.will_refused = False
+        self.will_refused = False  # it was seen that the broker takes this client without a will only
         self._log = log
         self._timeouts = timeouts
         self._seldom = Seldom()

@@ -48,40 +48,31 @@ class _Subject(ControlMessage):
     protocol: Literal[1] = 1
     federation: Identifier
     run: RunId
-    engine: EngineName
-    model: str
+    engine: EngineName  # "transformers", "toy" for drills, or "package.module:factory" (docs/engines.md)
+    model: str  # name of the base model, for people
     task: TaskDescription | None = None
     dtype: Literal["float32", "bfloat16", "float16"]
     fingerprint: Fingerprint
     tokenizer: Fingerprint
     mask: Hash
-    mask_bytes: U32
+    mask_bytes: U32  # size of the encoded mask, in `mask_chunks` chunks
     mask_chunks: Annotated[int, Field(ge=1, le=65536)]
-    weights: Annotated[int, Field(ge=1, le=MAX_RUN_WEIGHTS)]
+    weights: Annotated[int, Field(ge=1, le=MAX_RUN_WEIGHTS)]  # n, of the mask
 
 
 class RunDescriptor(RunSpec, _Subject):
     """All that a node must know of a run besides its own data and base model; retained on `…/run`.
 
     Between `weights` and `values` come the keys of `RunSpec`, under their names in `federation.toml`, but for `count`,
-    which is `rounds` on the wire.
-
-    Attributes:
-        run: 16 random bytes, hex.
-        engine: "transformers", "toy" for tests and drills, or "package.module:factory" (docs/engines.md).
-        model: name of the base model, for people.
-        weights: n, the number of masked weights.
-        mask_bytes: size of the encoded mask blob, in `mask_chunks` chunks.
-        mask_blob: hash of the encoded mask blob, where its chunks have that name; None: they have the mask hash.
-        values: whether nodes may send displacements (docs/values.md).
-        max_step: no coefficient of an entry is larger in magnitude; None: 2⁶⁴.
+    which is `rounds` on the wire. `mask_blob` is the hash of the encoded mask, where its chunks have that name; else
+    they have the mask hash. `max_step`: no coefficient of an entry is larger in magnitude; None: 2⁶⁴.
     """
 
     model_config = ConfigDict(serialize_by_alias=True, validate_by_name=True)
 
     count: Count = Field(alias="rounds")
     directions: Directions
-    values: bool = False
+    values: bool = False  # whether nodes may send displacements (docs/values.md)
     max_step: Annotated[float, Field(gt=0, le=2.0**64)] | None = None
     mask_blob: Hash | None = None
 
@@ -127,16 +118,14 @@ class RunDescriptor(RunSpec, _Subject):
 class ServerState(ControlMessage):
     """Who serves; retained on `…/server`, with a will that says "lost".
 
-    Attributes:
-        link: random, one a connection; a will counts only with the last birth's link.
-        server_id: random u64, hex, one a process; the pair (term, server_id) orders servers.
+    `server_id`: random u64, hex, one a process; the pair (term, server_id) orders servers.
     """
 
     status: Literal["online", "finished", "stopped", "lost"]
     run: RunId
     term: U32
     server_id: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
-    link: U32
+    link: U32  # random, one a connection; a will counts only with the last birth's link
     host: Annotated[str, Field(max_length=255)]
     round: U32
     nodes: U32 = 0
@@ -155,28 +144,21 @@ class ServerState(ControlMessage):
 class NodeStatus(ControlMessage):
     """Birth and death of a node; retained on `…/up/<id>/status`.
 
-    Attributes:
-        status: "starting" is connected but not ready to step; "asleep" will come back (docs/duty-cycle.md); "lost" is
-            the will.
-        boot: random u32, one a process.
-        link: random u32, one a connection.
-        rows: size of its data.
-        version: theta's version on this node when it said this.
-        digest: of that theta, where one is due.
-        wakes_in_s: of "asleep", seconds until it comes back at the latest.
+    `status`: "starting" is connected but not ready to step; "asleep" will come back (docs/duty-cycle.md); "lost" is
+    the will.
     """
 
     sender: ClassVar[str] = "node"
 
     status: Literal["starting", "online", "asleep", "stopped", "lost"]
-    boot: U32
-    link: U32
+    boot: U32  # random u32, one a process
+    link: U32  # random u32, one a connection
     host: Annotated[str, Field(max_length=255)]
     run: RunId | None = None
-    rows: U32 = 0
-    version: U32 = 0
-    digest: Hash | None = None
-    wakes_in_s: Annotated[int, Field(ge=1, le=7 * 86_400)] | None = None
+    rows: U32 = 0  # size of its data
+    version: U32 = 0  # theta's version on this node when it said this
+    digest: Hash | None = None  # of that theta, where one is due
+    wakes_in_s: Annotated[int, Field(ge=1, le=7 * 86_400)] | None = None  # of "asleep": it is back by then
 
     @model_validator(mode="after")
     def _says_when_it_wakes(self) -> Self:

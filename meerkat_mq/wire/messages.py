@@ -8,19 +8,12 @@ from meerkat_mq.core.path import Entry
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What every frame says of its run.
+    """What every frame says of its run."""
 
-    Attributes:
-        run: first 4 bytes of the run id, as u32.
-        term: the server's term.
-        version: version of theta that the sender stands at.
-        mask: first 8 bytes of the mask hash.
-    """
-
-    run: int
-    term: int
-    version: int
-    mask: bytes
+    run: int  # first 4 bytes of the run id, as u32
+    term: int  # the server's term
+    version: int  # version of theta that the sender stands at
+    mask: bytes  # first 8 bytes of the mask hash
 
     @classmethod
     def of(cls, run_id: bytes, term: int, version: int, mask_hash: bytes) -> "Header":
@@ -30,89 +23,61 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """A displacement that a node has for the server, which asks for it chunk by chunk.
+    """A displacement that a node has for the server, which asks for it chunk by chunk."""
 
-    Attributes:
-        blob: hash of the encoded displacement, 16 bytes; `size` is the blob's.
-        steps: local steps that led to it.
-    """
-
-    blob: bytes
+    blob: bytes  # hash of the encoded displacement, 16 bytes; `size` is the blob's
     size: int
-    steps: int
+    steps: int  # local steps that led to it
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
     """A node's projected gradients, or its displacement, from theta of version `header.version`.
 
-    Attributes:
-        boot: the sending process.
-        base: first 8 bytes of the node's own digest of the newest theta at or before that version whose digest is due.
-        loss: mean loss of the steps.
-        scalars: one projected gradient a direction, each exactly a float32; hostile ones may be NaN or infinite; ()
-            with `values`. Fewer than the round's in a buffered run: a partial path.
-        seeds: the explicit seed list, one a scalar; None where both sides derive it.
-        values: the displacement of a values node.
+    `scalars`: one projected gradient a direction, each exactly a float32; hostile ones may be NaN or infinite; ()
+    with `values`. Fewer than the round's in a buffered run: a partial path.
     """
 
     header: Header
-    boot: int
-    base: bytes
-    loss: float
+    boot: int  # the sending process
+    base: bytes  # first 8 bytes of its digest of the newest theta, at or before that version, that one is due of
+    loss: float  # mean loss of the steps
     scalars: tuple[float, ...]
-    seeds: tuple[int, ...] | None = None
-    values: Values | None = None
+    seeds: tuple[int, ...] | None = None  # the explicit seed list, one a scalar; None where both sides derive it
+    values: Values | None = None  # the displacement of a values node
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
     """The state of the round; retained.
 
-    Attributes:
-        is_open: whether nodes are asked to step now, from theta of `header.version`.
-        steps: T.
-        lanes: P.
-        eps: perturbation scale, exactly a float32.
-        deadline_ms: from opening to closing.
-        attempt: counts doublings of the deadline and reopenings.
-        asked: slots of the nodes asked.
-        heard: slots whose updates from theta of this version are committed: the acknowledgement.
-        heard_before: (slot, age) of nodes whose newest committed update is from theta of version − age, by slot; only
-            ages up to the run's max_staleness, and not of slots in `heard`.
-        short: (slot, local steps) of nodes that do fewer than T, by slot.
-        entries: the newest ledger entries, oldest first.
+    `heard_before`: (slot, age) of nodes whose newest committed update is from theta of version − age, by slot; only
+    ages up to the run's max_staleness, and not of slots in `heard`.
     """
 
     header: Header
-    is_open: bool
-    steps: int
-    lanes: int
-    eps: float
-    deadline_ms: int
-    attempt: int = 0
-    asked: frozenset[int] = frozenset()
-    heard: frozenset[int] = frozenset()
-    short: tuple[tuple[int, int], ...] = ()
-    entries: tuple[Entry, ...] = ()
+    is_open: bool  # whether nodes are asked to step now, from theta of `header.version`
+    steps: int  # T
+    lanes: int  # P
+    eps: float  # perturbation scale, exactly a float32
+    deadline_ms: int  # from opening to closing
+    attempt: int = 0  # counts doublings of the deadline and reopenings
+    asked: frozenset[int] = frozenset()  # slots of the nodes asked
+    heard: frozenset[int] = frozenset()  # slots whose updates from this theta are committed: acknowledged
+    short: tuple[tuple[int, int], ...] = ()  # (slot, local steps) of nodes that do fewer than T, by slot
+    entries: tuple[Entry, ...] = ()  # the newest ledger entries, oldest first
     heard_before: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """What a node asks of the server; of a node, the server asks only for chunks of a displacement.
-
-    Attributes:
-        welcome: asks for its slot.
-        entries_from: first ledger entry wanted.
-        blob: hash of a blob of which `chunks` are wanted.
-    """
+    """What a node asks of the server; of a node, the server asks only for chunks of a displacement."""
 
     header: Header
     boot: int
-    welcome: bool = False
-    entries_from: int | None = None
-    blob: bytes | None = None
+    welcome: bool = False  # asks for its slot
+    entries_from: int | None = None  # first ledger entry wanted
+    blob: bytes | None = None  # hash of a blob of which `chunks` are wanted
     chunks: tuple[int, ...] = ()
 
 

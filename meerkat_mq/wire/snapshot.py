@@ -26,16 +26,11 @@ _STAMP = struct.Struct("<8s16sI")
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """theta of a version, float32 (n,), and its place in the ledger.
-
-    Attributes:
-        version: number of ledger entries behind theta.
-        head: 16 bytes, hash of the last of them.
-    """
+    """theta of a version, float32 (n,), and its place in the ledger."""
 
     run_id: bytes
-    version: int
-    head: bytes
+    version: int  # number of ledger entries behind theta
+    head: bytes  # 16 bytes, hash of the last of them
     theta: Float32Array
 
 
@@ -72,19 +67,12 @@ def decode_snapshot(blob: bytes, expected_hash: bytes, weights: int) -> Snapshot
 
 @dataclass(frozen=True, eq=False)
 class Difference:
-    """A model = base + this.
+    """A model = base + this."""
 
-    Attributes:
-        mask: which weights, and their base.
-        theta: float32 (n,), mask order.
-        run_id: 16 bytes.
-        version: number of ledger entries behind theta.
-    """
-
-    mask: Mask
-    theta: Float32Array
-    run_id: bytes
-    version: int
+    mask: Mask  # which weights, and their base
+    theta: Float32Array  # float32 (n,), mask order
+    run_id: bytes  # 16 bytes
+    version: int  # number of ledger entries behind theta
 
     def save(self, path: Path) -> None:
         """Write the file atomically: magic, run id, version, digest, mask hash, sizes, mask blob, theta."""

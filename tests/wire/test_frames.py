@@ -63,6 +63,8 @@ SOME_ENTRIES = st.lists(ENTRY, max_size=3).map(tuple)
 
 NANS = [bytes.fromhex(bits) for bits in ("0000c07f", "0000c0ff", "0100c07f", "0100807f", "ffffffff")]
 NAMED = tuple(WireError.__subclasses__())
+WIDTH = st.integers(1, 9)
+EXTRA = st.binary(min_size=1, max_size=9) | st.sampled_from([b"\xff" * 4, bytes(4), *NANS])
 
 
 @st.composite
@@ -130,20 +132,23 @@ def mutated(draw: st.DrawFn, data: bytes) -> bytes:
     """Another byte string: bits flipped, bytes overwritten, a piece cut out, doubled or put in, an end cut off."""
     kind = draw(st.sampled_from(["flip", "write", "cut", "insert", "double", "extend", "truncate"]))
     place = draw(st.integers(0, max(0, len(data) - 1)))
-    width = draw(st.integers(1, 9))
-    extra = draw(st.binary(min_size=1, max_size=9) | st.sampled_from([b"\xff" * 4, bytes(4), *NANS]))
-    results = {
-        "flip": data[:place]
-        + bytes(b ^ 1 << draw(st.integers(0, 7)) for b in data[place : place + 1])
-        + data[place + 1 :],
-        "write": data[:place] + extra + data[place + len(extra) :],
-        "cut": data[:place] + data[place + width :],
-        "insert": data[:place] + extra + data[place:],
-        "double": data[: place + width] + data[place:],
-        "extend": data + extra,
-        "truncate": data[:place],
-    }
-    return results[kind]
+    match kind:
+        case "flip":
+            flipped = bytes(byte ^ 1 << draw(st.integers(0, 7)) for byte in data[place : place + 1])
+            return data[:place] + flipped + data[place + 1 :]
+        case "cut":
+            return data[:place] + data[place + draw(WIDTH) :]
+        case "double":
+            return data[: place + draw(WIDTH)] + data[place:]
+        case "truncate":
+            return data[:place]
+    extra = draw(EXTRA)
+    match kind:
+        case "write":
+            return data[:place] + extra + data[place + len(extra) :]
+        case "insert":
+            return data[:place] + extra + data[place:]
+    return data + extra
 
 
 def seal(data: bytes | bytearray) -> bytes:
