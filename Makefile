@@ -7,6 +7,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+unexport PYTHONDONTWRITEBYTECODE  # demo and tests start hundreds of processes: each would compile the package
 INSTALL = $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check -c constraints.txt
 
 .PHONY: help demo test check fuzz test-arm test-brokers test-numpy test-wheel mosquitto gcc rabbitmq-server nats-server nodejs npm clean
@@ -18,7 +19,7 @@ demo: $(VENV)/.demo ## a federation on this machine, from nothing to a report; A
 	$(BIN)/meerkat demo $(ARGS)
 
 test: $(VENV)/.test mosquitto gcc nodejs npm check ## all checks and tests; ARGS='-k mask' adds options of pytest
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist worksteal $(ARGS)
 
 check: $(VENV)/.test ## format, lint, types, floors
 	$(BIN)/ruff format --check --quiet .

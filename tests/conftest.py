@@ -35,8 +35,15 @@ def pytest_configure(config: pytest.Config) -> None:
         waiting.patience = 3.0  # it takes ten seconds to start
 
 
+def _least_first(item: pytest.Item) -> float:
+    """A test that may take long says so by a time-out of its own."""
+    mark = item.get_closest_marker("timeout")
+    return -float(mark.args[0]) if mark and mark.args else 0.0
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On another broker than Mosquitto: only what uses it. Skip what a broker cannot do."""
+    """What takes long comes first: else one worker ends alone. On another broker than Mosquitto: only what uses it."""
+    items.sort(key=_least_first)
     broker = config.getoption("--broker")
     if broker != "mosquitto":
         used = [item for item in items if {"make_mosquitto", "guarded"} & set(getattr(item, "fixturenames", ()))]

@@ -5,8 +5,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +19,7 @@ from meerkat_mq.wire.frames import decode
 from meerkat_mq.wire.messages import Round, Want
 from meerkat_mq.wire.snapshot import Difference
 from meerkat_mq.wire.topics import Topics
+from tests.support.forked import Forked
 from tests.support.peer import Peer
 from tests.support.waiting import until
 
@@ -40,14 +39,8 @@ class Service:
         self._events: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
         self._other: list[str] = []
         self._read = 0
-        with self._log.open("wb") as file:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", module, "--config", str(config), "--json-logs", *flags],
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-            )
+        arguments = ["--config", str(config), "--json-logs", *flags]
+        self._process = Forked(module, arguments, self._log, {**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
     def _follow(self) -> None:
         with self._log.open("rb") as file:
@@ -82,7 +75,7 @@ class Service:
 
     @property
     def over(self) -> bool:
-        return self._process.poll() is not None
+        return self._process.code is not None
 
     @property
     def pid(self) -> int:
@@ -92,7 +85,8 @@ class Service:
         """Wait for the end; the exit code."""
         await until(lambda: self.over, within_s=within_s)
         self._follow()
-        return int(self._process.returncode)
+        assert self._process.code is not None
+        return self._process.code
 
     async def failed(self, exit_code: int, *words: str, within_s: float = PATIENCE_S) -> None:
         """It ends with this code and one line, without traceback, that holds these words."""
@@ -103,7 +97,7 @@ class Service:
             assert word in self.plain[0]
 
     def signal(self, number: signal.Signals) -> None:
-        self._process.send_signal(number)
+        self._process.signal(number)
 
     def stop(self) -> None:
         """SIGTERM."""
@@ -111,7 +105,6 @@ class Service:
 
     def kill(self) -> None:
         self._process.kill()
-        self._process.wait()
 
 
 class Federation:

@@ -18,7 +18,7 @@ from tests.support.waiting import until
 
 pytestmark = pytest.mark.timeout(200)
 
-ROUNDS = ALL | {"count": 300, "local_steps": 5, "snapshot_every": 20}
+ROUNDS = ALL | {"count": 120, "local_steps": 5, "snapshot_every": 20}
 LIVELY = PACE | {"min_nodes": 2}  # a node and a ghost
 
 
@@ -64,10 +64,10 @@ async def test_a_killed_server_goes_on_from_a_snapshot(federation: Federation) -
     assert (await second.says("in charge", term=2))["round"] >= 50
     await check_the_end(federation, nodes, second)
     with federation.ledger() as ledger:
-        assert [snapshot.version for snapshot in ledger.snapshots()] == [300, 280]
+        assert [snapshot.version for snapshot in ledger.snapshots()] == [120, 100]
     assert {file.name for file in (federation.folder / "server").glob("*.mks")} == {
-        "snapshot-300.mks",
-        "snapshot-280.mks",
+        "snapshot-120.mks",
+        "snapshot-100.mks",
     }
     assert not second.said("snapshot passed over")
 
