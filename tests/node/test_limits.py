@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from meerkat_mq.config import LimitsConfig
 from meerkat_mq.engines.toy import toy_mask
@@ -209,12 +210,13 @@ async def test_a_node_follows_the_run_while_it_waits_to_ask_again(
 ) -> None:
     file = tmp_path / "asked"
     allow: dict[str, Any] = {"allow": ["sh", "-c", f"echo >> {file}; exit 1"], "check_s": 3600.0}
-    async with MiniServer(mosquitto.config, **run) as server, node(tmp_path, mosquitto.config, limits=allow):
-        server.announce()
-        await until(file.exists, within_s=30)
-        for version in (1, 2, 3):
-            server.close()
+    with capture_logs() as said:
+        async with MiniServer(mosquitto.config, **run) as server, node(tmp_path, mosquitto.config, limits=allow):
             server.announce()
-            await server.stands_at(version)
-        assert server.updates == []
-        assert file.read_text() == "\n"
+            await until(lambda: "local steps not allowed" in [line["event"] for line in said], within_s=30)
+            for version in (1, 2, 3):
+                server.close()
+                server.announce()
+                await server.stands_at(version)
+            assert server.updates == []
+            assert file.read_text() == "\n"
