@@ -259,10 +259,10 @@ class EntryCommitted(Event):
     commit: CommitEntry
 
 
-ServerAnswer = (
-    SlotCommitted | UpdatesCommitted | ValuesFetched | DirectionsMeasured | RoundJudged | TermsApplied | EntryCommitted
-)
-ServerEvent = StatusCame | UpdateCame | WantCame | ServerSeen | Tick | ServerAnswer
+ServerEvent = (
+    StatusCame | UpdateCame | WantCame | ServerSeen | Tick | SlotCommitted | UpdatesCommitted | ValuesFetched
+    | DirectionsMeasured | RoundJudged | TermsApplied | EntryCommitted
+)  # fmt: skip
 ServerEffect = (
     CommitSlot | CommitUpdate | FetchValues | JudgeRound | ApplyTerms | MeasureDirections | CommitEntry | KeepSnapshot
     | TakeTerm | PublishRound | PublishState | Reply | SendEntries | SendChunks | Count | End

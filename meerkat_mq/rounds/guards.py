@@ -95,23 +95,17 @@ class StepColumn:
     """Some nodes' projected gradients of one step.
 
     Attributes:
-        size: how many.
-        largest: magnitude.
-        median: of all.
         low, high: the greatest of which the others have the medians `below` and `between`.
-        below: the median of the others, without a value up to `low`.
-        between: without one above it, up to `high`.
-        above: without one above that.
     """
 
-    size: int
-    largest: float
-    median: float
+    size: int  # how many
+    largest: float  # magnitude
+    median: float  # of all
     low: float
     high: float
-    below: float
-    between: float
-    above: float
+    below: float  # the median of the others, without a value up to `low`
+    between: float  # without one above it, up to `high`
+    above: float  # without one above that
 
     @classmethod
     def of(cls, ordered: Sequence[float]) -> "StepColumn":
@@ -145,20 +139,15 @@ class NodePast:
     """What a node did within the window.
 
     Attributes:
-        records: oldest first.
         comparisons: of each record with the lane's others; None where that cannot be.
-        refused: how many of the records were.
-        compared: how many have a comparison.
-        agreed: steps in which the node moved as the others.
-        opposed: steps in which it moved against them.
     """
 
-    records: deque[UpdateRecord] = field(default_factory=deque)
+    records: deque[UpdateRecord] = field(default_factory=deque)  # oldest first
     comparisons: deque[Comparison | None] = field(default_factory=deque)
-    refused: int = 0
-    compared: int = 0
-    agreed: int = 0
-    opposed: int = 0
+    refused: int = 0  # how many of the records were
+    compared: int = 0  # how many have a comparison
+    agreed: int = 0  # steps in which the node moved as the others
+    opposed: int = 0  # steps in which it moved against them
 
     def add(self, record: UpdateRecord, comparison: Comparison | None) -> None:
         """The newest round's."""

@@ -42,12 +42,6 @@ class NodeMachine(NodeMachineState):
 
     def handle(self, event: e.NodeEvent) -> list[e.NodeEffect]:
         """Take one event; returns the effects to carry out, in order."""
-        self._on(event)
-        self._advance(event.now)
-        effects, self._effects = self._effects, []
-        return effects
-
-    def _on(self, event: e.NodeEvent) -> None:
         match event:
             case e.FrameCame():
                 self._on_frame_came(event)
@@ -65,6 +59,9 @@ class NodeMachine(NodeMachineState):
                 self._on_connected(event)
             case e.SnapshotLoaded():
                 self._on_snapshot_loaded(event)
+        self._advance(event.now)
+        effects, self._effects = self._effects, []
+        return effects
 
     # --- servers and connections ---
 
@@ -128,12 +125,13 @@ class NodeMachine(NodeMachineState):
         match frame:
             case Round():
                 self._take_round(frame)
-            case Entries():
-                self._take_entries(frame)
-            case Welcome():
-                self._take_welcome(frame)
-            case Offer():
-                self._take_offer(frame)
+            case Entries() if self._busy is None:
+                self._follow(frame.entries, frame.header.term)
+            case Welcome() if frame.boot == self._boot:
+                self.slot = frame.slot
+            case Offer() if self._busy is None and frame.version > self.version:
+                self._busy = e.FetchSnapshot(frame)
+                self._effects.append(self._busy)
             case Refusal():
                 self._take_refusal(frame)
 
@@ -148,19 +146,6 @@ class NodeMachine(NodeMachineState):
         self._frame, self._uninformed, self._answered = frame, False, False
         if self.slot in frame.heard and frame.header.version == self.version:
             self._digests_refused = 0
-
-    def _take_welcome(self, frame: Welcome) -> None:
-        if frame.boot == self._boot:
-            self.slot = frame.slot
-
-    def _take_entries(self, frame: Entries) -> None:
-        if self._busy is None:
-            self._follow(frame.entries, frame.header.term)
-
-    def _take_offer(self, frame: Offer) -> None:
-        if self._busy is None and frame.version > self.version:
-            self._busy = e.FetchSnapshot(frame)
-            self._effects.append(self._busy)
 
     def _take_refusal(self, frame: Refusal) -> None:
         done = self._done

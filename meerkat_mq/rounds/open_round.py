@@ -29,39 +29,26 @@ class OpenRound:
     """The open version: who is asked, and what came.
 
     Attributes:
-        version: of theta.
-        asked: node to slot.
-        needed: how many updates from theta of this version it takes to close; of a buffered one, its buffer's size.
         acknowledged: committed updates that close with it, refused ones too, by base version and node.
-        products: ⟨g_p, z⟩ by lane and step; None until they are measured.
-        candidates: nodes of which an update that can be used is among them.
-        taken: how many updates are taken, committed or not, that will close with it.
-        awaited: nodes asked whose update from theta of this version is not committed.
-        answered: nodes with a committed update, one that can be used or not.
-        attempt: how often the deadline was doubled.
-        closing: whether it is decided which updates the entry is made of; no update joins them from then on.
-        overdue: whether the deadline closed it.
-        outcome: set when the updates are judged.
-        entry: set when the terms are applied.
     """
 
-    version: int
-    asked: dict[str, int]
-    needed: int
+    version: int  # of theta
+    asked: dict[str, int]  # node to slot
+    needed: int  # how many updates from theta of this version it takes to close; of a buffered one, its buffer's size
     acknowledged: dict[tuple[int, str], UpdateRecord]
-    products: tuple[tuple[float, ...], ...] | None
-    candidates: set[str] = field(init=False)
-    taken: int = field(init=False)
-    awaited: Awaited = field(init=False)
-    answered: set[str] = field(init=False)
+    products: tuple[tuple[float, ...], ...] | None  # ⟨g_p, z⟩ by lane and step; None until they are measured
+    candidates: set[str] = field(init=False)  # nodes of which an update that can be used is among them
+    taken: int = field(init=False)  # how many updates are taken, committed or not, that will close with it
+    awaited: Awaited = field(init=False)  # nodes asked whose update from theta of this version is not committed
+    answered: set[str] = field(init=False)  # nodes with a committed update, one that can be used or not
     deadline_at: float = 0.0
     deadline_s: float = 0.0
-    attempt: int = 0
+    attempt: int = 0  # how often the deadline was doubled
     announce_at: list[float] = field(default_factory=list)
-    closing: bool = False
-    overdue: bool = False
-    outcome: RoundOutcome | None = None
-    entry: Entry | None = None
+    closing: bool = False  # whether it is decided which updates the entry is made of; no update joins them from then on
+    overdue: bool = False  # whether the deadline closed it
+    outcome: RoundOutcome | None = None  # set when the updates are judged
+    entry: Entry | None = None  # set when the terms are applied
 
     def __post_init__(self) -> None:
         """Nodes whose update is acknowledged need not be awaited."""

@@ -21,13 +21,7 @@ MAX_STEP = 2.0**64  # 2³² versions of 12,000 terms, of directions whose values
 
 
 class RoundSettings(RoundRules):
-    """What rules a run's rounds.
-
-    Attributes:
-        measured: whether the mask's g_p tells anything, so that GradIP is kept.
-        max_step: the largest |lr·g| of an update.
-        frame_bytes: of the largest frame that the broker takes.
-    """
+    """What rules a run's rounds."""
 
     run_id: bytes
     mask_hash: bytes
@@ -35,9 +29,9 @@ class RoundSettings(RoundRules):
     guards: GuardsConfig = GuardsConfig()
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     values: ServerValuesConfig = ServerValuesConfig()
-    measured: bool = False
-    max_step: float = MAX_STEP
-    frame_bytes: int = MAX_FRAME_BYTES
+    measured: bool = False  # whether the mask's g_p tells anything, so that GradIP is kept
+    max_step: float = MAX_STEP  # the largest |lr·g| of an update
+    frame_bytes: int = MAX_FRAME_BYTES  # of the largest frame that the broker takes
 
     def model_post_init(self, context: object, /) -> None:
         """Refuse, as ConfigError, what no round can be: more lanes than nodes, more directions than a frame holds."""

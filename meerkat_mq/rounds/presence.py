@@ -61,15 +61,10 @@ class Presence:
 
 @dataclass(slots=True)
 class Pulse:
-    """Says when a retained state is due to be published again because theta moved on: for people who watch.
+    """Says when a retained state is due to be published again because theta moved on: for people who watch."""
 
-    Attributes:
-        rounds: after so many, but not within 5 s of the last time.
-        slow_s: or after so long, if theta moved on at all.
-    """
-
-    rounds: int
-    slow_s: float
+    rounds: int  # after so many, but not within 5 s of the last time
+    slow_s: float  # or after so long, if theta moved on at all
     _version: int = 0
     _at: float = float("-inf")
 

@@ -21,11 +21,7 @@ class Verdict(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class UpdateRecord:
-    """An update as the ledger keeps it: the first of its node from theta of its version, accepted or refused.
-
-    Attributes:
-        values: the displacement of a values node, whose scalars are ().
-    """
+    """An update as the ledger keeps it: the first of its node from theta of its version, accepted or refused."""
 
     version: int
     node: str
@@ -35,25 +31,18 @@ class UpdateRecord:
     scalars: tuple[float, ...]
     loss: float
     verdict: Verdict = Verdict.ACCEPTED
-    values: Values | None = None
+    values: Values | None = None  # the displacement of a values node, whose scalars are ()
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What a calibration round showed of a node's virtual path; the newest of a node counts (docs/early-stopping.md).
+    """What a calibration round showed of a node's virtual path; a node's newest counts (docs/early-stopping.md)."""
 
-    Attributes:
-        version: of the calibration round.
-        rho_later: mean |GradIP| of the initial part ÷ that of the later part; infinite where only the latter is 0.
-        rho_quiet: share of quiet steps in the later part.
-        early_stopped: the verdict.
-    """
-
-    version: int
+    version: int  # of the calibration round
     node: str
-    rho_later: float
-    rho_quiet: float
-    early_stopped: bool
+    rho_later: float  # mean |GradIP| of the initial part ÷ that of the later part; infinite where only the latter is 0
+    rho_quiet: float  # share of quiet steps in the later part
+    early_stopped: bool  # the verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,18 +55,10 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class RoundOutcome:
-    """What a closed round comes to.
+    """What a closed round comes to."""
 
-    Attributes:
-        records: its updates with their final verdicts, by base version and slot.
-        judgements: what it showed of the nodes, where it calibrates.
-        terms: of its entry.
-        shares: of its entry's mean displacement.
-        flagged: nodes that stand out, this round included, and the verdict that they got most.
-    """
-
-    records: tuple[UpdateRecord, ...]
-    judgements: tuple[Judgement, ...]
-    terms: tuple[Coefficient, ...]
-    shares: tuple[Share, ...]
-    flagged: Mapping[str, Verdict]
+    records: tuple[UpdateRecord, ...]  # its updates with their final verdicts, by base version and slot
+    judgements: tuple[Judgement, ...]  # what it showed of the nodes, where it calibrates
+    terms: tuple[Coefficient, ...]  # of its entry
+    shares: tuple[Share, ...]  # of its entry's mean displacement
+    flagged: Mapping[str, Verdict]  # nodes that stand out, this round included, and the verdict that they got most

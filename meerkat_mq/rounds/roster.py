@@ -10,11 +10,7 @@ from meerkat_mq.wire.frames import MAX_SLOTS
 
 @dataclass(slots=True)
 class KnownNode:
-    """A node; while it is offline, nobody waits for it from `dead_at` on.
-
-    Attributes:
-        asleep: it said when it would come back: until `dead_at`, it is asked as if it were online.
-    """
+    """A node; while it is offline, nobody waits for it from `dead_at` on."""
 
     slot: int
     welcomed: bool = False
@@ -22,7 +18,7 @@ class KnownNode:
     link: int = 0
     weight: int = 1
     online: bool = False
-    asleep: bool = False
+    asleep: bool = False  # it said when it would come back: until `dead_at`, it is asked as if it were online
     dead_at: float = float("-inf")
 
     @property

@@ -30,6 +30,7 @@ from functools import partial
 
 from meerkat_mq.core import metrics as m
 from meerkat_mq.core.path import MAX_WEIGHT, Entry
+from meerkat_mq.errors import AnotherServer
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.guards import NOT_REFUSED, on_arrival
 from meerkat_mq.rounds.open_round import OpenRound, opened, outcome_of
@@ -64,14 +65,6 @@ class ServerMachine(ServerMachineState):
 
     def handle(self, event: e.ServerEvent) -> list[e.ServerEffect]:
         """Take one event; returns the effects to carry out, in order."""
-        self._on(event)
-        return self._flush()
-
-    def _flush(self) -> list[e.ServerEffect]:
-        effects, self._effects = self._effects, []
-        return effects
-
-    def _on(self, event: e.ServerEvent) -> None:
         match event:
             case e.UpdateCame():
                 self._on_update_came(event)
@@ -83,11 +76,6 @@ class ServerMachine(ServerMachineState):
                 self._on_server_seen(event)
             case e.Tick():
                 self._on_tick(event)
-            case answer:
-                self._on_answer(answer)
-
-    def _on_answer(self, event: e.ServerAnswer) -> None:
-        match event:
             case e.UpdatesCommitted():
                 self._on_updates_committed(event)
             case e.ValuesFetched():
@@ -102,6 +90,11 @@ class ServerMachine(ServerMachineState):
                 self._on_entry_committed(event)
             case e.SlotCommitted():
                 self._on_slot_committed(event)
+        return self._flush()
+
+    def _flush(self) -> list[e.ServerEffect]:
+        effects, self._effects = self._effects, []
+        return effects
 
     # --- nodes come and go ---
 
@@ -187,7 +180,9 @@ class ServerMachine(ServerMachineState):
     def _on_server_seen(self, event: e.ServerSeen) -> None:
         state = event.state
         if state.rank > self._rank:
-            self._effects.append(e.End(self._another_server(state)))
+            problem = f"a server of term {state.term} on host {state.host} has taken over"
+            remedy = "leave it in charge, or stop it and start this one again"
+            self._effects.append(e.End(AnotherServer(f"term {self._rank[0]}", problem, remedy)))
         elif state.rank < self._rank or state.status != ("finished" if self.finished else "online"):
             self._effects.append(e.PublishState())
 

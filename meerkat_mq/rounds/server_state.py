@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from meerkat_mq.core import metrics as m
 from meerkat_mq.core.path import Entry
-from meerkat_mq.errors import AnotherServer
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.early_stopping import EarlyStopping
 from meerkat_mq.rounds.guards import Guard
@@ -20,7 +19,7 @@ from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
 from meerkat_mq.rounds.roster import KnownNode, Roster
 from meerkat_mq.rounds.transitions import ServerPhase
 from meerkat_mq.rounds.window import Window
-from meerkat_mq.wire.descriptor import NodeStatus, ServerState
+from meerkat_mq.wire.descriptor import NodeStatus
 from meerkat_mq.wire.frames import Header, Reason, Refusal, Update
 from meerkat_mq.wire.messages import in_words
 
@@ -166,13 +165,6 @@ class ServerMachineState:
             self._outranked = True
             self._count(m.HIGHER_TERM)
             self._effects.append(e.TakeTerm(header.term))
-
-    def _another_server(self, state: ServerState) -> AnotherServer:
-        return AnotherServer(
-            f"term {self._rank[0]}",
-            f"a server of term {state.term} on host {state.host} has taken over",
-            "leave it in charge, or stop it and start this one again",
-        )
 
     def _flag(self, flagged: Mapping[str, Verdict]) -> None:
         before, self._flagged = self._flagged, flagged

@@ -32,17 +32,14 @@ class NodeProfile:
     """What sets a node apart.
 
     Attributes:
-        name: its id.
-        values: whether it sends displacements instead of projected gradients.
         keeps: whether it keeps every update on disk until it is acknowledged; in a buffered run each node does.
-        engine: that its owner names; None: any engine of this package.
     """
 
-    name: str
+    name: str  # its id
     federation: str
-    values: bool = False
+    values: bool = False  # whether it sends displacements instead of projected gradients
     keeps: bool = False
-    engine: str | None = None
+    engine: str | None = None  # that its owner names; None: any engine of this package
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,19 +52,12 @@ class KeptUpdate:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What came of the local steps of a round.
+    """What came of the local steps of a round."""
 
-    Attributes:
-        scalars: projected gradients; () of a values node.
-        loss: mean.
-        values: names the displacement of a values node.
-        blob: the displacement, encoded; b"" without one.
-    """
-
-    scalars: tuple[float, ...]
-    loss: float
-    values: Values | None = None
-    blob: bytes = field(default=b"", repr=False)
+    scalars: tuple[float, ...]  # projected gradients; () of a values node
+    loss: float  # mean
+    values: Values | None = None  # names the displacement of a values node
+    blob: bytes = field(default=b"", repr=False)  # the displacement, encoded; b"" without one
 
 
 class Stop(Protocol):

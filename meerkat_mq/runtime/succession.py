@@ -30,19 +30,12 @@ ANSWER_S = 5.0  # in which a server that lives answers, also over a slow link
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """What a ledger held when its server started.
+    """What a ledger held when its server started."""
 
-    Attributes:
-        ledger: its file.
-        run: hex; None where it held none.
-        version: where it ended.
-        ranks: (term, server id) of each server that took a term.
-    """
-
-    ledger: str
-    run: str | None
-    version: int
-    ranks: frozenset[tuple[int, str]]
+    ledger: str  # its file
+    run: str | None  # hex; None where it held none
+    version: int  # where it ended
+    ranks: frozenset[tuple[int, str]]  # (term, server id) of each server that took a term
 
     @classmethod
     def of(cls, ledger: Store) -> Self:

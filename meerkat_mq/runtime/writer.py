@@ -80,20 +80,13 @@ Want = e.SendEntries | e.SendChunks
 
 @dataclass(frozen=True)
 class Holdings:
-    """What a server process holds of its run.
-
-    Attributes:
-        ledger: of the run, or empty.
-        replica: theta of the ledger's newest version.
-        snapshots: of the ledger.
-        past: what the ledger held when the process started.
-    """
+    """What a server process holds of its run."""
 
     run: Run
-    ledger: Store
-    replica: Replica
-    snapshots: Snapshots
-    past: Past
+    ledger: Store  # of the run, or empty
+    replica: Replica  # theta of the ledger's newest version
+    snapshots: Snapshots  # of the ledger
+    past: Past  # what the ledger held when the process started
 
 
 class Owner(Protocol):

@@ -88,9 +88,7 @@ class _History:
     """What the closed rounds add up to, round by round.
 
     Attributes:
-        updates: of each node.
         proven: node to the newest version whose theta it was seen to hold, by the digest in an update.
-        digest: the newest, hex.
     """
 
     ledger: Ledger
@@ -98,10 +96,10 @@ class _History:
     losses: list[Point] = field(default_factory=list)
     rising: RisingLoss = field(default_factory=RisingLoss)
     counts: Counter[str] = field(default_factory=Counter)
-    updates: Counter[str] = field(default_factory=Counter)
+    updates: Counter[str] = field(default_factory=Counter)  # of each node
     proven: dict[str, int] = field(default_factory=dict)
     magnitudes: dict[str, Magnitudes] = field(default_factory=dict)
-    digest: str = ""
+    digest: str = ""  # the newest, hex
     closings: list[tuple[int, float]] = field(default_factory=list)
 
     def take(self, closed: Closed, records: Sequence[UpdateRecord]) -> None:
