@@ -13,7 +13,7 @@ from typing import Any, Self
 from meerkat_mq.config import Rules, check_config
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Entry, short_hash
-from meerkat_mq.errors import AnotherServer, LedgerError
+from meerkat_mq.errors import AnotherServer, LedgerError, LedgerUnavailable
 from meerkat_mq.ledger import sqlite_file
 from meerkat_mq.ledger.files import SnapshotFiles, check_remains, keep_mask
 from meerkat_mq.ledger.sqlite_rows import (
@@ -117,7 +117,10 @@ class Ledger(Store):
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 if sqlite_file.number_of(self.path) != self._number:
-                    raise sqlite_file.moved(self.path)
+                    problem = "was removed, moved or replaced while this server had it open"
+                    raise LedgerUnavailable(
+                        self.where, problem, "put it back, and the server goes on; or end the server"
+                    )
                 self._assert_in_charge()
                 yield
                 self._connection.execute("COMMIT")

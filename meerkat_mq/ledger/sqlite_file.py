@@ -147,17 +147,11 @@ def open_to_write(path: Path) -> sqlite3.Connection:
 
 
 def number_of(path: Path) -> int | None:
-    """Which file stands there, by its file system's number; None where none does."""
+    """Which file is there, by its file system's number; None where none is."""
     try:
         return path.stat().st_ino
     except OSError:
         return None
-
-
-def moved(path: Path) -> LedgerUnavailable:
-    """The error of a ledger whose name no longer leads to the open file: what is committed there, nobody would find."""
-    problem = "was removed, moved or replaced while this server had it open"
-    return LedgerUnavailable(str(path), problem, "put it back, and the server goes on; or end the server")
 
 
 def open_to_read(path: Path) -> sqlite3.Connection:

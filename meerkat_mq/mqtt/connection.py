@@ -49,13 +49,11 @@ class _Owed(NamedTuple):
 class Connection:
     """A fresh client object, from CONNECT to the end.
 
-    Every method may hang when the connection dies: race it against `ended`.
+    Every method may hang when the connection dies: race it against `ended`, which is resolved with the cause as soon as
+    it has ended: Lost, or what `on_message` raised. What cannot be sent raises Lost too.
 
     Args:
         name: the user that rights are given to; see `certificate_flaws`.
-
-    Attributes:
-        ended: resolved with the cause as soon as the connection has ended: Lost, or what `on_message` raised.
     """
 
     def __init__(
@@ -127,31 +125,18 @@ class Connection:
         return (*user_flaws(self._broker, self._name), *self._words.flaws)
 
     async def subscribe(self, filters: Mapping[str, int]) -> None:
-        """Subscribe and wait for the answer.
-
-        Raises:
-            Lost: not sent.
-            Refused: by the broker.
-        """
+        """Subscribe and wait for the answer; Refused where it is a refusal."""
         codes = await self._answer("answer to SUBSCRIBE", lambda client: client.subscribe(list(filters.items())))
         for topic, code in zip(filters, codes, strict=True):
             if code.is_failure:
                 raise self._words.subscription(topic)
 
     async def unsubscribe(self, topic: str) -> None:
-        """Unsubscribe and wait for the answer, which the broker sends after all that it sent before.
-
-        Raises:
-            Lost: not sent.
-        """
+        """Unsubscribe and wait for the answer, which the broker sends after all that it sent before."""
         await self._answer("answer to UNSUBSCRIBE", lambda client: client.unsubscribe(topic))
 
     async def publish(self, topic: str, payload: bytes, qos: int, *, retain: bool) -> None:
-        """Publish and wait until the broker acknowledged it (QoS 0: until it is written).
-
-        Raises:
-            Lost: not sent.
-        """
+        """Publish and wait until the broker acknowledged it (QoS 0: until it is written)."""
 
         def send(client: paho.Client) -> tuple[int, int]:
             info = client.publish(topic, payload, qos, retain)
