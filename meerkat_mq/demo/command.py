@@ -46,28 +46,12 @@ def command(
     ] = None,
 ) -> None:
     """Run a whole federation on this machine: broker, server and nodes, live progress, a report at the end."""
+    choices = {option: value for option, value in locals().items() if option != "out"}
     need("model", "meerkat demo")
     installed_program()
     from meerkat_mq.demo.plan import Choices, make_plan  # noqa: PLC0415
-    from meerkat_mq.tasks.sources import named_source  # noqa: PLC0415
 
-    choices = Choices(
-        model=model,
-        task=task,
-        data=None if data is None else named_source(data),
-        text=None if text is None else named_source(text),
-        nodes=nodes,
-        rounds=rounds,
-        local_steps=local_steps,
-        early_stopping=early_stopping,
-        directions=directions,
-        lr=lr,
-        density=density,
-        dtype=dtype,
-        seed=seed,
-        bound=bound,
-    )
-    plan = make_plan(choices)
+    plan = make_plan(Choices(**choices))
     with importing("model", "meerkat demo"):  # after the checks: it takes seconds
         from meerkat_mq.demo.run import run_demo  # noqa: PLC0415
 

@@ -115,13 +115,13 @@ def _old_habit(rng: Random, label: int, severity: int) -> int:
 
 
 def _draw(rng: Random, uses: set[Use]) -> Wording:
-    label = _pick(rng, _SHARES)
+    (label,) = rng.choices(range(len(LABELS)), _SHARES)
     return rng.choice([wording for wording in wordings(label) if wording.use in uses])
 
 
 def _line(rng: Random, wording: Wording, site: int) -> tuple[str, int]:
     """A log line in one of three formats, and its severity."""
-    severity = _pick(rng, _SEVERITY_OF_FAULT if wording.label else _SEVERITY_OF_ROUTINE)
+    (severity,) = rng.choices(range(5), _SEVERITY_OF_FAULT if wording.label else _SEVERITY_OF_ROUTINE)
     device = f"{rng.choice(LEXICON['devices'][LABELS[wording.label]])}-{site:02d}"
     clock, text = _slot(rng, "clock"), _fill(rng, wording.text)
     if rng.random() < _TRAILED:
@@ -150,12 +150,3 @@ def _slot(rng: Random, name: str) -> str:
     if name == "version":
         return f"{rng.randrange(1, 5)}.{rng.randrange(10)}.{rng.randrange(10)}"
     return str(rng.choice(LEXICON["choices"][name]))
-
-
-def _pick(rng: Random, shares: tuple[float, ...]) -> int:
-    draw = rng.random()
-    for i, share in enumerate(shares):
-        draw -= share
-        if draw < 0:
-            return i
-    return len(shares) - 1

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 from meerkat_mq.config import EarlyStoppingConfig, RoundsConfig, check_config
@@ -12,6 +11,7 @@ from meerkat_mq.demo.settings import DEMO, GIVEN, GIVEN_TEXT_TOKENS, WEIGHTS, De
 from meerkat_mq.errors import ConfigError, DataError
 from meerkat_mq.tasks.data import ClassOf, hold_out, partition, read_rows, read_texts
 from meerkat_mq.tasks.load import load_task
+from meerkat_mq.tasks.sources import named_source
 from meerkat_mq.tasks.task import Task
 
 HELD_OUT = 0.2
@@ -20,12 +20,12 @@ EVALUATIONS = 12
 
 @dataclass(frozen=True)
 class Choices:
-    """The command line's choices; None where the demo's own default stands."""
+    """The options of the command line; None where the demo's own default stands."""
 
     model: str | None = None
     task: str | None = None
-    data: Path | str | None = None
-    text: Path | str | None = None
+    data: str | None = None
+    text: str | None = None
     nodes: int = DEMO.nodes
     rounds: int | None = None
     local_steps: int = DEMO.local_steps
@@ -102,16 +102,16 @@ def _own(choices: Choices) -> DemoPlan:
     return _plan(choices, DEMO, TASK, source=str(WEIGHTS), train=train, held_out=held_out, calibration=calibration)
 
 
-def _given(choices: Choices, model: str, task: Task, data: Path | str) -> DemoPlan:
-    rows, text = read_rows(data, task), choices.text
+def _given(choices: Choices, model: str, task: Task, data: str) -> DemoPlan:
+    rows, text = read_rows(named_source(data), task), choices.text
     train, held_out = hold_out(rows, HELD_OUT, seed=choices.seed, class_of=task.class_of)
     if not held_out:
         problem = f"{len(rows)} rows, no two of one label: none can be held out"
-        raise DataError(str(data), problem, "give more rows")
+        raise DataError(data, problem, "give more rows")
     settings = GIVEN if text is None else replace(GIVEN, calibration_tokens=GIVEN_TEXT_TOKENS)
 
     def calibration() -> list[str]:
-        return [task.as_text(row) for row in train] if text is None else read_texts(text)
+        return [task.as_text(row) for row in train] if text is None else read_texts(named_source(text))
 
     return _plan(choices, settings, task, source=model, train=train, held_out=held_out, calibration=calibration)
 

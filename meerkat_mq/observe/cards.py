@@ -203,9 +203,8 @@ def _task(report: Report) -> Markup:
     task = report.descriptor.task
     if task is None:
         return Markup()
-    table = {"task" if key == "name" else key.replace("_", " "): value for key, value in task.model_dump().items()}
-    return pairs([(key, _in_words(value)) for key, value in table.items()], "hashes")
-
-
-def _in_words(value: object) -> str:
-    return " · ".join(str(item).strip() for item in value) if isinstance(value, list | tuple) else str(value)
+    shown = {
+        "task" if key == "name" else key.replace("_", " "): value if isinstance(value, list | tuple) else [value]
+        for key, value in task.model_dump().items()
+    }
+    return pairs([(key, " · ".join(str(item).strip() for item in values)) for key, values in shown.items()], "hashes")

@@ -19,16 +19,13 @@ def write_report(path: Path, report: Report) -> None:
     Raises:
         OSError: the folder is missing, read-only or full.
     """
-    write_atomically(path, render(report).encode("utf-8", errors="replace"))
-
-
-def render(report: Report) -> str:
-    """The page as HTML."""
-    title = f"{report.model} · Meerkat-MQ"
-    return document(
-        title, _header(report), _warning(report), _tiles(report), _curves(report), gradip_card(report),
+    warning = tag("p", f"Warning: {report.warning}.", class_="warning", role="alert") if report.warning else ""
+    page = document(
+        f"{report.model} · Meerkat-MQ", _header(report), warning,
+        tag("div", *map(_tile, headlines(report)), class_="tiles"), _curves(report), gradip_card(report),
         bytes_card(report), labels_card(report), nodes_card(report), counts_card(report), run_card(report),
     )  # fmt: skip
+    write_atomically(path, page.encode("utf-8", errors="replace"))
 
 
 def _header(report: Report) -> Markup:
@@ -49,14 +46,6 @@ def _lead(report: Report) -> str:
         return f"Fine-tuned by {nodes} over MQTT{took}"
     closed = f"{report.closed:,} of {report.descriptor.count:,} rounds by {nodes} over MQTT{took}"
     return f"{report.standing.value.capitalize()}: {closed}"
-
-
-def _warning(report: Report) -> Markup:
-    return tag("p", f"Warning: {report.warning}.", class_="warning", role="alert") if report.warning else Markup()
-
-
-def _tiles(report: Report) -> Markup:
-    return tag("div", *map(_tile, headlines(report)), class_="tiles")
 
 
 def _tile(headline: Headline) -> Markup:
@@ -80,7 +69,12 @@ def _accuracy(report: Report, rounds: charts.Scale) -> Markup:
     return section(
         "Held-out accuracy",
         charts.line_chart(
-            "Held-out accuracy over rounds", [curve], _references(report), rounds, _percent_tick, axis="rounds closed"
+            "Held-out accuracy over rounds",
+            [curve],
+            _references(report),
+            rounds,
+            lambda share: f"{100 * share:.6g} %",
+            axis="rounds closed",
         ),
         note="On rows that no node has seen." if rows is None else f"On {rows:,} rows that no node has seen.",
     )
@@ -119,7 +113,3 @@ def _loss(report: Report, rounds: charts.Scale) -> Markup:
         charts.legend([(line.label, line.style) for line in lines if line.points]),
         note="Mean over the nodes, each on a batch of its own data.",
     )
-
-
-def _percent_tick(share: float) -> str:
-    return f"{100 * share:.6g} %"

@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Protocol, TextIO
+from typing import IO, Any, TextIO
 
 from meerkat_mq.errors import ConfigError
 from meerkat_mq.observe import signals
@@ -20,15 +20,10 @@ PIECE = 4096  # a pipe that is ready takes so many bytes without making us wait
 PATIENCE_MS = 250  # of a reader that is slow, not stuck
 
 
-class _HasDescriptor(Protocol):
-    def fileno(self) -> int:
-        """The descriptor; ValueError where it is closed."""
-
-
 class _Stream(io.RawIOBase):
     """What a text stream writes to: another file, of which only the descriptor is used."""
 
-    def __init__(self, file: _HasDescriptor) -> None:
+    def __init__(self, file: IO[Any]) -> None:
         super().__init__()
         self._file = file
 
@@ -55,7 +50,7 @@ class Diagnostics(_Stream):
         notice: words `dropped` for the line that goes before the first one that is written again.
     """
 
-    def __init__(self, file: _HasDescriptor) -> None:
+    def __init__(self, file: IO[Any]) -> None:
         super().__init__(file)
         self.dropped = 0
         self.notice: Callable[[int], str] = lambda count: f"meerkat: {count} lines dropped\n"

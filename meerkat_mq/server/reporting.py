@@ -18,7 +18,7 @@ from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.ledger.store import Closed, NodeRow, Term
 from meerkat_mq.ledger.verify import run_of
 from meerkat_mq.observe.charts import Point
-from meerkat_mq.observe.paths import Magnitudes
+from meerkat_mq.observe.figures import Magnitudes
 from meerkat_mq.observe.report import HeldOutScore, NodeFacts, NodeReport, Report, Standing, facts_of
 from meerkat_mq.rounds.guards import NOT_REFUSED
 from meerkat_mq.rounds.policy import RoundSettings

@@ -33,7 +33,7 @@ def test_the_bound_is_on_for_the_demos_own_model_and_off_for_a_given_one(tmp_pat
     write_rows(data, triage_rows(0, 60, "train"))
     task = tmp_path / "task.toml"
     task.write_text(tomli_w.dumps(TASK.model_dump(mode="json")))
-    given: dict[str, Any] = {"model": "x", "task": str(task), "data": data}
+    given: dict[str, Any] = {"model": "x", "task": str(task), "data": str(data)}
     assert [make_plan(Choices(bound=bound)).bound for bound in (None, True, False)] == [True, True, False]
     assert [make_plan(Choices(bound=bound, **given)).bound for bound in (None, True, False)] == [False, True, False]
 
@@ -82,7 +82,7 @@ def test_the_first_node_holds_one_label_and_no_row_is_lost(seed: int) -> None:
         ({"density": 1.5}, r"--density: 1\.5 is outside"),
         ({"seed": -1}, "--seed: -1 is below 0"),
         ({"model": "here"}, "--model, --task, --data: go together"),
-        ({"text": Path("here")}, "--text goes with them"),
+        ({"text": "here"}, "--text goes with them"),
     ],
 )
 def test_bad_choices_are_named_before_anything_runs(choices: dict[str, Any], message: str) -> None:
@@ -106,7 +106,7 @@ def test_held_out_rows_are_of_every_label(tmp_path: Path) -> None:
     """Rows in turn over five labels: every fifth row is of the first."""
     (tmp_path / "t.toml").write_text('template = "{x} is"\nlabel_words = [" a", " b", " c", " d", " e"]')
     write_rows(tmp_path / "d.jsonl", [{"x": str(number), "label": number % 5} for number in range(100)])
-    plan = make_plan(Choices(model="m", task=str(tmp_path / "t.toml"), data=tmp_path / "d.jsonl"))
+    plan = make_plan(Choices(model="m", task=str(tmp_path / "t.toml"), data=str(tmp_path / "d.jsonl")))
     assert sorted(row["label"] for row in plan.held_out) == sorted([0, 1, 2, 3, 4] * 4)
     assert {row["label"] for shard in plan.shards for row in shard} == {0, 1, 2, 3, 4}
     assert len(plan.held_out) + sum(map(len, plan.shards)) == 100

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from meerkat_mq.observe.paths import MOST_SPANS, Magnitudes
+from meerkat_mq.observe.figures import MOST_SPANS, Magnitudes
 
 
 def test_a_short_path_keeps_every_magnitude() -> None:
