@@ -1,11 +1,11 @@
 """What a server tells whoever watches a run."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from meerkat_mq.mqtt.message import MessageCount
 from meerkat_mq.rounds.records import Judgement
+from meerkat_mq.tasks.task import Evaluation
 from meerkat_mq.wire.descriptor import RunDescriptor
 
 
@@ -46,31 +46,17 @@ class RoundClosed:
         return self.round + 1
 
 
-@dataclass(frozen=True)
-class Evaluated:
+@dataclass(frozen=True, kw_only=True)
+class Evaluated(Evaluation):
     """theta was evaluated on held-out data.
 
     Attributes:
         version: theta's version, so the number of rounds closed before.
         seconds: since the run's first round opened; 0 before.
-        figures: what the run's task makes of it, by name: always "loss"; of a classifier "accuracy", and "majority",
-            the accuracy of always answering the most frequent class.
     """
 
     version: int
     seconds: float
-    rows: int
-    figures: Mapping[str, float]
-
-    @property
-    def loss(self) -> float:
-        """The mean loss."""
-        return self.figures["loss"]
-
-    @property
-    def accuracy(self) -> float:
-        """NaN of a task without one."""
-        return self.figures.get("accuracy", math.nan)
 
 
 @dataclass(frozen=True)

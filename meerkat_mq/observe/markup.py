@@ -31,14 +31,14 @@ def _text(value: str | float) -> str:
     return escape(printable_lines(value) if isinstance(value, str) else f"{value:.6g}")
 
 
-def document(title: str, *content: str, style: str = "") -> str:
-    """A whole page as HTML; `style` is CSS beside the house's."""
+def document(title: str, *content: str) -> str:
+    """A whole page as HTML."""
     head = tag(
         "head",
         Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
         Markup('<meta name="color-scheme" content="light dark">'),
         tag("title", title),
-        tag("style", Markup(STYLE.read_text(encoding="utf-8") + style)),
+        tag("style", Markup(STYLE.read_text(encoding="utf-8"))),
     )
     return f"<!doctype html>\n{tag('html', head, tag('body', tag('main', *content)), lang='en')}\n"
 

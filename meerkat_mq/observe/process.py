@@ -24,7 +24,7 @@ class Threads(ThreadPoolExecutor):
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """End the threads, after their work unless a signal came."""
-        ending = signals.came() is not None
+        ending = signals.State.first is not None
         super().shutdown(wait and not ending, cancel_futures=cancel_futures or ending)
 
 
@@ -35,7 +35,7 @@ def run_process(command: Callable[[], object]) -> NoReturn:
     signal cut it short, 128 + its number.
     """
     code = _outcome(command)
-    if signals.came() is not None:
+    if signals.State.first is not None:
         os._exit(code)  # threads may be deep in a model
     sys.exit(code)
 
@@ -47,7 +47,9 @@ def _outcome(command: Callable[[], object]) -> int:
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except BaseException as error:
-        if (number := signals.came()) is not None:  # whatever a library, half imported perhaps, made of Interrupted
+        if (
+            number := signals.State.first
+        ) is not None:  # whatever a library, half imported perhaps, made of Interrupted
             signals.say(number)
             return SIGNALLED + number
         if not isinstance(error, MeerkatError):
@@ -68,7 +70,7 @@ def run_service(main: Callable[[], Coroutine[Any, Any, None]], *, config: Path |
         0, also where a signal ended it in order; or the exit code of the MeerkatError that ended it, which is written
         on stderr as one line.
     """
-    signals.be_patient(signals.IN_ORDER_S)
+    signals.State.patience_s = signals.IN_ORDER_S
     try:
         _run(main)
     except MeerkatError as error:
@@ -88,7 +90,7 @@ def run_task(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     try:
         _run(main)
     finally:
-        if (number := signals.came()) is not None:
+        if (number := signals.State.first) is not None:
             raise signals.Interrupted(number)
 
 
@@ -117,7 +119,7 @@ async def _until_signal(main: Coroutine[Any, Any, None]) -> None:
         loop.call_soon_threadsafe(cancel)
 
     def cancel() -> None:
-        signals.be_patient(signals.IN_ORDER_S)  # the loop is not stuck: children are being ended, perhaps
+        signals.State.patience_s = signals.IN_ORDER_S  # the loop is not stuck: children are being ended, perhaps
         task.cancel()
 
     with signals.handled(end), contextlib.suppress(asyncio.CancelledError):

@@ -45,10 +45,15 @@ class Interrupted(BaseException):
         return SIGNALLED + self.number
 
 
-class _Heard:
-    """What this process has heard so far."""
+class State:
+    """What this process knows of signals.
 
-    number: int | None = None
+    Attributes:
+        first: the first one that came.
+        patience_s: the time that what it ends has, from then on.
+    """
+
+    first: int | None = None
     patience_s = AT_ONCE_S
     handler: Callable[[int], None] | None = None
 
@@ -63,16 +68,6 @@ def listen() -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, WORDS)  # the thread takes none: they wait for the main thread
     _thread.start_new_thread(_end_late, (reading,))
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def came() -> int | None:
-    """The first signal of this process."""
-    return _Heard.number
-
-
-def be_patient(seconds: float) -> None:
-    """Give what the first signal ends so much time, from that signal on."""
-    _Heard.patience_s = seconds
 
 
 def say(number: int) -> None:
@@ -93,24 +88,24 @@ def handled(action: Callable[[int], None]) -> Iterator[None]:
     """Within, the first signal calls `action`, in the main thread, wherever that is; a second one ends the process."""
 
     def heard(number: int, _: FrameType | None = None) -> None:
-        if _Heard.number is not None:
+        if State.first is not None:
             leave(number)
-        _Heard.number = number
+        State.first = number
         action(number)
 
-    outer, _Heard.handler = _Heard.handler, heard
+    outer, State.handler = State.handler, heard
     before = {number: signal.signal(number, heard) for number in WORDS}
     try:
         yield
     finally:
-        _Heard.handler = outer
+        State.handler = outer
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def hear(number: int) -> None:
     """Do what is done when a signal comes."""
-    (_Heard.handler or leave)(number)
+    (State.handler or leave)(number)
 
 
 def interrupt(number: int) -> NoReturn:
@@ -131,6 +126,6 @@ def _end_late(reading: int) -> None:
     while (number := os.read(reading, 1)[0]) not in WORDS:
         pass
     began = time.monotonic()
-    while (left := began + _Heard.patience_s - time.monotonic()) > 0:
+    while (left := began + State.patience_s - time.monotonic()) > 0:
         time.sleep(left)
     leave(number)

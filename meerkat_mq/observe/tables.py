@@ -79,16 +79,12 @@ def _accuracy(run: RunShown) -> str:
     gained = ""
     if run.base_accuracy is not None and run.evaluated:
         gained = f", {points(run.accuracy - run.base_accuracy)} from {percent(run.base_accuracy)}"
-    return f"{percent(run.accuracy)} after {_rounds(run.evaluated or 0)}{gained}"
+    return f"{percent(run.accuracy)} after {run.evaluated or 0:,} round{'s' * (run.evaluated != 1)}{gained}"
 
 
 def _loss(run: RunShown) -> str:
     held_out = "" if run.held_out_loss is None else f"; {_number(run.held_out_loss)} on held-out rows"
     return f"{_number(run.loss)} on the nodes' rows{held_out}"
-
-
-def _rounds(count: int) -> str:
-    return f"{count:,} round{'' if count == 1 else 's'}"
 
 
 def _progress(run: RunShown) -> str:

@@ -250,7 +250,7 @@ class Monitor(ServerMonitor):
     ) -> None:
         said = {name: rounded(value, 4) for name, value in found.figures.items()}
         self._log.info("evaluated", version=version, **said)
-        self._observe(Evaluated(version, seconds, found.rows, found.figures))
+        self._observe(Evaluated(rows=found.rows, figures=found.figures, version=version, seconds=seconds))
         self._warn(self._rising.evaluated(version, found.loss))
         figures = {**found.figures, "rows": float(found.rows)}
         keep(version, {name: value for name, value in figures.items() if math.isfinite(value)})

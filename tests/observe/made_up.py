@@ -85,9 +85,8 @@ def calibrated(stopped: str, *others: str) -> dict[str, Any]:
 
 
 def evaluated(version: int, accuracy: float) -> Evaluated:
-    return Evaluated(
-        version, 0.37 * version, 1000, {"accuracy": accuracy, "loss": 2 * (1 - accuracy), "majority": 0.31}
-    )
+    figures = {"accuracy": accuracy, "loss": 2 * (1 - accuracy), "majority": 0.31}
+    return Evaluated(rows=1000, figures=figures, version=version, seconds=0.37 * version)
 
 
 def an_evaluation(version: int, accuracy: float, *, majority: float | None = 0.31) -> HeldOutScore:
