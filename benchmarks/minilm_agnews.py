@@ -16,11 +16,13 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from meerkat_mq.broker.embedded import installed_program
 from meerkat_mq.config import EarlyStoppingConfig, RoundsConfig
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.demo.local import LocalResult, run_local
@@ -60,10 +62,10 @@ def mask_file(folder: Path, source: str, method: Method, density: float, seed: i
     return path
 
 
-def report(args: argparse.Namespace, result: LocalResult) -> dict[str, object]:
+def report(args: argparse.Namespace, result: LocalResult, evaluations: Sequence[Evaluated]) -> dict[str, object]:
     finished = result.finished
     rounds = finished.version
-    first, last = result.evaluations[0], result.evaluations[-1]
+    first, last = evaluations[0], evaluations[-1]
     reports = result.node_reports
 
     def per_round(direction: str, kinds: set[str], what: str) -> float:
@@ -74,11 +76,7 @@ def report(args: argparse.Namespace, result: LocalResult) -> dict[str, object]:
 
     reached = {
         points: next(
-            (
-                (ev.version, round(ev.seconds))
-                for ev in result.evaluations
-                if ev.accuracy >= first.accuracy + points / 100
-            ),
+            ((ev.version, round(ev.seconds)) for ev in evaluations if ev.accuracy >= first.accuracy + points / 100),
             None,
         )
         for points in (3, 5)
@@ -95,7 +93,7 @@ def report(args: argparse.Namespace, result: LocalResult) -> dict[str, object]:
         "accuracy_after": round(last.accuracy, 4),
         "loss_before": round(first.loss, 4),
         "loss_after": round(last.loss, 4),
-        "best": round(max(ev.accuracy for ev in result.evaluations), 4),
+        "best": round(max(ev.accuracy for ev in evaluations), 4),
         "plus_3_points_at": reached[3],
         "plus_5_points_at": reached[5],
         "update_bytes_up": [round(per_round("sent", {"update"}, f"{w}_bytes"), 1) for w in ("payload", "packet")],
@@ -110,7 +108,7 @@ def report(args: argparse.Namespace, result: LocalResult) -> dict[str, object]:
         "node_peak_rss_mib": max(words["peak_rss_mib"] for words in reports.values()),
         "digests_equal": all(words["digest"] == finished.digest for words in reports.values()),
         "refused": {reason: n for reason, n in finished.counts.items() if reason.startswith("refused")},
-        "broker": result.program,
+        "broker": installed_program(),
     }
     for key, value in row.items():
         print(f"{key:20} {value}")
@@ -165,17 +163,18 @@ def main() -> None:
             bound=False,
             seed=args.seed,
         )
-        began = time.monotonic()
+        began, evaluations = time.monotonic(), list[Evaluated]()
 
         def show(event: RunEvent) -> None:
             if isinstance(event, Evaluated):
+                evaluations.append(event)
                 when = f"round {event.version:4}  {event.seconds:6.1f} s"
                 print(f"{when}  accuracy {event.accuracy:.4f}  loss {event.loss:.4f}", flush=True)
 
         result = asyncio.run(run_local(plan, folder, mask, show))
-        row = report(args, result)
+        row = report(args, result, evaluations)
         row["wall_seconds"] = round(time.monotonic() - began, 1)
-        row["curve"] = [asdict(event) for event in result.evaluations]
+        row["curve"] = [asdict(event) for event in evaluations]
         if args.json:
             with args.json.open("a") as file:
                 file.write(json.dumps(row) + "\n")

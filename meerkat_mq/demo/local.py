@@ -17,7 +17,7 @@ from meerkat_mq.config import BrokerConfig, EvaluationConfig, ModelConfig, Serve
 from meerkat_mq.core.step import Row
 from meerkat_mq.demo.plan import DemoPlan
 from meerkat_mq.errors import RunError
-from meerkat_mq.observe.events import Evaluated, Observer, RunEvent, RunFinished, RunStarted
+from meerkat_mq.observe.events import Observer, RunEvent, RunFinished, RunStarted
 from meerkat_mq.server.service import serve
 from meerkat_mq.tasks.data import write_rows
 
@@ -33,14 +33,11 @@ class LocalResult:
     Attributes:
         run: its id, hex.
         node_reports: each node's own last words: peak_rss_mib, digest, sent and received bytes by kind.
-        program: the broker that was used.
     """
 
     run: str
-    evaluations: list[Evaluated]
     finished: RunFinished
     node_reports: dict[str, dict[str, Any]]
-    program: str
 
 
 async def run_local(plan: DemoPlan, folder: Path, mask: Path, observer: Observer) -> LocalResult:
@@ -74,10 +71,8 @@ async def run_local(plan: DemoPlan, folder: Path, mask: Path, observer: Observer
             task.cancel()
     return LocalResult(
         run=next(event.descriptor.run for event in events if isinstance(event, RunStarted)),
-        evaluations=[event for event in events if isinstance(event, Evaluated)],
         finished=next(event for event in events if isinstance(event, RunFinished)),
         node_reports={name: _last_words(folder / f"{name}.log") for name in names},
-        program=broker.program,
     )
 
 

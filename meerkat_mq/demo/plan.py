@@ -26,9 +26,9 @@ class Choices:
     task: str | None = None
     data: str | None = None
     text: str | None = None
-    nodes: int = DEMO.nodes
+    nodes: int = 4
     rounds: int | None = None
-    local_steps: int = DEMO.local_steps
+    local_steps: int = 1
     early_stopping: Literal["off", "vpcs", "random"] = "off"
     directions: int | None = None
     lr: float | None = None

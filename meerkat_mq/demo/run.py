@@ -130,9 +130,7 @@ def _facts_after(facts: Facts, result: LocalResult) -> Facts:
             peak_rss_mib=words.get("peak_rss_mib"),
             digest=words.get("digest") or "",
         )
-    return replace(
-        facts, run=result.run, digest=finished.digest, seconds=finished.seconds, nodes=nodes, counts=finished.counts
-    )
+    return replace(facts, run=result.run, seconds=finished.seconds, nodes=nodes, counts=finished.counts)
 
 
 def _bound(plan: DemoPlan, mask: Mask, loaded: LoadedModel, progress: Callable[[int, int], None]) -> float:

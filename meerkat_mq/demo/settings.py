@@ -14,7 +14,6 @@ class DemoSettings:
     """One run of the demo; the defaults are for its own model.
 
     Attributes:
-        nodes: one of them gets rows of one label only.
         density: share of each linear matrix that is tuned: the method's own default suffices.
         lr: a third of the rate at which training diverges.
         eps: in float32 as good as the usual 1e-3, at which a bfloat16 model breaks down after 150 rounds: rounding
@@ -22,7 +21,6 @@ class DemoSettings:
         batch: rows a step.
         directions: P, or one for each node where that is fewer: a lane for each node learns faster than one for all
             and costs as many passes.
-        local_steps: T.
         rounds: enough to come within four points of the first-order bound; with more local steps as many fewer.
         early_stopping: calibrates until the demo's one label is learnt: nine of nine paths of that label were over the
             thresholds, none of six with a mix. A label that the base model knows already is not found.
@@ -31,13 +29,11 @@ class DemoSettings:
         bound_steps: of first-order training with `bound_lr` on the same mask, for comparison.
     """
 
-    nodes: int = 4
     density: float = 1e-3
     lr: float = 0.1
     eps: float = 1e-2
     batch: int = 16
     directions: int = 4
-    local_steps: int = 1
     rounds: int = 300
     training_rows: int = 1600
     held_out_rows: int = 1000

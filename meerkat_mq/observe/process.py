@@ -47,9 +47,8 @@ def _outcome(command: Callable[[], object]) -> int:
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except BaseException as error:
-        if (
-            number := signals.State.first
-        ) is not None:  # whatever a library, half imported perhaps, made of Interrupted
+        number = signals.State.first
+        if number is not None:  # whatever a library, half imported perhaps, made of Interrupted
             signals.say(number)
             return SIGNALLED + number
         if not isinstance(error, MeerkatError):

@@ -107,7 +107,6 @@ class Facts:
         parameters: d, all weights of the model.
         covered: weights of the matrices that the mask covers.
         bound: held-out accuracy of first-order training on the same mask.
-        digest: of the server's theta at the last round with a digest, hex.
         seconds: that it was worked on, about.
         counts: what happened, by reason.
     """
@@ -118,7 +117,6 @@ class Facts:
     parameters: Count | None = None
     covered: Count | None = None
     bound: FiniteFloat | None = None
-    digest: str = ""
     seconds: Size | None = None
     counts: Mapping[str, Count] = field(default_factory=dict)
     nodes: Mapping[str, NodeFacts] = field(default_factory=dict)
@@ -194,6 +192,7 @@ class Report(Facts):
         losses: (round, mean loss over the nodes on their own batches).
         evaluations: by version.
         at: when the report was made, in UTC.
+        digest: of the server's theta at the last round with a digest, hex.
         classes: names of the classes.
         magnitudes: |GradIP| over the local steps of each node; empty where it says nothing (T = 1).
         judgements: the newest of each node; empty where no round calibrated.
@@ -208,6 +207,7 @@ class Report(Facts):
     evaluations: Sequence[HeldOutScore]
     nodes: Mapping[str, NodeReport]
     at: str
+    digest: str = ""
     classes: Sequence[str] = ()
     magnitudes: Mapping[str, Sequence[Point]] = field(default_factory=dict)
     judgements: Mapping[str, Judgement] = field(default_factory=dict)

@@ -50,7 +50,6 @@ def read_report(folder: Path, progress: Progress = lambda done, total: None) -> 
         history.counts |= {m.STARTED: len(terms)} if len(terms) > 1 else {}
         known = vars(facts) | {
             "model": facts.model or run.model or f"{run.engine} engine",
-            "digest": facts.digest or history.digest,
             "seconds": history.seconds(terms) if facts.seconds is None else facts.seconds,
             "counts": facts.counts or history.counts,
             "nodes": {row.node: _node(row, history, facts.nodes.get(row.node, NodeFacts())) for row in rows},
@@ -63,6 +62,7 @@ def read_report(folder: Path, progress: Progress = lambda done, total: None) -> 
             losses=history.losses,
             evaluations=evaluations,
             at=utc(time.time()),
+            digest=history.digest,
             classes=task_of(run.task).classes if run.task else (),
             magnitudes={node: found.points for node, found in sorted(history.magnitudes.items())},
             judgements={found.node: found for found in ledger.newest_judgements()},

@@ -105,9 +105,10 @@ def test_pauses_between_servers_do_not_count(tmp_path: Path) -> None:
 
 def test_facts_are_added_where_they_are_of_this_run(tmp_path: Path) -> None:
     writer = write(tmp_path)
-    nodes = {"n0": NodeFacts(labels=(3, 4), received_bytes=99, digest="ab" * 16), "nobody": NodeFacts()}
+    newest = writer.entries[-1].digest.hex()
+    nodes = {"n0": NodeFacts(labels=(3, 4), received_bytes=99, digest=newest), "nobody": NodeFacts()}
     facts = Facts(
-        mask=writer.mask.hash.hex(), run=RUN.hex(), model="mine", parameters=1000, bound=0.9, digest="ab" * 16,
+        mask=writer.mask.hash.hex(), run=RUN.hex(), model="mine", parameters=1000, bound=0.9,
         nodes=nodes, counts={"late": 3},
     )  # fmt: skip
     facts.save(tmp_path)
