@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE  # demo and tests start hundreds of processes: each would compile the package
 INSTALL = $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test check fuzz test-arm test-brokers test-numpy test-wheel mosquitto gcc rabbitmq-server nats-server nodejs npm clean
+.PHONY: help demo test check fuzz test-arm test-brokers test-chaos test-numpy test-wheel mosquitto gcc rabbitmq-server nats-server nodejs npm clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,9 @@ test-arm: $(VENV)/.test ## golden vectors on aarch64, under qemu-user elsewhere
 test-brokers: $(VENV)/.test rabbitmq-server nats-server ## the tests that need a broker, on RabbitMQ and on NATS; ARGS as above
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --timeout 200 --broker nats $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --timeout 200 --broker rabbitmq $(ARGS)
+
+test-chaos: $(VENV)/.test mosquitto gcc ## every shipped fault drill, plain and buffered, and 200 SIGKILLs: an hour; ARGS='--seconds 30'
+	scripts/test-chaos $(ARGS)
 
 test-numpy: $(VENV)/.test ## golden vectors on NumPy 2.0 and the newest
 	scripts/test-numpy
