@@ -5,8 +5,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -187,35 +187,54 @@ def descendants(pid: int) -> list[int]:
     return []
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-@pytest.mark.timeout(150)
-async def test_a_kill_mid_grid(tmp_path: Path, tiny_llama: Path, number: signal.Signals) -> None:
-    plan, out = written(tmp_path, tiny_llama, seeds=[0, 1, 2], passes=200), tmp_path / "out"
+@asynccontextmanager
+async def running(plan: Path, out: Path) -> AsyncIterator[subprocess.Popen[str]]:
+    """A sweep in processes of its own; in the end, none of them is left."""
     process = start(plan, out)
     try:
-        await until(lambda: bool(rows(tmp_path)), within_s=45)
-        family = descendants(process.pid)
-        os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
-        shown, error = process.communicate(timeout=20)
-        await until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in family), within_s=20)
+        yield process
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    if number == signal.SIGKILL:  # the standard library's word for a worker that was being started just then
-        error = "" if error.endswith(("\nEOFError: Ran out of input\n", "\nEOFError\n")) else error
-    assert error == ""
-    if number == signal.SIGINT:
-        assert process.returncode == 128 + signal.SIGINT
-        assert "Interrupted" in shown
+        process.communicate()
+
+
+async def all_end(family: list[int]) -> None:
+    await until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in family), within_s=20)
+
+
+@pytest.mark.timeout(240)
+async def test_a_kill_mid_grid(tmp_path: Path, tiny_llama: Path) -> None:
+    plan, out = written(tmp_path, tiny_llama, seeds=[0, 1, 2], passes=100), tmp_path / "out"
+    async with running(plan, out) as process:
+        await until(lambda: bool(rows(tmp_path)), within_s=60)
+        family = descendants(process.pid)
+        process.kill()
+        _, error = process.communicate(timeout=20)
+        await all_end(family)
+    # the standard library's word for a worker that was being started just then
+    assert error == "" or error.endswith(("\nEOFError: Ran out of input\n", "\nEOFError\n"))
     done = rows(tmp_path)
     assert 1 <= len(done) < 6
-    if number == signal.SIGKILL:
-        goes_on(plan, out, done)
+    await goes_on(plan, out, done)
 
 
-def goes_on(plan: Path, out: Path, done: list[dict[str, Any]]) -> None:
-    second = start(plan, out)
-    _, error = second.communicate(timeout=50)
+@pytest.mark.timeout(150)
+async def test_ctrl_c_ends_all_processes_without_a_traceback(tmp_path: Path, tiny_llama: Path) -> None:
+    plan, out = written(tmp_path, tiny_llama), tmp_path / "out"
+    async with running(plan, out) as process:
+        await until(lambda: len(descendants(process.pid)) >= 3, within_s=45)  # two servers of processes, and a worker
+        family = descendants(process.pid)
+        os.killpg(process.pid, signal.SIGINT)
+        shown, error = process.communicate(timeout=20)
+        await all_end(family)
+    assert (process.returncode, error) == (128 + signal.SIGINT, "")
+    assert "Interrupted" in shown
+
+
+async def goes_on(plan: Path, out: Path, done: list[dict[str, Any]]) -> None:
+    async with running(plan, out) as second:
+        _, error = second.communicate(timeout=100)
     assert (second.returncode, error) == (0, "")
     found = rows(plan.parent)
     assert found[: len(done)] == done
