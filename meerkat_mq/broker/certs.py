@@ -38,12 +38,7 @@ _KEY_USAGES = (
 
 @dataclass(frozen=True)
 class Issued:
-    """A certificate that was written.
-
-    Attributes:
-        folder: with all its files.
-        until: the end of its validity.
-    """
+    """A certificate that was written, with all its files in a folder, and the end of its validity."""
 
     folder: Path
     until: datetime
@@ -51,11 +46,7 @@ class Issued:
 
 @dataclass(frozen=True)
 class Authority:
-    """The CA of a federation.
-
-    Attributes:
-        folder: holds the CA, the copies and the list.
-    """
+    """The CA of a federation, and the folder that holds it, the copies and the list."""
 
     folder: Path
     certificate: x509.Certificate
@@ -63,11 +54,7 @@ class Authority:
 
     @classmethod
     def create(cls, folder: Path, *, days: int) -> Self:
-        """Make a CA that has revoked nothing, and write it.
-
-        Raises:
-            ConfigError: the folder cannot be written.
-        """
+        """Make a CA that has revoked nothing, and write it, or raise ConfigError."""
         key, now, name = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC), _name("Meerkat-MQ CA")
         builder = _builder(name, key, now, now + timedelta(days=days), "key_cert_sign", "crl_sign")
         certificate = (
@@ -82,11 +69,7 @@ class Authority:
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Read a CA.
-
-        Raises:
-            ConfigError: it, or its list of revoked certificates, is not there or damaged, or it has expired.
-        """
+        """Read a CA; ConfigError where it, or its list, is not there or damaged, or where it has expired."""
         certificate = _read_certificate(folder / CERTIFICATE, "CA")
         with _reading(folder / KEY, "key"):
             key = load_pem_private_key((folder / KEY).read_bytes(), password=None)
@@ -109,9 +92,8 @@ class Authority:
         Args:
             folder: of their own.
             common_name: the user that a broker sees.
-            days: of validity; it ends with the CA's at the latest.
+            days: of validity, from `now` on; it ends with the CA's at the latest.
             hosts: names and addresses, for a broker; without them it is a client's.
-            now: the time to count days from; default: the clock's.
 
         Raises:
             ConfigError: a host is none, or the folder cannot be written.
@@ -139,12 +121,7 @@ class Authority:
     def issued_to(self, common_name: str, *, place: Path) -> set[int]:
         """The serial numbers of all certificates that a client of this name was given, expired ones too.
 
-        Args:
-            common_name: its user name.
-            place: the folder of its newest certificate, of which an older version kept no copy.
-
-        Raises:
-            ConfigError: a copy cannot be read.
+        In `place` is its newest one, of which an older version kept no copy. ConfigError where one cannot be read.
         """
         paths = (*sorted((self.folder / ISSUED).glob("*.pem")), place / CERTIFICATE)
         certificates = [_read_certificate(path) for path in paths if path.exists()]
@@ -157,11 +134,7 @@ class Authority:
         }
 
     def revoked(self) -> dict[int, datetime]:
-        """The serial numbers of revoked certificates, and when each was revoked.
-
-        Raises:
-            ConfigError: the list is not there, or is not this CA's.
-        """
+        """When each revoked certificate was revoked, by serial number; ConfigError where that list is not this CA's."""
         path, remedy = self.folder / CRL, f"{_BACKUP} or the broker: without it, what was revoked is good again"
         with _reading(path, "list of revoked certificates", remedy):
             revoked = x509.load_pem_x509_crl(path.read_bytes())
@@ -170,11 +143,7 @@ class Authority:
         return {entry.serial_number: entry.revocation_date_utc for entry in revoked}
 
     def revoke(self, serials: Iterable[int]) -> None:
-        """Put certificates on the list; those that are on it stay as they are.
-
-        Raises:
-            ConfigError: the list cannot be read or written.
-        """
+        """Put certificates on the list, or raise ConfigError; those that are on it stay as they are."""
         before, now = self.revoked(), datetime.now(UTC)
         self._write_revoked((before | {serial: now for serial in serials if serial not in before}).items())
 
@@ -275,12 +244,10 @@ def write_certificates(
     common name.
 
     Args:
-        folder: may exist.
         federation: makes the certificates of server and observer, and the ACL.
         hosts: makes the broker's certificate, for these names and addresses.
         nodes: ids to make a certificate for.
-        days: validity of certificates.
-        ca_days: validity of a new CA.
+        days: validity of certificates; `ca_days`: of a new CA.
         renew: replace certificates that are there; never the CA, never the ACL.
 
     Raises:
@@ -317,11 +284,7 @@ def write_certificates(
 
 
 def revoke_certificates(folder: Path, names: Sequence[str]) -> dict[str, int]:
-    """Revoke all certificates that these names were given; the broker's copy of the list follows.
-
-    Args:
-        folder: as `write_certificates` left it.
-        names: ids of nodes, or the user name of the server or the observer.
+    """Revoke all certificates that nodes, the server or the observer were given; the broker's copy of the list follows.
 
     Returns:
         For each name, how many of its certificates were not revoked before.
@@ -350,11 +313,7 @@ def _hand_over_the_list(folder: Path) -> None:
 
 
 def mosquitto_acl(federation: str) -> str:
-    """Mosquitto's ACL for a federation; its users are the node ids, and the server.
-
-    Raises:
-        ConfigError: the federation's name is not legal.
-    """
+    """Mosquitto's ACL for a federation, or ConfigError; its users are the node ids, and the server."""
     topics = Topics(federation)
     common = (topics.server, topics.run, topics.round, topics.values, f"{topics.root}/blob/#")
     own = f"{topics.root}/up/%u"

@@ -60,11 +60,7 @@ class Child:
         return cls(name, where, process)
 
     async def ready(self, deadline_s: float) -> None:
-        """Wait until it says that it runs; one that says nothing by then may still serve.
-
-        Raises:
-            BrokerError: it ended.
-        """
+        """Wait until it says that it runs; one that says nothing by then may still serve. BrokerError: it ended."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._settled.wait(), deadline_s)
         if self._ended:
@@ -72,11 +68,7 @@ class Child:
         self._serving = True
 
     async def watch(self) -> NoReturn:
-        """Wait for its end.
-
-        Raises:
-            BrokerError: it ended; with its last words.
-        """
+        """Wait for its end: BrokerError, with its last words."""
         code = await self._process.wait()
         await asyncio.wait({self._reader})
         raise BrokerError(self._where, f"{self.name} ended with code {code}: {' | '.join(self._lines) or 'no output'}")

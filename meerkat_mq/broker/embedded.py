@@ -30,13 +30,9 @@ _REMEDY = "stop what uses the port, or choose another"
 
 @dataclass(frozen=True)
 class EmbeddedBroker:
-    """A running broker.
+    """A running broker: the way to it, its program and its process.
 
-    Attributes:
-        config: the way to it.
-        program: "mosquitto", or "amqtt": pure Python, no keep-alive enforcement, no redelivery, retained messages also
-            sent to those who did not ask.
-        pid: its process.
+    amqtt is pure Python: no keep-alive enforcement, no redelivery, retained messages also to those who did not ask.
     """
 
     config: BrokerConfig
@@ -45,11 +41,7 @@ class EmbeddedBroker:
     _child: Child = field(repr=False)
 
     async def watch(self) -> NoReturn:
-        """Wait for its end: a task for the owner's task group.
-
-        Raises:
-            BrokerError: it ended.
-        """
+        """Wait for its end, which is a BrokerError: a task for the owner's task group."""
         await self._child.watch()
 
 
@@ -133,11 +125,7 @@ def _mosquitto_config(port: int, passwords: Path | None) -> str:
 
 
 def installed_program() -> Program:
-    """Mosquitto where it is installed, else amqtt.
-
-    Raises:
-        MissingExtra: neither is.
-    """
+    """Mosquitto where it is installed, else amqtt; MissingExtra where neither is."""
     if _mosquitto() is not None:
         return "mosquitto"
     if missing("embedded") is None:

@@ -65,11 +65,7 @@ async def _command(plan: Plan, out: Path, as_json: bool) -> None:
 
 
 async def run_drill(plan: Plan, out: Path, console: Console) -> DrillResult:
-    """Run a drill with its progress on the console; leaves verdict.json and report.html in `out`.
-
-    Raises:
-        MeerkatError: the drill could not be carried out.
-    """
+    """Run a drill with its progress on the console; leaves verdict.json and report.html in `out`."""
 
     def tell(line: str) -> None:
         now = f"{drill.clock():6.1f} s  round {drill.seen.version:>5}  {line}"

@@ -23,11 +23,6 @@ _HASH_ROUNDS = 101  # Mosquitto's own number
 class Credentials:
     """All of them, in a folder.
 
-    Args:
-        folder: for certificates and the password store.
-        federation: its name.
-        nodes: their ids.
-
     Attributes:
         passwords: Mosquitto's password store.
         strangers: folder of a certificate for the same address that another CA has signed.

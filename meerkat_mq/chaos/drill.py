@@ -23,15 +23,7 @@ HISTORY_FILE = "history.jsonl"
 
 
 def new_file(out: Path, name: str) -> TextIO:
-    """Open a file for what a drill leaves.
-
-    Args:
-        out: the drill's folder, which is made where it is missing.
-        name: of the file.
-
-    Raises:
-        ConfigError: the folder cannot be written, or holds an earlier drill.
-    """
+    """Open a file for what a drill leaves; ConfigError where it holds an earlier drill, or cannot be written."""
     with writing(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)
         if (out / name).exists():
@@ -49,8 +41,7 @@ class Drill:
 
     Attributes:
         seen: what an observer saw on the broker so far.
-        happened: the faults that came and went.
-        now: faults that last.
+        happened: the faults that came and went; `now`: those that last.
     """
 
     def __init__(self, plan: Plan, out: Path, tell: Callable[[str], None] = lambda line: None) -> None:
@@ -69,11 +60,7 @@ class Drill:
         return asyncio.get_running_loop().time() - self._began
 
     async def run(self) -> DrillResult:
-        """Carry the plan out and judge what happened.
-
-        Raises:
-            MeerkatError: the drill could not be carried out.
-        """
+        """Carry the plan out and judge what happened; MeerkatError where it could not be carried out."""
         with new_file(self._out, HISTORY_FILE) as record:
             self._began = asyncio.get_running_loop().time()
             async with Stage(self._plan, self._out) as stage, asyncio.TaskGroup() as tasks:

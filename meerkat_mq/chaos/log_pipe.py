@@ -16,14 +16,7 @@ _SMALL_BYTES = 4096  # of a pipe whose reader stands still: the kernel's least, 
 
 
 class LogPipe:
-    """The pipe and its reader, on the event loop that calls these methods.
-
-    Args:
-        log: what is read is appended to this file.
-
-    Attributes:
-        writer: the descriptor that processes get.
-    """
+    """The pipe, whose writing end processes get, and its reader, on the event loop that calls these methods."""
 
     def __init__(self, log: Path) -> None:
         self._log = log

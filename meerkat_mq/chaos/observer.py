@@ -56,15 +56,7 @@ class Observed:
 
 
 class Observer:
-    """A session of its own, directly on the broker; while the broker is down it misses what happens, as everybody does.
-
-    Args:
-        broker: the way to it.
-        federation: its name.
-        clock: seconds since the drill began.
-        record: gets a JSON line for every message.
-        seen: is filled.
-    """
+    """A session directly on the broker; while that is down it misses what happens, as everybody does. Fills `seen`."""
 
     def __init__(
         self, broker: BrokerConfig, federation: str, clock: Callable[[], float], record: TextIO, seen: Observed
@@ -130,11 +122,7 @@ class Observer:
 
 
 def read_history(seen: Observed, state_dir: Path, faults: list[Injected], *, finished: bool) -> History:
-    """What was seen, and the ledger as it is in the end; blocks.
-
-    Raises:
-        LedgerError: it cannot be read.
-    """
+    """What was seen, and the ledger as it is in the end; LedgerError where that cannot be read. Blocks."""
     with closing(Ledger.read(state_dir / LEDGER_FILE)) as ledger:
         run = run_of(ledger)
         mask = mask_of(state_dir, run)

@@ -30,12 +30,10 @@ _ROUNDS = {
 
 @dataclass(frozen=True)
 class Strike:
-    """One fault at one time.
+    """One fault at one time, in seconds from the beginning.
 
     Attributes:
-        at: seconds from the beginning.
         target: name of the process whose link or self is struck; "broker".
-        shown: the target for people.
         random: seed of its own chance.
     """
 
@@ -53,12 +51,9 @@ class Strike:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan that was checked.
+    """A plan that was checked; strikes are by time.
 
     Attributes:
-        name: for people.
-        file: what the plan file says.
-        strikes: by time.
         server: the federation's configuration; None where it is attached.
         nodes: likewise, by id; of an attached federation the ids.
     """
@@ -243,11 +238,7 @@ def _check_attached(attach: AttachPlan, fault: Fault, target: str, where: str) -
 
 
 def _schedule(file: PlanFile, faults: list[tuple[Fault, str]], nodes: list[str], path: Path) -> tuple[Strike, ...]:
-    """Draw when and whom, within the duration.
-
-    Raises:
-        ConfigError: so many faults do not fit.
-    """
+    """Draw when and whom, within the duration; ConfigError where so many faults do not fit."""
     lanes = 1 + _at_once(len(nodes))
     busy_s = sum(_count(entry, file.duration_s) * (entry.for_s + REST_S) for entry in file.faults)
     longest_s = max(entry.for_s for entry in file.faults) + REST_S

@@ -44,11 +44,7 @@ class Process(Protocol):
 
 @dataclass(frozen=True)
 class ProcessEnd:
-    """How a process ended by itself.
-
-    Attributes:
-        words: what it said last, "" where that was no words of ours.
-    """
+    """How a process ended by itself, and what it said last: "" where that was no words of ours."""
 
     name: str
     code: int
@@ -123,11 +119,7 @@ class Service:
         await self._over()
 
     async def stop(self) -> None:
-        """SIGTERM, and SIGKILL where that takes too long.
-
-        Raises:
-            DrillFailed: it took too long.
-        """
+        """SIGTERM, and where that takes too long SIGKILL and DrillFailed."""
         self._wanted = False
         self.signal(signal.SIGCONT)
         self.signal(signal.SIGTERM)
@@ -143,11 +135,7 @@ class Service:
         self.log_pipe.close()
 
     async def ends_in_words(self, code: int, *, within_s: float) -> None:
-        """Wait until it ends by itself as a service should that finds it must not go on.
-
-        Raises:
-            DrillFailed: it goes on, or ends otherwise.
-        """
+        """Wait until it ends by itself as a service should that must not go on; DrillFailed where it does not."""
         try:
             await asyncio.wait_for(self._over(), within_s)
         except TimeoutError:
@@ -238,14 +226,7 @@ class Attached:
 
 
 class BrokerProcess:
-    """A Mosquitto of the drill's own: loopback, without persistence, on a port that stays the same.
-
-    Args:
-        passwords: its password store; None: everybody may connect.
-
-    Attributes:
-        config: the way to it.
-    """
+    """A Mosquitto of the drill's own: loopback, without persistence, on a port that stays the same."""
 
     def __init__(self, passwords: Path | None = None) -> None:
         self.config = BrokerConfig()

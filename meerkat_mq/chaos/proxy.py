@@ -29,13 +29,7 @@ _TLS_END_S = 1.0  # a client that stands still does not answer the end of TLS
 
 @dataclass(frozen=True)
 class Packet:
-    """One MQTT packet, as it went over the wire.
-
-    Attributes:
-        up: from the client to the broker.
-        kind: its type, 1 to 14.
-        data: all of it.
-    """
+    """One MQTT packet, as it went over the wire, up to the broker or down from it; its kind is 1 to 14."""
 
     up: bool
     kind: int
@@ -95,8 +89,6 @@ class Proxy:
     """Forwards to a broker.
 
     Args:
-        target_port: the broker's.
-        target_host: the broker's.
         port: to listen on, on 127.0.0.1; 0 chooses a free one.
         random: draws each packet's share of the jitter.
         tls: clients must speak TLS with this context; to the broker the proxy speaks plain MQTT, so it sees packets.
@@ -104,12 +96,10 @@ class Proxy:
     Attributes:
         connections: accepted so far.
         refuse: reset new connections.
-        latency_s: that a packet takes longer, each way.
-        jitter_s: up to so much more, drawn for each packet; their order stays.
+        latency_s: that a packet takes longer, each way; `jitter_s`: up to so much more. Their order stays.
         bytes_per_s: bandwidth each way.
         treat: takes each packet, says how it goes on; where it raises, the connection is reset.
         failures: what it raised.
-        tls: as given.
     """
 
     def __init__(
@@ -140,11 +130,7 @@ class Proxy:
         self.thaw()
 
     async def __aenter__(self) -> Self:
-        """Listen.
-
-        Raises:
-            OSError: the port is taken.
-        """
+        """Listen; OSError where the port is taken."""
         end_s = None if self.tls is None else _TLS_END_S
         self._server = await asyncio.start_server(
             self._accept, _HOST, self.port, ssl=self.tls, ssl_shutdown_timeout=end_s

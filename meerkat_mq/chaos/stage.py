@@ -64,11 +64,7 @@ class Stage:
         self.broker = BrokerProcess(None if self._credentials is None else self._credentials.passwords)
 
     async def __aenter__(self) -> Self:
-        """Start what is to be started, or listen for what is attached.
-
-        Raises:
-            MeerkatError: Mosquitto does not start, or a proxy's port is taken.
-        """
+        """Start what is to be started, or listen for what is attached; MeerkatError where that cannot be."""
         try:
             attach = self._plan.file.attach
             await (self._start() if attach is None else self._attach(attach))

@@ -12,11 +12,7 @@ _COMPILE_S = 60.0
 
 
 def build_library(folder: Path) -> Path:
-    """Compile the library into a folder; blocks.
-
-    Raises:
-        DrillFailed: there is no C compiler, or it fails.
-    """
+    """Compile the library into a folder; DrillFailed where there is no C compiler, or it fails. Blocks."""
     compiler, library = shutil.which("cc") or shutil.which("gcc"), folder / "wall_clock.so"
     if compiler is None:
         raise DrillFailed("clock-step", "needs a C compiler, and none is installed", "install your system's gcc")
@@ -32,12 +28,7 @@ def build_library(folder: Path) -> Path:
 
 
 class WallClock:
-    """The clock of one service, also of the processes that are started in its place.
-
-    Args:
-        library: `build_library` gives it.
-        file: holds the shift; written here.
-    """
+    """The clock of one service, also of the processes that are started in its place; its file holds the shift."""
 
     def __init__(self, library: Path, file: Path) -> None:
         self._library = library

@@ -182,9 +182,7 @@ def _figures(before: Evaluation, after: Evaluation, counts: Sequence[Sequence[in
 def own_mix(recalls: Sequence[float | None], labels: Sequence[int]) -> float:
     """Accuracy on a node's own label mix: Σ_c share_c · recall_c, over the classes that were evaluated.
 
-    Args:
-        recalls: by class; None where none of its rows were evaluated.
-        labels: the node's rows by class.
+    `labels` are its rows by class.
     """
     known = [(count, recall) for count, recall in zip(labels, recalls, strict=True) if recall is not None]
     total = sum(count for count, _ in known)

@@ -1,6 +1,6 @@
 """Energy of a stretch of work: measured by the processor (RAPL) where it may be read, else estimated."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -30,36 +30,27 @@ class EnergyMeter:
     powercap: Path = POWERCAP
     stat: Path = STAT
     microjoules: int | None = 0
-    _last: dict[Path, int] = field(default_factory=dict)
-    _busy: float | None = None
 
     def __post_init__(self) -> None:
         """Start counting."""
         self._last = _counters(self.powercap)
         self._busy = _busy_seconds(self.stat)
-        if not self._last:
-            self.microjoules = None
 
     def sample(self) -> None:
         """Add what the counters have moved since the last look."""
-        if self.microjoules is None:
-            return
         now = _counters(self.powercap)
-        if now.keys() != self._last.keys():
+        if self.microjoules is None or not now or now.keys() != self._last.keys():
             self.microjoules = None
             return
         for package, value in now.items():
             moved = value - self._last[package]
-            self.microjoules += moved if moved >= 0 else moved + _range(package)
+            self.microjoules += moved if moved >= 0 else moved + _number(package / "max_energy_range_uj")
         self._last = now
 
     def used(self, cpu_seconds: float, watts: float, device: str = "cpu") -> Energy:
         """Of a process that worked so long: its share of the packages' energy by CPU time, or CPU time × watts.
 
-        Args:
-            cpu_seconds: since the meter was made.
-            watts: of one busy core.
-            device: where the model was; the energy of any but "cpu" is not in it.
+        `watts` are those of one busy core; the energy of a device that is not "cpu" is not in it.
         """
         self.sample()
         if not self.microjoules:
@@ -72,18 +63,16 @@ class EnergyMeter:
 
 def _counters(powercap: Path) -> dict[Path, int]:
     """Microjoules of each package; empty where one cannot be read."""
-    try:
-        packages = sorted(path for path in powercap.glob("intel-rapl:*") if path.name.count(":") == 1)
-        return {package: int((package / "energy_uj").read_text()) for package in packages}
-    except (OSError, ValueError):
-        return {}
+    packages = sorted(path for path in powercap.glob("intel-rapl:*") if path.name.count(":") == 1)
+    found = {package: _number(package / "energy_uj", -1) for package in packages}
+    return {} if -1 in found.values() else found
 
 
-def _range(package: Path) -> int:
+def _number(file: Path, otherwise: int = 0) -> int:
     try:
-        return int((package / "max_energy_range_uj").read_text())
+        return int(file.read_text())
     except (OSError, ValueError):
-        return 0
+        return otherwise
 
 
 def _busy_seconds(stat: Path) -> float | None:
@@ -92,4 +81,4 @@ def _busy_seconds(stat: Path) -> float | None:
         ticks = [int(word) for word in stat.read_text().split("\n", 1)[0].split()[1 : 1 + _COLUMNS]]
     except (OSError, ValueError):
         return None
-    return sum(count for column, count in enumerate(ticks) if column not in _IDLE) / _TICKS
+    return (sum(ticks) - sum(ticks[column] for column in _IDLE)) / _TICKS

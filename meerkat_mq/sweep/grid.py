@@ -185,8 +185,7 @@ def cells_of(plan: SweepPlan, model: str, own: Task) -> list[Cell]:
         own: the demo's task.
 
     Raises:
-        ConfigError: a task has no learning rate, or a budget holds no round.
-        TaskError, DataError: a task or file cannot be read.
+        MeerkatError: a task has no learning rate, a budget holds no round, or a task or file cannot be read.
     """
     cells = []
     for seed, task, split in product(plan.seeds, plan.tasks or (None,), plan.splits):
@@ -210,11 +209,7 @@ def _points(plan: SweepPlan, method: MethodPlan, task: str) -> Iterator[tuple[in
 
 
 def described_task(plan: SweepPlan, task: TaskPlan | None, own: Task) -> Task:
-    """How a task's rows become text, with the plan's length.
-
-    Raises:
-        TaskError: neither built in nor a task file.
-    """
+    """How a task's rows become text, with the plan's length; TaskError where it is none."""
     found = own if task is None else load_task(task.task or task.name)
     limit = (task.max_tokens if task is not None else None) or plan.max_tokens
     return found if limit is None else found.with_limit(limit)

@@ -28,12 +28,7 @@ class Estimate:
         self._seconds.setdefault(kind, []).append(seconds)
 
     def left(self, waiting: Sequence[Kind], running: Sequence[tuple[Kind, float, float]]) -> float | None:
-        """Seconds until all is done; None while nothing is known.
-
-        Args:
-            waiting: cells that have not begun.
-            running: (cell, seconds so far, share done).
-        """
+        """Seconds until all cells are done, those that wait and those that run: (cell, seconds so far, share done)."""
         known = {kind: statistics.fmean(seconds) for kind, seconds in self._seconds.items()}
         for kind, seconds, share in running:
             if share > LEAST_SHARE:

@@ -16,6 +16,7 @@ RESULTS_FILE = "results.jsonl"
 TABLE_FILE = "results.md"
 
 Row = Mapping[str, Any]
+Cells = Callable[[Sequence[Row]], str]
 
 _SMALL = 10.0
 _LEGEND = (
@@ -34,18 +35,10 @@ _HEADINGS = {
 
 
 class Results:
-    """The rows of `results.jsonl`, appended one by one.
-
-    Attributes:
-        rows: the newest of each key, in the order of the file.
-    """
+    """The rows of `results.jsonl`, appended one by one; of each key the newest, in the order of the file."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the file, and cut off a last line that a crash tore.
-
-        Raises:
-            DataError: a line in the file is damaged, or the file cannot be used.
-        """
+        """Read the file, and cut off a last line that a crash tore; DataError where another is damaged."""
         self._file, self._table = folder / RESULTS_FILE, folder / TABLE_FILE
         self.rows: dict[str, Row] = {}
         try:
@@ -68,11 +61,7 @@ class Results:
         return key in self.rows and "failed" not in self.rows[key]
 
     def add(self, row: Row) -> None:
-        """Append a row, durably, then write the table anew; what is not finite becomes null.
-
-        Raises:
-            DataError: the file cannot be written.
-        """
+        """Append a row, durably, or raise DataError; then write the table anew. What is not finite becomes null."""
         row = _finite(row)
         line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
         with writing(str(self._file), "name another folder", DataError):
@@ -162,12 +151,17 @@ def _values(rows: Sequence[Row], name: str) -> list[float]:
     return [float(row[name]) for row in rows if row.get(name) is not None]
 
 
-def spread(values: Sequence[float], digits: int) -> str:
+def spread(values: Sequence[float], digits: int = 3) -> str:
     """Mean ± sample standard deviation, one value as it is, none as a dash."""
     if not values:
         return DASH
     mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def _mean(rows: Sequence[Row], name: str, write: Callable[[float], str]) -> str:
+    values = _values(rows, name)
+    return write(statistics.fmean(values)) if values else DASH
 
 
 def _seeds(rows: Sequence[Row]) -> str:
@@ -179,23 +173,15 @@ def _rounded(value: float) -> str:
     return f"{value:,.1f}" if value < _SMALL else f"{value:,.0f}"
 
 
-def _mean(name: str, write: Callable[[float], str]) -> Any:
-    def cell(rows: Sequence[Row]) -> str:
-        values = _values(rows, name)
-        return write(statistics.fmean(values)) if values else DASH
-
-    return cell
-
-
 def _bytes(rows: Sequence[Row]) -> str:
-    up, down = _values(rows, "bytes_up"), _values(rows, "bytes_down")
-    return f"{human_bytes(statistics.fmean(up))} / {human_bytes(statistics.fmean(down))}" if up and down else DASH
+    up, down = (_mean(rows, f"bytes_{way}", human_bytes) for way in ("up", "down"))
+    return DASH if DASH in (up, down) else f"{up} / {down}"
 
 
 def _energy(rows: Sequence[Row]) -> str:
-    joules = _values(rows, "energy_joules")
     sources = sorted({row["energy_source"] for row in rows if row.get("energy_source")} - {"rapl"})
-    return f"{_rounded(statistics.fmean(joules))} J" + f" ({', '.join(sources)})" * bool(sources) if joules else DASH
+    of = f" ({', '.join(sources)})" * bool(sources)
+    return _mean(rows, "energy_joules", lambda joules: f"{_rounded(joules)} J{of}")
 
 
 def _early_stopped(rows: Sequence[Row]) -> str:
@@ -208,20 +194,20 @@ def _early_stopped(rows: Sequence[Row]) -> str:
     return f"{stopped:.1f} of {statistics.fmean(map(len, newest)):.3g}"
 
 
-_COLUMNS: tuple[tuple[str, Any], ...] = (
+_COLUMNS: tuple[tuple[str, Cells], ...] = (
     ("seeds", _seeds),
-    ("accuracy before", lambda rows: spread(_values(rows, "accuracy_before"), 3)),
-    ("accuracy", lambda rows: spread(_values(rows, "accuracy"), 3)),
-    ("own mix", lambda rows: spread(_values(rows, "own_mix_mean"), 3)),
-    ("own mix, least", lambda rows: spread(_values(rows, "own_mix_min"), 3)),
-    ("loss", lambda rows: spread(_values(rows, "loss"), 3)),
-    ("passes", _mean("forward_passes", "{:,.0f}".format)),
-    ("CPU s", _mean("cpu_seconds", _rounded)),
+    ("accuracy before", lambda rows: spread(_values(rows, "accuracy_before"))),
+    ("accuracy", lambda rows: spread(_values(rows, "accuracy"))),
+    ("own mix", lambda rows: spread(_values(rows, "own_mix_mean"))),
+    ("own mix, least", lambda rows: spread(_values(rows, "own_mix_min"))),
+    ("loss", lambda rows: spread(_values(rows, "loss"))),
+    ("passes", lambda rows: _mean(rows, "forward_passes", "{:,.0f}".format)),
+    ("CPU s", lambda rows: _mean(rows, "cpu_seconds", _rounded)),
     ("bytes up / down", _bytes),
-    ("peak memory", _mean("peak_memory_mib", "{:,.0f} MiB".format)),
+    ("peak memory", lambda rows: _mean(rows, "peak_memory_mib", "{:,.0f} MiB".format)),
     ("energy", _energy),
 )
-_SOMETIMES: tuple[tuple[str, str, Any], ...] = (
-    ("refused", "refused", _mean("refused", "{:,.1f}".format)),
+_SOMETIMES: tuple[tuple[str, str, Cells], ...] = (  # where a row has the key
+    ("refused", "refused", lambda rows: _mean(rows, "refused", "{:,.1f}".format)),
     ("early-stopped", "judgements", _early_stopped),
 )

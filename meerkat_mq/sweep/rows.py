@@ -27,11 +27,7 @@ class CellRows:
 
 
 def rows_of(cell: Cell) -> CellRows:
-    """Read a cell's rows, and hold those for tuning out of the training rows.
-
-    Raises:
-        DataError: a file cannot be read, or has too few rows.
-    """
+    """Read a cell's rows, and hold those for tuning out; DataError of files, or where they are too few."""
     plan = cell.plan
     if cell.task is None:
         train: Sequence[Row] = triage_rows(0, DEMO.training_rows + plan.tune_rows, "train")
@@ -56,11 +52,7 @@ def rows_of(cell: Cell) -> CellRows:
 
 
 def shards_of(rows: Sequence[Row], nodes: int, split: SplitPlan, *, seed: int, class_of: ClassOf) -> list[list[Row]]:
-    """Divide rows among nodes.
-
-    Raises:
-        DataError: too few rows for so many nodes.
-    """
+    """Divide rows among nodes; DataError where they are too few."""
     if split.how == "extreme":
         return _extreme(rows, nodes, split, seed=seed, class_of=class_of)
     return partition(rows, nodes, split.how, seed=seed, alpha=split.alpha, class_of=class_of)
@@ -86,11 +78,7 @@ def _extreme(rows: Sequence[Row], nodes: int, split: SplitPlan, *, seed: int, cl
 
 
 def calibration(cell: Cell) -> tuple[Sequence[str], int, int]:
-    """Text that a cell's mask is scored on; how many sequences of it, and their tokens.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
+    """Text that a cell's mask is scored on, or DataError; how many sequences of it, and their tokens."""
     plan, text = cell.plan, cell.method.text or cell.plan.text
     own = plan.model == OWN_MODEL
     sequences = plan.calibration_sequences or (DEMO.calibration_sequences if own else SEQUENCES)

@@ -46,11 +46,7 @@ def run_sweep(plan: SweepPlan, out: Path, processes: int, console: Console) -> N
 
 
 def check_plan(plan: SweepPlan) -> None:
-    """Find what is wrong with a plan's files and budgets, before the model is looked for.
-
-    Raises:
-        MeerkatError: names the key or the file.
-    """
+    """Find what is wrong with a plan's files and budgets, before the model is looked for; MeerkatError names it."""
     seen = set[tuple[str, str]]()
     for cell in cells_of(plan, "", TASK):
         place = (cell.axes["task"], cell.axes["split"])
@@ -88,11 +84,7 @@ def _files(cell: Cell, shared: Path) -> tuple[Path | None, Path]:
 def _prepare(
     cells: Iterable[Cell], shared: Path, workers: Workers, progress: SweepProgress
 ) -> dict[Path | None, Outcome]:
-    """Make what these cells share, where it is not there yet; returns why a file could not be made.
-
-    Raises:
-        ConfigError: the folder cannot be made.
-    """
+    """Make what these cells share, where it is not there yet; returns why a file could not be made."""
     with writing(f"--out {shared.parent}"):
         shared.mkdir(parents=True, exist_ok=True)
     jobs, failed = dict[Path, Job](), dict[Path | None, Outcome]()

@@ -88,11 +88,7 @@ class Stopwatch:
 
 
 class CountingEngine:
-    """An engine that counts forward passes.
-
-    Attributes:
-        error: what it failed with; a node would only say that it failed.
-    """
+    """An engine that counts forward passes, and keeps its error: a node would only say that it failed."""
 
     def __init__(self, engine: TransformersEngine) -> None:
         self._engine = engine
@@ -121,14 +117,9 @@ class CountingEngine:
 
 
 class Traffic:
-    """Counts the bytes of every frame, up as it reaches the broker, down as it reaches a node; tells how far a run is.
+    """Counts the bytes of every frame, up as it reaches the broker, down as it reaches a node.
 
-    Args:
-        updates: that the run will take.
-        report: takes the share of them that has come.
-
-    Attributes:
-        up: bytes of all nodes' frames; down: of all frames to them.
+    Of all updates that a run will take, `report` takes the share that has come.
     """
 
     def __init__(self, updates: int, report: Report) -> None:
@@ -171,8 +162,7 @@ def train_federated(
         mask: of the run.
         shards: each node's rows.
         settings: of the rounds.
-        evaluation: rows for the points of the curve.
-        every: rounds between them; 0: none.
+        evaluation: rows for the points of the curve, one `every` so many rounds; 0: none.
         report: takes the share that is done, with every update.
 
     Raises:

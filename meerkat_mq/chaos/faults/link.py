@@ -39,11 +39,7 @@ class Latency(Fault):
 
 
 class Bandwidth(Fault):
-    """So many bytes a second, each way.
-
-    Attributes:
-        bytes_per_s: of MQTT, without TCP and IP.
-    """
+    """So many bytes a second, each way: of MQTT, without TCP and IP."""
 
     name = "bandwidth"
     on = "link"

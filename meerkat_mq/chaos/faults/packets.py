@@ -89,11 +89,7 @@ class Duplicate(Treatment):
 
 
 class Reorder(Treatment):
-    """The packet is held back, and later ones overtake it.
-
-    Attributes:
-        hold_s: for up to so long, drawn for each packet.
-    """
+    """The packet is held back for up to `hold_s`, drawn for each, and later ones overtake it."""
 
     name = "reorder"
 
