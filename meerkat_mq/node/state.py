@@ -105,8 +105,7 @@ class NodeState:
 
     def keep_update(self, run: RunDescriptor, kept: KeptUpdate) -> None:
         """Keep an update over restarts and power cuts, and no other."""
-        frame = encode(kept.update)
-        data = _HEAD.pack(_MAGIC, run.run_id, len(frame)) + frame + kept.blob
+        data = encode_update(run, kept)
         self._write("update", lambda: write_atomically(self._update_file, data))
 
     def load_update(self, run: RunDescriptor) -> KeptUpdate | None:
@@ -115,7 +114,7 @@ class NodeState:
             limit = _HEAD.size + MAX_FRAME_BYTES + largest_blob(run.weights)
             if (size := self._update_file.stat().st_size) > limit:
                 raise TooLarge("kept update", f"{size} bytes are more than {limit}")
-            kept = _decode_update(self._update_file.read_bytes(), run)
+            kept = decode_update(self._update_file.read_bytes(), run)
         except FileNotFoundError:
             return None
         except (OSError, WireError) as error:
@@ -150,8 +149,14 @@ class NodeState:
         return self._folder / f"mask-{mask_hash.hex()}.mkm"
 
 
-def _decode_update(data: bytes, run: RunDescriptor) -> KeptUpdate | None:
-    """What `keep_update` wrote; None of another run. WireError: damaged."""
+def encode_update(run: RunDescriptor, kept: KeptUpdate) -> bytes:
+    """The file of an update that is not acknowledged yet."""
+    frame = encode(kept.update)
+    return _HEAD.pack(_MAGIC, run.run_id, len(frame)) + frame + kept.blob
+
+
+def decode_update(data: bytes, run: RunDescriptor) -> KeptUpdate | None:
+    """What `encode_update` wrote; None of another run. WireError: damaged."""
     reader = Reader(data)
     magic, run_id, size = reader.unpack(_HEAD)
     if magic != _MAGIC:

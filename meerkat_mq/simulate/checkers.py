@@ -351,6 +351,7 @@ def _two_servers(history: History, owners: Mapping[int, str]) -> Found:
 
 @_checker("a live quorum finishes")
 def finishes(history: History) -> Found:
-    """Once all faults have healed, the run comes to its end."""
+    """Once all faults have healed, or what never heals leaves a live quorum, the run comes to its end."""
     if not history.finished or len(history.entries) != history.settings.count:
-        yield "run", f"stands at version {len(history.entries)} of {history.settings.count}"
+        why = f": {history.stuck}" if history.stuck else ""
+        yield "run", f"stands at version {len(history.entries)} of {history.settings.count}{why}"

@@ -1,5 +1,6 @@
 """`meerkat simulate`: thousands of fault schedules, on all cores, judged; one of them, told in full."""
 
+import math
 import multiprocessing
 import os
 import signal
@@ -20,9 +21,9 @@ from meerkat_mq.errors import DrillFailed
 from meerkat_mq.observe.signals import Interrupted
 from meerkat_mq.simulate.checkers import CHECKERS, Violation
 from meerkat_mq.simulate.history import History
-from meerkat_mq.simulate.reached import ENOUGH, REACHED, missing
+from meerkat_mq.simulate.reached import ENOUGH, expected, missing
 from meerkat_mq.simulate.run import judge
-from meerkat_mq.simulate.schedule import KINDS, make_schedule
+from meerkat_mq.simulate.schedule import Schedule, make_schedule
 from meerkat_mq.simulate.shrink import shrink
 
 CHUNK = 50
@@ -57,11 +58,11 @@ class Tally:
         self.failed |= other.failed
 
 
-def tally(seeds: Sequence[int]) -> Tally:
+def tally(seeds: Sequence[int], *, liveness: bool = False) -> Tally:
     """Run the schedules of some seeds."""
     made = Tally()
     for seed in seeds:
-        schedule = make_schedule(seed)
+        schedule = make_schedule(seed, liveness=liveness)
         history, found = judge(schedule)
         made.schedules += 1
         made.rounds += len(history.entries)
@@ -73,7 +74,7 @@ def tally(seeds: Sequence[int]) -> Tally:
     return made
 
 
-def simulate(first: int, schedules: int, console: Console) -> Tally:
+def simulate(first: int, schedules: int, console: Console, *, liveness: bool = False) -> Tally:
     """Run the schedules of `schedules` seeds from `first` on, on all cores; an interrupt ends them at once."""
     chunks = [range(start, min(start + CHUNK, first + schedules)) for start in range(first, first + schedules, CHUNK)]
     workers, context = os.cpu_count() or 1, multiprocessing.get_context("spawn")
@@ -87,17 +88,18 @@ def simulate(first: int, schedules: int, console: Console) -> Tally:
         _ending_at_once(),
     ):  # fmt: skip
         task = bar.add_task("simulating", total=schedules)
-        for part in _submitted(pool, chunks):
+        for part in _submitted(pool, chunks, liveness):
             total.add(part.result())
             bar.update(task, completed=total.schedules)
     return total
 
 
-def _submitted(pool: ProcessPoolExecutor, chunks: Sequence[range]) -> list[Future[Tally]]:
+def _submitted(pool: ProcessPoolExecutor, chunks: Sequence[range], liveness: bool) -> list[Future[Tally]]:
     """Workers start here, deaf to Ctrl-C, which a terminal sends to them too; here it waits meanwhile."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        return [pool.submit(tally, chunk) for chunk in chunks]  # `map` would cancel them, which a dying pool reports
+        # `map` would cancel them, which a dying pool reports
+        return [pool.submit(tally, chunk, liveness=liveness) for chunk in chunks]
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
@@ -117,27 +119,27 @@ def command(
     schedules: Annotated[int, typer.Option(min=1, help="How many fault schedules to run.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first one.")] = 0,
     repeat: Annotated[int | None, typer.Option(min=0, help="Run the schedule of this seed alone, and tell it.")] = None,
+    liveness: Annotated[bool, typer.Option("--liveness", help="Some faults never heal: runs must still end.")] = False,
 ) -> None:
     """Run whole federations on a virtual clock under random faults, and check what must hold of each."""
     try:
-        _command(schedules, seed, repeat)
+        _command(schedules, seed, repeat, liveness=liveness)
     except Interrupted as signal:
         Console().print(signal.word)
         raise typer.Exit(signal.exit_code) from None
 
 
-def _command(schedules: int, seed: int, repeat: int | None) -> None:
+def _command(schedules: int, seed: int, repeat: int | None, *, liveness: bool) -> None:
     console = Console()
     if repeat is not None:
-        _tell(repeat, console)
+        _tell(make_schedule(repeat, liveness=liveness), console)
         return
-    total = simulate(seed, schedules, Console(stderr=True))
+    total = simulate(seed, schedules, Console(stderr=True), liveness=liveness)
     _print_tally(total, console)
-    never = missing(total.reached, total.faults, KINDS)
-    met = len(REACHED) + len(KINDS) - len(never)
-    console.print(f"{met} of {met + len(never)} reachability counters are above zero", highlight=False)
+    of, never = len(expected(liveness=liveness)), missing(total.reached, total.faults, liveness=liveness)
+    console.print(f"{of - len(never)} of {of} reachability counters are above zero", highlight=False)
     for failed in sorted(total.failed)[:EXAMPLES]:
-        _print_failure(failed, console)
+        _print_failure(make_schedule(failed, liveness=liveness), console)
     if total.failed:
         raise DrillFailed(
             "simulation", f"{len(total.failed)} of {total.schedules} schedules ended with a violation", "see above"
@@ -162,25 +164,24 @@ def _print_tally(total: Tally, console: Console) -> None:
     console.print(table)
 
 
-def _print_failure(seed: int, console: Console) -> None:
-    schedule = make_schedule(seed)
+def _print_failure(schedule: Schedule, console: Console) -> None:
     checkers = {violation.checker for violation in judge(schedule)[1]}
     least = shrink(schedule, lambda smaller: bool(checkers & {found.checker for found in judge(smaller)[1]}))
-    console.print(f"\nseed {seed}; meerkat simulate --repeat {seed}", highlight=False)
+    seed, mode = schedule.seed, " --liveness" * any(fault.lasts == math.inf for fault in schedule.faults)
+    console.print(f"\nseed {seed}; meerkat simulate --repeat {seed}{mode}", highlight=False)
     for violation in judge(least)[1]:
         console.print(f"  {violation.checker}: {violation.where} {violation.problem}", highlight=False, markup=False)
     console.print(f"the least schedule that fails like this:\n{least.encode()}", highlight=False, markup=False)
 
 
-def _tell(seed: int, console: Console) -> None:
-    schedule = make_schedule(seed)
+def _tell(schedule: Schedule, console: Console) -> None:
     history, found = judge(schedule)
     console.print(schedule.encode(), highlight=False, markup=False)
     for _, line in sorted(_lines(history)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if found:
-        _print_failure(seed, console)
-        raise DrillFailed(f"seed {seed}", f"{len(found)} violations", "see the history above")
+        _print_failure(schedule, console)
+        raise DrillFailed(f"seed {schedule.seed}", f"{len(found)} violations", "see the history above")
     console.print(f"all that must hold, holds: {', '.join(CHECKERS)}", highlight=False)
 
 
@@ -193,7 +194,8 @@ def _lines(history: History) -> Iterator[tuple[tuple[float, int], str]]:
 
 def _faults(history: History) -> Lines:
     for fault in history.faults:
-        yield fault.began, f"fault    {fault.name} on {fault.target}, {fault.ended - fault.began:.3f} s"
+        lasts = "for good" if fault.ended == math.inf else f"{fault.ended - fault.began:.3f} s"
+        yield fault.began, f"fault    {fault.name} on {fault.target}, {lasts}"
     for time, version in history.backups:
         yield time, f"restore  of a backup with {version} entries"
 

@@ -9,12 +9,14 @@ from functools import partial
 from meerkat_mq.core.path import digest
 from meerkat_mq.simulate.federation import TOPICS, Federation
 from meerkat_mq.simulate.history import CORRUPT_THETA, Injected
-from meerkat_mq.simulate.node import SimulatedNode
+from meerkat_mq.simulate.node import SimulatedNode, SimulatedStore
+from meerkat_mq.simulate.reached import for_good
 from meerkat_mq.simulate.schedule import ALL, SERVER, ScheduledFault
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState, decode_control
 from meerkat_mq.wire.frames import encode
-from meerkat_mq.wire.messages import Header, Round, Update, Values
+from meerkat_mq.wire.messages import Chunk, Header, Round, Update, Values
 from meerkat_mq.worlds.broker import KEEP_ALIVE_S, Client, LinkConditions, VirtualMessage
+from meerkat_mq.worlds.ledger import MemoryLedger
 from meerkat_mq.worlds.server import ServerProcess
 
 CRASH_WITHIN = 40  # effects
@@ -38,6 +40,9 @@ def inflict(federation: Federation, fault: ScheduledFault) -> None:
     def strike() -> None:
         injected = Injected(fault.name, fault.target, clock.now(), clock.now() + fault.lasts)
         federation.history.faults.append(injected)
+        federation.reached[for_good(fault.name)] += fault.lasts == math.inf
+        if fault.is_a_loss:
+            federation.lost.add(fault.target)
         kind.strike(federation, fault)
 
     if fault.name in ("restore", "lost fsync"):
@@ -71,7 +76,8 @@ def _process(federation: Federation, fault: ScheduledFault) -> SimulatedNode | S
 
 def _clients(federation: Federation, fault: ScheduledFault) -> list[Client]:
     if fault.target == ALL:
-        return [federation.server.client, *(node.client for node in federation.nodes.values())]
+        nodes = (node for name, node in federation.nodes.items() if name not in federation.lost)
+        return [federation.server.client, *(node.client for node in nodes)]
     return [_process(federation, fault).client]
 
 
@@ -139,15 +145,19 @@ def _corrupt(federation: Federation, fault: ScheduledFault) -> None:
     node.healed = healed
 
 
-# --- the server's disk ----------------------------------------------------------------------------------------------
+# --- disks ----------------------------------------------------------------------------------------------------------
+
+
+def _disk(federation: Federation, fault: ScheduledFault) -> MemoryLedger | SimulatedStore:
+    return federation.ledger if fault.target == SERVER else federation.nodes[fault.target].disk
 
 
 def _fill(federation: Federation, fault: ScheduledFault) -> None:
-    federation.ledger.is_full = True
+    _disk(federation, fault).is_full = True
 
 
 def _make_room(federation: Federation, fault: ScheduledFault) -> None:
-    federation.ledger.is_full = False
+    _disk(federation, fault).is_full = False
 
 
 def _damage_snapshots(federation: Federation, fault: ScheduledFault) -> None:
@@ -202,6 +212,8 @@ def _worsen(federation: Federation, fault: ScheduledFault) -> None:
         "duplicate": LinkConditions(duplicate=fault.detail),
         "delay": LinkConditions(delay=3.0 * fault.detail),
         "reorder": LinkConditions(delay=fault.detail, reorder=0.5),
+        "partition up": LinkConditions(lose=1.0, only="up"),
+        "partition down": LinkConditions(lose=1.0, only="down"),
     }[fault.name]
     for client in _clients(federation, fault):
         client.conditions = conditions
@@ -243,6 +255,21 @@ def _corrupt_messages(federation: Federation, fault: ScheduledFault) -> None:
         is_frame = message.payload[:1] != b"{"
         payload = _damaged(message.payload, chance) if is_frame else message.payload[: len(message.payload) // 2]
         federation.broker.spread(replace(message, payload=payload))
+
+
+def _forge_chunks(federation: Federation, fault: ScheduledFault) -> None:
+    """Before each chunk comes another in its place, whose checksum is right: only the blob's hash tells."""
+
+    def forge(message: VirtualMessage, chunk: Chunk) -> None:
+        place = federation.chance.randrange(len(chunk.data))
+        data = chunk.data[:place] + bytes([chunk.data[place] ^ 1]) + chunk.data[place + 1 :]
+        federation.broker.spread(replace(message, payload=encode(replace(chunk, data=data))))
+
+    federation.saw_chunk = forge
+
+
+def _let_chunks_be(federation: Federation, fault: ScheduledFault) -> None:
+    federation.saw_chunk = lambda message, chunk: None
 
 
 def _is_of_an_earlier_process(federation: Federation, message: VirtualMessage) -> bool:
@@ -308,6 +335,8 @@ FAULTS: dict[str, Kind] = {
     "restore": Kind(_restore, _start_again),
     "corrupt theta": Kind(_corrupt, _nothing),
     "partition": Kind(_part, _rejoin),
+    "partition up": Kind(_worsen, _clear),
+    "partition down": Kind(_worsen, _clear),
     "lose": Kind(_worsen, _clear),
     "duplicate": Kind(_worsen, _clear),
     "delay": Kind(_worsen, _clear),
@@ -317,6 +346,7 @@ FAULTS: dict[str, Kind] = {
     "stale run": Kind(_earlier_run, _earlier_run),
     "hostile": Kind(_hostile, _hostile),
     "corrupt messages": Kind(_corrupt_messages, _corrupt_messages),
+    "forged chunks": Kind(_forge_chunks, _let_chunks_be),
     "disk full": Kind(_fill, _make_room),
     "lost fsync": Kind(_restore, _start_again),
     "damaged snapshots": Kind(_damage_snapshots, _damage_snapshots),

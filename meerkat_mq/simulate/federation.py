@@ -1,6 +1,8 @@
 """A federation on a virtual clock: a ledger, a broker, servers, nodes; and the hands that start and restore them."""
 
+import math
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import takewhile
 
@@ -9,11 +11,11 @@ from meerkat_mq.core.path import Entry
 from meerkat_mq.errors import MeerkatError
 from meerkat_mq.simulate.history import History
 from meerkat_mq.simulate.node import SimulatedNode, SimulatedProfile
-from meerkat_mq.simulate.reached import CRASHED, Reached
+from meerkat_mq.simulate.reached import CRASHED, OVERDUE, WITHOUT, Reached, for_good
 from meerkat_mq.simulate.schedule import Schedule, ScheduledFault, mask
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState, decode_control
 from meerkat_mq.wire.limits import largest_frame
-from meerkat_mq.wire.messages import Frame, Round, Update
+from meerkat_mq.wire.messages import Chunk, Frame, Round, Update
 from meerkat_mq.wire.topics import Topics
 from meerkat_mq.worlds.broker import Broker, VirtualMessage
 from meerkat_mq.worlds.clock import VirtualClock
@@ -38,6 +40,8 @@ class Federation:
         server: the one started last.
         servers: all of them.
         reached: what was met.
+        lost: nodes that take no part any more.
+        saw_chunk: is called for each chunk that reaches the broker, just before it goes to others.
         errors: (who, error) of what ended a process.
     """
 
@@ -51,6 +55,8 @@ class Federation:
         self.history = History(mask(), settings)
         self.ledger = MemoryLedger()
         self.reached = Reached()
+        self.lost: set[str] = set()
+        self.saw_chunk: Callable[[VirtualMessage, Chunk], None] = lambda message, chunk: None
         self.errors: list[tuple[str, MeerkatError]] = []
         run = make_run(settings, mask())
         self.world = World(self.clock, self.broker, run, Thetas(run, THETAS), self._failed, self._count)
@@ -100,6 +106,8 @@ class Federation:
     def _read(self, message: VirtualMessage) -> Frame:
         frame = self.world.read(message.payload)
         self.reached.saw(message.topic, frame)
+        if isinstance(frame, Chunk):
+            self.saw_chunk(message, frame)
         return frame
 
     def _saw_node(self, message: VirtualMessage, node: str, kind: str) -> None:
@@ -129,11 +137,6 @@ class Federation:
         """The one started last."""
         return self.servers[-1]
 
-    @property
-    def processes(self) -> list[ServerProcess | SimulatedNode]:
-        """All that ever ran."""
-        return [*self.servers, *self.nodes.values()]
-
     def start(self) -> None:
         """Start a server, then every node."""
         self.start_server()
@@ -158,7 +161,7 @@ class Federation:
         """Start what is not alive; a server that wakes later may be fenced, so only the newest counts."""
         self.reached[CRASHED] += process.crash_in is not None and process.crash_in < 0
         if isinstance(process, SimulatedNode):
-            if not process.alive:
+            if not process.alive and process.name not in self.lost:
                 process.start()
         elif not self.server.alive:
             self.start_server()
@@ -214,16 +217,17 @@ class Federation:
         self.history.backups.append((self.clock.now(), shared))
 
     def heal(self) -> None:
-        """Everybody is there, and every link carries."""
+        """Everybody is there, and every link carries, but of nodes that are lost."""
         self.broker.up = self._is_healed = True
-        self.ledger.is_full = False
         self.unflip()
         self.thaw_servers()
         self.revive(self.server)
-        for node in self.nodes.values():
+        spared = [node for name, node in self.nodes.items() if name not in self.lost]
+        for node in spared:
             self.thaw(node)
             self.revive(node)
-        for process in self.processes:
+        processes: list[ServerProcess | SimulatedNode] = [*self.servers, *spared]
+        for process in processes:
             process.crash_in, client = None, process.client
             lost, client.cut, client.conditions = client.cut, False, None
             if lost:  # a link that is fine stays: who needs another connection to go on, hangs
@@ -236,13 +240,33 @@ class Federation:
             server.alive and server.machine is not None and server.machine.finished for server in self.servers
         )
 
+    def _stuck(self) -> str:
+        """What the run waits for, for people."""
+        machine = self.server.machine
+        if not self.server.alive or machine is None:
+            return "the server has ended" if not self.server.alive else "the server has no term"
+        faults = [fault for fault in self.schedule.faults if fault.lasts == math.inf]
+        lasting = {fault.target: f", {for_good(fault.name)}" for fault in faults}
+        waits = [f"{name} ({self.nodes[name].state}{lasting.get(name, '')})" for name in self._awaited()]
+        disk = ["its full disk"] * self.ledger.is_full
+        return f"the server is {machine.phase.name.lower()}, and waits for {', '.join(disk + waits) or 'nobody'}"
+
+    def _awaited(self) -> list[str]:
+        """Whom the open round asks that has not answered; where none is open, who is not there."""
+        frame = self.history.rounds[-1][1] if self.history.rounds else None
+        if frame is not None and frame.is_open:
+            return [self.ledger.slots[slot] for slot in sorted(frame.asked - frame.heard)]
+        return [name for name, node in self.nodes.items() if not node.alive or node.client.link is None]
+
     def close(self) -> History:
         """The history, with the final ledger."""
         history = self.history
         history.take_ledger(MemoryStore(self.ledger))
-        history.finished = self.finished
+        history.finished, history.stuck = self.finished, self._stuck()
         for node in self.nodes.values():
             node.end_count()
         self.reached.saw_ledger(history)
+        self.reached[OVERDUE] += sum(closed.overdue for closed in self.ledger.entries.values())
+        self.reached[WITHOUT] += bool(history.finished and self.lost)
         history.reached = self.reached
         return history

@@ -49,6 +49,7 @@ class History:
         states: (time, state) of every server state published.
         faults: what was injected.
         finished: whether all rounds were closed, once every fault had healed, within the time that they may take.
+        stuck: of one that is not finished, what the run waits for.
         reached: what the simulator met, by name.
         backups: (time, version) of deliberate restores of the ledger from a backup of `version` entries: what was
             published of later entries, or of the updates of the rounds from there on, before that time may differ.
@@ -70,6 +71,7 @@ class History:
     states: list[tuple[float, ServerState]] = field(default_factory=list)
     faults: list[Injected] = field(default_factory=list)
     finished: bool = False
+    stuck: str = ""
     reached: Counter[str] = field(default_factory=Counter)
     backups: list[tuple[float, int]] = field(default_factory=list)
 

@@ -16,8 +16,10 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import short_hash
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.values import Residual
+from meerkat_mq.node.state import decode_update, encode_update
 from meerkat_mq.rounds.events import StartSteps
-from meerkat_mq.runtime.model import Model, NodeProfile, StepResult, Stop
+from meerkat_mq.runtime.model import KeptUpdate, Model, NodeProfile, StepResult, Stop
+from meerkat_mq.simulate.reached import NOT_KEPT
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.messages import Offer, Values
 from meerkat_mq.wire.values import encode_values
@@ -30,6 +32,7 @@ from meerkat_mq.worlds.world import World
 AWAKE_S = 3.0  # a duty-cycled node stays no longer, unless it is in the middle of something
 LOOK_S = 1.0  # between two looks at whether it may sleep
 UNWILLING = 0.3  # share of a reluctant node's steps that its limits forbid
+UNWILLING_S = 5.0  # for which they hardly ever do
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +59,54 @@ class SimulatedProfile:
     every_s: float = 0.0
 
 
+class SimulatedStore(MemoryNodeStore):
+    """A node's disk, with the file of a kept update as each release writes it.
+
+    Args:
+        refused: is told of what the disk did not take.
+    """
+
+    def __init__(self, refused: Callable[[], None]) -> None:
+        super().__init__()
+        self.file: bytes | None = None
+        self.is_full = False
+        self._refused = refused
+
+    def keep_mask(self, mask: Mask) -> None:
+        """Keep a mask, and no other."""
+        if not self.is_full:
+            super().keep_mask(mask)
+
+    def load_update(self, run: RunDescriptor) -> KeptUpdate | None:
+        """The update that was kept, if it is of this run."""
+        return None if self.file is None else decode_update(self.file, run)
+
+    def keep_update(self, run: RunDescriptor, kept: KeptUpdate) -> None:
+        """Keep an update, and no other; on a full disk, the file before stays."""
+        if self.is_full:
+            self._refused()
+        else:
+            self.file = encode_update(run, kept)
+
+    def forget_update(self) -> None:
+        """Keep no update."""
+        self.file = None
+
+
 class SimulatedNode(NodeProcess):
     """One node; each life has a boot of its own, and begins at theta_0.
 
     Attributes:
+        disk: its store.
         healed: called once its theta is right again; None while nothing is wrong with it.
     """
 
     def __init__(self, name: str, world: World, profile: SimulatedProfile, chance: random.Random, largest: int) -> None:
+        self.disk = SimulatedStore(lambda: world.count(name, NOT_KEPT))
         super().__init__(
             NodeProfile(name, FEDERATION, values=profile.codec is not None, keeps=profile.keeps),
             world,
-            MemoryNodeStore(),
+            self.disk,
             compute=self._worker,
             make_model=lambda _, run, mask: self._model_of(run, mask),
             latency_s=profile.latency_s,
@@ -99,7 +138,7 @@ class SimulatedNode(NodeProcess):
         self._model = None
         self.is_right()
         if not self.profile.keeps:
-            self.store.update = None
+            self.disk.forget_update()
         super().start()
         self._stay_awake()
 
@@ -122,6 +161,14 @@ class SimulatedNode(NodeProcess):
         healed, self.healed = self.healed, None
         if healed is not None:
             healed()
+
+    @property
+    def state(self) -> str:
+        """What it does, for people."""
+        if not self.alive or self.client.link is None:
+            return "not connected" if self.alive else "not alive"
+        machine = self.driver.machine if self.driver is not None else None
+        return "starting" if machine is None else f"{machine.phase.name.lower()} at version {machine.version}"
 
     # --- sleep ---
 

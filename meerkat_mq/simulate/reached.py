@@ -9,6 +9,7 @@ from meerkat_mq.core import metrics as m
 from meerkat_mq.errors import AnotherServer, LedgerError, MeerkatError
 from meerkat_mq.rounds.records import Verdict
 from meerkat_mq.simulate.history import History
+from meerkat_mq.simulate.schedule import KINDS, LOSSES
 from meerkat_mq.wire.messages import Chunk, Entries, Frame, Offer, Refusal, Round, Want, Welcome
 
 ENOUGH = 2000  # schedules, in which every one of these is met many times, or a few times at least
@@ -19,7 +20,7 @@ _METRICS = (
     m.RESYNCHRONISED, m.DIGEST_DIFFERS, m.ENTRIES_MISSED, m.LATE_STEP, m.FLAGGED.of("against"), m.FLAGGED.of("outlier"),
     m.REFUSED.of("against"), m.REFUSED.of("outlier"), m.REFUSED.of("not finite"), m.REFUSED.of("no values"),
     m.REFUSED.of("resynchronise"), m.REFUSED.of("wrong seeds"), m.REFUSED.of("wrong steps"),
-    m.UNDECODABLE.of("BadChecksum"),
+    m.UNDECODABLE.of("BadChecksum"), m.SNAPSHOT_MISSED,
 )  # fmt: skip
 
 OFFERED = "a snapshot was offered"
@@ -35,6 +36,9 @@ STOPPED = "a node was early-stopped"
 WAITING = "the run ended with updates in no entry"
 WILL = "a last will was published"
 ASLEEP = "a node went to sleep"
+OVERDUE = "a round closed at its deadline"
+NOT_KEPT = "a node's full disk took no update"
+WITHOUT = "the run finished without a node"
 
 _FRAMES: dict[type[Frame], str] = {
     Round: "a round was published",
@@ -53,8 +57,16 @@ _WANTS = {
 
 REACHED = (
     *_METRICS, *_FRAMES.values(), *_WANTS.values(), TWICE, FENCED, ANOTHER, DAMAGED, CRASHED, STALE, PARTIAL, DISPLACED,
-    STOPPED, WAITING, WILL, ASLEEP,
+    STOPPED, WAITING, WILL, ASLEEP, OVERDUE, NOT_KEPT,
 )  # fmt: skip
+
+
+def for_good(fault: str) -> str:
+    """A kind of fault that never heals."""
+    return f"{fault} for good"
+
+
+LIVENESS = (*map(for_good, (*LOSSES, "disk full")), WITHOUT)
 
 
 class Reached(Counter[str]):
@@ -100,6 +112,16 @@ class Reached(Counter[str]):
         self[WAITING] += bool(history.open_updates)
 
 
-def missing(reached: Counter[str], faults: Counter[str], kinds: tuple[str, ...]) -> list[str]:
-    """What was never met, of all that should be, faults of these kinds included."""
-    return [name for name in REACHED if not reached[name]] + [f"fault: {kind}" for kind in kinds if not faults[kind]]
+def expected(*, liveness: bool = False) -> list[str]:
+    """All that a campaign must meet, each kind of fault included."""
+    return [*REACHED, *(LIVENESS if liveness else ()), *map(_fault, KINDS)]
+
+
+def missing(reached: Counter[str], faults: Counter[str], *, liveness: bool = False) -> list[str]:
+    """What of it was never met."""
+    met = {name for name in reached if reached[name]} | {_fault(name) for name in faults if faults[name]}
+    return [name for name in expected(liveness=liveness) if name not in met]
+
+
+def _fault(kind: str) -> str:
+    return f"fault: {kind}"

@@ -1,23 +1,50 @@
 """Run one schedule, and judge it."""
 
+from itertools import accumulate, count
+
 from meerkat_mq.errors import AnotherServer, LedgerError
+from meerkat_mq.rounds.policy import RoundSettings, deadline_length
+from meerkat_mq.rounds.server import LAST_ATTEMPT
+from meerkat_mq.runtime.blobs import PATIENCE_S
+from meerkat_mq.runtime.disk import LONGEST_PAUSE_S
+from meerkat_mq.runtime.succession import ANSWER_S
+from meerkat_mq.runtime.writer import TERM_PAUSE_S
 from meerkat_mq.simulate.checkers import Violation, check
 from meerkat_mq.simulate.faults import inflict, leave_behind
-from meerkat_mq.simulate.federation import Federation
+from meerkat_mq.simulate.federation import RESTART_S, Federation
 from meerkat_mq.simulate.history import History
-from meerkat_mq.simulate.node import AWAKE_S
+from meerkat_mq.simulate.node import AWAKE_S, UNWILLING_S
 from meerkat_mq.simulate.schedule import Schedule
+from meerkat_mq.worlds.broker import BACK_OFF_S, KEEP_ALIVE_S
 from meerkat_mq.worlds.quiet import quiet
 
 LAST_WORDS_S = 1.0
 NO_FAILURE = "no process fails"
+# From the last fault on, everybody is found again within: a keep-alive, a back-off, a supervisor's pause, a question to
+# the server before, a pause between terms, one of a full disk's, and the silences of a blob that does not come.
+FOUND_S = KEEP_ALIVE_S + BACK_OFF_S[-1] + RESTART_S + ANSWER_S + TERM_PAUSE_S + LONGEST_PAUSE_S + 15 * PATIENCE_S
 
 
 def patience(schedule: Schedule) -> float:
-    """Virtual seconds within which a healed federation finishes, whatever it went through."""
-    a_round = 2.0 + 2.0 * schedule.measure_s + (3.0 * schedule.settings.deadline_s if schedule.slow else 0.0)
-    a_round += 1.5 * schedule.step_s * schedule.spread + (schedule.every_s + AWAKE_S if schedule.sleepers else 0.0)
-    return 30.0 + 12 * schedule.settings.deadline_s + a_round * schedule.settings.count
+    """Virtual seconds within which a federation with a live quorum finishes, after the last fault.
+
+    A round closes at the latest with the deadline, extended as often as its slowest node needs, by which this has
+    answered; then it is judged and committed. Before that, the longest extension ends, which may just have begun.
+    """
+    rules = schedule.settings
+    answer_s = 1.5 * schedule.step_s * schedule.spread + 6 * schedule.commit_s + 1.0
+    if schedule.slow:
+        answer_s = max(answer_s, rules.deadline_s + schedule.commit_s)
+    answer_s += (schedule.every_s + AWAKE_S) * (schedule.sleepers > 0) + UNWILLING_S * schedule.reluctant
+    closing_s = 2 * schedule.measure_s + 6 * schedule.commit_s + 1.0
+    begun_s = max(deadline_length(rules, version, LAST_ATTEMPT) for version in range(rules.count))
+    return FOUND_S + begun_s + sum(_open_s(rules, version, answer_s) + closing_s for version in range(rules.count))
+
+
+def _open_s(rules: RoundSettings, version: int, answer_s: float) -> float:
+    """How long a round waits for answers that take so long."""
+    ends = accumulate(deadline_length(rules, version, attempt) for attempt in count())
+    return next(end for end in ends if end >= answer_s)
 
 
 def play(federation: Federation) -> None:

@@ -1,16 +1,17 @@
 """A fault schedule is data: the shape of a run, and what befalls it, all made from a seed."""
 
 import json
+import math
 import random
-from collections.abc import Collection
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from typing import Any
 
 from meerkat_mq.config import EarlyStoppingConfig, ServerValuesConfig
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.engines.toy import toy_mask
-from meerkat_mq.rounds.policy import RoundSettings, share
+from meerkat_mq.rounds.policy import RoundSettings, needed, share
 
 SERVER, ALL = "server", "all"
 WEIGHTS = 8
@@ -35,7 +36,7 @@ class ScheduledFault:
         name: see `faults.FAULTS`.
         target: "server", "n0", "n1", …, "broker" or "all".
         at: virtual seconds from the start.
-        lasts: virtual seconds until it heals.
+        lasts: virtual seconds until it heals; infinite where it never does.
         detail: how much of it; its meaning is the fault's.
     """
 
@@ -44,6 +45,11 @@ class ScheduledFault:
     at: float
     lasts: float
     detail: float
+
+    @property
+    def is_a_loss(self) -> bool:
+        """Whether its target takes no part any more."""
+        return self.lasts == math.inf and self.name != "disk full"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +95,20 @@ class Schedule:
 
     @property
     def heals_at(self) -> float:
-        """When the last fault has healed, virtual seconds."""
-        return max((fault.at + fault.lasts for fault in self.faults), default=0.0)
+        """When the last fault has healed, or has begun for good, virtual seconds."""
+        ends = (fault.at if fault.lasts == math.inf else fault.at + fault.lasts for fault in self.faults)
+        return max(ends, default=0.0)
+
+    @property
+    def lost(self) -> frozenset[str]:
+        """The nodes that take no part any more from some moment on."""
+        return frozenset(fault.target for fault in self.faults if fault.is_a_loss)
+
+    @property
+    def has_quorum(self) -> bool:
+        """Whether rounds can close without the nodes that are lost."""
+        live = self.nodes - len(self.lost)
+        return live >= max(self.settings.min_nodes, needed(self.nodes, self.settings.quorum))
 
     def encode(self) -> str:
         """JSON, for people and for `decode`."""
@@ -135,55 +153,72 @@ _KINDS: tuple[tuple[str, int, str], ...] = (
     ("lost fsync", 1, "server"),
     ("damaged snapshots", 1, "server"),
     ("damaged ledger", 1, "server"),
+    ("partition up", 1, "anyone"),
+    ("partition down", 1, "anyone"),
+    ("disk full", 1, "node"),
+    ("forged chunks", 1, "all"),
 )
+LOSSES = ("crash", "partition", "partition up", "partition down")  # which a node may suffer for good
+FULL_S = 600.0  # many times as long as anybody waits for a disk, or for an answer
 SMALL_PACKET = 2048  # holds the largest entry of a schedule, and not many of them
 KINDS = tuple(dict.fromkeys(name for name, _, _ in _KINDS))
 _SIZES = (3, 3, 3, 3, 3, 3, 4, 4, 4, 5, 5, 6, 7)
 
 
-def make_schedule(seed: int, names: Collection[str] = ()) -> Schedule:
+def make_schedule(seed: int, names: Collection[str] = (), *, liveness: bool = False) -> Schedule:
     """The schedule of a seed: 3 to 20 nodes, mostly few; 50 to 60 rounds; up to 12 faults.
 
     Their kinds are these names, or else about half of all kinds, drawn by the seed: what strikes all the time hides
-    what the others do (swarm testing).
+    what the others do (swarm testing). With `liveness`, others begin at some moment and never heal, and the nodes that
+    these leave can fill rounds.
     """
     draw = random.Random(seed)  # noqa: S311 - chance to be repeated, not to be secret
     kinds = tuple(names) or tuple(kind for kind in KINDS if draw.random() < 0.5) or KINDS
     nodes = draw.randint(8, 20) if draw.random() < 0.03 else draw.choice(_SIZES)
+    losses = [name for name in LOSSES if name in names or not names] if liveness else []
+    lost = draw.sample(range(nodes), draw.randint(0, min(2, (nodes - 1) // 2))) if losses else []
+    calm = _undisturbed(draw, seed, nodes, nodes - len(lost), kinds)
+    rules = calm.settings
+    a_round = max(1.3 * calm.step_s, calm.measure_s) + 3 * calm.commit_s + 0.1
+    if calm.slow and not rules.buffered:
+        a_round = rules.deadline_s
+    length_s = rules.count * a_round  # about what it takes without faults
+    spared = [f"n{number}" for number in range(nodes) if number not in lost]
+    faults = [_fault(draw, spared, length_s, kinds) for _ in range(draw.randint(0, 12))]
+    if liveness:
+        faults += _for_good(draw, spared, [(f"n{number}", draw.choice(losses)) for number in lost], length_s)
+    return replace(calm, faults=tuple(faults))
+
+
+def _undisturbed(draw: random.Random, seed: int, nodes: int, live: int, kinds: tuple[str, ...]) -> Schedule:
+    """A federation whose rounds so many of its nodes can fill, without faults."""
     values = draw.choice((0, 0, 0, 1, (nodes + 1) // 2))
-    settings = _settings(draw, nodes, has_values=values > 0)
-    step_s, commit_s = draw.choice((0.05, 0.2, 0.4)), draw.choice((0.0, 0.005, 0.05, 0.3))
-    measure_s = draw.choice((0.0, 0.01, 0.3, 2.5)) if settings.measured else 0.0
-    slow = draw.random() < 0.1
-    a_round = (
-        settings.deadline_s if slow and not settings.buffered else max(1.3 * step_s, measure_s) + 3 * commit_s + 0.1
-    )
-    calm_s = settings.count * a_round  # about what an undisturbed run takes
+    settings = _settings(draw, nodes, live, has_values=values > 0)
     return Schedule(
         seed=seed,
         nodes=nodes,
         settings=settings,
-        measure_s=measure_s,
-        step_s=step_s,
-        commit_s=commit_s,
+        step_s=draw.choice((0.05, 0.2, 0.4)),
+        commit_s=draw.choice((0.0, 0.005, 0.05, 0.3)),
+        measure_s=draw.choice((0.0, 0.01, 0.3, 2.5)) if settings.measured else 0.0,
+        slow=draw.random() < 0.1,
         spread=draw.choice((1.0, 4.0, 20.0)) if settings.buffered else 1.0,
         values=values,
         sleepers=draw.choice((0, 0, 0, 0, 0, 1, nodes // 2)),
         every_s=draw.choice((1.0, 3.0)),
         keeps=draw.random() < 0.5,
         reluctant=draw.random() < 0.1,
-        slow=slow,
         fickle=draw.random() < 0.7,
         leftovers=draw.random() < 0.2,
         packet_bytes=draw.choice((SMALL_PACKET, 2**28, 2**28)),
         kinds=kinds,
-        faults=tuple(_fault(draw, nodes, calm_s, kinds) for _ in range(draw.randint(0, 12))),
+        faults=(),
     )
 
 
-def _settings(draw: random.Random, nodes: int, *, has_values: bool) -> RoundSettings:
-    """The rules of rounds that so many nodes can fill."""
-    min_nodes, buffered = draw.randint(2, nodes), draw.random() < 0.5
+def _settings(draw: random.Random, nodes: int, live: int, *, has_values: bool) -> RoundSettings:
+    """The rules of rounds that so many of the nodes can fill."""
+    min_nodes, buffered = draw.randint(2, live), draw.random() < 0.5
     fraction = 1.0 if buffered else draw.choice((1.0, 1.0, 1.0, 0.6))
     by = draw.choice(("off", "off", "vpcs", "vpcs", "random"))
     return RoundSettings(
@@ -200,7 +235,7 @@ def _settings(draw: random.Random, nodes: int, *, has_values: bool) -> RoundSett
         min_nodes=min_nodes,
         min_updates=1,
         fraction=fraction,
-        quorum=draw.choice((0.5, 0.75, 1.0)),
+        quorum=draw.choice([quorum for quorum in (0.5, 0.75, 1.0) if needed(nodes, quorum) <= live]),
         deadline_s=draw.choice((2.0, 4.0, 8.0)),
         grace_s=draw.choice((0.0, 0.5, 2.0)),
         weigh_by_rows=draw.random() < 0.3,
@@ -216,11 +251,26 @@ def _settings(draw: random.Random, nodes: int, *, has_values: bool) -> RoundSett
     )
 
 
-def _fault(draw: random.Random, nodes: int, length_s: float, names: Collection[str]) -> ScheduledFault:
+def _fault(draw: random.Random, nodes: Sequence[str], length_s: float, names: Collection[str]) -> ScheduledFault:
     kinds = [kind for kind in _KINDS if kind[0] in names]
     name, _, whom = draw.choices(kinds, [weight for _, weight, _ in kinds])[0]
     if whom == "anyone":
         whom = draw.choice((SERVER, ALL, "node", "node"))
-    target = f"n{draw.randrange(nodes)}" if whom == "node" else whom
+    target = draw.choice(nodes) if whom == "node" else whom
     at, lasts = draw.uniform(0.0, length_s), draw.choice((0.1, 0.5, 1.0, 3.0, 8.0)) * draw.uniform(0.5, 1.5)
     return ScheduledFault(name, target, round(at, 3), round(lasts, 3), round(draw.random(), 3))
+
+
+def _for_good(
+    draw: random.Random, spared: Sequence[str], losses: Sequence[tuple[str, str]], length_s: float
+) -> list[ScheduledFault]:
+    """These losses, full disks of nodes that are spared, and the server's, which waits until there is room."""
+    made = [(name, node, math.inf) for node, name in losses]
+    if not made or draw.random() < 0.4:
+        made += [("disk full", node, math.inf) for node in draw.sample(spared, draw.randint(1, len(spared)))]
+    if draw.random() < 0.1:
+        made.append(("disk full", SERVER, FULL_S))
+    return [
+        ScheduledFault(name, target, round(draw.uniform(0.0, length_s), 3), lasts, round(draw.random(), 3))
+        for name, target, lasts in made
+    ]

@@ -20,12 +20,12 @@ _PLAIN_RULES: tuple[dict[str, Any], ...] = (
 
 
 def shrink(schedule: Schedule, fails: Callable[[Schedule], bool]) -> Schedule:
-    """Take away, greedily, what is not needed to fail: faults, then peculiarities, nodes and rounds."""
+    """Take away, greedily, what is not needed to fail: faults, then peculiarities, nodes and rounds; no quorum."""
     smaller = True
     while smaller:
         smaller = False
         for candidate in _smaller(schedule):
-            if fails(candidate):
+            if candidate.has_quorum >= schedule.has_quorum and fails(candidate):
                 schedule, smaller = candidate, True
                 break
     return schedule

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Protocol
+from typing import Literal, Protocol
 
 from meerkat_mq.errors import PayloadTooLarge
 from meerkat_mq.wire.limits import packet_bytes
@@ -24,12 +24,13 @@ LARGEST_PACKET = 2**28
 
 @dataclass(slots=True)
 class LinkConditions:
-    """How bad a link is: probabilities, and seconds of delay."""
+    """How bad a link is: probabilities, and seconds of delay; with `only`, it loses just what goes up or down."""
 
     lose: float = 0.0
     duplicate: float = 0.0
     delay: float = 0.0
     reorder: float = 0.0
+    only: Literal["up", "down"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,7 +326,7 @@ class Broker:
         if client.conditions is None:
             self._route(message)
             return
-        for delay in self._fate(client.conditions):
+        for delay in self._fate(client.conditions, "up"):
             self._clock.at(self._clock.now() + delay, partial(self._arrive, client, client.link, message))
 
     def _arrive(self, client: Client, link: int, message: VirtualMessage) -> None:
@@ -359,7 +360,7 @@ class Broker:
         now, conditions = self._clock.now(), client.conditions
         if client.cut or client.link is None:
             return
-        for delay in (0.0,) if conditions is None else self._fate(conditions):
+        for delay in (0.0,) if conditions is None else self._fate(conditions, "down"):
             time = now + delay + client.latency_s
             if conditions is None or self._chance.random() >= conditions.reorder:
                 time = client.ready_at = max(client.ready_at, time)
@@ -370,9 +371,9 @@ class Broker:
             self._delivered(message)
             client.deliver(message, retained=retained)
 
-    def _fate(self, conditions: LinkConditions) -> list[float]:
+    def _fate(self, conditions: LinkConditions, way: str) -> list[float]:
         chance = self._chance.random
-        if chance() < conditions.lose:
+        if chance() < conditions.lose and conditions.only in (None, way):
             return []
         copies = 2 if chance() < conditions.duplicate else 1
         return [conditions.delay * chance() for _ in range(copies)]

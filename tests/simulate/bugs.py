@@ -13,18 +13,13 @@ from meerkat_mq.ledger.recovery import resumed
 from meerkat_mq.ledger.snapshots import Snapshots
 from meerkat_mq.ledger.store import KeptSnapshot, Term
 from meerkat_mq.rounds import open_round
-from meerkat_mq.rounds.events import ApplyEntries, SendEntries, StatusCame
 from meerkat_mq.rounds.open_round import OpenRound
 from meerkat_mq.rounds.policy import RoundSettings, counted, lane_of, shares_of, terms_of
 from meerkat_mq.rounds.records import Share, UpdateRecord, Verdict
 from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.rounds.window import Committed, Window
 from meerkat_mq.runtime import measure, writer
-from meerkat_mq.runtime.jobs import Jobs
-from meerkat_mq.runtime.node import NodeDriver
-from meerkat_mq.runtime.server import ServerDriver
 from meerkat_mq.runtime.writer import LedgerWriter
-from meerkat_mq.wire.descriptor import NodeStatus
 from meerkat_mq.wire.messages import Reason, Update
 from meerkat_mq.wire.snapshot import Snapshot, decode_snapshot
 from meerkat_mq.wire.values import encode_values
@@ -296,85 +291,6 @@ def weigh_displacements_alike(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(open_round, "shares_of", broken)
 
 
-# --- in the drivers -------------------------------------------------------------------------------------------------
-
-
-def answer_twice(patch: pytest.MonkeyPatch) -> None:
-    """What has worked is done once more, and answered once more."""
-    patiently = LedgerWriter._patiently
-
-    def broken(self: Machine, *work: Any) -> Any:
-        yield from patiently(self, *work)
-        return (yield from patiently(self, *work))
-
-    patch.setattr(LedgerWriter, "_patiently", broken)
-
-
-def forget_an_effect(patch: pytest.MonkeyPatch) -> None:
-    """Nobody is given the entries that it asks for."""
-    carry_out = ServerDriver._carry_out
-    patch.setattr(
-        ServerDriver,
-        "_carry_out",
-        lambda self, effect: None if isinstance(effect, SendEntries) else carry_out(self, effect),
-    )
-
-
-def apply_again_after_a_reconnect(patch: pytest.MonkeyPatch) -> None:
-    """The entries of the newest round are applied once more on each connection."""
-    connected = NodeDriver.connected
-
-    def broken(self: Machine, link: int) -> None:
-        connected(self, link)
-        if self._jobs is not None and self._round is not None and self._round.entries:
-            self._jobs.put(ApplyEntries(self._round.entries))
-
-    patch.setattr(NodeDriver, "connected", broken)
-
-
-def lose_what_came_before_the_connection(patch: pytest.MonkeyPatch) -> None:
-    """What is retained counts only once the connection is announced, and the server does not tell it again."""
-    received = NodeDriver.received
-
-    def broken(self: Machine, topic: str, payload: bytes, *, retained: bool) -> None:
-        if not retained or topic == self._own_status or self.presence._link is not None:
-            received(self, topic, payload, retained=retained)
-
-    def on_status(self: Machine, node: str, status: NodeStatus) -> None:
-        self._statuses[node] = status
-        self.handle(StatusCame(self._clock.now(), node, status))
-
-    patch.setattr(NodeDriver, "received", broken)
-    patch.setattr(ServerDriver, "_on_status", on_status)
-
-
-def go_on_with_the_work_of_an_earlier_term(patch: pytest.MonkeyPatch) -> None:
-    """What a machine asked for is done, though its term is over."""
-    took_term = ServerDriver.took_term
-
-    def broken(self: Machine, term: int, machine: ServerMachine) -> None:
-        self.machine = self.machine or machine
-        took_term(self, term, self.machine)
-
-    patch.setattr(ServerDriver, "took_term", broken)
-
-
-def say_what_is_not_applied_yet(patch: pytest.MonkeyPatch) -> None:
-    """A status holds the machine's version, and whatever digest the worker is at."""
-    patch.setattr(Jobs, "digest_at", lambda self, version: self._digest)
-
-
-def drop_a_too_large_reply(patch: pytest.MonkeyPatch) -> None:
-    """A node that was away is sent all that it lacks in one reply; what the broker does not take is gone."""
-    patch.setattr(writer, "reply_room", lambda frame_bytes: 2**20)
-    patch.setattr(Snapshots, "offer", lambda self, header, first: None)
-
-
-def offer_a_corrupt_snapshot(patch: pytest.MonkeyPatch) -> None:
-    """A snapshot is believed to be whole."""
-    patch.setattr(MemoryStore, "has_whole", lambda self, kept: self.snapshot(kept) is not None)
-
-
 # Each with the faults that bring it to light.
 BUGS: dict[Callable[[pytest.MonkeyPatch], None], tuple[str, ...]] = {
     apply_a_duplicate: ("duplicate",),
@@ -398,12 +314,4 @@ BUGS: dict[Callable[[pytest.MonkeyPatch], None], tuple[str, ...]] = {
     open_the_window_too_wide: (),
     distribute_the_mean_itself: (),
     weigh_displacements_alike: (),
-    answer_twice: (),
-    forget_an_effect: ("partition", "leave"),
-    apply_again_after_a_reconnect: ("partition",),
-    lose_what_came_before_the_connection: ("leave", "crash"),
-    go_on_with_the_work_of_an_earlier_term: ("hostile",),
-    say_what_is_not_applied_yet: ("restore",),
-    drop_a_too_large_reply: ("partition", "leave"),
-    offer_a_corrupt_snapshot: ("damaged snapshots", "leave"),
 }
