@@ -4,6 +4,7 @@ Both streams read raw Philox4x64-10 words (Random123), key (seed, 0), counters 1
 """
 
 import hashlib
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -18,6 +19,7 @@ QUANTILES_SHA256 = "8babbcaf96568f10165a1eab530c0e5c92d04de96761b6dbb3dadfa94bab
 
 _BLOCK_BITS = 256  # four 64-bit words
 _BITS_PER_VALUE = {"mk1": 16, "rademacher": 1}
+_FEW = 64  # values that take longer to begin than to make
 
 
 def direction(stream: str, seed: int, start: int, stop: int) -> Float32Array:
@@ -26,7 +28,7 @@ def direction(stream: str, seed: int, start: int, stop: int) -> Float32Array:
     "mk1" is standard normal, 16 bits a value; "rademacher" is ±1, one bit a value.
 
     Returns:
-        float32 (stop - start,); any slice equals the same slice of the whole.
+        float32 (stop - start,), perhaps not writeable; any slice equals the same slice of the whole.
 
     Raises:
         BadValue: unknown stream, or not 0 ≤ seed < 2**64 and 0 ≤ start ≤ stop.
@@ -36,6 +38,17 @@ def direction(stream: str, seed: int, start: int, stop: int) -> Float32Array:
     if not (0 <= seed < 2**64 and 0 <= start <= stop):
         problem = f"seed {seed}, values {start}…{stop} are out of range"
         raise BadValue("direction", problem, "seed < 2**64, start ≤ stop")
+    return (_few if stop - start <= _FEW else _values)(stream, seed, start, stop)
+
+
+@lru_cache(maxsize=4096)  # all nodes of a simulated federation draw the same
+def _few(stream: str, seed: int, start: int, stop: int) -> Float32Array:
+    values = _values(stream, seed, start, stop)
+    values.flags.writeable = False
+    return values
+
+
+def _values(stream: str, seed: int, start: int, stop: int) -> Float32Array:
     per_block = _BLOCK_BITS // _BITS_PER_VALUE[stream]
     first_block, last_block = start // per_block, -(-stop // per_block)
     words = np.random.Philox(key=seed, counter=first_block).random_raw(4 * (last_block - first_block))

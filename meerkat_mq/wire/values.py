@@ -1,6 +1,7 @@
 """The values blob: a displacement as a codec keeps it (protocol/SPECIFICATION.md, section 5)."""
 
 import struct
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ MAGIC = b"MKVALS\x01\n"
 _HEAD = struct.Struct("<8sBI")
 _CODECS: dict[int, Codec] = {1: "float32", 2: "bfloat16", 3: "int8"}
 _WORTH_A_BLOCK = 256  # bytes
+_SMALL_BLOB = 256  # bytes
 _WAYS = (
     zstandard.ZstdCompressionParameters.from_level(LEVEL),
     zstandard.ZstdCompressionParameters.from_level(1, strategy=zstandard.STRATEGY_FAST, min_match=7),
@@ -77,6 +79,17 @@ def decode_values(blob: bytes, name: bytes | None, weights: int) -> Float32Array
     Raises:
         WireError: the blob is damaged, or not the one asked for.
     """
+    return (_known if len(blob) <= _SMALL_BLOB else _decoded)(blob, name, weights)
+
+
+@lru_cache(maxsize=256)  # all nodes of a simulated federation decode the same
+def _known(blob: bytes, name: bytes | None, weights: int) -> Float32Array:
+    values = _decoded(blob, name, weights)
+    values.flags.writeable = False
+    return values
+
+
+def _decoded(blob: bytes, name: bytes | None, weights: int) -> Float32Array:
     if len(blob) > largest_blob(weights) or weights > MAX_BLOB_WEIGHTS:
         raise TooLarge("values", f"{len(blob)} bytes for {weights} weights")
     if name is not None and short_hash(blob) != name:
