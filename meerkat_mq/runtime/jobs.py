@@ -9,7 +9,6 @@ from typing import assert_never
 
 import structlog
 
-from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.path import Displacement, Entry, seeds_of
 from meerkat_mq.core.seldom import Seldom
 from meerkat_mq.errors import BadValue, NotConnected, NotFinite, WireError, reason
@@ -21,7 +20,7 @@ from meerkat_mq.runtime.ports import Clock
 from meerkat_mq.runtime.steps import Done, Failed, Sequence, Steps, until, work
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.messages import Offer, Round, Update
-from meerkat_mq.wire.values import decode_values, largest_blob
+from meerkat_mq.wire.values import largest_blob
 
 NodeJob = e.ApplyEntries | e.FetchSnapshot | e.ResetTheta | e.StartSteps | e.Forget | Update
 
@@ -161,8 +160,8 @@ class Jobs:
         before, digests = self._model.place, list[bytes]()
         try:
             for part in _parts(entries):
-                values = yield from self._values(part[-1].displacement)
-                digests += yield from work(self._compute, self._model.apply, part, values)
+                blob = yield from self._displacement(part[-1].displacement)
+                digests += yield from work(self._compute, self._model.apply, part, blob)
         except (NotConnected, NotFinite, WireError) as error:
             yield from work(self._compute, self._model.go_to, before)
             said = {"first": entries[0].version, "problem": str(error)}
@@ -171,15 +170,14 @@ class Jobs:
         self._digest = next((found for found in reversed(digests) if any(found)), self._digest)
         return e.EntriesApplied(self._clock.now(), entries, tuple(digests))
 
-    def _values(self, displacement: Displacement | None) -> Steps[Float32Array | None]:
-        """Get a displacement, which may be on its way to all, or there already. NotConnected, WireError: it is not."""
+    def _displacement(self, displacement: Displacement | None) -> Steps[bytes]:
+        """Get a displacement, on its way to all or there already; b"" for none. NotConnected, BadValue: it is not."""
         if displacement is None:
-            return None
+            return b""
         weights = self._run.weights
         if displacement.size > largest_blob(weights):
             raise BadValue("displacement", f"{displacement.size} bytes for {weights} weights")
-        blob = yield from self._collect(displacement.blob, displacement.size)
-        return (yield from work(self._compute, decode_values, blob, displacement.blob, weights))
+        return (yield from self._collect(displacement.blob, displacement.size))
 
     def _collect(self, name: bytes, size: int) -> Steps[bytes]:
         unasked = self._blobs.comes_unasked(name)
@@ -247,11 +245,16 @@ class Jobs:
         self._blobs.give(kept)
 
     def _forget(self, order: e.Forget) -> Steps[None]:
-        yield from work(self._compute, self._model.forget, order.version, order.heard)
-        if self._kept is not None and self._kept.update.header.version == order.version:
+        is_kept = self._kept is not None and self._kept.update.header.version == order.version
+        if is_kept:
             self._kept = None
             self._blobs.give(None)
-            yield from work(self._compute, self._store.forget_update)
+        yield from work(self._compute, self._settle, order, is_kept)
+
+    def _settle(self, order: e.Forget, is_kept: bool) -> None:
+        self._model.forget(order.version, order.heard)
+        if is_kept:
+            self._store.forget_update()
 
 
 def _parts(entries: tuple[Entry, ...]) -> Iterator[tuple[Entry, ...]]:

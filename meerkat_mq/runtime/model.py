@@ -21,7 +21,7 @@ from meerkat_mq.runtime.ports import Compute
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.messages import Offer, Update, Values
 from meerkat_mq.wire.snapshot import decode_snapshot
-from meerkat_mq.wire.values import encode_values
+from meerkat_mq.wire.values import decode_values, encode_values
 
 Place = tuple[Float32Array, int]  # theta and its version
 Draw = Callable[[str, int, int, int], Float32Array]
@@ -98,17 +98,19 @@ class Model(ABC):
         """Have theta be what it was."""
         self._replica.load(*place)
 
-    def apply(self, entries: tuple[Entry, ...], displacement: Float32Array | None) -> tuple[bytes, ...]:
-        """Apply entries, the last one with its displacement, float32 (n,); returns digests, zeros where none is due.
+    def apply(self, entries: tuple[Entry, ...], blob: bytes) -> tuple[bytes, ...]:
+        """Apply entries, the last one with its displacement, b"" for none; returns digests, zeros where none is due.
 
         Raises:
-            BadValue: a step of an entry is longer than any of this run can be.
+            WireError: a step of an entry is longer than any of this run can be, or the blob is not its displacement.
             NotFinite: theta would not be finite.
         """
         if self._run.max_step is not None:
             for entry in entries:
                 check_steps(entry, self._run.max_step)
         changes: list[Change] = [(entry.terms, None) for entry in entries[:-1]]
+        added = entries[-1].displacement
+        displacement = None if added is None else decode_values(blob, added.blob, self._run.weights)
         return self._replica.replay([*changes, (entries[-1].terms, displacement)])
 
     def load(self, blob: bytes, offer: Offer) -> tuple[bytes, bytes]:

@@ -8,7 +8,6 @@ from typing import Any, cast
 import pytest
 
 from meerkat_mq.config import ScheduleConfig
-from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.path import Entry
 from meerkat_mq.mqtt import Session
 from meerkat_mq.node import duty
@@ -168,9 +167,9 @@ async def test_a_node_that_never_catches_up_sleeps_nevertheless(
 
         apply = Work.apply
 
-        def slowly(work: Work, entries: tuple[Entry, ...], values: Float32Array | None) -> tuple[bytes, ...]:
+        def slowly(work: Work, entries: tuple[Entry, ...], blob: bytes) -> tuple[bytes, ...]:
             time.sleep(0.1)
-            return apply(work, entries, values)
+            return apply(work, entries, blob)
 
         monkeypatch.setattr(Work, "apply", slowly)
         closing = asyncio.create_task(always_behind())

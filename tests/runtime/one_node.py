@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 
-from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Entry
 from meerkat_mq.rounds.events import StartSteps
@@ -48,7 +47,7 @@ class PaperModel(Model):
     def go_to(self, place: Place) -> None:
         del self.entries[place[1] :]
 
-    def apply(self, entries: tuple[Entry, ...], displacement: Float32Array | None) -> tuple[bytes, ...]:
+    def apply(self, entries: tuple[Entry, ...], blob: bytes) -> tuple[bytes, ...]:
         self.entries += entries
         return tuple(DIGEST for _ in entries)
 
