@@ -9,9 +9,13 @@ import json
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from meerkat_mq.core.files import write_atomically
 from meerkat_mq.engines.torch.links import real_file
@@ -33,11 +37,23 @@ _BITS |= {"U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64
 class StoredTensor:
     """Where a tensor lies: `file[start:stop]`, dtype as safetensors names it ("F32", "BF16" …)."""
 
+    name: str
     file: Path
     dtype: str
     shape: tuple[int, ...]
     start: int
     stop: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.stop - self.start
+
+    def read(self, as_type: npt.DTypeLike, first: int = 0, most: int | None = None) -> npt.NDArray[Any]:
+        """Its bytes as values of a NumPy type, from the `first` on; `most`: so many, or as many as there are."""
+        width = np.dtype(as_type).itemsize
+        left = self.size // width - first
+        return np.fromfile(self.file, as_type, min(left, most or left), offset=self.start + first * width)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -128,7 +144,7 @@ def _tensor(file: Path, name: str, entry: Any, data: int, size: int) -> StoredTe
         raise ValueError(f"{size} bytes instead of {data + stop}")
     if dtype in _BITS and math.prod(shape) * _BITS[dtype] != 8 * (stop - start):
         raise ValueError(f"{stop - start} bytes for {dtype} of shape {shown(shape)}")
-    return StoredTensor(file, dtype, tuple(shape), data + start, data + stop)
+    return StoredTensor(name, file, dtype, tuple(shape), data + start, data + stop)
 
 
 def fingerprint(folder: Path, cache: Path | None = None) -> bytes:
@@ -146,31 +162,29 @@ def fingerprint(folder: Path, cache: Path | None = None) -> bytes:
     """
     cache = cache or _cache_file()
     key = str(folder.resolve())
-    state = [[file.name, stat.st_size, stat.st_mtime_ns] for file in weight_files(folder) for stat in [_stat(file)]]
+    stats = [(file.name, file.stat()) for file in weight_files(folder)]
+    state = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
     known = _read_cache(cache)
     entry = known.get(key)
     if isinstance(entry, dict) and entry.get("files") == state:
         return bytes.fromhex(str(entry["fingerprint"]))
     digest = _hash(stored_tensors(folder))
-    _write_cache(cache, known | {key: {"files": state, "fingerprint": digest.hex()}})
+    if cache is not None:
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not correctness
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            table = known | {key: {"files": state, "fingerprint": digest.hex()}}
+            write_atomically(cache, json.dumps(table, indent=1).encode(), durable=False)
     return digest
 
 
-def _stat(file: Path) -> os.stat_result:
-    try:
-        return file.stat()
-    except OSError as error:
-        raise ModelNotFound(str(file), f"cannot be read ({error.strerror})", "fetch the model again") from error
-
-
-def _hash(tensors: dict[str, StoredTensor]) -> bytes:
+def _hash(tensors: Mapping[str, StoredTensor]) -> bytes:
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         shape = ",".join(map(str, tensor.shape))
         digest.update(f"{name}\0{tensor.dtype}\0{shape}\0".encode())
         with tensor.file.open("rb") as stream:
             stream.seek(tensor.start)
-            left = tensor.stop - tensor.start
+            left = tensor.size
             while left:
                 piece = stream.read(min(_CHUNK, left))
                 if not piece:
@@ -190,19 +204,8 @@ def _cache_file() -> Path | None:
 
 
 def _read_cache(path: Path | None) -> dict[str, object]:
-    if path is None:
-        return {}
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
     except (OSError, ValueError):
         return {}
     return table if isinstance(table, dict) else {}
-
-
-def _write_cache(path: Path | None, table: dict[str, object]) -> None:
-    """Best effort: a cache that cannot be written costs time, not correctness."""
-    if path is None:
-        return
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(table, indent=1).encode(), durable=False)

@@ -135,12 +135,12 @@ class TransformersEngine:
     def scores(self, batch: Prepared) -> tuple[Float32Array, npt.NDArray[np.int64]]:
         """Float32 (rows, classes), and the right ones, int64 (rows,)."""
         with torch.inference_mode():
-            return _to_numpy(self.class_scores(batch)), batch.labels.cpu().numpy()
+            return to_numpy(self.class_scores(batch)), batch.labels.cpu().numpy()
 
     def losses(self, batch: Prepared) -> Float32Array:
         """Cross-entropy over the classes, float32 (rows,)."""
         with torch.inference_mode():
-            return _to_numpy(losses_of(self.class_scores(batch), batch.labels))
+            return to_numpy(losses_of(self.class_scores(batch), batch.labels))
 
     def gradient(self, batch: Prepared) -> tuple[Float32Array, float]:
         """The gradient of the mean cross-entropy in theta, float32 (n,), and that loss."""
@@ -152,7 +152,7 @@ class TransformersEngine:
             for parameter in parameters:
                 parameter.requires_grad_(False)
         parts = [target.values(whole).float() for target, whole in zip(self.targets, found, strict=True)]
-        return _to_numpy(torch.cat(parts)), loss.item()
+        return to_numpy(torch.cat(parts)), loss.item()
 
     def check(self, mask: Mask) -> None:
         """Make sure that this is the model that the mask was made for; call it before the first write.
@@ -242,5 +242,6 @@ def _same(where: str, what: str, found: bytes, wanted: bytes, remedy: str) -> No
         raise ModelMismatch(where, f"another {what}: fingerprint {found.hex()[:16]}…, not {wanted.hex()[:16]}…", remedy)
 
 
-def _to_numpy(values: Tensor) -> Float32Array:
+def to_numpy(values: Tensor) -> Float32Array:
+    """The values as float32, whatever they are and wherever they lie."""
     return np.asarray(values.float().cpu().numpy(), dtype=np.float32)

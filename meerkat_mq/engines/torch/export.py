@@ -6,25 +6,21 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.files import keep_names
-from meerkat_mq.core.mask import Mask, UInt32Array
-from meerkat_mq.engines.torch.changes import Change, bits, changes_of
+from meerkat_mq.core.mask import Mask
+from meerkat_mq.engines.torch.changes import PIECE, Change, changes_of, rewritten
 from meerkat_mq.engines.torch.checkpoint import INDEX, SINGLE, StoredTensor, fingerprint, stored_tensors, weight_files
 from meerkat_mq.engines.torch.folder import find_folder
 from meerkat_mq.engines.torch.links import model_files
-from meerkat_mq.engines.torch.names import FLOATS, stored_copies
+from meerkat_mq.engines.torch.names import stored_copies
 from meerkat_mq.errors import ModelError, ModelMismatch, ModelNotFound
 
 _EXPORT_AGAIN = "export the model again"
-_PIECE = 1 << 20
 _OCCUPIED = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -49,13 +45,11 @@ def export_model(source: str | Path, mask: Mask, theta: Float32Array, out: Path)
         ModelNotFound: there is no such base, or a file of it cannot be read.
         ModelMismatch: the base is not the one that the mask was made on.
     """
-    folder = find_folder(source)
+    folder = _base(source, mask)
     if theta.shape != (mask.size,):
         raise ModelError(
             "theta", f"has shape {theta.shape}, the mask {mask.size} weights", "export with the run's mask"
         )
-    if fingerprint(folder) != mask.fingerprint:
-        raise ModelMismatch(str(folder), "is not the checkpoint that the mask was made on", "give the run's base model")
     changes, files = changes_of(stored_copies(folder), mask, theta), exported_files(folder)
     with _new_folder(out, folder) as new:
         for name, file in files.items():
@@ -64,7 +58,7 @@ def export_model(source: str | Path, mask: Mask, theta: Float32Array, out: Path)
         for tensor, change in changes.items():
             name = tensor.file.relative_to(folder)
             with _writing(out, name):
-                _patch(new / name, tensor, change())
+                _patch(new / name, tensor, change)
         for name in files:
             with _writing(out, name):
                 keep_names(new / name)
@@ -84,16 +78,22 @@ def check_export(folder: Path, source: str | Path, mask: Mask, theta: Float32Arr
         ModelMismatch: the base is not the one that the mask was made on, or the model is not base + theta; names the
             first tensor and weight that differ.
     """
-    base = find_folder(source)
-    if fingerprint(base) != mask.fingerprint:
-        raise ModelMismatch(str(base), "is not the checkpoint that the mask was made on", "give the run's base model")
+    base = _base(source, mask)
     expected, found = stored_tensors(base), stored_tensors(folder)
     changes = changes_of(stored_copies(base), mask, theta)
     for name in sorted(expected.keys() | found.keys()):
         ours, theirs = expected.get(name), found.get(name)
-        if ours is None or theirs is None or _layout(ours) != _layout(theirs):
+        layouts = {(tensor.dtype, tensor.shape, tensor.size) if tensor else None for tensor in (ours, theirs)}
+        if ours is None or theirs is None or len(layouts) > 1:
             raise ModelMismatch(str(folder), f"{name} is not as in the base, by dtype and shape", _EXPORT_AGAIN)
-        _compare(name, ours, theirs, changes.get(ours))
+        _compare(ours, theirs, changes.get(ours))
+
+
+def _base(source: str | Path, mask: Mask) -> Path:
+    folder = find_folder(source)
+    if fingerprint(folder) != mask.fingerprint:
+        raise ModelMismatch(str(folder), "is not the checkpoint that the mask was made on", "give the run's base model")
+    return folder
 
 
 def exported_files(folder: Path) -> dict[Path, Path]:
@@ -156,70 +156,21 @@ def _copy(name: Path, source: Path, target: Path) -> None:
     except OSError as error:
         raise ModelNotFound(str(name), f"cannot be read ({error.strerror})", "let this user read it") from error
     with opened, target.open("xb") as new:
-        shutil.copyfileobj(opened, new, _PIECE)
+        shutil.copyfileobj(opened, new, PIECE)
 
 
-def _patch(file: Path, tensor: StoredTensor, change: Change) -> None:
+def _patch(file: Path, tensor: StoredTensor, change: Callable[[], Change]) -> None:
     """Write the change into a copy. Not by a memory map: where the disk is full, that ends the process."""
-    dtype = FLOATS[tensor.dtype]
-    before = None if change.before is None else bits(change.before, dtype)
-    after = bits(change.after, dtype)
     with file.open("r+b") as stream:
-        for piece in _pieces(change.indices, (tensor.stop - tensor.start) // after.itemsize):
-            places, start = change.indices[piece.changed] - piece.start, tensor.start + piece.start * after.itemsize
-            if not places.size:
-                continue
-            stream.seek(start)
-            weights = np.frombuffer(stream.read((piece.stop - piece.start) * after.itemsize), after.dtype).copy()
-            if before is not None and not np.array_equal(weights[places], before[piece.changed]):
-                problem = f"{change.name} differs from the mask's theta_0"
-                raise ModelMismatch(str(tensor.file), problem, "export the run's base")
-            weights[places] = after[piece.changed]
-            stream.seek(start)
-            stream.write(weights.tobytes())
+        for start, _, new in rewritten(tensor, change):
+            stream.seek(tensor.start + start * new.itemsize)
+            stream.write(new.tobytes())
 
 
-def _layout(tensor: StoredTensor) -> tuple[str, tuple[int, ...], int]:
-    return tensor.dtype, tensor.shape, tensor.stop - tensor.start
-
-
-def _compare(name: str, ours: StoredTensor, theirs: StoredTensor, make: Callable[[], Change] | None) -> None:
-    values: npt.NDArray[Any] = np.empty(0, np.uint8)
-    indices = np.empty(0, np.uint32)
-    if make is not None:
-        change = make()
-        indices, values = change.indices, bits(change.after, FLOATS[ours.dtype])
-    for piece in _pieces(indices, (ours.stop - ours.start) // values.itemsize):
-        expected, found = (
-            np.fromfile(
-                tensor.file, values.dtype, piece.stop - piece.start, offset=tensor.start + piece.start * values.itemsize
-            )
-            for tensor in (ours, theirs)
-        )
-        expected[indices[piece.changed] - piece.start] = values[piece.changed]
-        if not np.array_equal(expected, found):
-            at = piece.start + int(np.flatnonzero(expected != found)[0])
-            what = "byte" if make is None else "weight"
-            whose = "theta's" if at in indices else "the base's"
-            raise ModelMismatch(str(theirs.file), f"{what} {at} of {name} is not {whose}", _EXPORT_AGAIN)
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """A part of a tensor's values, small enough to hold.
-
-    Attributes:
-        start, stop: which values.
-        changed: which of a change's indices lie there.
-    """
-
-    start: int
-    stop: int
-    changed: slice
-
-
-def _pieces(indices: UInt32Array, count: int) -> Iterator[_Piece]:
-    """A tensor of `count` values, a million at a time."""
-    for start in range(0, count, _PIECE):
-        stop = min(start + _PIECE, count)
-        yield _Piece(start, stop, slice(*map(int, np.searchsorted(indices, (start, stop)))))
+def _compare(ours: StoredTensor, theirs: StoredTensor, change: Callable[[], Change] | None) -> None:
+    for start, old, new in rewritten(ours, change):
+        found = theirs.read(new.dtype, start, new.size)
+        if not np.array_equal(new, found):
+            at = int(np.flatnonzero(new != found)[0])
+            what, whose = "weight" if change else "byte", "the base's" if new[at] == old[at] else "theta's"
+            raise ModelMismatch(str(theirs.file), f"{what} {start + at} of {ours.name} is not {whose}", _EXPORT_AGAIN)

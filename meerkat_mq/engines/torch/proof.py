@@ -1,6 +1,7 @@
 """Proof of an exported model by what loads: its bytes are compared by `export.check_export`."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.engines.torch.adapter import adapter_pairs
 from meerkat_mq.engines.torch.changes import changes_of
 from meerkat_mq.engines.torch.checkpoint import INDEX, weight_files
-from meerkat_mq.engines.torch.engine import TransformersEngine
+from meerkat_mq.engines.torch.engine import TransformersEngine, to_numpy
 from meerkat_mq.engines.torch.export import exported_files
 from meerkat_mq.engines.torch.folder import find_folder
 from meerkat_mq.engines.torch.load import LoadedModel, load_model
@@ -60,7 +61,8 @@ def check_loaded(folder: Path, source: str | Path, mask: Mask, theta: Float32Arr
     expected = _look(engine.loaded, task)
     del engine
     found = _look(load_model(folder, finite=False), task)
-    problem = _difference(expected, found, merged=merged, formats=formats)
+    tolerance = max(map(MERGED_TOLERANCE.__getitem__, formats)) if merged else 0.0
+    problem = next(_differences(expected, found, tolerance, parameters=not merged), None)
     if problem is not None:
         problem += _altered(folder, base)
         raise ModelMismatch(str(folder), problem, "export the model again, and change no file of it")
@@ -85,31 +87,26 @@ def _look(loaded: LoadedModel, task: Task) -> _Look:
     for parameter in loaded.model.parameters():
         parameter.data = parameter.data.clone()  # sums can depend on where a tensor begins in memory
     with torch.inference_mode():
-        outputs = _outputs(loaded) | _scores(loaded, task)
+        outputs = _outputs(loaded, task)
     made_up = set(loaded.names.missing)  # such as a BERT's pooler: drawn anew at each load, and never used
     digests = {name: _digest(value) for name, value in loaded.model.state_dict().items() if name not in made_up}
     return _Look(loaded.tokenizer_fingerprint, digests, outputs)
 
 
-def _difference(expected: _Look, found: _Look, *, merged: bool, formats: set[str]) -> str | None:
-    """The first thing that differs, in words."""
+def _differences(expected: _Look, found: _Look, tolerance: float, *, parameters: bool) -> Iterator[str]:
     if found.tokenizer != expected.tokenizer:
-        return "its tokenizer gives other ids than the base's"
-    names = () if merged else sorted(expected.parameters.keys() | found.parameters.keys())
-    for name in names:
-        if expected.parameters.get(name) != found.parameters.get(name):
-            return f"{name} does not load as base and theta give it"
-    tolerance = max(map(MERGED_TOLERANCE.__getitem__, formats)) if merged else 0.0
+        yield "its tokenizer gives other ids than the base's"
+    for name in sorted(expected.parameters.keys() | found.parameters.keys()):
+        if parameters and expected.parameters.get(name) != found.parameters.get(name):
+            yield f"{name} does not load as base and theta give it"
     for what, wanted in expected.outputs.items():
         values = found.outputs[what]
         if wanted.shape != values.shape:
-            return f"{what}: shape {values.shape}, base and theta give {wanted.shape}"
-        if np.array_equal(values, wanted, equal_nan=True):
-            continue
-        apart = float(np.abs(values - wanted).max())
-        if not apart <= tolerance * float(np.abs(wanted).max()):
-            return f"{what} differ by up to {apart:.3g} from what base and theta give"
-    return None
+            yield f"{what}: shape {values.shape}, base and theta give {wanted.shape}"
+        elif not np.array_equal(values, wanted, equal_nan=True):
+            apart = float(np.abs(values - wanted).max())
+            if not apart <= tolerance * float(np.abs(wanted).max()):
+                yield f"{what} differ by up to {apart:.3g} from what base and theta give"
 
 
 def _altered(folder: Path, base: Path) -> str:
@@ -122,40 +119,32 @@ def _altered(folder: Path, base: Path) -> str:
     return ""
 
 
-def _outputs(loaded: LoadedModel) -> Outputs:
-    """Of each text, logits of a causal LM, or hidden states of an encoder: float32 (tokens, size)."""
-    found: Outputs = {}
-    for text in _TEXTS:
-        ids = torch.tensor([loaded.tokenizer(text)["input_ids"][: loaded.max_tokens]], device=loaded.model.device)
-        if loaded.kind == "causal":
-            what, values = "logits", loaded.model(input_ids=ids, use_cache=False).logits
-        else:
-            what, values = "states", loaded.model(input_ids=ids).last_hidden_state
-        found[f"{what} of {text!r}"] = values[0].float().cpu().numpy()
-    return found
-
-
-def _scores(loaded: LoadedModel, task: Task) -> Outputs:
-    """Of each row, the scores of its classes and the loss, float32."""
+def _outputs(loaded: LoadedModel, task: Task) -> Outputs:
+    """Of each text, logits of a causal LM, or hidden states of an encoder; of a row made of it, scores and loss."""
     scorer, found = scorer_for(loaded, task), Outputs()
     for number, text in enumerate(_TEXTS):
+        ids = torch.tensor([loaded.tokenizer(text)["input_ids"][: loaded.max_tokens]], device=loaded.model.device)
+        if loaded.kind == "causal":
+            found[f"logits of {text!r}"] = to_numpy(loaded.model(input_ids=ids, use_cache=False).logits[0])
+        else:
+            found[f"states of {text!r}"] = to_numpy(loaded.model(input_ids=ids).last_hidden_state[0])
         example = task.example(task.row_of(text, number))
         scores = scorer.scores([scorer.collate(scorer.tokens([example]))])
+        found[f"scores of the row {text!r}"] = to_numpy(scores)
         label = torch.tensor([example.answer], device=scores.device)
-        found[f"scores of the row {text!r}"] = scores.cpu().numpy()
-        found[f"loss of the row {text!r}"] = mean_loss(scores, label).cpu().numpy()
+        found[f"loss of the row {text!r}"] = to_numpy(mean_loss(scores, label))
     return found
 
 
 def _rounded(base: Path, mask: Mask, theta: Float32Array) -> tuple[Float32Array, set[str]]:
     """Theta as the checkpoint's formats hold it, and which these are."""
-    formats = {make().name: tensor.dtype for tensor, make in changes_of(stored_copies(base), mask, theta).items()}
+    copies = stored_copies(base)
+    formats = {tensor.dtype for tensor in changes_of(copies, mask, theta)}
     if adapter_pairs(mask):
-        return theta, set(formats.values())
-    parts = [
-        torch.tensor(theta[part]).to(FLOATS[formats[matrix.name]]).float().numpy() for matrix, part in mask.slices()
-    ]
-    return np.concatenate(parts), set(formats.values())
+        return theta, formats
+    dtypes = [FLOATS[copies[matrix.name][0].dtype] for matrix in mask.matrices]
+    parts = [torch.tensor(theta[part]).to(dtype) for dtype, (_, part) in zip(dtypes, mask.slices(), strict=True)]
+    return to_numpy(torch.cat([part.float() for part in parts])), formats
 
 
 def _digest(tensor: Any) -> bytes:
