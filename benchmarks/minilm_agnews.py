@@ -28,8 +28,9 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.demo.local import LocalResult, run_local
 from meerkat_mq.demo.plan import DemoPlan
 from meerkat_mq.demo.settings import GIVEN
+from meerkat_mq.engines.protocol import Method
 from meerkat_mq.engines.torch.load import load_model
-from meerkat_mq.engines.torch.masks import METHODS, Method, make_mask
+from meerkat_mq.engines.torch.masks import METHODS, make_mask
 from meerkat_mq.observe.events import Evaluated, RunEvent
 from meerkat_mq.observe.logs import configure_logs
 from meerkat_mq.tasks.classification import TASKS, Classification

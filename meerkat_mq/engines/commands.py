@@ -3,22 +3,25 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from meerkat_mq.config import Dtype, ModelConfig, check_config
+from meerkat_mq.engines.protocol import Method
 from meerkat_mq.errors import ConfigError, ModelError
 from meerkat_mq.extras import importing, need
 from meerkat_mq.tasks.commands import writing
 
-Method = Literal["sensitivity", "magnitude-activation", "magnitude", "random", "dense", "lora"]
+
+def _print(text: str, *, to_stderr: bool = False) -> None:
+    Console(stderr=to_stderr, highlight=False, markup=False, soft_wrap=True).print(text)
 
 
 def _note(text: str) -> None:
-    Console(stderr=True).print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
+    _print(f"note: {text}", to_stderr=True)
 
 
 def mask(
@@ -53,23 +56,13 @@ def mask(
         from meerkat_mq.tasks.data import read_texts  # noqa: PLC0415
         from meerkat_mq.tasks.sources import named_source  # noqa: PLC0415
 
-    for option, unused in (
-        ("--density", density is not None and method in ("dense", "lora")),
-        ("--rank", rank is not None and method != "lora"),
-    ):
-        if unused:
-            raise ConfigError(option, f"means nothing to --method {method}", "leave it out")
-    if method == "lora":
-        need("lora", "--method lora")
-    if out.is_dir() or not out.parent.is_dir():
-        raise ConfigError(f"--out {out}", "is not a file in a folder that exists", "make the folder, name the file")
+    _check_options(method, density, rank, out)
     check_config({"source": model, "device": device}, ModelConfig, where="command line")
     texts, loaded = read_texts(named_source(text)), load_model(model, dtype=dtype, device=device)
     for note in loaded.notes:
         _note(note)
-    with Progress(
-        TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)
-    ) as bar:
+    columns = TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("scoring")
         made = make_mask(
             loaded,
@@ -87,11 +80,20 @@ def mask(
     with writing(out):
         made.save(out)
     weights = f"{made.size:,} of {made.covered:,} weights in {len(made.matrices)} matrices"
-    Console().print(
-        f"{out}: {weights}, hash {made.hash.hex()}{replaced}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    _print(f"{out}: {weights}, hash {made.hash.hex()}{replaced}")
+
+
+def _check_options(method: Method, density: float | None, rank: int | None, out: Path) -> None:
+    for option, unused in (
+        ("--density", density is not None and method in ("dense", "lora")),
+        ("--rank", rank is not None and method != "lora"),
+    ):
+        if unused:
+            raise ConfigError(option, f"means nothing to --method {method}", "leave it out")
+    if method == "lora":
+        need("lora", "--method lora")
+    if out.is_dir() or not out.parent.is_dir():
+        raise ConfigError(f"--out {out}", "is not a file in a folder that exists", "make the folder, name the file")
 
 
 def export(
@@ -106,11 +108,7 @@ def export(
 
     found = Difference.load(difference)
     export_model(model, found.mask, found.theta, out)
-    Console().print(
-        f"{out}: version {found.version} of run {found.run_id.hex()[:8]}, {found.mask.size:,} weights trained",
-        highlight=False,
-        soft_wrap=True,
-    )
+    _print(f"{out}: version {found.version} of run {found.run_id.hex()[:8]}, {found.mask.size:,} weights trained")
 
 
 def doctor(
@@ -126,14 +124,13 @@ def doctor(
         from meerkat_mq.tasks.load import load_task  # noqa: PLC0415
 
     check_config({"source": model, "device": device}, ModelConfig, where="command line")
-    console = Console(highlight=False, markup=False, soft_wrap=True)
 
     def show(found: Finding) -> None:
         if as_json:
             print(json.dumps(asdict(found)), flush=True)  # noqa: T201 - no terminal's width must break it
             return
         sign = {True: "✓", False: "✗", None: "–"}[found.good]
-        console.print(f"{sign} {found.step}: {found.text}" + (f"; {found.remedy}" if found.remedy else ""))
+        _print(f"{sign} {found.step}: {found.text}" + (f"; {found.remedy}" if found.remedy else ""))
 
     if not inspect_model(model, dtype=dtype, device=device, task=load_task(task) if task else None, show=show):
         raise typer.Exit(ModelError.exit_code)

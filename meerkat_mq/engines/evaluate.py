@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,15 +12,12 @@ from meerkat_mq.config import NodeValuesConfig
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.first_order import FirstOrderEngine, first_order_walk
 from meerkat_mq.core.step import Engine, Row
-from meerkat_mq.engines.protocol import Batch, Scores
 from meerkat_mq.tasks.task import Evaluation, classified
 
 Judge = Callable[[Float32Array, npt.NDArray[np.int64]], Evaluation]
 
 
-def evaluate(
-    engine: Engine[Batch], rows: Sequence[Row], batch_size: int = 64, figures: Judge = classified
-) -> Evaluation:
+def evaluate(engine: Engine[Any], rows: Sequence[Row], batch_size: int = 64, figures: Judge = classified) -> Evaluation:
     """Evaluate the engine at the theta last written.
 
     Args:
@@ -31,25 +29,18 @@ def evaluate(
     Raises:
         DataError: none of a batch's rows can be prepared.
     """
-    losses = list[float]()
-    scores, truth = list[Float32Array](), list[npt.NDArray[np.int64]]()
-    for start in range(0, len(rows), batch_size):
-        batch = engine.prepare(rows[start : start + batch_size])
-        if isinstance(engine, Scores):
-            found, right = engine.scores(batch)
-            scores.append(found)
-            truth.append(right)
-        else:
-            losses += engine.losses(batch).tolist()
-    if scores:
+    batches = (engine.prepare(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size))
+    if own := getattr(engine, "scores", None):
+        scores, truth = zip(*map(own, batches), strict=True)
         most = max(found.shape[1] for found in scores)
         wide = [np.pad(found, ((0, 0), (0, most - found.shape[1])), constant_values=-np.inf) for found in scores]
         return figures(np.concatenate(wide), np.concatenate(truth))
+    losses = np.concatenate([engine.losses(batch) for batch in batches]).tolist()
     return Evaluation(len(losses), {"loss": math.fsum(losses) / len(losses)})
 
 
 def first_order(
-    engine: FirstOrderEngine[Batch],
+    engine: FirstOrderEngine[Any],
     theta: Float32Array,
     rows: Sequence[Row],
     *,

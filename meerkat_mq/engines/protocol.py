@@ -5,31 +5,22 @@ theta − eps·z, and asks at both points for the losses of one batch. So an eng
 `write`, `prepare` and `losses`. Whatever it computes with, activations and losses are float32: half precision would
 round the difference of two losses away. Whoever looks at the model writes theta first.
 
-What more an engine can do is a method more, which others look for (the protocols below and `core.first_order`):
+What more an engine can do is a method more, which others look for (docs/engines.md says what is lost without it):
 
-| method | who asks | without it |
-|---|---|---|
-| `check(mask)` | node and server, once, before the first write | whatever fits the mask's size is taken |
-| `usable(rows)` | node and server, when rows are read | all are prepared once; those that fail are left out |
-| `scores(batch)` | the server's evaluation | an evaluation has a loss, and no accuracy |
-| `gradient(batch)` | a values node, the first-order bound | `uplink = "values"` is refused |
-| `surviving_share(theta, z, eps)` | a node whose dtype is not float32, for its log | the log says nothing of it |
+- `check(mask)`, once before the first write: raises `ModelMismatch` unless its base model is the mask's.
+- `usable(rows)`: the rows that can be prepared, or `DataError` if none can; the log names the others.
+- `scores(batch)`: float32 (rows, candidates), whose softmax is the model's belief, and the right ones, int64 (rows,).
+- `gradient(batch)`: as `core.first_order.FirstOrderEngine` says.
+- `surviving_share(theta, z, eps)`: a `Survival`, what its dtype leaves of theta ± eps·z; both float32 (n,).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
-
-from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.core.step import Row
 from meerkat_mq.tasks.task import Task
 
-Batch = TypeVar("Batch")
-Batch_contra = TypeVar("Batch_contra", contravariant=True)
+Method = Literal["sensitivity", "magnitude-activation", "magnitude", "random", "dense", "lora"]  # of making a mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,43 +59,3 @@ class Survival:
     kept: float
     moved: float
     error: float
-
-
-@runtime_checkable
-class Checks(Protocol):
-    """An engine that knows its base model."""
-
-    def check(self, mask: Mask) -> None:
-        """Make sure that this is the model that the mask was made for.
-
-        Raises:
-            ModelMismatch: says what differs.
-        """
-
-
-@runtime_checkable
-class Chooses(Protocol):
-    """An engine that tells beforehand which rows it takes."""
-
-    def usable(self, rows: Sequence[Row]) -> list[Row]:
-        """The rows that can be prepared; the log names the others.
-
-        Raises:
-            DataError: there are none.
-        """
-
-
-@runtime_checkable
-class Scores(Protocol[Batch_contra]):
-    """An engine that chooses one of several candidates for each row: of a classifier, its classes."""
-
-    def scores(self, batch: Batch_contra) -> tuple[Float32Array, npt.NDArray[np.int64]]:
-        """Scores, float32 (rows, candidates), whose softmax is the model's belief; the right ones, int64 (rows,)."""
-
-
-@runtime_checkable
-class Rounds(Protocol):
-    """An engine whose weights are not float32."""
-
-    def surviving_share(self, theta: Float32Array, z: Float32Array, eps: float) -> Survival:
-        """What the model's dtype leaves of theta ± eps·z; both float32 (n,)."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import Engine, Row
 from meerkat_mq.engines import toy
-from meerkat_mq.engines.protocol import Checks, Chooses, Setup
+from meerkat_mq.engines.protocol import Setup
 from meerkat_mq.errors import ConfigError, MeerkatError, RunMismatch, reason
 from meerkat_mq.extras import Extra, importing
 from meerkat_mq.tasks.data import read_rows, usable_rows
@@ -112,8 +112,8 @@ def make_engine(name: str, setup: Setup, what: str) -> Engine[Any]:
         if lacking is not None:
             problem = f"{name} gives an object of type {type(engine).__name__}, without a method {lacking}"
             raise ConfigError("engine", problem, SEE)
-        if isinstance(engine, Checks):
-            engine.check(setup.mask)
+        if check := getattr(engine, "check", None):
+            check(setup.mask)
     return engine
 
 
@@ -142,7 +142,8 @@ def usable(engine: Engine[Any], rows: Sequence[Row]) -> list[Row]:
     Raises:
         DataError: there are none.
     """
-    return engine.usable(rows) if isinstance(engine, Chooses) else usable_rows(rows, engine.prepare)
+    own = getattr(engine, "usable", None)
+    return list(own(rows)) if own else usable_rows(rows, engine.prepare)
 
 
 def try_out(name: str, engine: Engine[Any], theta: Float32Array, rows: Sequence[Row]) -> None:
@@ -172,17 +173,13 @@ def try_out(name: str, engine: Engine[Any], theta: Float32Array, rows: Sequence[
 def _factory(name: str, what: str) -> Factory:
     entry = entry_of(name)
     module, _, attribute = entry.target.partition(":")
-    if entry.extra is not None:
-        with importing(entry.extra, what):
-            found = importlib.import_module(module)
-    else:
-        with _in_words(name):
-            found = importlib.import_module(module)
+    with importing(entry.extra, what) if entry.extra else _in_words(name):
+        found = importlib.import_module(module)
     factory = getattr(found, attribute, None)
     if not callable(factory):
-        problem = f"{module} has {'no' if factory is None else 'an'} attribute {attribute!r}"
-        raise ConfigError("engine", problem + (", which cannot be called" if factory is not None else ""), SEE)
-    return factory  # type: ignore[no-any-return]  # what it returns is looked at by `make_engine`
+        which = f"an attribute {attribute!r}, which cannot be called" if factory else f"no attribute {attribute!r}"
+        raise ConfigError("engine", f"{module} has {which}", SEE)
+    return cast("Factory", factory)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from meerkat_mq.core.first_order import FirstOrderEngine
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.step import Engine, Row
-from meerkat_mq.engines.protocol import Rounds, Setup
+from meerkat_mq.engines.protocol import Setup
 from meerkat_mq.engines.registry import entry_of, make_engine, try_out, usable
 from meerkat_mq.errors import ConfigError, DataError, within
 from meerkat_mq.node.limits import Pace
@@ -143,8 +143,8 @@ def _engine(config: NodeConfig, run: RunDescriptor, mask: Mask, task: Task | Non
     if config.uplink == "values" and not isinstance(engine, FirstOrderEngine):
         problem = f'is "values", and the engine {run.engine} has no method gradient'
         raise ConfigError("uplink", problem, 'set uplink = "path"')
-    if dtype != "float32" and isinstance(engine, Rounds):
-        survival = engine.surviving_share(mask.theta_0, direction(run.stream, 0, 0, mask.size), run.eps)
+    if dtype != "float32" and (share := getattr(engine, "surviving_share", None)):
+        survival = share(mask.theta_0, direction(run.stream, 0, 0, mask.size), run.eps)
         structlog.get_logger().info(
             "perturbation after the cast", dtype=dtype, kept=round(survival.kept, 4), moved=round(survival.moved, 4)
         )

@@ -32,7 +32,7 @@ def tokenizer_fails_on(engine: TransformersEngine, word: str) -> None:
     """As a tokenizer that raises something of its own for texts with a word in them."""
     tokens = engine.scorer.tokens
 
-    def failing(examples: Sequence[Example]) -> Sequence[Prompt]:
+    def failing(examples: Sequence[Example]) -> list[Prompt]:
         if any(word in example.text for example in examples):
             raise PanicException("index out of bounds\nat lib.rs:1")
         return tokens(examples)

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from meerkat_mq.core.mask import Mask
+from meerkat_mq.engines.protocol import Method
 from meerkat_mq.engines.torch.adapter import adapter_weights, new_adapter
 from meerkat_mq.engines.torch.calibration import CalibrationBatch, calibration_batches, calibration_loss, each_gradient
 from meerkat_mq.engines.torch.load import LoadedModel, linear_layers, load_model
-from meerkat_mq.engines.torch.masks import METHODS, Method, _candidates, _counts, best, make_mask
+from meerkat_mq.engines.torch.masks import METHODS, _candidates, _counts, best, make_mask
 from meerkat_mq.errors import MaskError
 from meerkat_mq.tasks.data import read_texts
 from tests.engines import tiny

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from meerkat_mq.engines.torch.calibration import calibration_batches, reached
-from meerkat_mq.engines.torch.checkpoint import stored_tensors
 from meerkat_mq.engines.torch.load import STEPS, LoadedModel, linear_layers, load_model
 from meerkat_mq.engines.torch.names import check_writable
 from meerkat_mq.engines.torch.scoring import candidate_ids, scorer_for
@@ -70,7 +69,7 @@ def _mask(loaded: LoadedModel) -> str:
     """What a mask could choose from: the linear matrices that the loss depends on, and can be written back."""
     with within(str(loaded.folder)):
         weights = {name: layer.weight for name, layer in linear_layers(loaded.model).items()}
-    check_writable(loaded.names, stored_tensors(loaded.folder), weights, loaded.folder)
+    check_writable(loaded.names, weights, loaded.folder)
     batch = calibration_batches(loaded, _TEXTS, seed=0, sequences=2, length=8, batch_size=2)[0]
     found = reached(loaded, batch, weights)
     size = sum(weights[name].numel() for name in found)

@@ -5,6 +5,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,54 +19,85 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from meerkat_mq.engines.torch.checkpoint import StoredTensor, stored_tensors
 from meerkat_mq.engines.torch.folder import CONFIG, Json, read_json
 from meerkat_mq.engines.torch.in_words import in_words, key_of
 from meerkat_mq.errors import ModelError, UnsupportedModel, cut, shown
 
 Kind = Literal["causal", "encoder"]
 
-_POSITIVE = {
-    *("hidden_size", "n_embd", "d_model", "dim", "intermediate_size", "n_inner", "vocab_size", "head_dim"),
-    *("num_attention_heads", "n_head", "n_heads", "num_key_value_heads"),
-}
 LAYERS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers"}
-_POSITIONS = {"max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"}
+
+_BOUNDS = {  # the least and the largest value of a key
+    "num_labels": (0, 1 << 16),  # each is an object in memory
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), (1, 1 << 24)),
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), (1, 1 << 12)),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "intermediate_size", "n_inner"), (1, 1 << 31)),
+    **dict.fromkeys(("vocab_size", "head_dim", "num_attention_heads", "n_head", "n_heads"), (1, 1 << 31)),
+    "num_key_value_heads": (1, 1 << 31),
+}
 _CAUSAL = re.compile("Causal|LMHead")  # also in a name that transformers does not know
-_EXPERTS = {"num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"}
 _MOST_TRIED = 64
-_MOST_POSITIONS = 1 << 24
-_MOST_EXPERTS = 1 << 12
-_MOST_LABELS = 1 << 16  # each is an object in memory
 _MODULES = 1000  # of a model at most, and for each tensor of the checkpoint _MODULES_A_TENSOR more
 _MODULES_A_TENSOR = 50
 _MOST_BUFFERS = 1 << 30  # bytes
-_RESTORE = "restore the model's own config.json"
+RESTORE = "restore the model's own config.json"
 _ANOTHER = "give a causal LM (…ForCausalLM), or an encoder such as BERT or MiniLM"
 
 
-def read_config(folder: Path, tensors: int) -> Any:
-    """The model's configuration.
+@dataclass(frozen=True)
+class Bare:
+    """A model before its weights are read.
+
+    Attributes:
+        stored: the checkpoint's tensors.
+        config: transformers' configuration.
+        kind: what is loaded.
+        model: names, shapes and ties, in no memory.
+    """
+
+    stored: dict[str, StoredTensor]
+    config: Any
+    kind: Kind
+    model: Any
+
+
+def bare_model(folder: Path, say: Callable[[str, str], None] = lambda *_: None) -> Bare:
+    """What checkpoint and configuration say that a model is.
 
     Args:
         folder: after a look at it.
-        tensors: how many tensors the checkpoint holds; no model has more layers.
+        say: called with "weights" and "kind", and what was found.
 
     Raises:
-        ModelError: config.json does not describe a model; names the key where it is known.
+        ModelNotFound, ModelError: a file of the checkpoint is missing or damaged; or config.json describes no model,
+            contradicts itself, or describes something far larger than the checkpoint; names the key where it is known.
+        UnsupportedModel: it is neither a causal LM nor an encoder.
     """
+    stored = stored_tensors(folder)
+    say("weights", f"{len(stored)} tensors in {', '.join(sorted({tensor.dtype for tensor in stored.values()}))}")
+    config = _read_config(folder, len(stored))
+    kind = kind_of(config, folder)
+    model = _skeleton(config, kind, folder, len(stored))
+    say("kind", f"{'causal LM' if kind == 'causal' else 'encoder'}, {type(model).__name__}")
+    return Bare(stored, config, kind, model)
+
+
+def _read_config(folder: Path, tensors: int) -> Any:
+    """The model's configuration; no model has more layers than tensors."""
     file = folder / CONFIG
     table = read_json(file)
     _check_table(file, table, tensors)
     for key in ("text_config", "vision_config", "audio_config"):
         if isinstance(table.get(key), dict):
             _check_table(file, table[key], tensors, f"{key}.")
-    with in_words(partial(_place, file, table, _config), "cannot be used", _RESTORE):
+    with in_words(partial(_place, file, table, _config), "cannot be used", RESTORE):
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         text = config.get_text_config()
         config.return_dict = True  # outputs are read by name
         pad, ids = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
     if pad is not None and ids is not None and not -ids <= pad < ids:  # Llama's -1 is the last
-        raise ModelError(f"{file}: pad_token_id", f"{shown(pad)} is no id of the {shown(ids)} embeddings", _RESTORE)
+        raise ModelError(f"{file}: pad_token_id", f"{shown(pad)} is no id of the {shown(ids)} embeddings", RESTORE)
     return config
 
 
@@ -74,7 +106,7 @@ def _check_table(file: Path, table: Json, tensors: int, prefix: str = "") -> Non
     for key, value in table.items():
         if key == "attention_types":
             _check_repeats(f"{file}: {prefix}{key}", value, tensors)
-        least, most = _bounds(key, tensors)
+        least, most = (1, tensors) if key in LAYERS else _BOUNDS.get(key, (0, 0))
         if most and value is not None and not (type(value) is int and least <= value <= most):
             problem = f"{shown(value)} is no integer from {least} to {most:,}"
             raise ModelError(f"{file}: {prefix}{key}", problem, "restore the model's own value")
@@ -82,23 +114,15 @@ def _check_table(file: Path, table: Json, tensors: int, prefix: str = "") -> Non
         _check_type(file, table)
 
 
-def _bounds(key: str, tensors: int) -> tuple[int, int]:
-    """The least and the largest value that a key may have; (0, 0) where anything goes."""
-    if key == "num_labels":
-        return 0, _MOST_LABELS
-    kinds = ((LAYERS, tensors), (_POSITIONS, _MOST_POSITIONS), (_EXPERTS, _MOST_EXPERTS), (_POSITIVE, 1 << 31))
-    return next(((1, most) for keys, most in kinds if key in keys), (0, 0))
-
-
 def _check_repeats(where: str, groups: object, tensors: int) -> None:
     """GPT-Neo's list of (kinds of attention, how often): transformers writes it out before it looks at the length."""
     try:
         layers = sum(len(kinds) * times for kinds, times in groups or ())  # type: ignore[attr-defined]
     except (TypeError, ValueError) as error:
-        raise ModelError(where, f"{shown(groups)} is no list of pairs", _RESTORE) from error
+        raise ModelError(where, f"{shown(groups)} is no list of pairs", RESTORE) from error
     if not (type(layers) is int and layers <= tensors):
         raise ModelError(
-            where, f"describes {shown(layers)} layers, and the checkpoint holds {tensors} tensors", _RESTORE
+            where, f"describes {shown(layers)} layers, and the checkpoint holds {tensors} tensors", RESTORE
         )
 
 
@@ -143,18 +167,8 @@ def class_of(kind: Kind) -> Any:
     return transformers.AutoModelForCausalLM if kind == "causal" else transformers.AutoModel
 
 
-def skeleton(config: Any, kind: Kind, folder: Path, tensors: int) -> Any:
-    """The model without weights: names, shapes and ties, in no memory.
-
-    Args:
-        config: as `read_config` gives it.
-        kind: what is loaded.
-        folder: the checkpoint.
-        tensors: how many it holds; what has far more parts than that is no model of it.
-
-    Raises:
-        ModelError: the configuration contradicts itself, or describes something far larger than the checkpoint.
-    """
+def _skeleton(config: Any, kind: Kind, folder: Path, tensors: int) -> Any:
+    """The model without weights; what has far more parts than the checkpoint has tensors is no model of it."""
 
     def build(config: Any) -> Any:
         with torch.device("meta"), _few_modules(_MODULES + _MODULES_A_TENSOR * tensors):
@@ -162,12 +176,12 @@ def skeleton(config: Any, kind: Kind, folder: Path, tensors: int) -> Any:
 
     file = folder / CONFIG
     place = partial(_place, file, read_json(file), lambda table: build(_config(table)))
-    with in_words(place, "cannot be used", _RESTORE):
+    with in_words(place, "cannot be used", RESTORE):
         bare = build(config)
     buffers = {name: buffer.numel() * buffer.element_size() for name, buffer in bare.named_buffers()}
     if sum(buffers.values()) > _MOST_BUFFERS:
         largest = max(buffers, key=buffers.__getitem__)
-        raise ModelError(str(file), f"{largest} would take {buffers[largest]:,} bytes of memory", _RESTORE)
+        raise ModelError(str(file), f"{largest} would take {buffers[largest]:,} bytes of memory", RESTORE)
     return bare
 
 

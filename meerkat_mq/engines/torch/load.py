@@ -5,6 +5,8 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +15,19 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from meerkat_mq.engines.torch.checkpoint import fingerprint, stored_tensors
-from meerkat_mq.engines.torch.fit import NEEDLESS, check_fit, mismatch
-from meerkat_mq.engines.torch.folder import CONFIG, find_folder
-from meerkat_mq.engines.torch.in_words import in_words
-from meerkat_mq.engines.torch.kinds import Kind, class_of, kind_of, read_config, skeleton
-from meerkat_mq.engines.torch.names import Names, names_of
+from meerkat_mq.engines.torch.checkpoint import fingerprint
+from meerkat_mq.engines.torch.folder import CONFIG, find_folder, read_json
+from meerkat_mq.engines.torch.in_words import in_words, key_of
+from meerkat_mq.engines.torch.kinds import RESTORE, Kind, bare_model, class_of
+from meerkat_mq.engines.torch.names import NEEDLESS, Names, check_fit, mismatch, names_of
 from meerkat_mq.engines.torch.tokenizer_trial import PROBES
-from meerkat_mq.engines.torch.tokens import (
-    added_around,
-    check_ids,
-    ids_of,
-    once,
-    prompt_ids,
-    read_tokenizer,
-    usable_tokens,
-)
-from meerkat_mq.engines.torch.trial import try_out
-from meerkat_mq.errors import ModelError, UnsupportedModel, cut, printable
+from meerkat_mq.engines.torch.tokens import ids_of, read_tokens
+from meerkat_mq.errors import ModelError, UnsupportedModel
 from meerkat_mq.tasks.task import Task
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SMALLER = "use another device, a smaller dtype, or a smaller model"
-_LOSSY = {
-    torch.float32: {"F64"},
-    torch.bfloat16: {"F64", "F32", "F16"},
-    torch.float16: {"F64", "F32", "BF16"},
-}
+_LOSSY = {"float32": {"F64"}, "bfloat16": {"F64", "F32", "F16"}, "float16": {"F64", "F32", "BF16"}}
 
 _TRIAL = "The quick brown fox jumps over the lazy dog, and over the cat that has slept in its place since noon"
 _TRIED = 16  # tokens, or as many as the model holds: kernels for shorter texts hide some numbers that are not finite
@@ -78,8 +66,13 @@ class LoadedModel:
     notes: tuple[str, ...]
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts that a causal LM continues: start tokens once, and nothing after the last token of the text."""
-        return prompt_ids(self.tokenizer, self.start, texts)
+        """Ids of texts that a causal LM is to continue: `start` before each, nothing after its last token of text.
+
+        An end token that the tokenizer would append tells the model that nothing follows. A start token that the text
+        itself begins with is not put before it a second time.
+        """
+        bare = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return [[*self.start, *dropwhile(lambda token: token in self.start[-1:], ids)] for ids in bare]
 
 
 def set_threads(count: int) -> None:
@@ -117,41 +110,32 @@ def load_model(
     _quieten()
     folder = find_folder(source)
     say("folder", f"{folder}: nothing in it but a model")
-    stored = stored_tensors(folder)
-    held = {tensor.dtype for tensor in stored.values()}
-    say("weights", f"{len(stored)} tensors in {', '.join(sorted(held))}")
-    config = read_config(folder, len(stored))
-    kind = kind_of(config, folder)
-    bare = skeleton(config, kind, folder, len(stored))
-    say("kind", f"{'causal LM' if kind == 'causal' else 'encoder'}, {type(bare).__name__}")
-    tokenizer = read_tokenizer(folder, kind)
-    check_ids(tokenizer, _embeddings(bare, folder), folder)
-    before, after = added_around(tokenizer, folder)
-    notes = _additions(tokenizer, kind, before, after)
-    longest = usable_tokens(tokenizer, config, bare, folder)
-    say("tokenizer", "; ".join([f"{len(tokenizer):,} tokens, {longest:,} positions", *notes]))
-    names = names_of(bare, stored)
-    left_out = _left_out(check_fit(names, stored, bare, folder))
+    bare = bare_model(folder, say)
+    tokens = read_tokens(folder, bare)
+    say("tokenizer", "; ".join([f"{len(tokens.tokenizer):,} tokens, {tokens.longest:,} positions", *tokens.notes]))
+    names = names_of(bare.model, bare.stored)
+    left_out = _left_out(check_fit(names, bare.model, folder))
     say("names", "; ".join([f"{len(names.copies):,} parameters found in the checkpoint", *left_out]))
-    model = _weights(folder, kind, _DTYPES[dtype], config)
+    model = _weights(folder, bare.kind, _DTYPES[dtype], bare.config)
     with in_words(str(folder), f"cannot be moved to {device}", _SMALLER):
         model = model.to(device)
-    exact = held.isdisjoint(_LOSSY[_DTYPES[dtype]])
+    exact = _LOSSY[dtype].isdisjoint(tensor.dtype for tensor in bare.stored.values())
     say("dtype", f"{dtype} {'holds every weight exactly' if exact else 'rounds weights: masks need another'}")
-    try_out(model, kind, ids_of(tokenizer, [_TRIAL])[0][: min(_TRIED, longest)], folder, finite=finite)
+    ids = ids_of(tokens.tokenizer, [_TRIAL])[0]
+    _try_out(model, bare.kind, ids[: min(_TRIED, tokens.longest)], folder, finite=finite)
     say("trial", "a short pass gives finite numbers")
     return LoadedModel(
         model=model,
-        tokenizer=tokenizer,
-        kind=kind,
+        tokenizer=tokens.tokenizer,
+        kind=bare.kind,
         folder=folder,
         fingerprint=fingerprint(folder),
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        tokenizer_fingerprint=tokenizer_fingerprint(tokens.tokenizer),
         exact=exact,
-        max_tokens=longest,
-        start=once(before),
+        max_tokens=tokens.longest,
+        start=tokens.start,
         names=names,
-        notes=notes + left_out,
+        notes=tokens.notes + left_out,
     )
 
 
@@ -160,26 +144,6 @@ def _quieten() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error, it raises too
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-
-
-def _embeddings(bare: Any, folder: Path) -> int:
-    """How many tokens the model knows."""
-    count = getattr(bare.get_input_embeddings(), "num_embeddings", None)
-    if count is None:
-        problem = f"{type(bare).__name__} has no plain table of embeddings"
-        raise UnsupportedModel(f"{folder / CONFIG}: model_type", problem, "use another model")
-    return int(count)
-
-
-def _additions(tokenizer: Any, kind: Kind, before: tuple[int, ...], after: tuple[int, ...]) -> tuple[str, ...]:
-    """What the tokenizer adds to a text and a causal LM does not get; an encoder's own marks are right."""
-    notes = []
-    if kind == "causal" and after:
-        tokens = printable(cut(" ".join(tokenizer.convert_ids_to_tokens(list(after)))))
-        notes.append(f"the tokenizer appends {tokens} to every text: it is dropped, for prompts go on")
-    if kind == "causal" and once(before) != before:
-        notes.append("the tokenizer starts a text twice: one start token is dropped")
-    return tuple(notes)
 
 
 def _left_out(unused: list[str]) -> tuple[str, ...]:
@@ -206,6 +170,43 @@ def _weights(folder: Path, kind: Kind, dtype: torch.dtype, config: Any) -> Any:
     if wrong:
         raise mismatch(wrong[0], folder)
     return model.eval().requires_grad_(False)
+
+
+def _try_out(model: Any, kind: Kind, ids: list[int], folder: Path, *, finite: bool) -> None:
+    """Run the model on two short texts that differ in their last token.
+
+    What a configuration gets wrong shows here, not at step k: a pass that fails, numbers that are not finite (where
+    `finite` says that they must be), a causal LM that sees later tokens, a model that needs more than tokens.
+    """
+    texts = torch.tensor([ids, [*ids[:-1], ids[0]]], device=model.device)
+    with in_words(partial(_place, folder / CONFIG), "the model does not run", RESTORE), torch.inference_mode():
+        if kind == "causal":
+            out = model(input_ids=texts, use_cache=False).logits.float()
+        else:
+            out = model(input_ids=texts, attention_mask=torch.ones_like(texts)).last_hidden_state.float()
+    if not bool(out.isfinite().all()):
+        if not finite:
+            return
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise ModelError(
+            str(folder),
+            f"gives numbers that are not finite in {dtype}",
+            "use bfloat16 or float32; if so already, " + RESTORE,
+        )
+    earlier = out[:, :-1]
+    if kind == "causal" and not torch.allclose(earlier[0], earlier[1], rtol=1e-2, atol=1e-2 * float(out.std())):
+        raise UnsupportedModel(
+            f"{folder / CONFIG}: architectures",
+            f"{type(model).__name__} sees later tokens, so it is no causal LM",
+            "set is_decoder to true, if it was trained as one"
+            if hasattr(model.config, "is_decoder")
+            else "use a causal LM; of an encoder, one of a family that has encoders only, such as BERT",
+        )
+
+
+def _place(file: Path, said: str) -> str:
+    key = key_of(said, read_json(file))
+    return f"{file}: {key}" if key else str(file)
 
 
 def tokenizer_fingerprint(tokenizer: Any, task: Task | None = None) -> bytes:

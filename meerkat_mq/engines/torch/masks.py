@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask, MaskedMatrix
+from meerkat_mq.engines.protocol import Method
 from meerkat_mq.engines.torch.adapter import adapter_weights, new_adapter
 from meerkat_mq.engines.torch.calibration import (
     CalibrationBatch,
@@ -21,13 +22,11 @@ from meerkat_mq.engines.torch.calibration import (
     input_norms,
     reached,
 )
-from meerkat_mq.engines.torch.checkpoint import stored_tensors
 from meerkat_mq.engines.torch.load import LoadedModel, all_weights, linear_layers
 from meerkat_mq.engines.torch.names import check_stored, check_writable
 from meerkat_mq.errors import MaskError, within
 from meerkat_mq.wire.descriptor import MAX_RUN_WEIGHTS
 
-Method = Literal["sensitivity", "magnitude-activation", "magnitude", "random", "dense", "lora"]
 METHODS: tuple[Method, ...] = get_args(Method)
 Progress = Callable[[int, int], None]
 Indices = npt.NDArray[np.int64]
@@ -84,8 +83,7 @@ def make_mask(
     whole = density == 1 or method in ("dense", "lora")
     if not whole:
         _counts(candidates, density)
-    stored = stored_tensors(loaded.folder)
-    check_writable(loaded.names, stored, candidates, loaded.folder)
+    check_writable(loaded.names, candidates, loaded.folder)
     batches = calibration_batches(
         loaded,
         texts,
@@ -111,7 +109,7 @@ def make_mask(
     with within(str(loaded.folder)):
         matrices = tuple(_matrix(name, weights[name], indices, g_p[name]) for name, indices in chosen.items())
     if method != "lora":
-        check_stored(loaded.names, stored, matrices)
+        check_stored(loaded.names, matrices)
     return Mask(matrices, loaded.fingerprint, loaded.tokenizer_fingerprint)
 
 

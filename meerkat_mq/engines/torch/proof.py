@@ -129,7 +129,8 @@ def _outputs(loaded: LoadedModel, task: Task) -> Outputs:
         else:
             found[f"states of {text!r}"] = to_numpy(loaded.model(input_ids=ids).last_hidden_state[0])
         example = task.example(task.row_of(text, number))
-        scores = scorer.scores([scorer.collate(scorer.tokens([example]))])
+        one_pass: Any = scorer.collate(scorer.tokens([example]))
+        scores = scorer.scores([one_pass])
         found[f"scores of the row {text!r}"] = to_numpy(scores)
         label = torch.tensor([example.answer], device=scores.device)
         found[f"loss of the row {text!r}"] = to_numpy(mean_loss(scores, label))

@@ -1,9 +1,13 @@
-"""From examples to scores: candidates of a causal LM, descriptions of candidates for an encoder."""
+"""From examples to scores: candidates of a causal LM, descriptions of candidates for an encoder.
+
+A scorer makes prompts of examples, one pass of some prompts, and of passes scores, whose softmax is the model's belief.
+Gradients flow where the caller allows them.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,48 +21,6 @@ from meerkat_mq.tasks.task import Example, Task
 Inputs = dict[str, Tensor]
 
 _HEAD_ROWS = 16384  # vocabulary rows cast to float32 at a time
-
-
-class Prompt(Protocol):
-    """A row's tokens.
-
-    Attributes:
-        size: how many tokens a sequence of it has, without candidates that all rows share: these are short.
-        sequences: how many token sequences it needs.
-    """
-
-    @property
-    def size(self) -> int:
-        """Tokens."""
-
-    @property
-    def sequences(self) -> int:
-        """Token sequences."""
-
-
-class Scorer(Protocol):
-    """Examples to scores; gradients flow where the caller allows them."""
-
-    def tokens(self, examples: Sequence[Example]) -> Sequence[Prompt]:
-        """Token ids of each example, cut to the limit."""
-
-    def collate(self, prompts: Sequence[Any]) -> Any:
-        """The inputs of one pass."""
-
-    def scores(self, passes: Sequence[Any]) -> Tensor:
-        """Float32 (rows of all passes, candidates): their softmax is the model's belief.
-
-        Where rows have different numbers of candidates, those that a row lacks score minus infinity.
-        """
-
-
-def scorer_for(loaded: LoadedModel, task: Task) -> Scorer:
-    """The scorer that fits the kind of model.
-
-    Raises:
-        TaskError: the model cannot do the task.
-    """
-    return CausalScorer(loaded, task) if loaded.kind == "causal" else EncoderScorer(loaded, task)
 
 
 def losses_of(scores: Tensor, answers: Tensor) -> Tensor:
@@ -98,21 +60,21 @@ class Candidates:
 
 
 @dataclass(frozen=True, slots=True)
-class CausalPrompt:
-    """A prompt's token ids, and how it may go on."""
+class Prompt:
+    """A row's token ids, and, for a causal LM, how it may go on."""
 
     ids: list[int]
-    candidates: Candidates
+    candidates: Candidates | None = None
 
     @property
     def size(self) -> int:
-        """See `Prompt`."""
-        return len(self.ids) + (self.candidates.slots - 1) * self.candidates.own
+        """Tokens of a sequence, without those of candidates that all rows share: these are short."""
+        return len(self.ids) + (self.candidates.slots - 1 if self.candidates and self.candidates.own else 0)
 
     @property
     def sequences(self) -> int:
-        """See `Prompt`."""
-        return len(self.candidates.stems)
+        """Token sequences that it needs."""
+        return len(self.candidates.stems) if self.candidates else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +105,9 @@ class CausalScorer:
         self._model = loaded.model
         self._task = task
         self._device = loaded.model.device
-        self._head = _Head(loaded.model)
+        if not isinstance(loaded.model.get_output_embeddings(), nn.Linear):
+            problem = "its output head is not linear"
+            raise UnsupportedModel(type(loaded.model).__name__, problem, "use another causal LM")
         self._shared = self._candidates(task.candidates, own=False) if task.candidates else None
 
     def _candidates(self, words: Sequence[str], *, own: bool) -> Candidates:
@@ -162,28 +126,28 @@ class CausalScorer:
             own=own,
         )
 
-    def tokens(self, examples: Sequence[Example]) -> list[CausalPrompt]:
+    def tokens(self, examples: Sequence[Example]) -> list[Prompt]:
         """Prompts, cut from the left to the task's limit."""
         prompts = self._loaded.prompts([example.prompt for example in examples])
         each = [self._shared or self._candidates(example.candidates, own=True) for example in examples]
         return [
-            CausalPrompt(_cut(prompt, found.limit, self._loaded.start), found)
+            Prompt(_cut(prompt, found.limit, self._loaded.start), found)
             for prompt, found in zip(prompts, each, strict=True)
         ]
 
-    def collate(self, prompts: Sequence[CausalPrompt]) -> CausalInputs:
+    def collate(self, prompts: Sequence[Prompt]) -> CausalInputs:
         """One sequence for each prompt and stem."""
-        each = [prompt.candidates for prompt in prompts]
-        slots = max(found.slots for found in each)
-        sequences = [torch.tensor([*prompt.ids, *stem]) for prompt in prompts for stem in prompt.candidates.stems]
-        last = torch.tensor([len(prompt.ids) - 1 for prompt in prompts for _ in prompt.candidates.stems])
+        each = [prompt.candidates for prompt in prompts if prompt.candidates]
+        pairs = [(prompt.ids, stem) for prompt, found in zip(prompts, each, strict=True) for stem in found.stems]
+        sequences = [torch.tensor([*ids, *stem]) for ids, stem in pairs]
+        last = torch.tensor([[len(ids) - 1] for ids, _ in pairs])
         ends = torch.tensor([[len(sequence) - 1] for sequence in sequences])
-        slot = torch.arange(slots)
+        slot = torch.arange(max(found.slots for found in each))
         first = torch.tensor([0, *(prompt.sequences for prompt in prompts[:-1])]).cumsum(0)[:, None]
-        stem_of, token, weight = _together(each, slots, self._shared)
+        stem_of, token, weight = _together(each, len(slot), self._shared)
         return CausalInputs(
             ids=pad_sequence(sequences, batch_first=True).to(self._device),
-            positions=torch.minimum(last[:, None] + slot, ends).to(self._device),
+            positions=torch.minimum(last + slot, ends).to(self._device),
             sequence=(first + stem_of)[:, :, None].to(self._device),
             slot=slot.to(self._device),
             token=token,
@@ -191,13 +155,13 @@ class CausalScorer:
         )
 
     def scores(self, passes: Sequence[CausalInputs]) -> Tensor:
-        """Float32 (rows of all passes, candidates)."""
+        """Float32 (rows of all passes, candidates); those that a row lacks, and another has, score minus infinity."""
         found = [self._scores(inputs) for inputs in passes]
         most = max(part.shape[1] for part in found)
         return torch.cat([functional.pad(part, (0, most - part.shape[1]), value=-torch.inf) for part in found])
 
     def _scores(self, inputs: CausalInputs) -> Tensor:
-        with self._head.at(inputs.positions):
+        with _head_at(self._model, inputs.positions):
             logits = self._model(input_ids=inputs.ids, use_cache=False).logits
         log_probabilities = logits.float().log_softmax(dim=-1)
         found: Tensor = log_probabilities[inputs.sequence, inputs.slot, inputs.token]
@@ -250,18 +214,13 @@ def candidate_ids(tokenizer: Any, task: Task, own: Sequence[str] = ()) -> list[t
     candidates = [tuple(ids[len(start) :]) for ids in whole]
     word_is = task.candidates_key.replace("_", " ").removesuffix("s")
     for word, ids, candidate in zip(words, whole, candidates, strict=True):
+        problem = None
         if list(ids[: len(start)]) != list(start) or not candidate:
-            raise TaskError(
-                f"task {task.name}: {task.candidates_key}",
-                f"{word!r} melts into the end of the template",
-                f"put the space at the start of the {word_is}",
-            )
-        if candidates.count(candidate) > 1:
-            raise TaskError(
-                f"task {task.name}: {task.candidates_key}",
-                f"{word!r} has the tokens of another {word_is}",
-                "give each class a word of its own",
-            )
+            problem, remedy = "melts into the end of the template", f"put the space at the start of the {word_is}"
+        elif candidates.count(candidate) > 1:
+            problem, remedy = f"has the tokens of another {word_is}", "give each class a word of its own"
+        if problem:
+            raise TaskError(f"task {task.name}: {task.candidates_key}", f"{word!r} {problem}", remedy)
     return candidates
 
 
@@ -273,29 +232,23 @@ def _cut(ids: list[int], limit: int, start: tuple[int, ...]) -> list[int]:
     return [*first, *ids[len(ids) - max(limit - len(first), 0) :]][:limit]
 
 
-class _Head:
-    """Lets the output head see only the positions needed, and compute in float32, in the model's own forward pass.
+@contextmanager
+def _head_at(model: Any, positions: Tensor) -> Iterator[None]:
+    """Let the output head see only these positions, and compute in float32, in the model's own forward pass.
 
     So whatever the model does to logits after its head (soft caps, scales) stays in.
     """
+    head = model.get_output_embeddings()
 
-    def __init__(self, model: Any) -> None:
-        head = model.get_output_embeddings()
-        if not isinstance(head, nn.Linear):
-            raise UnsupportedModel(type(model).__name__, "its output head is not linear", "use another causal LM")
-        self._head = head
+    def forward(hidden: Tensor) -> Tensor:
+        index = positions[:, :, None].expand(-1, -1, hidden.shape[-1])
+        return _float32_linear(hidden.gather(1, index), head)
 
-    @contextmanager
-    def at(self, positions: Tensor) -> Iterator[None]:
-        def forward(hidden: Tensor) -> Tensor:
-            index = positions[:, :, None].expand(-1, -1, hidden.shape[-1])
-            return _float32_linear(hidden.gather(1, index), self._head)
-
-        self._head.forward = forward  # type: ignore[method-assign, assignment]
-        try:
-            yield
-        finally:
-            del self._head.forward
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward
 
 
 def _float32_linear(hidden: Tensor, layer: nn.Linear) -> Tensor:
@@ -306,19 +259,6 @@ def _float32_linear(hidden: Tensor, layer: nn.Linear) -> Tensor:
     parts = [functional.linear(hidden, rows.float()) for rows in torch.split(layer.weight, _HEAD_ROWS)]
     logits = torch.cat(parts, dim=-1)
     return logits if layer.bias is None else logits + layer.bias.float()
-
-
-@dataclass(frozen=True, slots=True)
-class EncoderPrompt:
-    """A text's token ids."""
-
-    ids: list[int]
-    sequences: int = 1
-
-    @property
-    def size(self) -> int:
-        """See `Prompt`."""
-        return len(self.ids)
 
 
 class EncoderScorer:
@@ -337,13 +277,13 @@ class EncoderScorer:
         _check_descriptions(loaded, task, self._limit)
         self._descriptions = tokenise(loaded, list(task.descriptions), self._limit)
 
-    def tokens(self, examples: Sequence[Example]) -> list[EncoderPrompt]:
+    def tokens(self, examples: Sequence[Example]) -> list[Prompt]:
         """Texts, cut from the right to the task's limit; an empty one becomes one token."""
         texts = [example.text for example in examples]
         ids: list[list[int]] = self._loaded.tokenizer(texts, truncation=True, max_length=self._limit)["input_ids"]
-        return [EncoderPrompt(found or [self._loaded.tokenizer.pad_token_id or 0]) for found in ids]
+        return [Prompt(found or [self._loaded.tokenizer.pad_token_id or 0]) for found in ids]
 
-    def collate(self, prompts: Sequence[EncoderPrompt]) -> Inputs:
+    def collate(self, prompts: Sequence[Prompt]) -> Inputs:
         """Padded ids and their mask."""
         ids = [torch.tensor(prompt.ids) for prompt in prompts]
         padded = pad_sequence(ids, batch_first=True, padding_value=self._loaded.tokenizer.pad_token_id)
@@ -356,6 +296,18 @@ class EncoderScorer:
         texts = torch.cat([embed(self._loaded.model, inputs) for inputs in passes])
         classes = embed(self._loaded.model, self._descriptions)
         return self._task.scale * texts @ classes.T
+
+
+Scorer = CausalScorer | EncoderScorer
+
+
+def scorer_for(loaded: LoadedModel, task: Task) -> Scorer:
+    """The scorer that fits the kind of model.
+
+    Raises:
+        TaskError: the model cannot do the task.
+    """
+    return CausalScorer(loaded, task) if loaded.kind == "causal" else EncoderScorer(loaded, task)
 
 
 def _check_descriptions(loaded: LoadedModel, task: Task, limit: int) -> None:

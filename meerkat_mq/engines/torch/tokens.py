@@ -4,7 +4,9 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,9 @@ import transformers
 
 from meerkat_mq.engines.torch.folder import CONFIG, TOKENIZER, TOKENIZER_CONFIG, Json, place_in, read_json, walk
 from meerkat_mq.engines.torch.in_words import in_words, key_of
-from meerkat_mq.engines.torch.kinds import Kind
+from meerkat_mq.engines.torch.kinds import Bare, Kind
 from meerkat_mq.engines.torch.tokenizer_trial import PROBES, TOKEN_KEYS, try_tokenizer
-from meerkat_mq.errors import ModelError, shown
+from meerkat_mq.errors import ModelError, UnsupportedModel, cut, printable, shown
 
 _FEWEST = 8  # tokens: what a text that says anything needs
 _TEXT = "The quick brown fox"
@@ -36,12 +38,44 @@ _TYPES: dict[str, tuple[type, ...]] = {
 _OWN_FILES = "put this model's own tokenizer files into the folder"
 
 
-def read_tokenizer(folder: Path, kind: Kind) -> Any:
-    """The tokenizer; it pads on the right, with its end token where it has no pad token.
+@dataclass(frozen=True)
+class Tokens:
+    """A model's tokenizer.
+
+    Attributes:
+        tokenizer: of transformers; it pads on the right, with its end token where it has no pad token.
+        start: the ids that it puts before every text, without immediate repetition: models never saw two.
+        longest: input, in tokens: what tokenizer, configuration and position embeddings all hold.
+        notes: what it adds to a text and a causal LM does not get; an encoder's own marks are right.
+    """
+
+    tokenizer: Any
+    start: tuple[int, ...]
+    longest: int
+    notes: tuple[str, ...]
+
+
+def read_tokens(folder: Path, bare: Bare) -> Tokens:
+    """The tokenizer of a model, held against it.
 
     Raises:
-        ModelError: its files are absent, damaged, or contradict each other.
+        ModelError: its files are absent, damaged, or contradict each other or the model.
+        UnsupportedModel: the model has no plain table of embeddings.
     """
+    tokenizer = _read_tokenizer(folder, bare.kind)
+    _check_ids(tokenizer, bare.model, folder)
+    before, after = _added_around(tokenizer, folder)
+    start = tuple(token for token, _ in groupby(before))
+    notes = []
+    if bare.kind == "causal" and after:
+        tokens = printable(cut(" ".join(tokenizer.convert_ids_to_tokens(list(after)))))
+        notes.append(f"the tokenizer appends {tokens} to every text: it is dropped, for prompts go on")
+    if bare.kind == "causal" and start != before:
+        notes.append("the tokenizer starts a text twice: one start token is dropped")
+    return Tokens(tokenizer, start, _longest(tokenizer, bare, folder), tuple(notes))
+
+
+def _read_tokenizer(folder: Path, kind: Kind) -> Any:
     table = _table(folder)
     if (folder / TOKENIZER).exists():
         try_tokenizer(folder / TOKENIZER)
@@ -66,11 +100,7 @@ def read_tokenizer(folder: Path, kind: Kind) -> Any:
 
 
 def _table(folder: Path) -> Json:
-    """What tokenizer_config.json holds, with types that transformers takes for granted.
-
-    Raises:
-        ModelError: names the key.
-    """
+    """What tokenizer_config.json holds, with types that transformers takes for granted."""
     file = folder / TOKENIZER_CONFIG
     table = read_json(file) if file.exists() else {}
     for key, kinds in _TYPES.items():
@@ -134,12 +164,12 @@ def ids_of(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return [list(ids) for ids in tokenizer(list(texts))["input_ids"]]
 
 
-def check_ids(tokenizer: Any, embeddings: int, folder: Path) -> None:
-    """Make sure that the model has an embedding for each token, special and added ones too: a text may name any.
-
-    Raises:
-        ModelError: it has not; names the token.
-    """
+def _check_ids(tokenizer: Any, model: Any, folder: Path) -> None:
+    """Make sure that the model has an embedding for each token, special and added ones too: a text may name any."""
+    embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if embeddings is None:
+        problem = f"{type(model).__name__} has no plain table of embeddings"
+        raise UnsupportedModel(f"{folder / CONFIG}: model_type", problem, "use another model")
     with in_words(str(folder), "the tokenizer's tokens cannot be listed", _OWN_FILES):
         table = {token: int(number) for token, number in tokenizer.get_vocab().items()}
         token = max(table, key=table.__getitem__, default="")
@@ -151,15 +181,10 @@ def check_ids(tokenizer: Any, embeddings: int, folder: Path) -> None:
         )
 
 
-def added_around(tokenizer: Any, folder: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids that the tokenizer puts before and after any text.
-
-    Raises:
-        ModelError: without them it makes other tokens of the same text, or with them the text comes more than once.
-    """
-    text = _TEXT
-    whole = ids_of(tokenizer, [text])[0]
-    bare = list(tokenizer([text], add_special_tokens=False)["input_ids"][0])
+def _added_around(tokenizer: Any, folder: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that the tokenizer puts before and after any text, of which it makes the same tokens without them."""
+    whole = ids_of(tokenizer, [_TEXT])[0]
+    bare = list(tokenizer([_TEXT], add_special_tokens=False)["input_ids"][0])
     starts = range(len(whole) - len(bare) + 1)
     found = [start for start in starts if bare and whole[start : start + len(bare)] == bare]
     periods = [size for size in range(1, len(bare)) if bare[:size] * (len(bare) // size) == bare]
@@ -167,47 +192,15 @@ def added_around(tokenizer: Any, folder: Path) -> tuple[tuple[int, ...], tuple[i
     if len(found) == 1 and not twice:
         return tuple(whole[: found[0]]), tuple(whole[found[0] + len(bare) :])
     said = "repeats" if found else "makes nothing, or other tokens than beside special ones, of"
-    raise ModelError(str(folder), f"the tokenizer {said} {text!r}", _OWN_FILES)
+    raise ModelError(str(folder), f"the tokenizer {said} {_TEXT!r}", _OWN_FILES)
 
 
-def prompt_ids(tokenizer: Any, start: tuple[int, ...], texts: Sequence[str]) -> list[list[int]]:
-    """Ids of texts that a causal LM is to continue: `start` before each, nothing after its last token of text.
-
-    An end token that the tokenizer would append tells the model that nothing follows. A start token that the text
-    itself begins with is not put before it a second time.
-
-    Args:
-        tokenizer: of a causal LM.
-        start: as `once` leaves what the tokenizer puts before a text.
-        texts: any.
-    """
-    bare = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    return [[*start, *_without(list(ids), start[-1:])] for ids in bare]
-
-
-def once(start: tuple[int, ...]) -> tuple[int, ...]:
-    """Start tokens without immediate repetition: models never saw two."""
-    return tuple(token for index, token in enumerate(start) if not index or start[index - 1] != token)
-
-
-def _without(ids: list[int], first: tuple[int, ...]) -> list[int]:
-    while first and ids[:1] == list(first):
-        ids = ids[1:]
-    return ids
-
-
-def usable_tokens(tokenizer: Any, config: Any, model: Any, folder: Path) -> int:
-    """The longest input, in tokens: what tokenizer, configuration and position embeddings all hold.
-
-    Position embeddings with a padding index start after it: RoBERTa's 514 hold 512 tokens.
-
-    Raises:
-        ModelError: it is too short for any text.
-    """
-    text = config.get_text_config()
+def _longest(tokenizer: Any, bare: Bare, folder: Path) -> int:
+    """The longest input. Position embeddings with a padding index start after it: RoBERTa's 514 hold 512 tokens."""
+    text = bare.config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None) or 0  # XLNet says -1: any number
     limits = [tokenizer.model_max_length, positions if positions > 0 else math.inf]
-    for name, module in model.named_modules():
+    for name, module in bare.model.named_modules():
         padding = getattr(module, "padding_idx", None)
         if name.endswith("position_embeddings") and padding is not None:
             limits.append(module.num_embeddings - padding - 1)
