@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.engines.torch import changes
+from meerkat_mq.engines.torch import export
 from meerkat_mq.engines.torch.checkpoint import StoredTensor, stored_tensors
 from meerkat_mq.engines.torch.export import check_export, export_model
 from meerkat_mq.engines.torch.load import load_model
@@ -28,7 +28,7 @@ def moved(mask: Mask) -> np.ndarray:
 def test_what_was_exported_passes(
     folders: dict[str, Path], masks: dict[str, Mask], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(changes, "PIECE", 100)  # several pieces a tensor
+    monkeypatch.setattr(export, "PIECE", 100)  # several pieces a tensor
     mask = masks[name]
     export_model(folders[name], mask, moved(mask), tmp_path / "out")
     check_export(tmp_path / "out", folders[name], mask, moved(mask))

@@ -1,4 +1,15 @@
-"""Making a mask: score the weights of each linear matrix and keep the best; or take all weights, or an adapter's."""
+"""Making a mask: keep the floor(size · density) best weights of each linear matrix; or all weights, or an adapter's.
+
+Scores: `sensitivity` is the mean over calibration batches of the squared gradient of the causal-LM loss (of an encoder:
+of in-batch contrast between the halves of a document), MEERKAT (arXiv 2506.03337); `magnitude-activation` is |w|·‖x‖₂;
+`magnitude` is |w|; `random` is drawn from the seed. Two methods score nothing: `dense` takes every floating-point
+parameter that passes use, tied ones once, MeZO (arXiv 2305.17333); `lora` takes all of a fresh adapter on the query and
+value projections. What gets no gradient from the calibration loss, such as a vision tower, is left out: noise alone
+would move it. With every method a last pass over the batches yields g_p, the mean signed gradient on the mask.
+
+Memory beyond the model's: one float32 matrix of scores for each linear matrix (`sensitivity` alone), and one gradient
+and the activations of one block at a time.
+"""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +19,7 @@ from typing import get_args
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from meerkat_mq.core.directions import Float32Array
@@ -45,29 +56,18 @@ def make_mask(
     sequences: int = 100,
     length: int = 512,
     batch_size: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = lambda *_: None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Mask:
-    """Keep the floor(size · density) best weights of each linear matrix; ties go to the lowest index.
-
-    Scores: `sensitivity` is the mean over calibration batches of the squared gradient of the causal-LM loss (of an
-    encoder: of in-batch contrast between the halves of a document), MEERKAT (arXiv 2506.03337); `magnitude-activation`
-    is |w|·‖x‖₂; `magnitude` is |w|; `random` is drawn from the seed. Two methods score nothing: `dense` takes every
-    floating-point parameter that passes use, tied ones once, MeZO (arXiv 2305.17333); `lora` takes all of a fresh
-    adapter on the query and value projections. What gets no gradient from the calibration loss, such as a vision tower,
-    is left out: noise alone would move it. With every method a last pass over the batches yields g_p, the mean signed
-    gradient on the mask. Memory beyond the model's: one float32 matrix of scores for each linear matrix (`sensitivity`
-    alone), and one gradient and the activations of one block at a time.
+    """Score, choose, and take the mean gradient; ties go to the lowest index.
 
     Args:
         loaded: a model whose dtype holds the checkpoint exactly.
         texts: calibration text, like what the model was pretrained on.
-        method: one of METHODS.
         density: u, 0 < u ≤ 1, of the methods that score; 1 keeps every weight of the linear matrices.
         rank: of the adapter.
         seed: order of the texts, and the random mask.
-        sequences: how many sequences (encoder: documents) of calibration text.
-        length: tokens a sequence.
+        sequences, length: how many sequences (encoder: documents) of calibration text, and the tokens of each.
         batch_size: sequences a gradient; default: 1 for a causal LM, 16 for an encoder.
         progress: called with (batches done, all batches).
         say: called with what a user should know about the mask.
@@ -78,34 +78,27 @@ def make_mask(
         UnsupportedModel: the model has no maskable matrices, or some that cannot be written back into the checkpoint.
         ModelError: `lora` without peft.
     """
-    _check(loaded, method, density)
-    candidates = _candidates(loaded, method)
-    whole = density == 1 or method in ("dense", "lora")
-    if not whole:
-        _counts(candidates, density)
-    check_writable(loaded.names, candidates, loaded.folder)
-    batches = calibration_batches(
-        loaded,
-        texts,
-        seed=seed,
-        sequences=sequences,
-        length=length,
-        batch_size=_DEFAULT_BATCH[loaded.kind] if batch_size is None else batch_size,
-    )
+    whole, candidates = density == 1 or method in ("dense", "lora"), _checked(loaded, method, density)
+    size = _DEFAULT_BATCH[loaded.kind] if batch_size is None else batch_size
+    batches = calibration_batches(loaded, texts, seed=seed, sequences=sequences, length=length, batch_size=size)
     weights = _inside(loaded, batches[0], candidates, say)
     if method == "lora":
         loaded = new_adapter(loaded, rank, weights)
         weights = adapter_weights(loaded.model)
     counts = _counts(weights, 1 if whole else density)
     passes = 1 + (not whole and method in ("sensitivity", "magnitude-activation"))
-    tick = _ticker(progress, passes * len(batches))
+    done = itertools.count(1)
+
+    def tick() -> None:
+        progress(next(done), passes * len(batches))
+
     if whole:
         chosen = {name: np.arange(count) for name, count in counts.items()}
     else:
         score = _scorer(loaded, batches, method, seed, tick, weights=weights)
         with within(str(loaded.folder)):
             chosen = {name: best(_finite(score(name), name), count) for name, count in counts.items()}
-    g_p = _mean_gradient(loaded, batches, {name: weights[name] for name in chosen}, chosen, tick)
+    g_p = _mean_gradient(loaded, batches, weights, chosen, tick)
     with within(str(loaded.folder)):
         matrices = tuple(_matrix(name, weights[name], indices, g_p[name]) for name, indices in chosen.items())
     if method != "lora":
@@ -113,7 +106,8 @@ def make_mask(
     return Mask(matrices, loaded.fingerprint, loaded.tokenizer_fingerprint)
 
 
-def _check(loaded: LoadedModel, method: Method, density: float) -> None:
+def _checked(loaded: LoadedModel, method: Method, density: float) -> Mapping[str, Tensor]:
+    """What the mask chooses from, after all checks that take no pass."""
     if method not in METHODS:
         raise MaskError("mask method", f"{method!r} is unknown", f"use one of {', '.join(METHODS)}")
     if not 0 < density <= 1:
@@ -121,6 +115,10 @@ def _check(loaded: LoadedModel, method: Method, density: float) -> None:
     if not loaded.exact:
         dtype = str(loaded.model.dtype).removeprefix("torch.")
         raise MaskError(str(loaded.folder), f"{dtype} rounds this checkpoint's weights", "load it in float32 for masks")
+    candidates = _candidates(loaded, method)
+    _counts(candidates, 1 if method in ("dense", "lora") else density)
+    check_writable(loaded.names, candidates, loaded.folder)
+    return candidates
 
 
 def _candidates(loaded: LoadedModel, method: Method) -> Mapping[str, Tensor]:
@@ -152,23 +150,9 @@ def _counts(weights: Mapping[str, Tensor], density: float) -> dict[str, int]:
     if not counts:
         raise MaskError("density", f"{density} of {max(sizes.values())} weights keeps none", "raise the density")
     if sum(counts.values()) > MAX_RUN_WEIGHTS:
-        raise MaskError(
-            "mask",
-            f"{sum(counts.values()):,} weights, and a run holds {MAX_RUN_WEIGHTS:,} at most",
-            "lower the density",
-        )
+        problem = f"{sum(counts.values()):,} weights, and a run holds {MAX_RUN_WEIGHTS:,} at most"
+        raise MaskError("mask", problem, "lower the density")
     return counts
-
-
-def _ticker(progress: Progress | None, total: int) -> Callable[[], None]:
-    done = itertools.count(1)
-
-    def tick() -> None:
-        number = next(done)
-        if progress is not None:
-            progress(number, total)
-
-    return tick
 
 
 def _scorer(
@@ -192,17 +176,14 @@ def _scorer(
         return squares.pop
     if method == "magnitude-activation":
         norms = input_norms(loaded, batches, tick)
-        return lambda name: layers[name].weight.float().abs() * _per_input(layers[name], norms[name])
+        across = {name: norm[:, None] if isinstance(layers[name], Conv1D) else norm for name, norm in norms.items()}
+        return lambda name: layers[name].weight.float().abs() * across[name]
     if method == "magnitude":
         return lambda name: layers[name].weight.float().abs()
     place = {name: index for index, name in enumerate(layers)}
     return lambda name: torch.from_numpy(
         np.random.default_rng([seed, place[name]]).random(layers[name].weight.numel(), dtype=np.float32)
     )
-
-
-def _per_input(layer: nn.Module, norms: Tensor) -> Tensor:
-    return norms[:, None] if isinstance(layer, Conv1D) else norms[None, :]
 
 
 def _finite(scores: Tensor, name: str) -> Float32Array:
@@ -232,20 +213,18 @@ def _mean_gradient(
     tick: Callable[[], None],
 ) -> dict[str, Float32Array]:
     """The mean signed gradient of each matrix at the chosen positions, float32."""
-    places = {
-        name: None if indices.size == weights[name].numel() else torch.from_numpy(indices).to(weights[name].device)
-        for name, indices in chosen.items()
-    }
-    sums = {
-        name: torch.zeros(indices.size, dtype=torch.float64, device=weights[name].device)
-        for name, indices in chosen.items()
-    }
+    places: dict[str, Tensor | slice] = {}
+    sums: dict[str, Tensor] = {}
+    for name, indices in chosen.items():
+        weight = weights[name]
+        whole = indices.size == weight.numel()  # no indices on the device, then
+        places[name] = slice(None) if whole else torch.from_numpy(indices).to(weight.device)
+        sums[name] = torch.zeros(indices.size, dtype=torch.float64, device=weight.device)
 
     def visit(name: str, gradient: Tensor) -> None:
-        place = places[name]
-        sums[name] += gradient.flatten() if place is None else gradient.flatten()[place]
+        sums[name] += gradient.flatten()[places[name]]
 
-    each_gradient(loaded, batches, weights, visit, tick)
+    each_gradient(loaded, batches, {name: weights[name] for name in chosen}, visit, tick)
     return {name: (total / len(batches)).float().cpu().numpy() for name, total in sums.items()}
 
 

@@ -12,10 +12,9 @@ import torch
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.engines.torch.adapter import adapter_pairs
-from meerkat_mq.engines.torch.changes import changes_of
 from meerkat_mq.engines.torch.checkpoint import INDEX, weight_files
 from meerkat_mq.engines.torch.engine import TransformersEngine, to_numpy
-from meerkat_mq.engines.torch.export import exported_files
+from meerkat_mq.engines.torch.export import changes_of, exported_files
 from meerkat_mq.engines.torch.folder import find_folder
 from meerkat_mq.engines.torch.load import LoadedModel, load_model
 from meerkat_mq.engines.torch.names import FLOATS, stored_copies
@@ -44,9 +43,7 @@ def check_loaded(folder: Path, source: str | Path, mask: Mask, theta: Float32Arr
     Args:
         folder: the exported model.
         source: the base: local folder or hub id.
-        mask: of the run.
-        theta: float32 (n,).
-        task: of the run.
+        mask, theta, task: of the run; theta is float32 (n,).
 
     Raises:
         ModelNotFound, ModelError: one of the two does not load.
