@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -53,17 +53,10 @@ def first_order(
     """AdamW with back-propagation on the masked weights alone: what the mask could give at best.
 
     Args:
-        engine: its model is left at the theta that is returned.
+        engine: its model is left at the theta that is returned, float32 (n,).
         theta: float32 (n,), where to start; unchanged.
-        rows: training rows, drawn in a shuffled order, again and again.
-        steps: optimiser steps.
-        lr: learning rate.
-        batch_size: rows a step.
-        seed: of the order.
+        rows: training rows, drawn in an order that the seed shuffles, again and again.
         progress: called with (steps done, steps).
-
-    Returns:
-        float32 (n,).
     """
     order = _endless(rows, batch_size, seed)
     walk = first_order_walk(engine, theta, islice(order, steps), NodeValuesConfig(optimiser="adamw", lr=lr))
@@ -77,9 +70,6 @@ def first_order(
 
 def _endless(rows: Sequence[Row], batch_size: int, seed: int) -> Iterator[list[Row]]:
     rng = np.random.default_rng(seed)
-    queue: list[int] = []
+    order = (int(index) for _ in count() for index in rng.permutation(len(rows)))
     while True:
-        while len(queue) < batch_size:
-            queue += rng.permutation(len(rows)).tolist()
-        yield [rows[index] for index in queue[:batch_size]]
-        queue = queue[batch_size:]
+        yield [rows[index] for index in islice(order, batch_size)]

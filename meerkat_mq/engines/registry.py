@@ -58,11 +58,7 @@ ENGINES: Final = {
 
 
 def entry_of(name: str) -> KnownEngine:
-    """The engine of a name; imports nothing.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """The engine of a name, or `ConfigError`; imports nothing."""
     if name in ENGINES:
         return ENGINES[name]
     if ":" in name:
@@ -72,14 +68,10 @@ def entry_of(name: str) -> KnownEngine:
 
 
 def check_named(run: str, named: str | None) -> None:
-    """Refuse to compute for a run whose engine this process was not told to use.
+    """Refuse, by `RunMismatch`, to compute for a run whose engine this process was not told to use.
 
-    Args:
-        run: the engine's name in the run descriptor.
-        named: `engine` of this process's own TOML file; None: any engine of this package.
-
-    Raises:
-        RunMismatch: names both.
+    `run` is the engine's name in the run descriptor, `named` that in this process's own TOML file; None: any engine of
+    this package.
     """
     if run == named or (named is None and run in ENGINES):
         return
@@ -137,23 +129,13 @@ def own_mask(name: str, weights: int) -> Mask | None:
 
 
 def usable(engine: Engine[Any], rows: Sequence[Row]) -> list[Row]:
-    """The rows that an engine can prepare; the log names the others.
-
-    Raises:
-        DataError: there are none.
-    """
+    """The rows that an engine can prepare, or `DataError` where there are none; the log names the others."""
     own = getattr(engine, "usable", None)
     return list(own(rows)) if own else usable_rows(rows, engine.prepare)
 
 
 def try_out(name: str, engine: Engine[Any], theta: Float32Array, rows: Sequence[Row]) -> None:
-    """Let an engine of a user's own compute the losses of two rows, before a run depends on them.
-
-    Args:
-        name: of the engine; those of this package are not tried.
-        engine: to be tried.
-        theta: float32 (n,).
-        rows: usable ones.
+    """Let an engine of a user's own compute the losses of two usable rows at theta, before a run depends on them.
 
     Raises:
         ConfigError: it fails, or what it returns is no float32 (rows,).
@@ -184,17 +166,11 @@ def _factory(name: str, what: str) -> Factory:
 
 @contextmanager
 def _in_words(name: str) -> Iterator[None]:
-    """What a user's own code raises, in one line with the place; errors of our own tree pass.
-
-    Raises:
-        ConfigError: of any exception that is none of ours, where the engine is a user's own.
-    """
+    """What a user's own code raises, as a `ConfigError` with the place; errors of our own tree and engines pass."""
     try:
         yield
-    except MeerkatError:
-        raise
     except Exception as error:
-        if name in ENGINES:
+        if isinstance(error, MeerkatError) or name in ENGINES:
             raise
         absent = isinstance(error, ModuleNotFoundError)
         remedy = "install it, or set PYTHONPATH to the folder that holds it" if absent else "mend it"

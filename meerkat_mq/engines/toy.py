@@ -16,7 +16,7 @@ from meerkat_mq.core.step import Row
 from meerkat_mq.engines.protocol import Setup
 from meerkat_mq.errors import DataError
 from meerkat_mq.tasks.data import no_rows
-from meerkat_mq.tasks.sources import FileRow, records
+from meerkat_mq.tasks.sources import records
 
 _REMEDY = 'give JSON lines such as {"seed": 7}'
 
@@ -69,15 +69,13 @@ def read_seeds(source: Path | str) -> list[Row]:
         DataError: names the file, the line and what is wrong with it.
     """
     try:
-        rows: list[Row] = [_checked(row) for row in records(source, ("seed",), "seed")]
+        rows: list[Row] = []
+        for row in records(source, ("seed",), "seed"):
+            if type(row.get("seed")) is not int or not 0 <= row["seed"] < 2**64:
+                raise DataError(row.where, "has no integer seed from 0 to 2**64 - 1")
+            rows.append(row)
     except DataError as error:
         raise DataError(error.where, error.problem, _REMEDY) from error
     if not rows:
         raise no_rows(source, _REMEDY)
     return rows
-
-
-def _checked(row: FileRow) -> FileRow:
-    if type(row.get("seed")) is not int or not 0 <= row["seed"] < 2**64:
-        raise DataError(row.where, "has no integer seed from 0 to 2**64 - 1", _REMEDY)
-    return row

@@ -166,11 +166,7 @@ def _with_defaults(table: dict[str, Any], stem: str) -> dict[str, Any]:
 
 
 def _check(task: Classification, where: str) -> None:
-    """What a schema cannot say.
-
-    Raises:
-        TaskError: names the key.
-    """
+    """What a schema cannot say."""
     for number, field in enumerate(task.fields):
         if not field or _named(f"{{{field}}}") != [field]:
             problem = f"{shown(field)} cannot stand between braces in one line"
@@ -197,10 +193,9 @@ def _check_placeholders(task: Classification, where: str, template: str) -> None
         raise TaskError(where, problem, "a field stands between single braces, and any other brace for itself")
     if "" in used:
         raise TaskError(where, "uses braces without a name", use)
-    if not used & set(task.fields):
-        raise TaskError(where, f"uses {', '.join(map(cut, sorted(used))) or 'no field at all'}", use)
-    if unknown := sorted(used - set(task.fields)):
-        raise TaskError(where, f"uses {', '.join(map(cut, unknown))}", use)
+    unknown = sorted(used - set(task.fields))
+    if unknown or not used:
+        raise TaskError(where, f"uses {', '.join(map(cut, unknown)) or 'no field at all'}", use)
 
 
 def _named(template: str) -> list[str]:

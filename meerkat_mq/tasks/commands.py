@@ -1,6 +1,6 @@
 """`meerkat partition`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -45,20 +45,12 @@ def partition(
     contents = {f"node-{number}.jsonl": files.encode_rows(rows) for number, rows in enumerate(shards)}
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        _refuse_other_shards(out, contents)
+        for path in sorted(out.glob("node-*.jsonl")):  # a folder keeps one division: it may be written to its end
+            if contents.get(path.name) != path.read_bytes():
+                remedy = "name a new folder, or remove the node-*.jsonl files that are there"
+                raise ConfigError(f"--out {out}", f"holds {path.name} of another division", remedy)
         for name, content in contents.items():
             write_atomically(out / name, content)
     for name, rows in zip(contents, shards, strict=True):
         labels = files.class_counts(rows, found)
         Console().print(f"{out / name}: {len(rows)} rows, by label {labels}", highlight=False, soft_wrap=True)
-
-
-def _refuse_other_shards(out: Path, contents: Mapping[str, bytes]) -> None:
-    """A folder keeps one division: the same one may be written again, or to its end."""
-    for path in sorted(out.glob("node-*.jsonl")):
-        if contents.get(path.name) != path.read_bytes():
-            raise ConfigError(
-                f"--out {out}",
-                f"holds {path.name} of another division",
-                "name a new folder, or remove the node-*.jsonl files that are there",
-            )

@@ -13,17 +13,7 @@ import structlog
 from meerkat_mq.core.files import write_atomically
 from meerkat_mq.core.step import Row
 from meerkat_mq.errors import DataError, shown, shown_names
-from meerkat_mq.tasks.sources import (
-    SUFFIXES,
-    FileRow,
-    data_files,
-    is_plain,
-    paragraphs,
-    place_of,
-    read_content,
-    records,
-    rows_within,
-)
+from meerkat_mq.tasks.sources import SUFFIXES, FileRow, data_files, place_of, records
 from meerkat_mq.tasks.task import Task
 
 MOST_CHARACTERS = 2**20  # of a field; a tokenizer takes about a second for them
@@ -72,59 +62,32 @@ def read_texts(source: Path | str, field: str = "text") -> list[str]:
     Raises:
         DataError: names the file, the line and what is wrong with it.
     """
-    if isinstance(source, str):
-        texts = [text_of(row, field) for row in records(source, (field,))]
-    else:
-        texts = [text for file in data_files(source, texts=True) for text in _texts_within(file, field)]
+    texts = [text_of(row, field) for row in records(source, (field,), plain=field)]
     if not any(text.strip() for text in texts):
         raise DataError(str(source), "holds no text", 'give a text file, or JSONL with {"text": …} on each line')
     return texts
-
-
-def _texts_within(file: Path, field: str) -> list[str]:
-    content = read_content(file)
-    if is_plain(file, content):
-        return paragraphs(file, content)
-    return [text_of(row, field) for row in rows_within(file, content)]
 
 
 def text_of(row: FileRow, field: str) -> str:
     """A field of a row that must be text.
 
     Raises:
-        DataError: it is missing, or is none.
+        DataError: it is missing, or is none that UTF-8 can hold.
     """
     value = row.get(field)
     if not isinstance(value, str):
         found = "is missing" if field not in row else f"is {shown(value)}, not text"
         raise DataError(row.where, f"field {field!r} {found}", f"the line has {shown_names(list(row), 'no fields')}")
-    return utf8(value, row.where, f"field {field!r}")
-
-
-def utf8(text: str, where: str, what: str) -> str:
-    """Text as it is; no tokenizer takes half a pair of surrogates, such as JSON's "\\ud83d" alone.
-
-    Raises:
-        DataError: it is none that UTF-8 can hold.
-    """
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(text[error.start]):04x}"
-        raise DataError(
-            where, f"{what} holds {half}, half a character, at position {error.start}", "mend or remove the line"
-        ) from error
-    return text
+        value.encode()
+    except UnicodeEncodeError as error:  # half a pair of surrogates: no tokenizer takes it
+        half = f"\\u{ord(value[error.start]):04x}, half a character, at position {error.start}"
+        raise DataError(row.where, f"field {field!r} holds {half}", "mend or remove the line") from error
+    return value
 
 
 def usable_rows(rows: Sequence[Row], prepare: Callable[[Sequence[Row]], object]) -> list[Row]:
-    """The rows that `prepare` takes; the others are left out, counted and named in the log.
-
-    Whatever a tokenizer or a template makes of a row, a run goes on without it.
-
-    Args:
-        rows: maybe none.
-        prepare: makes a batch of rows; raises whatever it likes.
+    """The rows of which `prepare` makes a batch, whatever it raises of others: those the log names and counts.
 
     Raises:
         DataError: none of them is left.
@@ -132,11 +95,9 @@ def usable_rows(rows: Sequence[Row], prepare: Callable[[Sequence[Row]], object])
     kept, out = list[Row](), list[tuple[str, str]]()
     for start in range(0, len(rows), CHECKED):
         part = rows[start : start + CHECKED]
-        if _problem(part, prepare) is None:
-            kept += part
-            continue
+        whole = _problem(part, prepare) is None
         for row in part:
-            problem = _problem([row], prepare)
+            problem = None if whole else _problem([row], prepare)
             if problem is None:
                 kept.append(row)
             else:
@@ -178,11 +139,7 @@ def encode_rows(rows: Sequence[Row]) -> bytes:
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Write a JSONL file atomically: a crash leaves the old file or the new one.
-
-    Raises:
-        DataError: the file cannot be written.
-    """
+    """Write a JSONL file atomically, or raise `DataError`: a crash leaves the old file or the new one."""
     try:
         write_atomically(path, encode_rows(rows))
     except OSError as error:
@@ -209,7 +166,7 @@ def hold_out(
         rows: in any order, which decides nothing.
         share: of each label's rows, above 0 and below 1; at least one row, and never all.
         seed: ≥ 0; the same seed gives the same draw.
-        class_of: the number of a row's class, such as `Task.class_of`.
+        class_of: the number of a row's class.
 
     Returns:
         (rows that stay, rows that are held out), each in a drawn order.
@@ -234,7 +191,7 @@ def partition(
             with fewer nodes than labels the rows of the other labels stay out).
         seed: ≥ 0.
         alpha: of the Dirichlet distribution, > 0.
-        class_of: the number of a row's class, such as `Task.class_of`.
+        class_of: the number of a row's class.
 
     Raises:
         DataError: too few rows for so many nodes, or an argument out of range.
@@ -286,10 +243,7 @@ def _one_label(groups: list[Indices], nodes: int) -> list[Indices]:
     sharers = Counter(node % len(groups) for node in range(nodes))
     short = [label for label, count in sharers.items() if count > groups[label].size]
     if short:
-        raise DataError(
-            "partition",
-            f"label number {short[0]} has {groups[short[0]].size} rows for {sharers[short[0]]} nodes",
-            "use fewer nodes or more rows",
-        )
+        problem = f"label number {short[0]} has {groups[short[0]].size} rows for {sharers[short[0]]} nodes"
+        raise DataError("partition", problem, "use fewer nodes or more rows")
     pieces = {label: iter(np.array_split(groups[label], count)) for label, count in sharers.items()}
     return [next(pieces[node % len(groups)]) for node in range(nodes)]

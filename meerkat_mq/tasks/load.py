@@ -27,9 +27,8 @@ def load_task(source: str | Path) -> Task:
         return TASKS[name]
     path = Path(source)
     if path.suffix != ".toml":
-        raise TaskError(
-            name, "is no built-in task", f"use one of {', '.join(sorted(TASKS))}, or a path ending in .toml"
-        )
+        remedy = f"use one of {', '.join(sorted(TASKS))}, or a path ending in .toml"
+        raise TaskError(name, "is no built-in task", remedy)
     try:
         table = read_toml(path)
         kind = table.pop("kind", Classification.kind)

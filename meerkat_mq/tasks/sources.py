@@ -27,11 +27,7 @@ _INTEGER = re.compile(r"-?\d{1,20}")
 
 
 class FileRow(dict[str, Any]):
-    """A row that knows where it was read.
-
-    Attributes:
-        where: file and line, or the data set's row.
-    """
+    """A row that knows where it was read: file and line, or the data set's row."""
 
     __slots__ = ("where",)
 
@@ -51,11 +47,7 @@ def place_of(row: object) -> str:
 
 
 def data_files(source: Path, *, texts: bool = False) -> list[Path]:
-    """A folder's data files, by name, also gzipped; of anything else, itself.
-
-    Args:
-        source: file or folder.
-        texts: whether plain text (*.txt) is data too.
+    """A folder's data files, by name, also gzipped; of anything else, itself. `texts`: *.txt are data too.
 
     Raises:
         DataError: the folder cannot be read.
@@ -79,13 +71,16 @@ def _suffix(path: Path) -> str:
     return plain.suffix.lower()
 
 
-def records(source: Path | str, columns: Sequence[str] | None, integers: str | None = None) -> Iterator[FileRow]:
+def records(
+    source: Path | str, columns: Sequence[str] | None, integers: str | None = None, plain: str | None = None
+) -> Iterator[FileRow]:
     """The rows of a source, as they stand there.
 
     Args:
         source: file, folder, or `hf:…`.
         columns: those that are needed; of `hf:…`, only these are read. None: all.
         integers: a column of integers, which a table knows only as text.
+        plain: the field whose values paragraphs of plain text are; None: plain text is no rows.
 
     Raises:
         DataError: names the file, the line and what is wrong with it.
@@ -93,20 +88,21 @@ def records(source: Path | str, columns: Sequence[str] | None, integers: str | N
     if isinstance(source, str):
         yield from _hub_records(source, columns)
         return
-    for file in data_files(source):
-        yield from rows_within(file, read_content(file), integers)
+    for file in data_files(source, texts=plain is not None):
+        content = _content(file)
+        if plain is not None and _is_plain(file, content):
+            yield from (FileRow({plain: text}, str(file)) for text in _paragraphs(file, content))
+        elif _suffix(file) in DELIMITERS:
+            yield from _table_rows(file, content, integers)
+        elif content.lstrip().startswith("["):
+            yield from _array_rows(file, content)
+        else:
+            yield from _line_rows(file, content)
 
 
-def is_plain(path: Path, content: str) -> bool:
+def _is_plain(path: Path, content: str) -> bool:
     """Whether a file is plain text: by its name it holds no rows, and it does not begin like JSON."""
     return _suffix(path) not in SUFFIXES and not _JSON.match(content)
-
-
-def rows_within(path: Path, content: str, integers: str | None = None) -> Iterator[FileRow]:
-    """The rows of a file whose content was read already."""
-    if _suffix(path) in DELIMITERS:
-        return _table_rows(path, content, integers)
-    return _array_rows(path, content) if content.lstrip().startswith("[") else _line_rows(path, content)
 
 
 def _table_rows(path: Path, content: str, integers: str | None) -> Iterator[FileRow]:
@@ -167,7 +163,7 @@ def _line_rows(path: Path, content: str) -> Iterator[FileRow]:
 
 def _remedy(path: Path, content: str) -> str:
     """What helps a line that is not JSON."""
-    if is_plain(path, content):
+    if _is_plain(path, content):
         return f"rows are JSON lines, a JSON array, or a table whose name ends in {' or '.join(DELIMITERS)}"
     try:
         whole = _parsed(content)
@@ -195,24 +191,16 @@ def _object(value: Any, where: str, remedy: str) -> dict[str, Any]:
     return value
 
 
-def paragraphs(path: Path, content: str) -> list[str]:
-    """Those of plain text: parted by blank lines.
-
-    Raises:
-        DataError: it is not text.
-    """
+def _paragraphs(path: Path, content: str) -> list[str]:
+    """Those of plain text: parted by blank lines."""
     if "\0" in content:
         raise DataError(str(path), "holds NUL characters: it is not text", "give plain text, or a data file")
     whole = "\n".join(line.rstrip() for line in content.split("\n"))
     return [paragraph.strip() for paragraph in whole.split("\n\n") if paragraph.strip()]
 
 
-def read_content(path: Path) -> str:
-    """A file's text, without its byte order mark; gzip is unpacked.
-
-    Raises:
-        DataError: it cannot be read, or holds something else than text.
-    """
+def _content(path: Path) -> str:
+    """A file's text, without its byte order mark; gzip is unpacked."""
     try:
         data = path.read_bytes()
     except OSError as error:

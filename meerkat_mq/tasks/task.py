@@ -29,10 +29,9 @@ class Example:
     """What a task makes of a row, for a model of language.
 
     Attributes:
-        prompt: what a causal language model goes on from.
+        prompt, text: what a causal language model goes on from; what an encoder reads.
         candidates: how it may go on, each with its leading space; those of `Task.candidates` where that names any.
         answer: the number of the right one.
-        text: what an encoder reads.
     """
 
     prompt: str
@@ -48,8 +47,7 @@ class Evaluation:
     Attributes:
         rows: how many; those that cannot be prepared do not count.
         figures: by name, as the task gives them: always "loss", the mean; of a classifier "accuracy", the share of rows
-            whose right class scored highest, and "majority", the share of the most frequent one: the accuracy of a
-            constant answer.
+            whose right class scored highest, and "majority", the share of the most frequent one.
         recalls: by class, the share of its rows that were found; None where it has no rows.
     """
 

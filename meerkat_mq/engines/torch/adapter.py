@@ -34,9 +34,9 @@ Shape = tuple[int, ...]
 
 
 def new_adapter(loaded: LoadedModel, rank: int, among: Collection[str] | None = None) -> LoadedModel:
-    """The model with a fresh adapter on its query and value projections; `loaded` stays as it is, weights are shared.
+    """The model with a fresh adapter on its query and value projections, `among` those with these weights, by name.
 
-    `among` limits it to layers with these weights, by name.
+    `loaded` stays as it is; weights are shared.
 
     B = 0. A is Gaussian, as in arXiv 2106.09685, section 4.1, with the standard deviation of peft's and MeZO's own
     start, 1 ÷ √(3·in): slices of direction stream mk1, seed 0, matrix after matrix: the same bits on all machines.
@@ -52,11 +52,10 @@ def new_adapter(loaded: LoadedModel, rank: int, among: Collection[str] | None = 
     layers = [name.removesuffix(".weight") for name in names]
     chosen = [layer for layer in layers if layer.rpartition(".")[2] in _QUERY_AND_VALUE | _FUSED]
     if not chosen:
-        raise UnsupportedModel(
-            f"{loaded.folder}: {type(loaded.model).__name__}",
-            "has no linear layer named like a query or value projection",
-            f"its layers are {', '.join(sorted({layer.rpartition('.')[2] for layer in layers}))}; use another method",
-        )
+        found = ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))
+        where = f"{loaded.folder}: {type(loaded.model).__name__}"
+        problem = "has no linear layer named like a query or value projection"
+        raise UnsupportedModel(where, problem, f"its layers are {found}; use another method")
     return _with_layers(loaded, chosen, rank)
 
 
@@ -74,9 +73,8 @@ def with_adapter(loaded: LoadedModel, mask: Mask) -> LoadedModel:
     ranks = {rank for rank, _, _ in pairs.values()}
     for layer, (_, *ends) in pairs.items():
         if sorted(ends) != sorted(getattr(getattr(found.get(layer), "weight", None), "shape", ())):
-            raise ModelMismatch(
-                str(loaded.folder), f"has no layer {layer} for the mask's adapter", "give the run's base model"
-            )
+            problem = f"has no layer {layer} for the mask's adapter"
+            raise ModelMismatch(str(loaded.folder), problem, "give the run's base model")
     if len(ranks) != 1:
         raise ModelMismatch(str(loaded.folder), f"the mask's adapter has ranks {sorted(ranks)}", "make the mask again")
     return _with_layers(loaded, list(pairs), ranks.pop())

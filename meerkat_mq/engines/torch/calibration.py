@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from meerkat_mq.engines.torch.in_words import in_words
+from meerkat_mq.engines.torch.folder import in_words
 from meerkat_mq.engines.torch.load import LoadedModel, linear_layers
 from meerkat_mq.engines.torch.scoring import Inputs, embed, tokenise
 from meerkat_mq.errors import MaskError, UnsupportedModel, within
@@ -73,9 +73,8 @@ def _packed(loaded: LoadedModel, texts: Iterable[str], sequences: int, length: i
 def _halves(loaded: LoadedModel, texts: Iterable[str], count: int, length: int, batch_size: int) -> Iterator[Halves]:
     pairs = list(islice((half for half in map(_split, texts) if half is not None), count))
     if min(len(pairs), batch_size) < 2:
-        raise MaskError(
-            "text", f"{len(pairs)} documents in batches of {batch_size}", "contrast needs two or more of both"
-        )
+        problem = f"{len(pairs)} documents in batches of {batch_size}"
+        raise MaskError("text", problem, "contrast needs two or more of both")
     for start in range(0, len(pairs) - 1, batch_size):
         first, second = zip(*pairs[start : start + batch_size], strict=True)
         yield tokenise(loaded, list(first), length), tokenise(loaded, list(second), length)
@@ -89,11 +88,7 @@ def _split(text: str) -> tuple[str, str] | None:
 
 
 def calibration_loss(loaded: LoadedModel, batch: CalibrationBatch) -> Tensor:
-    """Mean next-token cross-entropy; of an encoder, in-batch contrast between the halves (cosine × 20).
-
-    Raises:
-        UnsupportedModel: a causal LM without a linear head.
-    """
+    """Mean next-token cross-entropy; of an encoder, in-batch contrast between the halves (cosine × 20)."""
     if isinstance(batch, Tensor):
         with within(str(loaded.folder)):
             return _next_token_loss(loaded.model, batch)

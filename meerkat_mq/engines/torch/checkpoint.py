@@ -68,9 +68,8 @@ def weight_files(folder: Path) -> list[Path]:
     elif os.path.lexists(folder / INDEX):
         names = _shards(folder / INDEX, folder)
     else:
-        raise ModelNotFound(
-            str(folder), f"has no {SINGLE}", "convert the checkpoint: load it and call save_pretrained()"
-        )
+        remedy = "convert the checkpoint: load it and call save_pretrained()"
+        raise ModelNotFound(str(folder), f"has no {SINGLE}", remedy)
     for name in names:
         real_file(folder / name, folder)
     return [folder / name for name in names]
@@ -100,17 +99,14 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         ModelError: a weight file is damaged or cut short, or two files hold a tensor of the same name.
     """
     tensors: dict[str, StoredTensor] = {}
-    for file in weight_files(folder):
-        for name, tensor in _header(file).items():
-            if name in tensors:
-                raise ModelError(
-                    str(file), f"holds {name}, and so does {tensors[name].file.name}", "remove one of them"
-                )
-            tensors[name] = tensor
+    for tensor in (tensor for file in weight_files(folder) for tensor in _header(file)):
+        if (other := tensors.setdefault(tensor.name, tensor)) is not tensor:
+            problem = f"holds {tensor.name}, and so does {other.file.name}"
+            raise ModelError(str(tensor.file), problem, "remove one of them")
     return dict(sorted(tensors.items(), key=lambda item: item[0].encode()))
 
 
-def _header(file: Path) -> dict[str, StoredTensor]:
+def _header(file: Path) -> list[StoredTensor]:
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -119,7 +115,7 @@ def _header(file: Path) -> dict[str, StoredTensor]:
                 raise ValueError(f"header of {length} bytes in a file of {size}")
             table: dict[str, Any] = json.loads(stream.read(length))
         table.pop("__metadata__", None)
-        return {name: _tensor(file, name, entry, 8 + length, size) for name, entry in table.items()}
+        return [_tensor(file, name, entry, 8 + length, size) for name, entry in table.items()]
     except OSError as error:
         raise ModelNotFound(str(file), f"cannot be read ({error.strerror})", "fetch the model again") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
@@ -127,10 +123,9 @@ def _header(file: Path) -> dict[str, StoredTensor]:
 
 
 def _tensor(file: Path, name: str, entry: Any, data: int, size: int) -> StoredTensor:
-    """A tensor of the header; `data` is where the file's data begin.
+    """A tensor of the header, where what its entry says can be shown, and fits together and the file's size.
 
-    Raises:
-        ValueError: the name cannot be shown, or what the entry says does not fit together, or the file.
+    `data` is where the file's data begin.
     """
     if not (name.isprintable() and len(name) <= _LONGEST_NAME):  # it is shown in what is found, and in errors
         raise ValueError(f"{shown(name)} is no name of a tensor")
@@ -151,11 +146,7 @@ def fingerprint(folder: Path, cache: Path | None = None) -> bytes:
     """32 bytes: SHA-256 over name, dtype, shape and bytes of the checkpoint's tensors, sorted by name.
 
     Each tensor enters as `name NUL dtype NUL dim,dim,… NUL bytes`. Reads the files in pieces of 1 MiB; the result is
-    cached by path, size and modification time.
-
-    Args:
-        folder: the checkpoint.
-        cache: the cache file; default: `fingerprints.json` in the user's cache folder.
+    cached by path, size and modification time, in `cache`, or `fingerprints.json` of the user's cache folder.
 
     Raises:
         ModelNotFound, ModelError: as `stored_tensors`.
@@ -195,10 +186,9 @@ def _hash(tensors: Mapping[str, StoredTensor]) -> bytes:
 
 
 def _cache_file() -> Path | None:
-    """None where this user has no home: a user id without an account, as in many containers."""
     try:
         root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError:
+    except RuntimeError:  # no home: a user id without an account, as in many containers
         return None
     return Path(root) / "meerkat-mq" / "fingerprints.json"
 

@@ -21,15 +21,16 @@ from meerkat_mq.errors import ModelMismatch
 from meerkat_mq.tasks.data import problem_of, usable_rows
 from meerkat_mq.tasks.task import Task
 
+_ITS_BASE = "give the base model that the run's mask was made on"
 _PASS_TOKENS = {"cpu": 768, "cuda": 16384}  # larger passes only cost memory
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A batch, ready for passes.
+    """A batch, ready for passes of rows of like length, which spares padding.
 
     Attributes:
-        passes: what the scorer made of the rows, those of like length together, which spares padding.
+        passes: what the scorer made of the rows.
         place: int64 (rows,), where each row's scores are found among those of the passes.
         labels: int64 (rows,).
     """
@@ -41,16 +42,8 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a part of theta goes.
+    """Where a part of theta goes: into the `indices`, int64 (k,), or all, of `flat`, a view of the model's tensor."""
 
-    Attributes:
-        name: the matrix.
-        parameter: the model's tensor; flat: the same memory, one-dimensional.
-        indices: int64 (k,), positions in flat; None: all of it.
-        part: the matrix's place in theta.
-    """
-
-    name: str
     parameter: nn.Parameter
     flat: Tensor
     indices: Tensor | None
@@ -64,11 +57,7 @@ class Target:
 class TransformersEngine:
     """Implements `core.step.Engine`, and all that `engines.protocol` adds, for a loaded model, a mask and a task.
 
-    Args:
-        loaded: the base model; its masked weights are overwritten by each `write`, those of an adapter in a copy of the
-            model that shares all else.
-        mask: which weights theta stands for.
-        task: how rows become text and classes.
+    The model's masked weights are overwritten by each `write`, those of an adapter in a copy that shares all else.
 
     Raises:
         ModelMismatch: the model has no such matrices.
@@ -97,11 +86,7 @@ class TransformersEngine:
                     target.flat.index_copy_(0, target.indices, values[target.part].to(target.flat.dtype))
 
     def prepare(self, rows: Sequence[Row]) -> Prepared:
-        """Tokenise and collate, once for all passes over these rows; those that fail are left out.
-
-        Raises:
-            DataError: all of them fail.
-        """
+        """Tokenise and collate, once for all passes over these rows; those that fail are left out, as by `usable`."""
         try:
             return self._prepared(rows)
         except BaseException as error:
@@ -109,11 +94,7 @@ class TransformersEngine:
             return self._prepared(self.usable(rows))
 
     def usable(self, rows: Sequence[Row]) -> list[Row]:
-        """The rows that can be prepared; the log names the others.
-
-        Raises:
-            DataError: there are none.
-        """
+        """The rows that can be prepared, or `DataError` where there are none; the log names the others."""
         return usable_rows(rows, self._prepared)
 
     def _prepared(self, rows: Sequence[Row]) -> Prepared:
@@ -158,24 +139,28 @@ class TransformersEngine:
         """Make sure that this is the model that the mask was made for; call it before the first write.
 
         Raises:
-            ModelMismatch: says whether tokenizer, checkpoint or masked weights differ.
+            ModelMismatch: tokenizer, checkpoint or masked weights differ.
         """
-        where = str(self.loaded.folder)
-        remedy = "give the base model that the run's mask was made on"
-        _same(where, "tokenizer", self.loaded.tokenizer_fingerprint, mask.tokenizer_fingerprint, remedy)
-        _same(where, "checkpoint", self.loaded.fingerprint, mask.fingerprint, remedy)
+        for what, found, wanted in (
+            ("tokenizer", self.loaded.tokenizer_fingerprint, mask.tokenizer_fingerprint),
+            ("checkpoint", self.loaded.fingerprint, mask.fingerprint),
+        ):
+            if found != wanted:
+                problem = f"another {what}: fingerprint {found.hex()[:16]}…, not {wanted.hex()[:16]}…"
+                raise ModelMismatch(str(self.loaded.folder), problem, _ITS_BASE)
         for target, matrix in zip(self.targets, mask.matrices, strict=True):
             expected = torch.tensor(matrix.theta_0).to(target.flat.device, target.flat.dtype)
             differing = int((target.values(target.flat) != expected).sum())
             if differing:
-                raise ModelMismatch(
-                    where, f"{differing} of {len(expected)} masked weights of {matrix.name} differ from theta_0", remedy
-                )
+                problem = f"{differing} of {len(expected)} masked weights of {matrix.name} differ from theta_0"
+                raise ModelMismatch(str(self.loaded.folder), problem, _ITS_BASE)
 
     def surviving_share(self, theta: Float32Array, z: Float32Array, eps: float) -> Survival:
         """What the model's dtype leaves of theta ± eps·z."""
         shift = z * np.float32(eps)
-        got = self._cast(theta + shift) - self._cast(theta - shift)
+        ends = (torch.tensor(theta + shift), torch.tensor(theta - shift))
+        casts = [[end[target.part].to(target.flat.dtype).double() for target in self.targets] for end in ends]
+        got = (torch.cat(casts[0]) - torch.cat(casts[1])).numpy()
         wanted = 2 * eps * z.astype(np.float64)
         size = float(wanted @ wanted)
         return Survival(
@@ -184,18 +169,9 @@ class TransformersEngine:
             error=float(np.linalg.norm(got - wanted)) / size**0.5,
         )
 
-    def _cast(self, theta: Float32Array) -> npt.NDArray[np.float64]:
-        values = torch.tensor(theta)
-        parts = [values[target.part].to(target.flat.dtype).double() for target in self.targets]
-        return np.asarray(torch.cat(parts).numpy())
-
 
 def make(setup: Setup) -> TransformersEngine:
-    """Load the base model, and make the engine of a run.
-
-    Raises:
-        MeerkatError: as `load_model` and `TransformersEngine`.
-    """
+    """Load the base model, and make the engine of a run; raises as `load_model` and `TransformersEngine`."""
     assert setup.model is not None
     assert setup.task is not None
     if setup.threads is not None:
@@ -213,14 +189,11 @@ def _targets(loaded: LoadedModel, mask: Mask) -> list[Target]:
         parameter = parameters.get(matrix.name)
         if parameter is None or tuple(parameter.shape) != matrix.shape:
             found = "no matrix of this name" if parameter is None else f"shape {tuple(parameter.shape)}"
-            raise ModelMismatch(
-                str(loaded.folder),
-                f"the mask's {matrix.name} has shape {matrix.shape}, the model has {found}",
-                "give the base model that the run's mask was made on",
-            )
+            problem = f"the mask's {matrix.name} has shape {matrix.shape}, the model has {found}"
+            raise ModelMismatch(str(loaded.folder), problem, _ITS_BASE)
         whole = matrix.indices.size == parameter.numel()
         indices = None if whole else torch.from_numpy(matrix.indices.astype(np.int64)).to(parameter.device)
-        targets.append(Target(matrix.name, parameter, parameter.data.view(-1), indices, part))
+        targets.append(Target(parameter, parameter.data.view(-1), indices, part))
     return targets
 
 
@@ -235,11 +208,6 @@ def _parts(prompts: Sequence[Prompt], limit: int) -> Iterator[list[Prompt]]:
             part, sequences = [], prompt.sequences
         part.append(prompt)
     yield part
-
-
-def _same(where: str, what: str, found: bytes, wanted: bytes, remedy: str) -> None:
-    if found != wanted:
-        raise ModelMismatch(where, f"another {what}: fingerprint {found.hex()[:16]}…, not {wanted.hex()[:16]}…", remedy)
 
 
 def to_numpy(values: Tensor) -> Float32Array:

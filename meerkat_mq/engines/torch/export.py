@@ -148,9 +148,8 @@ def export_model(source: str | Path, mask: Mask, theta: Float32Array, out: Path)
     """
     folder = _base(source, mask)
     if theta.shape != (mask.size,):
-        raise ModelError(
-            "theta", f"has shape {theta.shape}, the mask {mask.size} weights", "export with the run's mask"
-        )
+        problem = f"has shape {theta.shape}, the mask {mask.size} weights"
+        raise ModelError("theta", problem, "export with the run's mask")
     changes, files = changes_of(stored_copies(folder), mask, theta), exported_files(folder)
     with _new_folder(out, folder) as new:
         for name, file in files.items():
@@ -166,12 +165,7 @@ def export_model(source: str | Path, mask: Mask, theta: Float32Array, out: Path)
 
 
 def check_export(folder: Path, source: str | Path, mask: Mask, theta: Float32Array) -> None:
-    """Compare an exported model with base and theta, bit for bit, in pieces of a million values.
-
-    Args:
-        folder: the exported model.
-        source: the base: local folder or hub id.
-        mask, theta: of the run; float32 (n,).
+    """Compare an exported model, in `folder`, with its base and theta, bit for bit, in pieces of a million values.
 
     Raises:
         ModelNotFound: one of the two is missing.
@@ -197,11 +191,7 @@ def _base(source: str | Path, mask: Mask) -> Path:
 
 
 def exported_files(folder: Path) -> dict[Path, Path]:
-    """What an export holds of the base, as `model_files`: of its own safetensors files only those of the checkpoint.
-
-    Raises:
-        ModelNotFound, ModelError: as `model_files` and `weight_files`.
-    """
+    """What an export holds of the base, as `model_files`: of its own safetensors files only those of the checkpoint."""
     weights = [file.relative_to(folder) for file in weight_files(folder)]
     stale = {Path(INDEX)} if weights == [Path(SINGLE)] else set()
     return {
@@ -214,8 +204,7 @@ def exported_files(folder: Path) -> dict[Path, Path]:
 @contextmanager
 def _new_folder(out: Path, base: Path) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its place when all went well."""
-    temporary = None
-    in_the_way = ModelError(str(out), "exists and is not an empty folder", "name a new folder")
+    temporary, in_the_way = None, ModelError(str(out), "exists and is not an empty folder", "name a new folder")
     with _writing(out):
         try:
             place = Path(os.path.realpath(out))

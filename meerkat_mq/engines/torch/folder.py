@@ -4,17 +4,19 @@ transformers follows what a folder says: code to run, an adapter to add, other w
 fingerprint that server and nodes agree on, so a folder that asks for it is refused.
 """
 
+import asyncio
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
 
 from meerkat_mq.engines.torch.links import is_folder, model_files
-from meerkat_mq.errors import ModelError, ModelNotFound, UnsupportedModel, cut, reason, shown
+from meerkat_mq.errors import MeerkatError, ModelError, ModelNotFound, UnsupportedModel, cut, reason, shown
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -30,7 +32,9 @@ _OTHER_WEIGHTS = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _CHOICE = re.compile(r".*(attn|experts)_implementation.*")
 _OWN_CODE = {"eager", "sdpa", "batched_mm", "grouped_mm"}  # others are fetched from the hub, or compiled when they run
 _COMPILED = {"rwkv", "yoso", "mra"}
+_FIELD = re.compile(r"Validation error for '?(?:field )?'?(\w+)'?")
 _GGUF = ".gguf"
+_FETCH = "fetch the model again"
 _ORIGINAL = "give the folder of the model that it was made from, with safetensors"
 _ADAPTER = "adapter_config.json"
 _MERGE = "merge it into its base (peft: merge_and_unload(), then save_pretrained()) and give the merged folder"
@@ -59,21 +63,18 @@ def find_folder(source: str | Path) -> Path:
         raise ModelNotFound(name, f"is {what}, not a folder", remedy)
     if not _HUB_ID.fullmatch(name):
         raise ModelNotFound(name, "no such folder", "give the folder of a Hugging Face model, or a hub id")
-    look_at_folder(_from_hub(name, ["*.json"]))
-    found = _from_hub(name, _HUB_WEIGHTS)
-    look_at_folder(found)
-    return found
+    for patterns in (["*.json"], _HUB_WEIGHTS):
+        folder = _from_hub(name, patterns)
+        look_at_folder(folder)
+    return folder
 
 
 def _from_hub(name: str, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, ValueError) as error:
-        raise ModelNotFound(
-            name,
-            f"is no folder here, and the hub does not give it ({reason(error)})",
-            "check the name, or download the model and give its folder",
-        ) from error
+        problem = f"is no folder here, and the hub does not give it ({reason(error)})"
+        raise ModelNotFound(name, problem, "check the name, or download the model and give its folder") from error
 
 
 def look_at_folder(folder: Path) -> None:
@@ -97,9 +98,8 @@ def look_at_folder(folder: Path) -> None:
     _refuse_quantised(folder / CONFIG, config)
     for name in files:
         if _OTHER_WEIGHTS.fullmatch(str(name)):
-            raise ModelError(
-                str(folder / name), "is a part of a distributed checkpoint", "save it whole by save_pretrained()"
-            )
+            problem = "is a part of a distributed checkpoint"
+            raise ModelError(str(folder / name), problem, "save it whole by save_pretrained()")
         if name.suffix == ".json":
             _check_size(folder / name)
 
@@ -113,18 +113,15 @@ def read_json(file: Path) -> Json:
     _check_size(file)
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise TypeError(f"it holds {type(found).__name__}, not an object")
     except OSError as error:
         raise ModelError(str(file), f"cannot be read ({error.strerror})", "let this user read it") from error
-    except (ValueError, RecursionError) as error:
-        raise ModelError(
-            str(file), f"cannot be used (it is not JSON: {reason(error)})", "fetch the model again"
-        ) from error
-    if not isinstance(found, dict):
-        raise ModelError(
-            str(file), f"cannot be used (it holds {type(found).__name__}, not an object)", "fetch the model again"
-        )
+    except (ValueError, RecursionError, TypeError) as error:
+        said = reason(error) if isinstance(error, TypeError) else f"it is not JSON: {reason(error)}"
+        raise ModelError(str(file), f"cannot be used ({said})", _FETCH) from error
     if any(len(path) > _DEEPEST for path, _ in walk(found)):
-        raise ModelError(str(file), f"is nested more than {_DEEPEST} levels deep", "fetch the model again")
+        raise ModelError(str(file), f"is nested more than {_DEEPEST} levels deep", _FETCH)
     return found
 
 
@@ -133,9 +130,9 @@ def _check_size(file: Path) -> None:
     try:
         size = file.stat().st_size
     except OSError as error:
-        raise ModelError(str(file), f"cannot be read ({error.strerror})", "fetch the model again") from error
+        raise ModelError(str(file), f"cannot be read ({error.strerror})", _FETCH) from error
     if size > most:
-        raise ModelError(str(file), f"has {size:,} bytes; {most:,} are the most", "fetch the model again")
+        raise ModelError(str(file), f"has {size:,} bytes; {most:,} are the most", _FETCH)
 
 
 def walk(found: Json) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -157,36 +154,26 @@ def place_in(file: Path, path: Sequence[str]) -> str:
 def _refuse_code(file: Path, found: Json) -> None:
     """Whatever makes transformers run code or read weights that lie in the folder or on the hub, or compile code."""
     for path, value in walk(found):
-        key = path[-1] if path else ""
-        where = place_in(file, path)
-        if key == "auto_map" and value:
-            raise ModelError(
-                where,
-                "names code that belongs to the model; Meerkat-MQ never runs code from a model",
-                "use a model whose class transformers has itself; if it has this one, remove the key",
-            )
-        if key == "transformers_weights" and value:
-            raise ModelError(where, f"names weights of its own ({shown(value)})", "remove the key")
-        if not isinstance(value, str):
-            continue
+        key, problem, remedy = path[-1] if path else "", "", "remove the key"
         chooses = any(_CHOICE.fullmatch(part) for part in path)  # one for all, or a table by part of the model
-        if chooses and value not in _OWN_CODE:
-            raise ModelError(
-                where, f"names code of another place or code to compile ({shown(value)})", "remove the key"
-            )
-        if key == "model_type" and value in _COMPILED:
-            raise UnsupportedModel(
-                where, f"for {value!r} transformers looks for a compiler, and for code on the hub", "use another model"
-            )
+        if key == "auto_map" and value:
+            problem = "names code that belongs to the model; Meerkat-MQ never runs code from a model"
+            remedy = "use a model whose class transformers has itself; if it has this one, remove the key"
+        elif key == "transformers_weights" and value:
+            problem = f"names weights of its own ({shown(value)})"
+        elif chooses and isinstance(value, str) and value not in _OWN_CODE:
+            problem = f"names code of another place or code to compile ({shown(value)})"
+        elif key == "model_type" and isinstance(value, str) and value in _COMPILED:
+            problem = f"for {value!r} transformers looks for a compiler, and for code on the hub"
+            raise UnsupportedModel(place_in(file, path), problem, "use another model")
+        if problem:
+            raise ModelError(place_in(file, path), problem, remedy)
 
 
 def _refuse_adapter(folder: Path, *, whole: bool) -> None:
     if whole:
-        raise ModelError(
-            str(folder / _ADAPTER),
-            "is an adapter beside a whole model, which transformers would add without a word",
-            f"{_MERGE}, or take its files away",
-        )
+        problem = "is an adapter beside a whole model, which transformers would add without a word"
+        raise ModelError(str(folder / _ADAPTER), problem, f"{_MERGE}, or take its files away")
     base = read_json(folder / _ADAPTER).get("base_model_name_or_path")
     raise ModelError(str(folder), f"is an adapter (of {shown(base)}), not a model", _MERGE)
 
@@ -213,3 +200,32 @@ def _no_config(folder: Path) -> ModelNotFound:
     elif inner:
         what, remedy = f" (it holds a model in {inner[0]})", f"give {folder / inner[0]}"
     return ModelNotFound(str(folder), f"has no {CONFIG}{what}", remedy)
+
+
+@contextmanager
+def in_words(where: str | Callable[[str], str], what: str, remedy: str) -> Iterator[None]:
+    """Errors of a library inside this block become ModelErrors; it may raise all kinds, assertions and panics of Rust.
+
+    Args:
+        where: the file or folder that the library reads; or what finds it, and the key in it, from the library's words.
+        what: what then holds of it, such as "cannot be loaded".
+        remedy: what to do about it.
+    """
+    try:
+        yield
+    except (MeerkatError, KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError):
+        raise
+    except BaseException as error:  # a panic in Rust is no Exception
+        place = where if isinstance(where, str) else where(str(error))
+        raise ModelError(place, f"{what} ({reason(error)})", remedy) from error
+
+
+def key_of(said: str, table: Mapping[str, object]) -> str | None:
+    """The key of a table that a library's words are about: it says its name, or quotes its value."""
+    field = _FIELD.search(said)
+    if field:
+        return cut(field[1])
+    quoted = (key for key, value in table.items() if isinstance(value, str) and len(value) > 1 and f"'{value}'" in said)
+    named = (key for key in table if re.search(rf"\b{re.escape(key)}\b", said))
+    key = next(quoted, None) or next(named, None)
+    return key and cut(key)

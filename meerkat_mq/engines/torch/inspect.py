@@ -19,14 +19,7 @@ _TEXTS = (
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one step of the look found.
-
-    Attributes:
-        step: its name.
-        good: None where it was not looked at, for an earlier step failed.
-        text: what was found, or what is wrong, with its place.
-        remedy: what to do about it.
-    """
+    """What one step of the look found, or what is wrong, with its place; `good` is None where an earlier one failed."""
 
     step: str
     good: bool | None
@@ -37,14 +30,9 @@ class Finding:
 def inspect_model(
     source: str | Path, *, dtype: str, device: str, task: Task | None, show: Callable[[Finding], None]
 ) -> bool:
-    """Look at a model step by step, up to the first that fails; whether none did.
+    """Look at a model step by step, up to the first that fails, and `show` each; whether none did.
 
-    Args:
-        source: local folder or hub id.
-        dtype: of the model.
-        device: "cpu", "cuda" or "cuda:<i>".
-        task: what the model is to be used for.
-        show: called for each step.
+    Source, dtype and device are as `load_model` takes them; the task is what the model is to be used for.
     """
     left = [*STEPS, "mask", *(["task"] if task else [])]
 

@@ -20,8 +20,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from meerkat_mq.engines.torch.checkpoint import StoredTensor, stored_tensors
-from meerkat_mq.engines.torch.folder import CONFIG, Json, read_json
-from meerkat_mq.engines.torch.in_words import in_words, key_of
+from meerkat_mq.engines.torch.folder import CONFIG, Json, in_words, key_of, read_json
 from meerkat_mq.errors import ModelError, UnsupportedModel, cut, shown
 
 Kind = Literal["causal", "encoder"]
@@ -121,9 +120,8 @@ def _check_repeats(where: str, groups: object, tensors: int) -> None:
     except (TypeError, ValueError) as error:
         raise ModelError(where, f"{shown(groups)} is no list of pairs", RESTORE) from error
     if not (type(layers) is int and layers <= tensors):
-        raise ModelError(
-            where, f"describes {shown(layers)} layers, and the checkpoint holds {tensors} tensors", RESTORE
-        )
+        problem = f"describes {shown(layers)} layers, and the checkpoint holds {tensors} tensors"
+        raise ModelError(where, problem, RESTORE)
 
 
 def _check_type(file: Path, table: Json) -> None:
@@ -131,11 +129,8 @@ def _check_type(file: Path, table: Json) -> None:
     if not isinstance(model_type, str):
         raise ModelError(f"{file}: model_type", "is missing, or no name", "give the folder of a Hugging Face model")
     if model_type not in CONFIG_MAPPING_NAMES:
-        raise ModelError(
-            f"{file}: model_type",
-            f"{shown(model_type)} cannot be used: transformers {transformers.__version__} does not know it",
-            "update transformers, or use another model",
-        )
+        problem = f"{shown(model_type)} cannot be used: transformers {transformers.__version__} does not know it"
+        raise ModelError(f"{file}: model_type", problem, "update transformers, or use another model")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ModelError(f"{file}: architectures", f"{shown(names)} is no list of names", "restore the model's own")
 
@@ -154,11 +149,9 @@ def kind_of(config: Any, folder: Path) -> Kind:
     if causal and (not encoder or getattr(config, "is_decoder", False)):
         return "causal"
     if named in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or _CAUSAL.search(named or ""):
-        raise UnsupportedModel(
-            where,
-            f"{cut(str(named))} is a causal LM, but is_decoder is false, so that its attention sees later tokens",
-            "set is_decoder to true; or, for an encoder, architectures to the class without a head",
-        )
+        problem = f"{cut(str(named))} is a causal LM, but is_decoder is false, so that its attention sees later tokens"
+        remedy = "set is_decoder to true; or, for an encoder, architectures to the class without a head"
+        raise UnsupportedModel(where, problem, remedy)
     return "encoder"
 
 

@@ -11,11 +11,7 @@ _MOST_LINKS = 40  # as many as Linux follows
 
 
 def is_folder(path: Path) -> bool:
-    """Whether there is a folder.
-
-    Raises:
-        ModelNotFound: the way there cannot be read.
-    """
+    """Whether there is a folder, or `ModelNotFound` where the way there cannot be read."""
     try:
         return stat.S_ISDIR(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: NUL in a name

@@ -16,8 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from meerkat_mq.engines.torch.checkpoint import fingerprint
-from meerkat_mq.engines.torch.folder import CONFIG, find_folder, read_json
-from meerkat_mq.engines.torch.in_words import in_words, key_of
+from meerkat_mq.engines.torch.folder import CONFIG, find_folder, in_words, key_of, read_json
 from meerkat_mq.engines.torch.kinds import RESTORE, Kind, bare_model, class_of
 from meerkat_mq.engines.torch.names import NEEDLESS, Names, check_fit, mismatch, names_of
 from meerkat_mq.engines.torch.tokenizer_trial import PROBES
@@ -188,20 +187,15 @@ def _try_out(model: Any, kind: Kind, ids: list[int], folder: Path, *, finite: bo
         if not finite:
             return
         dtype = str(model.dtype).removeprefix("torch.")
-        raise ModelError(
-            str(folder),
-            f"gives numbers that are not finite in {dtype}",
-            "use bfloat16 or float32; if so already, " + RESTORE,
-        )
+        remedy = "use bfloat16 or float32; if so already, " + RESTORE
+        raise ModelError(str(folder), f"gives numbers that are not finite in {dtype}", remedy)
     earlier = out[:, :-1]
     if kind == "causal" and not torch.allclose(earlier[0], earlier[1], rtol=1e-2, atol=1e-2 * float(out.std())):
-        raise UnsupportedModel(
-            f"{folder / CONFIG}: architectures",
-            f"{type(model).__name__} sees later tokens, so it is no causal LM",
-            "set is_decoder to true, if it was trained as one"
-            if hasattr(model.config, "is_decoder")
-            else "use a causal LM; of an encoder, one of a family that has encoders only, such as BERT",
-        )
+        remedy = "use a causal LM; of an encoder, one of a family that has encoders only, such as BERT"
+        if hasattr(model.config, "is_decoder"):
+            remedy = "set is_decoder to true, if it was trained as one"
+        problem = f"{type(model).__name__} sees later tokens, so it is no causal LM"
+        raise UnsupportedModel(f"{folder / CONFIG}: architectures", problem, remedy)
 
 
 def _place(file: Path, said: str) -> str:

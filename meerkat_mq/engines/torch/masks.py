@@ -194,11 +194,7 @@ def _finite(scores: Tensor, name: str) -> Float32Array:
 
 
 def best(scores: Float32Array, count: int) -> Indices:
-    """Positions of the `count` highest scores, ascending; of equal scores the lowest positions.
-
-    Args:
-        scores: float32 (m,), 1 ≤ count ≤ m, finite.
-    """
+    """Positions of the 1 ≤ `count` ≤ m highest of finite scores, float32 (m,), ascending; of equal ones the lowest."""
     threshold = np.partition(scores, scores.size - count)[scores.size - count]
     above = np.flatnonzero(scores > threshold)
     level = np.flatnonzero(scores == threshold)[: count - above.size]

@@ -17,8 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from meerkat_mq.core.mask import MaskedMatrix
 from meerkat_mq.engines.torch.checkpoint import StoredTensor
-from meerkat_mq.engines.torch.folder import CONFIG, DEQUANTISE, Json, read_json
-from meerkat_mq.engines.torch.in_words import in_words
+from meerkat_mq.engines.torch.folder import CONFIG, DEQUANTISE, Json, in_words, read_json
 from meerkat_mq.engines.torch.kinds import LAYERS, bare_model
 from meerkat_mq.errors import ModelError, UnsupportedModel, cut, shown
 
@@ -63,11 +62,7 @@ def stored_copies(folder: Path) -> dict[str, tuple[StoredTensor, ...]]:
 
 
 def names_of(model: Any, stored: Mapping[str, StoredTensor]) -> Names:
-    """Hold a model's parameters against a checkpoint's tensors.
-
-    Args:
-        model: of transformers, with or without weights.
-        stored: the checkpoint's tensors.
+    """Hold a model's parameters, with or without weights, against a checkpoint's tensors.
 
     Raises:
         ModelError: transformers' rules for this model cannot be followed.
@@ -130,20 +125,12 @@ def check_stored(found: Names, matrices: Iterable[MaskedMatrix]) -> None:
             dtype = FLOATS[copy.dtype]
             bits = copy.read(f"i{dtype.itemsize}")[matrix.indices]
             if torch.from_numpy(bits).view(dtype).float().numpy().tobytes() != matrix.theta_0.tobytes():
-                raise UnsupportedModel(
-                    f"{copy.file}: {copy.name}",
-                    f"its values are not those of {matrix.name}: transformers changes them as it loads them",
-                    "use another model",
-                )
+                problem = f"its values are not those of {matrix.name}: transformers changes them as it loads them"
+                raise UnsupportedModel(f"{copy.file}: {copy.name}", problem, "use another model")
 
 
 def check_fit(names: Names, bare: Any, folder: Path) -> list[str]:
     """Make sure that the checkpoint holds the whole model, and no more of its blocks; what is left out besides.
-
-    Args:
-        names: of `bare` and the checkpoint.
-        bare: the model without weights.
-        folder: the checkpoint.
 
     Raises:
         ModelError: they are of different models; names the key of config.json where it is known.
@@ -163,11 +150,8 @@ def check_fit(names: Names, bare: Any, folder: Path) -> list[str]:
         if named == type(bare).__name__ and "tie_word_embeddings" in table:
             problem = f"is {shown(table['tie_word_embeddings'])}, and the weights hold no {missing[0]}"
             raise ModelError(f"{folder / CONFIG}: tie_word_embeddings", problem, _OF_TWO)
-        raise ModelError(
-            f"{folder / CONFIG}: architectures",
-            f"{cut(named)} is loaded as {type(bare).__name__}, whose trained head {missing[0]} the weights lack",
-            "give the causal LM that it was made from",
-        )
+        problem = f"{cut(named)} is loaded as {type(bare).__name__}, whose trained head {missing[0]} the weights lack"
+        raise ModelError(f"{folder / CONFIG}: architectures", problem, "give the causal LM that it was made from")
     wrong = min([*missing, *names.misshapen], default=None)
     if wrong is not None:
         raise mismatch(wrong, folder, _key(wrong, names, bare, table))

@@ -32,18 +32,13 @@ Outputs = dict[str, Float32Array]
 
 
 def check_loaded(folder: Path, source: str | Path, mask: Mask, theta: Float32Array, task: Task) -> None:
-    """Load base and export as `from_pretrained` does, write theta into the base, and compare the two models.
+    """Load the base and its export in `folder` as `from_pretrained` does, write theta into the base, and compare both.
 
     Theta is written through the engine, as nodes and server do, after it was rounded to the checkpoint's formats. Both
     models are loaded in float32, which holds these exactly, one after the other. Then what the tokenizers make of the
     probes, every parameter by its name, the outputs over eight texts, and scores and losses of eight rows of the task
     must be the same, bit for bit. Of an adapter, whose export is merged, no parameters are compared, and outputs may
     differ by `MERGED_TOLERANCE`.
-
-    Args:
-        folder: the exported model.
-        source: the base: local folder or hub id.
-        mask, theta, task: of the run; theta is float32 (n,).
 
     Raises:
         ModelNotFound, ModelError: one of the two does not load.
@@ -67,13 +62,7 @@ def check_loaded(folder: Path, source: str | Path, mask: Mask, theta: Float32Arr
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """What there is to see of a loaded model.
-
-    Attributes:
-        tokenizer: its fingerprint.
-        parameters: a digest of each that the checkpoint holds, by all of its names.
-        outputs: over the texts and rows, by what they are.
-    """
+    """Of a loaded model: its tokenizer's fingerprint, a digest of each parameter by all of its names, its outputs."""
 
     tokenizer: bytes
     parameters: dict[str, bytes]

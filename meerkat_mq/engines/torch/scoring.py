@@ -39,8 +39,7 @@ class Candidates:
 
     Attributes:
         stems: token sequences to be read. A candidate's last token is predicted, never read, so candidates that differ
-            only there share a stem.
-        stem_of: int64 (candidates,).
+            only there share a stem, whose number `stem_of` gives, int64 (candidates,).
         token: int64 (candidates, slots), weight: float32 likewise: 1 ÷ the candidate's tokens, 0 beyond them.
         limit: tokens of a prompt that they leave room for.
         own: whether they are the row's own, and count where passes are filled.
@@ -186,11 +185,7 @@ def _together(each: Sequence[Candidates], slots: int, shared: Candidates | None)
 
 
 def _room(loaded: LoadedModel, task: Task, words: int) -> int:
-    """Tokens of a prompt: what the limit leaves beside `words` tokens of candidates.
-
-    Raises:
-        TaskError: it leaves none for a row, beside the template's end.
-    """
+    """Tokens of a prompt: what the limit leaves, for a row and the template's end, beside `words` of candidates."""
     limit = min(task.max_tokens, loaded.max_tokens)
     fixed = len(loaded.prompts([task.ending])[0])
     if limit < words + fixed + 1:
@@ -279,17 +274,11 @@ class EncoderScorer:
 
     def tokens(self, examples: Sequence[Example]) -> list[Prompt]:
         """Texts, cut from the right to the task's limit; an empty one becomes one token."""
-        texts = [example.text for example in examples]
-        ids: list[list[int]] = self._loaded.tokenizer(texts, truncation=True, max_length=self._limit)["input_ids"]
-        return [Prompt(found or [self._loaded.tokenizer.pad_token_id or 0]) for found in ids]
+        return [Prompt(ids) for ids in _encoded(self._loaded, [example.text for example in examples], self._limit)]
 
     def collate(self, prompts: Sequence[Prompt]) -> Inputs:
         """Padded ids and their mask."""
-        ids = [torch.tensor(prompt.ids) for prompt in prompts]
-        padded = pad_sequence(ids, batch_first=True, padding_value=self._loaded.tokenizer.pad_token_id)
-        mask = pad_sequence([torch.ones_like(text) for text in ids], batch_first=True)
-        device = self._loaded.model.device
-        return {"input_ids": padded.to(device), "attention_mask": mask.to(device)}
+        return _padded(self._loaded, [prompt.ids for prompt in prompts])
 
     def scores(self, passes: Sequence[Inputs]) -> Tensor:
         """Float32 (rows of all passes, classes)."""
@@ -302,11 +291,7 @@ Scorer = CausalScorer | EncoderScorer
 
 
 def scorer_for(loaded: LoadedModel, task: Task) -> Scorer:
-    """The scorer that fits the kind of model.
-
-    Raises:
-        TaskError: the model cannot do the task.
-    """
+    """The scorer that fits the kind of model, or `TaskError` where the model cannot do the task."""
     return CausalScorer(loaded, task) if loaded.kind == "causal" else EncoderScorer(loaded, task)
 
 
@@ -325,11 +310,19 @@ def _check_descriptions(loaded: LoadedModel, task: Task, limit: int) -> None:
 
 def tokenise(loaded: LoadedModel, texts: list[str], max_tokens: int) -> Inputs:
     """Padded inputs of an encoder, int64 (texts, length) each, on the model's device."""
-    limit = min(max_tokens, loaded.max_tokens)
-    encoded = loaded.tokenizer(
-        texts, padding=True, truncation=True, max_length=limit, return_attention_mask=True, return_tensors="pt"
-    )
-    return {name: tensor.to(loaded.model.device) for name, tensor in encoded.items()}
+    return _padded(loaded, _encoded(loaded, texts, min(max_tokens, loaded.max_tokens)))
+
+
+def _encoded(loaded: LoadedModel, texts: list[str], limit: int) -> list[list[int]]:
+    found = loaded.tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
+    return [ids or [loaded.tokenizer.pad_token_id or 0] for ids in found]
+
+
+def _padded(loaded: LoadedModel, ids: Sequence[list[int]]) -> Inputs:
+    texts = [torch.tensor(text) for text in ids]
+    padded = pad_sequence(texts, batch_first=True, padding_value=loaded.tokenizer.pad_token_id)
+    mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+    return {"input_ids": padded.to(loaded.model.device), "attention_mask": mask.to(loaded.model.device)}
 
 
 def embed(model: Any, inputs: Inputs) -> Tensor:

@@ -12,8 +12,17 @@ from typing import Any
 
 import transformers
 
-from meerkat_mq.engines.torch.folder import CONFIG, TOKENIZER, TOKENIZER_CONFIG, Json, place_in, read_json, walk
-from meerkat_mq.engines.torch.in_words import in_words, key_of
+from meerkat_mq.engines.torch.folder import (
+    CONFIG,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    Json,
+    in_words,
+    key_of,
+    place_in,
+    read_json,
+    walk,
+)
 from meerkat_mq.engines.torch.kinds import Bare, Kind
 from meerkat_mq.engines.torch.tokenizer_trial import PROBES, TOKEN_KEYS, try_tokenizer
 from meerkat_mq.errors import ModelError, UnsupportedModel, cut, printable, shown
@@ -88,11 +97,8 @@ def _read_tokenizer(folder: Path, kind: Kind) -> Any:
     if kind == "encoder" and tokenizer.pad_token_id is None:
         raise ModelError(f"{folder / TOKENIZER_CONFIG}: pad_token", "is missing, and an encoder needs it", _OWN_FILES)
     if not isinstance(tokenizer.model_max_length, int | float) or not tokenizer.model_max_length >= _FEWEST:
-        raise ModelError(
-            f"{folder / TOKENIZER_CONFIG}: model_max_length",
-            f"{shown(tokenizer.model_max_length)} tokens hold no text",
-            "restore the model's own value",
-        )
+        problem = f"{shown(tokenizer.model_max_length)} tokens hold no text"
+        raise ModelError(f"{folder / TOKENIZER_CONFIG}: model_max_length", problem, "restore the model's own value")
     if next(iter(tokenizer.model_input_names), None) != "input_ids":
         problem = f"{shown(tokenizer.model_input_names)} does not begin with 'input_ids'"
         raise ModelError(f"{folder / TOKENIZER_CONFIG}: model_input_names", problem, "restore the model's own value")
@@ -174,11 +180,8 @@ def _check_ids(tokenizer: Any, model: Any, folder: Path) -> None:
         table = {token: int(number) for token, number in tokenizer.get_vocab().items()}
         token = max(table, key=table.__getitem__, default="")
     if token and table[token] >= embeddings:
-        raise ModelError(
-            str(folder),
-            f"the tokenizer makes ids beyond the {embeddings} embeddings: {shown(token)} is {table[token]}",
-            f"{_OWN_FILES}, or save the model after resize_token_embeddings()",
-        )
+        problem = f"the tokenizer makes ids beyond the {embeddings} embeddings: {shown(token)} is {table[token]}"
+        raise ModelError(str(folder), problem, f"{_OWN_FILES}, or save the model after resize_token_embeddings()")
 
 
 def _added_around(tokenizer: Any, folder: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
