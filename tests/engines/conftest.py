@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "gpt2": tiny.save(tiny.gpt2(), root / "gpt2"),
         "bert": tiny.save(tiny.bert(), root / "bert"),
     }
+
+
+@pytest.fixture
+def copy(folders: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
+    """Copy a tiny checkpoint, to be changed."""
+    return lambda name: Path(shutil.copytree(folders[name], tmp_path / name))
+
+
+@pytest.fixture
+def model(folders: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of a tiny Llama."""
+    return shutil.copytree(folders["llama"], tmp_path / "model")
 
 
 @pytest.fixture

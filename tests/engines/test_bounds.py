@@ -1,7 +1,6 @@
 """What a folder's JSON asks for is bounded before it is given: memory, time, the terminal."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,30 +19,20 @@ Copy = Callable[[str], Path]
 DOUBLED = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
 
 
-@pytest.fixture
-def copy(folders: dict[str, Path], tmp_path: Path) -> Copy:
-    """A copy of a tiny checkpoint, to be changed."""
-    return lambda name: Path(shutil.copytree(folders[name], tmp_path / name))
-
-
-def change(file: Path, **keys: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
-
-
 @pytest.mark.parametrize(
     ("key", "value"),
     [("num_labels", 10**6), ("num_labels", -1), ("num_experts", 2**40), ("num_local_experts", 10**6)],
 )
 def test_counts_of_objects(copy: Copy, key: str, value: int) -> None:
     folder = copy("bert")
-    change(folder / "config.json", **{key: value})
+    tiny.change(folder / "config.json", **{key: value})
     with pytest.raises(ModelError, match=rf"config\.json: {key}: {value} is no integer from \d to [\d,]+; restore"):
         load_model(folder)
 
 
 def test_no_labels_are_fine(copy: Copy) -> None:
     folder = copy("bert")
-    change(folder / "config.json", num_labels=0)
+    tiny.change(folder / "config.json", num_labels=0)
     assert load_model(folder).kind == "encoder"
 
 
@@ -55,14 +44,14 @@ def test_attention_types_that_are_written_out(tmp_path: Path, groups: Any) -> No
     )  # fmt: skip
     folder = tiny.save(transformers.GPTNeoForCausalLM(config), tmp_path)
     assert load_model(folder).kind == "causal"
-    change(folder / "config.json", attention_types=groups)
+    tiny.change(folder / "config.json", attention_types=groups)
     with pytest.raises(ModelError, match=r"config\.json: attention_types: .*restore the model's own config\.json"):
         load_model(folder)
 
 
 def test_outputs_without_names_are_asked_for_with_names(copy: Copy) -> None:
     folder = copy("llama")
-    change(folder / "config.json", return_dict=False)
+    tiny.change(folder / "config.json", return_dict=False)
     assert load_model(folder).model.config.return_dict is True
 
 
@@ -70,7 +59,7 @@ def test_outputs_without_names_are_asked_for_with_names(copy: Copy) -> None:
 def test_a_tokenizer_that_repeats_the_text(copy: Copy, name: str) -> None:
     folder = copy(name)
     again = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 2, "pair": []}
-    change(folder / "tokenizer.json", post_processor=again | {"special_tokens": {}})
+    tiny.change(folder / "tokenizer.json", post_processor=again | {"special_tokens": {}})
     with pytest.raises(ModelError, match="the tokenizer repeats 'The quick brown fox'; put this model's own"):
         load_model(folder)
 
@@ -82,7 +71,7 @@ def test_more_parts_than_the_checkpoint_has_tensors(tmp_path: Path) -> None:
     )  # fmt: skip
     folder = tiny.save(transformers.MobileBertModel(config), tmp_path)
     assert load_model(folder).kind == "encoder"
-    change(folder / "config.json", num_feedforward_networks=10**9)
+    tiny.change(folder / "config.json", num_feedforward_networks=10**9)
     words = r"config\.json: num_feedforward_networks: cannot be used \(it describes more than [\d,]+ parts"
     with pytest.raises(ModelError, match=words):
         load_model(folder)
@@ -95,7 +84,7 @@ def test_buffers_that_no_tensor_of_the_checkpoint_bounds(tmp_path: Path) -> None
     )  # fmt: skip
     folder = tiny.save(transformers.GPTJForCausalLM(config), tmp_path)
     assert load_model(folder).kind == "causal"
-    change(folder / "config.json", n_positions=1 << 24)
+    tiny.change(folder / "config.json", n_positions=1 << 24)
     with pytest.raises(
         ModelError, match=r"would take [\d,]{10,} bytes of memory; restore the model's own config\.json"
     ):
@@ -106,7 +95,7 @@ def test_buffers_that_no_tensor_of_the_checkpoint_bounds(tmp_path: Path) -> None
 def test_what_the_library_logs_is_in_the_refusal_alone(copy: Copy, key: str, capfd: pytest.CaptureFixture[str]) -> None:
     folder = copy("llama")
     load_model(folder)
-    change(folder / "config.json", **{key: False})
+    tiny.change(folder / "config.json", **{key: False})
     with pytest.raises(ModelError, match=rf"config\.json: {key}: cannot be used"):
         load_model(folder)
     assert capfd.readouterr() == ("", "")
@@ -123,7 +112,7 @@ def test_panics_stay_off_the_terminal(
     copy: Copy, normalizer: dict[str, Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = copy("llama")
-    change(folder / "tokenizer.json", normalizer=normalizer)
+    tiny.change(folder / "tokenizer.json", normalizer=normalizer)
     with pytest.raises(
         ModelError, match=r"tokenizer\.json: the tokenizer cannot be loaded \(.+\); put this model's own"
     ):
@@ -134,7 +123,7 @@ def test_panics_stay_off_the_terminal(
 def test_a_tokenizer_that_makes_texts_endless(copy: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer_trial, "_SECONDS", 1)
     folder = copy("llama")
-    change(folder / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": [DOUBLED] * 40})
+    tiny.change(folder / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": [DOUBLED] * 40})
     with pytest.raises(
         ModelError, match=r"tokenizer\.json: .*it takes more than 1 s or 1,024 MiB, or ends the process"
     ):
@@ -195,7 +184,7 @@ def test_a_mark_where_the_library_knows_none(copy: Copy, file: str, keys: dict[s
 def test_a_token_that_is_marked_as_one(copy: Copy, capfd: pytest.CaptureFixture[str]) -> None:
     folder = copy("llama")
     marked = {"__type": "AddedToken", "content": "<s>", "lstrip": False}
-    change(folder / "tokenizer_config.json", bos_token=marked, additional_special_tokens=[marked])
+    tiny.change(folder / "tokenizer_config.json", bos_token=marked, additional_special_tokens=[marked])
     load_model(folder)
     assert capfd.readouterr() == ("", "")
 
@@ -203,7 +192,7 @@ def test_a_token_that_is_marked_as_one(copy: Copy, capfd: pytest.CaptureFixture[
 def test_an_added_token_with_another_key(copy: Copy, capfd: pytest.CaptureFixture[str]) -> None:
     folder = copy("llama")
     tokens = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
-    change(folder / "tokenizer.json", added_tokens=[tokens[0] | {"colour": "red"}, *tokens[1:]])
+    tiny.change(folder / "tokenizer.json", added_tokens=[tokens[0] | {"colour": "red"}, *tokens[1:]])
     with pytest.raises(ModelError, match=r"tokenizer\.json: .*a token has no 'colour'"):
         load_model(folder)
     assert capfd.readouterr() == ("", "")
@@ -213,7 +202,7 @@ def test_an_added_token_with_another_key(copy: Copy, capfd: pytest.CaptureFixtur
 @pytest.mark.parametrize("key", ["extra_ids", "offset"])
 def test_tokens_that_a_class_adds_one_by_one(copy: Copy, key: str, value: object) -> None:
     folder = copy("llama")
-    change(folder / "tokenizer_config.json", tokenizer_class="ByT5Tokenizer", **{key: value})
+    tiny.change(folder / "tokenizer_config.json", tokenizer_class="ByT5Tokenizer", **{key: value})
     with pytest.raises(ModelError, match=rf"tokenizer_config\.json: {key}: .* is no number from 0 to 1000; put this"):
         load_model(folder)
 
@@ -222,7 +211,7 @@ def test_tokens_that_a_class_adds_one_by_one(copy: Copy, key: str, value: object
 @pytest.mark.parametrize("name", ["CanineTokenizer", "CanineTokenizerFast"])
 def test_a_class_with_a_token_for_each_character_of_unicode(copy: Copy, file: str, name: str) -> None:
     folder = copy("llama")
-    change(folder / file, tokenizer_class=name)
+    tiny.change(folder / file, tokenizer_class=name)
     with pytest.raises(ModelError, match=rf"/{file}: tokenizer_class: has a token for each character of Unicode"):
         load_model(folder)
 
@@ -230,7 +219,7 @@ def test_a_class_with_a_token_for_each_character_of_unicode(copy: Copy, file: st
 @pytest.mark.parametrize("family", ["ibert", "perceiver"])
 def test_embeddings_that_are_no_table(copy: Copy, family: str) -> None:
     folder = copy("bert")
-    change(folder / "config.json", model_type=family)
+    tiny.change(folder / "config.json", model_type=family)
     with pytest.raises(
         UnsupportedModel, match=r"config\.json: model_type: \w+ has no plain table of embeddings; use an"
     ):
@@ -240,7 +229,7 @@ def test_embeddings_that_are_no_table(copy: Copy, family: str) -> None:
 def test_numbers_that_a_short_pass_hides(copy: Copy) -> None:
     """Attention over fewer than 16 tokens, on a CPU, leaves NaN out."""
     folder = copy("llama")
-    change(folder / "config.json", rope_parameters={"rope_theta": -10000.0, "rope_type": "default"})
+    tiny.change(folder / "config.json", rope_parameters={"rope_theta": -10000.0, "rope_type": "default"})
     with pytest.raises(ModelError, match="llama: gives numbers that are not finite"):
         load_model(folder)
 
@@ -248,7 +237,7 @@ def test_numbers_that_a_short_pass_hides(copy: Copy) -> None:
 @pytest.mark.parametrize("names", [["x"], [], "x", ["attention_mask", "input_ids"], [7]])
 def test_inputs_that_are_no_ids(copy: Copy, names: object) -> None:
     folder = copy("bert")
-    change(folder / "tokenizer_config.json", model_input_names=names)
+    tiny.change(folder / "tokenizer_config.json", model_input_names=names)
     with pytest.raises(ModelError, match=r"tokenizer_config\.json: model_input_names: "):
         load_model(folder)
 
@@ -258,7 +247,7 @@ def test_an_encoder_sees_no_padding_whatever_its_tokenizer_gives(copy: Copy) -> 
     texts = ["The pump", "The pump in the cellar was broken when the farmer came back"]
     vectors = []
     for names in (["input_ids", "attention_mask"], ["input_ids"]):
-        change(folder / "tokenizer_config.json", model_input_names=names)
+        tiny.change(folder / "tokenizer_config.json", model_input_names=names)
         loaded = load_model(folder)
         vectors.append(embed(loaded.model, tokenise(loaded, texts, 32)))
     assert torch.equal(*vectors)
@@ -266,7 +255,7 @@ def test_an_encoder_sees_no_padding_whatever_its_tokenizer_gives(copy: Copy) -> 
 
 def test_a_long_token_is_cut(copy: Copy) -> None:
     folder = copy("llama")
-    change(folder / "tokenizer_config.json", bos_token="x" * 5000)
+    tiny.change(folder / "tokenizer_config.json", bos_token="x" * 5000)
     with pytest.raises(ModelError, match=r"beyond the 320 embeddings: 'x+") as caught:
         load_model(folder)
     assert len(str(caught.value)) - len(str(folder)) < 400

@@ -1,6 +1,5 @@
 """No model folder can run code: it is refused before transformers sees it, also on a terminal that answers yes."""
 
-import json
 import os
 import pty
 import re
@@ -10,7 +9,6 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import transformers
@@ -19,6 +17,7 @@ from meerkat_mq.engines.torch import folder as folder_module
 from meerkat_mq.engines.torch.folder import find_folder
 from meerkat_mq.engines.torch.load import load_model
 from meerkat_mq.errors import ModelError, UnsupportedModel
+from tests.engines import tiny
 
 ROOT = Path(__file__).parents[2]
 MODULE = 'open({marker!r}, "w").close()\nfrom transformers import LlamaConfig as C, LlamaForCausalLM as M\n'
@@ -41,34 +40,30 @@ except ModelError as error:
 """
 
 
-def change(file: Path, **keys: Any) -> None:
-    file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | keys))
-
-
 def in_config(folder: Path) -> None:
-    change(
+    tiny.change(
         folder / "config.json", model_type="mine", auto_map={"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}
     )
 
 
 def in_config_of_a_known_type(folder: Path) -> None:
-    change(folder / "config.json", auto_map={"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"})
+    tiny.change(folder / "config.json", auto_map={"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"})
 
 
 def in_tokenizer(folder: Path) -> None:
-    change(folder / "tokenizer_config.json", tokenizer_class="Mine", auto_map={"AutoTokenizer": [None, "mine.T"]})
+    tiny.change(folder / "tokenizer_config.json", tokenizer_class="Mine", auto_map={"AutoTokenizer": [None, "mine.T"]})
 
 
 def in_tokenizer_as_a_list(folder: Path) -> None:
-    change(folder / "tokenizer_config.json", tokenizer_class="Mine", auto_map=["mine.T", "mine.T"])
+    tiny.change(folder / "tokenizer_config.json", tokenizer_class="Mine", auto_map=["mine.T", "mine.T"])
 
 
 def deep_inside(folder: Path) -> None:
-    change(folder / "config.json", text_config={"inner": [{"auto_map": {"AutoModel": "mine.M"}}]})
+    tiny.change(folder / "config.json", text_config={"inner": [{"auto_map": {"AutoModel": "mine.M"}}]})
 
 
 def of_another_place(folder: Path) -> None:
-    change(folder / "config.json", auto_map={"AutoConfig": "somebody/else--mine.C"})
+    tiny.change(folder / "config.json", auto_map={"AutoConfig": "somebody/else--mine.C"})
 
 
 PLANTS = [in_config, in_config_of_a_known_type, in_tokenizer, in_tokenizer_as_a_list, deep_inside, of_another_place]
@@ -102,7 +97,7 @@ def test_code_is_refused_before_transformers_sees_it(
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
 def test_kernels_of_another_place_are_refused(planted: Callable[..., Path], key: str) -> None:
-    folder = planted(lambda folder: change(folder / "config.json", **{key: "somebody/kernel"}))
+    folder = planted(lambda folder: tiny.change(folder / "config.json", **{key: "somebody/kernel"}))
     with pytest.raises(ModelError, match=f"{key}: names code of another place"):
         load_model(folder)
 
@@ -119,7 +114,7 @@ def test_kernels_of_another_place_are_refused(planted: Callable[..., Path], key:
 )
 def test_kernels_named_by_part_or_by_their_short_name(planted: Callable[..., Path], value: object, place: str) -> None:
     """transformers fetches flash kernels, where they are not installed, from the hub."""
-    folder = planted(lambda folder: change(folder / "config.json", attn_implementation=value))
+    folder = planted(lambda folder: tiny.change(folder / "config.json", attn_implementation=value))
     with pytest.raises(ModelError, match=f"{place}names code of another place .*; remove the key"):
         find_folder(folder)
 
@@ -127,7 +122,7 @@ def test_kernels_named_by_part_or_by_their_short_name(planted: Callable[..., Pat
 @pytest.mark.parametrize("value", ["flex_attention", "deepgemm", "sonicmoe", {"text_config": "flex_attention"}])
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation_internal", "experts_implementation"])
 def test_code_that_is_compiled_or_fetched_when_it_runs(planted: Callable[..., Path], key: str, value: object) -> None:
-    folder = planted(lambda folder: change(folder / "config.json", **{key: value}))
+    folder = planted(lambda folder: tiny.change(folder / "config.json", **{key: value}))
     with pytest.raises(ModelError, match=rf"config\.json: {key}.*: names code of another place or code to compile"):
         find_folder(folder)
 
@@ -135,14 +130,14 @@ def test_code_that_is_compiled_or_fetched_when_it_runs(planted: Callable[..., Pa
 @pytest.mark.parametrize("value", ["eager", "sdpa", None])
 def test_attention_of_the_library_itself(planted: Callable[..., Path], value: str | None) -> None:
     keys = {"attn_implementation": value, "cache_implementation": "hybrid"}
-    assert load_model(planted(lambda folder: change(folder / "config.json", **keys))).kind == "causal"
+    assert load_model(planted(lambda folder: tiny.change(folder / "config.json", **keys))).kind == "causal"
 
 
 @pytest.mark.parametrize("inner", [False, True])
 @pytest.mark.parametrize("family", ["rwkv", "yoso", "mra"])
 def test_families_that_look_for_a_compiler(planted: Callable[..., Path], family: str, inner: bool) -> None:
     keys = {"text_config": {"model_type": family}} if inner else {"model_type": family}
-    folder = planted(lambda folder: change(folder / "config.json", **keys))
+    folder = planted(lambda folder: tiny.change(folder / "config.json", **keys))
     with pytest.raises(UnsupportedModel, match=rf"model_type: for '{family}' transformers looks for a compiler"):
         find_folder(folder)
 

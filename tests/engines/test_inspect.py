@@ -1,6 +1,5 @@
 """What is found out about a model before it is used: kinds, names, ids, what a tokenizer or a library adds."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,46 +9,18 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import processors
 
-from meerkat_mq.engines.torch.checkpoint import fingerprint, stored_tensors
+from meerkat_mq.engines.torch.checkpoint import fingerprint
 from meerkat_mq.engines.torch.engine import TransformersEngine
 from meerkat_mq.engines.torch.folder import find_folder
 from meerkat_mq.engines.torch.load import LoadedModel, load_model
 from meerkat_mq.engines.torch.masks import make_mask
-from meerkat_mq.engines.torch.names import stored_copies
 from meerkat_mq.errors import ModelError, ModelNotFound, UnsupportedModel
 from tests.engines import tiny
-from tests.support.command import Meerkat
 
 Copy = Callable[[str], Path]
-SMALL: dict[str, Any] = {"sequences": 4, "length": 16}
-TEXT_SIZES: dict[str, Any] = {
-    "vocab_size": tiny.VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-}
-
-
-@pytest.fixture
-def copy(folders: dict[str, Path], tmp_path: Path) -> Copy:
-    """A copy of a tiny checkpoint, to be changed."""
-    return lambda name: Path(shutil.copytree(folders[name], tmp_path / name))
-
-
-def change(file: Path, **keys: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
-
-
-def rename(folder: Path, how: Callable[[str], str], **more: torch.Tensor) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    save_file(
-        {how(name): value for name, value in tensors.items()} | more, folder / "model.safetensors", {"format": "pt"}
-    )
 
 
 # --- kinds ---
@@ -58,7 +29,7 @@ def rename(folder: Path, how: Callable[[str], str], **more: torch.Tensor) -> Non
 @pytest.mark.parametrize("names", [["FSDPLlamaForCausalLM"], ["Unheard"], [], None])
 def test_the_configuration_decides_and_not_a_name(copy: Copy, names: list[str] | None) -> None:
     folder = copy("llama")
-    change(folder / "config.json", architectures=names)
+    tiny.change(folder / "config.json", architectures=names)
     assert load_model(folder).kind == "causal"
 
 
@@ -90,7 +61,7 @@ def test_bert_is_a_causal_model_only_as_a_decoder(tmp_path: Path) -> None:
     config.is_decoder = True
     folder = tiny.save(transformers.BertLMHeadModel(config), tmp_path)
     assert load_model(folder).kind == "causal"
-    change(folder / "config.json", is_decoder=False)
+    tiny.change(folder / "config.json", is_decoder=False)
     with pytest.raises(
         UnsupportedModel, match=r"architectures: BertLMHeadModel is a causal LM, but is_decoder is false"
     ):
@@ -100,7 +71,7 @@ def test_bert_is_a_causal_model_only_as_a_decoder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["BertForCausalLM", "FSDPBertLMHeadModel"])
 def test_a_causal_model_by_a_name_that_nobody_knows_is_no_encoder(copy: Copy, name: str) -> None:
     folder = copy("bert")
-    change(folder / "config.json", architectures=[name])
+    tiny.change(folder / "config.json", architectures=[name])
     with pytest.raises(UnsupportedModel, match=f"architectures: {name} is a causal LM, but is_decoder is false"):
         load_model(folder)
 
@@ -121,7 +92,7 @@ def test_a_model_that_gives_no_gradients_is_an_error_in_words(tmp_path: Path) ->
     )
     loaded = load_model(tiny.save(transformers.XLMModel(config), tmp_path))
     with pytest.raises(ModelError, match=r"gives no gradients \(.*\); use another model"):
-        make_mask(loaded, tiny.TEXTS, **SMALL)
+        make_mask(loaded, tiny.TEXTS, **tiny.SMALL)
 
 
 @pytest.mark.parametrize("name", ["added_tokens.json", "special_tokens_map.json"])
@@ -145,7 +116,7 @@ def test_parts_of_encoder_decoders_are_refused(tmp_path: Path, family: str) -> N
 
 def test_a_type_that_is_neither(copy: Copy) -> None:
     folder = copy("llama")
-    change(folder / "config.json", model_type="qwen2_5_vl", architectures=["Qwen2_5_VLForConditionalGeneration"])
+    tiny.change(folder / "config.json", model_type="qwen2_5_vl", architectures=["Qwen2_5_VLForConditionalGeneration"])
     with pytest.raises(ModelError, match=r"config\.json: architectures: Qwen2_5_VLForConditionalGeneration is neither"):
         load_model(folder)
 
@@ -166,7 +137,7 @@ def test_prompts_end_in_text_and_start_once(copy: Copy, load: Callable[..., Load
     plain, changed = load("llama"), load_model(with_template(copy("llama"), single))
     assert changed.tokenizer(["text"])["input_ids"][0] != plain.tokenizer(["text"])["input_ids"][0]
     assert changed.notes
-    masks = [make_mask(loaded, tiny.TEXTS, density=0.1, **SMALL) for loaded in (plain, changed)]
+    masks = [make_mask(loaded, tiny.TEXTS, density=0.1, **tiny.SMALL) for loaded in (plain, changed)]
     assert masks[0].theta_0.tobytes() == masks[1].theta_0.tobytes()
     assert masks[0].g_p.tobytes() == masks[1].g_p.tobytes()
     scores = []
@@ -224,23 +195,23 @@ def test_a_pad_token_without_an_embedding(copy: Copy) -> None:
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_a_pad_id_beyond_the_embeddings(copy: Copy, name: str) -> None:
     folder = copy(name)
-    change(folder / "config.json", pad_token_id=320)
+    tiny.change(folder / "config.json", pad_token_id=320)
     with pytest.raises(ModelError, match=r"config\.json: pad_token_id: 320 is no id of the 320"):
         load_model(folder)
 
 
 def test_an_encoder_without_a_pad_token(copy: Copy) -> None:
     folder = copy("bert")
-    change(folder / "tokenizer_config.json", pad_token=None, eos_token=None)
+    tiny.change(folder / "tokenizer_config.json", pad_token=None, eos_token=None)
     with pytest.raises(ModelError, match=r"tokenizer_config\.json: pad_token: "):
         load_model(folder)
 
 
 def test_positions_behind_the_padding_index(tmp_path: Path) -> None:
     """RoBERTa's first position is its padding index + 1."""
-    config = transformers.RobertaConfig(**TEXT_SIZES | {"max_position_embeddings": 66}, pad_token_id=1)
+    config = transformers.RobertaConfig(**tiny.SIZES | {"max_position_embeddings": 66}, pad_token_id=1)
     folder = tiny.save(transformers.RobertaModel(config), tmp_path)
-    change(folder / "tokenizer_config.json", model_max_length=1000)
+    tiny.change(folder / "tokenizer_config.json", model_max_length=1000)
     loaded = load_model(folder)
     assert loaded.max_tokens == 64
     loaded.model(input_ids=torch.full((1, 64), 5))
@@ -276,7 +247,7 @@ def test_positions_behind_the_padding_index(tmp_path: Path) -> None:
 )
 def test_values_that_cannot_be(copy: Copy, file: str, keys: dict[str, Any], words: str) -> None:
     folder = copy("llama")
-    change(folder / file, **keys)
+    tiny.change(folder / file, **keys)
     with pytest.raises(ModelError, match=words):
         load_model(folder)
 
@@ -316,10 +287,10 @@ def test_an_adapter_alone(tmp_path: Path) -> None:
 def test_other_weights_in_the_folder(copy: Copy) -> None:
     folder = copy("llama")
     shutil.copy(folder / "model.safetensors", folder / "other.safetensors")
-    change(folder / "config.json", transformers_weights="other.safetensors")
+    tiny.change(folder / "config.json", transformers_weights="other.safetensors")
     with pytest.raises(ModelError, match="transformers_weights: names weights of its own"):
         find_folder(folder)
-    change(folder / "config.json", transformers_weights=None)
+    tiny.change(folder / "config.json", transformers_weights=None)
     (folder / "other.safetensors").rename(folder / "shard-00001-model-00001-of-00001.safetensors")
     with pytest.raises(ModelError, match="is a part of a distributed checkpoint"):
         find_folder(folder)
@@ -336,7 +307,7 @@ def test_other_weights_in_the_folder(copy: Copy) -> None:
 )
 def test_quantised_weights(copy: Copy, settings: dict[str, Any], method: str) -> None:
     folder = copy("llama")
-    change(folder / "config.json", quantization_config=settings)
+    tiny.change(folder / "config.json", quantization_config=settings)
     with pytest.raises(
         UnsupportedModel, match=rf"quantization_config: its weights are quantised \({method}\); give the "
     ):
@@ -364,19 +335,19 @@ def test_a_model_in_a_folder_of_the_folder(folders: dict[str, Path]) -> None:
 
 def test_quantised_weights_of_which_the_configuration_says_nothing(copy: Copy) -> None:
     folder = copy("llama")
-    rename(folder, lambda name: name.replace("up_proj.weight", "up_proj.qweight"))
+    tiny.rename(folder, lambda name: name.replace("up_proj.weight", "up_proj.qweight"))
     with pytest.raises(UnsupportedModel, match=r"up_proj\.qweight: is quantised .*; give the original"):
         load_model(folder)
     weights = load_file(folder / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
     changed = {"model.layers.0.mlp.down_proj.weight": weights.to(torch.float8_e4m3fn)}
-    rename(folder, lambda name: name.replace("qweight", "weight"), **changed)
+    tiny.rename(folder, lambda name: name.replace("qweight", "weight"), **changed)
     with pytest.raises(UnsupportedModel, match=r"down_proj\.weight: is quantised \(F8_E4M3\)"):
         load_model(folder)
 
 
 def test_a_head_that_is_neither_tied_nor_there(tmp_path: Path) -> None:
     folder = tiny.save(tiny.llama(tie_word_embeddings=True), tmp_path)
-    change(folder / "config.json", tie_word_embeddings=False)
+    tiny.change(folder / "config.json", tie_word_embeddings=False)
     with pytest.raises(ModelError, match=r"tie_word_embeddings: is False, and the weights hold no lm_head\.weight"):
         load_model(folder)
 
@@ -389,103 +360,3 @@ def test_a_user_without_a_home(copy: Copy, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(Path, "home", no_home)
     folder = copy("llama")
     assert fingerprint(folder) == fingerprint(folder)
-
-
-# --- names ---
-
-
-def test_tied_copies_are_all_found(tmp_path: Path) -> None:
-    folder = tiny.save(tiny.llama(tie_word_embeddings=True), tmp_path)
-    embeddings = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
-    rename(folder, str, **{"lm_head.weight": embeddings.clone()})
-    stored = stored_tensors(folder)
-    copies = stored_copies(folder)
-    assert copies["model.embed_tokens.weight"] == (stored["model.embed_tokens.weight"], stored["lm_head.weight"])
-    assert "lm_head.weight" not in copies
-    rename(folder, str, **{"lm_head.weight": embeddings + 1})
-    assert stored_copies(folder).keys() == dict(load_model(folder).model.named_parameters()).keys()
-
-
-def test_only_the_head_is_stored(tmp_path: Path) -> None:
-    folder = tiny.save(tiny.llama(tie_word_embeddings=True), tmp_path)
-    rename(folder, lambda name: name.replace("model.embed_tokens", "lm_head"))
-    assert stored_copies(folder)["model.embed_tokens.weight"] == (stored_tensors(folder)["lm_head.weight"],)
-
-
-def test_names_of_old_norms(copy: Copy) -> None:
-    folder = copy("bert")
-    rename(folder, lambda name: name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("Norm.bias", "Norm.beta"))
-    mask = make_mask(load_model(folder), tiny.TEXTS, "dense", **SMALL)
-    copies = stored_copies(folder)
-    assert {matrix.name for matrix in mask.matrices} <= copies.keys()
-    assert copies["embeddings.LayerNorm.weight"] == (stored_tensors(folder)["embeddings.LayerNorm.gamma"],)
-
-
-def mixtral(folder: Path) -> Path:
-    config = transformers.MixtralConfig(**TEXT_SIZES, num_key_value_heads=2, num_local_experts=2)
-    return tiny.save(transformers.MixtralForCausalLM(config), folder)
-
-
-def test_what_cannot_be_written_back_is_refused_before_scoring(tmp_path: Path) -> None:
-    loaded = load_model(mixtral(tmp_path))
-    with pytest.raises(UnsupportedModel, match=r"experts\.down_proj: is put together from 2 tensors of the checkpoint"):
-        make_mask(loaded, tiny.TEXTS, "dense", **SMALL, progress=lambda *_: pytest.fail("scored"))
-
-
-@pytest.fixture(scope="module")
-def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny multimodal Gemma 3."""
-    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.Gemma3Config(
-        text_config=TEXT_SIZES | {"num_key_value_heads": 2, "head_dim": 8},
-        vision_config=vision | {"image_size": 28, "patch_size": 14},
-        initializer_range=0.2,
-    )
-    torch.manual_seed(0)
-    return tiny.save(transformers.Gemma3ForConditionalGeneration(config), tmp_path_factory.mktemp("gemma"))
-
-
-@pytest.mark.parametrize("method", ["sensitivity", "magnitude-activation", "magnitude", "random", "dense", "lora"])
-def test_weights_outside_the_loss_are_left_out(gemma: Path, method: Any) -> None:
-    said: list[str] = []
-    mask = make_mask(load_model(gemma), tiny.TEXTS, method, density=0.1, rank=2, say=said.append, **SMALL)
-    assert all(".language_model." in matrix.name for matrix in mask.matrices)
-    assert "get no gradient from text and are left out" in said[0]
-    if method != "lora":
-        assert {matrix.name for matrix in mask.matrices} <= stored_copies(gemma).keys()
-        assert all(matrix.g_p.any() for matrix in mask.matrices)
-
-
-# --- meerkat doctor ---
-
-
-def test_doctor_finds_nothing_wrong(meerkat: Meerkat, folders: dict[str, Path], tmp_path: Path) -> None:
-    task = tmp_path / "state.toml"
-    task.write_text('template = "{line} It is"\nlabel_words = [" broken", " running"]\n')
-    done = meerkat("doctor", "--model", folders["llama"], "--task", task)
-    assert done.code == 0, done
-    assert [line.partition(":")[0] for line in done.out.splitlines()] == [
-        f"✓ {step}" for step in ("folder", "weights", "kind", "tokenizer", "names", "dtype", "trial", "mask", "task")
-    ]
-
-
-def test_doctor_names_what_is_wrong_and_the_remedy(meerkat: Meerkat, copy: Copy) -> None:
-    folder = copy("bert")
-    change(folder / "config.json", pad_token_id=320)
-    done = meerkat("doctor", "--model", folder)
-    assert done.code == 4
-    lines = done.out.splitlines()
-    assert lines[2].startswith("✗ kind: ")
-    assert "pad_token_id" in lines[2]
-    assert lines[-1] == "– mask: not looked at"
-    found = [json.loads(line) for line in meerkat("doctor", "--model", folder, "--json").out.splitlines()]
-    assert [step["good"] for step in found] == [True, True, False, None, None, None, None, None]
-    assert found[2]["remedy"]
-
-
-def test_doctor_of_a_task_that_does_not_fit(meerkat: Meerkat, folders: dict[str, Path], tmp_path: Path) -> None:
-    task = tmp_path / "state.toml"
-    task.write_text('template = "{line} It is"\nlabel_words = [" broken", " broken"]\n')
-    done = meerkat("doctor", "--model", folders["llama"], "--task", task)
-    assert done.code in {3, 4}
-    assert "Traceback" not in done.err

@@ -1,17 +1,12 @@
 """A model folder may come from anybody: nothing outside of it is read, and nothing but `out` is written."""
 
-import errno
 import json
 import os
-import resource
 import shutil
 import socket
-import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,14 +18,7 @@ from meerkat_mq.engines.torch.folder import find_folder
 from meerkat_mq.engines.torch.links import model_files
 from meerkat_mq.engines.torch.load import load_model
 from meerkat_mq.errors import ModelError, ModelNotFound
-
-Snapshot = dict[str, tuple[int, int, bytes]]
-
-
-@pytest.fixture
-def model(folders: dict[str, Path], tmp_path: Path) -> Path:
-    """A copy of a tiny Llama."""
-    return shutil.copytree(folders["llama"], tmp_path / "model")
+from tests.engines import tiny
 
 
 @pytest.fixture
@@ -43,25 +31,15 @@ def outside(tmp_path: Path) -> Path:
     return file
 
 
-def snapshot(folder: Path) -> Snapshot:
-    """Every file of a folder: mode, links, bytes."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        held = path.lstat()
-        data = path.read_bytes() if stat.S_ISREG(held.st_mode) else b""
-        found[str(path)] = (held.st_mode, held.st_nlink, data)
-    return found
-
-
 def refused(model: Path, mask: Mask, out: Path, words: str, error: type[ModelError] = ModelError) -> None:
     """Everything that opens a model says so, and export leaves all as it was."""
-    before = snapshot(out.parent)
+    before = tiny.snapshot(out.parent)
     for look in (load_model, find_folder, lambda folder: export_model(folder, mask, mask.theta_0, out)):
         with pytest.raises(error, match=words) as raised:
             look(model)
         assert "\n" not in str(raised.value)
         assert raised.value.remedy
-    assert snapshot(out.parent) == before
+    assert tiny.snapshot(out.parent) == before
 
 
 # --- names in an index ---
@@ -117,11 +95,11 @@ def test_a_shard_is_a_plain_file_name(masks: dict[str, Mask], model: Path, outsi
     with pytest.raises(ModelError, match=r"index\.json: weight_map: .* is no plain file name") as raised:
         weight_files(model)
     assert raised.value.where == str(file)
-    out, before = model.parent / "out", snapshot(model.parent)
+    out, before = model.parent / "out", tiny.snapshot(model.parent)
     for look in (load_model, lambda folder: export_model(folder, masks["llama"], masks["llama"].theta_0, out)):
         with pytest.raises(ModelError, match="is no plain file name"):
             look(model)
-    assert snapshot(model.parent) == before
+    assert tiny.snapshot(model.parent) == before
 
 
 PARTS = st.sampled_from(
@@ -243,14 +221,14 @@ def cached(folders: dict[str, Path], root: Path) -> Path:
 
 def test_the_links_of_a_hub_cache(folders: dict[str, Path], masks: dict[str, Mask], tmp_path: Path) -> None:
     folder = cached(folders, tmp_path)
-    blobs = snapshot(tmp_path / "hub")
+    blobs = tiny.snapshot(tmp_path / "hub")
     (tmp_path / "here").symlink_to(folder)
     for number, base in enumerate((folder, tmp_path / "here")):
         out = tmp_path / f"out{number}"
         export_model(base, masks["llama"], masks["llama"].theta_0 + 1, out)
         assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
         assert not (out / "model.safetensors").is_symlink()
-    assert snapshot(tmp_path / "hub") == blobs
+    assert tiny.snapshot(tmp_path / "hub") == blobs
 
 
 @pytest.mark.parametrize("to", ["../../../models--other--x/blobs/b", "../../refs/main", "../../blobs/leaves"])
@@ -344,95 +322,3 @@ def test_other_copies_of_the_weights_stay_behind(masks: dict[str, Mask], model: 
     export_model(model, masks["llama"], masks["llama"].theta_0, model.parent / "out")
     left = {str(path.relative_to(model.parent / "out")) for path in (model.parent / "out").rglob("*.safetensors*")}
     assert left == {"model.safetensors", "2_Dense/model.safetensors"}
-
-
-# --- out ---
-
-
-def test_a_full_disk(masks: dict[str, Mask], model: Path) -> None:
-    """As in the services' tests: no file may be longer than the limit."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-    try:
-        with pytest.raises(ModelError, match=r"out: cannot be written \(File too large\) at .*; free some space"):
-            export_model(model, masks["llama"], masks["llama"].theta_0, model.parent / "out")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [path.name for path in model.parent.iterdir()] == ["model"]
-
-
-def test_a_file_that_cannot_be_read(
-    masks: dict[str, Mask], model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Root can read everything: so the kernel's answer is ours here."""
-    (model / "notes.txt").write_text("x")
-    access = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "notes.txt" and access(path, mode))
-    with pytest.raises(ModelNotFound, match=r"notes\.txt: cannot be read \(Permission denied\); let this user read it"):
-        export_model(model, masks["llama"], masks["llama"].theta_0, tmp_path / "out")
-
-
-def test_a_folder_that_comes_in_the_way(
-    masks: dict[str, Mask], model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    from meerkat_mq.engines.torch import export
-
-    patch, out = export._patch, tmp_path / "out"
-
-    def meanwhile(*given: Any) -> None:
-        out.mkdir(exist_ok=True)
-        (out / "mine").write_text("mine")
-        patch(*given)
-
-    monkeypatch.setattr(export, "_patch", meanwhile)
-    with pytest.raises(ModelError, match="out: exists and is not an empty folder; name a new folder"):
-        export_model(model, masks["llama"], masks["llama"].theta_0, out)
-    assert snapshot(out).keys() == {str(out / "mine")}
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "model"}
-
-
-def test_a_folder_that_cannot_be_replaced(
-    masks: dict[str, Mask], model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """As where a disk is mounted."""
-
-    def busy(*_: object) -> None:
-        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
-
-    (tmp_path / "out").mkdir()
-    monkeypatch.setattr(Path, "replace", busy)
-    with pytest.raises(ModelError, match=r"out: cannot be written \(Device or resource busy\); choose another folder"):
-        export_model(model, masks["llama"], masks["llama"].theta_0, tmp_path / "out")
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "model"}
-
-
-def test_out_is_a_link(masks: dict[str, Mask], model: Path, tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "out").symlink_to("elsewhere")
-    export_model(model, masks["llama"], masks["llama"].theta_0, tmp_path / "out")
-    assert (tmp_path / "elsewhere" / "config.json").is_file()
-    with pytest.raises(ModelError, match="exists and is not an empty folder"):
-        export_model(model, masks["llama"], masks["llama"].theta_0, tmp_path / "out")
-
-
-def test_out_within_the_base(masks: dict[str, Mask], model: Path) -> None:
-    before = snapshot(model)
-    with pytest.raises(ModelError, match="lies in the base model's folder; name a folder elsewhere"):
-        export_model(model, masks["llama"], masks["llama"].theta_0, model / "tuned")
-    assert snapshot(model) == before
-
-
-def test_modes_are_those_of_new_files(masks: dict[str, Mask], model: Path, tmp_path: Path) -> None:
-    for file in model.iterdir():
-        file.chmod(0o6755 if file.suffix == ".json" else 0o400)
-    export_model(model, masks["llama"], masks["llama"].theta_0, tmp_path / "out")
-    (tmp_path / "new").write_text("")
-    assert {file.stat().st_mode for file in (tmp_path / "out").iterdir()} == {(tmp_path / "new").stat().st_mode}
-
-
-def test_moved_weights_are_in_the_copy_alone(masks: dict[str, Mask], model: Path, tmp_path: Path) -> None:
-    """Also where the base's weights are a hard link to a file elsewhere."""
-    os.link(model / "model.safetensors", tmp_path / "hard")
-    before = (tmp_path / "hard").read_bytes()
-    export_model(model, masks["llama"], masks["llama"].theta_0 + np.float32(1), tmp_path / "out")
-    assert (tmp_path / "hard").read_bytes() == before

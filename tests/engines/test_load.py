@@ -17,12 +17,6 @@ from tests.engines import tiny
 Load = Callable[..., LoadedModel]
 
 
-@pytest.fixture
-def copy(folders: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
-    """A copy of a tiny checkpoint, to be damaged."""
-    return lambda name: Path(shutil.copytree(folders[name], tmp_path / name))
-
-
 @pytest.mark.parametrize(("name", "kind"), [("llama", "causal"), ("gpt2", "causal"), ("bert", "encoder")])
 def test_kinds(load: Load, name: str, kind: str) -> None:
     loaded = load(name)

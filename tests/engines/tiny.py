@@ -1,9 +1,13 @@
 """Tiny random models with a small tokenizer of their own."""
 
+import json
+import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
@@ -18,6 +22,15 @@ from transformers import (
 from meerkat_mq.tasks.classification import Classification
 
 VOCABULARY = 320
+SMALL: dict[str, Any] = {"sequences": 4, "length": 16}  # calibration text
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
 TEXTS = [
     f"The {colour} {thing} in the {place} was {state} when the {person} came back on {day}."
     for colour in ("red", "green", "blue")
@@ -100,3 +113,24 @@ def save(model: Any, folder: Path, *, dtype: torch.dtype = torch.float32, **sett
     model.to(dtype).save_pretrained(folder, **settings)
     tokenizer(start=not isinstance(model, GPT2LMHeadModel)).save_pretrained(folder)
     return folder
+
+
+def change(file: Path, **keys: Any) -> None:
+    """Put keys into a JSON file, which is made where there is none."""
+    file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | keys))
+
+
+def rename(folder: Path, how: Callable[[str], str], **more: torch.Tensor) -> None:
+    """Give a checkpoint's tensors other names, and add some."""
+    tensors = {how(name): value for name, value in load_file(folder / "model.safetensors").items()}
+    save_file(tensors | more, folder / "model.safetensors", {"format": "pt"})
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Every file of a folder: mode, links, bytes."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        held = path.lstat()
+        data = path.read_bytes() if stat.S_ISREG(held.st_mode) else b""
+        found[str(path)] = (held.st_mode, held.st_nlink, data)
+    return found
