@@ -14,7 +14,6 @@ from typing import Any
 from meerkat_mq.config import HUB_DATA
 from meerkat_mq.errors import DataError, reason, shown, shown_names
 from meerkat_mq.extras import importing
-from meerkat_mq.tasks.foreign import refuse_foreign
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (".jsonl", ".ndjson", ".json", *DELIMITERS)  # of what a folder of data is read for
@@ -24,6 +23,36 @@ MOST_UNPACKED = 2**30  # bytes of a gzip file's content
 _GZIP = b"\x1f\x8b"
 _JSON = re.compile(r'\s*(\{\s*["}]|\[\s*[{"\]])')
 _INTEGER = re.compile(r"-?\d{1,20}")
+
+_ROWS = "write the rows as JSON lines, CSV or TSV"
+_HUB = "give its folder as hf:<folder>:<split> (pip install 'meerkat-mq[datasets]'), or " + _ROWS
+_UNPACK = "unpack it, or pack it with gzip"
+_CODE = ", which is never loaded: it could run code"
+_ZIP = "is a zip archive"
+
+# What a file is, what to do with it, how its name ends, how it begins. Some kinds of files are zip archives too.
+_KINDS: tuple[tuple[str, str, tuple[str, ...], tuple[bytes, ...]], ...] = (
+    ("is a Parquet file", _HUB, (".parquet",), (b"PAR1",)),
+    ("is an Arrow file", _HUB, (".arrow",), (b"ARROW1",)),
+    ("is a Feather file", _HUB, (".feather",), (b"FEA1",)),
+    ("is a NumPy archive", _ROWS, (".npz",), ()),
+    ("is a NumPy array", _ROWS, (".npy",), (b"\x93NUMPY",)),
+    ("is a spreadsheet", "save its sheet as CSV (UTF-8)", (".xlsx", ".xls", ".ods"), (b"\xd0\xcf\x11\xe0",)),
+    ("is a PDF", "give its text", (".pdf",), (b"%PDF-",)),
+    ("is a text document with formats", "save it as plain text (UTF-8)", (".docx",), ()),
+    ("is a SQLite database", _ROWS, (".sqlite",), (b"SQLite format 3\0",)),
+    ("is a pickle" + _CODE, _ROWS, (".pkl",), (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")),
+    ("is a PyTorch file" + _CODE, _ROWS, (".pt",), ()),
+    ("holds a model's weights", "give rows or text", (".safetensors", ".gguf"), (b"GGUF",)),
+    ("is a mask", "give rows or text", (".mkm",), ()),
+    (_ZIP, _UNPACK, (".zip",), (b"PK\x03\x04",)),
+    ("is a tar archive", "unpack it, and give the folder", (".tar",), ()),
+    ("is packed with bzip2", _UNPACK, (".bz2",), (b"BZh",)),
+    ("is packed with xz", _UNPACK, (".xz",), (b"\xfd7zXZ",)),
+    ("is packed with zstd", _UNPACK, (".zst",), (b"\x28\xb5\x2f\xfd",)),
+    ("is a 7z archive", _UNPACK, (".7z",), (b"7z\xbc\xaf",)),
+    ("is an HTML page", "give its text", (".html",), (b"<!doctype html", b"<html")),
+)
 
 
 class FileRow(dict[str, Any]):
@@ -207,13 +236,25 @@ def _content(path: Path) -> str:
         raise DataError(str(path), f"cannot be read ({error.strerror})", "give the path of a data file") from error
     if data.startswith(_GZIP):
         data = _unpacked(path, data)
-    refuse_foreign(path, data)
+    _refuse_foreign(path, data)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
         remedy = "it begins as UTF-16 does: save it as UTF-8" if wide else "save it as UTF-8"
         raise DataError(str(path), f"is not UTF-8 ({error.reason} at byte {error.start})", remedy) from error
+
+
+def _refuse_foreign(path: Path, data: bytes) -> None:
+    """Refuse what a known format begins with, and what is named as one: say what it is, and what to do."""
+    tar = data[257:262] == b"ustar"
+    start = data[:64].lstrip().lower() if data[:64].lstrip().startswith(b"<") else data[:64]
+    ending = ".tar" if tar else _suffix(path)
+    found = next((kind for kind in _KINDS if start.startswith(kind[3])), None)
+    if tar or found is None or found[0] == _ZIP:
+        found = next((kind for kind in _KINDS if ending in kind[2]), found)
+    if found is not None:
+        raise DataError(str(path), *found[:2])
 
 
 def _unpacked(path: Path, data: bytes) -> bytes:

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.engines.torch.checkpoint import stored_tensors, weight_files
 from meerkat_mq.engines.torch.export import export_model
-from meerkat_mq.engines.torch.folder import find_folder
-from meerkat_mq.engines.torch.links import model_files
+from meerkat_mq.engines.torch.folder import find_folder, model_files
 from meerkat_mq.engines.torch.load import load_model
 from meerkat_mq.errors import ModelError, ModelNotFound
 from tests.engines import tiny

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from meerkat_mq.core.files import write_atomically
-from meerkat_mq.engines.torch.links import real_file
+from meerkat_mq.engines.torch.folder import real_file
 from meerkat_mq.errors import ModelError, ModelNotFound, reason, shown
 
 SINGLE = "model.safetensors"

@@ -23,8 +23,7 @@ from meerkat_mq.core.files import keep_names
 from meerkat_mq.core.mask import Mask, UInt32Array
 from meerkat_mq.engines.torch.adapter import SCALING, adapter_pairs
 from meerkat_mq.engines.torch.checkpoint import INDEX, SINGLE, StoredTensor, fingerprint, stored_tensors, weight_files
-from meerkat_mq.engines.torch.folder import find_folder
-from meerkat_mq.engines.torch.links import model_files
+from meerkat_mq.engines.torch.folder import find_folder, model_files
 from meerkat_mq.engines.torch.names import FLOATS, stored_copies
 from meerkat_mq.errors import ModelError, ModelMismatch, ModelNotFound
 

@@ -39,12 +39,10 @@ class LoadedModel:
     """A base model, ready for passes: evaluation mode, no gradients.
 
     Attributes:
-        model: a transformers model.
-        tokenizer: its tokenizer; pads on the right.
+        model, tokenizer: of transformers; the tokenizer pads on the right.
         kind: "causal" (has a language-model head) or "encoder" (mean-pooled).
         folder: the checkpoint.
-        fingerprint: 32 bytes, of the checkpoint's tensors.
-        tokenizer_fingerprint: 32 bytes, without label words.
+        fingerprint, tokenizer_fingerprint: 32 bytes each, of the checkpoint's tensors and, without a task, of that.
         exact: whether the model's dtype holds every stored weight without loss.
         max_tokens: longest input in tokens.
         start: the ids that stand before every text.
