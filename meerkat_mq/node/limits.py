@@ -18,7 +18,8 @@ from meerkat_mq.core.seldom import Seldom
 from meerkat_mq.errors import ConfigError
 from meerkat_mq.rounds.events import StartSteps
 from meerkat_mq.runtime.loop import Ports, ThreadCompute
-from meerkat_mq.runtime.model import Model, StepResult, Stop
+from meerkat_mq.runtime.model import Model, StepResult, StepsEnd, Stop
+from meerkat_mq.runtime.ports import Failed
 
 ANSWER_S = 10.0  # of the user's command
 
@@ -127,24 +128,14 @@ class NodeCompute(ThreadCompute):
         while True:
             await (await self._orders.get())()
 
-    def steps(
-        self,
-        model: Model,
-        order: StartSteps,
-        done: Callable[[StepResult | None], None],
-        failed: Callable[[Exception], None],
-    ) -> None:
+    def steps(self, model: Model, order: StartSteps, done: StepsEnd, failed: Failed) -> None:
         """Do local steps, once they may begin; `done` takes None where that is not now."""
         self._stop, self._moved_on, self._over = threading.Event(), asyncio.Event(), asyncio.Event()
         job, given = partial(model.step, order, self._stop, order.steps), partial(self._allowance.given, self._moved_on)
         self._orders.put_nowait(partial(self._begin, partial(given, self._over), job, done, failed))
 
     async def _begin(
-        self,
-        given: Callable[[], Awaitable[bool]],
-        job: Callable[[], StepResult | None],
-        done: Callable[[StepResult | None], None],
-        failed: Callable[[Exception], None],
+        self, given: Callable[[], Awaitable[bool]], job: Callable[[], StepResult | None], done: StepsEnd, failed: Failed
     ) -> None:
         if await given():
             self.run(job, done, failed)

@@ -14,8 +14,8 @@ from meerkat_mq.core.path import Displacement
 from meerkat_mq.core.seldom import Seldom
 from meerkat_mq.errors import NotConnected, TooLarge
 from meerkat_mq.runtime.model import KeptUpdate
-from meerkat_mq.runtime.ports import Clock, Timer
-from meerkat_mq.runtime.steps import Done, Failed, Steps
+from meerkat_mq.runtime.ports import Clock, Failed, Timer
+from meerkat_mq.runtime.steps import Done, Steps
 from meerkat_mq.wire.arrays import Assembly, chunks_of, split
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.frames import MAX_CHUNK_BYTES

@@ -16,8 +16,8 @@ from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.node import NodeMachine
 from meerkat_mq.runtime.blobs import Blobs
 from meerkat_mq.runtime.model import KeptUpdate, Model, NodeStore, StepCompute, StepResult
-from meerkat_mq.runtime.ports import Clock
-from meerkat_mq.runtime.steps import Done, Failed, Sequence, Steps, until, work
+from meerkat_mq.runtime.ports import Clock, Failed
+from meerkat_mq.runtime.steps import Done, Sequence, Steps, until, work
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.messages import Offer, Round, Update
 from meerkat_mq.wire.values import largest_blob

@@ -9,7 +9,7 @@ from concurrent.futures import Executor
 from functools import partial
 from typing import ParamSpec, TypeVar
 
-from meerkat_mq.runtime.ports import Timer
+from meerkat_mq.runtime.ports import Failed, Timer
 
 Result = TypeVar("Result")
 P = ParamSpec("P")
@@ -65,9 +65,7 @@ class ThreadCompute:
         self._loop = asyncio.get_running_loop()
         self._executor = executor
 
-    def run(
-        self, job: Callable[[], Result], done: Callable[[Result], None], failed: Callable[[Exception], None]
-    ) -> None:
+    def run(self, job: Callable[[], Result], done: Callable[[Result], None], failed: Failed) -> None:
         """Do a job in a thread, and tell on the loop."""
 
         def attempt() -> Callable[[], None]:

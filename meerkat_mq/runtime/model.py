@@ -17,7 +17,7 @@ from meerkat_mq.core.step import Engine, Row, local_steps
 from meerkat_mq.core.values import Residual
 from meerkat_mq.errors import BadValue
 from meerkat_mq.rounds.events import StartSteps
-from meerkat_mq.runtime.ports import Compute
+from meerkat_mq.runtime.ports import Compute, Failed
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.messages import Offer, Update, Values
 from meerkat_mq.wire.snapshot import decode_snapshot
@@ -58,6 +58,9 @@ class StepResult:
     loss: float  # mean
     values: Values | None = None  # names the displacement of a values node
     blob: bytes = field(default=b"", repr=False)  # the displacement, encoded; b"" without one
+
+
+StepsEnd = Callable[[StepResult | None], None]
 
 
 class Stop(Protocol):
@@ -204,13 +207,7 @@ class EngineModel(Model):
 class StepCompute(Compute, Protocol):
     """A node's worker: it also knows how to stop local steps, and when they may begin."""
 
-    def steps(
-        self,
-        model: Model,
-        order: StartSteps,
-        done: Callable[[StepResult | None], None],
-        failed: Callable[[Exception], None],
-    ) -> None:
+    def steps(self, model: Model, order: StartSteps, done: StepsEnd, failed: Failed) -> None:
         """Do local steps; `done` takes None where none was made, since they may not begin now."""
 
     def stop_steps(self) -> None:

@@ -17,6 +17,7 @@ from meerkat_mq.rounds.events import CommitEntry
 from meerkat_mq.wire.descriptor import NodeStatus
 
 Result = TypeVar("Result")
+Failed = Callable[[Exception], None]
 
 
 class Timer(Protocol):
@@ -39,9 +40,7 @@ class Clock(Protocol):
 class Compute(Protocol):
     """A worker. What it is given blocks, and is done in order, one after another."""
 
-    def run(
-        self, job: Callable[[], Result], done: Callable[[Result], None], failed: Callable[[Exception], None]
-    ) -> None:
+    def run(self, job: Callable[[], Result], done: Callable[[Result], None], failed: Failed) -> None:
         """Do a job; `done` takes what it returned, or `failed` what it raised."""
 
 

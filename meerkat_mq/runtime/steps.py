@@ -9,13 +9,12 @@ from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any, Generic, TypeVar, TypeVarTuple
 
-from meerkat_mq.runtime.ports import Clock, Compute, Timer
+from meerkat_mq.runtime.ports import Clock, Compute, Failed, Timer
 
 Args = TypeVarTuple("Args")
 Result = TypeVar("Result")
 
 Done = Callable[[Any], None]
-Failed = Callable[[Exception], None]
 Begin = Callable[[Done, Failed], None]  # of both, one is called once it has ended; none if it is given up
 Steps = Generator[Begin, Any, Result]
 
@@ -57,31 +56,23 @@ class Sequence(Generic[Result]):
         self._steps = steps
         self._done = done
         self._number = 0  # of the present wait: what an earlier one still brings is ignored
-        self._go(steps.send, None)
+        self._go(0, steps.send, None)
 
     def cancel(self) -> None:
         """Do nothing more than what a `finally` asks for."""
         self._number += 1
         self._steps.close()
 
-    def _go(self, resume: Callable[[Any], Begin], came: Any) -> None:
+    def _go(self, number: int, resume: Callable[[Any], Begin], came: Any) -> None:
+        if number != self._number:
+            return
+        self._number = number = number + 1
         try:
             begin = resume(came)
         except StopIteration as end:
             self._done(end.value)
             return
-        number = self._number
-        begin(partial(self._resumed, number), partial(self._threw, number))
-
-    def _resumed(self, number: int, result: Any) -> None:
-        if number == self._number:
-            self._number += 1
-            self._go(self._steps.send, result)
-
-    def _threw(self, number: int, error: Exception) -> None:
-        if number == self._number:
-            self._number += 1
-            self._go(self._steps.throw, error)
+        begin(partial(self._go, number, self._steps.send), partial(self._go, number, self._steps.throw))
 
 
 class Alarm:

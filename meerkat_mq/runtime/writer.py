@@ -28,8 +28,8 @@ from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.records import Share, UpdateRecord, Verdict
 from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.runtime.disk import Patience, Spare
-from meerkat_mq.runtime.ports import Clock, Compute, Timer
-from meerkat_mq.runtime.steps import Done, Failed, Steps, until, work
+from meerkat_mq.runtime.ports import Clock, Compute, Failed, Timer
+from meerkat_mq.runtime.steps import Done, Steps, until, work
 from meerkat_mq.runtime.steps import Sequence as Running
 from meerkat_mq.runtime.succession import Past
 from meerkat_mq.wire.frames import Update

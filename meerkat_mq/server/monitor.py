@@ -31,6 +31,7 @@ from meerkat_mq.rounds.guards import NOT_REFUSED
 from meerkat_mq.rounds.policy import lane_of
 from meerkat_mq.rounds.records import UpdateRecord
 from meerkat_mq.runtime.ports import ServerMonitor
+from meerkat_mq.runtime.writer import KeepMetrics
 from meerkat_mq.tasks.data import read_rows
 from meerkat_mq.tasks.load import task_of
 from meerkat_mq.tasks.task import Evaluation, classified
@@ -223,7 +224,7 @@ class Monitor(ServerMonitor):
                 news.append(Sighting(node, status.boot, status.host, status.status, status.rows, now, *more))
         return tuple(news)
 
-    async def run(self, keep: Callable[[int, Mapping[str, float]], None]) -> None:
+    async def run(self, keep: Callable[[KeepMetrics], None]) -> None:
         """Evaluate until cancelled; `keep` takes what was found of each version.
 
         What a model raises costs the run this figure, and nothing else.
@@ -245,15 +246,13 @@ class Monitor(ServerMonitor):
             if self._due is None:
                 self._evaluated.set()
 
-    def _tell(
-        self, version: int, seconds: float, found: Evaluation, keep: Callable[[int, Mapping[str, float]], None]
-    ) -> None:
+    def _tell(self, version: int, seconds: float, found: Evaluation, keep: Callable[[KeepMetrics], None]) -> None:
         said = {name: rounded(value, 4) for name, value in found.figures.items()}
         self._log.info("evaluated", version=version, **said)
         self._observe(Evaluated(rows=found.rows, figures=found.figures, version=version, seconds=seconds))
         self._warn(self._rising.evaluated(version, found.loss))
         figures = {**found.figures, "rows": float(found.rows)}
-        keep(version, {name: value for name, value in figures.items() if math.isfinite(value)})
+        keep(KeepMetrics(version, {name: value for name, value in figures.items() if math.isfinite(value)}))
 
     async def finish(self, theta: Float32Array) -> None:
         """Wait for the last evaluation and for the nodes at hand to say where they stand; then tell how it ended."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from contextlib import suppress
 from pathlib import Path
@@ -27,7 +27,7 @@ from meerkat_mq.runtime.disk import Patience, Spare
 from meerkat_mq.runtime.loop import LoopClock, Ports, ThreadCompute
 from meerkat_mq.runtime.server import ServerDriver
 from meerkat_mq.runtime.succession import Past
-from meerkat_mq.runtime.writer import Holdings, KeepMetrics, KeepSightings, LedgerWriter
+from meerkat_mq.runtime.writer import Holdings, KeepSightings, LedgerWriter
 from meerkat_mq.server.alive import alive
 from meerkat_mq.server.monitor import Evaluator, Monitor
 from meerkat_mq.server.run import check_room, prepare_run
@@ -66,12 +66,13 @@ async def serve(config: ServerConfig, *, replace: bool = False, observer: Observ
     try:
         await asyncio.to_thread(config.state_dir.mkdir, parents=True, exist_ok=True)
     except OSError as error:
-        raise _unusable(config, error) from error
+        problem = f"cannot be used ({error.strerror})"
+        raise ConfigError(f"state_dir {config.state_dir}", problem, "name a folder that can be written") from error
     with alive(config.state_dir) as alone, Threads(1, "ledger") as worker:
         ledger = await patiently(lambda: off_the_loop(worker, Ledger.open, config.state_dir / LEDGER_FILE))
         try:
             run = await patiently(lambda: off_the_loop(worker, _prepare, config, ledger))
-            evaluator = await asyncio.to_thread(_load_evaluator, config, run)
+            evaluator = await asyncio.to_thread(Evaluator, config, run) if config.evaluation else None
             held, rising = await patiently(lambda: off_the_loop(worker, _recover, ledger, run))
             every = config.evaluation.every if config.evaluation else 1
             monitor = Monitor(observer, evaluator, every, run, rising)
@@ -110,17 +111,6 @@ def _recover(ledger: Ledger, run: Run) -> tuple[Holdings, RisingLoss]:
     snapshots = Snapshots(ledger, run.descriptor)
     replica = recovered(ledger, run, snapshots)
     return Holdings(run, ledger, replica, snapshots, Past.of(ledger)), rising_from(ledger)
-
-
-def _load_evaluator(config: ServerConfig, run: Run) -> Evaluator | None:
-    return None if config.evaluation is None else Evaluator(config, run)
-
-
-def _unusable(config: ServerConfig, error: OSError) -> ConfigError:
-    """The state folder cannot be written."""
-    return ConfigError(
-        f"state_dir {config.state_dir}", f"cannot be used ({error.strerror})", "name a folder that can be written"
-    )
 
 
 class Server:
@@ -188,9 +178,8 @@ class Server:
 
     async def _run_all(self) -> None:
         async with asyncio.TaskGroup() as tasks:
-            coroutines = (
-                self._session.run(), self._ports.run(), self._keep_sightings(), self._monitor.run(self._keep_metrics),
-            )  # fmt: skip
+            evaluate = self._monitor.run(self._driver.writer.put)
+            coroutines = (self._session.run(), self._ports.run(), self._keep_sightings(), evaluate)
             work = [tasks.create_task(coroutine) for coroutine in coroutines]
             if self._config.once:
                 await self._wait_for_nodes()
@@ -233,9 +222,6 @@ class Server:
             return  # while the disk is full, news must not pile up: they are summed up until they are asked for
         if news := self._monitor.sightings():
             writer.put(KeepSightings(news))
-
-    def _keep_metrics(self, version: int, metrics: Mapping[str, float]) -> None:
-        self._driver.writer.put(KeepMetrics(version, metrics))
 
     def _farewell(self, link: int) -> Will | None:
         """Nothing before the first term: what stands there is another server's."""

@@ -5,7 +5,8 @@ from functools import partial
 from typing import TypeVar
 
 from meerkat_mq.rounds.events import StartSteps
-from meerkat_mq.runtime.model import Model, StepResult
+from meerkat_mq.runtime.model import Model, StepsEnd
+from meerkat_mq.runtime.ports import Failed
 from meerkat_mq.worlds.clock import VirtualProcess, VirtualTimer
 
 Result = TypeVar("Result")
@@ -26,17 +27,13 @@ class VirtualCompute:
         self._at_once = at_once
         self._free_at = 0.0
 
-    def run(
-        self, job: Callable[[], Result], done: Callable[[Result], None], failed: Callable[[Exception], None]
-    ) -> None:
+    def run(self, job: Callable[[], Result], done: Callable[[Result], None], failed: Failed) -> None:
         """Do a job; then tell."""
         free_at = 0.0 if self._at_once else self._free_at
         self._free_at = max(free_at, self._process.now()) + self._seconds
         self._process.at(self._free_at, partial(self._do, job, done, failed))
 
-    def _do(
-        self, job: Callable[[], Result], done: Callable[[Result], None], failed: Callable[[Exception], None]
-    ) -> None:
+    def _do(self, job: Callable[[], Result], done: Callable[[Result], None], failed: Failed) -> None:
         self._process.step()
         try:
             result = job()
@@ -83,13 +80,7 @@ class VirtualStepCompute(VirtualCompute):
         self._not_now_s = not_now_s
         self._walk: _Walk | None = None
 
-    def steps(
-        self,
-        model: Model,
-        order: StartSteps,
-        done: Callable[[StepResult | None], None],
-        failed: Callable[[Exception], None],
-    ) -> None:
+    def steps(self, model: Model, order: StartSteps, done: StepsEnd, failed: Failed) -> None:
         """Do local steps; `done` takes None where they may not begin."""
         now = self._process.now()
         if not self._may_begin():
@@ -124,12 +115,5 @@ class _Walk:
 
     timer: VirtualTimer
 
-    def __init__(
-        self,
-        model: Model,
-        order: StartSteps,
-        done: Callable[[StepResult | None], None],
-        failed: Callable[[Exception], None],
-        began: float,
-    ) -> None:
+    def __init__(self, model: Model, order: StartSteps, done: StepsEnd, failed: Failed, began: float) -> None:
         self.model, self.order, self.done, self.failed, self.began = model, order, done, failed, began

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from meerkat_mq.runtime.steps import Done, Failed, Sequence, Steps, until, work
+from meerkat_mq.runtime.ports import Failed
+from meerkat_mq.runtime.steps import Done, Sequence, Steps, until, work
 from tests.runtime.ports import VirtualClock, Worker
 
 

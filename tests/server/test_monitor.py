@@ -70,7 +70,7 @@ async def test_evaluations_go_to_the_ledger(tmp_path: Any) -> None:
     kept: list[tuple[int, Mapping[str, float]]] = []
     told: list[RunEvent] = []
     eye = made(tmp_path, Evaluator(), told)
-    task = asyncio.create_task(eye.run(lambda version, metrics: kept.append((version, metrics))))
+    task = asyncio.create_task(eye.run(lambda found: kept.append((found.version, found.metrics))))
     for version in (0, 3, 10):
         eye.stood(version, np.zeros(2, dtype=np.float32))
         await until(partial(lambda version: len(kept) > version // 10, version))
@@ -144,7 +144,7 @@ def at(version: int) -> Float32Array:
 @contextlib.asynccontextmanager
 async def running(eye: Monitor) -> AsyncIterator[list[int]]:
     kept: list[int] = []
-    task = asyncio.create_task(eye.run(lambda version, metrics: kept.append(version)))
+    task = asyncio.create_task(eye.run(lambda found: kept.append(found.version)))
     try:
         yield kept
     finally:
