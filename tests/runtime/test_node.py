@@ -1,10 +1,9 @@
-"""The node's driver: runs that change meanwhile, steps that are stopped, and frames that nobody should believe."""
+"""The node's driver: runs that change meanwhile, and steps that are stopped."""
 
 import json
 import traceback
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -13,78 +12,14 @@ from meerkat_mq.core import metrics as m
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Coefficient, Entry, digest
-from meerkat_mq.engines.toy import toy_mask
-from meerkat_mq.errors import NodeReplaced, RunMismatch
-from meerkat_mq.runtime.model import Model, NodeProfile
-from meerkat_mq.wire.arrays import encode_mask, split
-from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor, ServerState, decode_control
-from meerkat_mq.wire.frames import Frame, decode, encode
-from meerkat_mq.wire.messages import Chunk, Entries, Header, Offer, Round, Update, Want, Welcome
-from meerkat_mq.wire.topics import Topics
-from tests.runtime.one_node import DIGEST, Nothing, OneNode, descriptor
+from meerkat_mq.errors import RunMismatch
+from meerkat_mq.runtime.model import Model
+from meerkat_mq.wire.descriptor import RunDescriptor
+from meerkat_mq.wire.frames import encode
+from meerkat_mq.wire.messages import Round, Welcome
+from tests.runtime.one_node import DIGEST, descriptor
+from tests.runtime.one_server import BOOT, MASK, ONE, SLOT, TOPICS, TWO, Server, header
 from tests.runtime.ports import Worker
-
-NODE, SLOT, BOOT = "node-0", 0, 7
-TOPICS = Topics("f")
-MASK, OTHER_MASK = toy_mask(40), toy_mask(50)
-ONE, TWO = descriptor(MASK, rounds=100), descriptor(OTHER_MASK, run="2" * 32, rounds=100)
-
-
-def header(run: RunDescriptor, version: int = 0) -> Header:
-    return Header.of(run.run_id, 1, version, run.mask_hash)
-
-
-class Server:
-    """Says what a server says to its one node, and reads what that says."""
-
-    def __init__(self, **profile: Any) -> None:
-        self.node = OneNode(Nothing(), NodeProfile(NODE, "f", **profile), BOOT)
-        self.node.driver.connected(1)
-
-    def say(self, frame: Frame, topic: str = TOPICS.reply(NODE)) -> None:
-        self.node.receive(topic, encode(frame))
-
-    def describe(self, run: RunDescriptor) -> None:
-        self.node.receive(TOPICS.run, run.encode(), retained=True)
-
-    def give_mask(self, run: RunDescriptor) -> None:
-        """As the broker does that retains it."""
-        mask = MASK if run.mask == ONE.mask else OTHER_MASK
-        for chunk in split(header(run), mask.hash, encode_mask(mask)):
-            self.say(chunk, TOPICS.blob(chunk.blob, chunk.index))
-
-    def state(self, run: RunDescriptor, link: int = 1) -> None:
-        said = ServerState(
-            status="online", run=run.run, term=1, server_id="0" * 16, link=link, host="hub", round=0, nodes=0
-        )
-        self.node.receive(TOPICS.server, said.encode(), retained=True)
-
-    def begin(self, run: RunDescriptor) -> None:
-        """The node has all that the run needs, and a slot."""
-        self.state(run)
-        self.describe(run)
-        self.give_mask(run)
-        self.say(Welcome(header(run), BOOT, SLOT))
-
-    def ask(self, run: RunDescriptor, version: int = 0, entries: tuple[Entry, ...] = ()) -> None:
-        """Open a round in which the node is asked for steps."""
-        asked = frozenset({SLOT})
-        frame = Round(header(run, version), True, 1, 1, 0.5, 1000, asked=asked, entries=entries)
-        self.say(frame, TOPICS.round)
-
-    @property
-    def statuses(self) -> list[NodeStatus]:
-        return [decode_control(sent, NodeStatus) for sent in self.node.transport.on(TOPICS.up(NODE, "status"))]
-
-    @property
-    def updates(self) -> list[Update]:
-        found = [decode(sent) for sent in self.node.transport.on(TOPICS.up(NODE, "update"))]
-        return [frame for frame in found if isinstance(frame, Update)]
-
-    @property
-    def wants(self) -> list[Want]:
-        found = [decode(sent) for sent in self.node.transport.on(TOPICS.up(NODE, "want"))]
-        return [frame for frame in found if isinstance(frame, Want)]
 
 
 @pytest.fixture(autouse=True)
@@ -383,89 +318,3 @@ def test_a_node_that_goes_to_sleep_does_not_say_that_it_is_online(server: Server
     server.node.driver.wake()
     server.node.driver.connected(2)
     assert [status.version for status in server.statuses[said:]] == [20]
-
-
-# --- what nobody should believe ---
-
-
-def spoiled(payload: bytes) -> bytes:
-    return payload[:-1] + bytes([payload[-1] ^ 1])
-
-
-HOSTILE = {
-    "a corrupted round": (TOPICS.round, spoiled(encode(Round(header(ONE), True, 1, 1, 0.5, 1000)))),
-    "a round that is cut": (TOPICS.round, encode(Round(header(ONE), True, 1, 1, 0.5, 1000))[:-3]),
-    "noise for a round": (TOPICS.round, b"\xff" * 40),
-    "noise for a reply": (TOPICS.reply(NODE), b"\x00"),
-    "noise for a server": (TOPICS.server, b"{"),
-    "a run that is none": (TOPICS.run, b"[]"),
-    "a run of another federation": (TOPICS.run, descriptor(OTHER_MASK, run="3" * 32, federation="g").encode()),
-    "a mask as large as no mask": (
-        TOPICS.run,
-        descriptor(OTHER_MASK, run="3" * 32, mask_bytes=2**31, mask_chunks=2**15).encode(),
-    ),
-    "a displacement as large as none": (
-        TOPICS.values,
-        encode(Chunk(header(ONE), bytes(16), 0, 2, 70_000, bytes(65536))),
-    ),
-    "a round as a reply": (TOPICS.reply(NODE), encode(Round(header(ONE), True, 1, 1, 0.5, 1000))),
-    "a reply as a round": (TOPICS.round, encode(Welcome(header(ONE), BOOT, 5))),
-    "an update": (TOPICS.reply(NODE), encode(Update(header(ONE), BOOT, bytes(8), 0.5, (0.5,)))),
-    "entries of another run": (
-        TOPICS.reply(NODE),
-        encode(Entries(header(TWO), (Entry(0, (Coefficient(0, 0, 0.5),), MASK.hash, DIGEST),))),
-    ),
-    "entries of another chain": (
-        TOPICS.reply(NODE),
-        encode(Entries(header(ONE, 1), (Entry(0, (Coefficient(0, 0, 0.5),), bytes(16), DIGEST),))),
-    ),
-    "an offer of another run": (TOPICS.reply(NODE), encode(Offer(header(TWO, 50), 50, bytes(16), 1000))),
-}
-
-
-@pytest.mark.parametrize(("topic", "payload"), HOSTILE.values(), ids=HOSTILE)
-def test_what_is_forged_or_corrupted_changes_nothing_but_a_counter(server: Server, topic: str, payload: bytes) -> None:
-    server.begin(ONE)
-    sent, counted = list(server.node.transport.sent), server.node.driver.counts.total()
-    server.node.receive(topic, payload)
-    assert server.node.driver.counts.total() == counted + 1
-    (model,) = server.node.models
-    assert (model.entries, model.ordered, server.node.transport.sent) == ([], [], sent)
-    server.ask(ONE)
-    assert [update.header.version for update in server.updates] == [0]
-
-
-def test_a_forged_status_is_put_right_and_a_newer_process_is_left_to_itself(server: Server) -> None:
-    server.begin(ONE)
-    own, said = TOPICS.up(NODE, "status"), len(server.statuses)
-    server.node.receive(own, b"forged")
-    assert [status.status for status in server.statuses[said:]] == ["online"]
-    newer = NodeStatus(status="online", boot=BOOT + 1, link=9, host="elsewhere")
-    with pytest.raises(NodeReplaced, match="runs on host elsewhere"):
-        server.node.receive(own, newer.encode())
-    assert server.node.transport.disowned
-
-
-# --- what the session does not take ---
-
-
-def test_what_finds_no_room_is_counted_and_the_node_goes_on(server: Server) -> None:
-    server.begin(ONE)
-    server.node.transport.room = 0
-    server.ask(ONE)
-    assert (server.updates, server.node.driver.counts["not sent: Update"]) == ([], 1)
-    server.node.transport.room = None
-    server.ask(ONE)
-    assert [update.header.version for update in server.updates] == [0]
-
-
-def test_without_a_connection_nothing_is_asked(server: Server) -> None:
-    server.node.transport.link = None
-    server.node.driver.disconnected()
-    server.describe(ONE)
-    server.node.clock.go(100.0)
-    assert server.wants == []
-    server.node.transport.link = 2
-    server.node.driver.connected(2)
-    server.node.clock.settle()
-    assert {want.blob for want in server.wants} == {ONE.mask_hash}
