@@ -40,22 +40,18 @@ async def run_demo(plan: DemoPlan, out: Path, console: Console) -> None:
         MeerkatError: a process failed, or a node's digest is not the server's.
     """
     set_threads(max(1, (os.cpu_count() or 1) // 2))  # the nodes work on the others
-    with writing(f"--out {out}"), await asyncio.to_thread((out / "server.log").open, "x") as log:
-        configure_logs(as_json=True, file=log)
-        await _run(plan, out, console)
-
-
-async def _run(plan: DemoPlan, out: Path, console: Console) -> None:
     config, local_steps = plan.early_stopping, plan.rounds.local_steps
     if config.by != "off" and local_steps <= config.steps:
         say(console, unchanged_line(local_steps, config))
-    try:
-        with Live(console, rounds=plan.rounds.count, nodes=len(plan.shards)) as live:
-            report = await _federate(plan, out, live)
-    except asyncio.CancelledError:
-        if (out / SERVER / LEDGER_FILE).exists():
-            say(console, f"The page of what there is: meerkat report {shlex.quote(str(out / SERVER))}")
-        raise
+    with writing(f"--out {out}"), await asyncio.to_thread((out / "server.log").open, "x") as log:
+        configure_logs(as_json=True, file=log)
+        try:
+            with Live(console, rounds=plan.rounds.count, nodes=len(plan.shards)) as live:
+                report = await _federate(plan, out, live)
+        except asyncio.CancelledError:
+            if (out / SERVER / LEDGER_FILE).exists():
+                say(console, f"The page of what there is: meerkat report {shlex.quote(str(out / SERVER))}")
+            raise
     print_summary(console, report)
     say(console, f"Report: {out / PAGE_FILE}")
     if differing := ", ".join(name for name, node in report.nodes.items() if node.digest != report.digest):

@@ -29,7 +29,7 @@ def gradip_card(report: Report) -> Markup:
 def _gradip_chart(report: Report) -> Iterable[Markup]:
     longest, stopped = _longest(report), set(report.early_stopped)
     drawn = sorted(report.magnitudes, key=lambda name: name not in stopped)[:LEGEND_CLASSES]
-    lines = [_gradip_line(report, name, charts.node_colour(index)) for index, name in enumerate(drawn)]
+    lines = [_gradip_line(report, name, charts.colour(index, "n")) for index, name in enumerate(drawn)]
     yield charts.line_chart(
         "GradIP over local steps",
         lines[::-1],  # the early-stopped ones above the others

@@ -5,7 +5,7 @@ Each `style` is a CSS class of `page.css`.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from meerkat_mq.observe.markup import Markup, join, tag
 
@@ -182,14 +182,9 @@ def legend(entries: Sequence[tuple[str, str]], left_out: int = 0) -> Markup:
     return tag("ul", *items, class_="legend")
 
 
-def colour(index: int) -> str:
-    """CSS class of the index-th class's colour."""
-    return f"c{index % COLOURS}"
-
-
-def node_colour(index: int) -> str:
-    """CSS class of the index-th node's colour: of another palette, for a node is no class."""
-    return f"n{index % COLOURS}"
+def colour(index: int, palette: Literal["c", "n"] = "c") -> str:
+    """CSS class of the index-th colour: of classes, or of nodes, which are no classes and have other colours."""
+    return f"{palette}{index % COLOURS}"
 
 
 def thinned(points: Sequence[Point]) -> Sequence[Point]:

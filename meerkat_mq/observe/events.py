@@ -1,5 +1,6 @@
 """What a server tells whoever watches a run."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -52,11 +53,11 @@ class Evaluated(Evaluation):
 
     Attributes:
         version: theta's version, so the number of rounds closed before.
-        seconds: since the run's first round opened; 0 before.
+        seconds: since the run's first round opened; 0 before; NaN: not known.
     """
 
     version: int
-    seconds: float
+    seconds: float = math.nan
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from meerkat_mq.errors import printable_lines
+from meerkat_mq.errors import printable, printable_lines
 
 WIDE_GAP, NARROW_GAP = 2, 1
 LONGEST_WORD = 20  # a longer one, such as a node's id, may be broken
@@ -42,16 +42,21 @@ class FittingTable(Generic[RowT]):
 
     Args:
         style: rich's style of a row.
+        most: rows that are shown; how many more there are stands below them.
         show_header: False where the heads stand above already.
     """
 
     def __init__(
         self, columns: Sequence[Column[RowT]], rows: Iterable[RowT], *, show_header: bool = True,
-        style: Callable[[RowT], str | None] = lambda row: None,
+        style: Callable[[RowT], str | None] = lambda row: None, most: int | None = None,
     ) -> None:  # fmt: skip
         self._columns = [column for column in columns if column.shown]
         self._show_header = show_header
-        self._rows = [([printable_lines(column.cell(row)) for column in self._columns], style(row)) for row in rows]
+        rows = list(rows)
+        self._left_out = 0 if most is None else max(0, len(rows) - most)
+        self._rows = [
+            ([printable_lines(column.cell(row)) for column in self._columns], style(row)) for row in rows[:most]
+        ]
         self._least = [max(column.least, self._narrowest(index)) for index, column in enumerate(self._columns)]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -60,7 +65,7 @@ class FittingTable(Generic[RowT]):
         for index in chosen:
             column = self._columns[index]
             table.add_column(
-                Text(column.head),
+                Text(printable(column.head)),
                 justify="left" if column.left or column.words else "right",
                 no_wrap=not column.words,
                 overflow="fold",
@@ -69,6 +74,8 @@ class FittingTable(Generic[RowT]):
         for cells, style in self._rows:
             table.add_row(*(Text(cells[index]) for index in chosen), style=style)
         yield table
+        if self._left_out:
+            yield Text(f"… and {self._left_out:,} more")
         left_out = [column.head for index, column in enumerate(self._columns) if index not in chosen]
         if left_out and self._show_header:
             yield Text(f"too narrow for: {', '.join(left_out)}", style="dim")

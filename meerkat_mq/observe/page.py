@@ -76,12 +76,12 @@ def _accuracy(report: Report, rounds: charts.Scale) -> Markup:
             lambda share: f"{100 * share:.6g} %",
             axis="rounds closed",
         ),
-        note="On rows that no node has seen." if rows is None else f"On {rows:,} rows that no node has seen.",
+        note=f"On {rows:,} rows that no node has seen." if rows else "On rows that no node has seen.",
     )
 
 
 def _references(report: Report) -> list[charts.Reference]:
-    before, majority = report.evaluations[0].accuracy, report.evaluations[-1].majority
+    before, majority = report.evaluations[0].accuracy, report.evaluations[-1].figures.get("majority")
     marks = [
         ("before", "before", before),
         *([("majority class", "majority", majority)] if majority is not None else []),
@@ -101,7 +101,7 @@ def _references(report: Report) -> list[charts.Reference]:
 def _loss(report: Report, rounds: charts.Scale) -> Markup:
     numbers, losses = [number for number, _ in report.losses], [loss for _, loss in report.losses]
     average = smoothed(losses, max(5, len(losses) / 15))
-    held_out = [(e.version, e.loss) for e in report.evaluations if e.loss is not None]
+    held_out = [(e.version, e.loss) for e in report.evaluations if "loss" in e.figures]
     lines = [
         charts.Line("a round", "raw", list(zip(numbers, losses, strict=True))),
         charts.Line("smoothed", "main", list(zip(numbers, average, strict=True))),

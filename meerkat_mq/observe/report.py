@@ -16,6 +16,7 @@ from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.core.files import write_atomically
 from meerkat_mq.errors import ConfigError
 from meerkat_mq.observe.charts import Point
+from meerkat_mq.observe.events import Evaluated
 from meerkat_mq.rounds.records import Judgement
 from meerkat_mq.wire.descriptor import RunDescriptor
 
@@ -34,23 +35,6 @@ class Standing(Enum):
     RUNNING = "running"
     INTERRUPTED = "interrupted"
     UNKNOWN = "not known to run"
-
-
-@dataclass(frozen=True)
-class HeldOutScore:
-    """theta of a version on held-out rows.
-
-    Attributes:
-        version: theta's, so the number of rounds closed before.
-        rows: how many.
-        majority: accuracy of always answering the most frequent class.
-    """
-
-    version: int
-    accuracy: float
-    loss: float | None = None
-    rows: int | None = None
-    majority: float | None = None
 
 
 @dataclass(frozen=True)
@@ -146,9 +130,7 @@ def facts_of(folder: Path, run: RunDescriptor) -> Facts:
     except FileNotFoundError:
         return Facts()
     except OSError as error:
-        raise ConfigError(
-            str(file), f"cannot be read ({error.strerror})", "let this user read it, or remove it"
-        ) from error
+        raise ConfigError(str(file), f"cannot be read ({error.strerror})", "make it readable, or remove it") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "JSON"
@@ -190,7 +172,7 @@ class Report(Facts):
         standing: how it stands.
         closed: number of rounds closed.
         losses: (round, mean loss over the nodes on their own batches).
-        evaluations: by version.
+        evaluations: those that have an accuracy, by version; of old ledgers with 0 rows: how many is not known.
         at: when the report was made, in UTC.
         digest: of the server's theta at the last round with a digest, hex.
         classes: names of the classes.
@@ -204,7 +186,7 @@ class Report(Facts):
     standing: Standing
     closed: int
     losses: Sequence[Point]
-    evaluations: Sequence[HeldOutScore]
+    evaluations: Sequence[Evaluated]
     nodes: Mapping[str, NodeReport]
     at: str
     digest: str = ""

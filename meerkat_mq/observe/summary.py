@@ -2,14 +2,12 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import NamedTuple, TypeVar
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from meerkat_mq.config import EarlyStoppingConfig
-from meerkat_mq.errors import printable
 from meerkat_mq.observe.figures import (
     DASH,
     MOST_NAMED,
@@ -21,6 +19,7 @@ from meerkat_mq.observe.figures import (
     points,
     small_percent,
 )
+from meerkat_mq.observe.fitting import Column, FittingTable
 from meerkat_mq.observe.report import NodeReport, Report
 from meerkat_mq.observe.tables import pairs
 
@@ -63,9 +62,9 @@ def _accuracy(report: Report) -> Iterator[Headline]:
         return
     before, after = report.evaluations[0], report.evaluations[-1]
     details = [f"{points(report.gained)}, from {percent(before.accuracy)}"]
-    if after.majority is not None:
-        rows = "" if after.rows is None else f" of {after.rows:,} rows"
-        details.append(f"majority class {percent(after.majority)}{rows}")
+    if "majority" in after.figures:
+        rows = f" of {after.rows:,} rows" if after.rows else ""
+        details.append(f"majority class {percent(after.figures['majority'])}{rows}")
     bound = [] if report.bound is None else [f"first-order training on the same mask reaches {percent(report.bound)}"]
     if report.gap_closed is None:
         yield Headline("Held-out accuracy", percent(after.accuracy), details + bound)
@@ -189,20 +188,12 @@ def print_summary(console: Console, report: Report) -> None:
     console.print(pairs(*((each.label.lower(), each.text) for each in said if each.value)))
     if report.nodes:
         console.print()
-        console.print(_node_table(report, console.width))
-
-
-def _node_table(report: Report, width: int) -> Table:
-    columns = node_columns(report, _rows_by_class(report, width))
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for head in columns:
-        words = head in ("node", "weights")
-        table.add_column(Text(printable(head)), justify="left" if words else "right", no_wrap=True)
-    for cells in list(zip(*columns.values(), strict=True))[:MOST_NODES]:
-        table.add_row(*(Text(printable(cell)) for cell in cells))
-    if len(report.nodes) > MOST_NODES:
-        table.add_row(f"… and {len(report.nodes) - MOST_NODES:,} more")
-    return table
+        columns = node_columns(report, _rows_by_class(report, console.width))
+        heads = [
+            Column[tuple[str, ...]](head, itemgetter(index), left=head in ("node", "weights"))
+            for index, head in enumerate(columns)
+        ]
+        console.print(FittingTable(heads, zip(*columns.values(), strict=True), most=MOST_NODES))
 
 
 def _rows_by_class(report: Report, width: int) -> dict[str, list[str]]:

@@ -61,9 +61,7 @@ def status_table(run: RunShown) -> RenderableType:
     warning = [Text(printable(run.warning), style="bold red")] if run.warning else []
     if not run.nodes:
         return Group(*warning, figures, Text("\nno node was seen yet"))
-    more = [Text(f"… and {len(run.nodes) - MOST_SHOWN:,} more")] if len(run.nodes) > MOST_SHOWN else []
-    table = _node_table(run.nodes[:MOST_SHOWN], DASH if run.finished else "many")
-    return Group(*warning, figures, Text(), table, *more, *_counted(run))
+    return Group(*warning, figures, Text(), _node_table(run.nodes, DASH if run.finished else "many"), *_counted(run))
 
 
 def _counted(run: RunShown) -> Iterable[RenderableType]:
@@ -117,7 +115,7 @@ def _node_table(nodes: Sequence[NodeShown], long_ago: str) -> FittingTable[NodeS
         Column("GradIP", lambda node: _number(node.gradip), drop=2, shown=measured),
         Column("virtual path", _judgement, words=True, shown=judged),
     ]
-    return FittingTable(columns, nodes, style=lambda node: "bold red" if node.flagged else None)
+    return FittingTable(columns, nodes, style=lambda node: "bold red" if node.flagged else None, most=MOST_SHOWN)
 
 
 def _verdict(node: NodeShown) -> str:

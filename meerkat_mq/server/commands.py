@@ -13,6 +13,7 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from meerkat_mq.core.files import writing
 from meerkat_mq.errors import ConfigError
 from meerkat_mq.extras import need
 from meerkat_mq.ledger.folder import mask_of, verify_folder
@@ -199,12 +200,8 @@ def report(
     target = state_dir / PAGE_FILE if out is None else out
     with _progress("reading the ledger") as progress:
         made = read_report(state_dir, progress)
-    try:
+    with writing(str(target), "name another file with --out"):
         write_report(target, made)
-    except OSError as error:
-        raise ConfigError(
-            str(target), f"cannot be written ({error.strerror})", "name another file with --out"
-        ) from error
     console = Console()
     if made.warning:
         say(console, f"warning: {made.warning}")

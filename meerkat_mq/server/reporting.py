@@ -18,8 +18,9 @@ from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.ledger.store import Closed, NodeRow, Term
 from meerkat_mq.ledger.verify import run_of
 from meerkat_mq.observe.charts import Point
+from meerkat_mq.observe.events import Evaluated
 from meerkat_mq.observe.figures import Magnitudes
-from meerkat_mq.observe.report import HeldOutScore, NodeFacts, NodeReport, Report, Standing, facts_of
+from meerkat_mq.observe.report import NodeFacts, NodeReport, Report, Standing, facts_of
 from meerkat_mq.rounds.guards import NOT_REFUSED
 from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.rounds.records import UpdateRecord
@@ -137,20 +138,15 @@ class _History:
         return sum(spans) if spans else None
 
 
-def _evaluations(metrics: Mapping[int, Mapping[str, float]], rising: RisingLoss) -> list[HeldOutScore]:
-    found = []
+def _evaluations(metrics: Mapping[int, Mapping[str, float]], rising: RisingLoss) -> list[Evaluated]:
     for version, figures in sorted(metrics.items()):
         if "loss" in figures:
             rising.evaluated(version, figures["loss"])
-        if "accuracy" in figures:
-            rows = figures.get("rows")
-            found.append(
-                HeldOutScore(
-                    version, figures["accuracy"], figures.get("loss"), None if rows is None else int(rows),
-                    figures.get("majority"),
-                )
-            )  # fmt: skip
-    return found
+    return [
+        Evaluated(version=version, rows=int(figures.get("rows", 0)), figures=figures)
+        for version, figures in sorted(metrics.items())
+        if "accuracy" in figures
+    ]
 
 
 def _node(row: NodeRow, history: _History, facts: NodeFacts) -> NodeReport:

@@ -7,7 +7,7 @@ from typing import Any
 
 from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.observe.events import Evaluated, RoundClosed
-from meerkat_mq.observe.report import HeldOutScore, NodeReport, Report, Standing
+from meerkat_mq.observe.report import NodeReport, Report, Standing
 from meerkat_mq.rounds.records import Judgement
 from meerkat_mq.tasks.classification import Classification
 from meerkat_mq.wire.descriptor import RunDescriptor
@@ -85,12 +85,12 @@ def calibrated(stopped: str, *others: str) -> dict[str, Any]:
 
 
 def evaluated(version: int, accuracy: float) -> Evaluated:
-    figures = {"accuracy": accuracy, "loss": 2 * (1 - accuracy), "majority": 0.31}
-    return Evaluated(rows=1000, figures=figures, version=version, seconds=0.37 * version)
+    return replace(an_evaluation(version, accuracy), seconds=0.37 * version)
 
 
-def an_evaluation(version: int, accuracy: float, *, majority: float | None = 0.31) -> HeldOutScore:
-    return HeldOutScore(version, accuracy, 2 * (1 - accuracy), 1000, majority)
+def an_evaluation(version: int, accuracy: float, *, majority: float | None = 0.31) -> Evaluated:
+    figures = {"accuracy": accuracy, "loss": 2 * (1 - accuracy)} | ({} if majority is None else {"majority": majority})
+    return Evaluated(version=version, rows=1000, figures=figures)
 
 
 def a_node(**changes: Any) -> NodeReport:

@@ -43,8 +43,8 @@ def test_a_run_between_two_rounds(tmp_path: Path) -> None:
     assert (report.closed, report.descriptor.count, report.standing) == (3, 6, Standing.UNKNOWN)
     assert [number for number, _ in report.losses] == [0, 1, 2]
     assert report.losses[2][1] == pytest.approx(sum(writer.records(2)[slot].loss for slot in (0, 2)) / 2)
-    assert [(e.version, e.accuracy, e.majority, e.rows) for e in report.evaluations] == [
-        (0, 0.5, None, None),
+    assert [(e.version, e.accuracy, e.figures.get("majority"), e.rows) for e in report.evaluations] == [
+        (0, 0.5, None, 0),
         (2, 0.75, 0.25, 40),
     ]
     assert report.gained == 0.25
