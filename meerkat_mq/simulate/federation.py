@@ -11,7 +11,7 @@ from meerkat_mq.core.path import Entry
 from meerkat_mq.errors import MeerkatError
 from meerkat_mq.simulate.history import History
 from meerkat_mq.simulate.node import SimulatedNode, SimulatedProfile
-from meerkat_mq.simulate.reached import CRASHED, OVERDUE, WITHOUT, Reached, for_good
+from meerkat_mq.simulate.reached import CRASHED, EARLIER, OVERDUE, WITHOUT, Reached, for_good
 from meerkat_mq.simulate.schedule import Schedule, ScheduledFault, mask
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState, decode_control
 from meerkat_mq.wire.limits import largest_frame
@@ -82,6 +82,7 @@ class Federation:
             reluctant=schedule.reluctant and number == 0,
             codec=CODECS[number % len(CODECS)] if number < schedule.values else None,
             every_s=schedule.every_s if number < schedule.sleepers else 0.0,
+            release=schedule.earlier if number == 0 else "",
         )
         return SimulatedNode(f"n{number}", self.world, profile, chance, schedule.packet_bytes)
 
@@ -268,5 +269,6 @@ class Federation:
         self.reached.saw_ledger(history)
         self.reached[OVERDUE] += sum(closed.overdue for closed in self.ledger.entries.values())
         self.reached[WITHOUT] += bool(history.finished and self.lost)
+        self.reached[EARLIER] += bool(self.schedule.earlier and history.took("n0"))
         history.reached = self.reached
         return history

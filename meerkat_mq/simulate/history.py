@@ -105,6 +105,10 @@ class History:
             due = status.version - status.version % self.settings.digest_every
             self.claims.append((time, node, due, bytes.fromhex(status.digest)))
 
+    def took(self, node: str) -> bool:
+        """Whether the final ledger holds an update of a node."""
+        return any(record.node == node for records in (*self.records, self.open_updates) for record in records)
+
     def undone(self, time: float, version: int) -> bool:
         """Whether a restore from a backup undid what was said of entry `version` at that time."""
         return any(time <= restored and version >= first for restored, first in self.backups)

@@ -5,7 +5,7 @@ import random
 import struct
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -19,7 +19,9 @@ from meerkat_mq.core.values import Residual
 from meerkat_mq.node.state import decode_update, encode_update
 from meerkat_mq.rounds.events import StartSteps
 from meerkat_mq.runtime.model import KeptUpdate, Model, NodeProfile, StepResult, Stop
-from meerkat_mq.simulate.reached import NOT_KEPT
+from meerkat_mq.runtime.node import NodeDriver
+from meerkat_mq.simulate.reached import NOT_KEPT, UP_TO_DATE
+from meerkat_mq.simulate.release import EarlierDriver
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.messages import Offer, Values
 from meerkat_mq.wire.values import encode_values
@@ -33,6 +35,7 @@ AWAKE_S = 3.0  # a duty-cycled node stays no longer, unless it is in the middle 
 LOOK_S = 1.0  # between two looks at whether it may sleep
 UNWILLING = 0.3  # share of a reluctant node's steps that its limits forbid
 UNWILLING_S = 5.0  # for which they hardly ever do
+BROUGHT_UP_TO_DATE = 0.3  # share of the later starts of a node of an earlier release that bring it up to date
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,7 @@ class SimulatedProfile:
         reluctant: whether its limits forbid some steps.
         codec: of a values node's displacements; None of a path node.
         every_s: seconds that it sleeps; 0: it is always awake.
+        release: of an earlier one, its commit; it is brought up to date at some start; "": today's.
     """
 
     latency_s: float
@@ -57,6 +61,7 @@ class SimulatedProfile:
     reluctant: bool = False
     codec: Codec | None = None
     every_s: float = 0.0
+    release: str = ""
 
 
 class SimulatedStore(MemoryNodeStore):
@@ -137,10 +142,17 @@ class SimulatedNode(NodeProcess):
         self.end_count()
         self._model = None
         self.is_right()
+        self.make_driver = self._driver_of_release()
         if not self.profile.keeps:
             self.disk.forget_update()
         super().start()
         self._stay_awake()
+
+    def _driver_of_release(self) -> Callable[..., NodeDriver]:
+        if self.profile.release and self.boot and self._chance.random() < BROUGHT_UP_TO_DATE:
+            self.profile = replace(self.profile, release="")
+            self._world.count(self.name, UP_TO_DATE)
+        return partial(EarlierDriver, self.profile.release) if self.profile.release else NodeDriver
 
     def kill(self, *, will_s: float | None = None) -> None:
         """End: the broker publishes the will, after the keep-alive if need be."""

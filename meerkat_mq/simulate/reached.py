@@ -39,6 +39,8 @@ ASLEEP = "a node went to sleep"
 OVERDUE = "a round closed at its deadline"
 NOT_KEPT = "a node's full disk took no update"
 WITHOUT = "the run finished without a node"
+EARLIER = "a node of an earlier release took part"
+UP_TO_DATE = "a node of an earlier release was brought up to date"
 
 _FRAMES: dict[type[Frame], str] = {
     Round: "a round was published",
@@ -57,7 +59,7 @@ _WANTS = {
 
 REACHED = (
     *_METRICS, *_FRAMES.values(), *_WANTS.values(), TWICE, FENCED, ANOTHER, DAMAGED, CRASHED, STALE, PARTIAL, DISPLACED,
-    STOPPED, WAITING, WILL, ASLEEP, OVERDUE, NOT_KEPT,
+    STOPPED, WAITING, WILL, ASLEEP, OVERDUE, NOT_KEPT, EARLIER, UP_TO_DATE,
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from meerkat_mq.worlds.quiet import quiet
 
 LAST_WORDS_S = 1.0
 NO_FAILURE = "no process fails"
+TAKES_PART = "a node of an earlier release takes part"
 # From the last fault on, everybody is found again within: a keep-alive, a back-off, a supervisor's pause, a question to
 # the server before, a pause between terms, one of a full disk's, and the silences of a blob that does not come.
 FOUND_S = KEEP_ALIVE_S + BACK_OFF_S[-1] + RESTART_S + ANSWER_S + TERM_PAUSE_S + LONGEST_PAUSE_S + 15 * PATIENCE_S
@@ -74,4 +75,6 @@ def judge(schedule: Schedule) -> tuple[History, list[Violation]]:
     history = federation.close()
     fine = {AnotherServer, LedgerError} if "damaged ledger" in schedule.kinds else {AnotherServer}
     ended = [Violation(NO_FAILURE, who, str(error)) for who, error in federation.errors if type(error) not in fine]
+    if schedule.earlier and "n0" not in schedule.lost and not history.took("n0"):
+        ended.append(Violation(TAKES_PART, "node n0", f"of {schedule.earlier} has no update in the ledger"))
     return history, ended + [violation for found in check(history).values() for violation in found]

@@ -12,8 +12,10 @@ from meerkat_mq.config import EarlyStoppingConfig, ServerValuesConfig
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.rounds.policy import RoundSettings, needed, share
+from meerkat_mq.simulate.release import LATER_KEYS
 
 SERVER, ALL = "server", "all"
+MAX_STEP = 1.0  # longer than any step of a node that is not hostile
 WEIGHTS = 8
 # Thresholds that about half of the made-up paths pass, so that there is something to get wrong.
 THRESHOLDS = EarlyStoppingConfig(initial=0.5, later=0.5, rho_later=1.0, rho_quiet=0.25, quiet=0.7, random_share=0.4)
@@ -71,6 +73,7 @@ class Schedule:
         fickle: whether a restarted node answers a round with other values than before.
         leftovers: whether the broker still holds what an earlier run retained.
         packet_bytes: of the largest MQTT packet that the broker takes.
+        earlier: release of the first node; "": today's.
         kinds: of faults that may strike; each seed draws its own.
     """
 
@@ -90,6 +93,7 @@ class Schedule:
     fickle: bool
     leftovers: bool
     packet_bytes: int
+    earlier: str
     kinds: tuple[str, ...]
     faults: tuple[ScheduledFault, ...]
 
@@ -187,7 +191,10 @@ def make_schedule(seed: int, names: Collection[str] = (), *, liveness: bool = Fa
     faults = [_fault(draw, spared, length_s, kinds) for _ in range(draw.randint(0, 12))]
     if liveness:
         faults += _for_good(draw, spared, [(f"n{number}", draw.choice(losses)) for number in lost], length_s)
-    return replace(calm, faults=tuple(faults))
+    earlier = draw.choice(("", "", "", *LATER_KEYS))
+    if draw.random() < 0.5 and "max_step" not in LATER_KEYS.get(earlier, ()):
+        rules = rules.model_copy(update={"max_step": MAX_STEP})
+    return replace(calm, settings=rules, earlier=earlier, faults=tuple(faults))
 
 
 def _undisturbed(draw: random.Random, seed: int, nodes: int, live: int, kinds: tuple[str, ...]) -> Schedule:
@@ -211,6 +218,7 @@ def _undisturbed(draw: random.Random, seed: int, nodes: int, live: int, kinds: t
         fickle=draw.random() < 0.7,
         leftovers=draw.random() < 0.2,
         packet_bytes=draw.choice((SMALL_PACKET, 2**28, 2**28)),
+        earlier="",
         kinds=kinds,
         faults=(),
     )

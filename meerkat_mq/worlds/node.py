@@ -63,6 +63,7 @@ class NodeProcess(VirtualProcess):
 
     Attributes:
         boot: of the present life.
+        make_driver: makes the driver of a life.
         driver: of the present life.
         model: of the present life; None until it has joined a run.
         client: its session.
@@ -81,6 +82,7 @@ class NodeProcess(VirtualProcess):
     ) -> None:
         super().__init__(profile.name, world.clock, world.failed)
         self.boot = 0
+        self.make_driver: Callable[..., NodeDriver] = NodeDriver
         self.driver: NodeDriver | None = None
         self.model: Model | None = None
         self.store = store
@@ -110,7 +112,7 @@ class NodeProcess(VirtualProcess):
         self.boot += 1
         self.model = None
         self.client = self._session()
-        self.driver = NodeDriver(
+        self.driver = self.make_driver(
             self._profile,
             self.boot,
             transport=self.client,
