@@ -303,9 +303,8 @@ def rebuilt_path(
         raise RunMismatch(f"round {version}", f"did not close; {ledger.version} rounds have", "name an earlier one")
     record = next((record for _, record in ledger.updates(version, version + 1, node)), None)
     if record is None:
-        raise RunMismatch(
-            f"node {node}", f"gave nothing from theta of version {version}", _where(ledger, version, node)
-        )
+        problem = f"gave nothing from theta of version {version}"
+        raise RunMismatch(f"node {node}", problem, _where(ledger, version, node))
     if record.values is not None:
         problem = f"gave a displacement from theta of version {version}: how it came to that cannot be rebuilt"
         raise RunMismatch(f"node {node}", problem, "name a node that sends projected gradients")
@@ -313,9 +312,7 @@ def rebuilt_path(
     seeds, perturbations = seeds_of(run.run_id, version, lane, len(record.scalars)), run.perturbations
     products = ledger.products(version, settings_of(run, ledger.rules))
     measured = gradip_of(ledger, record, products) if products else (None,) * len(seeds)
-    walk = virtual_path(
-        theta, record.scalars, seeds, perturbations=perturbations, stream=run.stream, lr=run.lr
-    )  # fmt: skip
+    walk = virtual_path(theta, record.scalars, seeds, perturbations=perturbations, stream=run.stream, lr=run.lr)
     for step, walker in enumerate(walk):
         away = distance(walker, theta)
         for index in range(step * perturbations, (step + 1) * perturbations):

@@ -27,10 +27,8 @@ def recovered(ledger: Store, run: Run, snapshots: Snapshots, replica: Replica | 
     Raises:
         LedgerError: an entry does not extend the one before it, or does not lead to its digest.
     """
-    descriptor = run.descriptor
-    replica = replica or Replica(
-        run.mask, run_id=descriptor.run_id, stream=descriptor.stream, digest_every=descriptor.digest_every
-    )  # fmt: skip
+    of = run.descriptor
+    replica = replica or Replica(run.mask, run_id=of.run_id, stream=of.stream, digest_every=of.digest_every)
     snapshot = snapshots.newest()
     if snapshot is not None:
         replica.load(snapshot.theta, snapshot.version)

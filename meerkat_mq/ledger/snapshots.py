@@ -116,17 +116,11 @@ class Snapshots:
         kept = next(iter(self._ledger.snapshots()), None)
         if kept is None or kept.version <= first or not self._ledger.has_whole(kept):
             return None
-        if at_any_cost:
-            return Offer(header, kept.version, kept.hash, kept.size)
-        missed, after = self._stretch(first), self._stretch(kept.version)
+        missed, after, run = self._stretch(first), self._stretch(kept.version), self._run
         cheaper = snapshot_is_cheaper(
-            missed,
-            after,
-            weights=self._run.weights,
-            snapshot_bytes=kept.size,
-            digest_every=self._run.digest_every,
+            missed, after, weights=run.weights, snapshot_bytes=kept.size, digest_every=run.digest_every
         )
-        return Offer(header, kept.version, kept.hash, kept.size) if cheaper else None
+        return Offer(header, kept.version, kept.hash, kept.size) if cheaper or at_any_cost else None
 
     def _stretch(self, first: int) -> Stretch:
         """The entries from `first` on; where they are many, as large as the newest are in the mean."""
