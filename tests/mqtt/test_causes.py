@@ -156,6 +156,7 @@ async def test_an_acl_that_denies_our_own_topic_is_said_with_the_certificate(
         assert line["topic"] == STATUS
 
 
+@pytest.mark.not_on(rabbitmq="it refuses a user that it does not know, before any message")
 async def test_a_user_name_of_another_is_named(proxy: Proxy) -> None:
     proxy.alter = lambda packet: proxy.reset() if packet.up and packet.kind == PUBLISH else packet.data
     config = proxy.config.model_copy(update={"username": "b", "password": "x"})
