@@ -4,11 +4,11 @@ import time
 
 import structlog
 
-from meerkat_mq.core.path import NO_DIGEST, digest
+from meerkat_mq.core.path import NO_DIGEST, Entry, digest
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.errors import LedgerError
 from meerkat_mq.ledger.run import Run
-from meerkat_mq.ledger.snapshots import Snapshots
+from meerkat_mq.ledger.snapshots import DAMAGED, Snapshots
 from meerkat_mq.ledger.store import Store
 from meerkat_mq.rounds.policy import ROUND_ENTRY_BYTES
 from meerkat_mq.rounds.server import ServerMachine
@@ -64,7 +64,7 @@ def resumed(ledger: Store, run: Run, *, term: int, server_id: str) -> ServerMach
     """A machine that goes on where the ledger stands, the committed updates that no entry holds yet included."""
     version = ledger.version
     bases = _bases(ledger, run, version)
-    entries = ledger.entries(max(0, version - NEWEST), NEWEST)
+    entries = _unbroken(ledger, run, max(0, version - NEWEST))
     return ServerMachine(
         run.settings,
         term=term,
@@ -82,12 +82,27 @@ def resumed(ledger: Store, run: Run, *, term: int, server_id: str) -> ServerMach
     )
 
 
+def _unbroken(ledger: Store, run: Run, first: int) -> tuple[Entry, ...]:
+    """The entries from a version on; where an older one was damaged since a snapshot took it in, those after it."""
+    entries = ledger.entries(first, ledger.version - first)
+    for number in range(len(entries) - 1, 0, -1):
+        if entries[number].previous != entries[number - 1].hash(run.descriptor.run_id):
+            structlog.get_logger().warning(DAMAGED, file=ledger.where, entry=entries[number - 1].version)
+            return entries[number:]
+    return entries
+
+
 def _bases(ledger: Store, run: Run, version: int) -> dict[int, bytes]:
-    """By version that an update's theta may be of, the newest due digest at or before it."""
+    """By version that an update's theta may be of, the newest due digest at or before it, as far as that is known.
+
+    Raises:
+        LedgerError: that of the newest version is not known, since the entry that says it was damaged.
+    """
     versions = range(max(0, version - run.descriptor.max_staleness), version + 1)
     due = {found: found - found % run.descriptor.digest_every for found in versions}
-    first = max(0, min(due.values()) - 1)
-    digests = {entry.version + 1: entry.digest for entry in ledger.entries(first, version - first)}
+    digests = {entry.version + 1: entry.digest for entry in _unbroken(ledger, run, max(0, min(due.values()) - 1))}
     digests[0] = digest(run.mask.theta_0)
-    assert all(digests[at] != NO_DIGEST for at in due.values())
-    return {found: digests[at] for found, at in due.items()}
+    if due[version] not in digests:
+        raise LedgerError(ledger.where, f"entry {due[version] - 1} is damaged", "restore the ledger from a backup")
+    assert all(digests.get(at) != NO_DIGEST for at in due.values())
+    return {found: digests[at] for found, at in due.items() if at in digests}

@@ -168,12 +168,11 @@ def _damage_snapshots(federation: Federation, fault: ScheduledFault) -> None:
 
 
 def _damage_ledger(federation: Federation, fault: ScheduledFault) -> None:
-    """A bit flips in an entry that no snapshot has taken in yet, and a server starts on it.
+    """A bit flips in an entry, and a server starts on it.
 
-    Of those before a snapshot, nodes notice it, each by the entry after it, and `meerkat verify` does.
+    It ends in words, or, where a snapshot has taken the entry in, gives it to nobody.
     """
-    ledger = federation.ledger
-    versions = [version for version in ledger.entries if version >= max(ledger.snapshots, default=0)]
+    versions = list(federation.ledger.entries)
     if versions:
         federation.stop_servers()
         federation.flip(versions[int(fault.detail * len(versions))])

@@ -11,6 +11,7 @@ from structlog.testing import capture_logs
 from meerkat_mq.config import ServerConfig
 from meerkat_mq.core.path import Coefficient, Displacement, Entry
 from meerkat_mq.ledger import sqlite
+from meerkat_mq.ledger.recovery import resumed
 from meerkat_mq.ledger.run import Run
 from meerkat_mq.ledger.snapshots import DAMAGED
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
@@ -45,7 +46,7 @@ def fill(ledger: Ledger, sizes: list[int]) -> list[Entry]:
     assert ledger.run is not None
     run_id, entries, previous = ledger.run.run_id, list[Entry](), ledger.run.mask_hash
     for version, terms in enumerate(sizes):
-        entries.append(Entry(version, (Coefficient(0, 0, 0.5),) * terms, previous, bytes(16)))
+        entries.append(Entry(version, (Coefficient(0, 0, 0.5),) * terms, previous, b"d" * 16))
         previous = entries[-1].hash(run_id)
     with ledger.group():
         for made in entries:
@@ -143,6 +144,19 @@ def test_a_damaged_entry_is_not_given_to_a_node_and_said_once_in_words(
     ((_, offer),) = it.replies
     assert isinstance(offer, Offer)
     assert offer.version == 7
+
+
+@pytest.mark.parametrize(("at", "newer"), [(-1, 5), (-20, 4)])  # its digest; what it says of the one before it
+def test_a_server_that_starts_on_an_old_entry_that_is_damaged_does_not_put_it_into_a_round(
+    ledger: Ledger, run: Run, at: int, newer: int
+) -> None:
+    entries = tuple(fill(ledger, [SHORT] * 9))
+    damage(ledger, 4, at)
+    with capture_logs() as lines:
+        machine = resumed(ledger, run, term=2, server_id="0" * 16)
+    (announced,) = [effect.frame for effect in machine.start(0.0) if isinstance(effect, e.PublishRound)]
+    assert announced.entries == entries[newer:]
+    assert DAMAGED in [line["event"] for line in lines]
 
 
 def test_a_displacement_that_is_damaged_is_not_given_to_a_node(ledger: Ledger, run: Run) -> None:
