@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from meerkat_mq.config import EarlyStoppingConfig, RoundsConfig, check_config
 from meerkat_mq.core.step import Row
@@ -126,10 +126,21 @@ def _plan(
     held_out: Sequence[Row],
     calibration: Callable[[], list[str]],
 ) -> DemoPlan:
-    own = settings is DEMO
-    early_stopping = settings.early_stopping.model_copy(update={"by": choices.early_stopping})
+    own, early_stopping = settings is DEMO, settings.early_stopping.model_copy(update={"by": choices.early_stopping})
+    chosen: dict[str, Any] = {"lr": choices.lr, "density": choices.density, "directions": choices.directions}
+    settings = replace(settings, **{key: value for key, value in chosen.items() if value is not None})
     parts = shards(train, choices.nodes, task.class_of, choices.seed)
-    rounds = _rounds(choices, settings, early_stopping)
+    table = {
+        "count": _count(settings.rounds, choices, early_stopping),
+        "directions": min(settings.directions, choices.nodes),
+        "lr": settings.lr,
+        "eps": settings.eps,
+        "batch_size": settings.batch,
+        "local_steps": choices.local_steps,
+        "min_nodes": choices.nodes,
+        "min_updates": min(3, choices.nodes),
+    }
+    rounds = check_config(table, RoundsConfig, where="command line")
     return DemoPlan(
         source=source,
         name="meerkat-demo (Llama architecture)" if own else source,
@@ -141,33 +152,19 @@ def _plan(
         early_stopping=early_stopping,
         dtype=choices.dtype,
         calibration=calibration,
-        settings=settings if choices.density is None else replace(settings, density=choices.density),
+        settings=settings,
         bound=own if choices.bound is None else choices.bound,
         seed=choices.seed,
     )
 
 
-def _rounds(choices: Choices, settings: DemoSettings, early_stopping: EarlyStoppingConfig) -> RoundsConfig:
-    chosen = {"count": choices.rounds, "directions": choices.directions, "lr": choices.lr}
-    table = {
-        "count": _count(settings.rounds, choices.local_steps, early_stopping),
-        "directions": min(settings.directions, choices.nodes),
-        "lr": settings.lr,
-        "eps": settings.eps,
-        "batch_size": settings.batch,
-        "local_steps": choices.local_steps,
-        "min_nodes": choices.nodes,
-        "min_updates": min(3, choices.nodes),
-    }
-    table |= {key: value for key, value in chosen.items() if value is not None}
-    return check_config(table, RoundsConfig, where="command line")
-
-
-def _count(steps: int, local_steps: int, config: EarlyStoppingConfig) -> int:
+def _count(steps: int, choices: Choices, config: EarlyStoppingConfig) -> int:
     """Rounds in which a node does about so many local steps, at least half of them after a calibration."""
-    if config.by == "off" or local_steps <= config.steps:
-        return max(1, steps // max(1, local_steps))
-    return 1 + max(1, max(steps // 2, steps - config.calibration_steps) // local_steps)
+    if choices.rounds is not None:
+        return choices.rounds
+    if config.by == "off" or choices.local_steps <= config.steps:
+        return max(1, steps // max(1, choices.local_steps))
+    return 1 + max(1, max(steps // 2, steps - config.calibration_steps) // choices.local_steps)
 
 
 def shards(rows: Sequence[Row], nodes: int, class_of: ClassOf, seed: int) -> list[list[Row]]:

@@ -51,6 +51,7 @@ class State:
     Attributes:
         first: the first one that came.
         patience_s: the time that what it ends has, from then on.
+        handler: what is called when the first one comes; None: the process ends.
     """
 
     first: int | None = None
@@ -101,11 +102,6 @@ def handled(action: Callable[[int], None]) -> Iterator[None]:
         State.handler = outer
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def hear(number: int) -> None:
-    """Do what is done when a signal comes."""
-    (State.handler or leave)(number)
 
 
 def interrupt(number: int) -> NoReturn:

@@ -104,7 +104,7 @@ class Answers(_Stream):
             except OSError as error:
                 self._over = True
                 if isinstance(error, BrokenPipeError):
-                    signals.hear(signal.SIGPIPE)
+                    (signals.State.handler or signals.leave)(signal.SIGPIPE)
                     break
                 problem, remedy = f"cannot be written ({error.strerror})", "free space there, or send it elsewhere"
                 raise ConfigError("standard output", problem, remedy) from error
