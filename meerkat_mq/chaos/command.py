@@ -19,6 +19,7 @@ from meerkat_mq.errors import DrillFailed
 from meerkat_mq.observe.logs import configure_logs
 from meerkat_mq.observe.process import run_task, say_error
 from meerkat_mq.observe.signals import Interrupted
+from meerkat_mq.observe.tables import say
 
 LOG_FILE = "drill.log"
 VERDICT_FILE = "verdict.json"
@@ -52,7 +53,7 @@ async def _command(plan: Plan, out: Path, as_json: bool) -> None:
     console = Console(stderr=as_json)
     verdict = await run_drill(plan, out, console)
     print_verdict(console, verdict)
-    console.print(f"Report: {out / REPORT_FILE}", markup=False, highlight=False, soft_wrap=True)
+    say(console, f"Report: {out / REPORT_FILE}")
     if as_json:
         sys.stdout.write(verdict.to_json() + "\n")
     if not verdict.holds:

@@ -2,19 +2,33 @@
 
 from meerkat_mq.chaos.plan import LINK
 from meerkat_mq.chaos.stage import BROKER, SERVER
-from meerkat_mq.chaos.verdict import DrillResult, check_shown, held_shown, seconds_shown, summary_line
+from meerkat_mq.chaos.verdict import (
+    CHECK_HEADS,
+    FAULT_HEADS,
+    DrillResult,
+    check_cells,
+    fault_cells,
+    seconds_shown,
+    summary_line,
+)
 from meerkat_mq.observe import charts
 from meerkat_mq.observe.markup import Markup, document, section, table, tag
 
 MOST_VIOLATIONS = 200
+_RECOVERY = "Recovery: from healing to the next committed round."
 
 
 def render(verdict: DrillResult) -> str:
     """The page as HTML."""
     return document(
-        f"{verdict.plan} · Meerkat-MQ drill", _header(verdict), _progress(verdict), _faults(verdict), _checks(verdict),
-        _violations(verdict), _strikes(verdict),
-    )  # fmt: skip
+        f"{verdict.plan} · Meerkat-MQ drill",
+        _header(verdict),
+        _progress(verdict),
+        section("Faults", table(FAULT_HEADS, fault_cells(verdict)), style="card words", note=_RECOVERY),
+        section("What must hold", table(CHECK_HEADS, check_cells(verdict)), style="card words"),
+        _violations(verdict),
+        _strikes(verdict),
+    )
 
 
 def _header(verdict: DrillResult) -> Markup:
@@ -53,23 +67,6 @@ def _place(target: str) -> str:
     process = target.removeprefix(LINK)
     place = process if process in (BROKER, SERVER) else "node"
     return place if process == target else f"link of the {place}"
-
-
-def _faults(verdict: DrillResult) -> Markup:
-    rows = (
-        [row.fault, f"{row.times:,}", seconds_shown(row.median_s), seconds_shown(row.longest_s),
-         held_shown(verdict, row), ", ".join(row.targets)]
-        for row in verdict.faults
-    )  # fmt: skip
-    heads = ["fault", "times", "recovery median", "longest", "what held", "on"]
-    return section(
-        "Faults", table(heads, rows), style="card words", note="Recovery: from healing to the next committed round."
-    )
-
-
-def _checks(verdict: DrillResult) -> Markup:
-    rows = ([name, check_shown(found)] for name, found in verdict.checks.items())
-    return section("What must hold", table(["checker", "verdict"], rows), style="card words")
 
 
 def _violations(verdict: DrillResult) -> Markup:

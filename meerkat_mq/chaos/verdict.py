@@ -1,7 +1,7 @@
 """What a drill found: which faults struck, how long recovery took, what held."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 
@@ -9,12 +9,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from meerkat_mq.errors import printable
 from meerkat_mq.observe.figures import DASH, duration
+from meerkat_mq.observe.tables import say
 from meerkat_mq.simulate.checkers import Violation
 from meerkat_mq.simulate.history import Injected
 
 MOST_VIOLATIONS = 20
+FAULT_HEADS = ("fault", "times", "recovery median", "longest", "what held", "on")
+CHECK_HEADS = ("checker", "verdict")
 
 
 @dataclass(frozen=True)
@@ -126,24 +128,32 @@ def seconds_shown(seconds: float | None) -> str:
     return DASH if seconds is None else f"{seconds:.2f} s"
 
 
-def held_shown(verdict: DrillResult, row: FaultRow) -> str:
-    """What held of one fault; where a checker fails, nobody can say by which fault."""
-    missing = row.times - row.recovered
-    if row.problems:
-        return "✗ " + "; ".join(row.problems)
-    if missing:
-        return f"✗ no round after {missing} of them"
-    return f"✓ all {len(verdict.checks)} checkers" if verdict.holds else "✓ recovered"
-
-
-def check_shown(found: Sequence[Violation]) -> str:
-    """What a checker found."""
-    return f"✗ {violations_shown(len(found))}" if found else "✓ holds"
-
-
 def violations_shown(count: int) -> str:
     """A number of violations."""
     return f"{count:,} violation{'' if count == 1 else 's'}"
+
+
+def fault_cells(verdict: DrillResult) -> list[list[str]]:
+    """A line a fault, for the columns of FAULT_HEADS; where a checker fails, nobody can say by which fault."""
+    held = f"✓ all {len(verdict.checks)} checkers" if verdict.holds else "✓ recovered"
+    return [
+        [row.fault, f"{row.times:,}", seconds_shown(row.median_s), seconds_shown(row.longest_s),
+         _failed(row) or held, ", ".join(row.targets)]
+        for row in verdict.faults
+    ]  # fmt: skip
+
+
+def _failed(row: FaultRow) -> str:
+    missing = row.times - row.recovered
+    found = "; ".join(row.problems) or (f"no round after {missing} of them" if missing else "")
+    return f"✗ {found}" if found else ""
+
+
+def check_cells(verdict: DrillResult) -> list[list[str]]:
+    """A line a checker: its name, and what it found."""
+    return [
+        [name, f"✗ {violations_shown(len(found))}" if found else "✓ holds"] for name, found in verdict.checks.items()
+    ]
 
 
 def summary_line(verdict: DrillResult) -> str:
@@ -157,36 +167,19 @@ def summary_line(verdict: DrillResult) -> str:
 
 def print_verdict(console: Console, verdict: DrillResult) -> None:
     """The verdict as tables."""
-    table = _table("fault", "times", "recovery median", "longest", "what held")
-    for row in verdict.faults:
-        table.add_row(
-            row.fault,
-            str(row.times),
-            seconds_shown(row.median_s),
-            seconds_shown(row.longest_s),
-            Text(held_shown(verdict, row)),
-        )
-    checks = _table("checker", "verdict")
-    for name, found in verdict.checks.items():
-        checks.add_row(name, Text(check_shown(found)))
-    for part in (table, checks):
-        console.print()
-        console.print(part)
-    console.print()
-    for line in _lines(verdict.violations):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print(summary_line(verdict), markup=False, highlight=False, soft_wrap=True)
+    found = verdict.violations
+    console.print("", _table(FAULT_HEADS[:-1], fault_cells(verdict)), "", _table(CHECK_HEADS, check_cells(verdict)), "")
+    for violation in found[:MOST_VIOLATIONS]:
+        say(console, f"✗ {violation.checker}: {violation.where}: {violation.problem}")
+    if len(found) > MOST_VIOLATIONS:
+        say(console, f"… and {len(found) - MOST_VIOLATIONS} more in verdict.json")
+    say(console, summary_line(verdict))
 
 
-def _lines(violations: Sequence[Violation]) -> Iterable[str]:
-    for violation in violations[:MOST_VIOLATIONS]:
-        yield printable(f"✗ {violation.checker}: {violation.where}: {violation.problem}")
-    if len(violations) > MOST_VIOLATIONS:
-        yield f"… and {len(violations) - MOST_VIOLATIONS} more in verdict.json"
-
-
-def _table(*heads: str) -> Table:
+def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for head in heads:
         table.add_column(head, no_wrap=head != "what held", justify="right" if head == "times" else "left")
+    for cells in lines:
+        table.add_row(*map(Text, cells[: len(heads)]))
     return table

@@ -11,6 +11,7 @@ from meerkat_mq.config import load_config
 from meerkat_mq.errors import within
 from meerkat_mq.extras import need
 from meerkat_mq.observe.signals import Interrupted
+from meerkat_mq.observe.tables import say
 from meerkat_mq.sweep.plan import SweepPlan
 from meerkat_mq.sweep.run import check_plan, run_sweep
 
@@ -34,5 +35,5 @@ def command(
     try:
         run_sweep(loaded, folder, processes or os.cpu_count() or 1, console)
     except Interrupted as signal:
-        console.print(f"{signal.word}; the same command goes on from {folder}", soft_wrap=True, highlight=False)
+        say(console, f"{signal.word}; the same command goes on from {folder}")
         raise typer.Exit(signal.exit_code) from None

@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from meerkat_mq.errors import printable
 from meerkat_mq.observe.figures import DASH, duration, percent
+from meerkat_mq.observe.tables import say
 from meerkat_mq.sweep.grid import Cell
 
 Kind = tuple[str, str]
@@ -60,7 +60,7 @@ class SweepProgress:
         )  # fmt: skip
         self._task = self._bar.add_task("preparing", total=len(cells), completed=len(self._done), shown="")
         if self._done:
-            self._say(f"{len(self._done)} of {len(cells)} cells are done already")
+            say(self._console, f"{len(self._done)} of {len(cells)} cells are done already")
 
     def __enter__(self) -> "SweepProgress":
         """Show the bar."""
@@ -73,7 +73,7 @@ class SweepProgress:
 
     def prepared(self, what: str, seconds: float) -> None:
         """Something that cells share was made."""
-        self._say(f"{what}, {duration(seconds)}")
+        say(self._console, f"{what}, {duration(seconds)}")
 
     def look(self, shares: Mapping[str, float]) -> None:
         """Move the bar."""
@@ -97,7 +97,7 @@ class SweepProgress:
             outcome = f"{percent(row['accuracy_before'])} → {percent(row['accuracy'])}"
             outcome += ", diverged" if row.get("diverged") else ""
             outcome += f", {duration(row['seconds'])}"
-        self._say(f"{len(self._done)} of {len(self._cells)}  {cell.shown}: {outcome}; {self._left(shares)}")
+        say(self._console, f"{len(self._done)} of {len(self._cells)}  {cell.shown}: {outcome}; {self._left(shares)}")
 
     def _left(self, shares: Mapping[str, float]) -> str:
         now = time.monotonic()
@@ -109,9 +109,6 @@ class SweepProgress:
         waiting = [_kind(cell) for key, cell in self._cells.items() if key not in self._done and key not in shares]
         seconds = self._estimate.left(waiting, running)
         return f"about {DASH if seconds is None else duration(seconds)} left"
-
-    def _say(self, line: str) -> None:
-        self._console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def _kind(cell: Cell) -> Kind:

@@ -12,6 +12,7 @@ from meerkat_mq.core.lock import locked
 from meerkat_mq.demo.corpus import TASK
 from meerkat_mq.errors import ModelError, RunError
 from meerkat_mq.observe.signals import handled, interrupt
+from meerkat_mq.observe.tables import say
 from meerkat_mq.sweep.grid import Cell, cells_of
 from meerkat_mq.sweep.plan import SweepPlan
 from meerkat_mq.sweep.progress import SweepProgress
@@ -38,7 +39,7 @@ def run_sweep(plan: SweepPlan, out: Path, processes: int, console: Console) -> N
         with SweepProgress(console, cells, results.rows, processes) as progress:
             _run(cells, out / PREPARED, workers, results, progress)
     failed = sum(not results.finished(cell.key) for cell in cells)
-    console.print(f"Results: {out / TABLE_FILE}", soft_wrap=True, highlight=False, markup=False)
+    say(console, f"Results: {out / TABLE_FILE}")
     if failed:
         raise RunError(
             str(out), f"{failed} of {len(cells)} cells failed", f"see {TABLE_FILE}; the same command tries them again"
