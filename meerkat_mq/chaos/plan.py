@@ -5,6 +5,7 @@ from importlib import resources
 from math import ceil
 from pathlib import Path
 from random import Random
+from typing import Literal
 
 from meerkat_mq.chaos.faults import FAULTS, Fault
 from meerkat_mq.chaos.plan_file import AttachPlan, FaultPlan, PlanFile
@@ -64,15 +65,9 @@ class Plan:
     server: ServerConfig | None
     nodes: dict[str, NodeConfig | None]
 
-    @property
-    def secured(self) -> bool:
-        """Whether a fault needs passwords and certificates."""
-        return any(strike.fault.secured for strike in self.strikes)
-
-    @property
-    def clocked(self) -> bool:
-        """Whether a fault needs wall clocks that can be stepped."""
-        return any(strike.fault.clocked for strike in self.strikes)
+    def needs(self, what: Literal["secured", "clocked"]) -> bool:
+        """Whether a fault needs it."""
+        return any(getattr(strike.fault, what) for strike in self.strikes)
 
 
 def shipped() -> list[str]:
@@ -101,20 +96,11 @@ def load_plan(name: str, *, out: Path, seconds: float | None = None, buffered: b
         path = Path(str(_PLANS / f"{name}.toml"))
     file = _scaled(load_config(path, PlanFile), seconds)
     file = _taking_what_comes(file, path) if buffered else file
-    folder = path.resolve().parent
-    nodes = _node_names(file, folder)
+    nodes = _nodes(file, path.resolve().parent, out)
     faults = [_checked(file, number, nodes, path) for number in range(len(file.faults))]
     strikes = _schedule(file, faults, list(nodes), path)
-    if file.attach is not None:
-        return Plan(path.stem, file, strikes, None, dict.fromkeys(nodes))
-    server = _server(file, strikes, len(nodes), path, out)
-    configs = {
-        node: config.model_copy(update={"state_dir": out / node, "exit_when_finished": False})
-        if config is not None
-        else NodeConfig(id=node, federation=FEDERATION, data=out / f"{node}.jsonl", state_dir=out / node)
-        for node, config in nodes.items()
-    }
-    return Plan(path.stem, file, strikes, server, dict(configs))
+    server = _server(file, strikes, len(nodes), path, out) if file.attach is None else None
+    return Plan(path.stem, file, strikes, server, nodes)
 
 
 def _scaled(file: PlanFile, seconds: float | None) -> PlanFile:
@@ -127,12 +113,9 @@ def _scaled(file: PlanFile, seconds: float | None) -> PlanFile:
     factor = seconds / file.duration_s
 
     def scale(fault: FaultPlan) -> FaultPlan:
-        at, between = fault.at, fault.between
+        given = {key: moments for key in ("at", "between") if (moments := getattr(fault, key))}
         return fault.model_copy(
-            update={
-                "at": at and tuple(factor * moment for moment in at),
-                "between": between and (factor * between[0], factor * between[1]),
-            }
+            update={key: tuple(factor * moment for moment in moments) for key, moments in given.items()}
         )
 
     return file.model_copy(update={"duration_s": seconds, "faults": tuple(map(scale, file.faults))})
@@ -147,18 +130,22 @@ def _taking_what_comes(file: PlanFile, path: Path) -> PlanFile:
     return file.model_copy(update={"federation": plan.model_copy(update={"rounds": rounds})})
 
 
-def _node_names(file: PlanFile, folder: Path) -> dict[str, NodeConfig | None]:
+def _nodes(file: PlanFile, folder: Path, out: Path) -> dict[str, NodeConfig | None]:
     if file.attach is not None:
         return dict.fromkeys(file.attach.nodes)
     if file.federation.config is None:
-        return {f"node-{number}": None for number in range(file.federation.nodes)}
-    configs = [load_config(folder / path, NodeConfig) for path in file.federation.node_configs]
-    return {config.id: config for config in configs}
+        names = [f"node-{number}" for number in range(file.federation.nodes)]
+        configs = [
+            NodeConfig(id=name, federation=FEDERATION, data=out / f"{name}.jsonl", state_dir=out / name)
+            for name in names
+        ]
+    else:
+        configs = [load_config(folder / path, NodeConfig) for path in file.federation.node_configs]
+    ours = {"exit_when_finished": False}
+    return {config.id: config.model_copy(update=ours | {"state_dir": out / config.id}) for config in configs}
 
 
-def _server(
-    file: PlanFile, strikes: tuple[Strike, ...], nodes: int, path: Path, out: Path
-) -> ServerConfig:  # fmt: skip
+def _server(file: PlanFile, strikes: tuple[Strike, ...], nodes: int, path: Path, out: Path) -> ServerConfig:
     plan = file.federation
     if plan.config is not None:
         config = load_config(plan.config, ServerConfig)

@@ -6,11 +6,11 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 from meerkat_mq.broker.embedded import EmbeddedBroker, embedded_broker
 from meerkat_mq.chaos.log_pipe import LogPipe
@@ -22,24 +22,6 @@ RESTART_S = 1.0
 STOP_S = 15.0
 _WORDS = "meerkat: "
 _TRACEBACK = "Traceback (most recent call last)"
-
-
-class Process(Protocol):
-    """What faults may do to every process, attached ones too."""
-
-    name: str
-
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal."""
-
-    def limit_files(self, size: int | None) -> None:
-        """Let no file of it grow beyond so many bytes; None: as before."""
-
-    async def kill(self) -> None:
-        """SIGKILL."""
-
-    async def start(self) -> None:
-        """Start it again, or leave that to whoever watches over it."""
 
 
 @dataclass(frozen=True)
@@ -76,17 +58,6 @@ class Service:
         self._keeper: asyncio.Task[None] | None = None
         self._wanted = False
 
-    @property
-    def alive(self) -> bool:
-        """Whether it runs, or stands still."""
-        return self._process is not None and self._process.returncode is None
-
-    @property
-    def pid(self) -> int:
-        """Of the present process."""
-        assert self._process is not None
-        return self._process.pid
-
     async def start(self) -> None:
         """Start it, and keep it going."""
         self._wanted = True
@@ -98,15 +69,16 @@ class Service:
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal, unless it has just ended."""
-        if self.alive:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, number)  # asyncio's own way may take the exit code away from itself
+        self._affect(os.kill, number)  # asyncio's own way may take the exit code away from itself
 
     def limit_files(self, size: int | None) -> None:
         """Let no file of it grow beyond so many bytes, unless it has just ended; None: as before."""
-        if self.alive:
+        self._affect(_limit_files, size)
+
+    def _affect(self, change: Callable[[int, Any], None], to: object) -> None:
+        if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
-                _limit_files(self.pid, size)
+                change(self._process.pid, to)
 
     def expect_end(self) -> None:
         """From now on its end is as it should be, until it is started again."""
@@ -201,13 +173,11 @@ class Attached:
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal."""
-        with self._ours("signalled"):
-            os.kill(self._pid, number)
+        self._affect(os.kill, number, "signalled")
 
     def limit_files(self, size: int | None) -> None:
         """Let no file of it grow beyond so many bytes; None: as before."""
-        with self._ours("limited"):
-            _limit_files(self._pid, size)
+        self._affect(_limit_files, size, "limited")
 
     async def kill(self) -> None:
         """SIGKILL."""
@@ -216,11 +186,10 @@ class Attached:
     async def start(self) -> None:
         """Left to its service manager."""
 
-    @contextlib.contextmanager
-    def _ours(self, done: str) -> Iterator[None]:
-        """DrillFailed, where there is no such process, or it is not ours."""
+    def _affect(self, change: Callable[[int, Any], None], to: object, done: str) -> None:
+        """DrillFailed where there is no such process, or it is not ours."""
         try:
-            yield
+            change(self._pid, to)
         except OSError as error:
             raise DrillFailed(self.name, f"process {self._pid} cannot be {done} ({error.strerror})") from error
 

@@ -11,7 +11,7 @@ import tomli_w
 from pydantic import BaseModel
 
 from meerkat_mq.chaos.credentials import Credentials
-from meerkat_mq.chaos.processes import Attached, BrokerProcess, Process, Service
+from meerkat_mq.chaos.processes import Attached, BrokerProcess, Service
 from meerkat_mq.chaos.proxy import Proxy
 from meerkat_mq.chaos.wall_clock import WallClock, build_library
 from meerkat_mq.config import BrokerConfig
@@ -45,7 +45,7 @@ class Stage:
     def __init__(self, plan: "Plan", folder: Path) -> None:
         self.observed = BrokerConfig()
         self.links: dict[str, Proxy] = {}
-        self.processes: dict[str, Process] = {}
+        self.processes: dict[str, Service | Attached] = {}
         self.services: dict[str, Service] = {}
         self.retired: list[Service] = []
         self.folder = folder
@@ -56,7 +56,7 @@ class Stage:
         attach = plan.file.attach
         if plan.server is not None:
             self.federation, self.state_dir = plan.server.federation, plan.server.state_dir
-            if plan.secured:
+            if plan.needs("secured"):
                 self._credentials = Credentials(folder / "credentials", self.federation, plan.nodes)
         else:
             assert attach is not None
@@ -125,7 +125,7 @@ class Stage:
     async def _start(self) -> None:
         await self.broker.start()
         plan, credentials = self._plan, self._credentials
-        if plan.clocked:
+        if plan.needs("clocked"):
             self._library = await asyncio.to_thread(build_library, self.folder)
         self.observed = self.broker.config if credentials is None else credentials.way(self.broker.config)
         assert plan.server is not None

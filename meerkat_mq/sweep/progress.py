@@ -42,7 +42,7 @@ class Estimate:
 
 
 class SweepProgress:
-    """Shows how far a grid is; a context."""
+    """Shows how far a grid is, within its `bar`."""
 
     def __init__(
         self, console: Console, cells: Sequence[Cell], rows: Mapping[str, Mapping[str, Any]], processes: int
@@ -54,22 +54,13 @@ class SweepProgress:
         self._done = {key for key in self._cells if key in rows and "failed" not in rows[key]}
         for key in self._done:
             self._estimate.add(_kind(self._cells[key]), float(rows[key]["seconds"]))
-        self._bar = Progress(
+        self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[shown]}"),
             console=console, disable=not console.is_terminal,
         )  # fmt: skip
-        self._task = self._bar.add_task("preparing", total=len(cells), completed=len(self._done), shown="")
+        self._task = self.bar.add_task("preparing", total=len(cells), completed=len(self._done), shown="")
         if self._done:
             say(self._console, f"{len(self._done)} of {len(cells)} cells are done already")
-
-    def __enter__(self) -> "SweepProgress":
-        """Show the bar."""
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Leave the bar as it is."""
-        self._bar.stop()
 
     def prepared(self, what: str, seconds: float) -> None:
         """Something that cells share was made."""
@@ -80,7 +71,7 @@ class SweepProgress:
         for name in shares:
             self._began.setdefault(name, time.monotonic())
         running = sum(share for name, share in shares.items() if name in self._cells)
-        self._bar.update(
+        self.bar.update(
             self._task,
             completed=len(self._done) + running,
             shown=f"{len(self._done)} of {len(self._cells)} cells, {self._left(shares)}",

@@ -36,7 +36,8 @@ def run_sweep(plan: SweepPlan, out: Path, processes: int, console: Console) -> N
         if outcome.error is not None:
             raise ModelError("model", outcome.error)
         cells, results = cells_of(plan, outcome.value, TASK), Results(out)
-        with SweepProgress(console, cells, results.rows, processes) as progress:
+        progress = SweepProgress(console, cells, results.rows, processes)
+        with progress.bar:
             _run(cells, out / PREPARED, workers, results, progress)
     failed = sum(not results.finished(cell.key) for cell in cells)
     say(console, f"Results: {out / TABLE_FILE}")
