@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from meerkat_mq.chaos.drill import Drill, new_file
-from meerkat_mq.chaos.page import render
 from meerkat_mq.chaos.plan import Plan, load_plan
-from meerkat_mq.chaos.verdict import DrillResult, print_verdict, violations_shown
+from meerkat_mq.chaos.verdict import DrillResult, print_verdict, render, violations_shown
 from meerkat_mq.core.files import write_atomically, writing
 from meerkat_mq.errors import DrillFailed
 from meerkat_mq.observe.logs import configure_logs

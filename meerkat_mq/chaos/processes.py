@@ -2,19 +2,21 @@
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import resource
+import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from meerkat_mq.broker.embedded import EmbeddedBroker, embedded_broker
-from meerkat_mq.chaos.log_pipe import LogPipe
-from meerkat_mq.chaos.wall_clock import WallClock
 from meerkat_mq.config import BrokerConfig
 from meerkat_mq.errors import BrokerError, DrillFailed
 
@@ -22,6 +24,95 @@ RESTART_S = 1.0
 STOP_S = 15.0
 _WORDS = "meerkat: "
 _TRACEBACK = "Traceback (most recent call last)"
+_READ_BYTES = 65_536
+_SMALL_BYTES = 4096  # of a pipe whose reader stands still: the kernel's least, so that it is full within seconds
+_SOURCE = resources.files("meerkat_mq.chaos") / "wall_clock.c"
+_COMPILE_S = 60.0
+
+
+class LogPipe:
+    """Standard error of a service: a pipe whose reader, on this event loop, writes the log file.
+
+    A service that writes its log into a file never meets what a log collector does to it: the reader ends (each write
+    then fails with EPIPE), or it stands still (the pipe fills up, and a write that waits stops its process). The drill
+    keeps the pipe's writing end, by which Linux lets it open a reading end again: so both heal.
+    """
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._reader: int | None = None
+        reader, self.writer = os.pipe()
+        os.close(reader)
+
+    def read(self) -> None:
+        """Read, at first and after `leave` and `stand_still`."""
+        if self._reader is None:
+            self._reader = os.open(f"/proc/self/fd/{self.writer}", os.O_RDONLY | os.O_NONBLOCK)
+        fcntl.fcntl(self._reader, fcntl.F_SETPIPE_SZ, _READ_BYTES)
+        asyncio.get_running_loop().add_reader(self._reader, self.drain)
+
+    def stand_still(self) -> None:
+        """Read no more; a small pipe fills up."""
+        if self._reader is not None:
+            asyncio.get_running_loop().remove_reader(self._reader)
+            with contextlib.suppress(OSError):  # it holds more than that already
+                fcntl.fcntl(self._reader, fcntl.F_SETPIPE_SZ, _SMALL_BYTES)
+
+    def leave(self) -> None:
+        """End the reader: writes fail with EPIPE."""
+        if self._reader is not None:
+            self.drain()
+            self.stand_still()
+            os.close(self._reader)
+            self._reader = None
+
+    def close(self) -> None:
+        """Give both ends back."""
+        self.leave()
+        os.close(self.writer)
+
+    def drain(self) -> None:
+        """Write down all that has come."""
+        if self._reader is None:
+            return
+        with contextlib.suppress(BlockingIOError), self._log.open("ab") as file:
+            while data := os.read(self._reader, _READ_BYTES):
+                file.write(data)
+
+
+def build_library(folder: Path) -> Path:
+    """Compile the library into a folder; DrillFailed where there is no C compiler, or it fails. Blocks."""
+    compiler, library = shutil.which("cc") or shutil.which("gcc"), folder / "wall_clock.so"
+    if compiler is None:
+        raise DrillFailed("clock-step", "needs a C compiler, and none is installed", "install your system's gcc")
+    command = [compiler, "-shared", "-fPIC", "-O2", "-o", str(library), str(_SOURCE)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_S, check=False)  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise DrillFailed("clock-step", f"{compiler} does not run ({error})", "install your system's gcc") from error
+    if done.returncode:
+        problem = f"{compiler} fails ({done.stderr.strip().partition(chr(10))[0]})"
+        raise DrillFailed("clock-step", problem, "install your system's gcc and its C library's headers")
+    return library
+
+
+class WallClock:
+    """The wall clock of one service, also of the processes that are started in its place; wall_clock.c says how."""
+
+    def __init__(self, library: Path, file: Path) -> None:
+        self._library = library
+        self._file = file
+        self._file.write_bytes(bytes(8))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of a process whose clock this is."""
+        return {"LD_PRELOAD": str(self._library), "MEERKAT_WALL_CLOCK": str(self._file)}
+
+    def shift(self, by_s: float) -> None:
+        """From now on it is so many seconds fast, or slow where that is negative."""
+        with self._file.open("r+b") as file:  # in place: processes have it mapped
+            file.write(round(by_s).to_bytes(8, "little", signed=True))
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ import tomli_w
 from pydantic import BaseModel
 
 from meerkat_mq.chaos.credentials import Credentials
-from meerkat_mq.chaos.processes import Attached, BrokerProcess, Service
+from meerkat_mq.chaos.processes import Attached, BrokerProcess, Service, WallClock, build_library
 from meerkat_mq.chaos.proxy import Proxy
-from meerkat_mq.chaos.wall_clock import WallClock, build_library
 from meerkat_mq.config import BrokerConfig
 from meerkat_mq.core.files import writing
 from meerkat_mq.errors import ConfigError, MeerkatError

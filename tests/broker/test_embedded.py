@@ -12,7 +12,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from structlog.testing import capture_logs
 
-from meerkat_mq.broker import child, embedded
+from meerkat_mq.broker import embedded
 from meerkat_mq.broker.embedded import Program, embedded_broker
 from meerkat_mq.config import BrokerConfig
 from meerkat_mq.errors import BrokerError, MissingExtra
@@ -122,7 +122,7 @@ async def test_its_end_at_our_wish_is_no_error() -> None:
 
 
 async def test_a_broker_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(child, "_PATIENCE_S", 0.02)
+    monkeypatch.setattr(embedded, "_PATIENCE_S", 0.02)
     async with embedded_broker() as broker:
         os.kill(broker.pid, signal.SIGSTOP)
     assert not psutil.pid_exists(broker.pid)

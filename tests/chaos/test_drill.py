@@ -22,12 +22,11 @@ from meerkat_mq.chaos.drill import Drill
 from meerkat_mq.chaos.faults import FAULTS, Fault
 from meerkat_mq.chaos.faults.packets import Treatment
 from meerkat_mq.chaos.observer import Observed
-from meerkat_mq.chaos.page import render
 from meerkat_mq.chaos.plan import load_plan
 from meerkat_mq.chaos.processes import Service
 from meerkat_mq.chaos.proxy import Packet, Passage
 from meerkat_mq.chaos.stage import Stage
-from meerkat_mq.chaos.verdict import DrillResult, Struck
+from meerkat_mq.chaos.verdict import DrillResult, Struck, render
 from meerkat_mq.errors import DrillFailed
 from meerkat_mq.ledger.sqlite import LEDGER_FILE
 from meerkat_mq.rounds.records import UpdateRecord, Verdict

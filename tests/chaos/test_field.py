@@ -19,10 +19,8 @@ import pytest
 from meerkat_mq.broker.certs import CA, CERTIFICATE, KEY
 from meerkat_mq.chaos.credentials import HOST, Credentials
 from meerkat_mq.chaos.faults import FAULTS
-from meerkat_mq.chaos.log_pipe import LogPipe
-from meerkat_mq.chaos.processes import BrokerProcess, Service
+from meerkat_mq.chaos.processes import BrokerProcess, LogPipe, Service, WallClock, build_library
 from meerkat_mq.chaos.proxy import Proxy
-from meerkat_mq.chaos.wall_clock import WallClock, build_library
 from meerkat_mq.errors import DrillFailed
 from tests.support.waiting import until
 

@@ -20,9 +20,8 @@ from meerkat_mq.errors import ConfigError, DataError, ModelError, RunError
 from meerkat_mq.observe.signals import Interrupted
 from meerkat_mq.sweep import run
 from meerkat_mq.sweep.plan import SweepPlan
-from meerkat_mq.sweep.progress import Estimate
 from meerkat_mq.sweep.results import RESULTS_FILE, TABLE_FILE
-from meerkat_mq.sweep.run import check_plan, run_sweep
+from meerkat_mq.sweep.run import Estimate, check_plan, run_sweep
 from meerkat_mq.sweep.workers import Job, in_words
 from tests.support.command import Meerkat
 from tests.support.waiting import until
