@@ -1,8 +1,10 @@
 """The engine of docs/engines.md, taken from the page, trained by real processes over Mosquitto."""
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,17 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "engines.md"
 FLAGS = re.MULTILINE | re.DOTALL
 NODES = ("node-0", "node-1", "node-2")
+FORKS = """
+import os, sys, torch
+from meerkat_mq.__main__ import main
+
+for name, *arguments in {commands!r}:
+    if not os.fork():
+        os.dup2(os.open(name + ".log", os.O_WRONLY | os.O_CREAT), 2)
+        sys.argv = ["meerkat", *arguments]
+        sys.exit(main())
+sys.exit(any([os.wait()[1] for _ in {commands!r}]))
+"""
 
 
 def write_files(folder: Path, port: int) -> None:
@@ -40,17 +53,15 @@ def test_the_engine_of_the_page_learns(mosquitto: Broker, tmp_path: Path) -> Non
     assert len([line for line in code.splitlines() if line.strip()]) <= 30
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
     subprocess.run([sys.executable, "rows.py"], cwd=tmp_path, check=True)
-    commands = {"server": ("server", "federation.toml"), **{node: ("node", f"{node}.toml") for node in NODES}}
-    running = []
-    for name, (role, config) in commands.items():
-        with (tmp_path / f"{name}.log").open("w") as log:
-            command = [sys.executable, "-m", "meerkat_mq", role, "--config", config]
-            running.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=log))
+    commands = [("server", "server", "--config", "federation.toml")]
+    commands += [(node, "node", "--config", f"{node}.toml") for node in NODES]
+    code = FORKS.format(commands=commands)  # PyTorch is imported once for all of them
+    running = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment, start_new_session=True)
     try:
-        assert [process.wait(timeout=180) for process in running] == [0, 0, 0, 0]
+        assert running.wait(timeout=180) == 0
     finally:
-        for process in running:
-            process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
     evaluated = logged(tmp_path, "server", "evaluated")
     assert evaluated[0]["accuracy"] < 0.5
     assert evaluated[-1]["accuracy"] > 0.85
