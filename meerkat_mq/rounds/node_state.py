@@ -41,11 +41,7 @@ class NodeMachineState:
         """A node whose theta is theta_0, of digest `base`, 16 bytes.
 
         Args:
-            run_id: 16 bytes.
-            mask_hash: 16 bytes.
-            base: the digest of theta_0, 16 bytes.
             boot: random u32 of this process.
-            now: present time.
             max_staleness: how many versions old the theta of an update may be.
             pending: an update of this run that an earlier process kept; its seeds say which lane it is of.
         """

@@ -28,11 +28,7 @@ LARGEST_STEP = 2**16  # between two terms: one forged want must not use them all
 
 
 class ServerMachineState:
-    """One server in one term of one run.
-
-    Attributes:
-        version: theta's committed version, the head of the ledger.
-    """
+    """One server in one term of one run; `version` is theta's committed one, the head of the ledger."""
 
     def __init__(
         self,
@@ -54,14 +50,9 @@ class ServerMachineState:
         """Resume from what the ledger holds.
 
         Args:
-            settings: the run's rules.
-            term: this server's term.
-            server_id: 16 hex digits.
             base: 16 bytes, the newest due digest of theta.
-            version: number of ledger entries.
             head: hash of the newest entry; None before the first.
             slots: node to slot.
-            entries: the newest entries.
             updates: the committed updates that no entry holds yet, from theta of `version` or up to `max_staleness`
                 versions older: they stay acknowledged.
             past: the updates of the newest `guards.window` closed rounds, oldest first.
