@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from meerkat_mq import errors
-from meerkat_mq.cli import app
+from meerkat_mq.cli import command_line
 from meerkat_mq.config import NodeConfig, ServerConfig, check_config
 from meerkat_mq.observe.signals import IN_ORDER_S
 from meerkat_mq.observe.start import SIGNALLED, WORDS
@@ -29,7 +29,7 @@ PAGES = sorted(
     if not page.relative_to(ROOT).parts[0].startswith((".", *NOT_OURS)) and "node_modules" not in page.parts
 )
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-COMMANDS: dict[str, Any] = vars(typer.main.get_command(app))["commands"]
+COMMANDS: dict[str, Any] = vars(typer.main.get_command(command_line()))["commands"]
 
 
 def test_there_are_pages() -> None:

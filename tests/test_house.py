@@ -28,10 +28,20 @@ def test_the_version_is_the_same_everywhere() -> None:
     assert project["version"] == meerkat_mq.__version__ == version("meerkat-mq")
 
 
-@pytest.mark.parametrize(
-    "module", ["meerkat_mq.cli", "meerkat_mq.server.__main__", "meerkat_mq.node.__main__", "meerkat_mq.tasks.load"]
-)
-def test_nothing_imports_torch_before_a_model_is_used(module: str) -> None:
+MODULES = ["meerkat_mq.server.__main__", "meerkat_mq.node.__main__", "meerkat_mq.tasks.load"]
+CLI = "from meerkat_mq.cli import command_line"
+
+
+@pytest.mark.parametrize("statement", [*(f"import {module}" for module in MODULES), f"{CLI}; command_line()"])
+def test_nothing_imports_torch_before_a_model_is_used(statement: str) -> None:
     heavy = "{'torch', 'transformers', 'safetensors', 'amqtt'}"
-    done = run(sys.executable, "-c", f"import sys, {module}; print(*({heavy} & sys.modules.keys()))")
+    done = run(sys.executable, "-c", f"{statement}; import sys; print(*({heavy} & sys.modules.keys()))")
+    assert (done.stdout, done.stderr) == ("\n", "")
+
+
+def test_a_command_imports_what_it_needs_alone() -> None:
+    others = "{'meerkat_mq.simulate', 'meerkat_mq.chaos', 'meerkat_mq.sweep', 'meerkat_mq.server'}"
+    done = run(
+        sys.executable, "-c", f"{CLI}; command_line('node'); import sys; print(*({others} & sys.modules.keys()))"
+    )
     assert (done.stdout, done.stderr) == ("\n", "")

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import typer
 
-from meerkat_mq.cli import app
+from meerkat_mq.cli import command_line
 from tests.support.bare import Bare, interpreter
 
-COMMANDS = sorted(vars(typer.main.get_command(app))["commands"])
+COMMANDS = sorted(vars(typer.main.get_command(command_line()))["commands"])
 ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.timeout(300)
