@@ -1,5 +1,6 @@
 """`meerkat report`: the page of any run, from its state_dir alone, also while a server writes."""
 
+import json
 import math
 import socket
 from collections.abc import Iterator
@@ -119,6 +120,18 @@ def test_facts_are_added_where_they_are_of_this_run(tmp_path: Path) -> None:
     for another in (replace(facts, run="0" * 32), replace(facts, mask="0" * 32)):
         another.save(tmp_path)
         assert read_report(tmp_path).parameters is None
+
+
+def test_facts_of_an_earlier_release_are_read(tmp_path: Path) -> None:
+    """They had the names of the classes, and the digest, which the ledger has too."""
+    writer = write(tmp_path)
+    node = {"labels": [3, 4], "digest": "ab" * 16, "peak_rss_mib": 312.4, "received_bytes": None}
+    known = {"model": "mine", "classes": ["a", "b"], "digest": "ab" * 16, "seconds": 1.5, "nodes": {"n0": node}}
+    facts = {"mask": writer.mask.hash.hex(), "run": RUN.hex(), **known}
+    (tmp_path / FACTS_FILE).write_text(json.dumps(facts))
+    report = read_report(tmp_path)
+    assert (report.model, report.seconds, report.nodes["n0"].peak_rss_mib) == ("mine", 1.5, 312.4)
+    assert report.digest == writer.entries[-1].digest.hex()
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"parameters": -1}', '{"nodes": {"a": 1}}', "\xff", '{"bound": NaN}'])
