@@ -29,60 +29,28 @@ class Violation:
     problem: str
 
 
-Found = Iterator[tuple[str, str]]
-Checker = Callable[[History], list[Violation]]
-CHECKERS: dict[str, Checker] = {}
+Found = Iterator[tuple[str, str]]  # where, problem
 
 
-def check(history: History) -> dict[str, list[Violation]]:
-    """What each checker finds; empty lists where all holds."""
-    return {name: checker(history) for name, checker in CHECKERS.items()}
-
-
-def _checker(name: str) -> Callable[[Callable[[History], Found]], Checker]:
-    """Register, under the words of what must hold, a function that yields (where, problem)."""
-
-    def register(find: Callable[[History], Found]) -> Checker:
-        def run(history: History) -> list[Violation]:
-            return [Violation(name, where, problem) for where, problem in find(history)]
-
-        CHECKERS[name] = run
-        return run
-
-    return register
-
-
-# --- no update applied twice ----------------------------------------------------------------------------------------
-
-
-@_checker("no update applied twice")
 def no_update_twice(history: History) -> Found:
     """A node counts once a base version, in one entry, with a value that it sent from that version's theta."""
-    sent, counted = _sent(history), dict[tuple[int, str | int], int]()
+    sent, counted = _sent(history), defaultdict[tuple[int, str | int], list[int]](list)
     for version, record in _all_records(history):
         for who in (record.node, record.slot):
-            first = counted.setdefault((record.version, who), version)
-            if first != version:
-                yield f"entry {version}", f"holds an update of {who} for round {record.version}, as entry {first} does"
+            counted[record.version, who].append(version)
         found = sent.get(_identity(record.node, record))
         if found and record.version not in {update.header.version for update in found}:
             at = ", ".join(str(update.header.version) for update in found)
             yield f"entry {version}", f"holds an update that {record.node} sent for round {at}"
-    for version, records in enumerate([*history.records, history.open_updates]):
-        yield from _repeated(version, records)
+    for (base, who), versions in counted.items():
+        if len(versions) > 1:
+            yield f"entry {versions[-1]}", f"holds an update of {who} for round {base}, as entry {versions[0]} does"
 
 
 def _all_records(history: History) -> Iterator[tuple[int, UpdateRecord]]:
     """Each with its entry; those that are in no entry yet with the next one."""
-    for version, records in enumerate([*history.records, history.open_updates]):
+    for version, records in enumerate(history.all_records):
         yield from ((version, record) for record in records)
-
-
-def _repeated(version: int, records: Sequence[UpdateRecord]) -> Found:
-    for what in ("node", "slot"):
-        values = [(record.version, getattr(record, what)) for record in records]
-        for base, value in sorted({value for value in values if values.count(value) > 1}):
-            yield f"entry {version}", f"{what} {value} counts {values.count((base, value))} times"
 
 
 def _identity(node: str, sent: Update | UpdateRecord) -> tuple[str, int, bytes]:
@@ -104,10 +72,6 @@ def _run(history: History) -> int:
     return Header.of(history.settings.run_id, 0, 0, history.settings.mask_hash).run
 
 
-# --- no update too stale --------------------------------------------------------------------------------------------
-
-
-@_checker("no update too stale")
 def not_too_stale(history: History) -> Found:
     """An update is from theta of its entry's version, or of one that is at most `max_staleness` older."""
     oldest = history.settings.max_staleness
@@ -117,10 +81,6 @@ def not_too_stale(history: History) -> Found:
             yield f"entry {version}", f"holds an update of {record.node} for round {record.version}, {age} versions old"
 
 
-# --- no committed round lost or changed -----------------------------------------------------------------------------
-
-
-@_checker("no committed round lost or changed")
 def nothing_lost(history: History) -> Found:
     """What was ever published of the ledger, entries and whose updates are heard, is in the final ledger."""
     kept = {(record.version, record.slot) for _, record in _all_records(history)}
@@ -150,10 +110,6 @@ def _entries_lost(history: History, time: float, frame: Round) -> Found:
             yield f"entry {entry.version}", f"is not the one published at {time:.3f} s in term {term}"
 
 
-# --- theta is the replay of the ledger ------------------------------------------------------------------------------
-
-
-@_checker("theta is the replay of the ledger")
 def theta_is_the_replay(history: History) -> Found:
     """The entries are a chain with the right digests; nodes claim, and were counted with, no other theta."""
     rules = history.settings
@@ -220,10 +176,6 @@ def _counted_from_elsewhere(history: History, digests: Mapping[int, bytes]) -> F
                 yield f"entry {version}", f"holds an update that {record.node} made from another theta"
 
 
-# --- coefficients recomputable --------------------------------------------------------------------------------------
-
-
-@_checker("coefficients recomputable")
 def coefficients_recomputable(history: History) -> Found:
     """The stored updates give each entry's terms."""
     if len(history.records) != len(history.entries):
@@ -238,10 +190,6 @@ def coefficients_recomputable(history: History) -> Found:
             yield f"entry {entry.version}", "its coefficients are not those of the stored updates"
 
 
-# --- displacements recomputable -------------------------------------------------------------------------------------
-
-
-@_checker("displacements recomputable")
 def displacements_recomputable(history: History) -> Found:
     """The stored displacements of values nodes give each entry's, and there is none without them."""
     for entry, records in zip(history.entries, history.records, strict=False):
@@ -264,10 +212,6 @@ def _wrong_mean(history: History, entry: Entry, shares: Sequence[Share]) -> str 
     return None
 
 
-# --- as many scalars as asked ---------------------------------------------------------------------------------------
-
-
-@_checker("as many scalars as asked")
 def as_asked(history: History) -> Found:
     """An update has as many scalars as its round asked of its node, by what was known of it before.
 
@@ -275,7 +219,7 @@ def as_asked(history: History) -> Found:
     at most those of any node. A displacement has none.
     """
     settings, early = history.settings, EarlyStopping(history.settings)
-    for version, records in enumerate([*history.records, history.open_updates]):
+    for version, records in enumerate(history.all_records):
         for record in records:
             present = record.version == version
             steps = early.steps_of(version, record.node) if present else settings.steps_of(record.version)
@@ -288,10 +232,6 @@ def as_asked(history: History) -> Found:
         early.remember(judgement for found in history.judgements[version : version + 1] for judgement in found)
 
 
-# --- judgements recomputable ----------------------------------------------------------------------------------------
-
-
-@_checker("judgements recomputable")
 def judgements_recomputable(history: History) -> Found:
     """Seeds and g_p give the inner products; these and the updates, who is early-stopped; and its updates say so."""
     settings, g_p = history.settings, history.mask.g_p
@@ -311,10 +251,6 @@ def judgements_recomputable(history: History) -> Found:
             yield f"entry {version}", "its updates are not marked as its judgements say"
 
 
-# --- one writer a term ----------------------------------------------------------------------------------------------
-
-
-@_checker("one writer a term")
 def one_writer(history: History) -> Found:
     """A term belongs to one server, and the ledger was written in the order of the terms."""
     owners = dict(history.terms)
@@ -346,12 +282,27 @@ def _two_servers(history: History, owners: Mapping[int, str]) -> Found:
             yield f"term {term}", "is not in the ledger"
 
 
-# --- a live quorum finishes -----------------------------------------------------------------------------------------
-
-
-@_checker("a live quorum finishes")
 def finishes(history: History) -> Found:
     """Once all faults have healed, or what never heals leaves a live quorum, the run comes to its end."""
     if not history.finished or len(history.entries) != history.settings.count:
         why = f": {history.stuck}" if history.stuck else ""
         yield "run", f"stands at version {len(history.entries)} of {history.settings.count}{why}"
+
+
+CHECKERS: dict[str, Callable[[History], Found]] = {
+    "no update applied twice": no_update_twice,
+    "no update too stale": not_too_stale,
+    "no committed round lost or changed": nothing_lost,
+    "theta is the replay of the ledger": theta_is_the_replay,
+    "coefficients recomputable": coefficients_recomputable,
+    "displacements recomputable": displacements_recomputable,
+    "as many scalars as asked": as_asked,
+    "judgements recomputable": judgements_recomputable,
+    "one writer a term": one_writer,
+    "a live quorum finishes": finishes,
+}
+
+
+def check(history: History) -> dict[str, list[Violation]]:
+    """What each checker finds; empty lists where all holds."""
+    return {name: [Violation(name, *found) for found in find(history)] for name, find in CHECKERS.items()}

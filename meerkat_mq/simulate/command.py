@@ -7,9 +7,8 @@ import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain, count
+from operator import itemgetter
 from typing import Annotated
 
 import typer
@@ -21,15 +20,13 @@ from meerkat_mq.errors import DrillFailed
 from meerkat_mq.observe.signals import Interrupted
 from meerkat_mq.simulate.checkers import CHECKERS, Violation
 from meerkat_mq.simulate.history import History
-from meerkat_mq.simulate.reached import ENOUGH, expected, missing
+from meerkat_mq.simulate.reached import ENOUGH, LIVENESS, REACHED, missing
 from meerkat_mq.simulate.run import judge
 from meerkat_mq.simulate.schedule import Schedule, make_schedule
 from meerkat_mq.simulate.shrink import shrink
 
 CHUNK = 50
 EXAMPLES = 3
-
-Lines = Iterator[tuple[float, str]]
 
 
 @dataclass(slots=True)
@@ -85,12 +82,16 @@ def simulate(first: int, schedules: int, console: Console, *, liveness: bool = F
             console=console, disable=not console.is_terminal,
         ) as bar,
         ProcessPoolExecutor(workers, mp_context=context) as pool,
-        _ending_at_once(),
     ):  # fmt: skip
         task = bar.add_task("simulating", total=schedules)
-        for part in _submitted(pool, chunks, liveness):
-            total.add(part.result())
-            bar.update(task, completed=total.schedules)
+        try:
+            for part in _submitted(pool, chunks, liveness):
+                total.add(part.result())
+                bar.update(task, completed=total.schedules)
+        except BaseException:  # the pool would wait for its workers
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
     return total
 
 
@@ -102,17 +103,6 @@ def _submitted(pool: ProcessPoolExecutor, chunks: Sequence[range], liveness: boo
         return [pool.submit(tally, chunk, liveness=liveness) for chunk in chunks]
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-@contextmanager
-def _ending_at_once() -> Iterator[None]:
-    """Whatever is raised inside does not wait for the workers."""
-    try:
-        yield
-    except BaseException:
-        for worker in multiprocessing.active_children():
-            worker.terminate()
-        raise
 
 
 def command(
@@ -136,8 +126,11 @@ def _command(schedules: int, seed: int, repeat: int | None, *, liveness: bool) -
         return
     total = simulate(seed, schedules, Console(stderr=True), liveness=liveness)
     _print_tally(total, console)
-    of, never = len(expected(liveness=liveness)), missing(total.reached, total.faults, liveness=liveness)
-    console.print(f"{of - len(never)} of {of} reachability counters are above zero", highlight=False)
+    expected = (*REACHED, *LIVENESS) if liveness else REACHED
+    never = missing(total.reached, expected)
+    console.print(
+        f"{len(expected) - len(never)} of {len(expected)} reachability counters are above zero", highlight=False
+    )
     for failed in sorted(total.failed)[:EXAMPLES]:
         _print_failure(make_schedule(failed, liveness=liveness), console)
     if total.failed:
@@ -150,18 +143,17 @@ def _command(schedules: int, seed: int, repeat: int | None, *, liveness: bool) -
 
 def _print_tally(total: Tally, console: Console) -> None:
     console.print(f"{total.schedules:,} schedules, {total.rounds:,} rounds", highlight=False)
-    table = Table()
-    table.add_column("fault")
-    table.add_column("struck", justify="right")
-    for name, struck in total.faults.most_common():
-        table.add_row(name, f"{struck:,}")
-    console.print(table)
-    table = Table()
-    table.add_column("what must hold")
-    table.add_column("schedules that violate it", justify="right")
-    for name in sorted({*CHECKERS, *total.violations}, key=[*CHECKERS, *total.violations].index):
-        table.add_row(name, f"{total.violations[name]:,}")
-    console.print(table)
+    checkers = dict.fromkeys([*CHECKERS, *total.violations])
+    for names, counts in (
+        (("fault", "struck"), total.faults.most_common()),
+        (("what must hold", "schedules that violate it"), [(name, total.violations[name]) for name in checkers]),
+    ):
+        table = Table()
+        table.add_column(names[0])
+        table.add_column(names[1], justify="right")
+        for name, number in counts:
+            table.add_row(name, f"{number:,}")
+        console.print(table)
 
 
 def _print_failure(schedule: Schedule, console: Console) -> None:
@@ -177,41 +169,26 @@ def _print_failure(schedule: Schedule, console: Console) -> None:
 def _tell(schedule: Schedule, console: Console) -> None:
     history, found = judge(schedule)
     console.print(schedule.encode(), highlight=False, markup=False)
-    for _, line in sorted(_lines(history)):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for time, what in sorted(_told(history), key=itemgetter(0)):
+        console.print(f"{time:9.3f}  {what}", highlight=False, markup=False, soft_wrap=True)
     if found:
         _print_failure(schedule, console)
         raise DrillFailed(f"seed {schedule.seed}", f"{len(found)} violations", "see the history above")
     console.print(f"all that must hold, holds: {', '.join(CHECKERS)}", highlight=False)
 
 
-def _lines(history: History) -> Iterator[tuple[tuple[float, int], str]]:
-    """What happened, a line each, with a key to sort by."""
-    order = count()
-    for time, what in chain(_faults(history), _states(history), _rounds(history), _updates(history)):
-        yield (time, next(order)), f"{time:9.3f}  {what}"
-
-
-def _faults(history: History) -> Lines:
+def _told(history: History) -> Iterator[tuple[float, str]]:
+    """What happened, a line each, with its time."""
     for fault in history.faults:
         lasts = "for good" if fault.ended == math.inf else f"{fault.ended - fault.began:.3f} s"
         yield fault.began, f"fault    {fault.name} on {fault.target}, {lasts}"
     for time, version in history.backups:
         yield time, f"restore  of a backup with {version} entries"
-
-
-def _states(history: History) -> Lines:
     for time, state in history.states:
         yield time, f"state    {state.status}, term {state.term}, server {state.server_id[:4]}"
-
-
-def _rounds(history: History) -> Lines:
     for time, frame in history.rounds:
         slots = f"asked {sorted(frame.asked)}, heard {sorted(frame.heard)}"
         yield time, f"round    {frame.header.version} of term {frame.header.term}: {slots}"
-
-
-def _updates(history: History) -> Lines:
     for time, node, update in history.updates:
         at = f"round {update.header.version} of term {update.header.term}"
         made = f"values {update.values.blob.hex()[:8]}" if update.values else f"g {update.scalars}"

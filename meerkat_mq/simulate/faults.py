@@ -3,20 +3,19 @@
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 from meerkat_mq.core.path import digest
 from meerkat_mq.simulate.federation import TOPICS, Federation
 from meerkat_mq.simulate.history import CORRUPT_THETA, Injected
-from meerkat_mq.simulate.node import SimulatedNode, SimulatedStore
-from meerkat_mq.simulate.reached import for_good
+from meerkat_mq.simulate.node import SimulatedNode
+from meerkat_mq.simulate.reached import struck
 from meerkat_mq.simulate.schedule import ALL, SERVER, ScheduledFault
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState, decode_control
 from meerkat_mq.wire.frames import encode
 from meerkat_mq.wire.messages import Chunk, Header, Round, Update, Values
 from meerkat_mq.worlds.broker import KEEP_ALIVE_S, Client, LinkConditions, VirtualMessage
-from meerkat_mq.worlds.ledger import MemoryLedger
 from meerkat_mq.worlds.server import ServerProcess
 
 CRASH_WITHIN = 40  # effects
@@ -25,33 +24,26 @@ EARLIER_RUN = bytes(range(100, 116))
 Act = Callable[[Federation, ScheduledFault], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """A kind of fault."""
-
-    strike: Act
-    heal: Act
-
-
 def inflict(federation: Federation, fault: ScheduledFault) -> None:
     """Put a fault on the agenda: its strike, and its healing."""
-    kind, clock = FAULTS[fault.name], federation.clock
+    (strike, heal), clock = FAULTS[fault.name], federation.clock
 
-    def strike() -> None:
+    def begin() -> None:
         injected = Injected(fault.name, fault.target, clock.now(), clock.now() + fault.lasts)
         federation.history.faults.append(injected)
-        federation.reached[for_good(fault.name)] += fault.lasts == math.inf
+        federation.reached[struck(fault.name)] += 1
+        federation.reached[struck(fault.name, for_good=True)] += fault.lasts == math.inf
         if fault.is_a_loss:
             federation.lost.add(fault.target)
-        kind.strike(federation, fault)
+        strike(federation, fault)
 
     if fault.name in ("restore", "lost fsync"):
         known = fault.at * fault.detail if fault.name == "restore" else max(0.0, fault.at - LOST_S * fault.detail)
         clock.at(known, partial(federation.take_backup, fault))
     if fault.name == "split brain":
         clock.at(fault.at + fault.lasts / 2, federation.start_server)
-    clock.at(fault.at, strike)
-    clock.at(fault.at + fault.lasts, partial(kind.heal, federation, fault))
+    clock.at(fault.at, begin)
+    clock.at(fault.at + fault.lasts, partial(heal, federation, fault))
 
 
 def leave_behind(federation: Federation) -> None:
@@ -79,10 +71,6 @@ def _clients(federation: Federation, fault: ScheduledFault) -> list[Client]:
         nodes = (node for name, node in federation.nodes.items() if name not in federation.lost)
         return [federation.server.client, *(node.client for node in nodes)]
     return [_process(federation, fault).client]
-
-
-def _nothing(federation: Federation, fault: ScheduledFault) -> None:
-    pass
 
 
 # --- processes ------------------------------------------------------------------------------------------------------
@@ -120,14 +108,7 @@ def _freeze(federation: Federation, fault: ScheduledFault) -> None:
 
 
 def _thaw(federation: Federation, fault: ScheduledFault) -> None:
-    if fault.target == SERVER:
-        federation.thaw_servers()
-    else:
-        federation.thaw(federation.nodes[fault.target])
-
-
-def _restore(federation: Federation, fault: ScheduledFault) -> None:
-    federation.restore(fault)
+    federation.thaw(*(federation.servers if fault.target == SERVER else [federation.nodes[fault.target]]))
 
 
 def _corrupt(federation: Federation, fault: ScheduledFault) -> None:
@@ -148,16 +129,9 @@ def _corrupt(federation: Federation, fault: ScheduledFault) -> None:
 # --- disks ----------------------------------------------------------------------------------------------------------
 
 
-def _disk(federation: Federation, fault: ScheduledFault) -> MemoryLedger | SimulatedStore:
-    return federation.ledger if fault.target == SERVER else federation.nodes[fault.target].disk
-
-
-def _fill(federation: Federation, fault: ScheduledFault) -> None:
-    _disk(federation, fault).is_full = True
-
-
-def _make_room(federation: Federation, fault: ScheduledFault) -> None:
-    _disk(federation, fault).is_full = False
+def _fill(federation: Federation, fault: ScheduledFault, *, heals: bool = False) -> None:
+    disk = federation.ledger if fault.target == SERVER else federation.nodes[fault.target].disk
+    disk.is_full = not heals
 
 
 def _damage_snapshots(federation: Federation, fault: ScheduledFault) -> None:
@@ -195,14 +169,9 @@ def _damaged(data: bytes, chance: random.Random) -> bytes:
 # --- links ----------------------------------------------------------------------------------------------------------
 
 
-def _part(federation: Federation, fault: ScheduledFault) -> None:
+def _part(federation: Federation, fault: ScheduledFault, *, heals: bool = False) -> None:
     for client in _clients(federation, fault):
-        federation.broker.part(client)
-
-
-def _rejoin(federation: Federation, fault: ScheduledFault) -> None:
-    for client in _clients(federation, fault):
-        federation.broker.rejoin(client)
+        (federation.broker.rejoin if heals else federation.broker.part)(client)
 
 
 def _worsen(federation: Federation, fault: ScheduledFault) -> None:
@@ -225,10 +194,6 @@ def _clear(federation: Federation, fault: ScheduledFault) -> None:
         client.conditions = None
         if lost:
             federation.broker.break_link(client)
-
-
-def _broker_down(federation: Federation, fault: ScheduledFault) -> None:
-    federation.broker.crash()
 
 
 def _broker_up(federation: Federation, fault: ScheduledFault) -> None:
@@ -326,28 +291,29 @@ def _nasty(federation: Federation, node: SimulatedNode, choose: Callable[..., fl
     return replace(update, scalars=(), seeds=None, values=nowhere) if choose((0, 0, 0, 0, 1)) else update
 
 
-FAULTS: dict[str, Kind] = {
-    "crash": Kind(_crash, _start_again),
-    "leave": Kind(_leave, _start_again),
-    "freeze": Kind(_freeze, _thaw),
-    "split brain": Kind(_freeze, _thaw),
-    "restore": Kind(_restore, _start_again),
-    "corrupt theta": Kind(_corrupt, _nothing),
-    "partition": Kind(_part, _rejoin),
-    "partition up": Kind(_worsen, _clear),
-    "partition down": Kind(_worsen, _clear),
-    "lose": Kind(_worsen, _clear),
-    "duplicate": Kind(_worsen, _clear),
-    "delay": Kind(_worsen, _clear),
-    "reorder": Kind(_worsen, _clear),
-    "broker crash": Kind(_broker_down, _broker_up),
-    "replay": Kind(_replay, _replay),
-    "stale run": Kind(_earlier_run, _earlier_run),
-    "hostile": Kind(_hostile, _hostile),
-    "corrupt messages": Kind(_corrupt_messages, _corrupt_messages),
-    "forged chunks": Kind(_forge_chunks, _let_chunks_be),
-    "disk full": Kind(_fill, _make_room),
-    "lost fsync": Kind(_restore, _start_again),
-    "damaged snapshots": Kind(_damage_snapshots, _damage_snapshots),
-    "damaged ledger": Kind(_damage_ledger, _repair_ledger),
+# How each kind strikes, and how it heals.
+FAULTS: dict[str, tuple[Act, Act]] = {
+    "crash": (_crash, _start_again),
+    "leave": (_leave, _start_again),
+    "freeze": (_freeze, _thaw),
+    "split brain": (_freeze, _thaw),
+    "restore": (Federation.restore, _start_again),
+    "corrupt theta": (_corrupt, lambda federation, fault: None),
+    "partition": (_part, partial(_part, heals=True)),
+    "partition up": (_worsen, _clear),
+    "partition down": (_worsen, _clear),
+    "lose": (_worsen, _clear),
+    "duplicate": (_worsen, _clear),
+    "delay": (_worsen, _clear),
+    "reorder": (_worsen, _clear),
+    "broker crash": (lambda federation, _: federation.broker.crash(), _broker_up),
+    "replay": (_replay, _replay),
+    "stale run": (_earlier_run, _earlier_run),
+    "hostile": (_hostile, _hostile),
+    "corrupt messages": (_corrupt_messages, _corrupt_messages),
+    "forged chunks": (_forge_chunks, _let_chunks_be),
+    "disk full": (_fill, partial(_fill, heals=True)),
+    "lost fsync": (Federation.restore, _start_again),
+    "damaged snapshots": (_damage_snapshots, _damage_snapshots),
+    "damaged ledger": (_damage_ledger, _repair_ledger),
 }

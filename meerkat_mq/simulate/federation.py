@@ -6,12 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import takewhile
 
-from meerkat_mq.config import Codec
 from meerkat_mq.core.path import Entry
 from meerkat_mq.errors import MeerkatError
 from meerkat_mq.simulate.history import History
-from meerkat_mq.simulate.node import SimulatedNode, SimulatedProfile
-from meerkat_mq.simulate.reached import CRASHED, EARLIER, OVERDUE, WITHOUT, Reached, for_good
+from meerkat_mq.simulate.node import SimulatedNode
+from meerkat_mq.simulate.reached import CRASHED, EARLIER, OVERDUE, WITHOUT, Reached
 from meerkat_mq.simulate.schedule import Schedule, ScheduledFault, mask
 from meerkat_mq.wire.descriptor import NodeStatus, ServerState, decode_control
 from meerkat_mq.wire.limits import largest_frame
@@ -26,7 +25,6 @@ from meerkat_mq.worlds.server import ServerProcess
 from meerkat_mq.worlds.store import MemoryStore
 from meerkat_mq.worlds.world import World
 
-CODECS: tuple[Codec, ...] = ("int8", "float32", "bfloat16")
 SERVER_LATENCY_S = 0.004
 THETAS = 256  # that are not computed twice
 RESTART_S = 5.0  # after which a supervisor starts again what an error has ended
@@ -60,31 +58,13 @@ class Federation:
         self.errors: list[tuple[str, MeerkatError]] = []
         run = make_run(settings, mask())
         self.world = World(self.clock, self.broker, run, Thetas(run, THETAS), self._failed, self._count)
-        self.nodes = {f"n{number}": self._node(number) for number in range(schedule.nodes)}
+        self.nodes = {
+            f"n{number}": SimulatedNode(number, self.world, schedule, self.chance) for number in range(schedule.nodes)
+        }
         self.servers: list[ServerProcess] = []
         self._backups: dict[ScheduledFault, MemoryLedger] = {}
         self._is_healed = False
         self._flipped: dict[Entry, Entry] = {}  # as it is in the ledger, and as it was
-
-    def _node(self, number: int) -> SimulatedNode:
-        chance, schedule = self.chance, self.schedule
-        slow = schedule.slow and number == schedule.nodes - 1
-        just_in_time = (
-            schedule.settings.deadline_s - 0.04 - schedule.commit_s / 2
-        )  # the update comes, but is not yet committed
-        slower = schedule.spread ** (number / (schedule.nodes - 1))
-        profile = SimulatedProfile(
-            latency_s=chance.uniform(0.001, 0.05),
-            step_s=just_in_time if slow else schedule.step_s * chance.uniform(1.0, 1.5) * slower,
-            rows=1 + 3 * number,
-            fickle=schedule.fickle,
-            keeps=schedule.keeps,
-            reluctant=schedule.reluctant and number == 0,
-            codec=CODECS[number % len(CODECS)] if number < schedule.values else None,
-            every_s=schedule.every_s if number < schedule.sleepers else 0.0,
-            release=schedule.earlier if number == 0 else "",
-        )
-        return SimulatedNode(f"n{number}", self.world, profile, chance, schedule.packet_bytes)
 
     # --- what is noted ---
 
@@ -167,16 +147,12 @@ class Federation:
         elif not self.server.alive:
             self.start_server()
 
-    def thaw(self, process: ServerProcess | SimulatedNode) -> None:
-        """Let a frozen process go on."""
-        if process.frozen:
-            process.client.cut = False
-            process.thaw()
-
-    def thaw_servers(self) -> None:
-        """Let every frozen server go on."""
-        for server in self.servers:
-            self.thaw(server)
+    def thaw(self, *processes: ServerProcess | SimulatedNode) -> None:
+        """Let those that are frozen go on."""
+        for process in processes:
+            if process.frozen:
+                process.client.cut = False
+                process.thaw()
 
     def take_backup(self, fault: ScheduledFault) -> None:
         """Copy the ledger, once it holds the run, for `restore`."""
@@ -221,14 +197,11 @@ class Federation:
         """Everybody is there, and every link carries, but of nodes that are lost."""
         self.broker.up = self._is_healed = True
         self.unflip()
-        self.thaw_servers()
-        self.revive(self.server)
         spared = [node for name, node in self.nodes.items() if name not in self.lost]
-        for node in spared:
-            self.thaw(node)
-            self.revive(node)
         processes: list[ServerProcess | SimulatedNode] = [*self.servers, *spared]
+        self.thaw(*processes)
         for process in processes:
+            self.revive(process)
             process.crash_in, client = None, process.client
             lost, client.cut, client.conditions = client.cut, False, None
             if lost:  # a link that is fine stays: who needs another connection to go on, hangs
@@ -247,7 +220,7 @@ class Federation:
         if not self.server.alive or machine is None:
             return "the server has ended" if not self.server.alive else "the server has no term"
         faults = [fault for fault in self.schedule.faults if fault.lasts == math.inf]
-        lasting = {fault.target: f", {for_good(fault.name)}" for fault in faults}
+        lasting = {fault.target: f", {fault.name} for good" for fault in faults}
         waits = [f"{name} ({self.nodes[name].state}{lasting.get(name, '')})" for name in self._awaited()]
         disk = ["its full disk"] * self.ledger.is_full
         return f"the server is {machine.phase.name.lower()}, and waits for {', '.join(disk + waits) or 'nobody'}"

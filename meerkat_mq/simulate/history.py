@@ -87,7 +87,7 @@ class History:
         found = [*ledger.open_updates(), *(record for _, record in ledger.updates_of(version, ledger.version))]
         waiting = {(record.version, record.node): record for record in found if record.version <= version}
         self.open_updates = tuple(waiting.values())
-        records = [record for records in (*self.records, self.open_updates) for record in records]
+        records = [record for records in self.all_records for record in records]
         named = [record.values.blob for record in records if record.values]
         named += [entry.displacement.blob for entry in self.entries if entry.displacement]
         self.blobs = {name: ledger.blob(name) or b"" for name in named}
@@ -105,9 +105,14 @@ class History:
             due = status.version - status.version % self.settings.digest_every
             self.claims.append((time, node, due, bytes.fromhex(status.digest)))
 
+    @property
+    def all_records(self) -> list[tuple[UpdateRecord, ...]]:
+        """The updates of each entry, then those that are in none yet."""
+        return [*self.records, self.open_updates]
+
     def took(self, node: str) -> bool:
         """Whether the final ledger holds an update of a node."""
-        return any(record.node == node for records in (*self.records, self.open_updates) for record in records)
+        return any(record.node == node for records in self.all_records for record in records)
 
     def undone(self, time: float, version: int) -> bool:
         """Whether a restore from a backup undid what was said of entry `version` at that time."""

@@ -5,7 +5,6 @@ import random
 import struct
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -22,6 +21,7 @@ from meerkat_mq.runtime.model import KeptUpdate, Model, NodeProfile, StepResult,
 from meerkat_mq.runtime.node import NodeDriver
 from meerkat_mq.simulate.reached import NOT_KEPT, UP_TO_DATE
 from meerkat_mq.simulate.release import EarlierDriver
+from meerkat_mq.simulate.schedule import Schedule
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.messages import Offer, Values
 from meerkat_mq.wire.values import encode_values
@@ -31,37 +31,12 @@ from meerkat_mq.worlds.node import MemoryNodeStore, NodeProcess
 from meerkat_mq.worlds.run import FEDERATION
 from meerkat_mq.worlds.world import World
 
+CODECS: tuple[Codec, ...] = ("int8", "float32", "bfloat16")
 AWAKE_S = 3.0  # a duty-cycled node stays no longer, unless it is in the middle of something
 LOOK_S = 1.0  # between two looks at whether it may sleep
 UNWILLING = 0.3  # share of a reluctant node's steps that its limits forbid
 UNWILLING_S = 5.0  # for which they hardly ever do
 BROUGHT_UP_TO_DATE = 0.3  # share of the later starts of a node of an earlier release that bring it up to date
-
-
-@dataclass(frozen=True, slots=True)
-class SimulatedProfile:
-    """What sets a node apart.
-
-    Attributes:
-        latency_s: of its link, one way.
-        step_s: virtual seconds of a round's local steps.
-        fickle: whether it answers a round otherwise after a restart.
-        keeps: whether an update that was not acknowledged outlives a crash.
-        reluctant: whether its limits forbid some steps.
-        codec: of a values node's displacements; None of a path node.
-        every_s: seconds that it sleeps; 0: it is always awake.
-        release: of an earlier one, its commit; it is brought up to date at some start; "": today's.
-    """
-
-    latency_s: float
-    step_s: float
-    rows: int
-    fickle: bool = False
-    keeps: bool = False
-    reluctant: bool = False
-    codec: Codec | None = None
-    every_s: float = 0.0
-    release: str = ""
 
 
 class SimulatedStore(MemoryNodeStore):
@@ -101,58 +76,69 @@ class SimulatedStore(MemoryNodeStore):
 class SimulatedNode(NodeProcess):
     """One node; each life has a boot of its own, and begins at theta_0.
 
+    Args:
+        number: it is n0, n1, …
+        world: it lives in.
+        schedule: of the world.
+        chance: of the world.
+
     Attributes:
         disk: its store.
+        codec: of a values node's displacements; None of a path node.
+        every_s: seconds that it sleeps; 0: it is always awake.
+        release: of an earlier one, its commit; it is brought up to date at some start; "": today's.
         healed: called once its theta is right again; None while nothing is wrong with it.
     """
 
-    def __init__(self, name: str, world: World, profile: SimulatedProfile, chance: random.Random, largest: int) -> None:
+    def __init__(self, number: int, world: World, schedule: Schedule, chance: random.Random) -> None:
+        name, latency_s = f"n{number}", chance.uniform(0.001, 0.05)
         self.disk = SimulatedStore(lambda: world.count(name, NOT_KEPT))
+        self.codec = CODECS[number % len(CODECS)] if number < schedule.values else None
+        self.every_s = schedule.every_s if number < schedule.sleepers else 0.0
+        self.release = schedule.earlier if number == 0 else ""
+        self.rows, self.schedule = 1 + 3 * number, schedule
         super().__init__(
-            NodeProfile(name, FEDERATION, values=profile.codec is not None, keeps=profile.keeps),
+            NodeProfile(name, FEDERATION, values=self.codec is not None, keeps=schedule.keeps),
             world,
             self.disk,
             compute=self._worker,
-            make_model=lambda _, run, mask: self._model_of(run, mask),
-            latency_s=profile.latency_s,
-            largest=largest,
+            make_model=lambda _, run, mask: MadeUpModel(run, world.thetas.replica(), self),
+            latency_s=latency_s,
+            largest=schedule.packet_bytes,
         )
-        self.profile = profile
         self.healed: Callable[[], None] | None = None
+        self._reluctant = schedule.reluctant and number == 0
+        self._step_s = schedule.step_s * chance.uniform(1.0, 1.5) * schedule.spread ** (number / (schedule.nodes - 1))
+        if schedule.slow and number == schedule.nodes - 1:  # the update comes, but is not yet committed
+            self._step_s = schedule.settings.deadline_s - 0.04 - schedule.commit_s / 2
         self._chance = chance
-        self._model: MadeUpModel | None = None
         self._awake_until = math.inf
         self._looking = False
 
     def _worker(self, process: VirtualProcess) -> VirtualStepCompute:
         return VirtualStepCompute(
             process,
-            self.profile.step_s,
-            may_begin=lambda: not (self.profile.reluctant and self._chance.random() < UNWILLING),
+            self._step_s,
+            may_begin=lambda: not (self._reluctant and self._chance.random() < UNWILLING),
         )
-
-    def _model_of(self, run: RunDescriptor, mask: Mask) -> "MadeUpModel":
-        self._model = MadeUpModel(run, self._world.thetas.replica(), self)
-        return self._model
 
     # --- life ---
 
     def start(self) -> None:
         """Begin at theta_0, under another boot."""
         self.end_count()
-        self._model = None
         self.is_right()
         self.make_driver = self._driver_of_release()
-        if not self.profile.keeps:
+        if not self.schedule.keeps:
             self.disk.forget_update()
         super().start()
         self._stay_awake()
 
     def _driver_of_release(self) -> Callable[..., NodeDriver]:
-        if self.profile.release and self.boot and self._chance.random() < BROUGHT_UP_TO_DATE:
-            self.profile = replace(self.profile, release="")
+        if self.release and self.boot and self._chance.random() < BROUGHT_UP_TO_DATE:
+            self.release = ""
             self._world.count(self.name, UP_TO_DATE)
-        return partial(EarlierDriver, self.profile.release) if self.profile.release else NodeDriver
+        return partial(EarlierDriver, self.release) if self.release else NodeDriver
 
     def kill(self, *, will_s: float | None = None) -> None:
         """End: the broker publishes the will, after the keep-alive if need be."""
@@ -165,8 +151,8 @@ class SimulatedNode(NodeProcess):
 
     def corrupt(self) -> None:
         """Let theta be wrong."""
-        if self._model is not None:
-            self._model.corrupt()
+        if isinstance(self.model, MadeUpModel):
+            self.model.corrupt()
 
     def is_right(self) -> None:
         """theta is what the ledger says."""
@@ -185,7 +171,7 @@ class SimulatedNode(NodeProcess):
     # --- sleep ---
 
     def _stay_awake(self) -> None:
-        if self.profile.every_s:
+        if self.every_s:
             self._awake_until = self.now() + AWAKE_S
             self.at(self.now() + LOOK_S, self._look_again)
 
@@ -195,7 +181,7 @@ class SimulatedNode(NodeProcess):
 
     def changed(self) -> None:
         """The node may have nothing more to do."""
-        if self.profile.every_s and not self._looking:
+        if self.every_s and not self._looking:
             self._looking = True
             self.at(self.now(), self._look)
 
@@ -210,7 +196,7 @@ class SimulatedNode(NodeProcess):
             return False
         if not driver.may_sleep(self.now() >= self._awake_until):
             return True
-        sleeps_s = self.profile.every_s
+        sleeps_s = self.every_s
         farewell = self.status("asleep", self.client.link or 0, math.ceil(sleeps_s)).encode()
         self._world.broker.leave(self.client, farewell=farewell)
         driver.sleep()
@@ -228,9 +214,9 @@ class MadeUpModel(Model):
     """`runtime.model.Model` whose answers theta, round, step and node decide, and the boot of a fickle node."""
 
     def __init__(self, run: RunDescriptor, replica: Replica, node: SimulatedNode) -> None:
-        codec = node.profile.codec
+        codec = node.codec
         super().__init__(run, replica, None if codec is None else Residual(codec, run.weights))
-        self.rows, self.left_out = node.profile.rows, 0
+        self.rows, self.left_out = node.rows, 0
         self._node = node
 
     def corrupt(self) -> None:
@@ -250,7 +236,7 @@ class MadeUpModel(Model):
 
     def step(self, order: StartSteps, stop: Stop, made: int) -> StepResult:
         """The local steps of a round from the present theta, so many."""
-        codec = self._node.profile.codec
+        codec = self._node.codec
         scalar = partial(self._scalar, zlib.crc32(self._replica.theta.tobytes()), order)
         if codec is None:
             return StepResult(tuple(scalar(step) for step in range(made * self._run.perturbations)), 1.0)
@@ -260,7 +246,7 @@ class MadeUpModel(Model):
 
     def _scalar(self, theta: int, order: StartSteps, step: int) -> float:
         """A float32."""
-        boot = self._node.boot if self._node.profile.fickle else 0
+        boot = self._node.boot if self._node.schedule.fickle else 0
         place = struct.pack("<IHHI", order.version, order.lane, step, boot)
         return (zlib.crc32(place + self._node.name.encode(), theta) - 2**31 >> 8) / 2**22
 

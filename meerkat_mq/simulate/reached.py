@@ -4,6 +4,7 @@ Names are those of core/metrics.py, of faults, and of what is seen here: at the 
 """
 
 from collections import Counter
+from collections.abc import Iterable
 
 from meerkat_mq.core import metrics as m
 from meerkat_mq.errors import AnotherServer, LedgerError, MeerkatError
@@ -57,18 +58,19 @@ _WANTS = {
     "blob": "a blob was asked for",
 }
 
+
+def struck(kind: str, *, for_good: bool = False) -> str:
+    """A kind of fault struck."""
+    return f"fault: {kind}{' for good' * for_good}"
+
+
 REACHED = (
     *_METRICS, *_FRAMES.values(), *_WANTS.values(), TWICE, FENCED, ANOTHER, DAMAGED, CRASHED, STALE, PARTIAL, DISPLACED,
-    STOPPED, WAITING, WILL, ASLEEP, OVERDUE, NOT_KEPT, EARLIER, UP_TO_DATE,
+    STOPPED, WAITING, WILL, ASLEEP, OVERDUE, NOT_KEPT, EARLIER, UP_TO_DATE, *map(struck, KINDS),
 )  # fmt: skip
 
 
-def for_good(fault: str) -> str:
-    """A kind of fault that never heals."""
-    return f"{fault} for good"
-
-
-LIVENESS = (*map(for_good, (*LOSSES, "disk full")), WITHOUT)
+LIVENESS = (*(struck(kind, for_good=True) for kind in (*LOSSES, "disk full")), WITHOUT)
 
 
 class Reached(Counter[str]):
@@ -114,16 +116,6 @@ class Reached(Counter[str]):
         self[WAITING] += bool(history.open_updates)
 
 
-def expected(*, liveness: bool = False) -> list[str]:
-    """All that a campaign must meet, each kind of fault included."""
-    return [*REACHED, *(LIVENESS if liveness else ()), *map(_fault, KINDS)]
-
-
-def missing(reached: Counter[str], faults: Counter[str], *, liveness: bool = False) -> list[str]:
+def missing(reached: Counter[str], expected: Iterable[str]) -> list[str]:
     """What of it was never met."""
-    met = {name for name in reached if reached[name]} | {_fault(name) for name in faults if faults[name]}
-    return [name for name in expected(liveness=liveness) if name not in met]
-
-
-def _fault(kind: str) -> str:
-    return f"fault: {kind}"
+    return [name for name in expected if not reached[name]]

@@ -132,40 +132,19 @@ class Schedule:
         return cls(**found | {"settings": settings, "faults": faults, "kinds": tuple(found["kinds"])})
 
 
-# Name, weight, whom it may strike.
-_KINDS: tuple[tuple[str, int, str], ...] = (
-    ("crash", 6, "server"),
-    ("crash", 4, "node"),
-    ("freeze", 1, "server"),
-    ("freeze", 2, "node"),
-    ("partition", 1, "server"),
-    ("partition", 2, "node"),
-    ("lose", 2, "anyone"),
-    ("duplicate", 2, "anyone"),
-    ("delay", 2, "anyone"),
-    ("reorder", 2, "anyone"),
-    ("broker crash", 2, "broker"),
-    ("restore", 1, "server"),
-    ("split brain", 2, "server"),
-    ("leave", 1, "node"),
-    ("replay", 2, "all"),
-    ("stale run", 1, "all"),
-    ("hostile", 2, "node"),
-    ("corrupt theta", 1, "node"),
-    ("corrupt messages", 2, "all"),
-    ("disk full", 1, "server"),
-    ("lost fsync", 1, "server"),
-    ("damaged snapshots", 1, "server"),
-    ("damaged ledger", 1, "server"),
-    ("partition up", 1, "anyone"),
-    ("partition down", 1, "anyone"),
-    ("disk full", 1, "node"),
-    ("forged chunks", 1, "all"),
-)
+# By whom they may strike, the kinds of faults; each with how often it comes.
+_KINDS: dict[str, dict[str, int]] = {
+    "server": {"crash": 6, "freeze": 1, "partition": 1, "restore": 1, "split brain": 2, "disk full": 1, "lost fsync": 1,
+               "damaged snapshots": 1, "damaged ledger": 1},
+    "node": {"crash": 4, "freeze": 2, "partition": 2, "leave": 1, "hostile": 2, "corrupt theta": 1, "disk full": 1},
+    "anyone": {"lose": 2, "duplicate": 2, "delay": 2, "reorder": 2, "partition up": 1, "partition down": 1},
+    "all": {"replay": 2, "stale run": 1, "corrupt messages": 2, "forged chunks": 1},
+    "broker": {"broker crash": 2},
+}  # fmt: skip
+KINDS = tuple(dict.fromkeys(kind for kinds in _KINDS.values() for kind in kinds))
 LOSSES = ("crash", "partition", "partition up", "partition down")  # which a node may suffer for good
 FULL_S = 600.0  # many times as long as anybody waits for a disk, or for an answer
 SMALL_PACKET = 2048  # holds the largest entry of a schedule, and not many of them
-KINDS = tuple(dict.fromkeys(name for name, _, _ in _KINDS))
 _SIZES = (3, 3, 3, 3, 3, 3, 4, 4, 4, 5, 5, 6, 7)
 
 
@@ -260,8 +239,8 @@ def _settings(draw: random.Random, nodes: int, live: int, *, has_values: bool) -
 
 
 def _fault(draw: random.Random, nodes: Sequence[str], length_s: float, names: Collection[str]) -> ScheduledFault:
-    kinds = [kind for kind in _KINDS if kind[0] in names]
-    name, _, whom = draw.choices(kinds, [weight for _, weight, _ in kinds])[0]
+    drawn = [(whom, name) for whom, kinds in _KINDS.items() for name in kinds if name in names]
+    whom, name = draw.choices(drawn, [_KINDS[whom][name] for whom, name in drawn])[0]
     if whom == "anyone":
         whom = draw.choice((SERVER, ALL, "node", "node"))
     target = draw.choice(nodes) if whom == "node" else whom
