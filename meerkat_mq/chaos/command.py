@@ -50,7 +50,10 @@ def command(
 
 async def _command(plan: Plan, out: Path, as_json: bool) -> None:
     console = Console(stderr=as_json)
-    verdict = await run_drill(plan, out, console)
+    verdict = await _drill(plan, out, console)
+    with writing(f"--out {out}"):
+        write_atomically(out / VERDICT_FILE, verdict.to_json().encode())
+        write_atomically(out / REPORT_FILE, render(verdict).encode("utf-8", errors="replace"))
     print_verdict(console, verdict)
     say(console, f"Report: {out / REPORT_FILE}")
     if as_json:
@@ -64,8 +67,8 @@ async def _command(plan: Plan, out: Path, as_json: bool) -> None:
         )
 
 
-async def run_drill(plan: Plan, out: Path, console: Console) -> DrillResult:
-    """Run a drill with its progress on the console; leaves verdict.json and report.html in `out`."""
+async def _drill(plan: Plan, out: Path, console: Console) -> DrillResult:
+    """Run a drill with its progress on the console."""
 
     def tell(line: str) -> None:
         now = f"{drill.clock():6.1f} s  round {drill.seen.version:>5}  {line}"
@@ -80,13 +83,9 @@ async def run_drill(plan: Plan, out: Path, console: Console) -> DrillResult:
         configure_logs(as_json=True, file=log)
         shown = asyncio.create_task(_show(drill, plan, bar))
         try:
-            verdict = await drill.run()
+            return await drill.run()
         finally:
             shown.cancel()
-    with writing(f"--out {out}"):
-        write_atomically(out / VERDICT_FILE, verdict.to_json().encode())
-        write_atomically(out / REPORT_FILE, render(verdict).encode("utf-8", errors="replace"))
-    return verdict
 
 
 async def _show(drill: Drill, plan: Plan, bar: Progress) -> None:

@@ -123,7 +123,7 @@ class Proxy:
         self.random = random or Random(0)  # noqa: S311 - a schedule that can be repeated, no secret
         self.tls = tls
         self._abandoned = asyncio.Event()  # of the connections that are open now
-        self._flowing = {True: asyncio.Event(), False: asyncio.Event()}
+        self.flowing = {True: asyncio.Event(), False: asyncio.Event()}
         self._server: asyncio.Server | None = None
         self._links: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
@@ -162,11 +162,11 @@ class Proxy:
     def freeze(self, *, up: bool = True, down: bool = True) -> None:
         """Half-open: connections stay, nothing goes through in these directions."""
         for frozen in (way for way, chosen in ((True, up), (False, down)) if chosen):
-            self._flowing[frozen].clear()
+            self.flowing[frozen].clear()
 
     def thaw(self) -> None:
         """Let what waits go through again."""
-        for flowing in self._flowing.values():
+        for flowing in self.flowing.values():
             flowing.set()
 
     def reset(self) -> None:
@@ -193,6 +193,7 @@ class Proxy:
 
     async def _link(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
+        abandoned = self._abandoned
         try:
             far_reader, far_writer = await asyncio.open_connection(*self._target)
         except OSError:
@@ -200,7 +201,6 @@ class Proxy:
             return
         self._writers.add(far_writer)
         ways = [_Way(self, reader, writer, far_writer, up=True), _Way(self, far_reader, far_writer, writer, up=False)]
-        abandoned = self._abandoned
         senders = [asyncio.create_task(way.send()) for way in ways]
         receivers = [asyncio.create_task(way.receive()) for way in ways]
         power = asyncio.create_task(abandoned.wait())
@@ -229,10 +229,6 @@ class Proxy:
         """How long so many bytes keep the link busy, as it is now."""
         return size / self.bytes_per_s
 
-    async def flowing(self, *, up: bool) -> None:
-        """Wait while this direction is frozen."""
-        await self._flowing[up].wait()
-
 
 class _Way:
     """One direction of one connection: packets wait until they are due, and go on in order, the held ones apart."""
@@ -258,7 +254,7 @@ class _Way:
                 data = await _read_packet(self._reader)
                 packet = Packet(self._up, data[0] >> 4, data)
                 self._proxy.saw(packet)
-                await self._proxy.flowing(up=self._up)
+                await self._proxy.flowing[self._up].wait()
                 passage, share = self._proxy.treat(packet), self._proxy.random.random()
                 if passage.hold_s:
                     held_s = self._proxy.delay_s(share) + passage.hold_s
@@ -278,7 +274,7 @@ class _Way:
                 left = passage.data
                 while left:  # a narrow link brings a packet bit by bit
                     size = math.ceil(min(len(left), self._proxy.bytes_per_s * _LOOK_S))
-                    await self._proxy.flowing(up=self._up)
+                    await self._proxy.flowing[self._up].wait()
                     self._target.write(left[:size])
                     await self._target.drain()
                     left = left[size:]

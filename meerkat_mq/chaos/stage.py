@@ -1,7 +1,17 @@
-"""The federation of a drill: all that a fault may touch."""
+"""The federation of a drill: all that a fault may touch.
+
+Where faults strike passwords or certificates, each service connects with TLS and a certificate of its own to its proxy,
+which ends the encryption, so that all other faults still see MQTT packets; to Mosquitto it is known by user name and
+password.
+"""
 
 import asyncio
+import base64
+import hashlib
 import json
+import secrets
+import ssl
+from collections.abc import Iterable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from random import Random
@@ -10,11 +20,11 @@ from typing import TYPE_CHECKING, Self
 import tomli_w
 from pydantic import BaseModel
 
-from meerkat_mq.chaos.credentials import Credentials
+from meerkat_mq.broker.certs import CA, CERTIFICATE, KEY, write_certificates
 from meerkat_mq.chaos.processes import Attached, BrokerProcess, Service, WallClock, build_library
 from meerkat_mq.chaos.proxy import Proxy
 from meerkat_mq.config import BrokerConfig
-from meerkat_mq.core.files import writing
+from meerkat_mq.core.files import write_atomically, writing
 from meerkat_mq.errors import ConfigError, MeerkatError
 
 if TYPE_CHECKING:
@@ -25,19 +35,70 @@ BROKER = "broker"
 SERVER = "server"
 COMMON_ROWS = 6
 OWN_ROWS = 2
+HOST = "127.0.0.1"
+_USER = "drill"
+_HASH_ROUNDS = 101  # Mosquitto's own number
+
+
+class Credentials:
+    """Passwords and certificates, in a folder.
+
+    Attributes:
+        passwords: Mosquitto's password store.
+        strangers: folder of a certificate for the same address that another CA has signed.
+    """
+
+    def __init__(self, folder: Path, federation: str, nodes: Iterable[str]) -> None:
+        self.passwords = folder / "passwords"
+        self.strangers = folder / "strangers" / "broker"
+        self._folder = folder
+        self._password = secrets.token_urlsafe(12)
+        list(write_certificates(folder, federation=federation, hosts=(HOST,), nodes=list(nodes)))
+        list(write_certificates(folder / "strangers", hosts=(HOST,)))
+        self.store()
+
+    def store(self, *, empty: bool = False) -> None:
+        """Write the password store as it should be, or an empty one; Mosquitto reads it at SIGHUP."""
+        salt = secrets.token_bytes(12)
+        digest = hashlib.pbkdf2_hmac("sha512", self._password.encode(), salt, _HASH_ROUNDS)
+        shown = "$".join(["", "7", str(_HASH_ROUNDS), *(base64.b64encode(part).decode() for part in (salt, digest))])
+        write_atomically(self.passwords, b"" if empty else f"{_USER}:{shown}\n".encode(), durable=False)
+
+    def of(self, name: str) -> Path:
+        """The folder of a service's CA, certificate and key."""
+        nodes = self._folder / "nodes"
+        return nodes / name if (nodes / name).exists() else self._folder / "server"
+
+    def way(self, broker: BrokerConfig, name: str | None = None) -> BrokerConfig:
+        """The way to a broker with the password, for a service also with its certificate."""
+        files = {} if name is None else self._files(self.of(name))
+        return broker.model_copy(update={"username": _USER, "password": self._password, **files})
+
+    def context(self) -> ssl.SSLContext:
+        """For the proxy of one service: the broker's certificate; clients must have one of the same CA."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(self._folder / "broker" / CA)
+        self.show(context)
+        return context
+
+    def show(self, context: ssl.SSLContext, *, strangers: bool = False) -> None:
+        """Which certificate new connections see: the broker's, or that of a stranger at its address."""
+        folder = self.strangers if strangers else self._folder / "broker"
+        context.load_cert_chain(folder / CERTIFICATE, folder / KEY)
+
+    def _files(self, folder: Path) -> dict[str, Path]:
+        return {"ca_file": folder / CA, "cert_file": folder / CERTIFICATE, "key_file": folder / KEY}
 
 
 class Stage:
-    """Broker, links and processes; used as a context manager.
+    """Broker, links and processes, by name; used as a context manager.
 
     Attributes:
-        federation: its name.
-        state_dir: the server's.
         broker: of the drill's own; never started where the federation is attached.
         observed: the way to the broker without a proxy.
         links: by process, the proxy between it and the broker.
-        processes: by name, all that may be signalled.
-        services: by name, those that the drill started.
+        processes: all that may be signalled; `services`: those that the drill started.
         retired: services that ended for good: clones, replaced servers.
     """
 

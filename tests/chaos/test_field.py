@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from meerkat_mq.broker.certs import CA, CERTIFICATE, KEY
-from meerkat_mq.chaos.credentials import HOST, Credentials
 from meerkat_mq.chaos.faults import FAULTS
 from meerkat_mq.chaos.processes import BrokerProcess, LogPipe, Service, WallClock, build_library
 from meerkat_mq.chaos.proxy import Proxy
+from meerkat_mq.chaos.stage import HOST, Credentials
 from meerkat_mq.errors import DrillFailed
 from tests.support.waiting import until
 
