@@ -46,7 +46,7 @@ class ServerDriver:
 
     Args:
         server_id: random, one a process; 16 hex digits.
-        ledger_work: does what concerns ledger and theta; `other_work` the rest that takes time.
+        ledger_work: does what concerns ledger and theta; `measure_work` inner products, `other_work` the rest.
         replace: whether to take over from a server that is online.
         alone: whether no other process uses this server's ledger.
 
@@ -63,6 +63,7 @@ class ServerDriver:
         transport: Transport,
         clock: Clock,
         ledger_work: Compute,
+        measure_work: Compute,
         other_work: Compute,
         monitor: ServerMonitor,
         replace: bool = False,
@@ -90,7 +91,7 @@ class ServerDriver:
         self._alarm = Alarm(clock, lambda: self.handle(e.Tick(clock.now())))
         self._statuses: dict[str, NodeStatus] = {}
         self.writer = LedgerWriter(held, compute=ledger_work, clock=clock, server_id=server_id, owner=self)
-        self._measurer = Measurer(run, other_work, clock, self.handle)
+        self._measurer = Measurer(run, measure_work, clock, self.handle)
         self._fetches = Fetches(
             run.mask.size, self, self.writer.put, run.settings.reach, compute=other_work, clock=clock
         )

@@ -156,6 +156,7 @@ class Server:
             transport=self._session,
             clock=LoopClock(self._ports),
             ledger_work=ThreadCompute(self._ports, worker),
+            measure_work=ThreadCompute(self._ports, self._others),
             other_work=ThreadCompute(self._ports, self._others),
             monitor=monitor,
             replace=replace,

@@ -132,6 +132,7 @@ class Federation:
             self.ledger,
             commit_s=self.schedule.commit_s,
             measure_s=self.schedule.measure_s,
+            judge_s=self.schedule.judge_s,
             latency_s=SERVER_LATENCY_S,
             largest=self.schedule.packet_bytes,
         )

@@ -33,11 +33,11 @@ def patience(schedule: Schedule) -> float:
     answered; then it is judged and committed. Before that, the longest extension ends, which may just have begun.
     """
     rules = schedule.settings
-    answer_s = 1.5 * schedule.step_s * schedule.spread + 6 * schedule.commit_s + 1.0
+    answer_s = 1.5 * schedule.step_s * schedule.spread + schedule.judge_s + 6 * schedule.commit_s + 1.0
     if schedule.slow:
         answer_s = max(answer_s, rules.deadline_s + schedule.commit_s)
     answer_s += (schedule.every_s + AWAKE_S) * (schedule.sleepers > 0) + UNWILLING_S * schedule.reluctant
-    closing_s = 2 * schedule.measure_s + 6 * schedule.commit_s + 1.0
+    closing_s = schedule.measure_s + schedule.judge_s + 6 * schedule.commit_s + 1.0
     begun_s = max(deadline_length(rules, version, LAST_ATTEMPT) for version in range(rules.count))
     return FOUND_S + begun_s + sum(_open_s(rules, version, answer_s) + closing_s for version in range(rules.count))
 

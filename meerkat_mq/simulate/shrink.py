@@ -9,8 +9,8 @@ from meerkat_mq.simulate.schedule import Schedule
 
 FEWEST_NODES = 2
 _PLAIN = {
-    "slow": False, "leftovers": False, "fickle": False, "commit_s": 0.0, "spread": 1.0, "values": 0, "sleepers": 0,
-    "keeps": False, "reluctant": False, "packet_bytes": 2**28, "earlier": "",
+    "slow": False, "leftovers": False, "fickle": False, "commit_s": 0.0, "judge_s": 0.0, "spread": 1.0, "values": 0,
+    "sleepers": 0, "keeps": False, "reluctant": False, "packet_bytes": 2**28, "earlier": "",
 }  # fmt: skip
 _PLAIN_RULES: tuple[dict[str, Any], ...] = (
     {"weigh_by_rows": False}, {"fraction": 1.0}, {"local_steps": 1}, {"directions": 1}, {"digest_every": 1},

@@ -160,21 +160,16 @@ class Client:
         """Whether it subscribes to a topic."""
         return topic in self.filters or any(matches(pattern, topic) for pattern in self.filters if "+" in pattern)
 
-    def deliver(self, message: VirtualMessage, *, retained: bool) -> None:
-        """A message has arrived."""
+    @property
+    def driver(self) -> Driver:
+        """Whose session it is."""
         assert self._driver is not None
-        self.process.call(partial(self._driver.received, message.topic, message.payload, retained=retained))
-
-    def greet(self, link: int) -> None:
-        """The connection stands."""
-        assert self._driver is not None
-        self.process.call(partial(self._driver.connected, link))
+        return self._driver
 
     def lose(self) -> None:
         """The connection is gone."""
         self.link = None
-        assert self._driver is not None
-        self.process.call(self._driver.disconnected)
+        self.process.call(self.driver.disconnected)
 
 
 class Broker:
@@ -250,7 +245,7 @@ class Broker:
     def _greet(self, client: Client, link: int) -> None:
         if client.link == link:
             earlier, client.outbox = client.outbox, []
-            client.greet(link)
+            client.process.call(partial(client.driver.connected, link))
             for message in earlier:
                 self.publish(client, message)
 
@@ -369,7 +364,8 @@ class Broker:
     def _land(self, client: Client, link: int, message: VirtualMessage, retained: bool) -> None:
         if client.link == link and not client.cut:
             self._delivered(message)
-            client.deliver(message, retained=retained)
+            topic, payload = message.topic, message.payload
+            client.process.call(partial(client.driver.received, topic, payload, retained=retained))
 
     def _fate(self, conditions: LinkConditions, way: str) -> list[float]:
         chance = self._chance.random

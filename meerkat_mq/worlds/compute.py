@@ -1,7 +1,9 @@
 """Workers in virtual time: a job is done at the end of the time that it takes."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
+from threading import Event
 from typing import TypeVar
 
 from meerkat_mq.rounds.events import StartSteps
@@ -44,16 +46,16 @@ class VirtualCompute:
         done(result)
 
 
-class Never:
-    """Local steps that nobody stops: virtual time has decided already how many are made."""
+@dataclass
+class _Walk:
+    """Local steps that are being made."""
 
-    def is_set(self) -> bool:
-        """It is not."""
-        return False
-
-    def wait(self, timeout: float) -> bool:
-        """Do not wait."""
-        return False
+    model: Model
+    order: StartSteps
+    done: StepsEnd
+    failed: Failed
+    began: float
+    timer: VirtualTimer = field(init=False)
 
 
 class VirtualStepCompute(VirtualCompute):
@@ -102,18 +104,10 @@ class VirtualStepCompute(VirtualCompute):
     def move_on(self) -> None:
         """Nothing waits here."""
 
-    def _end_at(self, walk: "_Walk", time: float, made: int) -> None:
+    def _end_at(self, walk: _Walk, time: float, made: int) -> None:
         walk.timer = self._process.at(time, partial(self._ended, walk, made))
 
-    def _ended(self, walk: "_Walk", made: int) -> None:
+    def _ended(self, walk: _Walk, made: int) -> None:
         self._walk = None
-        self._do(partial(walk.model.step, walk.order, Never(), made), walk.done, walk.failed)
-
-
-class _Walk:
-    """Local steps that are being made."""
-
-    timer: VirtualTimer
-
-    def __init__(self, model: Model, order: StartSteps, done: StepsEnd, failed: Failed, began: float) -> None:
-        self.model, self.order, self.done, self.failed, self.began = model, order, done, failed, began
+        nobody_stops = Event()  # time has decided already how many steps are made
+        self._do(partial(walk.model.step, walk.order, nobody_stops, made), walk.done, walk.failed)

@@ -25,7 +25,8 @@ class ServerProcess(VirtualProcess, ServerMonitor):
         world: it lives in.
         ledger: of the run, or empty.
         commit_s: seconds of one commit.
-        measure_s: seconds that other work takes, such as the inner products of a round's directions.
+        measure_s: seconds that the inner products of a round's directions take.
+        judge_s: seconds that other work takes: to judge a round, or look at a displacement.
         latency_s: of its link.
         largest: MQTT packet, in bytes.
         replace: whether it takes over from a server that is online.
@@ -43,6 +44,7 @@ class ServerProcess(VirtualProcess, ServerMonitor):
         *,
         commit_s: float = 0.0,
         measure_s: float = 0.0,
+        judge_s: float = 0.0,
         latency_s: float = 0.001,
         largest: int = LARGEST_PACKET,
         replace: bool = False,
@@ -51,7 +53,7 @@ class ServerProcess(VirtualProcess, ServerMonitor):
         self.server_id = server_id
         self._world = world
         self._ledger = ledger
-        self._commit_s, self._measure_s = commit_s, measure_s
+        self._commit_s, self._measure_s, self._judge_s = commit_s, measure_s, judge_s
         self._replace = replace
         self._topics = topics = Topics(FEDERATION)
         self.driver: ServerDriver | None = None
@@ -86,7 +88,8 @@ class ServerProcess(VirtualProcess, ServerMonitor):
             transport=self.client,
             clock=self,
             ledger_work=VirtualCompute(self, self._commit_s),
-            other_work=VirtualCompute(self, self._measure_s, at_once=True),
+            measure_work=VirtualCompute(self, self._measure_s, at_once=True),
+            other_work=VirtualCompute(self, self._judge_s, at_once=True),
             monitor=self,
             replace=self._replace,
             read=self._world.read,

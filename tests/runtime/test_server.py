@@ -49,6 +49,7 @@ class OneServer(ServerMonitor):
             transport=self.transport,
             clock=self.clock,
             ledger_work=self.ledger_work,
+            measure_work=Worker(self.clock),
             other_work=Worker(self.clock),
             monitor=self,
         )
