@@ -93,10 +93,8 @@ class DrillResult:
     @property
     def faults(self) -> list[FaultRow]:
         """By fault, in the order of their first strikes."""
-        return [
-            _row(name, [struck for struck in self.strikes if struck.fault == name])
-            for name in dict.fromkeys(struck.fault for struck in self.strikes)
-        ]
+        names = dict.fromkeys(struck.fault for struck in self.strikes)
+        return [_row([struck for struck in self.strikes if struck.fault == name]) for name in names]
 
     def to_json(self) -> str:
         """All of it but the single rounds."""
@@ -115,10 +113,10 @@ class DrillResult:
         return json.dumps(table, indent=2, default=str)
 
 
-def _row(name: str, strikes: Sequence[Struck]) -> FaultRow:
+def _row(strikes: Sequence[Struck]) -> FaultRow:
     times = [struck.recovery_s for struck in strikes if struck.recovery_s is not None]
     return FaultRow(
-        fault=name,
+        fault=strikes[0].fault,
         targets=tuple(sorted({struck.target for struck in strikes})),
         times=len(strikes),
         recovered=len(times),

@@ -11,7 +11,6 @@ import numpy as np
 from meerkat_mq.core.files import write_atomically
 from meerkat_mq.core.mask import Mask, MaskedMatrix
 from meerkat_mq.core.path import digest
-from meerkat_mq.core.step import Row
 from meerkat_mq.demo.settings import WEIGHTS
 from meerkat_mq.engines.evaluate import evaluate
 from meerkat_mq.engines.torch.checkpoint import fingerprint
@@ -24,7 +23,7 @@ from meerkat_mq.sweep.energy import EnergyMeter
 from meerkat_mq.sweep.grid import Cell
 from meerkat_mq.sweep.plan import OWN_MODEL, SweepPlan
 from meerkat_mq.sweep.rows import calibration, rows_of, shards_of
-from meerkat_mq.sweep.training import Report, Trained, diverged, train_federated, train_first_order
+from meerkat_mq.sweep.training import Report, diverged, train_federated, train_first_order
 from meerkat_mq.tasks.data import class_counts
 from meerkat_mq.tasks.task import Evaluation
 
@@ -76,7 +75,8 @@ def make_cell_mask(cell: Cell, path: Path, report: Report) -> None:
 
 def make_baseline(cell: Cell, path: Path, report: Report) -> None:
     """Evaluate the untrained model on a cell's rows and keep the outcome."""
-    loaded = _load(cell.plan)
+    plan = cell.plan
+    loaded = load_model(source_of(plan), dtype=plan.dtype, device=plan.device)
     engine = TransformersEngine(loaded, _one_weight(loaded), cell.described)
     save_evaluation(path, evaluate(engine, engine.usable(rows_of(cell).evaluation), figures=cell.described.evaluation))
     report(1.0)
@@ -84,14 +84,13 @@ def make_baseline(cell: Cell, path: Path, report: Report) -> None:
 
 def run_cell(cell: Cell, mask: Path | None, baseline: Path, report: Report) -> dict[str, Any]:
     """Train and evaluate one cell; returns its figures, as in `results.jsonl`."""
-    before = load_evaluation(baseline)
-    rows = rows_of(cell)
-    task = cell.described
-    shards = shards_of(rows.train, cell.plan.nodes, cell.split, seed=cell.seed, class_of=task.class_of)
+    plan, task = cell.plan, cell.described
+    before, rows = load_evaluation(baseline), rows_of(cell)
+    shards = shards_of(rows.train, plan.nodes, cell.split, seed=cell.seed, class_of=task.class_of)
     counts = [class_counts(shard, task) for shard in shards]
     if mask is None:
         return _figures(before, before, counts) | {"forward_passes": 0}
-    loaded, found = _load(cell.plan), Mask.load(mask)
+    loaded, found = load_model(source_of(plan), dtype=plan.dtype, device=plan.device), Mask.load(mask)
     meter = EnergyMeter()
     engine = TransformersEngine(loaded, found, cell.described)
     shards, evaluation = [engine.usable(shard) for shard in shards], engine.usable(rows.evaluation)
@@ -100,8 +99,13 @@ def run_cell(cell: Cell, mask: Path | None, baseline: Path, report: Report) -> d
         report(share)
         meter.sample()
 
-    trained = _train(cell, engine, found, shards, evaluation=evaluation, report=progress)
-    energy = meter.used(trained.cpu_seconds, cell.plan.watts, cell.plan.device)
+    if cell.method.federated:
+        settings = cell.settings(found.hash, measured=bool(found.g_p.any()))
+        every = plan.evaluate_every
+        trained = train_federated(engine, found, shards, settings, evaluation=evaluation, every=every, report=progress)
+    else:
+        trained = train_first_order(cell, engine, found, shards, progress)
+    energy = meter.used(trained.cpu_seconds, plan.watts, plan.device)
     memory = peak_rss_mib()
     engine.write(trained.theta)
     with np.errstate(all="ignore"):  # what diverged may hold anything
@@ -129,41 +133,6 @@ def run_cell(cell: Cell, mask: Path | None, baseline: Path, report: Report) -> d
     )
 
 
-def _train(
-    cell: Cell,
-    engine: TransformersEngine,
-    mask: Mask,
-    shards: Sequence[Sequence[Row]],
-    *,
-    evaluation: Sequence[Row],
-    report: Report,
-) -> Trained:
-    plan = cell.plan
-    if cell.method.federated:
-        settings = cell.settings(mask.hash, measured=bool(mask.g_p.any()))
-        return train_federated(
-            engine,
-            mask,
-            shards,
-            settings,
-            evaluation=evaluation,
-            every=plan.evaluate_every,
-            report=report,
-        )
-    assert cell.lr is not None
-    return train_first_order(
-        engine,
-        mask,
-        [row for shard in shards for row in shard],
-        nodes=plan.nodes,
-        batch_size=plan.batch_size,
-        steps=cell.gradient_steps,
-        lr=cell.lr,
-        seed=cell.seed,
-        report=report,
-    )
-
-
 def _figures(before: Evaluation, after: Evaluation, counts: Sequence[Sequence[int]]) -> dict[str, Any]:
     own = [own_mix(after.recalls, labels) for labels in counts]
     return {
@@ -187,10 +156,6 @@ def own_mix(recalls: Sequence[float | None], labels: Sequence[int]) -> float:
     known = [(count, recall) for count, recall in zip(labels, recalls, strict=True) if recall is not None]
     total = sum(count for count, _ in known)
     return sum(count * recall for count, recall in known) / total if total else 0.0
-
-
-def _load(plan: SweepPlan) -> LoadedModel:
-    return load_model(source_of(plan), dtype=plan.dtype, device=plan.device)
 
 
 def _one_weight(loaded: LoadedModel) -> Mask:

@@ -189,7 +189,9 @@ def cells_of(plan: SweepPlan, model: str, own: Task) -> list[Cell]:
     """
     cells = []
     for seed, task, split in product(plan.seeds, plan.tasks or (None,), plan.splits):
-        described = described_task(plan, task, own)
+        described = own if task is None else load_task(task.task or task.name)
+        if (limit := (task and task.max_tokens) or plan.max_tokens) is not None:
+            described = described.with_limit(limit)
         for method in plan.methods:
             contents = tuple(_contents(plan, method, task, model).items())
             for steps, lr in _points(plan, method, described.name if task is None else task.name):
@@ -206,13 +208,6 @@ def _points(plan: SweepPlan, method: MethodPlan, task: str) -> Iterator[tuple[in
     if not rates and method.mask != "none":
         raise ConfigError(f"methods.{method.name}.lr", f"names none for task {task}", "add one")
     yield from product(plan.local_steps if method.federated else (None,), rates or (None,))
-
-
-def described_task(plan: SweepPlan, task: TaskPlan | None, own: Task) -> Task:
-    """How a task's rows become text, with the plan's length; TaskError where it is none."""
-    found = own if task is None else load_task(task.task or task.name)
-    limit = (task.max_tokens if task is not None else None) or plan.max_tokens
-    return found if limit is None else found.with_limit(limit)
 
 
 def _contents(plan: SweepPlan, method: MethodPlan, task: TaskPlan | None, model: str) -> Mapping[str, str]:

@@ -18,6 +18,7 @@ from meerkat_mq.engines.torch.engine import Prepared, TransformersEngine
 from meerkat_mq.rounds.guards import NOT_REFUSED
 from meerkat_mq.rounds.policy import RoundSettings, lane_of
 from meerkat_mq.rounds.records import Judgement, Verdict
+from meerkat_mq.sweep.grid import Cell
 from meerkat_mq.sweep.plan import PASSES_OF_A_GRADIENT
 from meerkat_mq.tasks.task import Evaluation
 from meerkat_mq.wire.topics import Topics
@@ -226,34 +227,26 @@ def _gradips(federation: Federation) -> list[NodeGradIP]:
 
 
 def train_first_order(
-    engine: TransformersEngine,
-    mask: Mask,
-    rows: Sequence[Row],
-    *,
-    nodes: int,
-    batch_size: int,
-    steps: int,
-    lr: float,
-    seed: int,
-    report: Report,
+    cell: Cell, engine: TransformersEngine, mask: Mask, shards: Sequence[Sequence[Row]], report: Report
 ) -> Trained:
     """AdamW with back-propagation on all nodes' rows in one place: a bound, no federation.
 
     A step takes the next nodes × batch_size rows of one shuffled order of them all, whoever's they are.
     """
-    watch = Stopwatch()
+    assert cell.lr is not None
+    watch, steps = Stopwatch(), cell.gradient_steps
     with watch.running():
         theta = first_order(
             engine,
             mask.theta_0,
-            rows,
+            [row for shard in shards for row in shard],
             steps=steps,
-            lr=lr,
-            batch_size=nodes * batch_size,
-            seed=seed,
+            lr=cell.lr,
+            batch_size=cell.plan.nodes * cell.plan.batch_size,
+            seed=cell.seed,
             progress=lambda done, total: report(done / total),
         )
-    return Trained(theta, 0, PASSES_OF_A_GRADIENT * nodes * steps, watch.cpu, watch.wall)
+    return Trained(theta, 0, PASSES_OF_A_GRADIENT * cell.plan.nodes * steps, watch.cpu, watch.wall)
 
 
 def diverged(trained: Trained, after: Evaluation, before: Evaluation, classes: int) -> bool:
