@@ -295,7 +295,7 @@ def weigh_displacements_alike(patch: pytest.MonkeyPatch) -> None:
 BUGS: dict[Callable[[pytest.MonkeyPatch], None], tuple[str, ...]] = {
     apply_a_duplicate: ("duplicate",),
     term_in_the_identity: ("crash",),
-    publish_before_commit: ("crash",),
+    publish_before_commit: ("crash", "leave"),
     forget_the_term: ("crash", "broker crash"),
     accept_a_stale_round: ("reorder",),
     lose_an_update_on_resume: ("crash",),
