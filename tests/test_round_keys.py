@@ -1,6 +1,7 @@
 """A key of `[rounds]` is declared once (config/rounds.py), and all who must know it do: nothing else names it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -73,8 +74,9 @@ def test_a_key_reaches_all_who_must_know_it(key: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("section", [RunSpec, RoundRules])
 def test_every_key_has_a_sentence(section: type[RunSpec]) -> None:
+    page = (Path(__file__).parents[1] / "docs/configuration.md").read_text(encoding="utf-8")
     for key in section.__annotations__:
-        assert f"\n        {key}: " in (section.__doc__ or ""), key
+        assert re.search(rf"^\| `rounds\.{key}` \|.*\| [^|]{{10,}} \|$", page, re.MULTILINE), key
 
 
 def test_what_toml_takes_fits_a_frame(tmp_path: Path) -> None:
