@@ -1,10 +1,13 @@
 """One ledger writer on virtual ports, on a real ledger; it is its own owner, and keeps what it is told."""
 
+from collections.abc import Iterable
+
 from meerkat_mq.ledger.recovery import recovered
 from meerkat_mq.ledger.run import Run
 from meerkat_mq.ledger.snapshots import Snapshots
 from meerkat_mq.ledger.sqlite import Ledger
 from meerkat_mq.rounds import events as e
+from meerkat_mq.rounds.records import UpdateRecord
 from meerkat_mq.rounds.server import ServerMachine
 from meerkat_mq.runtime.succession import Past
 from meerkat_mq.runtime.writer import Commit, Holdings, LedgerWriter, Task
@@ -14,6 +17,19 @@ from tests.runtime.ports import VirtualClock, Worker
 
 Frame = Entries | Offer | Chunk | Want
 SERVER_ID = "c" * 16
+
+
+class CountingLedger(Ledger):
+    """Keeps the sizes of the groups."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)  # type: ignore[arg-type]
+        self.sizes: list[int] = []
+
+    def commit_updates(self, records: Iterable[UpdateRecord]) -> None:
+        records = list(records)
+        self.sizes.append(len(records))
+        super().commit_updates(records)
 
 
 class OneWriter:

@@ -1,6 +1,6 @@
 """The ledger writer: what is committed when, what nobody hears of, and what a disk that fails for a while changes."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from meerkat_mq.runtime.writer import GROUP_S, TERM_PAUSE_S, WANTS, KeepMetrics,
 from meerkat_mq.server.run import prepare_run
 from meerkat_mq.wire.messages import Chunk, Header, Update, Values, Want
 from meerkat_mq.wire.values import decode_values, encode_values
-from tests.runtime.one_writer import Frame, OneWriter
+from tests.runtime.one_writer import CountingLedger, Frame, OneWriter
 
 FULL = LedgerUnavailable("ledger.sqlite", "cannot be written just now")
 BROKEN = LedgerFailing("ledger.sqlite", "the disk gives errors")
@@ -29,19 +29,6 @@ TERMS = (Coefficient(0, 0, 0.5),)
 
 def record(slot: int) -> UpdateRecord:
     return UpdateRecord(0, f"node-{slot}", slot, 1, 1, (0.5,), 0.5)
-
-
-class CountingLedger(Ledger):
-    """Keeps the sizes of the groups."""
-
-    def __init__(self, *args: object) -> None:
-        super().__init__(*args)  # type: ignore[arg-type]
-        self.sizes: list[int] = []
-
-    def commit_updates(self, records: Iterable[UpdateRecord]) -> None:
-        records = list(records)
-        self.sizes.append(len(records))
-        super().commit_updates(records)
 
 
 @pytest.fixture
