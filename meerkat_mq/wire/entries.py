@@ -53,8 +53,8 @@ def previous_of(data: bytes) -> bytes:
 
 
 def _check_count(terms: int, aged: bool) -> None:
-    most = most_terms(aged=aged)
-    check(terms <= most, "terms", f"{terms} are more than {most}")
+    if terms > (most := most_terms(aged=aged)):
+        raise BadValue("terms", f"{terms} are more than {most}")
 
 
 def _check(entry: Entry) -> None:

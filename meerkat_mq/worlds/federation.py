@@ -91,7 +91,11 @@ class Federation:
         run = make_run(settings, mask)
         chance = random.Random(0)  # noqa: S311 - chance to be repeated, not to be secret
         broker = Broker(self.clock, chance, routed=routed, delivered=delivered)
-        self._world = World(self.clock, broker, run, Thetas(run, THETAS), self._failed, self._count)
+        self._world = World(
+            self.clock, broker, run, Thetas(run, THETAS),
+            failed=lambda who, error: self.errors.append((who, error)),
+            count=lambda who, reason: self.counts.update([(who, reason)]),
+        )  # fmt: skip
         self._commit_s = commit_s
         self._draw = lru_cache(maxsize=min(1024, DRAWN_BYTES // (4 * mask.size)))(direction)
         self._numbers = count()
@@ -127,12 +131,6 @@ class Federation:
             take_steps=node.store.take_steps,
             values=part.values,
         )
-
-    def _failed(self, who: str, error: MeerkatError) -> None:
-        self.errors.append((who, error))
-
-    def _count(self, who: str, reason: str) -> None:
-        self.counts[who, reason] += 1
 
     # --- people's hands ---
 

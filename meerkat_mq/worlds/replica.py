@@ -17,28 +17,21 @@ class Thetas:
     Args:
         run: the run.
         kept: how many to remember.
+
+    Attributes:
+        after: theta, its name here, and the digest that the entry has.
     """
 
     def __init__(self, run: Run, kept: int) -> None:
         self.run = run
-        self._kept = kept
-        self._after: OrderedDict[_Key, tuple[Float32Array, bytes, bytes]] = OrderedDict()
+        self.kept = kept
+        self.after: OrderedDict[_Key, tuple[Float32Array, bytes, bytes]] = OrderedDict()
         self.theta_0 = run.mask.theta_0
         self.start = digest(self.theta_0)
 
     def replica(self) -> "SharedReplica":
         """One at theta_0."""
         return SharedReplica(self)
-
-    def get(self, key: _Key) -> tuple[Float32Array, bytes, bytes] | None:
-        """theta, its name here, and the digest that the entry has, if it is known."""
-        return self._after.get(key)
-
-    def put(self, key: _Key, found: tuple[Float32Array, bytes, bytes]) -> None:
-        """Remember it."""
-        self._after[key] = found
-        if len(self._after) > self._kept:
-            self._after.popitem(last=False)
 
 
 class SharedReplica(Replica):
@@ -77,11 +70,14 @@ class SharedReplica(Replica):
             self._name = digest(self.theta)
         terms, displacement = change
         key = (self._name, self.version, tuple(terms), None if displacement is None else displacement.tobytes())
-        found = self._thetas.get(key)
+        after_it = self._thetas.after
+        found = after_it.get(key)
         if found is None:
             (after,) = super().replay([change])
             found = self.theta, after if any(after) else _name_after(key), after
-            self._thetas.put(key, found)
+            after_it[key] = found
+            if len(after_it) > self._thetas.kept:
+                after_it.popitem(last=False)
         else:
             super().load(found[0], self.version + 1)
         self._name = found[1]

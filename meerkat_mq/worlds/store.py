@@ -13,7 +13,7 @@ come before the transaction of its row. A simulator raises there: what was not c
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -56,29 +56,26 @@ class MemoryStore(Store):
 
     # --- commits ---
 
-    def group(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._in_group else _Transaction(self)
-
-    def start(self) -> None:
-        """Begin a transaction."""
+    @contextmanager
+    def group(self) -> Iterator[None]:
+        if self._in_group:
+            yield
+            return
         if self.ledger.is_full:
             raise LedgerUnavailable(self.where, "no space is left on its disk")
         self._assert_in_charge()
-        self._before = self._mine, set(self._loose)
-        self._in_group = True
-
-    def commit(self) -> None:
-        """End it; what it did stays."""
+        before, self._in_group = (self._mine, set(self._loose)), True
+        try:
+            yield
+            self._step()
+            self._journal.clear()
+        except BaseException:
+            self._journal.roll_back()
+            self._mine, self._loose = before
+            raise
+        finally:
+            self._in_group = False
         self._step()
-        self._journal.clear()
-        self._in_group = False
-        self._step()
-
-    def roll_back(self) -> None:
-        """End it; what it did is undone."""
-        self._journal.roll_back()
-        self._in_group = False
-        self._mine, self._loose = self._before
 
     def _add(self, table: dict[Key, Value], key: Key, value: Value) -> None:
         """Put what must not be there yet."""
@@ -329,23 +326,3 @@ class MemoryStore(Store):
 
     def metrics(self) -> dict[int, dict[str, float]]:
         return dict(sorted(self.ledger.metrics.items()))
-
-
-class _Transaction:
-    """`Store.group` around what is not in a group yet."""
-
-    def __init__(self, store: MemoryStore) -> None:
-        self._store = store
-
-    def __enter__(self) -> None:
-        self._store.start()
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self._store.roll_back()
-            return
-        try:
-            self._store.commit()
-        except BaseException:
-            self._store.roll_back()
-            raise
