@@ -40,11 +40,7 @@ BROUGHT_UP_TO_DATE = 0.3  # share of the later starts of a node of an earlier re
 
 
 class SimulatedStore(MemoryNodeStore):
-    """A node's disk, with the file of a kept update as each release writes it.
-
-    Args:
-        refused: is told of what the disk did not take.
-    """
+    """A node's disk, with a kept update's file as each release writes it; `refused` is told what it did not take."""
 
     def __init__(self, refused: Callable[[], None]) -> None:
         super().__init__()

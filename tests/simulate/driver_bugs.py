@@ -161,7 +161,7 @@ DRIVER_BUGS: dict[Callable[[pytest.MonkeyPatch], None], tuple[str, ...]] = {
     lose_what_came_before_the_connection: ("leave", "crash"),
     go_on_with_the_work_of_an_earlier_term: ("hostile",),
     say_what_is_not_applied_yet: ("restore",),
-    drop_a_too_large_reply: ("leave",),
+    drop_a_too_large_reply: ("broker crash", "leave"),
     offer_a_corrupt_snapshot: ("damaged snapshots", "leave"),
     follow_a_corrupt_snapshot: ("forged chunks", "leave"),
 }
