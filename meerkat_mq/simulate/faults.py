@@ -221,19 +221,15 @@ def _corrupt_messages(federation: Federation, fault: ScheduledFault) -> None:
         federation.broker.spread(replace(message, payload=payload))
 
 
-def _forge_chunks(federation: Federation, fault: ScheduledFault) -> None:
-    """Before each chunk comes another in its place, whose checksum is right: only the blob's hash tells."""
-
-    def forge(message: VirtualMessage, chunk: Chunk) -> None:
-        place = federation.chance.randrange(len(chunk.data))
-        data = chunk.data[:place] + bytes([chunk.data[place] ^ 1]) + chunk.data[place + 1 :]
-        federation.broker.spread(replace(message, payload=encode(replace(chunk, data=data))))
-
-    federation.saw_chunk = forge
+def _forge(federation: Federation, message: VirtualMessage, chunk: Chunk) -> None:
+    """Before a chunk comes another in its place, whose checksum is right: only the blob's hash tells."""
+    place = federation.chance.randrange(len(chunk.data))
+    data = chunk.data[:place] + bytes([chunk.data[place] ^ 1]) + chunk.data[place + 1 :]
+    federation.broker.spread(replace(message, payload=encode(replace(chunk, data=data))))
 
 
-def _let_chunks_be(federation: Federation, fault: ScheduledFault) -> None:
-    federation.saw_chunk = lambda message, chunk: None
+def _forge_chunks(federation: Federation, fault: ScheduledFault, *, heals: bool = False) -> None:
+    federation.saw_chunk = (lambda message, chunk: None) if heals else partial(_forge, federation)
 
 
 def _is_of_an_earlier_process(federation: Federation, message: VirtualMessage) -> bool:
@@ -311,7 +307,7 @@ FAULTS: dict[str, tuple[Act, Act]] = {
     "stale run": (_earlier_run, _earlier_run),
     "hostile": (_hostile, _hostile),
     "corrupt messages": (_corrupt_messages, _corrupt_messages),
-    "forged chunks": (_forge_chunks, _let_chunks_be),
+    "forged chunks": (_forge_chunks, partial(_forge_chunks, heals=True)),
     "disk full": (_fill, partial(_fill, heals=True)),
     "lost fsync": (Federation.restore, _start_again),
     "damaged snapshots": (_damage_snapshots, _damage_snapshots),

@@ -3,7 +3,7 @@
 from itertools import accumulate, count
 
 from meerkat_mq.errors import AnotherServer, LedgerError
-from meerkat_mq.rounds.policy import RoundSettings, deadline_length
+from meerkat_mq.rounds.policy import deadline_length
 from meerkat_mq.rounds.server import LAST_ATTEMPT
 from meerkat_mq.runtime.blobs import PATIENCE_S
 from meerkat_mq.runtime.disk import LONGEST_PAUSE_S
@@ -39,19 +39,15 @@ def patience(schedule: Schedule) -> float:
     answer_s += (schedule.every_s + AWAKE_S) * (schedule.sleepers > 0) + UNWILLING_S * schedule.reluctant
     closing_s = schedule.measure_s + schedule.judge_s + 6 * schedule.commit_s + 1.0
     begun_s = max(deadline_length(rules, version, LAST_ATTEMPT) for version in range(rules.count))
-    return FOUND_S + begun_s + sum(_open_s(rules, version, answer_s) + closing_s for version in range(rules.count))
+    return FOUND_S + begun_s + sum(_open_s(schedule, version, answer_s) + closing_s for version in range(rules.count))
 
 
-def _open_s(rules: RoundSettings, version: int, answer_s: float) -> float:
-    """How long a round waits for answers that take so long."""
-    ends = accumulate(deadline_length(rules, version, attempt) for attempt in count())
-    return next(end for end in ends if end >= answer_s)
-
-
-def _left_out(schedule: Schedule) -> bool:
-    """Whether each buffer may fill without a certain node, whose update is too late then."""
+def _open_s(schedule: Schedule, version: int, answer_s: float) -> float:
+    """How long a round waits for such answers; where too many of a sample are lost, all are asked in the extension."""
     rules = schedule.settings
-    return rules.buffered and rules.max_staleness == 0 and rules.buffer_size < schedule.nodes
+    first = int(bool(schedule.lost) and rules.fraction_of(version) < 1)
+    ends = accumulate(deadline_length(rules, version, attempt) for attempt in count(first))
+    return first * deadline_length(rules, version, 0) + next(end for end in ends if end >= answer_s)
 
 
 def play(federation: Federation) -> None:
@@ -81,6 +77,8 @@ def judge(schedule: Schedule) -> tuple[History, list[Violation]]:
     history = federation.close()
     fine = {AnotherServer, LedgerError} if "damaged ledger" in schedule.kinds else {AnotherServer}
     ended = [Violation(NO_FAILURE, who, str(error)) for who, error in federation.errors if type(error) not in fine]
-    if schedule.earlier and "n0" not in schedule.lost and not _left_out(schedule) and not history.took("n0"):
+    rules = schedule.settings  # each buffer may fill without a certain node, whose update is too late then
+    left_out = rules.buffered and rules.max_staleness == 0 and rules.buffer_size < schedule.nodes
+    if schedule.earlier and not (left_out or "n0" in schedule.lost or history.took("n0")):
         ended.append(Violation(TAKES_PART, "node n0", f"of {schedule.earlier} has no update in the ledger"))
     return history, ended + [violation for found in check(history).values() for violation in found]

@@ -70,6 +70,14 @@ def test_a_federation_has_at_least_the_time_of_all_deadlines() -> None:
         assert deadlines < patience(schedule) < math.inf
 
 
+def test_a_sample_with_too_many_lost_has_the_time_of_its_extension() -> None:
+    schedule = make_schedule(1766, liveness=True)  # three of four are asked, three are needed, and one never answers
+    settings = schedule.settings.model_copy(update={"fraction": 1.0})
+    assert (schedule.settings.fraction, len(schedule.lost)) == (0.6, 1)
+    assert judge(schedule)[1] == []
+    assert patience(schedule) > patience(replace(schedule, settings=settings))
+
+
 def test_what_is_shrunk_keeps_its_quorum() -> None:
     schedule = make_schedule(
         next(seed for seed in range(100) if make_schedule(seed, liveness=True).lost), liveness=True
