@@ -56,7 +56,13 @@ REFUSED: Final = _metric(
     outlier=f"an update far from those of the other nodes and from the node's own past; {_GUARDS}",
     against=f"an update of a node that has been working against the others; {_GUARDS}",
 )
-FLAGGED: Final = _metric("flagged", "a node whose recent updates stand out; `meerkat status` names it")
+FLAGGED: Final = _metric(
+    "flagged",
+    "a node whose recent updates stand out; `meerkat status` names it",
+    over_budget="a node that sent, or asked for, far more than a node needs; it is answered last",
+    raises_terms="a node that made the server take one new term after another; it has to wait longer each time",
+    silent="a node that missed deadlines; rounds wait for it again when it has answered, at most a tenth of the time",
+)
 TOO_FEW_USABLE: Final = _metric(
     "too few updates can be used", "a deadline at which fewer than rounds.min_updates could be used; the round waits"
 )
@@ -69,6 +75,9 @@ EXTENDED: Final = _metric("round extended", "a round's deadline doubled, since t
 STARTED: Final = _metric("server started", "a start of a server in this run, or a takeover by another one")
 HIGHER_TERM: Final = _metric(
     "nodes have seen a higher term", "nodes remembered a newer server than the ledger does; a newer term was taken"
+)
+TERM_KEPT: Final = _metric(
+    "a higher term, too soon", "a message with a higher term soon after one that made the server take a new one"
 )
 IMPOSSIBLE_TERM: Final = _metric(
     "a term that no server takes", "a message with a term out of range; its term was ignored"
@@ -86,7 +95,9 @@ LEFT: Final = _metric("left", "a node said goodbye in order")
 LATE_DEATH: Final = _metric(
     "late death", "what a node had said before it was online, as an earlier connection ended or as it joined; no effect"
 )
-NO_SLOT: Final = _metric("no slot left", "a node too many for the round's bitmap; turned away")
+NO_SLOT: Final = _metric(
+    "no slot left", "a node too many: for a round's bitmap, or of those that never answered a round; turned away"
+)
 TOO_MANY_NODES: Final = _metric("too many nodes", "a status of a node too many to be remembered; dropped")
 
 # --- messages ---
@@ -95,6 +106,8 @@ ANOTHER_RUN: Final = _metric("of another run", "a message of another run; droppe
 ANOTHER_TERM: Final = _metric("of another term", "a message to an earlier server of this run; dropped")
 UNDECODABLE: Final = _metric("undecodable", "bytes that are no message of this protocol; dropped")
 MISPLACED: Final = _metric("misplaced", "a message on a topic where it does not belong; dropped")
+OVER_BUDGET: Final = _metric("over budget", "a message of a node that sends far more than a node needs; dropped")
+NOT_ANSWERED: Final = _metric("not answered", "an answer to a node that asks for far more than a node needs; left out")
 OUTBOX_FULL: Final = _metric(
     "not published: the outbox is full", "a message that found too many waiting for the broker; the node asks again"
 )

@@ -4,10 +4,14 @@ import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
+from meerkat_mq.core.used import Used
+
 FIRST_S = 1.0
 LONGEST_S = 3600.0
 QUIET_S = 60.0
 MOST_KEYS = 256
+MOST_LINES = 2 * MOST_KEYS  # at once, of all keys
+LINES_A_S = 1.0  # then: at 300 bytes a line, 26 MB a day, whoever makes up keys and however many
 
 
 @dataclass
@@ -29,7 +33,7 @@ class Seldom:
 
     Of each key the first occurrence is said; the next one a second later at the earliest, then two, four, … seconds
     after that, at last once an hour. A key that was silent for a minute, and for as long as its present interval,
-    starts afresh.
+    starts afresh. All keys together have a budget of lines too: keys may come from whoever sends messages.
 
     Args:
         clock: seconds, from anywhere.
@@ -39,6 +43,7 @@ class Seldom:
         self._clock = clock
         self._lines = dict[Hashable, _Line]()
         self._tidied_at = -QUIET_S
+        self._said = Used(LINES_A_S)
 
     def say(self, say: Callable[..., object], event: str, *key: Hashable, **fields: object) -> bool:
         """Say an event through a logger's method, unless it is too soon; returns whether it was said.
@@ -68,13 +73,16 @@ class Seldom:
         if key not in self._lines and len(self._lines) >= MOST_KEYS:
             key = key[:1]
         line = self._lines.get(key)
-        if line is None or line.is_over(now):
-            self._lines[key] = _Line(now, now, FIRST_S)
-            return line.left_out if line is not None else 0
+        afresh = line is None or line.is_over(now)
+        if line is None or afresh:
+            left_out = line.left_out if line is not None else 0
+            line = self._lines[key] = _Line(now, now, FIRST_S, left_out)
         line.seen_at = now
-        if now - line.said_at < line.wait_s:
+        over = self._said.now(now) + 1 > MOST_LINES
+        if over or (not afresh and now - line.said_at < line.wait_s):
             line.left_out += 1
             return None
+        self._said.add(now, 1)
         left_out, line.left_out, line.said_at = line.left_out, 0, now
-        line.wait_s = min(2 * line.wait_s, LONGEST_S)
+        line.wait_s = line.wait_s if afresh else min(2 * line.wait_s, LONGEST_S)
         return left_out

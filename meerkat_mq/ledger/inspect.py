@@ -28,7 +28,7 @@ from meerkat_mq.ledger.shown import (
     UpdateShown,
     utc,
 )
-from meerkat_mq.ledger.store import Closed, NodeRow, Products, Store, by_entry
+from meerkat_mq.ledger.store import Closed, NodeRow, Products, Store, by_entry, without_flag
 from meerkat_mq.ledger.verify import check_mask, run_of
 from meerkat_mq.rounds.guards import NOT_REFUSED, Guard
 from meerkat_mq.rounds.policy import RoundSettings, lane_of
@@ -146,15 +146,16 @@ def _node_shown(
     node: NodeRow, last: UpdateRecord | None, version: int, flagged: Mapping[str, Verdict], *, paths: _Paths, now: float
 ) -> NodeShown:
     judgement = paths.judgements.get(node.node)
+    status, why = without_flag(node.status or "")
     return NodeShown(
         **{name: getattr(node, name) for name in ("node", "slot", "boot", "updates", "packet_bytes")},
         host=node.host or "",
-        status=node.status or "",
+        status=status,
         seen_s=None if node.last_seen is None else elapsed(node.last_seen, now),
         rows=node.rows or 0,
         behind=None if last is None else max(0, version - last.version - 1),
         verdict="" if last is None else in_words(last.verdict),
-        flagged=in_words(flagged[node.node]) if node.node in flagged else "",
+        flagged=in_words(flagged[node.node]) if node.node in flagged else why,
         gradip=paths.gradip.get(node.node),
         judged=judgement.version if judgement else None,
         rho_later=judgement.rho_later if judgement else None,

@@ -112,11 +112,25 @@ class Sighting:
     node: str
     boot: int
     host: str
-    status: str
+    status: str  # of `with_flag`
     rows: int
     seen: float
     updates: int = 0
     packet_bytes: int = 0
+
+
+_FLAGGED: Final = ", flagged: "
+
+
+def with_flag(status: str, flagged: str) -> str:
+    """A sighting's status of a node that stands out by what it sends; `flagged` says how, or is ""."""
+    return f"{status}{_FLAGGED}{flagged}" if flagged else status
+
+
+def without_flag(status: str) -> tuple[str, str]:
+    """What `with_flag` put together."""
+    said, _, flagged = status.partition(_FLAGGED)
+    return said, flagged
 
 
 class Store(Protocol):

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -44,30 +44,45 @@ class Outgoing:
             self.done.exception()
 
 
+_Line = dict[Hashable, Outgoing]  # by topic where retained: the newest, in the place of the first
+
+
 class Outbox:
     """Waiting messages and the ones in flight.
+
+    A retained message takes the place of an older one on its topic, so that what is said again and again is not put
+    off again and again.
 
     Args:
         limit_bytes: how much it holds; a retained message it takes even when full, since of these it holds the newest
             on a topic.
+        retained_first: whether what is retained, which all nodes wait for, goes before answers to one of them.
         window_messages, window_bytes: how many and how much may be in flight, always at least one message.
     """
 
-    def __init__(self, limit_bytes: int, *, window_messages: int = 32, window_bytes: int = 256 * 1024) -> None:
+    def __init__(
+        self,
+        limit_bytes: int,
+        *,
+        retained_first: bool = False,
+        window_messages: int = 32,
+        window_bytes: int = 256 * 1024,
+    ) -> None:
         self._one_by_one = False
         self._last: tuple[Outgoing, float] | None = None
         self._limit_bytes = limit_bytes
         self._window_messages = window_messages
         self._window_bytes = window_bytes
-        self._waiting = dict[Outgoing, None]()
-        self._retained = dict[str, Outgoing]()
+        self._retained_first = retained_first
+        self._first: _Line = {}
+        self._rest: _Line = {}
         self._in_flight = dict[Outgoing, None]()
         self._bytes = 0
         self._closed: MeerkatError | None = None
         self._changed = asyncio.Event()
 
     def __len__(self) -> int:
-        return len(self._waiting) + len(self._in_flight)
+        return len(self._first) + len(self._rest) + len(self._in_flight)
 
     @property
     def suspects(self) -> tuple[Outgoing, ...]:
@@ -96,14 +111,11 @@ class Outbox:
 
     async def take(self) -> Outgoing:
         """Move the next message into flight, once there is one and the window has room."""
-        while not self._waiting or self._window_full():
+        while (line := self._first or self._rest) == {} or self._window_full(next(iter(line.values()))):
             await self._change()
             if self._one_by_one:
                 await asyncio.sleep(_JUST_NOW_S / 2)
-        out = next(iter(self._waiting))
-        del self._waiting[out]
-        if self._retained.get(out.topic) is out:
-            del self._retained[out.topic]
+        out = line.pop(next(iter(line)))
         self._in_flight[out] = None
         return out
 
@@ -116,10 +128,8 @@ class Outbox:
 
     def rewind(self) -> None:
         """The connection ended: what was in flight waits again, before all else."""
-        pending = [*self._in_flight, *self._waiting]
+        pending = [*self._in_flight, *self._take_out()]
         self._in_flight.clear()
-        self._waiting.clear()
-        self._retained.clear()
         for out in pending:
             self._append(out)
 
@@ -132,12 +142,12 @@ class Outbox:
     @contextmanager
     def ahead(self) -> Iterator[None]:
         """What is put inside goes before what waits already."""
-        earlier, self._waiting, self._retained = self._waiting, {}, {}
+        earlier = self._take_out()
         try:
             yield
         finally:
             for out in earlier:
-                if out.retain and out.topic in self._retained:
+                if _place(out) in self._line_of(out):
                     self._drop(out)
                 else:
                     self._append(out)
@@ -154,33 +164,43 @@ class Outbox:
     def close(self, error: MeerkatError) -> None:
         """Drop everything, now and until `open`; futures raise `error`."""
         self._closed = error
-        for out in (*self._in_flight, *self._waiting):
+        for out in (*self._in_flight, *self._take_out()):
             out.settle(error)
         self._in_flight.clear()
-        self._waiting.clear()
-        self._retained.clear()
         self._bytes = 0
         self._changed.set()
 
+    def _take_out(self) -> list[Outgoing]:
+        """All that waits, which no longer does."""
+        waiting = [*self._first.values(), *self._rest.values()]
+        self._first.clear()
+        self._rest.clear()
+        return waiting
+
+    def _line_of(self, out: Outgoing) -> _Line:
+        return self._first if self._retained_first and out.retain else self._rest
+
     def _append(self, out: Outgoing) -> None:
-        if out.retain:
-            older = self._retained.get(out.topic)
-            if older is not None:
-                del self._waiting[older]
-                self._drop(older)
-            self._retained[out.topic] = out
-        self._waiting[out] = None
+        line = self._line_of(out)
+        if (older := line.get(_place(out))) is not None:
+            self._drop(older)
+        line[_place(out)] = out
 
     def _drop(self, out: Outgoing) -> None:
         self._bytes -= out.cost
         out.settle()
         self._changed.set()
 
-    def _window_full(self) -> bool:
-        bytes_then = sum(out.cost for out in (*self._in_flight, next(iter(self._waiting))))
+    def _window_full(self, out: Outgoing) -> bool:
+        bytes_then = sum(found.cost for found in (*self._in_flight, out))
         full = len(self._in_flight) >= self._window_messages or bytes_then > self._window_bytes
         return bool(self._in_flight) and (self._one_by_one or full)
 
     async def _change(self) -> None:
         self._changed.clear()
         await self._changed.wait()
+
+
+def _place(out: Outgoing) -> Hashable:
+    """Where it waits: of what is retained, one a topic."""
+    return out.topic if out.retain else out

@@ -45,6 +45,7 @@ class Session:
         farewell: the state to publish at an orderly end, when `run()` is cancelled; None: what stands there is right.
         kind_of: what to count a topic's traffic under in `sent` and `received`.
         outbox_bytes: how much may wait for the broker; retained messages may always.
+        retained_first: whether those go before all else.
         name: the user that the federation's rights are given to; where our certificate names another, hints say so.
         marker: says whether this client was connected in an earlier process.
     """
@@ -63,6 +64,7 @@ class Session:
         timeouts: Timeouts = _TIMEOUTS,
         kind_of: Callable[[str], str] = lambda topic: "all",
         outbox_bytes: int = 64 * 2**20,
+        retained_first: bool = False,
         name: str | None = None,
         marker: Marker | None = None,
     ) -> None:
@@ -81,7 +83,7 @@ class Session:
         self._farewell = farewell
         self._timeouts = timeouts
         self._kind_of = kind_of
-        self._outbox = Outbox(outbox_bytes)
+        self._outbox = Outbox(outbox_bytes, retained_first=retained_first)
         self._name = name
         self._marker = marker
         self._is_marked = False

@@ -128,9 +128,10 @@ class KeepSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class TakeTerm:
-    """Nodes follow a term above this server's: take one above theirs, and begin again."""
+    """A node has seen a term above this server's: take one above it, and begin again, or tell the machine to `stay`."""
 
     above: int
+    node: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,7 @@ class NodeMachine(NodeMachineState):
         if state.run != self._run_id.hex():
             self._count(m.ANOTHER_RUN)
         elif state.term == self._rank[0] and self._rank[1] not in ("", state.server_id):
-            self._see_two_servers()
+            self._see_two_servers(event.now)
         elif state.rank < self._rank:
             self._count(m.STALE_SERVER)
             self._uninformed |= state.connected  # of a restored ledger, perhaps: by a want it learns of this term
@@ -91,13 +91,14 @@ class NodeMachine(NodeMachineState):
             self._rank = state.rank
             self._link = state.link if state.connected else self._link
 
-    def _see_two_servers(self) -> None:
+    def _see_two_servers(self, now: float) -> None:
         """A ledger from a backup lacks its newest terms, and so may the broker: ask until the term is above them.
 
-        Under one term, this node could not tell that server's past from the one that it knows.
+        Under one term, this node could not tell that server's past from the one that it knows, nor its slots.
         """
         self._count(m.TWO_SERVERS)
         if not self._two_servers:
+            self._follow_server(now)
             self._two_servers, self._ask_at = True, float("-inf")
 
     def _follow_server(self, now: float) -> None:

@@ -1,6 +1,6 @@
 """The open round: who is asked, what came, what that comes to, and its frame."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from meerkat_mq.core.path import Entry
@@ -11,6 +11,7 @@ from meerkat_mq.rounds.policy import (
     ANNOUNCE_AT,
     RoundSettings,
     deadline_length,
+    fewest_asked,
     needed,
     sample,
     shares_of,
@@ -43,6 +44,7 @@ class OpenRound:
     answered: set[str] = field(init=False)  # nodes with a committed update, one that can be used or not
     deadline_at: float = 0.0
     deadline_s: float = 0.0
+    heard_at: float = 0.0  # when the last update was committed, or the round was opened
     attempt: int = 0  # how often the deadline was doubled
     announce_at: list[float] = field(default_factory=list)
     closing: bool = False  # whether it is decided which updates the entry is made of; no update joins them from then on
@@ -126,14 +128,27 @@ def opened(
     settings: RoundSettings,
     eligible: Mapping[str, int],
     acknowledged: dict[tuple[int, str], UpdateRecord],
+    has_answered: Callable[[str], bool],
 ) -> OpenRound:
     """The round of a version: it asks a sample of the nodes at hand, and those whose update it has already."""
     chosen = sample(settings.run_id, version, eligible.values(), settings.fraction_of(version), settings.min_updates)
     asked = {name: slot for name, slot in eligible.items() if slot in chosen}
     asked |= {record.node: record.slot for record in acknowledged.values() if record.version == version}
     by_buffer = settings.takes_what_comes(version)
-    enough = settings.buffer_size if by_buffer else needed(len(asked), settings.quorum)
+    enough = settings.buffer_size if by_buffer else quorum_of(asked, settings, version, has_answered)
     return OpenRound(version, asked, enough, acknowledged, None if settings.measured else ())
+
+
+def quorum_of(
+    asked: Collection[str], settings: RoundSettings, version: int, has_answered: Callable[[str], bool]
+) -> int:
+    """How many of the nodes asked have to answer.
+
+    Those that never answered a round count only as long as there are not as many others as a round of `min_nodes`
+    would ask: else whoever makes up ids could hold up all rounds.
+    """
+    others = sum(map(has_answered, asked))
+    return needed(others if others >= fewest_asked(settings, version) else len(asked), settings.quorum)
 
 
 def outcome_of(

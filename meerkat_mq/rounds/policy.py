@@ -156,6 +156,11 @@ def needed(asked: int, quorum: float) -> int:
     return share(quorum, asked)
 
 
+def fewest_asked(settings: RoundSettings, version: int) -> int:
+    """How many nodes round `version` asks where no more are at hand than a round needs."""
+    return share(settings.fraction_of(version), settings.fewest_nodes)
+
+
 def fewest_needed(settings: RoundSettings, version: int) -> int:
     """What round `version` of `min_nodes` nodes would need: leaves do not take a quorum below it."""
     return needed(share(settings.fraction_of(version), settings.min_nodes), settings.quorum)

@@ -9,7 +9,8 @@ A version of theta goes through the phases of `transitions.py`:
         → COMMITTING  the entry → OPEN, or WAITING, or FINISHED
 
 What is durable, and when. An update counts from UpdatesCommitted on: only then does a round frame acknowledge it. A
-slot is told to its node after SlotCommitted. The head moves at EntryCommitted, and only then is the next round
+node's slot is committed with its first update; until then it is this machine's word, and the next term gives the node
+another one. The head moves at EntryCommitted, and only then is the next round
 published. So a crash between an effect and its answer loses nothing that anybody was told: the next machine is made
 from the ledger (entries, updates in no entry yet, slots, judgements), and nodes send again what is not acknowledged.
 
@@ -19,7 +20,8 @@ the same set writes the same entry.
 
 Fences. A frame of a lower term is dropped and counted. The ledger refuses a commit under any term but its newest, so of
 two servers one ends. A node that has seen a higher term makes this server take one above it (TakeTerm): its driver then
-makes a new machine. Answers that nobody waits for (of the machine before, or twice) are dropped and counted.
+makes a new machine, or lets this one `stay`, since nodes may not raise terms without end (runtime/budgets.py). Answers
+that nobody waits for (of the machine before, or twice) are dropped and counted.
 
 Time. Deadlines, graces and announcements are due by `now` of an event; `wake_at` asks for a Tick when the next is due.
 """
@@ -49,6 +51,8 @@ from meerkat_mq.wire.frames import Reason, Update, Welcome
 from meerkat_mq.wire.messages import in_words
 
 LAST_ATTEMPT = 2**16 - 1
+LONGEST_AT = 4  # attempts: the deadline has its longest length; who can answer in time, has answered before the next
+SLOWLY = 0.2  # in a buffered run, a node that makes several versions' steps may be silent for several deadlines
 
 
 class ServerMachine(ServerMachineState):
@@ -107,7 +111,8 @@ class ServerMachine(ServerMachineState):
             self._count(m.LATE_DEATH, event.node)
         elif status.status == "asleep" and node is not None and status.wakes_in_s is not None:
             node.boot, node.link = status.boot, status.link
-            self._vanished(event.node, event.now + status.wakes_in_s + self._settings.grace_s, asleep=True)
+            dead_at = event.now + status.wakes_in_s + self._settings.grace_s
+            self._vanished(event.now, event.node, dead_at, asleep=True)
             self._close_if_due(event.now)
         elif node is None or not node.online:
             return
@@ -115,28 +120,19 @@ class ServerMachine(ServerMachineState):
             self._gone(event.now, event.node, left=status.status == "stopped")
 
     def _born(self, now: float, name: str, status: NodeStatus) -> None:
-        node = self._nodes.get(name)
+        node = self._nodes.appeared(name)
         if node is None:
-            node = self._nodes.add(name)
-            if node is None:
-                self._count(m.NO_SLOT, name)
-                return
-            self._effects.append(e.CommitSlot(name, node.slot))
-        self._nodes.appeared(name)
+            self._count(m.NO_SLOT, name)
+            return
         if self._open is not None:
-            self._open.awaited.until(name, node.awaited_until)
+            self._open.awaited.until(name, self._nodes.awaited_until(name, now))
         node.boot, node.link = status.boot, status.link
         node.weight = min(max(status.rows, 1), MAX_WEIGHT) if self._settings.weigh_by_rows else 1
-        if node.welcomed:
-            self._welcome(now, name, node)
+        self._welcome(now, name, node)
 
     def _on_slot_committed(self, event: e.SlotCommitted) -> None:
-        node = self._nodes.get(event.node)
-        if node is None or node.welcomed:
+        if not self.has_answered(event.node):
             self._count(m.UNEXPECTED, event.node)
-            return
-        node.welcomed = True
-        self._welcome(event.now, event.node, node)
 
     def _welcome(self, now: float, name: str, node: KnownNode) -> None:
         self._effects.append(e.Reply(name, Welcome(self._header(), node.boot, node.slot)))
@@ -146,18 +142,19 @@ class ServerMachine(ServerMachineState):
             opened = self._open is not None
         else:
             joins = current.attempt > 0 or self._settings.takes_what_comes(self.version)
-            opened = joins and node.online and not current.closing and current.ask(name, node.slot, node.awaited_until)
+            until = self._nodes.awaited_until(name, now)
+            opened = joins and node.online and not current.closing and current.ask(name, node.slot, until)
         if opened:  # a frame that says nothing new, for each of a thousand births, would go a million times
             self._announce()
 
-    def _vanished(self, name: str, dead_at: float, *, asleep: bool = False) -> None:
+    def _vanished(self, now: float, name: str, dead_at: float, *, asleep: bool = False) -> None:
         self._nodes.vanished(name, dead_at, asleep=asleep)
         if self._open is not None:
-            self._open.awaited.until(name, dead_at)
+            self._open.awaited.until(name, self._nodes.awaited_until(name, now))
 
     def _gone(self, now: float, name: str, *, left: bool) -> None:
         current = self._open
-        self._vanished(name, now + self._settings.grace_s)
+        self._vanished(now, name, now + self._settings.grace_s)
         self._count(m.LEFT if left else m.DIED, name)
         if left and current is not None and name in current.asked and not self._window.took(name, self.version):
             current.forget(name)
@@ -168,8 +165,8 @@ class ServerMachine(ServerMachineState):
 
     def _on_want_came(self, event: e.WantCame) -> None:
         node = self._nodes.get(event.node)
-        self._compare(event.want.header)
-        if event.want.welcome and node is not None and node.welcomed:
+        self._compare(event.node, event.want.header)
+        if event.want.welcome and node is not None:
             self._effects.append(e.Reply(event.node, Welcome(self._header(), event.want.boot, node.slot)))
             self._announce()
         if event.want.entries_from is not None:
@@ -232,8 +229,11 @@ class ServerMachine(ServerMachineState):
         )  # fmt: skip
         if verdict is not Verdict.ACCEPTED:
             self._count(m.REFUSED.of(in_words(verdict)), name)
+        by_buffer = self._settings.takes_what_comes(self.version)
+        if self._nodes.answers(name, forgiven=by_buffer):
+            self._effects.append(e.CommitSlot(name, node.slot))
         current.taken += not current.closing
-        enough = current.needed if self._settings.takes_what_comes(self.version) else len(current.asked)
+        enough = current.needed if by_buffer else len(current.asked)
         self._effects.append(e.CommitUpdate(record, last=current.taken >= enough))
         if verdict is not Verdict.ACCEPTED:
             self._reply_refusal(name, update, Reason.OUT_OF_RANGE)
@@ -242,13 +242,13 @@ class ServerMachine(ServerMachineState):
         mine, header, current = self._header(), update.header, self._open
         if (header.run, header.mask) != (mine.run, mine.mask):
             return m.ANOTHER_RUN
-        self._compare(header)
+        self._compare(name, header)
         if header.term != mine.term:
             return m.ANOTHER_TERM
         if current is None:
             return m.LATE
         late = self._window.why_late(name, header.version, self.version + current.closing)
-        return late or (None if name in current.asked else m.NOT_ASKED)
+        return late or (None if name in current.asked and self._nodes.get(name) is not None else m.NOT_ASKED)
 
     def _on_updates_committed(self, event: e.UpdatesCommitted) -> None:
         current = self._open
@@ -263,6 +263,7 @@ class ServerMachine(ServerMachineState):
                 self._window.wait(record)
             else:
                 current.acknowledge(record)
+                current.heard_at = event.now
         self._close_if_due(event.now)
 
     # --- rounds open and close ---
@@ -279,9 +280,10 @@ class ServerMachine(ServerMachineState):
         eligible = {} if self.finished else self._nodes.eligible(now, settings.fewest_nodes)
         if not eligible:
             return
-        self._open = opened(version, settings, eligible, self._window.open())
+        self._open = opened(version, settings, eligible, self._window.open(), self.has_answered)
+        self._open.heard_at = now
         for name in self._open.asked:
-            self._open.awaited.until(name, self._nodes[name].awaited_until)
+            self._open.awaited.until(name, self._nodes.awaited_until(name, now))
         self._open.wait(now, deadline_length(settings, version, 0))
         if settings.measured:
             self._effects.append(e.MeasureDirections(version, settings.directions, settings.scalars_of(version)))
@@ -308,7 +310,7 @@ class ServerMachine(ServerMachineState):
         comparable = current.comparable(self._settings.min_updates)
         if due and comparable:
             if current.products is not None:  # else it closes as soon as they are measured
-                self._close(current, current.products, overdue=overdue)
+                self._close(current, current.products, now, overdue=overdue)
         elif overdue:
             if due:
                 self._count(m.TOO_FEW_USABLE)
@@ -316,10 +318,19 @@ class ServerMachine(ServerMachineState):
                     self._count(m.UNUSABLE, name)
             self._extend(current, now)
 
-    def _close(self, current: OpenRound, products: Sequence[Sequence[float]], *, overdue: bool) -> None:
+    def _close(self, current: OpenRound, products: Sequence[Sequence[float]], now: float, *, overdue: bool) -> None:
         current.closing, current.overdue = True, overdue
+        self._note_silence(current, now)
         judge = partial(outcome_of, self._guard, self._settings, self.version, current.records, products)
         self._effects.append(e.JudgeRound(self._rank[0], self.version, judge))
+
+    def _note_silence(self, current: OpenRound, now: float) -> None:
+        """Nodes that the round waited for in vain lose credit; where a buffer closes it, more slowly."""
+        in_vain_s = (now - current.heard_at) * (SLOWLY if self._settings.takes_what_comes(self.version) else 1.0)
+        late = [name for name in current.awaited.waited_for if name not in current.answered]
+        if late and in_vain_s > 0:
+            for name in self._nodes.waited(late, now, in_vain_s):
+                self._count(m.FLAGGED.of("silent"), name)
 
     def _on_round_judged(self, event: e.RoundJudged) -> None:
         current, mine = self._open, (self._rank[0], self.version)
@@ -336,7 +347,10 @@ class ServerMachine(ServerMachineState):
         """Below quorum: nothing is written; ask everybody at hand, and wait longer."""
         current.attempt = min(current.attempt + 1, LAST_ATTEMPT)
         for name, slot in self._nodes.eligible(now).items():
-            current.ask(name, slot, self._nodes[name].awaited_until)
+            current.ask(name, slot, self._nodes.awaited_until(name, now))
+        if current.attempt > LONGEST_AT and not self._settings.takes_what_comes(self.version):
+            fewer = needed(sum(map(self.has_answered, current.asked)), self._settings.quorum)
+            current.needed = min(current.needed, max(fewer, fewest_needed(self._settings, self.version)))
         current.wait(now, deadline_length(self._settings, self.version, current.attempt))
         self._count(m.EXTENDED)
         self._announce()

@@ -65,7 +65,7 @@ class ServerMachineState:
         self._window = Window(version, settings.max_staleness, {**(bases or {}), version: base}, updates)
         self._head = head or settings.mask_hash
         self._entries = newest_that_fit(entries)
-        self._nodes = Roster(slots or {})
+        self._nodes = Roster(slots or {}, deadline_s=settings.deadline_s, fewest=settings.fewest_nodes)
         for node, newest in (heard or {}).items():
             self._window.resume(node, self._nodes[node].slot, newest)
         self._guard = Guard(settings.guards, settings.directions, past)
@@ -98,6 +98,21 @@ class ServerMachineState:
     def online(self) -> int:
         """How many nodes are at hand."""
         return self._nodes.online
+
+    @property
+    def answered(self) -> int:
+        """How many nodes have answered a round of this run."""
+        return self._nodes.answered
+
+    def has_answered(self, node: str) -> bool:
+        """Whether a node has answered a round of this run."""
+        known = self._nodes.get(node)
+        return known is not None and known.answered
+
+    def is_silent(self, node: str) -> bool:
+        """Whether rounds do not wait for a node, because they did so in vain."""
+        known = self._nodes.get(node)
+        return known is not None and known.silent
 
     @property
     def wake_at(self) -> float | None:
@@ -148,14 +163,17 @@ class ServerMachineState:
         assert digest is not None
         return why_refused(update, self._settings, base=digest[:8], slot=slot, steps=steps)
 
-    def _compare(self, header: Header) -> None:
+    def stay(self) -> None:
+        """No higher term is taken now: go on in this one."""
+        self._outranked = False
+
+    def _compare(self, node: str, header: Header) -> None:
         """A node has seen a higher term: a past that neither ledger nor broker tells of any more."""
         if header.term >= min(HIGHEST_TERM, self._rank[0] + LARGEST_STEP):
             self._count(m.IMPOSSIBLE_TERM)
         elif header.term > self._rank[0] and not self._outranked:
             self._outranked = True
-            self._count(m.HIGHER_TERM)
-            self._effects.append(e.TakeTerm(header.term))
+            self._effects.append(e.TakeTerm(header.term, node))
 
     def _flag(self, flagged: Mapping[str, Verdict]) -> None:
         before, self._flagged = self._flagged, flagged

@@ -35,8 +35,7 @@ class NodePhase(Enum):
 S, N = ServerPhase, NodePhase
 SERVER_TRANSITIONS: Mapping[ServerPhase, Mapping[type[e.ServerEvent], frozenset[ServerPhase]]] = {
     S.WAITING: {
-        e.StatusCame: frozenset({S.OPEN, S.JUDGING}),  # a known node's birth; JUDGING: its update is in the ledger
-        e.SlotCommitted: frozenset({S.OPEN, S.JUDGING}),  # a new node's
+        e.StatusCame: frozenset({S.OPEN, S.JUDGING}),  # a node's birth; JUDGING: its update is in the ledger
     },
     S.OPEN: {
         e.UpdatesCommitted: frozenset({S.JUDGING}),  # nobody is left to wait for

@@ -20,6 +20,7 @@ from meerkat_mq.runtime.ports import Clock, Failed
 from meerkat_mq.runtime.steps import Done, Sequence, Steps, until, work
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.messages import Offer, Round, Update
+from meerkat_mq.wire.snapshot import largest_snapshot
 from meerkat_mq.wire.values import largest_blob
 
 NodeJob = e.ApplyEntries | e.FetchSnapshot | e.ResetTheta | e.StartSteps | e.Forget | Update
@@ -189,7 +190,7 @@ class Jobs:
     def _load_snapshot(self, offer: Offer) -> Steps[e.SnapshotLoaded | e.JobFailed]:
         log = structlog.get_logger()
         try:
-            if offer.size > 5 * self._run.weights + 2**16:  # more than any snapshot of this run has
+            if offer.size > largest_snapshot(self._run.weights):
                 raise BadValue("offer", f"{offer.size} bytes for {self._run.weights} weights")
             blob = yield from self._collect(offer.blob, offer.size)
             head, self._digest = yield from work(self._compute, self._model.load, blob, offer)

@@ -23,7 +23,10 @@ from meerkat_mq.errors import NotConnected, PayloadTooLarge, WireError
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.presence import Pulse
 from meerkat_mq.rounds.server import ServerMachine
+from meerkat_mq.runtime.announcer import Announcer
+from meerkat_mq.runtime.budgets import SILENT, Budgets, Raises
 from meerkat_mq.runtime.fetches import Fetches
+from meerkat_mq.runtime.inbox import Inbox
 from meerkat_mq.runtime.measure import Measurer
 from meerkat_mq.runtime.ports import Clock, Compute, ServerMonitor, Transport
 from meerkat_mq.runtime.steps import Alarm, Steps, work
@@ -34,9 +37,11 @@ from meerkat_mq.wire.arrays import chunks_of, split
 from meerkat_mq.wire.descriptor import ControlMessage, NodeStatus, ServerState, decode_control
 from meerkat_mq.wire.frames import MAX_SLOTS, decode, encode
 from meerkat_mq.wire.messages import Chunk, Entries, Frame, Header, Offer, Refusal, Round, Update, Want, Welcome
+from meerkat_mq.wire.snapshot import largest_snapshot
 from meerkat_mq.wire.topics import Topics
 
 LOOK_S = 1.0  # between two looks at whether the retained state has to follow the run
+MOST_STRANGERS = 8192  # statuses to remember of nodes that never answered a round
 
 Answer = Welcome | Refusal | Entries | Offer | Chunk | Want
 
@@ -86,10 +91,14 @@ class ServerDriver:
         self._term = 0
         self._pulse = Pulse(rounds=3, slow_s=30.0)
         self._chunks = run.chunks
-        self._is_open = self._greeted = False
+        self._greeted = False
         self._awaited: int | None = None
         self._alarm = Alarm(clock, lambda: self.handle(e.Tick(clock.now())))
         self._statuses: dict[str, NodeStatus] = {}
+        self._budgets = Budgets(clock, len(run.blob) + largest_snapshot(run.mask.size), monitor)
+        self._raises = Raises(clock, self._budgets)
+        self._inbox = Inbox(self._budgets, clock, monitor, has_answered=self._has_answered, take=self._on_node_message)
+        self._announcer = Announcer(clock, self._publish_round, self._publish_run)
         self.writer = LedgerWriter(held, compute=ledger_work, clock=clock, server_id=server_id, owner=self)
         self._measurer = Measurer(run, measure_work, clock, self.handle)
         self._fetches = Fetches(
@@ -126,6 +135,7 @@ class ServerDriver:
     def _greet(self, machine: ServerMachine) -> None:
         """Say on a connection all that the broker should hold; the round first, since nodes wait for it."""
         first, self._greeted = not self._greeted, True
+        self._announcer.forget()
         self._publish_state()
         self._publish_run()
         self._perform(machine.start(self._clock.now()))
@@ -148,8 +158,20 @@ class ServerDriver:
     def _take_term(self, above: int) -> None:
         """Take a term above another."""
         self._taking_term = True
+        self._announcer.forget()
         self._fetches.forget()
         self.writer.put(e.TakeTerm(above))
+
+    def _raise_term(self, above: int, node: str) -> None:
+        """A node has seen a higher term: take one above it, or as far above this one as nodes may bring this server."""
+        step = self._raises.step(node)
+        if step == 0 and self.machine is not None:
+            self._monitor.counted(m.TERM_KEPT)
+            self.machine.stay()
+        else:
+            self._monitor.counted(m.HIGHER_TERM)
+            self._log.info(m.HIGHER_TERM, node=node, term=self._term, seen=above)
+            self._take_term(min(above, self._term + step - 1))
 
     def took_term(self, term: int, machine: ServerMachine) -> None:
         """The ledger holds this server's term."""
@@ -216,11 +238,14 @@ class ServerDriver:
             if topic == self._topics.server:
                 self._on_server_state(payload, retained=retained)
             elif payload and (parsed := self._topics.parse_up(topic)) is not None:
-                self._on_node_message(*parsed, payload)
+                self._inbox.put(*parsed, payload)
         except WireError as error:
-            self._monitor.counted(m.UNDECODABLE.of(type(error).__name__))
-            key, said = (topic, type(error).__name__), {"topic": topic, "problem": str(error)}
-            self._seldom.say(self._log.warning, "message dropped", *key, **said)
+            self._undecodable(topic, error)
+
+    def _undecodable(self, topic: str, error: WireError) -> None:
+        self._monitor.counted(m.UNDECODABLE.of(type(error).__name__))
+        key = topic, type(error).__name__
+        self._seldom.say(self._log.warning, "message dropped", *key, topic=topic, problem=str(error))
 
     def _on_server_state(self, payload: bytes, *, retained: bool) -> None:
         try:
@@ -232,37 +257,48 @@ class ServerDriver:
             self._succession.saw(state, live=not retained)
         elif state.server_id != self._server_id:
             self.handle(e.ServerSeen(self._clock.now(), state))
-            self._publish_run()
+            self._announcer.describe()
         elif state.status == "lost":
             self.handle(e.ServerSeen(self._clock.now(), state))
 
     def _on_node_message(self, node: str, kind: str, payload: bytes) -> None:
-        if kind == "status":
-            self._on_status(node, decode_control(payload, NodeStatus))
-            return
-        now, frame = self._clock.now(), self._read(payload)
+        try:
+            if kind == "status":
+                self._on_status(node, decode_control(payload, NodeStatus))
+            else:
+                self._on_node_frame(node, kind, self._read(payload))
+        except WireError as error:
+            self._undecodable(f"{self._topics.root}/up/{node}/{kind}", error)
+
+    def _on_node_frame(self, node: str, kind: str, frame: Frame) -> None:
+        now = self._clock.now()
         match frame:
             case Update() if kind == "update":
                 self.handle(e.UpdateCame(now, node, frame))
             case Chunk() if kind == "update" and frame.header.run == self.header().run:
                 self._fetches.add(node, frame)
+                self._budgets.was_useful()
             case Want() if kind == "want" and frame.header.run != self.header().run:
                 self._monitor.counted(m.ANOTHER_RUN)
-                self._publish_run()
+                self._announcer.describe()
             case Want() if kind == "want":
                 self.handle(e.WantCame(now, node, frame))
             case _:
                 self._monitor.counted(m.MISPLACED.of(type(frame).__name__))
 
     def _on_status(self, node: str, status: NodeStatus) -> None:
-        if node in self._statuses or len(self._statuses) < MAX_SLOTS:
+        answered = self.machine.answered if self.machine is not None else 0
+        if node in self._statuses or len(self._statuses) < min(MAX_SLOTS, answered + MOST_STRANGERS):
             self._statuses[node] = status
             self._monitor.heard_from(node, status)
         else:
             self._monitor.counted(m.TOO_MANY_NODES)
         self.handle(e.StatusCame(self._clock.now(), node, status))
         if status.status in ("starting", "online") and status.run != self._run.descriptor.run:
-            self._publish_run()
+            self._announcer.describe()
+
+    def _has_answered(self, node: str) -> bool:
+        return self.machine is not None and self.machine.has_answered(node)
 
     # --- events and effects ---
 
@@ -271,16 +307,21 @@ class ServerDriver:
         if self.machine is not None and not self._taking_term:
             self._perform(self.machine.handle(event))
         if isinstance(event, e.EntryCommitted) and self.machine is not None:
+            self._budgets.round_closed()
             self._monitor.closed(event.commit, self.machine.online)
             self._monitor.stood(*self.writer.committed)
 
     def _perform(self, effects: Sequence[e.ServerEffect]) -> None:
+        if any(isinstance(effect, e.CommitUpdate | e.FetchValues) for effect in effects):
+            self._budgets.was_useful()
         for effect in effects:
             self._carry_out(effect)
         machine = self.machine
         if machine is not None:
             self._say_who_is_awaited(machine)
-            self._monitor.changed(machine.online, is_open=self._is_open, finished=machine.finished and self._greeted)
+            self._monitor.changed(
+                machine.online, is_open=self._announcer.is_open, finished=machine.finished and self._greeted
+            )
         self._alarm.set(machine.wake_at if machine is not None and not self._taking_term else None)
 
     def _carry_out(self, effect: e.ServerEffect) -> None:
@@ -290,14 +331,14 @@ class ServerDriver:
                 self.writer.put(effect)
             case e.FetchValues():
                 self._fetches.put(effect)
-            case e.JudgeRound():
-                Running(self._judge(effect))
             case e.MeasureDirections():
                 self._measurer.put(effect)
-            case e.TakeTerm(above):
-                self._take_term(above)
+            case e.JudgeRound():
+                Running(self._judge(effect))
+            case e.TakeTerm(above, node):
+                self._raise_term(above, node)
             case e.PublishRound(frame):
-                self._publish_round(frame)
+                self._announcer.say(frame)
             case e.PublishState():
                 self._publish_state()
             case e.Reply(node, frame):
@@ -327,29 +368,35 @@ class ServerDriver:
                 return
 
     def _publish_round(self, frame: Round) -> None:
-        self._is_open = frame.is_open
         self._publish_bytes(self._topics.round, encode(frame))
 
     def _say_who_is_awaited(self, machine: ServerMachine) -> None:
         """Tell the log whenever the number of nodes changes that a round waits for."""
-        waiting = not self._is_open and not machine.finished
-        online = machine.online if waiting else None
-        if waiting and online != self._awaited:
+        online = None if self._announcer.is_open or machine.finished else machine.online
+        if online is not None and online != self._awaited:
             said = {"online": online, "min_nodes": self._run.settings.fewest_nodes}
             self._seldom.say(self._log.info, "waiting for nodes", online, **said)
         self._awaited = online
 
     def distribute(self, blob: bytes) -> None:
         """Publish an entry's displacement, which the round frame has just named; who lacks a part of it asks."""
-        for chunk in split(self.header(), short_hash(blob), blob):
-            if not self._publish_bytes(self._topics.values, encode(chunk), retain=False):
-                return
+        payloads = map(encode, split(self.header(), short_hash(blob), blob))
+        all(self._publish_bytes(self._topics.values, payload, retain=False) for payload in payloads)
 
     def reply(self, node: str, frame: Answer) -> bool:
         """Answer a node, unless that is dropped and counted: it has to ask again then."""
-        return self._publish_bytes(self._topics.reply(node), encode(frame), retain=False)
+        payload = encode(frame)
+        if not self._budgets.answers(node, len(payload)):
+            self._monitor.counted(m.NOT_ANSWERED)
+            return False
+        return self._publish_bytes(self._topics.reply(node), payload, retain=False)
 
     def header(self) -> Header:
         """Of what this server says now."""
         version = self.machine.version if self.machine else 0
         return Header.of(self._run.descriptor.run_id, self._term, version, self._run.mask.hash)
+
+    def flagged(self, node: str) -> str:
+        """Why a node stands out by what it sends, or by its silence; "" where it does not."""
+        silent = self.machine is not None and self.machine.is_silent(node)
+        return self._budgets.flagged(node) or SILENT * silent

@@ -96,3 +96,31 @@ class Alarm:
     def _rings(self) -> None:
         self._at = self._timer = None
         self._ring()
+
+
+class Spaced:
+    """Something that is done at most once in `every_s` seconds, however often it is asked for.
+
+    Args:
+        action: what is done.
+    """
+
+    def __init__(self, clock: Clock, every_s: float, action: Callable[[], None]) -> None:
+        self._every_s = every_s
+        self._clock = clock
+        self._action = action
+        self._next_at = float("-inf")
+        self._alarm = Alarm(clock, self.at_once)
+
+    def at_once(self) -> None:
+        """Do it now, whenever it was done last; what was asked for before is done with it."""
+        self._alarm.set(None)
+        self._next_at = self._clock.now() + self._every_s
+        self._action()
+
+    def soon(self) -> None:
+        """Do it now, or as soon as it is time."""
+        if self._clock.now() >= self._next_at:
+            self.at_once()
+        else:
+            self._alarm.set(self._next_at)

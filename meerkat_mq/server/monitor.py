@@ -22,7 +22,7 @@ from meerkat_mq.engines.registry import entry_of, make_engine, try_out, usable
 from meerkat_mq.errors import ConfigError, reason, within
 from meerkat_mq.ledger.losses import RisingLoss, mean_loss, watched_loss
 from meerkat_mq.ledger.run import Run, early_stopping_in_words, mode_in_words, trust_in_words
-from meerkat_mq.ledger.store import Products, Sighting
+from meerkat_mq.ledger.store import Products, Sighting, with_flag
 from meerkat_mq.mqtt import MessageCount
 from meerkat_mq.observe.events import Evaluated, Observer, RoundClosed, RunFinished, RunStarted, Warned
 from meerkat_mq.observe.figures import log_keys, rounded
@@ -116,7 +116,8 @@ class Monitor(ServerMonitor):
         self._evaluated.set()
         self._seldom = Seldom()
         self._spoken = asyncio.Event()
-        self._noted: dict[str, tuple[NodeStatus, int, int]] = {}
+        self._spoken.set()  # until it is asked about, for that takes a look at each node
+        self._noted: dict[str, tuple[NodeStatus, str, int, int]] = {}
         self._rising = rising or RisingLoss()
 
     def _seconds(self) -> float:
@@ -199,7 +200,7 @@ class Monitor(ServerMonitor):
     def heard_from(self, node: str, status: NodeStatus) -> None:
         """A node said where it stands."""
         self.statuses[node] = status
-        if all(self._has_spoken(status) for status in self.statuses.values()):
+        if not self._spoken.is_set() and all(map(self._has_spoken, self.statuses.values())):
             self._spoken.set()
 
     def _has_spoken(self, status: NodeStatus) -> bool:
@@ -210,18 +211,19 @@ class Monitor(ServerMonitor):
             kind.removeprefix("update/"): count for kind, count in self.received.items() if kind.startswith("update/")
         }
 
-    def sightings(self) -> tuple[Sighting, ...]:
-        """What is new of nodes since the last call."""
+    def sightings(self, flagged: Callable[[str], str] = lambda node: "") -> tuple[Sighting, ...]:
+        """What is new of nodes since the last call; `flagged` says why one stands out by what it sends, or ""."""
         news, now = list[Sighting](), time.time()
         for node, status in self.statuses.items():
             counts = {
                 kind: self.received.get(f"{kind}/{node}") or MessageCount() for kind in ("update", "want", "status")
             }
-            standing = (status, counts["update"].messages, sum(count.packet_bytes for count in counts.values()))
-            before, self._noted[node] = self._noted.get(node, (None, 0, 0)), standing
+            said = with_flag(status.status, flagged(node))
+            standing = (status, said, counts["update"].messages, sum(count.packet_bytes for count in counts.values()))
+            before, self._noted[node] = self._noted.get(node, (None, "", 0, 0)), standing
             if standing != before:
-                more = standing[1] - before[1], standing[2] - before[2]
-                news.append(Sighting(node, status.boot, status.host, status.status, status.rows, now, *more))
+                more = standing[2] - before[2], standing[3] - before[3]
+                news.append(Sighting(node, status.boot, status.host, said, status.rows, now, *more))
         return tuple(news)
 
     async def run(self, keep: Callable[[KeepMetrics], None]) -> None:

@@ -144,6 +144,7 @@ class Server:
             farewell=self._farewell,
             kind_of=self._kind_of,
             outbox_bytes=OUTBOX_BYTES + 2 * len(run.blob),
+            retained_first=True,  # rounds go before replies
             name=SERVER_NAME,
             marker=Marker(config.state_dir, config.broker, f"meerkat-{config.federation}-server"),
         )  # fmt: skip
@@ -221,7 +222,7 @@ class Server:
         writer = self._driver.writer
         if self._driver.machine is None or writer.holds(KeepSightings):
             return  # while the disk is full, news must not pile up: they are summed up until they are asked for
-        if news := self._monitor.sightings():
+        if news := self._monitor.sightings(self._driver.flagged):
             writer.put(KeepSightings(news))
 
     def _farewell(self, link: int) -> Will | None:

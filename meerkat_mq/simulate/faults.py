@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from meerkat_mq.core.path import digest
+from meerkat_mq.simulate import attacks
 from meerkat_mq.simulate.federation import TOPICS, Federation
 from meerkat_mq.simulate.history import CORRUPT_THETA, Injected
 from meerkat_mq.simulate.node import SimulatedNode
@@ -310,6 +311,9 @@ FAULTS: dict[str, tuple[Act, Act]] = {
     "forged chunks": (_forge_chunks, partial(_forge_chunks, heals=True)),
     "disk full": (_fill, partial(_fill, heals=True)),
     "lost fsync": (Federation.restore, _start_again),
+    "flood": (attacks.flood, attacks.flood),
+    "forged terms": (attacks.forge_terms, lambda federation, fault: None),
+    "invented ids": (attacks.invent_ids, partial(attacks.invent_ids, heals=True)),
     "damaged snapshots": (_damage_snapshots, _damage_snapshots),
     "damaged ledger": (_damage_ledger, _repair_ledger),
 }

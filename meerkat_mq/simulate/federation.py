@@ -230,7 +230,7 @@ class Federation:
         """Whom the open round asks that has not answered; where none is open, who is not there."""
         frame = self.history.rounds[-1][1] if self.history.rounds else None
         if frame is not None and frame.is_open:
-            return [self.ledger.slots[slot] for slot in sorted(frame.asked - frame.heard)]
+            return [self.ledger.slots.get(slot, f"slot {slot}") for slot in sorted(frame.asked - frame.heard)]
         return [name for name, node in self.nodes.items() if not node.alive or node.client.link is None]
 
     def close(self) -> History:

@@ -21,7 +21,8 @@ _METRICS = (
     m.RESYNCHRONISED, m.DIGEST_DIFFERS, m.ENTRIES_MISSED, m.LATE_STEP, m.FLAGGED.of("against"), m.FLAGGED.of("outlier"),
     m.REFUSED.of("against"), m.REFUSED.of("outlier"), m.REFUSED.of("not finite"), m.REFUSED.of("no values"),
     m.REFUSED.of("resynchronise"), m.REFUSED.of("wrong seeds"), m.REFUSED.of("wrong steps"),
-    m.UNDECODABLE.of("BadChecksum"), m.SNAPSHOT_MISSED,
+    m.UNDECODABLE.of("BadChecksum"), m.SNAPSHOT_MISSED, m.FLAGGED.of("over budget"), m.FLAGGED.of("silent"),
+    m.FLAGGED.of("raises terms"), m.OVER_BUDGET, m.TERM_KEPT, m.IMPOSSIBLE_TERM,
 )  # fmt: skip
 
 OFFERED = "a snapshot was offered"

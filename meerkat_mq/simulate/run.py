@@ -5,6 +5,7 @@ from itertools import accumulate, count
 from meerkat_mq.errors import AnotherServer, LedgerError
 from meerkat_mq.rounds.policy import deadline_length
 from meerkat_mq.rounds.server import LAST_ATTEMPT
+from meerkat_mq.runtime import budgets
 from meerkat_mq.runtime.blobs import PATIENCE_S
 from meerkat_mq.runtime.disk import LONGEST_PAUSE_S
 from meerkat_mq.runtime.succession import ANSWER_S
@@ -22,8 +23,10 @@ LAST_WORDS_S = 1.0
 NO_FAILURE = "no process fails"
 TAKES_PART = "a node of an earlier release takes part"
 # From the last fault on, everybody is found again within: a keep-alive, a back-off, a supervisor's pause, a question to
-# the server before, a pause between terms, one of a full disk's, and the silences of a blob that does not come.
+# the server before, a pause between terms, one of a full disk's, and the silences of a blob that does not come. Before
+# that, nodes that forged terms may have made those wait that have seen one.
 FOUND_S = KEEP_ALIVE_S + BACK_OFF_S[-1] + RESTART_S + ANSWER_S + TERM_PAUSE_S + LONGEST_PAUSE_S + 15 * PATIENCE_S
+FORGED_S = budgets.LONGEST_PAUSE_S
 
 
 def patience(schedule: Schedule) -> float:
@@ -39,7 +42,13 @@ def patience(schedule: Schedule) -> float:
     answer_s += (schedule.every_s + AWAKE_S) * (schedule.sleepers > 0) + UNWILLING_S * schedule.reluctant
     closing_s = schedule.measure_s + schedule.judge_s + 6 * schedule.commit_s + 1.0
     begun_s = max(deadline_length(rules, version, LAST_ATTEMPT) for version in range(rules.count))
-    return FOUND_S + begun_s + sum(_open_s(schedule, version, answer_s) + closing_s for version in range(rules.count))
+    forged_s = FORGED_S * ("forged terms" in schedule.kinds)
+    return (
+        FOUND_S
+        + forged_s
+        + begun_s
+        + sum(_open_s(schedule, version, answer_s) + closing_s for version in range(rules.count))
+    )
 
 
 def _open_s(schedule: Schedule, version: int, answer_s: float) -> float:

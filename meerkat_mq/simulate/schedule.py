@@ -143,7 +143,10 @@ _KINDS: dict[str, dict[str, int]] = {
     "all": {"replay": 2, "stale run": 1, "corrupt messages": 2, "forged chunks": 1},
     "broker": {"broker crash": 2},
 }  # fmt: skip
-KINDS = tuple(dict.fromkeys(kind for kinds in _KINDS.values() for kind in kinds))
+_ACCIDENTS = tuple(dict.fromkeys(kind for kinds in _KINDS.values() for kind in kinds))
+# What a node does on purpose, over some time; drawn apart, so that the accidents of a seed stay the same.
+ATTACKS = ("flood", "forged terms", "invented ids")
+KINDS = _ACCIDENTS + ATTACKS
 LOSSES = ("crash", "partition", "partition up", "partition down")  # which a node may suffer for good
 FULL_S = 600.0  # many times as long as anybody waits for a disk, or for an answer
 SMALL_PACKET = 2048  # holds the largest entry of a schedule, and not many of them
@@ -158,7 +161,8 @@ def make_schedule(seed: int, names: Collection[str] = (), *, liveness: bool = Fa
     these leave can fill rounds.
     """
     draw = random.Random(seed)  # noqa: S311 - chance to be repeated, not to be secret
-    kinds = tuple(names) or tuple(kind for kind in KINDS if draw.random() < 0.5) or KINDS
+    drawn = tuple(kind for kind in _ACCIDENTS if draw.random() < 0.5) if not names else ()
+    kinds = tuple(name for name in names if name not in ATTACKS) if names else drawn or _ACCIDENTS
     nodes = draw.choice((8, 11, 15, 20)) if draw.random() < 0.015 else draw.choice(_SIZES)
     losses = [name for name in LOSSES if name in names or not names] if liveness else []
     lost = draw.sample(range(nodes), draw.randint(0, min(2, (nodes - 1) // 2))) if losses else []
@@ -169,13 +173,16 @@ def make_schedule(seed: int, names: Collection[str] = (), *, liveness: bool = Fa
         a_round = rules.deadline_s
     length_s = rules.count * a_round  # about what it takes without faults
     spared = [f"n{number}" for number in range(nodes) if number not in lost]
-    faults = [_fault(draw, spared, length_s, kinds) for _ in range(draw.randint(0, 12))]
+    faults = [_fault(draw, spared, length_s, kinds) for _ in range(draw.randint(0, 12) if kinds else 0)]
     if liveness:
         faults += _for_good(draw, spared, [(f"n{number}", draw.choice(losses)) for number in lost], length_s)
     earlier = draw.choice(("", "", "", *LATER_KEYS))
     if draw.random() < 0.5 and "max_step" not in LATER_KEYS.get(earlier, ()):
         rules = rules.model_copy(update={"max_step": MAX_STEP})
-    return replace(calm, settings=rules, earlier=earlier, faults=tuple(faults))
+    apart = random.Random(f"attacks of {seed}")  # noqa: S311 - as above
+    attacks = tuple(kind for kind in ATTACKS if kind in names or (not names and apart.random() < 0.15))
+    faults += [_attack(apart, kind, spared, length_s) for kind in attacks for _ in range(apart.randint(1, 3))]
+    return replace(calm, settings=rules, earlier=earlier, kinds=kinds + attacks, faults=tuple(faults))
 
 
 def _undisturbed(draw: random.Random, seed: int, nodes: int, live: int, kinds: tuple[str, ...]) -> Schedule:
@@ -249,6 +256,11 @@ def _fault(draw: random.Random, nodes: Sequence[str], length_s: float, names: Co
     target = draw.choice(nodes) if whom == "node" else whom
     at, lasts = draw.uniform(0.0, length_s), draw.choice((0.1, 0.5, 1.0, 3.0, 8.0)) * draw.uniform(0.5, 1.5)
     return ScheduledFault(name, target, round(at, 3), round(lasts, 3), round(draw.random(), 3))
+
+
+def _attack(draw: random.Random, kind: str, nodes: Sequence[str], length_s: float) -> ScheduledFault:
+    at, lasts = draw.uniform(0.0, length_s), draw.uniform(1.0, 12.0)
+    return ScheduledFault(kind, draw.choice(nodes), round(at, 3), round(lasts, 3), round(draw.random(), 3))
 
 
 def _for_good(

@@ -34,6 +34,11 @@ class Snapshot:
     theta: Float32Array
 
 
+def largest_snapshot(weights: int) -> int:
+    """More bytes than any encoded snapshot of so many weights has."""
+    return 5 * weights + 2**16
+
+
 def encode_snapshot(run_id: bytes, version: int, head: bytes, theta: Float32Array) -> bytes:
     """Magic, run id, u32 version, 16 head, 16 digest of theta, u32 n, theta as an array."""
     return _HEAD.pack(MAGIC, run_id, version, head, digest(theta), theta.size) + encode_array(theta)

@@ -33,10 +33,28 @@ async def test_messages_leave_in_order() -> None:
     assert all(item.done.done() for item in items)
 
 
-async def test_a_newer_retained_message_takes_the_older_ones_place_at_the_end() -> None:
-    old, between, new = out("state", b"1", retain=True), out("other"), out("state", b"2", retain=True)
-    assert await take_all(filled(old, between, new)) == [between, new]
+async def test_a_newer_retained_message_takes_the_older_ones_place() -> None:
+    """At the end, what is said again and again would be put off again and again."""
+    first, old, between, new = (
+        out("one"),
+        out("state", b"1", retain=True),
+        out("other"),
+        out("state", b"2", retain=True),
+    )
+    assert await take_all(filled(first, old, between, new)) == [first, new, between]
     assert old.done.result() is None
+
+
+async def test_what_is_retained_goes_before_replies_where_it_is_told_to() -> None:
+    items = [out("reply"), out("reply"), out("round", b"1", retain=True), out("reply"), out("state", retain=True)]
+    box = Outbox(10**6, retained_first=True)
+    for item in items:
+        box.put(item)
+    assert await box.take() is items[2]
+    box.put(newer := out("round", b"2", retain=True))
+    box.rewind()
+    assert await take_all(box) == [newer, items[4], items[0], items[1], items[3]]
+    assert items[2].done.result() is None
 
 
 async def test_messages_that_are_not_retained_are_all_kept() -> None:

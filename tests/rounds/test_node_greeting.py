@@ -84,14 +84,26 @@ def test_two_servers_in_one_term_are_asked_for_a_higher_one(server_id: str) -> N
     assert sent(node.give(e.ServerCame(3.0, state(term=1, status="lost", server_id=server_id))), Want) != []
 
 
+def test_of_two_servers_in_one_term_the_slots_are_not_mixed_up() -> None:
+    """The steps along one server's lane are no answer to the other, which gives this node another one."""
+    node = answered_node(announced(lanes=2))
+    node.give(e.ServerCame(1.0, state(server_id="4" * 16)))
+    assert node.machine.slot is None
+    assert not sent(node.step(2.0), Update)
+    assert not sent(node.frames(3.0, welcome(slot=1), announced(lanes=2, asked=(1,))), Update)
+    (update,) = sent(node.step(4.0), Update)
+    assert update.scalars
+
+
 def test_it_asks_for_a_higher_term_until_there_is_one() -> None:
     node = answered_node(announced())
     assert sent(node.give(e.ServerCame(1.0, state(server_id="4" * 16))), Want)  # lost: no connection stood
     assert not sent(node.give(e.ServerCame(1.1, state(server_id="4" * 16))), Want)
     (want,) = sent(node.give(e.Connected(1.5)), Want)
     assert (want.header.term, want.welcome, want.entries_from) == (2, True, None)
+    node.frames(1.6, welcome(), announced())
     assert sent(node.step(2.0), Update)
-    assert want in sent(node.give(e.Tick(1.5 + RETRY_S)), Want)
+    assert want in sent(node.give(e.Tick(1.6 + RETRY_S)), Want)
     node.give(e.ServerCame(4.0, state(term=3)))
     node.frames(4.0, welcome(term=3), announced(term=3))
     assert node.machine.wake_at is None

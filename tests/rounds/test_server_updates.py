@@ -196,23 +196,24 @@ def test_the_largest_gradients_still_make_a_finite_entry() -> None:
     assert math.isfinite(server.entries[0].entry.terms[0].coefficient)
 
 
-def test_slots_stay_with_their_nodes() -> None:
+def test_slots_stay_with_their_nodes_and_are_kept_of_those_that_answered() -> None:
     server = with_open_round()
     server.gone(1, "a", "stopped")
     server.born(2, "c")
     server.born(3, "a", boot=2, link=2)
-    assert [(commit.node, commit.slot) for commit in only(e.CommitSlot, server.seen)] == [("a", 0), ("b", 1), ("c", 2)]
+    server.update(4, "b")
+    server.tick(101)  # the round is extended, and asks them all
+    for node in ("a", "c"):
+        server.update(102, node)
+    kept = [(commit.node, commit.slot) for commit in only(e.CommitSlot, server.seen)]
+    assert kept == [("b", 1), ("a", 0), ("c", 2)]
     assert [reply.frame.slot for reply in only(e.Reply, server.seen) if reply.node == "a"] == [0, 0]  # type: ignore[union-attr]
 
 
-def test_a_node_is_welcome_when_its_slot_is_committed() -> None:
-    server = answered_server(e.CommitSlot)
-    server.born(0, "a", "b")
-    assert not only(e.Reply, server.seen)
-    assert not server.round.is_open
-    server.answer(1)
-    assert {reply.node for reply in only(e.Reply, server.seen)} == {"a", "b"}
-    assert server.round.is_open
+def test_a_slot_is_committed_before_the_update_that_names_it() -> None:
+    server = with_open_round(e.CommitSlot, e.CommitUpdate)
+    server.update(1, "b")
+    assert [type(effect) for effect in server.held] == [e.CommitSlot, e.CommitUpdate]
 
 
 def test_there_are_no_more_slots_than_a_frame_can_name() -> None:
@@ -298,6 +299,9 @@ def test_a_new_term_goes_on_where_the_ledger_ends() -> None:
     entry = server.entries[0].entry
     assert (entry.version, entry.previous) == (3, chain(3)[-1].hash(RUN))
     server.born(2, "c")
+    for node in ("a", "b", "c"):
+        server.update(3, node, term=2)
+    server.update(4, "c", term=2)
     assert only(e.CommitSlot, server.seen) == [e.CommitSlot("c", 2)]
 
 

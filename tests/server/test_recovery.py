@@ -110,6 +110,7 @@ async def test_a_server_that_slept_through_its_replacement_on_one_ledger_is_fenc
     federation.node("node-0")
     first = federation.server(name="first", rounds=LIVELY)
     await eye.reaches(3)
+    await federation.ghost(name="another")  # nobody waits for the first one any more
     await until(lambda: eye.rounds[-1].heard and eye.rounds[-1].is_open)  # the ledger is at rest until the deadline
     first.signal(signal.SIGSTOP)
     second = federation.server("--replace", name="second", state_dir="first", rounds=LIVELY)

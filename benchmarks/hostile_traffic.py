@@ -1,0 +1,313 @@
+"""What one hostile node of eight costs the others: rounds, memory, log; and how soon it is flagged.
+
+    python -m benchmarks.hostile_traffic                     each attack for 60 s: 15 minutes
+    python -m benchmarks.hostile_traffic --attacks H6 H8 --seconds 20
+
+Real server and node processes with the toy engine, Mosquitto with `broker/mosquitto-tls.conf` and a certificate for
+each; the hostile node has one, too. First, the honest nodes are left alone for a while: that pace is the measure of the
+same run's pace during the attack. Attacks as in docs/threat-model.md. Prints a Markdown table.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import random
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from meerkat_mq.wire.descriptor import NodeStatus
+from meerkat_mq.wire.frames import encode
+from meerkat_mq.wire.messages import Header, Round, Update, Want
+from tests.broker.test_hardened import Guarded
+from tests.server.federation import TOPICS, Federation, Service
+from tests.support.peer import Peer, peer
+from tests.support.waiting import until
+
+EVIL = "node-7"
+WEIGHTS = 100_000
+ROUNDS = {"count": 1_000_000, "deadline_s": 10.0, "snapshot_every": 1000}
+TICK_S = 0.05
+
+
+@dataclass
+class Scene:
+    """A running federation, and one certificate in the wrong hands."""
+
+    guarded: Guarded
+    federation: Federation
+    server: Service
+    nodes: list[Service]
+
+    @contextlib.asynccontextmanager
+    async def evil(self, *filters: str, name: str = EVIL) -> AsyncIterator[Peer]:
+        """A connection with the hostile node's certificate."""
+        way = self.guarded.way(f"nodes/{EVIL}").model_copy(update={"max_packet_bytes": 2**17})
+        async with peer(way, name, [(topic, 1) for topic in filters]) as session:
+            yield session
+
+    def header(self, above: int = 0, version: int | None = None) -> Header:
+        """Of the server's term, or so far above it."""
+        run, term = self.federation.eye.runs[-1], self.federation.eye.states[-1].term
+        return Header.of(run.run_id, term + above, self.version if version is None else version, run.mask_hash)
+
+    @property
+    def version(self) -> int:
+        return self.federation.eye.version
+
+    def status(self, word: str = "online", **more: Any) -> bytes:
+        said = {"status": word, "boot": 1, "link": 1, "host": "evil", "run": self.federation.eye.runs[-1].run}
+        return NodeStatus.model_validate(said | more).encode()
+
+    def memory(self) -> dict[str, float]:
+        """MiB of the server and of the broker."""
+        return {"server": resident_mib(self.server.pid), "broker": self.guarded.memory_mib()}
+
+    @property
+    def logged_bytes(self) -> int:
+        return self.server.config.with_suffix(".log").stat().st_size
+
+    @property
+    def flagged(self) -> bool:
+        said = ("over budget", "raises terms", "silent", "against", "outlier")
+        return any(self.server.said(f"flagged: {why}", node=EVIL) for why in said)
+
+
+def resident_mib(pid: int) -> float:
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+
+# --- attacks ----------------------------------------------------------------------------------------------------------
+
+
+async def first_comer(scene: Scene) -> None:
+    """H1: it answers each round it is asked in, with a projected gradient of 1e20."""
+
+    def answer(message: Any) -> None:
+        if message.topic == TOPICS.round:
+            for slot in range(8):
+                base = bytes(8) if not scene.version else scene.federation.eye.rounds[-1].entries[-1].digest[:8]
+                evil.session.publish(TOPICS.up(EVIL, "update"), encode(Update(scene.header(), 1, base, 1.0, (1e20,))))
+                if slot == 0:
+                    break
+
+    async with scene.evil(TOPICS.round) as evil:
+        evil.session.publish(TOPICS.up(EVIL, "status"), scene.status(), retain=True)
+        evil._react = answer
+        await asyncio.Event().wait()
+
+
+async def fill_the_broker(scene: Scene) -> None:
+    """H2: retained messages of the largest size, on its own topics and below them."""
+    chunk = bytes(130_000)
+    kinds = ("status", "update", "want")
+    while True:
+        with contextlib.suppress(Exception):
+            async with scene.evil() as evil:
+                for number in range(100):
+                    evil.session.publish(TOPICS.up(EVIL, kinds[number % 3]), chunk, retain=True)  # type: ignore[arg-type]
+                    evil.session.publish(f"{TOPICS.root}/up/{EVIL}/{number}", chunk, retain=True)
+                    await asyncio.sleep(TICK_S)
+
+
+async def take_client_ids(scene: Scene) -> None:
+    """H3: it connects under the names of the others."""
+    state = scene.federation.eye.states[-1]
+    names = [f"meerkat-f-server-{state.server_id}", "meerkat.server", *(f"meerkat-f-node-{n}" for n in range(7))]
+    while True:
+        async with scene.evil(name=random.choice(names)):
+            await asyncio.sleep(TICK_S)
+
+
+async def connect_again_and_again(scene: Scene) -> None:
+    """H5: connections without end."""
+    ends = (asyncio.open_connection("127.0.0.1", scene.guarded.port) for _ in range(200))
+    opened = await asyncio.gather(*ends)
+    while True:
+        async with scene.evil():
+            await asyncio.sleep(TICK_S)
+        assert opened
+
+
+async def forge_terms(scene: Scene) -> None:
+    """H6: a want of 33 bytes, one term above the server's, four times a second."""
+    async with scene.evil() as evil:
+        while True:
+            evil.session.publish(TOPICS.up(EVIL, "want"), encode(Want(scene.header(1), 1)))
+            await asyncio.sleep(0.25)
+
+
+async def want_welcomes(scene: Scene) -> None:
+    """H7: 800 wants a second, each of which is answered with a welcome and an announcement."""
+    async with scene.evil() as evil:
+        evil.session.publish(TOPICS.up(EVIL, "status"), scene.status(), retain=True)
+        while True:
+            for _ in range(round(800 * TICK_S)):
+                evil.session.publish(TOPICS.up(EVIL, "want"), encode(Want(scene.header(), 1, welcome=True)))
+            await asyncio.sleep(TICK_S)
+
+
+async def want_chunks(scene: Scene) -> None:
+    """H7: 40 wants a second for all chunks of the mask."""
+    run = scene.federation.eye.runs[-1]
+    chunks = tuple(range(run.mask_chunks))
+    async with scene.evil(TOPICS.reply(EVIL)) as evil:
+        while True:
+            want = Want(scene.header(), 1, blob=run.mask_name, chunks=chunks)
+            evil.session.publish(TOPICS.up(EVIL, "want"), encode(want))
+            evil.messages.clear()
+            await asyncio.sleep(1 / 40)
+
+
+async def say_nothing(scene: Scene) -> None:
+    """H8: "online", and nothing else."""
+    async with scene.evil() as evil:
+        evil.session.publish(TOPICS.up(EVIL, "status"), scene.status(), retain=True)
+        await asyncio.Event().wait()
+
+
+async def sleep_for_a_week(scene: Scene) -> None:
+    """H8: "asleep for a week"."""
+    async with scene.evil() as evil:
+        evil.session.publish(TOPICS.up(EVIL, "status"), scene.status(), retain=True)
+        evil.session.publish(TOPICS.up(EVIL, "status"), scene.status("asleep", wakes_in_s=7 * 86_400), retain=True)
+        await asyncio.Event().wait()
+
+
+async def send_junk(scene: Scene) -> None:
+    """H19: 640 messages a second that do not decode, or belong elsewhere."""
+    chance, kinds = random.Random(7), ("status", "update", "want")
+    junk = [b"{", bytes(40), chance.randbytes(60), scene.status()[:30]]
+    junk.append(encode(Round(scene.header(), True, 1, 1, 0.5, 1000)))
+    async with scene.evil() as evil:
+        while True:
+            for number in range(round(640 * TICK_S)):
+                evil.session.publish(TOPICS.up(EVIL, kinds[number % 3]), chance.choice(junk))  # type: ignore[arg-type]
+            await asyncio.sleep(TICK_S)
+
+
+async def invent_ids(scene: Scene) -> None:
+    """H21: births of nodes that are not there."""
+    number = 0
+    async with scene.evil() as evil:
+        while True:
+            for _ in range(round(1000 * TICK_S)):
+                number += 1
+                evil.session.publish(TOPICS.up(f"ghost-{number}", "status"), scene.status(), retain=True)
+            await asyncio.sleep(TICK_S)
+
+
+Attack = Callable[[Scene], Awaitable[None]]
+ATTACKS: dict[str, Attack] = {
+    "H1": first_comer,
+    "H2": fill_the_broker,
+    "H3": take_client_ids,
+    "H5": connect_again_and_again,
+    "H6": forge_terms,
+    "H7 welcomes": want_welcomes,
+    "H7 chunks": want_chunks,
+    "H8 online": say_nothing,
+    "H8 asleep": sleep_for_a_week,
+    "H19": send_junk,
+    "H21": invent_ids,
+}
+
+
+# --- what they cost ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one attack: paces in rounds a second, memory as a multiple of what it was."""
+
+    calm: float
+    during: float
+    memory: dict[str, float]
+    logged_a_s: float
+    flagged_s: float | None
+    flagged_rounds: int | None
+    ended: int
+
+    @property
+    def part(self) -> float:
+        return self.during / self.calm
+
+
+@contextlib.asynccontextmanager
+async def scene_of(folder: Path, honest: int) -> AsyncIterator[Scene]:
+    """Hardened Mosquitto, a server, and so many honest nodes that have answered a few rounds."""
+    guarded = Guarded(folder, nats=False)
+    for name in [f"node-{number}" for number in range(8)]:
+        if not (guarded.certificates / "nodes" / name).exists():
+            guarded.issue(f"nodes/{name}", days=30)
+    guarded.broker.start()
+    try:
+        async with Federation(folder, guarded.way("observer")) as federation:
+            names = [f"node-{number}" for number in range(honest)]
+            nodes = [federation.node(name, broker=guarded.table(f"nodes/{name}")) for name in names]
+            server = federation.server(
+                rounds=ROUNDS | {"min_nodes": honest, "directions": 1},
+                toy_weights=WEIGHTS,
+                broker=guarded.table("server"),
+            )
+            await server.says("round closed", heard=honest, times=3)
+            yield Scene(guarded, federation, server, nodes)
+    finally:
+        guarded.broker.kill()
+
+
+async def cost_of(scene: Scene, attack: Attack, calm_s: float, attack_s: float) -> Cost:
+    """Leave the scene alone, then attack it."""
+    now = asyncio.get_running_loop().time
+    first, began = scene.version, now()
+    await asyncio.sleep(calm_s)
+    calm, before = (scene.version - first) / (now() - began), scene.memory()
+    most, flagged = dict(before), (None, None)
+    first, began, logged = scene.version, now(), scene.logged_bytes
+    task = asyncio.ensure_future(attack(scene))
+    while now() - began < attack_s:
+        await asyncio.sleep(0.2)
+        most = {name: max(most[name], mib) for name, mib in scene.memory().items()}
+        if flagged[0] is None and scene.flagged:
+            flagged = now() - began, scene.version - first  # type: ignore[assignment]
+        if task.done():
+            task.result()
+    during, logged_a_s = (scene.version - first) / (now() - began), (scene.logged_bytes - logged) / (now() - began)
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    rounds = scene.version
+    await until(lambda: scene.version > rounds, within_s=60.0)
+    memory = {name: mib / before[name] for name, mib in most.items()}
+    ended = sum(service.over for service in (scene.server, *scene.nodes))
+    return Cost(calm, during, memory, logged_a_s, *flagged, ended)
+
+
+async def measure(name: str, calm_s: float, attack_s: float) -> Cost:
+    with tempfile.TemporaryDirectory() as folder:
+        async with scene_of(Path(folder), 7) as scene:
+            return await cost_of(scene, ATTACKS[name], calm_s, attack_s)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--attacks", nargs="+", default=list(ATTACKS), choices=list(ATTACKS))
+    parser.add_argument("--seconds", type=float, default=60.0)
+    args = parser.parse_args()
+    print("| attack | rounds/s before | during | part | server | broker | log kB/s | flagged after | ended |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name in args.attacks:
+        cost = asyncio.run(measure(name, min(20.0, args.seconds), args.seconds))
+        flagged = "–" if cost.flagged_s is None else f"{cost.flagged_s:.1f} s, {cost.flagged_rounds} rounds"
+        print(
+            f"| {name} | {cost.calm:.1f} | {cost.during:.1f} | {cost.part:.2f} | {cost.memory['server']:.2f} × | "
+            f"{cost.memory['broker']:.2f} × | {cost.logged_a_s / 1000:.1f} | {flagged} | {cost.ended} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
