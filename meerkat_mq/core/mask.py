@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.files import write_atomically
+from meerkat_mq.core.foreign import read_regular
 from meerkat_mq.core.gradip import root_mean_square
 from meerkat_mq.core.path import short_hash
 from meerkat_mq.errors import MaskError
@@ -163,7 +164,7 @@ class Mask:
             MaskError: it is missing, unreadable or damaged; the message names the file.
         """
         try:
-            return cls.from_bytes(path.read_bytes())
+            return cls.from_bytes(read_regular(path))
         except OSError as error:
             raise MaskError(str(path), f"cannot be read ({error.strerror})", "make one with `meerkat mask`") from error
         except MaskError as error:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from meerkat_mq.core.files import write_atomically, writing
+from meerkat_mq.core.foreign import read_regular
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import short_hash
 from meerkat_mq.engines.registry import ENGINES
@@ -70,7 +71,7 @@ class SnapshotFiles:
     def read(self, version: int) -> bytes | None:
         """Its bytes, whatever became of them; None where there is no such file; LedgerError where it is unreadable."""
         try:
-            return snapshot_file(self._folder, version).read_bytes()
+            return read_regular(snapshot_file(self._folder, version))
         except FileNotFoundError:
             return None
         except OSError as error:

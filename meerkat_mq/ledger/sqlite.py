@@ -16,6 +16,7 @@ from meerkat_mq.core.path import Entry, short_hash
 from meerkat_mq.errors import AnotherServer, LedgerError, LedgerUnavailable
 from meerkat_mq.ledger import sqlite_file
 from meerkat_mq.ledger.files import SnapshotFiles, check_remains, keep_mask
+from meerkat_mq.ledger.sqlite_guard import MOST_ROWS
 from meerkat_mq.ledger.sqlite_rows import (
     Row,
     RowT,
@@ -251,7 +252,11 @@ class Ledger(Store):
 
     def _rows(self, query: str, *values: object) -> list[Row]:
         with sqlite_file.in_words(self.path):
-            return self._connection.execute(query, values).fetchall()
+            found = self._connection.execute(query, values).fetchmany(MOST_ROWS + 1)
+        if len(found) > MOST_ROWS:
+            problem = f"answers a question with more than {MOST_ROWS:,} rows"
+            raise LedgerError(self.where, problem, "restore it from a backup")
+        return found
 
     def _row(self, query: str, *values: object) -> Row:
         return next(iter(self._rows(query, *values)), ())

@@ -3,14 +3,17 @@
 import os
 import re
 import sqlite3
+import stat
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from meerkat_mq.core.files import keep_names
+from meerkat_mq.core.foreign import open_regular
 from meerkat_mq.errors import ConfigError, LedgerError, LedgerFailing, LedgerUnavailable, WireError
 from meerkat_mq.ledger.files import check_remains
+from meerkat_mq.ledger.sqlite_guard import check_schema, connect
 
 APPLICATION_ID = 0x4D4B4C47  # "MKLG"
 BUSY_S = 15.0
@@ -67,6 +70,8 @@ _SHOWN_AS_NEWEST = [  # by schema, what makes a file that must not be written lo
 _MAGIC = b"SQLite format 3\0"
 _HEADER_BYTES = 100
 _RESTORE = "restore it from a backup, or name another state_dir for a new run"
+_DAMAGED = f"keep it and its -wal file for a look, and {_RESTORE}"
+_ANOTHER = "it may harm who opens it: use another copy of this ledger"
 _AGAIN = "start the server again: it goes on where it was"
 _LOCAL_DISK = "keep state_dir on a local disk, not on a network or shared file system"
 _OTHERS = ("cannot be used, and SQLite says why", "leave the file as it is, and report this line")
@@ -88,11 +93,10 @@ _PROBLEMS = {  # the first that the name of SQLite's error matches
         f"{_LOCAL_DISK}, and {_AGAIN}",
     ),
     "IOERR": ("cannot be read or written", f"see to the disk, and {_AGAIN}"),
+    "INTERRUPT": ("takes more steps to read than a ledger of its size can", _ANOTHER),
+    "TOOBIG": ("holds a value that is larger than any that a server writes", _ANOTHER),
     "NOTADB": ("is not a ledger", "name another state_dir"),
-    "CORRUPT|ERROR": (
-        "is damaged",
-        f"keep it and its -wal file for a look, and {_RESTORE}",
-    ),  # ERROR: a table or a column is missing
+    "CORRUPT|ERROR": ("is damaged", _DAMAGED),  # ERROR: a table or a column is missing
 }
 _LATER: dict[str, type[LedgerError]] = {  # what a disk, or another process, can do for a while
     "FULL|BUSY|LOCKED|NOMEM|PROTOCOL": LedgerUnavailable,
@@ -134,8 +138,9 @@ def open_to_write(path: Path) -> sqlite3.Connection:
         _make(path)
     _look(path, thorough=True)
     with in_words(path):
-        connection = _connect(path, "mode=rw")
+        connection = connect(path, "mode=rw", BUSY_S)
         try:
+            _check(connection, path)
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("BEGIN IMMEDIATE")  # of a read-only file, this begins to read, in silence
@@ -171,7 +176,7 @@ def open_to_read(path: Path) -> sqlite3.Connection:
     with in_words(path):
         connection = _reader(path)
         try:
-            _run(connection, _SHOWN_AS_NEWEST[_schema(connection) :])
+            _run(connection, _SHOWN_AS_NEWEST[_check(connection, path) :])
         except BaseException:
             connection.close()
             raise
@@ -212,22 +217,16 @@ def _unreachable(path: Path, error: OSError) -> LedgerError:
     return LedgerError(str(path), problem, "name a state_dir that this user can read and write")
 
 
-def _connect(path: Path, how: str) -> sqlite3.Connection:
-    return sqlite3.connect(
-        f"{path.absolute().as_uri()}?{how}", uri=True, isolation_level=None, timeout=BUSY_S, check_same_thread=False
-    )
-
-
 def _reader(path: Path) -> sqlite3.Connection:
     """A connection that changes nothing; where the folder is read-only, one that takes no locks either."""
-    connection = _connect(path, "mode=ro")
+    connection = connect(path, "mode=ro", BUSY_S)
     try:
         connection.execute("PRAGMA user_version").fetchone()
     except sqlite3.OperationalError as error:
         connection.close()
         if error.sqlite_errorname != "SQLITE_CANTOPEN" or path.with_name(f"{path.name}-wal").exists():
             raise
-        return _connect(path, "immutable=1")
+        return connect(path, "immutable=1", BUSY_S)
     return connection
 
 
@@ -268,7 +267,7 @@ def _name(temporary: Path, path: Path) -> None:
 def _look(path: Path, *, thorough: bool) -> None:
     """Refuse what is no ledger of ours without changing a byte of it."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(_HEADER_BYTES)
     except OSError as error:
         raise _unreachable(path, error) from error
@@ -278,11 +277,29 @@ def _look(path: Path, *, thorough: bool) -> None:
         raise LedgerError(str(path), "is not a SQLite file", "name another state_dir")
     if int.from_bytes(head[68:72], "big") != APPLICATION_ID:
         raise LedgerError(str(path), "is a SQLite file of another program", "name another state_dir")
+    _look_beside(path.resolve())
     with in_words(path), closing(_reader(path)) as connection:
-        schema = _schema(connection)
-        if schema > SCHEMA:
-            problem = f"was written by a newer Meerkat-MQ (schema {schema}, this one knows {SCHEMA})"
-            raise LedgerError(str(path), problem, "update Meerkat-MQ on this machine")
+        _check(connection, path)
         found = connection.execute("PRAGMA quick_check(1)").fetchone()[0] if thorough else "ok"
         if found != "ok":
             raise LedgerError(str(path), f"is damaged ({found.splitlines()[-1]})", _RESTORE)
+
+
+def _look_beside(path: Path) -> None:
+    """SQLite writes into its files beside the ledger, wherever they lead: a link would lead it to another's file."""
+    for file in (path.with_name(f"{path.name}-{part}") for part in ("wal", "shm", "journal")):
+        if os.path.lexists(file) and not stat.S_ISREG(file.lstat().st_mode):
+            problem = "is no regular file, and SQLite would write there"
+            raise LedgerError(str(file), problem, f"remove it, and {_RESTORE}")
+
+
+def _check(connection: sqlite3.Connection, path: Path) -> int:
+    """The version of the schema; LedgerError where it is newer, or the file holds anything that no server makes."""
+    schema = _schema(connection)
+    if schema > SCHEMA:
+        problem = f"was written by a newer Meerkat-MQ (schema {schema}, this one knows {SCHEMA})"
+        raise LedgerError(str(path), problem, "update Meerkat-MQ on this machine")
+    if schema < 1:
+        raise LedgerError(str(path), f"is damaged (schema {schema})", _RESTORE)
+    check_schema(connection, path, MIGRATIONS[:schema])
+    return schema

@@ -14,6 +14,7 @@ from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
 from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.core.files import write_atomically
+from meerkat_mq.core.foreign import read_regular
 from meerkat_mq.errors import ConfigError
 from meerkat_mq.observe.charts import Point
 from meerkat_mq.observe.events import Evaluated
@@ -22,6 +23,7 @@ from meerkat_mq.wire.descriptor import RunDescriptor
 
 FACTS_FILE: Final = "facts.json"
 MASKED_VALUE_BYTES: Final = 4
+_MOST_FACTS: Final = 64 << 20
 WEIGHT_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 Count = Annotated[int, Field(ge=0)]
@@ -126,7 +128,7 @@ def facts_of(folder: Path, run: RunDescriptor) -> Facts:
     """
     file = folder / FACTS_FILE
     try:
-        facts = _FACTS.validate_json(file.read_bytes())
+        facts = _FACTS.validate_json(read_regular(file, _MOST_FACTS))
     except FileNotFoundError:
         return Facts()
     except OSError as error:

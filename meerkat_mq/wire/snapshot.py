@@ -12,6 +12,7 @@ import numpy as np
 
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.files import write_atomically
+from meerkat_mq.core.foreign import open_regular, read_regular
 from meerkat_mq.core.mask import MAX_WEIGHTS, Mask
 from meerkat_mq.core.path import digest, short_hash
 from meerkat_mq.errors import BadMagic, BadValue, ModelError, WireError
@@ -94,7 +95,7 @@ class Difference:
             ModelError: missing or damaged; names the file.
         """
         try:
-            return _decode(path.read_bytes())
+            return _decode(read_regular(path))
         except OSError as error:
             raise ModelError(str(path), f"cannot be read ({error.strerror})", "give a difference file") from error
         except WireError as error:
@@ -119,7 +120,7 @@ def _decode(data: bytes) -> Difference:
 def stamp_of(file: Path) -> tuple[bytes, int] | None:
     """(run id, version) of a snapshot or difference file; None where it is neither, or cannot be read."""
     try:
-        with file.open("rb") as opened:
+        with open_regular(file) as opened:
             magic, run_id, version = _STAMP.unpack(opened.read(_STAMP.size))
     except (OSError, struct.error):
         return None

@@ -107,7 +107,7 @@ def test_rows_that_no_server_writes(ledger: Ledger, statement: str, words: str) 
     close(ledger, 0, True, False)
     with closing(sqlite3.connect(ledger.path)) as connection, connection:
         connection.execute(statement)
-    with closing(Ledger.read(ledger.path)) as reader, pytest.raises(LedgerError, match=words) as caught:
+    with pytest.raises(LedgerError, match=words) as caught, closing(Ledger.read(ledger.path)) as reader:
         print(reader.newest_judgements(), reader.early_stopped_since(), reader.products(0, RULES))  # noqa: T201
     assert caught.value.where == str(ledger.path)
 

@@ -212,7 +212,7 @@ def test_a_row_that_no_server_writes_is_an_error_in_words(path: Path, statement:
         round_(opened, 0)
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute(statement)
-    with closing(Ledger.read(path)) as reader, pytest.raises(LedgerError, match=words) as caught:
+    with pytest.raises(LedgerError, match=words) as caught, closing(Ledger.read(path)) as reader:
         read_all(reader)
     assert caught.value.where == str(path)
     assert "restore it from a backup" in caught.value.remedy

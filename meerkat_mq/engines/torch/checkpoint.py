@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from meerkat_mq.core.files import write_atomically
-from meerkat_mq.engines.torch.folder import real_file
+from meerkat_mq.core.foreign import is_plain_name, open_regular, read_regular, real_file
 from meerkat_mq.errors import ModelError, ModelNotFound, reason, shown
 
 SINGLE = "model.safetensors"
@@ -26,9 +26,9 @@ INDEX = "model.safetensors.index.json"
 
 _CHUNK = 1 << 20
 _MAX_HEADER = 100_000_000
+_MOST_INDEX = 32 << 20
 _LONGEST_NAME = 255  # characters
 _DTYPE = re.compile(r"[A-Z][A-Z0-9_]{0,15}")
-_SHARD = re.compile(r"[^./\\][^/\\]*\.safetensors")  # hidden files are none of a model's
 _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16}
 _BITS |= {"U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64}
 
@@ -77,18 +77,15 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _shards(index: Path, folder: Path) -> list[str]:
     try:
-        names = list(json.loads(real_file(index, folder).read_text(encoding="utf-8"))["weight_map"].values())
+        table = json.loads(read_regular(real_file(index, folder), _MOST_INDEX))
+        names = list(table["weight_map"].values())
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ModelError(str(index), f"is no checkpoint index ({reason(error)})", "fetch the model again") from error
-    wrong = [name for name in names if not _is_plain(name)]
+    wrong = [name for name in names if not is_plain_name(name, ".safetensors")]
     if wrong or not names:
         problem = f"weight_map: {wrong[0]!r:.200} is no plain file name" if wrong else "weight_map: names no file"
         raise ModelError(str(index), problem, "name .safetensors files beside the index, or fetch the model again")
     return sorted(set(names))
-
-
-def _is_plain(name: object) -> bool:
-    return isinstance(name, str) and name.isprintable() and len(name) <= 128 and _SHARD.fullmatch(name) is not None
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -109,17 +106,26 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 def _header(file: Path) -> list[StoredTensor]:
     try:
         size = file.stat().st_size
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             length = int.from_bytes(stream.read(8), "little")
             if not 2 <= length <= min(_MAX_HEADER, size - 8):
                 raise ValueError(f"header of {length} bytes in a file of {size}")
-            table: dict[str, Any] = json.loads(stream.read(length))
+            table: dict[str, Any] = json.loads(stream.read(length), object_pairs_hook=_once)
         table.pop("__metadata__", None)
         return [_tensor(file, name, entry, 8 + length, size) for name, entry in table.items()]
     except OSError as error:
         raise ModelNotFound(str(file), f"cannot be read ({error.strerror})", "fetch the model again") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise ModelError(str(file), f"is no safetensors file ({reason(error)})", "fetch the model again") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, each of whose keys is there once: of two, every reader chooses as it likes."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{shown(next(name for name in names if names.count(name) > 1))} is there twice")
+    return table
 
 
 def _tensor(file: Path, name: str, entry: Any, data: int, size: int) -> StoredTensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 import transformers
 
+from meerkat_mq.core.foreign import is_plain_name
 from meerkat_mq.engines.torch.folder import (
     CONFIG,
     TOKENIZER,
@@ -119,10 +120,24 @@ def _table(folder: Path) -> Json:
     for key in _COUNTS:
         if table.get(key, 0) not in range(_MOST_ADDED + 1):
             raise ModelError(f"{file}: {key}", f"{shown(table[key])} is no number from 0 to {_MOST_ADDED}", _OWN_FILES)
+    _refuse_other_files(file, table)
     _refuse_strange_tokens(file, table)
     if (folder / _SPECIAL_TOKENS).exists() and _is_json(folder / _SPECIAL_TOKENS):  # else its loader says so
         _refuse_strange_tokens(folder / _SPECIAL_TOKENS, read_json(folder / _SPECIAL_TOKENS))
     return table
+
+
+def _refuse_other_files(file: Path, table: Json) -> None:
+    """What a tokenizer's class would open as its own files, wherever it lies; `init_inputs` are files by position.
+
+    Older libraries left the paths of their own machine in two keys. Nobody opens those beside a tokenizer.json.
+    """
+    for key, value in table.items():
+        names_one = key.endswith(("_file", "_spm")) and isinstance(value, str) and not is_plain_name(value, "")
+        stale = key in ("tokenizer_file", "special_tokens_map_file") and file.with_name(TOKENIZER).exists()
+        if (names_one and not stale) or (key == "init_inputs" and value):
+            problem = f"names a file outside of the folder ({shown(value)})"
+            raise ModelError(f"{file}: {cut(key)}", problem, "remove the key")
 
 
 def _refuse_strange_tokens(file: Path, table: Json) -> None:
