@@ -21,7 +21,7 @@ from typing import Any
 from meerkat_mq.wire.descriptor import NodeStatus
 from meerkat_mq.wire.frames import encode
 from meerkat_mq.wire.messages import Header, Round, Update, Want
-from tests.broker.test_hardened import Guarded
+from tests.broker.guarded import Guarded
 from tests.server.federation import TOPICS, Federation, Service
 from tests.support.peer import Peer, peer
 from tests.support.waiting import until
@@ -239,7 +239,7 @@ class Cost:
 @contextlib.asynccontextmanager
 async def scene_of(folder: Path, honest: int) -> AsyncIterator[Scene]:
     """Hardened Mosquitto, a server, and so many honest nodes that have answered a few rounds."""
-    guarded = Guarded(folder, nats=False)
+    guarded = Guarded(folder)
     for name in [f"node-{number}" for number in range(8)]:
         if not (guarded.certificates / "nodes" / name).exists():
             guarded.issue(f"nodes/{name}", days=30)

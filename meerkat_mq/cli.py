@@ -1,6 +1,8 @@
 """`meerkat`: the command line."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -9,15 +11,17 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from meerkat_mq import __version__
+from meerkat_mq.errors import without_credentials
 from meerkat_mq.observe.process import run_process
 
 _COMMANDS = {
     "demo": "demo.command:command",
-    "doctor": "engines.commands:doctor",
+    "doctor": "demo.doctor:command",
     "init": "demo.begin:command",
     "mask": "engines.commands:mask",
     "partition": "tasks.commands:partition",
     "certs": "broker.commands:certs",
+    "certs renew": "broker.commands:renew",
     "certs revoke": "broker.commands:revoke",
     "export": "engines.commands:export",
     "server": "server.__main__:command",
@@ -33,8 +37,31 @@ _COMMANDS = {
 }
 
 
+_UsageError: Any = typer.BadParameter.__base__  # of click, wherever this typer has it
+
+
+@contextmanager
+def _discreet() -> Iterator[None]:
+    """An argument in the wrong place is quoted in the error: a URL without its password."""
+    try:
+        yield
+    except _UsageError as error:
+        error.message = without_credentials(error.message)
+        raise
+
+
 class _Commands(TyperGroup):
     """Commands of one word, or of two."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        """As the base does."""
+        with _discreet():
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        """As the base does."""
+        with _discreet():
+            return super().invoke(ctx)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """A name of two words comes before a command of one word with an argument."""

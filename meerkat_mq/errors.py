@@ -46,6 +46,15 @@ from typing import Any, ClassVar
 VALUE_SHOWN = 60  # characters of a value, in an error
 NAMES_SHOWN = 20
 REASON_SHOWN = 300
+_CREDENTIALS = re.compile(r"(:/{1,2})\S*(?:@|%40)")  # a path has one slash
+
+
+def without_credentials(text: str) -> str:
+    """Text in which no URL holds a user and a password: errors and logs are read by more people than a configuration.
+
+    Until the next white space: a value that is known to be one URL is for `config.load`.
+    """
+    return _CREDENTIALS.sub(r"\1***@", text)
 
 
 def printable(text: str) -> str:
@@ -60,12 +69,18 @@ def printable_lines(text: str) -> str:
 
 def cut(text: str, most: int = VALUE_SHOWN) -> str:
     """A name or a message for an error, cut short."""
+    text = without_credentials(text)  # first: half a URL would not be known as one
     return text if len(text) <= most else f"{text[:most]}…"
+
+
+class _Short(reprlib.Repr):
+    def repr_str(self, x: str, level: int) -> str:
+        return super().repr_str(without_credentials(x), level)
 
 
 def shown(value: Any) -> str:
     """A value for an error, cut short, however long or deep it is."""
-    short = reprlib.Repr()
+    short = _Short()
     short.maxstring = short.maxother = short.maxlong = VALUE_SHOWN
     return short.repr(value)
 
@@ -107,9 +122,9 @@ class MeerkatError(Exception):
     fate: ClassVar[Fate] = Fate.FINAL
 
     def __init__(self, where: str, problem: str, remedy: str = "") -> None:
-        self.where = printable(where)
-        self.problem = printable(problem)
-        self.remedy = printable(remedy)
+        self.where, self.problem, self.remedy = (
+            printable(without_credentials(text)) for text in (where, problem, remedy)
+        )
         super().__init__(f"{self.where}: {self.problem}" + (f"; {self.remedy}" if remedy else ""))
 
     def __reduce__(self) -> tuple[type["MeerkatError"], tuple[str, str, str]]:

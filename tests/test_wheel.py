@@ -100,10 +100,11 @@ def test_commands_that_need_an_extra(bare: Bare) -> None:
 
 
 def test_commands_that_need_none(bare: Bare) -> None:
-    init, partition, certs, revoke, simulate, chaos = bare.run(
+    init, partition, certs, renew, revoke, simulate, chaos = bare.run(
         ["init", "fed", "--model", "model", "--task", "task.toml", "--data", "rows.jsonl", "--nodes", 3],
         ["partition", "rows.jsonl", "--out", "shards", "--nodes", 2, "--task", "task.toml"],
         ["certs", "ca", "--federation", "f", "--broker", "localhost", "--node", "a"],
+        ["certs", "renew", "ca", "a"],
         ["certs", "revoke", "ca", "a"],
         ["simulate", "--repeat", 0],
         ["chaos", "no-such-plan"],
@@ -111,7 +112,8 @@ def test_commands_that_need_none(bare: Bare) -> None:
     init.works("fed: federation.toml, 3 node files")
     partition.works("shards/node-1.jsonl: ")
     certs.works("valid until")
-    revoke.works("a: certificates revoked: 1")
+    renew.works("valid until")
+    revoke.works("a: certificates revoked: 2")
     simulate.works("all that must hold, holds")
     chaos.refuses(2, "no-such-plan")
 

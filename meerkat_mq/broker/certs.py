@@ -69,7 +69,7 @@ class Authority:
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Read a CA; ConfigError where it, or its list, is not there or damaged, or where it has expired."""
-        certificate = _read_certificate(folder / CERTIFICATE, "CA")
+        certificate = read_certificate(folder / CERTIFICATE, "CA")
         with _reading(folder / KEY, "key"):
             key = load_pem_private_key((folder / KEY).read_bytes(), password=None)
         if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
@@ -123,7 +123,7 @@ class Authority:
         In `place` is its newest one, of which an older version kept no copy. ConfigError where one cannot be read.
         """
         paths = (*sorted((self.folder / ISSUED).glob("*.pem")), place / CERTIFICATE)
-        certificates = [_read_certificate(path) for path in paths if path.exists()]
+        certificates = [read_certificate(path) for path in paths if path.exists()]
         return {
             certificate.serial_number
             for certificate in certificates
@@ -166,7 +166,8 @@ class Authority:
         return x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key())
 
 
-def _read_certificate(path: Path, what: str = "certificate") -> x509.Certificate:
+def read_certificate(path: Path, what: str = "certificate") -> x509.Certificate:
+    """Read one; ConfigError where the file is missing, or holds none."""
     with _reading(path, what):
         return x509.load_pem_x509_certificate(path.read_bytes())
 
@@ -282,6 +283,21 @@ def write_certificates(
         yield authority.issue(place, name, days=days, hosts=alternatives)
 
 
+def authority_of(folder: Path) -> Authority:
+    """The CA of a folder that was made before; ConfigError where there is none."""
+    if not (folder / "ca").is_dir():
+        raise ConfigError(str(folder), "holds no CA", "give the folder that meerkat certs made, and then the ids")
+    return Authority.load(folder / "ca")
+
+
+def home_of(folder: Path, name: str) -> Path:
+    """Where the certificate is that a client of this name was given: a node, the server or the observer.
+
+    ConfigError where no client can have that name.
+    """
+    return folder / (_HOMES.get(name) or f"{NODES}/{check_identifier(name, 'ID')}")
+
+
 def revoke_certificates(folder: Path, names: Sequence[str]) -> dict[str, int]:
     """Revoke all certificates that nodes, the server or the observer were given; the broker's copy of the list follows.
 
@@ -292,11 +308,8 @@ def revoke_certificates(folder: Path, names: Sequence[str]) -> dict[str, int]:
         ConfigError: a name was given no certificate, or a file cannot be read or written; then nothing
             was revoked, unless the disk failed.
     """
-    if not (folder / "ca").is_dir():
-        raise ConfigError(str(folder), "holds no CA", "give the folder that meerkat certs made, and then the ids")
-    authority = Authority.load(folder / "ca")
-    places = {name: folder / _HOMES.get(name, f"{NODES}/{name}") for name in names}
-    issued = {name: authority.issued_to(name, place=place) for name, place in places.items()}
+    authority = authority_of(folder)
+    issued = {name: authority.issued_to(name, place=home_of(folder, name)) for name in names}
     for name, serials in issued.items():
         if not serials:
             raise ConfigError("ID", f"{name!r} was given no certificate by {folder / 'ca'}", "check FOLDER and ID")

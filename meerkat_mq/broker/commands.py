@@ -1,5 +1,6 @@
-"""`meerkat certs` and `meerkat certs revoke`."""
+"""`meerkat certs`, `meerkat certs revoke` and `meerkat certs renew`."""
 
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -55,3 +56,28 @@ def revoke(
     say(f"Now copy {folder}/broker/crl.pem to the broker, beside its cert.pem, and restart it (not only reload it):")
     say("    systemctl restart mosquitto")
     say("Until then, who is connected stays connected. The restart also clears what they left retained.")
+
+
+def renew(
+    folder: Annotated[Path, typer.Argument(help="Folder of the federation's CA and all that it signed.")],
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[ID...]", help="These alone, whenever they expire.")
+    ] = None,
+    *,
+    within: Annotated[int, typer.Option(min=0, max=36_500, help="Days in which a certificate expires.")] = 30,
+    days: Annotated[int, typer.Option(min=1, max=36_500, help="Validity of the new ones.")] = 397,
+) -> None:
+    """Make new certificates, with new keys, where they expire soon: of broker, server, observer and nodes."""
+    from meerkat_mq.broker.renewal import Kept, renew_certificates  # noqa: PLC0415 - slow to import
+
+    say = partial(Console().print, highlight=False, markup=False, soft_wrap=True)
+    outcomes = list[Kept | Path]()
+    for made in renew_certificates(folder, names or (), within=timedelta(days=within), days=days):
+        outcomes.append(made if isinstance(made, Kept) else made.folder)
+        say(f"{made.folder}: {made.why}" if isinstance(made, Kept) else f"{made.folder}: valid until {made.until:%F}")
+    if not outcomes:
+        say(f"{folder}: nothing expires within {within} days")
+    if any(isinstance(outcome, Path) for outcome in outcomes):
+        say("Now copy each of these folders to its machine. The old certificates stay valid to their end, and services")
+        say("read the new ones at their next connection. A broker reads its own when it reloads:")
+        say("    systemctl reload mosquitto")

@@ -1,7 +1,7 @@
 """The section `[broker]`, the same for server and nodes."""
 
 import re
-from ipaddress import IPv6Address
+from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -91,6 +91,11 @@ class BrokerConfig(Section):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     @property
+    def shows_password(self) -> bool:
+        """Whether everybody between us and the broker can read the password."""
+        return self.password is not None and not self.tls and not _is_this_machine(self.host)
+
+    @property
     def _address(self) -> _Address:
         return _Address(False, "127.0.0.1", _PORTS["mqtt"]) if self.url == "embedded" else _parse(self.url)
 
@@ -128,3 +133,11 @@ def _host(text: str) -> str:
         return str(IPv6Address(text[1:-1]))
     except ValueError:
         raise ValueError("holds brackets, and no IPv6 address in them") from None
+
+
+def _is_this_machine(host: str) -> bool:
+    """Whether a host name or address is one of the loopback interface."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")

@@ -50,7 +50,7 @@ def check_config(table: object, kind: type[ConfigT], *, where: str, folder: Path
         first = next(unknown, wrong[0])  # a typo leaves its key missing
         key = ".".join(cut(str(part)) for part in first["loc"]) or "file"
         hidden = first["type"] in _SAY_ALL or isinstance(first["input"], dict) or "password" in key
-        found = "" if hidden else f", not {shown(_without_secrets(first['input']))}"
+        found = "" if hidden else f", not {shown(_without_secrets(first['input'], is_url=key.endswith('url')))}"
         meant = _meant(first["loc"], kind) if first["type"] == "extra_forbidden" else None
         remedy = meant or _REMEDY.get(first["type"], SEE)
         raise ConfigError(f"{where}: {key}" if where else key, f"{_plain(first)}{found}", remedy) from error
@@ -68,14 +68,20 @@ def _meant(unknown: tuple[int | str, ...], kind: type[BaseModel]) -> str | None:
     return f"write '{near[0]}', or remove the key" if near else None
 
 
-def _without_secrets(value: object) -> object:
-    """A value for an error: of a URL, without what may be a password."""
-    if not isinstance(value, str) or ("://" not in value and "@" not in value):
+def _without_secrets(value: object, *, is_url: bool = False) -> object:
+    """A value for an error: of a URL, without what may be a password; of a table, nothing."""
+    if isinstance(value, list | tuple):
+        return [_without_secrets(one, is_url=is_url) for one in value]
+    if isinstance(value, dict):
+        return {}
+    if not isinstance(value, str) or not (is_url or "://" in value or "@" in value):
         return value
-    start, sign, rest = value.rpartition("://")
-    host = re.split(r"@|%40", rest)
-    shown = re.sub(r":[^:\]]*[^:\]0-9][^:\]]*$", ":***", re.sub(r"[/?#].*", "/***", host[-1], flags=re.DOTALL))
-    return f"{start}{sign}{'***@' if len(host) > 1 else ''}{shown}"
+    start, sign, rest = value.partition("://") if "://" in value else ("", "", value)
+    *credentials, place = re.split(r"@|%40", rest)
+    host = re.match(r"(\[[^\]]*\]|[^:/?#]*)(:[0-9]{0,5}\Z)?", place)
+    assert host is not None
+    hidden = "" if host.end() == len(place) else f"{place[host.end()]}***"
+    return f"{start}{sign}{'***@' if credentials else ''}{host[0]}{hidden}"
 
 
 _SAY_ALL = ("missing", "extra_forbidden", "in_vain")  # they need no value found

@@ -1,4 +1,4 @@
-"""`meerkat mask`, `export` and `doctor`: torch is imported only where a model is used."""
+"""`meerkat mask`, `export` and `doctor --model`: torch is imported only where a model is used."""
 
 import json
 from dataclasses import asdict
@@ -111,13 +111,7 @@ def export(
     _print(f"{out}: version {found.version} of run {found.run_id.hex()[:8]}, {found.mask.size:,} weights trained")
 
 
-def doctor(
-    model: Annotated[str, typer.Option(help="Model to look at: local folder or hub id.")],
-    task: Annotated[str | None, typer.Option(help="Also look at this task: built in, or its TOML file.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the model.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:<i>.")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="JSON lines instead of words.")] = False,
-) -> None:
+def doctor(model: str, task: str | None, dtype: Dtype, device: str, as_json: bool) -> None:
     """Look at a model before it is used, and say what is wrong with it; exit code 4 if anything is."""
     with importing("model", "meerkat doctor"):
         from meerkat_mq.engines.torch.inspect import Finding, inspect_model  # noqa: PLC0415

@@ -9,7 +9,9 @@ import contextlib
 import itertools
 import logging
 import socket
+import ssl
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from paho.mqtt import client as paho
@@ -123,6 +125,15 @@ class Connection:
     def flaws(self) -> tuple[str, ...]:
         """What is wrong with our own certificate or user name, as far as we can see; known when `open` has begun."""
         return (*user_flaws(self._broker, self._name), *self._words.flaws)
+
+    @property
+    def broker_until(self) -> datetime | None:
+        """The end of the validity of the broker's certificate; None without TLS."""
+        sock = self._context.last_socket if self._context is not None else None
+        certificate = sock.getpeercert() if sock is not None else None
+        if not certificate:
+            return None
+        return datetime.fromtimestamp(ssl.cert_time_to_seconds(str(certificate["notAfter"])), UTC)
 
     async def subscribe(self, filters: Mapping[str, int]) -> None:
         """Subscribe and wait for the answer; Refused where it is a refusal."""

@@ -77,6 +77,10 @@ class Words:
             remedy = "set broker.ca_file to the CA that signed it, broker.url to a name that it holds"
             problem = f"its certificate does not verify against {trusted} ({text})"
             return Refused(BrokerError(self._broker.address, problem, remedy))
+        if "HANDSHAKE_FAILURE" in text or "UNSUPPORTED_PROTOCOL" in text or "PROTOCOL_VERSION" in text:
+            remedy = "let it offer TLS 1.2 or newer, with ECDHE and AES-GCM or ChaCha20 (docs/secure-a-federation.md)"
+            problem = f"it and this client have no TLS version and cipher suite in common ({text})"
+            return Refused(BrokerError(self._broker.address, problem, remedy))
         return Lost(text)
 
     def _bad_certificate(self, text: str) -> BadCredentials:

@@ -13,6 +13,7 @@ from meerkat_mq.config import BrokerConfig
 from meerkat_mq.errors import BrokerError, MeerkatError, NotConnected, PayloadTooLarge
 from meerkat_mq.mqtt.connection import Connection, takes_without_will
 from meerkat_mq.mqtt.ends import Lost, Refused, Sending
+from meerkat_mq.mqtt.expiry import watch_expiry
 from meerkat_mq.mqtt.marker import Marker
 from meerkat_mq.mqtt.message import Message, MessageCount, Will
 from meerkat_mq.mqtt.outbox import Outbox, Outgoing
@@ -107,6 +108,9 @@ class Session:
             ConfigError: given up: a TLS file cannot be used.
             Exception: whatever a callback raised.
         """
+        if self._broker.shows_password:
+            means = "everybody between this machine and the broker can read it: use mqtts:// in broker.url"
+            self._log.warning("password sent without encryption", means=means)
         self._outbox.open()
         self._trouble.begin()
         self._is_leaving = False
@@ -276,7 +280,8 @@ class Session:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._follow_filters(connection, filters, own))
-                for work in (self._leave_marker(), self._look_at_own_topic(connection), self._widen()):
+                works = (self._leave_marker(), self._look_at_own_topic(connection), self._widen())
+                for work in (*works, self._watch_expiry(connection)):
                     tasks.create_task(work)
                 while True:
                     tasks.create_task(self._send(connection, await self._outbox.take()))
@@ -305,6 +310,11 @@ class Session:
             problem = await self._own.ask(connection, self._timeouts.echo_s)
             if problem is not None:
                 self._trouble.say(problem, topic=self._own.topic, **bound(connection.flaws))
+
+    async def _watch_expiry(self, connection: Connection) -> None:
+        if self._broker.tls:
+            folder = None if self._marker is None else self._marker.file.parent
+            await watch_expiry(self._broker, connection.broker_until, folder, self._trouble.say)
 
     async def _widen(self) -> None:
         """A connection that lasts need not be watched message by message."""

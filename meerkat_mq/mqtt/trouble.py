@@ -71,9 +71,9 @@ class Trouble:
             self._log.info("connected", link=link)
         self._says_connected = False
 
-    def say(self, event: str, **fields: object) -> None:
-        """A warning that may come again on each connection."""
-        self._seldom.say(self._log.warning, event, **fields)
+    def say(self, event: str, *key: str, **fields: object) -> None:
+        """A warning that may come again on each connection; `key` tells it from others of the same event."""
+        self._seldom.say(self._log.warning, event, *key, **fields)
 
     @property
     def sends_one_by_one(self) -> bool:

@@ -5,12 +5,13 @@ A log line that cannot be written is dropped; the next one that can be says how 
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Annotated, Any, Literal, TextIO
 
 import structlog
 import typer
 
+from meerkat_mq.errors import without_credentials
 from meerkat_mq.observe.streams import Diagnostics, lossy
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
@@ -34,6 +35,7 @@ def configure_logs(*, as_json: bool | None = None, level: LogLevel = "INFO", fil
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
+        _hide_credentials,
         structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer(),
     ]
     structlog.configure(
@@ -51,3 +53,16 @@ def _line(processors: Sequence[structlog.types.Processor], **event: object) -> s
     for processor in processors:
         made = processor(None, "warning", made)
     return f"{made}\n"
+
+
+def _hide_credentials(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """No line holds the password of a URL, whoever wrote it: a library's error may quote one."""
+    return {key: _without(value) for key, value in event.items()}
+
+
+def _without(value: object) -> object:
+    if isinstance(value, str):
+        return without_credentials(value)
+    if isinstance(value, list | tuple):
+        return [_without(one) for one in value]
+    return {key: _without(one) for key, one in value.items()} if isinstance(value, dict) else value

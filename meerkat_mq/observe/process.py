@@ -12,10 +12,20 @@ from typing import Any, NoReturn
 
 import structlog
 
-from meerkat_mq.errors import ConfigError, DataError, MaskError, MeerkatError, ModelError, TaskError, printable
+from meerkat_mq.errors import (
+    ConfigError,
+    DataError,
+    MaskError,
+    MeerkatError,
+    ModelError,
+    TaskError,
+    printable,
+    without_credentials,
+)
 from meerkat_mq.observe import signals
 from meerkat_mq.observe.start import SIGNALLED
 
+PRIVATE = 0o077  # the systemd units' UMask
 _FROM_CONFIG = (ConfigError, DataError, MaskError, ModelError, TaskError)
 
 
@@ -94,18 +104,23 @@ def run_task(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 
 def _run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """What a service or a drill writes is its owner's alone: state folders hold what came of private rows."""
+    before = os.umask(PRIVATE)
     try:
         asyncio.run(_until_signal(main()))
     except BaseExceptionGroup as caught:
         if (error := first_error(caught)) is None:
             raise
         raise error from None
+    finally:
+        os.umask(before)
 
 
 def say_error(error: MeerkatError, config: Path | None = None) -> None:
     """Write an error on stderr, as one line."""
-    named = config is None or str(error).startswith(str(config)) or not isinstance(error, _FROM_CONFIG)
-    line = printable(str(error) if named else f"{config}: {error}")
+    file = "" if config is None else without_credentials(str(config))
+    named = str(error).startswith(file) or not isinstance(error, _FROM_CONFIG)
+    line = printable(str(error) if named else f"{file}: {error}")
     print(f"meerkat: {line}", file=sys.stderr)  # noqa: T201
 
 

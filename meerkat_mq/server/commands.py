@@ -52,9 +52,12 @@ def _ledger(folder: Path) -> Iterator[Ledger]:
 
 
 def run_now(ledger: Ledger) -> RunShown:
-    """The run as it stands, and whether a server runs on its folder."""
-    shown = run_shown(ledger)
-    return replace(shown, running=is_alive(ledger.path.parent, shown.host))
+    """The run as it stands, whether a server runs on its folder, and which certificates of that server expire soon."""
+    from meerkat_mq.mqtt.expiry import kept  # noqa: PLC0415 - brings an MQTT library
+
+    shown, folder = run_shown(ledger), ledger.path.parent
+    warnings = filter(None, (shown.warning, *(expiry.warning() for expiry in kept(folder))))
+    return replace(shown, running=is_alive(folder, shown.host), warning="; ".join(warnings))
 
 
 def status(

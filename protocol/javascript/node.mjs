@@ -7,11 +7,11 @@
 import { randomBytes } from "node:crypto";
 import { readFileSync } from "node:fs";
 import { hostname } from "node:os";
-import { parseArgs } from "node:util";
+import { inspect, parseArgs } from "node:util";
 import { Fetch } from "./blobs.mjs";
 import { Refused, need } from "./bytes.mjs";
 import { decodeNodeStatus, decodeRun, decodeServerState } from "./control.mjs";
-import { Ended } from "./errors.mjs";
+import { Ended, withoutCredentials } from "./errors.mjs";
 import { decode, encode } from "./frames.mjs";
 import { Machine } from "./machine.mjs";
 import { decodeMask, openMaskBlob, thetaOf } from "./mask.mjs";
@@ -23,7 +23,9 @@ const TICK_MS = 100;
 
 const now = () => performance.now() / 1000;
 
-const log = (event, fields = {}) => console.log(JSON.stringify({ event, ...fields }));
+const discreet = (key, value) => (typeof value === "string" ? withoutCredentials(value) : value);
+
+const log = (event, fields = {}) => console.log(JSON.stringify({ event, ...fields }, discreet));
 
 class Node {
   constructor({ broker, federation, id, data, exitWhenFinished }) {
@@ -236,12 +238,23 @@ function readFlags(args) {
   for (const name of ["federation", "id"]) {
     if (!/^[A-Za-z0-9_-]{1,64}$/.test(values[name])) throw new Ended(2, `--${name}: has other signs than A-Za-z0-9_-`);
   }
-  if (!/^mqtts?:\/\/[^/]/.test(values.broker)) throw new Ended(2, "--broker: is no mqtt:// or mqtts:// address");
+  if (!/^mqtts?:\/\/[^/]/.test(values.broker) || !URL.canParse(values.broker)) {
+    throw new Ended(2, "--broker: is no mqtt:// or mqtts:// address");
+  }
   return { ...values, exitWhenFinished: values["exit-when-finished"] };
 }
 
+/** A password without TLS, over more than the loopback interface. */
+function warnOfPassword(broker) {
+  const { protocol, hostname: host, password } = new URL(broker);
+  if (protocol === "mqtts:" || !password || /^(localhost|127(\.\d+){3}|\[::1\])$/.test(host)) return;
+  log("password sent without encryption", { means: "everybody between this machine and the broker can read it" });
+}
+
 async function main() {
-  const node = new Node(readFlags(process.argv.slice(2)));
+  const flags = readFlags(process.argv.slice(2));
+  warnOfPassword(flags.broker);
+  const node = new Node(flags);
   for (const signal of ["SIGTERM", "SIGINT"]) process.once(signal, () => node.end());
   await node.takePart();
 }
@@ -249,7 +262,7 @@ async function main() {
 main().then(
   () => process.exit(0),
   (error) => {
-    console.error(error instanceof Ended ? `meerkat-js: ${error.message}` : error);
+    console.error(error instanceof Ended ? `meerkat-js: ${error.message}` : withoutCredentials(inspect(error)));
     process.exit(error instanceof Ended ? error.code : 1);
   },
 );

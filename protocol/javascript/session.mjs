@@ -6,6 +6,11 @@ import { setTimeout as pause } from "node:timers/promises";
 import mqtt from "mqtt";
 import { Ended } from "./errors.mjs";
 
+// TLS 1.2 or newer, with a fresh key for each connection and encryption that authenticates: no CBC.
+const TLS = {
+  minVersion: "TLSv1.2",
+  ciphers: "TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256:TLS_AES_128_GCM_SHA256:ECDHE+AESGCM:ECDHE+CHACHA20",
+};
 const CONNECT_MS = 5000;
 const FLUSH_MS = 2000;
 const LONGEST_PAUSE_MS = 4000;
@@ -41,7 +46,7 @@ export class Session {
     const will = { topic: this.own, payload: this.statusOf("lost", link), qos: 1, retain: true };
     const client = mqtt.connect(this.url, {
       protocolVersion: 4, clean: true, clientId: this.clientId, keepalive: 30,
-      connectTimeout: CONNECT_MS, reconnectPeriod: 0, resubscribe: false, will,
+      connectTimeout: CONNECT_MS, reconnectPeriod: 0, resubscribe: false, will, ...TLS,
     });
     this.client = client;
     let problem = "closed";

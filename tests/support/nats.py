@@ -23,6 +23,7 @@ class Nats(Broker):
     ) -> None:
         super().__init__(folder)
         self._store = folder / f"nats-{self.port}"
+        self._conf = folder / f"nats-{self.port}.conf"
         self._text = (SHIPPED / shipped).read_text(encoding="utf-8")
         words = {
             f"{HOST}:4222": f"{HOST}:{free_port()}",
@@ -35,6 +36,11 @@ class Nats(Broker):
 
     def prepare(self) -> tuple[Sequence[str], Mapping[str, str] | None]:
         shutil.rmtree(self._store, ignore_errors=True)
-        conf = self.folder / f"nats-{self.port}.conf"
-        conf.write_text(self._text)
-        return [program("nats-server", makes_sure="make test-brokers"), "-c", str(conf)], None
+        self._conf.write_text(self._text)
+        return [program("nats-server", makes_sure="make test-brokers"), "-c", str(self._conf)], None
+
+    def replace(self, old: str, new: str) -> None:
+        """Put other words into the configuration file, for a reload."""
+        assert old in self._text
+        self._text = self._text.replace(old, new)
+        self._conf.write_text(self._text)
