@@ -131,15 +131,15 @@ class Raw:
         self.writer = writer
 
     @classmethod
-    async def connected(cls, broker: Guarded, place: str, client: str, will: str = "") -> "Raw":
-        """Past CONNACK, or ConnectionError; with a retained will on this topic."""
+    async def connected(cls, broker: Guarded, place: str, client: str, will: str = "", *, clean: bool = True) -> "Raw":
+        """Past CONNACK, or OSError; with a retained will on this topic, or a session that outlives the connection."""
         way = broker.way(place)
         tls = ssl.create_default_context(cafile=way.ca_file)
         tls.load_cert_chain(way.cert_file or "", way.key_file)
         reader, writer = await asyncio.open_connection(HOST, broker.port, ssl=tls, limit=1024)
         raw = cls(reader, writer)
         last = _text(will) + _text("forged") if will else b""
-        flags = b"\x2e" if will else b"\2"  # clean session; a retained will of QoS 1
+        flags = bytes([0x02 * clean | 0x2C * bool(will)])  # clean session; a retained will of QoS 1
         raw.send(packet(0x10, b"\0\4MQTT\4" + flags + b"\0\x3c" + _text(client) + last))
         if (await raw.answer(4))[-1:] != b"\0":
             raw.drop()

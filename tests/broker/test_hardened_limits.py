@@ -5,7 +5,7 @@ import contextlib
 
 import pytest
 
-from tests.broker.guarded import NODES, STOLEN, Guarded, node, own_words, publish, without_rabbitmq
+from tests.broker.guarded import NODES, STOLEN, Guarded, Raw, node, own_words, publish, without_rabbitmq
 from tests.server.federation import PACE, TOPICS, Federation
 from tests.support.peer import peer
 from tests.support.waiting import until
@@ -68,3 +68,19 @@ async def test_what_the_protocol_does_not_use_ends_the_connection(guarded: Guard
     async with peer(way, "a") as a:
         a.session.publish(TOPICS.up("node-0", "update"), bytes(size), qos=2 if size == 10 else 1)
         await until(lambda: a.reasons)
+
+
+async def test_what_waits_for_a_session_that_was_left_behind_has_a_bound(guarded: Guarded) -> None:
+    """Attack: subscribe with a session that outlives its connection, and leave; under other client ids, again."""
+    guarded.replace("max_queued_bytes 67108864", "max_queued_bytes 4194304")
+    status = TOPICS.up(STOLEN, "status")
+    for client in ("x", "y", "z"):
+        left = await Raw.connected(guarded, f"nodes/{STOLEN}", client, clean=False)
+        assert await left.subscribed(status)
+        left.drop()
+    before_mib = guarded.memory_mib()
+    async with peer(guarded.way("server"), "server") as server:
+        for _ in range(300):
+            await server.session.publish(status, bytes(130_000))
+        assert server.reasons == []
+    assert guarded.memory_mib() - before_mib < 24  # of one session: all have the certificate's name; 39 were written
