@@ -55,7 +55,8 @@ def revoke(
         say(f"{name}: certificates revoked: {number}" if number else f"{name}: was revoked before")
     say(f"Now copy {folder}/broker/crl.pem to the broker, beside its cert.pem, and restart it (not only reload it):")
     say("    systemctl restart mosquitto")
-    say("Until then, who is connected stays connected. The restart also clears what they left retained.")
+    say("Until then, who is connected stays connected. The restart also clears what they left retained, unless the")
+    say("broker has persistence (docs/secure-a-federation.md).")
 
 
 def renew(

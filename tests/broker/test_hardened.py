@@ -9,7 +9,6 @@ from tests.server.federation import TOPICS, Federation, all_end
 from tests.support.peer import Peer, peer
 from tests.support.waiting import until
 
-pytestmark = without_rabbitmq
 silent = pytest.mark.not_on(
     nats="refuses aloud what Mosquitto drops; test_nats_acknowledges_nothing_that_is_not_allowed"
 )
@@ -45,6 +44,7 @@ async def test_a_federation_finishes_over_it(federation: Federation, guarded: Gu
     assert [len(server.said("round closed", heard=2)), len(federation.eye.states) > 0] == [5, True]
 
 
+@without_rabbitmq
 @silent
 @pytest.mark.parametrize("topic", FOREIGN)
 async def test_a_node_writes_nowhere_but_on_its_own_three_topics(guarded: Guarded, topic: str) -> None:
@@ -62,6 +62,7 @@ async def test_a_node_writes_nowhere_but_on_its_own_three_topics(guarded: Guarde
         assert late.payloads == [b"end"]
 
 
+@without_rabbitmq
 @pytest.mark.not_on(mosquitto="drops in silence what NATS refuses aloud; the tests above")
 async def test_nats_acknowledges_nothing_that_is_not_allowed(guarded: Guarded) -> None:
     own = TOPICS.up("node-0", "update")
@@ -79,6 +80,7 @@ async def test_nats_acknowledges_nothing_that_is_not_allowed(guarded: Guarded) -
             await Peer(guarded.way("nodes/node-0"), "a", [(topic, 1)]).task
 
 
+@without_rabbitmq
 @silent
 async def test_a_node_reads_what_is_common_and_its_own_alone(guarded: Guarded) -> None:
     common = [TOPICS.server, TOPICS.run, TOPICS.round, TOPICS.values, TOPICS.blob(bytes(16), 0)]
@@ -94,6 +96,7 @@ async def test_a_node_reads_what_is_common_and_its_own_alone(guarded: Guarded) -
             assert {message.topic for message in a.messages} == {*common, *own}
 
 
+@without_rabbitmq
 @silent
 async def test_a_will_for_another_is_never_published(guarded: Guarded) -> None:
     """Mosquitto takes it with CONNECT, and asks the ACL when it is due."""
