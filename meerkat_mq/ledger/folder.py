@@ -10,10 +10,11 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import digest
 from meerkat_mq.errors import MaskError, ModelError, RunMismatch
 from meerkat_mq.extras import importing, need
+from meerkat_mq.ledger.chain import ALTERED
 from meerkat_mq.ledger.files import DIFFERENCE_FILE, made_mask, mask_file
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.ledger.store import Store
-from meerkat_mq.ledger.verify import ALTERED, Look, Progress, Verified, compare, run_of, snapshot_look, verify_ledger
+from meerkat_mq.ledger.verify import Look, Progress, Verified, compare, run_of, snapshot_look, verify_ledger
 from meerkat_mq.tasks.load import task_of
 from meerkat_mq.tasks.task import Task
 from meerkat_mq.wire.descriptor import RunDescriptor

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +17,7 @@ from meerkat_mq.core.path import Entry, short_hash
 from meerkat_mq.errors import AnotherServer, LedgerError, LedgerUnavailable
 from meerkat_mq.ledger import sqlite_file
 from meerkat_mq.ledger.files import SnapshotFiles, check_remains, keep_mask
+from meerkat_mq.ledger.sqlite_chain import SqliteChain, add_link
 from meerkat_mq.ledger.sqlite_guard import MOST_ROWS
 from meerkat_mq.ledger.sqlite_rows import (
     Row,
@@ -156,11 +158,13 @@ class Ledger(Store):
                 raise AnotherServer(self.where, problem, "start this one again, with --replace to take it over")
             row = (descriptor.run_id, time.time(), descriptor.model_dump_json(), json.dumps(rules))
             self._write("INSERT INTO run VALUES (1, ?, ?, ?, ?)", row)
+            add_link(self._connection, "run", 1)
 
     def take_term(self, above: int, server_id: str, host: str) -> int:
         with self.group():
             term = 1 + max(above, self.term)
             self._write("INSERT INTO terms VALUES (?, ?, ?, ?)", (term, server_id, host, time.time()))
+            add_link(self._connection, "term", term)
             self._write(f"DELETE FROM blobs WHERE {_UNNAMED}", ())  # noqa: S608
         self._mine = (term, server_id)
         return term
@@ -171,7 +175,9 @@ class Ledger(Store):
             self._connection.execute("PRAGMA wal_checkpoint(FULL)").fetchone()
 
     def commit_slot(self, node: str, slot: int, version: int) -> None:
-        self._write("INSERT INTO nodes (node, slot, slot_version) VALUES (?, ?, ?)", (node, slot, version))
+        with self.group():
+            self._write("INSERT INTO nodes (node, slot, slot_version) VALUES (?, ?, ?)", (node, slot, version))
+            add_link(self._connection, "slot", slot)
 
     def commit_updates(self, records: Iterable[UpdateRecord]) -> None:
         self._write(_UPDATE, *map(update_row, records))
@@ -204,6 +210,7 @@ class Ledger(Store):
             self._write("INSERT INTO judgements VALUES (?, ?, ?, ?, ?)", *judged)
             closed = [(entry.version, record.verdict, record.version, record.slot) for record in records]
             self._write("UPDATE updates SET entry = ?, verdict = ? WHERE version = ? AND slot = ?", *closed)
+            add_link(self._connection, "entry", entry.version)
             self._forget_too_old(entry.version - self.window)
 
     def _forget_too_old(self, version: int) -> None:
@@ -239,9 +246,19 @@ class Ledger(Store):
 
     def commit_metrics(self, version: int, metrics: Mapping[str, float]) -> None:
         rows = [(version, name, value) for name, value in metrics.items()]
-        self._write("INSERT OR REPLACE INTO metrics VALUES (?, ?, ?)", *rows)
+        with self.group():
+            self._write("INSERT OR REPLACE INTO metrics VALUES (?, ?, ?)", *rows)
+            if rows:
+                add_link(self._connection, "metrics", version)
 
     # --- what there is to read ---
+
+    @property
+    def chain(self) -> SqliteChain | None:
+        """None of a file that an older server wrote, and that is only read."""
+        with sqlite_file.in_words(self.path):
+            chained = sqlite_file.is_chained(self._connection)
+        return SqliteChain(self._connection, partial(sqlite_file.reading, self.path, "a link")) if chained else None
 
     @property
     def where(self) -> str:

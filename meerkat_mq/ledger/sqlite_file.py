@@ -13,6 +13,7 @@ from meerkat_mq.core.files import keep_names
 from meerkat_mq.core.foreign import open_regular
 from meerkat_mq.errors import ConfigError, LedgerError, LedgerFailing, LedgerUnavailable, WireError
 from meerkat_mq.ledger.files import check_remains
+from meerkat_mq.ledger.sqlite_chain import add_all
 from meerkat_mq.ledger.sqlite_guard import check_schema, connect
 
 APPLICATION_ID = 0x4D4B4C47  # "MKLG"
@@ -50,7 +51,12 @@ MIGRATIONS = [
     CREATE TABLE blobs (hash BLOB PRIMARY KEY, data BLOB NOT NULL);
     CREATE TABLE displacements (version INTEGER PRIMARY KEY, hash BLOB NOT NULL);
     """,
+    """
+    CREATE TABLE chain (link INTEGER PRIMARY KEY, kind TEXT NOT NULL, number INTEGER NOT NULL, content BLOB NOT NULL,
+                        hash BLOB NOT NULL);
+    """,
 ]
+CHAINED = 4  # the first schema with a chain of what is kept beside entries
 SCHEMA = len(MIGRATIONS)  # the newest version of the schema
 
 _SHOWN_AS_NEWEST = [  # by schema, what makes a file that must not be written look like one of the next schema
@@ -127,6 +133,13 @@ def decoding(path: Path, what: str) -> Iterator[None]:
         raise LedgerError(str(path), f"holds {what} that no server writes ({error})", _RESTORE) from error
 
 
+@contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Both of these."""
+    with in_words(path), decoding(path, what):
+        yield
+
+
 def open_to_write(path: Path) -> sqlite3.Connection:
     """Open, or make, a ledger; bring an older schema up to date.
 
@@ -190,8 +203,15 @@ def migrate(connection: sqlite3.Connection) -> bool:
     """
     schema = _schema(connection)
     _run(connection, MIGRATIONS[schema:])
+    if schema < CHAINED:
+        add_all(connection)
     connection.execute(f"PRAGMA user_version = {SCHEMA}")
     return schema < SCHEMA
+
+
+def is_chained(connection: sqlite3.Connection) -> bool:
+    """Whether the file has a chain: not where an older server wrote it and none of today opened it to write."""
+    return _schema(connection) >= CHAINED
 
 
 def _schema(connection: sqlite3.Connection) -> int:

@@ -31,6 +31,10 @@ knows, and does not commit them. An update belongs to at most one entry.
 the updates go that are in no entry and too old for the next one, and the displacements that no update and no entry
 names. A new term drops unnamed displacements too. Of snapshots the newest two stay.
 
+**The chain.** Each commit of what stays (run, terms, slots, entries with their updates and judgements, metrics) adds a
+link to the ledger's own chain, in its own transaction (`chain.py`). So `verify` notices what is altered afterwards,
+names and times too. News of nodes (`Sighting`) change all the time, and are not in it.
+
 **Snapshots** are a convenience: one can be lost, torn or stale, and whoever reads it compares its hash. Bytes come
 first, then the row that names them, then what no row names is removed. A crash in between leaves bytes that nobody
 knows, which `sweep` removes.
@@ -47,6 +51,7 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Entry
 from meerkat_mq.core.replica import Change
 from meerkat_mq.errors import LedgerError, WireError
+from meerkat_mq.ledger.chain import Chain
 from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.rounds.records import Judgement, UpdateRecord
 from meerkat_mq.wire.descriptor import RunDescriptor
@@ -230,6 +235,10 @@ class Store(Protocol):
     @property
     def where(self) -> str:
         """How messages name the ledger."""
+
+    @property
+    def chain(self) -> Chain | None:
+        """The chain of what stays; None where servers wrote the ledger that kept none."""
 
     @property
     def run(self) -> RunDescriptor | None:

@@ -13,6 +13,7 @@ from meerkat_mq.core.path import MAX_WEIGHT, Coefficient, Entry, digest
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.values import quantised
 from meerkat_mq.errors import LedgerError, MeerkatError, RunMismatch, WireError
+from meerkat_mq.ledger.chain import ALTERED, check_chain
 from meerkat_mq.ledger.displacement import mean_of, verdict_on
 from meerkat_mq.ledger.run import max_step_of, settings_of
 from meerkat_mq.ledger.store import KeptSnapshot, Products, Store
@@ -24,7 +25,6 @@ from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.messages import in_words
 from meerkat_mq.wire.snapshot import decode_snapshot
 
-ALTERED = "it was altered or damaged after it was written: restore a backup"
 # by other updates, or by the path; the rest shows in the update alone
 JUDGED = {Verdict.ACCEPTED, Verdict.OUTLIER, Verdict.AGAINST, Verdict.EARLY_STOPPED}
 
@@ -40,6 +40,7 @@ class Verified:
     updates: int  # those that the entries are made of, refused ones too
     digest: bytes  # of theta after the last entry
     files: tuple[str, ...] = ()  # names of what else was compared
+    chain: bytes | None = None  # hash of the newest link of the ledger's own chain; None: servers wrote it without one
 
 
 def verify_ledger(
@@ -60,7 +61,7 @@ def verify_ledger(
 
     Raises:
         RunMismatch: names the first entry that does not hold, or after which theta is not finite, and what is wrong
-            with it; or a judgement of no entry.
+            with it; or a judgement of no entry; or what else is not as it was committed (`chain`).
     """
     run = run_of(ledger)
     g_p = mask.g_p
@@ -97,7 +98,8 @@ def verify_ledger(
         raise RunMismatch(f"round {judged!r:.50}", "has judgements, but did not close", ALTERED)
     if (astray := ledger.astray()) is not None:
         raise RunMismatch(f"version {astray!r:.50}", "an update from its theta is in no entry where it can be", ALTERED)
-    return Verified(rounds, updates, digest(replica.theta))
+    chain = None if ledger.chain is None else check_chain(ledger.chain)
+    return Verified(rounds, updates, digest(replica.theta), chain=chain)
 
 
 def run_of(ledger: Store) -> RunDescriptor:

@@ -191,7 +191,8 @@ def verify(
         found = verify_folder(state_dir, mask=mask, model=model, base=base, progress=progress)
     also = f"; {', '.join(found.files)} too" if found.files else ""
     said = f"{found.rounds:,} rounds and {found.updates:,} updates are as they must be{also}"
-    say(Console(), f"{state_dir}: {said}; digest {found.digest.hex()}, {duration(time.monotonic() - began)}")
+    chain = "no chain: names and times were not compared" if found.chain is None else f"chain {found.chain.hex()}"
+    say(Console(), f"{state_dir}: {said}; digest {found.digest.hex()}, {chain}, {duration(time.monotonic() - began)}")
 
 
 def report(

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final, NamedTuple, TypeVar
 
+from meerkat_mq.ledger.chain import Link
 from meerkat_mq.ledger.store import Closed, KeptSnapshot, NodeRow, Products, Term
 from meerkat_mq.rounds.records import Judgement, UpdateRecord
 from meerkat_mq.wire.descriptor import RunDescriptor
@@ -40,6 +41,7 @@ class MemoryLedger:
         named: how many updates and entries name a displacement, by hash.
         snapshots: by version.
         metrics: by version and name.
+        chain: links, by number.
         is_full: whether its disk takes nothing just now.
         files: bytes of snapshots, by version. They are beside the ledger: a backup has none, and a restore leaves them.
     """
@@ -57,6 +59,7 @@ class MemoryLedger:
     named: dict[bytes, int] = field(default_factory=dict)
     snapshots: dict[int, KeptSnapshot] = field(default_factory=dict)
     metrics: dict[int, dict[str, float]] = field(default_factory=dict)
+    chain: dict[int, Link] = field(default_factory=dict)
     files: dict[int, bytes] = field(default_factory=dict)
     is_full: bool = False
 

@@ -25,6 +25,7 @@ from meerkat_mq.ledger.store import SNAPSHOTS_KEPT, Closed, KeptSnapshot, NodeRo
 from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.rounds.records import Judgement, UpdateRecord
 from meerkat_mq.wire.descriptor import RunDescriptor
+from meerkat_mq.worlds.chain import MemoryChain
 from meerkat_mq.worlds.ledger import Begun, Journal, KeptUpdate, Key, MemoryLedger, Value
 
 
@@ -83,6 +84,10 @@ class MemoryStore(Store):
             raise LedgerError(self.where, f"holds {key!r:.50} already", "report this line")
         self._put(table, key, value)
 
+    def _link(self, kind: str, number: int) -> None:
+        """What a group has just written goes into the chain."""
+        self._put(self.ledger.chain, *self.chain.next(kind, number))
+
     @property
     def in_charge(self) -> bool:
         return self._mine is not None and self._newest_rank == self._mine
@@ -103,11 +108,13 @@ class MemoryStore(Store):
                 problem = "another server has just begun a run here"
                 raise AnotherServer(self.where, problem, "start this one again, with --replace to take it over")
             self._put(self.ledger.begun, 1, Begun(descriptor, rules, self._now()))
+            self._link("run", 1)
 
     def take_term(self, above: int, server_id: str, host: str) -> int:
         with self.group():
             term = 1 + max(above, self.term)
             self._put(self.ledger.terms, term, Term(term, server_id, host, self._now()))
+            self._link("term", term)
             self._forget_unnamed(list(self.ledger.blobs))
         self._mine = (term, server_id)
         return term
@@ -119,6 +126,7 @@ class MemoryStore(Store):
         with self.group():
             self._add(self.ledger.slots, slot, node)
             self._add(self.ledger.nodes, node, NodeRow(node, slot, version, *(None,) * 6, 0, 0))
+            self._link("slot", slot)
 
     def commit_updates(self, records: Iterable[UpdateRecord]) -> None:
         updates = self.ledger.updates
@@ -170,6 +178,7 @@ class MemoryStore(Store):
                 by_slot = {slots[judgement.node]: judgement for judgement in judgements}
                 self._put(ledger.judgements, version, dict(sorted(by_slot.items())))
             self._close(version, records)
+            self._link("entry", version)
             self._forget_too_old(version - self.window)
 
     def _close(self, entry: int, records: Sequence[UpdateRecord]) -> None:
@@ -215,6 +224,8 @@ class MemoryStore(Store):
             found = {**self.ledger.metrics.get(version, {}), **metrics}
             if found:
                 self._put(self.ledger.metrics, version, dict(sorted(found.items())))
+            if metrics:
+                self._link("metrics", version)
 
     def keep_mask(self, mask: Mask) -> None:
         pass
@@ -256,6 +267,10 @@ class MemoryStore(Store):
     @property
     def where(self) -> str:
         return "ledger in memory"
+
+    @property
+    def chain(self) -> MemoryChain:
+        return MemoryChain(self.ledger, self.window)
 
     @property
     def run(self) -> RunDescriptor | None:

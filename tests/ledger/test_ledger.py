@@ -153,7 +153,7 @@ def cut_short(path: Path) -> None:
 
 BAD: list[tuple[Callable[[Path], object], str]] = [
     (foreign, "is a SQLite file of another program; name another state_dir"),
-    (newer, r"was written by a newer Meerkat-MQ \(schema 99, this one knows 3\); update Meerkat-MQ"),
+    (newer, r"was written by a newer Meerkat-MQ \(schema 99, this one knows 4\); update Meerkat-MQ"),
     (truncated, "is damaged .*restore it from a backup"),
     (scribbled, "is damaged .*restore it from a backup"),
     (cut_short, "is not a SQLite file"),
