@@ -104,6 +104,7 @@ async def fill_the_broker(scene: Scene) -> None:
     """H2: retained messages of the largest size, on its own topics and below them."""
     chunk = bytes(130_000)
     kinds = ("status", "update", "want")
+    scene.federation.eye.noise.add(chunk)
     while True:
         with contextlib.suppress(Exception):
             async with scene.evil() as evil:
@@ -143,7 +144,8 @@ async def forge_terms(scene: Scene) -> None:
 async def want_welcomes(scene: Scene) -> None:
     """H7: 800 wants a second, each of which is answered with a welcome and an announcement."""
     async with scene.evil() as evil:
-        evil.session.publish(TOPICS.up(EVIL, "status"), scene.status(), retain=True)
+        for word in ("online", "stopped"):  # only who is known is welcome; and this is no attack by silence
+            await evil.session.publish(TOPICS.up(EVIL, "status"), scene.status(word), retain=True)
         while True:
             for _ in range(round(800 * TICK_S)):
                 evil.session.publish(TOPICS.up(EVIL, "want"), encode(Want(scene.header(), 1, welcome=True)))
@@ -172,7 +174,7 @@ async def say_nothing(scene: Scene) -> None:
 async def sleep_for_a_week(scene: Scene) -> None:
     """H8: "asleep for a week"."""
     async with scene.evil() as evil:
-        evil.session.publish(TOPICS.up(EVIL, "status"), scene.status(), retain=True)
+        await evil.session.publish(TOPICS.up(EVIL, "status"), scene.status(), retain=True)
         evil.session.publish(TOPICS.up(EVIL, "status"), scene.status("asleep", wakes_in_s=7 * 86_400), retain=True)
         await asyncio.Event().wait()
 
@@ -182,6 +184,7 @@ async def send_junk(scene: Scene) -> None:
     chance, kinds = random.Random(7), ("status", "update", "want")
     junk = [b"{", bytes(40), chance.randbytes(60), scene.status()[:30]]
     junk.append(encode(Round(scene.header(), True, 1, 1, 0.5, 1000)))
+    scene.federation.eye.noise |= set(junk)
     async with scene.evil() as evil:
         while True:
             for number in range(round(640 * TICK_S)):
@@ -276,14 +279,19 @@ async def cost_of(scene: Scene, attack: Attack, calm_s: float, attack_s: float) 
         if task.done():
             task.result()
     during, logged_a_s = (scene.version - first) / (now() - began), (scene.logged_bytes - logged) / (now() - began)
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+    await ended(task)
     rounds = scene.version
     await until(lambda: scene.version > rounds, within_s=60.0)
     memory = {name: mib / before[name] for name, mib in most.items()}
-    ended = sum(service.over for service in (scene.server, *scene.nodes))
-    return Cost(calm, during, memory, logged_a_s, *flagged, ended)
+    over = sum(service.over for service in (scene.server, *scene.nodes))
+    return Cost(calm, during, memory, logged_a_s, *flagged, over)
+
+
+async def ended(task: asyncio.Future[None]) -> None:
+    """End an attack; a session that it is just leaving swallows what would cancel it."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=1.0)
 
 
 async def measure(name: str, calm_s: float, attack_s: float) -> Cost:
