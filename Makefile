@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE  # demo and tests start hundreds of processes: each would compile the package
 INSTALL = $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test check fuzz test-arm test-brokers test-chaos test-numpy test-wheel mosquitto gcc rabbitmq-server nats-server nodejs npm clean
+.PHONY: help demo test check fuzz test-arm test-brokers test-chaos test-hostile test-numpy test-wheel mosquitto gcc rabbitmq-server nats-server nodejs npm clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,6 +36,9 @@ test-brokers: $(VENV)/.test rabbitmq-server nats-server ## the tests that need a
 
 test-chaos: $(VENV)/.test mosquitto gcc ## every shipped fault drill, plain and buffered, and 200 SIGKILLs: an hour; ARGS='--seconds 30'
 	scripts/test-chaos $(ARGS)
+
+test-hostile: $(VENV)/.test mosquitto ## what one hostile node of eight costs, a minute for each attack; ARGS='--attacks H6'
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.hostile_traffic $(ARGS)
 
 test-numpy: $(VENV)/.test ## golden vectors on NumPy 2.0 and the newest
 	scripts/test-numpy

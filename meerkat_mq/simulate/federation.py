@@ -222,9 +222,12 @@ class Federation:
             return "the server has ended" if not self.server.alive else "the server has no term"
         faults = [fault for fault in self.schedule.faults if fault.lasts == math.inf]
         lasting = {fault.target: f", {fault.name} for good" for fault in faults}
-        waits = [f"{name} ({self.nodes[name].state}{lasting.get(name, '')})" for name in self._awaited()]
+        waits = [f"{name} ({self._state(name)}{lasting.get(name, '')})" for name in self._awaited()]
         disk = ["its full disk"] * self.ledger.is_full
         return f"the server is {machine.phase.name.lower()}, and waits for {', '.join(disk + waits) or 'nobody'}"
+
+    def _state(self, name: str) -> str:
+        return self.nodes[name].state if name in self.nodes else "never answered a round"
 
     def _awaited(self) -> list[str]:
         """Whom the open round asks that has not answered; where none is open, who is not there."""

@@ -105,11 +105,16 @@ export class Machine {
     this.advance(now);
   }
 
-  /** Under one term we could not tell that server's past from the one that we know: ask until one is above it. */
+  /** Under one term we could not tell that server's past and slots from those that we know: ask until one is above it. */
   onTwoServers(now) {
     this.count("two servers in a term");
-    if (!this.twoServers) this.askAt = -Infinity;
-    this.twoServers = true;
+    if (!this.twoServers) {
+      const known = this.serverId;
+      this.followServer(this.term, now);
+      this.serverId = known;
+      this.twoServers = true;
+      this.askAt = -Infinity;
+    }
     this.advance(now);
   }
 
