@@ -128,9 +128,12 @@ class Connection:
 
     @property
     def broker_until(self) -> datetime | None:
-        """The end of the validity of the broker's certificate; None without TLS."""
+        """The end of the validity of the broker's certificate; None without TLS, and once the socket is closed."""
         sock = self._context.last_socket if self._context is not None else None
-        certificate = sock.getpeercert() if sock is not None else None
+        try:
+            certificate = sock.getpeercert() if sock is not None else None
+        except (OSError, ValueError, AttributeError):  # closed; what it raises then depends on how far that has come
+            return None
         if not certificate:
             return None
         return datetime.fromtimestamp(ssl.cert_time_to_seconds(str(certificate["notAfter"])), UTC)

@@ -63,7 +63,7 @@ def _ends(file: Path) -> list[datetime]:
 
     try:
         return [one.not_valid_after_utc for one in x509.load_pem_x509_certificates(file.read_bytes())]
-    except (OSError, ValueError):
+    except (OSError, ValueError, x509.InvalidVersion):
         return []
 
 

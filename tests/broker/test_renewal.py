@@ -9,8 +9,10 @@ from cryptography import x509
 from structlog.testing import capture_logs
 
 from meerkat_mq.broker.certs import revoke_certificates, write_certificates
-from meerkat_mq.mqtt import Marker
-from meerkat_mq.mqtt.expiry import CERTIFICATES_FILE, Expiry, keep, kept
+from meerkat_mq.config import BrokerConfig
+from meerkat_mq.mqtt import Marker, Timeouts
+from meerkat_mq.mqtt.connection import Connection
+from meerkat_mq.mqtt.expiry import CERTIFICATES_FILE, Expiry, expiries, keep, kept
 from tests.broker.guarded import NODES, Guarded, node, own_words, without_rabbitmq
 from tests.ledger.ledgers import Writer
 from tests.server.federation import NAME, Federation
@@ -145,6 +147,28 @@ async def test_a_service_says_it_a_month_before_of_all_that_keeps_it_connected(
         async with node(guarded, 1), peer(guarded.way("server"), "server"):
             pass
     assert [entry for entry in logs if NODES[1] in entry.get("problem", "")] == []
+
+
+@without_rabbitmq
+@own_words
+async def test_a_connection_that_has_ended_knows_no_certificate_and_harms_nobody(guarded: Guarded) -> None:
+    way, timeouts = guarded.way("nodes/node-0"), Timeouts()
+    connection = Connection(way, "a", will=None, on_message=lambda message: None, timeouts=timeouts)
+    assert connection.broker_until is None
+    await connection.open()
+    assert connection.broker_until == certificate(guarded.certificates / "broker").not_valid_after_utc
+    guarded.broker.kill()
+    await connection.ended
+    assert connection.broker_until is None
+    await connection.end(orderly=False)
+    assert connection.broker_until is None
+
+
+@pytest.mark.parametrize("text", ["", "junk", "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"])
+def test_a_file_that_is_no_certificate_has_no_end(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "cert.pem"
+    file.write_text(text)
+    assert expiries(BrokerConfig(url="mqtts://h", cert_file=file, ca_file=tmp_path / "none.pem")) == ()
 
 
 @without_rabbitmq
