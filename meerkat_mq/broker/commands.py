@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from meerkat_mq.errors import ConfigError
+from meerkat_mq.errors import ConfigError, printable
 
 
 def certs(
@@ -40,7 +40,8 @@ def certs(
         ca_days=ca_days,
         renew=renew,
     ):
-        Console().print(f"{made.folder}: valid until {made.until:%Y-%m-%d}", highlight=False, soft_wrap=True)
+        said = printable(f"{made.folder}: valid until {made.until:%Y-%m-%d}")
+        Console().print(said, highlight=False, markup=False, soft_wrap=True)
 
 
 def revoke(

@@ -11,13 +11,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from meerkat_mq.config import Dtype, ModelConfig, check_config
 from meerkat_mq.engines.protocol import Method
-from meerkat_mq.errors import ConfigError, ModelError
+from meerkat_mq.errors import ConfigError, ModelError, printable_lines
 from meerkat_mq.extras import importing, need
 from meerkat_mq.tasks.commands import writing
 
 
 def _print(text: str, *, to_stderr: bool = False) -> None:
-    Console(stderr=to_stderr, highlight=False, markup=False, soft_wrap=True).print(text)
+    console = Console(stderr=to_stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    console.print(printable_lines(text))
 
 
 def _note(text: str) -> None:

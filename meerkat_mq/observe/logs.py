@@ -5,13 +5,13 @@ A log line that cannot be written is dropped; the next one that can be says how 
 
 import logging
 import sys
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Annotated, Any, Literal, TextIO
 
 import structlog
 import typer
 
-from meerkat_mq.errors import without_credentials
+from meerkat_mq.errors import printable, printable_lines, without_credentials
 from meerkat_mq.observe.streams import Diagnostics, lossy
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
@@ -36,7 +36,7 @@ def configure_logs(*, as_json: bool | None = None, level: LogLevel = "INFO", fil
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
         _hide_credentials,
-        structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer(),
+        *([structlog.processors.JSONRenderer()] if as_json else [_printable, structlog.dev.ConsoleRenderer()]),
     ]
     structlog.configure(
         processors=processors,
@@ -45,6 +45,15 @@ def configure_logs(*, as_json: bool | None = None, level: LogLevel = "INFO", fil
     )
     if isinstance(raw := getattr(stream, "buffer", None), Diagnostics):
         raw.notice = lambda count: _line(processors, event="log lines dropped", lines=count)
+
+
+def _printable(_: object, __: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
+    """Nothing of what a line tells steers the terminal; JSON lines escape it by themselves."""
+    words = {"exception": printable_lines}  # the one with several lines
+    return {
+        printable(key): words.get(key, printable)(value) if isinstance(value, str) else value
+        for key, value in event.items()
+    }
 
 
 def _line(processors: Sequence[structlog.types.Processor], **event: object) -> str:

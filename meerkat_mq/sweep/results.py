@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +112,7 @@ def table(rows: Iterable[Row]) -> str:
     lines = [
         "# Results of a sweep",
         "",
-        f"Same in all lines: {', '.join(same)}. {_LEGEND}",
+        f"Same in all lines: {_escaped(', '.join(same))}. {_LEGEND}",
         "",
         _line(heads),
         _line(["---"] * len(heads)),
@@ -123,7 +125,8 @@ def table(rows: Iterable[Row]) -> str:
     failed = [row for members in groups.values() for row in members if "failed" in row]
     if failed:
         lines += ["", "Failed, tried again at the next start:", ""]
-        lines += [printable(f"- {row['method']}, {row['task']}, seed {row['seed']}: {row['failed']}") for row in failed]
+        for row in failed:
+            lines.append("- " + _escaped(f"{row['method']}, {row['task']}, seed {row['seed']}: {row['failed']}"))
     return "\n".join(lines) + "\n"
 
 
@@ -140,7 +143,12 @@ def _order(group: tuple[Any, ...], methods: Sequence[str]) -> tuple[Any, ...]:
 
 
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(printable(cell).replace("|", "¦") for cell in cells) + " |"
+    return "| " + " | ".join(_escaped(cell).replace("|", "¦") for cell in cells) + " |"
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown shows as it is: no HTML, no link, no image, no code. Names come from plans and folders."""
+    return re.sub(r"([\\`*\[\]!~])", r"\\\1", escape(printable(text), quote=False))
 
 
 def _plain(value: object) -> str:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from meerkat_mq.core.files import write_atomically
-from meerkat_mq.errors import ConfigError
+from meerkat_mq.errors import ConfigError, printable
 from meerkat_mq.tasks import data as files
 from meerkat_mq.tasks.load import load_task
 from meerkat_mq.tasks.sources import named_source
@@ -53,4 +53,5 @@ def partition(
             write_atomically(out / name, content)
     for name, rows in zip(contents, shards, strict=True):
         labels = files.class_counts(rows, found)
-        Console().print(f"{out / name}: {len(rows)} rows, by label {labels}", highlight=False, soft_wrap=True)
+        said = printable(f"{out / name}: {len(rows)} rows, by label {labels}")
+        Console().print(said, markup=False, emoji=False, highlight=False, soft_wrap=True)

@@ -11,7 +11,7 @@ import { inspect, parseArgs } from "node:util";
 import { Fetch } from "./blobs.mjs";
 import { Refused, need } from "./bytes.mjs";
 import { decodeNodeStatus, decodeRun, decodeServerState } from "./control.mjs";
-import { Ended, withoutCredentials } from "./errors.mjs";
+import { Ended, jsonLine, printable, withoutCredentials } from "./errors.mjs";
 import { decode, encode } from "./frames.mjs";
 import { Machine } from "./machine.mjs";
 import { decodeMask, openMaskBlob, thetaOf } from "./mask.mjs";
@@ -25,7 +25,7 @@ const now = () => performance.now() / 1000;
 
 const discreet = (key, value) => (typeof value === "string" ? withoutCredentials(value) : value);
 
-const log = (event, fields = {}) => console.log(JSON.stringify({ event, ...fields }, discreet));
+const log = (event, fields = {}) => console.log(jsonLine({ event, ...fields }, discreet));
 
 class Node {
   constructor({ broker, federation, id, data, exitWhenFinished }) {
@@ -262,7 +262,8 @@ async function main() {
 main().then(
   () => process.exit(0),
   (error) => {
-    console.error(error instanceof Ended ? `meerkat-js: ${error.message}` : withoutCredentials(inspect(error)));
+    const lines = error instanceof Ended ? [`meerkat-js: ${error.message}`] : withoutCredentials(inspect(error)).split("\n");
+    for (const line of lines) console.error(printable(line));
     process.exit(error instanceof Ended ? error.code : 1);
   },
 );
