@@ -36,6 +36,7 @@ class OneServer(ServerMonitor):
         self.ledger_work = Worker(self.clock)
         self.counts: Counter[str] = Counter()
         self.terms: list[int] = []
+        self._renewed = 0
         self.stands: list[int] = []
         self.driver = ServerDriver(
             "f",
@@ -60,7 +61,13 @@ class OneServer(ServerMonitor):
 
     def take_charge(self) -> None:
         self.connect(1)
-        self.connect(2)  # as the transport does that was told to renew
+        self.reconnect()
+
+    def reconnect(self) -> None:
+        """As the transport does that was told to renew."""
+        while self._renewed < self.transport.renewed:
+            self._renewed += 1
+            self.connect(1 + self._renewed)
 
     def born(self, node: str) -> None:
         """The node is online."""
