@@ -19,6 +19,7 @@ MeerkatError                     1
 │   ├── NodeReplaced                 another process connected with this node's id
 │   ├── TooFewNodes
 │   ├── RunMismatch                  ledger, digest or settings do not fit the run
+│   ├── PolicyRefused                a run asks for what this node's [policy] does not allow
 │   ├── NotFinite                    a loss, or weights, left what a float can hold
 │   ├── LedgerError                  the ledger's file or folder cannot be used
 │   │   └── LedgerUnavailable            not now: its disk is full, or another process writes it
@@ -235,6 +236,12 @@ class TooFewNodes(RunError):
 
 class RunMismatch(RunError):
     """The ledger, the digests or the settings do not fit the run."""
+
+
+class PolicyRefused(RunError):
+    """A run asks for what the policy of this node does not allow; the node stays, and looks at the next run."""
+
+    fate = Fate.AGAIN
 
 
 class NotFinite(RunError):

@@ -11,6 +11,7 @@ from meerkat_mq.config.limits import LimitsConfig
 from meerkat_mq.config.load import check_config, load_config, read_toml
 from meerkat_mq.config.model import ModelConfig
 from meerkat_mq.config.node import NodeConfig
+from meerkat_mq.config.policy import PolicyConfig, WeightKind
 from meerkat_mq.config.rounds import Count, Directions, RoundRules, RoundsConfig, RunSpec
 from meerkat_mq.config.schedule import ScheduleConfig
 from meerkat_mq.config.section import (
@@ -33,7 +34,7 @@ from meerkat_mq.config.values import NodeValuesConfig, ServerValuesConfig
 __all__ = [
     "FIXED", "HUB_DATA", "BrokerConfig", "Closed", "Codec", "Count", "DataSource", "Device", "Directions", "Dtype",
     "EarlyStoppingConfig", "EngineName", "EvaluationConfig", "GuardsConfig", "Identifier", "LimitsConfig",
-    "LocalPath", "ModelConfig", "NodeConfig", "NodeValuesConfig", "RoundRules", "RoundsConfig", "Rules", "RunSpec",
-    "ScheduleConfig", "Seconds", "Section", "ServerConfig", "ServerValuesConfig", "check_config", "load_config",
-    "read_toml",
+    "LocalPath", "ModelConfig", "NodeConfig", "NodeValuesConfig", "PolicyConfig", "RoundRules", "RoundsConfig", "Rules",
+    "RunSpec", "ScheduleConfig", "Seconds", "Section", "ServerConfig", "ServerValuesConfig", "WeightKind",
+    "check_config", "load_config", "read_toml",
 ]  # fmt: skip

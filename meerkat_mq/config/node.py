@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from meerkat_mq.config.broker import BrokerConfig, room_for_chunks
 from meerkat_mq.config.limits import LimitsConfig
+from meerkat_mq.config.policy import PolicyConfig
 from meerkat_mq.config.schedule import ScheduleConfig
 from meerkat_mq.config.section import DataSource, Device, Dtype, EngineName, Flag, Identifier, LocalPath, Section
 from meerkat_mq.config.values import NodeValuesConfig
@@ -29,6 +30,7 @@ class NodeConfig(Section):
     values: NodeValuesConfig = NodeValuesConfig()
     schedule: ScheduleConfig | None = None
     limits: LimitsConfig = LimitsConfig()
+    policy: PolicyConfig = PolicyConfig()
 
     @field_validator("broker")
     @classmethod

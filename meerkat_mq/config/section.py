@@ -80,6 +80,8 @@ class Section(Closed):
             return value
         if isinstance(value, str) and info.field_name in _NAMES_OR_PATHS and _is_there(folder / value):
             return str(folder / value)
+        if isinstance(value, tuple) and info.field_name == "tasks":
+            return tuple(str(folder / name) if _is_there(folder / name) else name for name in value)
         if isinstance(value, str) and info.field_name in _DATA and (match := HUB_DATA.fullmatch(value)):
             path = folder / match["path"]
             return f"hf:{path if _is_there(path) else match['path']}{value[match.end('path') :]}"

@@ -129,5 +129,11 @@ RESYNCHRONISED: Final = _metric("resynchronised", "a node that began again at th
 DIGEST_DIFFERS: Final = _metric("digest differs", "other weights than the ledger's after an entry; the node began anew")
 ENTRIES_MISSED: Final = _metric("entries missed", "entries that could not be applied yet; the node asked again")
 SNAPSHOT_MISSED: Final = _metric("snapshot missed", "a snapshot that did not come whole; the node asked again")
-STEPS_FAILED: Final = _metric("steps failed", "local steps that the model could not do; the node tries again later")
+STEPS_FAILED: Final = _metric(
+    "steps failed", "local steps that the model could not do, or the node's policy does not allow; it tries again later"
+)
+REFUSES: Final = _metric(
+    "refuses the run",
+    "a node whose own policy does not allow what the server asks for; `meerkat status` says which key",
+)
 LATE_STEP: Final = _metric("late step", "local steps that were done when no round could take them any more")

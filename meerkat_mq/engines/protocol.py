@@ -8,6 +8,8 @@ round the difference of two losses away. Whoever looks at the model writes theta
 What more an engine can do is a method more, which others look for (docs/engines.md says what is lost without it):
 
 - `check(mask)`, once before the first write: raises `ModelMismatch` unless its base model is the mask's.
+- `kinds(mask)`: kind of weights ("linear", "embedding" or "other") to the name of the mask's first matrix of it, which
+  a node's policy judges.
 - `usable(rows)`: the rows that can be prepared, or `DataError` if none can; the log names the others.
 - `scores(batch)`: float32 (rows, candidates), whose softmax is the model's belief, and the right ones, int64 (rows,).
 - `gradient(batch)`: as `core.first_order.FirstOrderEngine` says.

@@ -42,6 +42,7 @@ class KnownEngine:
         task: whether its runs have one: those of a language model do, and its processes name a base model too.
         mask: the mask of so many weights, of an engine that needs no mask file.
         read: reads and checks the rows of a run without a task.
+        public_rows: whether its rows say nothing of anybody; a node's policy does not guard them.
     """
 
     target: str
@@ -49,11 +50,14 @@ class KnownEngine:
     task: Literal["needed", "optional", "none"] = "optional"
     mask: Callable[[int], Mask] | None = None
     read: Callable[[Path | str], list[Row]] = read_rows
+    public_rows: bool = False
 
 
 ENGINES: Final = {
     "transformers": KnownEngine("meerkat_mq.engines.torch.engine:make", extra="model", task="needed"),
-    "toy": KnownEngine("meerkat_mq.engines.toy:make", task="none", mask=toy.toy_mask, read=toy.read_seeds),
+    "toy": KnownEngine(
+        "meerkat_mq.engines.toy:make", task="none", mask=toy.toy_mask, read=toy.read_seeds, public_rows=True
+    ),
 }
 
 

@@ -33,7 +33,7 @@ from meerkat_mq.ledger.verify import check_mask, run_of
 from meerkat_mq.rounds.guards import NOT_REFUSED, Guard
 from meerkat_mq.rounds.policy import RoundSettings, lane_of
 from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
-from meerkat_mq.wire.descriptor import RunDescriptor
+from meerkat_mq.wire.descriptor import REFUSES, RunDescriptor
 from meerkat_mq.wire.messages import in_words
 
 PAGE = 200
@@ -63,7 +63,7 @@ def run_shown(ledger: Store, now: float | None = None) -> RunShown:
     )
     given = sorted((record for records in (*past, heard) for record in records), key=lambda record: record.version)
     last = {record.node: record for record in given}
-    nodes = ledger.nodes()
+    nodes = (*ledger.nodes(), *ledger.refusing())
     metrics = ledger.metrics()
     evaluated = max(metrics, default=None)
     found = metrics[evaluated] if evaluated is not None else {}
@@ -84,19 +84,23 @@ def run_shown(ledger: Store, now: float | None = None) -> RunShown:
         closed_s=elapsed(closed[-1], now) if closed else None,
         round_s=typical(closed),
         loss=mean_loss(past[-1]) if past else None,
-        early_stopping=_early_stopping(settings, sum(node.node not in paths.judgements for node in nodes)),
+        early_stopping=_early_stopping(settings, sum(node.node not in paths.judgements for node in ledger.nodes())),
         nodes=tuple(_node_shown(node, last.get(node.node), version, flagged, paths=paths, now=now) for node in nodes),
         mode=mode_in_words(settings),
         staleness=math.fsum(entry - record.version for entry, record in recent) / len(recent) if recent else None,
         warning=rising_now(ledger),
-        counts=_counts(past, sum(entry.overdue for entry in entries)),
+        counts=_counts(past, sum(entry.overdue for entry in entries), sum(map(_refuses, nodes))),
     )
 
 
-def _counts(past: Iterable[Sequence[UpdateRecord]], overdue: int) -> Mapping[str, int]:
+def _refuses(node: NodeRow) -> bool:
+    return (node.status or "").startswith(REFUSES)
+
+
+def _counts(past: Iterable[Sequence[UpdateRecord]], overdue: int, refusing: int) -> Mapping[str, int]:
     refused = Counter(found.verdict for records in past for found in records if found.verdict not in NOT_REFUSED)
     counts: dict[str, int] = {m.REFUSED.of(in_words(verdict)): count for verdict, count in sorted(refused.items())}
-    return counts | ({m.DEADLINE: overdue} if overdue else {})
+    return counts | {name: count for name, count in ((m.DEADLINE, overdue), (m.REFUSES, refusing)) if count}
 
 
 def _early_stopping(settings: RoundSettings, waiting: int) -> str:

@@ -29,10 +29,20 @@ from meerkat_mq.ledger.sqlite_rows import (
     update_record,
     update_row,
 )
-from meerkat_mq.ledger.store import SNAPSHOTS_KEPT, Closed, KeptSnapshot, NodeRow, Products, Sighting, Store, Term
+from meerkat_mq.ledger.store import (
+    REFUSING_KEPT,
+    SNAPSHOTS_KEPT,
+    Closed,
+    KeptSnapshot,
+    NodeRow,
+    Products,
+    Sighting,
+    Store,
+    Term,
+)
 from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.rounds.records import Judgement, UpdateRecord
-from meerkat_mq.wire.descriptor import RunDescriptor, decode_control
+from meerkat_mq.wire.descriptor import REFUSES, RunDescriptor, decode_control
 from meerkat_mq.wire.entries import previous_of
 from meerkat_mq.wire.frames import decode_entry, encode_entry
 
@@ -43,6 +53,10 @@ _SIGHTING = """
     UPDATE nodes SET boot = :boot, host = :host, status = :status, rows = :rows, last_seen = :seen,
                      first_seen = COALESCE(first_seen, :seen), updates = updates + :updates,
                      packet_bytes = packet_bytes + :packet_bytes WHERE node = :node
+"""
+_REFUSING = """
+    INSERT INTO nodes (node) SELECT :node WHERE NOT EXISTS (SELECT 1 FROM nodes WHERE node = :node)
+    AND (SELECT COUNT(*) FROM nodes WHERE slot IS NULL) < :most
 """
 _UPDATE = """
     INSERT INTO updates (version, slot, boot, weight, scalars, loss, verdict, blob, size, steps)
@@ -176,6 +190,7 @@ class Ledger(Store):
 
     def commit_slot(self, node: str, slot: int, version: int) -> None:
         with self.group():
+            self._write("DELETE FROM nodes WHERE node = ? AND slot IS NULL", (node,))
             self._write("INSERT INTO nodes (node, slot, slot_version) VALUES (?, ?, ?)", (node, slot, version))
             add_link(self._connection, "slot", slot)
 
@@ -242,7 +257,12 @@ class Ledger(Store):
         self._snapshots.sweep(self.snapshots())
 
     def commit_sightings(self, sightings: Iterable[Sighting]) -> None:
-        self._write(_SIGHTING, *map(asdict, sightings))
+        rows = list(map(asdict, sightings))
+        with self.group():
+            for row in rows:
+                if row["status"].startswith(REFUSES):
+                    self._write(_REFUSING, {"node": row["node"], "most": REFUSING_KEPT})
+            self._write(_SIGHTING, *rows)
 
     def commit_metrics(self, version: int, metrics: Mapping[str, float]) -> None:
         rows = [(version, name, value) for name, value in metrics.items()]
@@ -372,6 +392,9 @@ class Ledger(Store):
 
     def nodes(self) -> tuple[NodeRow, ...]:
         return self._all(NodeRow, "a node", "SELECT * FROM nodes WHERE slot IS NOT NULL ORDER BY slot")
+
+    def refusing(self) -> tuple[NodeRow, ...]:
+        return self._all(NodeRow, "a node", "SELECT * FROM nodes WHERE slot IS NULL ORDER BY node")
 
     def terms(self) -> tuple[Term, ...]:
         return self._all(Term, "a term", "SELECT * FROM terms ORDER BY term")

@@ -59,6 +59,7 @@ from meerkat_mq.wire.entries import entry_bytes
 from meerkat_mq.wire.values import decode_values
 
 SNAPSHOTS_KEPT: Final = 2
+REFUSING_KEPT: Final = 100  # nodes without a slot, for anybody can make up ids
 
 Products = tuple[tuple[float, ...], ...]
 
@@ -95,11 +96,11 @@ class KeptSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class NodeRow:
-    """What is known of a node that has a slot."""
+    """What is known of a node."""
 
     node: str
-    slot: int
-    slot_version: int  # theta's version when it got its slot
+    slot: int | None  # None of a node that refuses the run, and never took part
+    slot_version: int | None  # theta's version when it got its slot
     boot: int | None
     host: str | None
     status: str | None  # the last word of its status topic; None before the first sighting
@@ -199,7 +200,7 @@ class Store(Protocol):
         """
 
     def commit_sightings(self, sightings: Iterable[Sighting]) -> None:
-        """Keep news of nodes; those without a slot are passed over."""
+        """Keep news of nodes; of those without a slot, of the first hundred that refuse the run, as they say."""
 
     def commit_metrics(self, version: int, metrics: Mapping[str, float]) -> None:
         """Keep what theta of a version was found to be worth."""
@@ -258,6 +259,9 @@ class Store(Protocol):
     def nodes(self) -> tuple[NodeRow, ...]:
         """All nodes that have a slot, by slot."""
 
+    def refusing(self) -> tuple[NodeRow, ...]:
+        """Nodes that have no slot, and said that they refuse the run, by name."""
+
     def closed(self, first: int, limit: int) -> tuple[Closed, ...]:
         """At most `limit` entries from version `first` on, with how their rounds closed."""
 
@@ -315,7 +319,7 @@ class Store(Protocol):
 
     def slots(self) -> dict[str, int]:
         """Node to slot."""
-        return {node.node: node.slot for node in self.nodes()}
+        return {node.node: node.slot for node in self.nodes() if node.slot is not None}
 
     def entries(self, first: int, limit: int) -> tuple[Entry, ...]:
         """At most `limit` entries from version `first` on."""

@@ -22,6 +22,7 @@ from meerkat_mq.observe.process import Threads, peak_rss_mib
 from meerkat_mq.runtime.loop import LoopClock, Ports
 from meerkat_mq.runtime.model import Model, NodeProfile
 from meerkat_mq.runtime.node import NodeDriver
+from meerkat_mq.runtime.policy import NodePolicy
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor
 from meerkat_mq.wire.topics import Topics
 
@@ -42,15 +43,19 @@ async def run_node(config: NodeConfig) -> None:
             raise DataError(
                 str(config.data), "there is no such file", "name the node's rows: a JSON, CSV or TSV file, or a folder"
             )
+    with within("policy.tasks"):
+        policy = NodePolicy.of(config.policy)
     allowance = Allowance(config.limits)
     with NodeState(config.state_dir) as state, Threads(1, "model") as worker:
-        await _Node(config, state, allowance, worker).run()
+        await _Node(config, policy, state, allowance, worker).run()
 
 
 class _Node:
     """One node process. It is its driver's monitor, and tells people."""
 
-    def __init__(self, config: NodeConfig, state: NodeState, allowance: Allowance, worker: Executor) -> None:
+    def __init__(
+        self, config: NodeConfig, policy: NodePolicy, state: NodeState, allowance: Allowance, worker: Executor
+    ) -> None:
         self._config = config
         self._state = state
         self._log = structlog.get_logger().bind(node=config.id, federation=config.federation)
@@ -87,6 +92,7 @@ class _Node:
             clock=LoopClock(self._ports),
             make_model=lambda run, mask: Work(config, run, mask, state),
             monitor=self,
+            policy=policy,
         )
         self._duty = None if config.schedule is None else DutyCycle(config.schedule, self._session, self._driver)
 

@@ -1,4 +1,4 @@
-"""What a node keeps between starts: a lock, the step counter, the mask, and the update that is not acknowledged yet.
+"""What a node keeps between starts: a lock, the step counter, the directions of today, the mask, and the newest update.
 
 Losing it costs a `want` or a step, never correctness. So none of it ends a node that has started: what the disk does
 not take is kept in memory, and written as soon as it does.
@@ -9,6 +9,7 @@ import struct
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 
 import structlog
@@ -17,9 +18,9 @@ from meerkat_mq.core.files import write_atomically
 from meerkat_mq.core.lock import locked
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import short_hash
-from meerkat_mq.errors import BadMagic, BadValue, ConfigError, MaskError, TooLarge, WireError
+from meerkat_mq.errors import BadMagic, BadValue, ConfigError, MaskError, TooLarge, WireError, reason
 from meerkat_mq.runtime.disk import Spare
-from meerkat_mq.runtime.model import KeptUpdate
+from meerkat_mq.runtime.model import KeptUpdate, Spent
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.frames import MAX_FRAME_BYTES, decode, encode
 from meerkat_mq.wire.messages import Header, Update
@@ -41,6 +42,7 @@ class NodeState:
         self._spare = Spare()
         self._owed: dict[str, Callable[[], None]] = {}  # what the disk did not take, by what it is
         self._try_again_at = 0.0
+        self._spent: Spent | None = None
         self._steps: tuple[str, int] | None = None  # a run, and the local steps that were taken in it
 
     def __enter__(self) -> "NodeState":
@@ -84,6 +86,29 @@ class NodeState:
         assert self._steps is not None
         run, steps = self._steps
         write_atomically(self._steps_file, json.dumps({"run": run, "steps": steps}).encode(), durable=False)
+
+    def spend(self, run: str, first: float, more: float, most: float) -> bool:
+        """Count directions of a row today, as `Spent.then` does; False: they are too many, and none was counted."""
+        spent = (self._spent or self._load_spent()).then(
+            time.strftime("%Y-%m-%d", time.gmtime()), run, first, more, most
+        )
+        if spent is None:
+            return False
+        self._spent = spent
+        data = json.dumps(asdict(spent)).encode()
+        self._write("directions of today", lambda: write_atomically(self._spent_file, data, durable=False))
+        return True
+
+    def _load_spent(self) -> Spent:
+        try:
+            table = json.loads(self._spent_file.read_text())
+            return Spent(str(table["day"]), max(0.0, float(table["directions"])), str(table["run"]))
+        except FileNotFoundError:
+            return Spent()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            said = {"file": str(self._spent_file), "problem": reason(error)}
+            structlog.get_logger().warning("directions of today are counted anew", **said)
+            return Spent()
 
     def load_mask(self, mask_hash: bytes) -> Mask | None:
         """The mask with this hash, if it was kept and is whole."""
@@ -144,6 +169,10 @@ class NodeState:
     @property
     def _steps_file(self) -> Path:
         return self._folder / "steps.json"
+
+    @property
+    def _spent_file(self) -> Path:
+        return self._folder / "directions.json"
 
     def _mask_file(self, mask_hash: bytes) -> Path:
         return self._folder / f"mask-{mask_hash.hex()}.mkm"

@@ -114,6 +114,7 @@ class Work(EngineModel):
             values=config.values if config.uplink == "values" else None,
         )
         self.left_out = self._local.left_out
+        self.kinds = getattr(engine, "kinds", lambda _: {})(mask)
 
     def step(self, order: StartSteps, stop: Stop, made: int) -> StepResult | None:
         """The local steps of a round; none where `stop` was set before the first one: then no row was taken."""

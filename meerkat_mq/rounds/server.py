@@ -107,6 +107,9 @@ class ServerMachine(ServerMachineState):
         if status.status == "online" and status.run in (None, self._settings.run_id.hex()):
             if node is None or not node.online or (status.boot, status.link) != (node.boot, node.link):
                 self._born(event.now, event.node, status)
+        elif status.refuses is not None:
+            if node is not None and node.online:
+                self._gone(event.now, event.node, left=True)
         elif self._is_late(node, status):
             self._count(m.LATE_DEATH, event.node)
         elif status.status == "asleep" and node is not None and status.wakes_in_s is not None:

@@ -11,11 +11,12 @@ import structlog
 
 from meerkat_mq.core.path import Displacement, Entry, seeds_of
 from meerkat_mq.core.seldom import Seldom
-from meerkat_mq.errors import BadValue, NotConnected, NotFinite, WireError, reason
+from meerkat_mq.errors import BadValue, NotConnected, NotFinite, PolicyRefused, WireError, reason
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.node import NodeMachine
 from meerkat_mq.runtime.blobs import Blobs
 from meerkat_mq.runtime.model import KeptUpdate, Model, NodeStore, StepCompute, StepResult
+from meerkat_mq.runtime.policy import NodePolicy
 from meerkat_mq.runtime.ports import Clock, Failed
 from meerkat_mq.runtime.steps import Done, Sequence, Steps, until, work
 from meerkat_mq.wire.descriptor import RunDescriptor
@@ -38,6 +39,7 @@ class Jobs:
         theta_0: its digest.
         tell: takes the answer to each job that is done, None to one without.
         send: sends an update to the server.
+        policy: of the node; `refused` is told what it does not allow.
     """
 
     def __init__(
@@ -54,6 +56,8 @@ class Jobs:
         theta_0: bytes,
         tell: Callable[[e.NodeEvent | None], None],
         send: Callable[[Update], None],
+        policy: NodePolicy,
+        refused: Callable[[PolicyRefused], None],
     ) -> None:
         self._digest = self._theta_0 = theta_0
         self._seldom = Seldom()
@@ -67,6 +71,8 @@ class Jobs:
         self._clock = clock
         self._tell = tell
         self._send = send
+        self._policy = policy
+        self._refused = refused
         self._blob = b""  # of the newest displacement
         self._lane = 0  # of the newest path
         self._open: deque[NodeJob] = deque()  # the first one is being done
@@ -205,13 +211,18 @@ class Jobs:
 
     def _step(self, order: e.StartSteps) -> Steps[e.StepsDone | e.JobFailed]:
         result: StepResult | None = None
-        if order is not self._stopped:
-            try:
+        try:
+            if order is not self._stopped:
+                yield from self._policy.admit(self._run, self._model, order, self._store, self._compute)
+            if order is not self._stopped:
                 result = yield partial(self._begin_steps, order)
-            except Exception as error:  # an engine raises what its library does: CUDA out of memory, for one
-                say, said = structlog.get_logger().warning, {"round": order.version, "problem": reason(error)}
-                self._seldom.say(say, "steps failed", type(error).__name__, **said)
-                return e.JobFailed(self._clock.now(), order)
+        except PolicyRefused as error:
+            self._refused(error)
+            return e.JobFailed(self._clock.now(), order)
+        except Exception as error:  # an engine raises what its library does: CUDA out of memory, for one
+            say, said = structlog.get_logger().warning, {"round": order.version, "problem": reason(error)}
+            self._seldom.say(say, "steps failed", type(error).__name__, **said)
+            return e.JobFailed(self._clock.now(), order)
         if result is None:  # an earlier update may still be unsent: its blob and lane stay
             return e.StepsDone(self._clock.now(), order.version, (), math.nan)
         self._blob, self._lane = result.blob, order.lane

@@ -1,9 +1,10 @@
 """What a node's driver needs of its model and of its disk, and who looks on."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Protocol, cast
 
 from meerkat_mq.config import NodeValuesConfig
@@ -82,10 +83,12 @@ class Model(ABC):
 
     Attributes:
         rows: how many rows of data it has; `left_out`: how many more cannot be prepared.
+        kinds: of the weights in the mask, each with the name of a matrix; empty where the engine does not tell them.
     """
 
     rows: int
     left_out: int = 0
+    kinds: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, run: RunDescriptor, replica: Replica, residual: Residual | None = None) -> None:
         self._run = run
@@ -217,6 +220,26 @@ class StepCompute(Compute, Protocol):
         """The run is ahead of this node: local steps that wait until they may begin wait no longer."""
 
 
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """Directions along which a row was measured, at most, on one day.
+
+    Attributes:
+        day: "2026-11-29", in UTC.
+        run: that measured last.
+    """
+
+    day: str = ""
+    directions: float = 0.0
+    run: str = ""
+
+    def then(self, day: str, run: str, first: float, more: float, most: float) -> "Spent | None":
+        """After `more` directions, and `first` where the run did not measure last; None: more than `most` in a day."""
+        begun = self if self.day == day else Spent(day)
+        directions = begun.directions + more + (0.0 if begun.run == run else first)
+        return Spent(day, directions, run) if directions <= most else None
+
+
 class NodeStore(Protocol):
     """What a node keeps between starts. Losing it costs a `want` or a step, never correctness. Every method blocks."""
 
@@ -234,6 +257,9 @@ class NodeStore(Protocol):
 
     def forget_update(self) -> None:
         """Keep no update."""
+
+    def spend(self, run: str, first: float, more: float, most: float) -> bool:
+        """Count directions of a row today, as `Spent.then` does; False: they are too many, and none was counted."""
 
 
 class NodeMonitor(Protocol):

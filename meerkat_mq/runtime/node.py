@@ -25,6 +25,7 @@ from meerkat_mq.runtime.blobs import Blobs
 from meerkat_mq.runtime.jobs import Jobs, Rest, is_behind
 from meerkat_mq.runtime.join import LostDescriptor, check_changes, check_descriptor, describes, get_mask
 from meerkat_mq.runtime.model import KeptUpdate, MakeModel, Model, NodeMonitor, NodeProfile, NodeStore, StepCompute
+from meerkat_mq.runtime.policy import DEFAULTS, Abstention, NodePolicy
 from meerkat_mq.runtime.ports import Clock, Transport
 from meerkat_mq.runtime.steps import Alarm, Sequence, Steps, until, work
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor, ServerState, decode_control
@@ -40,6 +41,7 @@ class NodeDriver:
         boot: random u32, one a process.
         store: what it keeps between starts.
         make_model: makes the model of a run; blocks, and is called by the worker.
+        policy: what the node's owner lets a server ask of it.
 
     Attributes:
         counts: everything counted, by reason.
@@ -59,6 +61,7 @@ class NodeDriver:
         make_model: MakeModel,
         monitor: NodeMonitor,
         read: Callable[[bytes], Frame] = decode,
+        policy: NodePolicy = DEFAULTS,
     ) -> None:
         self.counts: Counter[str] = Counter()
         self.machine: NodeMachine | None = None
@@ -90,6 +93,8 @@ class NodeDriver:
         self._asleep = False
         self._rest = Rest()
         self._lost = LostDescriptor(transport, clock)
+        self._policy = policy
+        self._abstains = Abstention(clock, self.counts, self._say_status)
 
     def stop(self) -> None:
         """The process ends: end local steps soon."""
@@ -120,11 +125,15 @@ class NodeDriver:
             self._publish(self._own_status, payload, "NodeStatus", retain=True)
             self._pulse.said(self.machine.version if self.machine else 0, self._clock.now())
 
+    def _say_status(self) -> None:
+        self._publish_status("online" if self.machine else "starting")
+
     def status(self, status: str, link: int, wakes_in_s: int | None = None) -> NodeStatus:
         """What the status topic says of this process, or the broker in its name."""
+        refuses = self._abstains.words if status in ("starting", "online") else None
         return NodeStatus.model_validate(
             {
-                "status": status,
+                "status": status if refuses is None else "starting",
                 "boot": self._boot,
                 "link": link,
                 "host": socket.gethostname(),
@@ -133,6 +142,7 @@ class NodeDriver:
                 "version": self.machine.version if self.machine else 0,
                 "digest": self._jobs.digest_at(self.machine.version).hex() if self._jobs and self.machine else None,
                 "wakes_in_s": wakes_in_s,
+                "refuses": refuses,
             }
         )
 
@@ -186,7 +196,7 @@ class NodeDriver:
             remedy = "give each node an id of its own; once the other one is stopped, start this one again"
             raise NodeReplaced(self._own_status, problem, remedy)
         if owner is Ownership.OVERWRITTEN:
-            self._publish_status("online" if self.machine else "starting")
+            self._say_status()
 
     def _on_server(self, state: ServerState) -> None:
         before, self._server = self._server, state
@@ -248,8 +258,9 @@ class NodeDriver:
             self._jobs.close()
         self.machine = self._jobs = self._model = None
         self._has_mask = False
+        self._abstains.forget()
         self._set_alarm()
-        self._joining = Sequence(self._join(run))
+        self._joining = Sequence(self._abstains.unless(self._join(run)))
 
     def _join(self, run: RunDescriptor) -> Steps[None]:
         """Get all that a run needs, and begin; RunMismatch and other errors end a node that cannot take part."""
@@ -259,6 +270,7 @@ class NodeDriver:
             problem = f'is "values", but run {run.run[:8]} takes projected gradients only'
             raise RunMismatch("uplink", problem, 'set uplink = "path" here, or values.accept = true on the server')
         check_named(run.engine, self._profile.engine)  # before the mask is fetched, which may be large
+        self._policy.check_run(run)
         self._log = self._log.bind(run=run.run[:8])
         blobs = self._blobs = Blobs(run, self._boot, self._send, self._clock)
         mask = yield from get_mask(
@@ -267,6 +279,7 @@ class NodeDriver:
         self._has_mask = True
         (self._transport.subscribe if run.values else self._transport.unsubscribe)(self._topics.values)
         model: Model = yield from work(self._compute, self._make_model, run, mask)
+        self._policy.check_model(run, model)
         kept = yield from work(self._compute, self._store.load_update, run)
         theta_0 = yield from work(self._compute, digest, mask.theta_0)
         self._model = model
@@ -287,6 +300,8 @@ class NodeDriver:
             theta_0=theta_0,
             tell=self._job_done,
             send=self._send,
+            policy=self._policy,
+            refused=self._abstains.begin,
         )
         self.machine = NodeMachine(
             run_id=run.run_id,

@@ -19,7 +19,7 @@ from meerkat_mq.core.seldom import Seldom
 from meerkat_mq.engines.evaluate import evaluate
 from meerkat_mq.engines.protocol import Setup
 from meerkat_mq.engines.registry import entry_of, make_engine, try_out, usable
-from meerkat_mq.errors import ConfigError, reason, within
+from meerkat_mq.errors import ConfigError, printable, reason, within
 from meerkat_mq.ledger.losses import RisingLoss, mean_loss, watched_loss
 from meerkat_mq.ledger.run import Run, early_stopping_in_words, mode_in_words, trust_in_words
 from meerkat_mq.ledger.store import Products, Sighting, with_flag
@@ -198,13 +198,19 @@ class Monitor(ServerMonitor):
         return gradip(record.scalars, products[lane_of(record.slot, len(products))]) if products else ()
 
     def heard_from(self, node: str, status: NodeStatus) -> None:
-        """A node said where it stands."""
-        self.statuses[node] = status
+        """A node said where it stands, or why it takes no part."""
+        before, self.statuses[node] = self.statuses.get(node), status
+        if status.refuses is not None and (before is None or before.refuses != status.refuses):
+            self.counts[m.REFUSES] += 1
+            self._seldom.say(
+                self._log.warning, "a node refuses the run", node, node=node, problem=printable(status.refuses)
+            )
         if not self._spoken.is_set() and all(map(self._has_spoken, self.statuses.values())):
             self._spoken.set()
 
     def _has_spoken(self, status: NodeStatus) -> bool:
-        return status.status in ("lost", "stopped", "asleep") or status.version == self._rounds
+        over = status.status in ("lost", "stopped", "asleep") or status.refuses is not None
+        return over or status.version == self._rounds
 
     def _updates(self) -> dict[str, MessageCount]:
         return {
@@ -218,7 +224,7 @@ class Monitor(ServerMonitor):
             counts = {
                 kind: self.received.get(f"{kind}/{node}") or MessageCount() for kind in ("update", "want", "status")
             }
-            said = with_flag(status.status, flagged(node))
+            said = with_flag(status.in_words, flagged(node))
             standing = (status, said, counts["update"].messages, sum(count.packet_bytes for count in counts.values()))
             before, self._noted[node] = self._noted.get(node, (None, "", 0, 0)), standing
             if standing != before:

@@ -12,6 +12,8 @@ from meerkat_mq.wire.frames import MAX_STEPS, most_terms
 
 MAX_CONTROL_BYTES = 64 * 1024
 MAX_RUN_WEIGHTS = 2**26
+MAX_REFUSES = 300  # characters
+REFUSES = "refuses: "  # begins the words of a status that says why
 
 # How a mask is compressed and where a model lies may change within a run: hashes say what they are.
 MAY_CHANGE = frozenset({"mask_blob", "mask_bytes", "mask_chunks", "model", "max_step"})
@@ -145,7 +147,7 @@ class NodeStatus(ControlMessage):
     """Birth and death of a node; retained on `…/up/<id>/status`.
 
     `status`: "starting" is connected but not ready to step; "asleep" will come back (docs/duty-cycle.md); "lost" is
-    the will.
+    the will. `refuses`: why a node that is connected takes no part, as its own policy says.
     """
 
     sender: ClassVar[str] = "node"
@@ -159,12 +161,20 @@ class NodeStatus(ControlMessage):
     version: U32 = 0  # theta's version on this node when it said this
     digest: Hash | None = None  # of that theta, where one is due
     wakes_in_s: Annotated[int, Field(ge=1, le=7 * 86_400)] | None = None  # of "asleep": it is back by then
+    refuses: Annotated[str, Field(min_length=1, max_length=MAX_REFUSES)] | None = None  # only of "starting"
 
     @model_validator(mode="after")
     def _says_when_it_wakes(self) -> Self:
         if (self.status == "asleep") != (self.wakes_in_s is not None):
             raise ValueError('wakes_in_s belongs to "asleep", and only to it')
+        if self.refuses is not None and self.status != "starting":
+            raise ValueError('refuses belongs to "starting"')
         return self
+
+    @property
+    def in_words(self) -> str:
+        """What it says, for people: the status, or why the node takes no part."""
+        return self.status if self.refuses is None else f"{REFUSES}{self.refuses}"
 
 
 ControlT = TypeVar("ControlT", bound=ControlMessage)

@@ -11,7 +11,7 @@ from functools import lru_cache
 from itertools import count
 from typing import Any
 
-from meerkat_mq.config import NodeValuesConfig
+from meerkat_mq.config import NodeValuesConfig, PolicyConfig
 from meerkat_mq.core.directions import Float32Array, direction
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Entry
@@ -21,6 +21,8 @@ from meerkat_mq.ledger.store import Products
 from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.rounds.records import Judgement, UpdateRecord
 from meerkat_mq.runtime.model import EngineModel, Model, NodeProfile
+from meerkat_mq.runtime.policy import NodePolicy
+from meerkat_mq.wire.arrays import MAX_BLOB_WEIGHTS
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.worlds.broker import Broker, VirtualMessage
 from meerkat_mq.worlds.clock import VirtualClock, VirtualProcess
@@ -35,6 +37,9 @@ from meerkat_mq.worlds.world import World
 
 DRAWN_BYTES = 2**30  # of directions that are kept for the other nodes of a lane
 THETAS = 1
+ANYTHING = NodePolicy(
+    PolicyConfig(max_weights=MAX_BLOB_WEIGHTS, max_mask_bytes=2**31, min_eps=1e-300, max_eps=1e300, max_lr=1e300)
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class NodePart:
     Attributes:
         steps_s: virtual seconds that a round's local steps take.
         values: of a values node: how it steps; None of a path node.
+        policy: what it lets the server ask of it: by default anything, for whoever has a world has all its rows.
     """
 
     name: str
@@ -51,6 +57,7 @@ class NodePart:
     rows: Sequence[Row]
     steps_s: float = 0.01
     values: NodeValuesConfig | None = None
+    policy: NodePolicy = ANYTHING
 
 
 class Federation:
@@ -116,6 +123,7 @@ class Federation:
             MemoryNodeStore(self._world.run.mask),
             compute=compute,
             make_model=lambda process, run, mask: self.make_model(process, run),
+            policy=part.policy,
         )
 
     def make_model(self, node: NodeProcess, run: RunDescriptor) -> Model:

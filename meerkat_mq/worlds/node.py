@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.runtime.model import KeptUpdate, Model, NodeProfile
+from meerkat_mq.runtime.model import KeptUpdate, Model, NodeProfile, Spent
 from meerkat_mq.runtime.node import NodeDriver
+from meerkat_mq.runtime.policy import DEFAULTS, NodePolicy
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor
 from meerkat_mq.wire.topics import Topics
 from meerkat_mq.worlds.broker import LARGEST_PACKET, Client
@@ -21,6 +22,8 @@ class MemoryNodeStore:
     mask: Mask | None = None
     update: tuple[str, KeptUpdate] | None = None
     steps: dict[str, int] = field(default_factory=dict)
+    spent: Spent = field(default_factory=Spent)
+    day: str = "a day"  # it lasts until somebody changes it
 
     def load_mask(self, mask_hash: bytes) -> Mask | None:
         """The mask with this hash, if it was kept."""
@@ -48,6 +51,12 @@ class MemoryNodeStore:
         self.steps = {run: first + count}
         return first
 
+    def spend(self, run: str, first: float, more: float, most: float) -> bool:
+        """Count directions of a row today, unless they would be too many."""
+        spent = self.spent.then(self.day, run, first, more, most)
+        self.spent = spent or self.spent
+        return spent is not None
+
 
 class NodeProcess(VirtualProcess):
     """One node; each life has a boot of its own, and begins at theta_0. It is its driver's monitor.
@@ -60,6 +69,7 @@ class NodeProcess(VirtualProcess):
         make_model: makes the model of a run.
         latency_s: of its link.
         largest: MQTT packet, in bytes.
+        policy: what it lets a server ask of it.
 
     Attributes:
         boot: of the present life.
@@ -79,6 +89,7 @@ class NodeProcess(VirtualProcess):
         make_model: Callable[["NodeProcess", RunDescriptor, Mask], Model],
         latency_s: float = 0.001,
         largest: int = LARGEST_PACKET,
+        policy: NodePolicy = DEFAULTS,
     ) -> None:
         super().__init__(profile.name, world.clock, world.failed)
         self.boot = 0
@@ -91,6 +102,7 @@ class NodeProcess(VirtualProcess):
         self._compute = compute
         self._make_model = make_model
         self._latency_s, self._largest = latency_s, largest
+        self._policy = policy
         self._topics = Topics(profile.federation)
         self.client = self._session()
 
@@ -122,6 +134,7 @@ class NodeProcess(VirtualProcess):
             make_model=lambda run, mask: self._make_model(self, run, mask),
             monitor=self,
             read=self._world.read,
+            policy=self._policy,
         )
         self.client.join(self.driver)
 

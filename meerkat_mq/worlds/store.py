@@ -21,10 +21,20 @@ from typing import Any
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Entry, short_hash
 from meerkat_mq.errors import AnotherServer, LedgerError, LedgerUnavailable
-from meerkat_mq.ledger.store import SNAPSHOTS_KEPT, Closed, KeptSnapshot, NodeRow, Products, Sighting, Store, Term
+from meerkat_mq.ledger.store import (
+    REFUSING_KEPT,
+    SNAPSHOTS_KEPT,
+    Closed,
+    KeptSnapshot,
+    NodeRow,
+    Products,
+    Sighting,
+    Store,
+    Term,
+)
 from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.rounds.records import Judgement, UpdateRecord
-from meerkat_mq.wire.descriptor import RunDescriptor
+from meerkat_mq.wire.descriptor import REFUSES, RunDescriptor
 from meerkat_mq.worlds.chain import MemoryChain
 from meerkat_mq.worlds.ledger import Begun, Journal, KeptUpdate, Key, MemoryLedger, Value
 
@@ -125,6 +135,8 @@ class MemoryStore(Store):
     def commit_slot(self, node: str, slot: int, version: int) -> None:
         with self.group():
             self._add(self.ledger.slots, slot, node)
+            if (row := self.ledger.nodes.get(node)) is not None and row.slot is None:
+                self._drop(self.ledger.nodes, node)
             self._add(self.ledger.nodes, node, NodeRow(node, slot, version, *(None,) * 6, 0, 0))
             self._link("slot", slot)
 
@@ -211,6 +223,8 @@ class MemoryStore(Store):
     def commit_sightings(self, sightings: Iterable[Sighting]) -> None:
         with self.group():
             for seen in sightings:
+                if seen.status.startswith(REFUSES) and seen.node not in self.ledger.nodes:
+                    self._keep_refusing(seen.node)
                 if (row := self.ledger.nodes.get(seen.node)) is not None:
                     news = replace(
                         row, boot=seen.boot, host=seen.host, status=seen.status, rows=seen.rows,
@@ -218,6 +232,10 @@ class MemoryStore(Store):
                         updates=row.updates + seen.updates, packet_bytes=row.packet_bytes + seen.packet_bytes,
                     )  # fmt: skip
                     self._put(self.ledger.nodes, seen.node, news)
+
+    def _keep_refusing(self, node: str) -> None:
+        if len(self.refusing()) < REFUSING_KEPT:
+            self._put(self.ledger.nodes, node, NodeRow(node, *(None,) * 8, 0, 0))
 
     def commit_metrics(self, version: int, metrics: Mapping[str, float]) -> None:
         with self.group():
@@ -289,6 +307,9 @@ class MemoryStore(Store):
 
     def nodes(self) -> tuple[NodeRow, ...]:
         return tuple(self.ledger.nodes[self.ledger.slots[slot]] for slot in sorted(self.ledger.slots))
+
+    def refusing(self) -> tuple[NodeRow, ...]:
+        return tuple(row for _, row in sorted(self.ledger.nodes.items()) if row.slot is None)
 
     def closed(self, first: int, limit: int) -> tuple[Closed, ...]:
         entries = self.ledger.entries

@@ -88,6 +88,9 @@ class Nothing:
     def forget_update(self) -> None:
         pass
 
+    def spend(self, run: str, first: float, more: float, most: float) -> bool:
+        return first + more <= most
+
 
 class OneNode:
     """A node process, and all that it did; it is its own presenter.

@@ -54,10 +54,10 @@ class Server:
         self.give_mask(run)
         self.say(Welcome(header(run), BOOT, SLOT))
 
-    def ask(self, run: RunDescriptor, version: int = 0, entries: tuple[Entry, ...] = ()) -> None:
+    def ask(self, run: RunDescriptor, version: int = 0, entries: tuple[Entry, ...] = (), *, eps: float = 0.5) -> None:
         """Open a round in which the node is asked for steps."""
         asked = frozenset({SLOT})
-        frame = Round(header(run, version), True, 1, 1, 0.5, 1000, asked=asked, entries=entries)
+        frame = Round(header(run, version), True, 1, 1, eps, 1000, asked=asked, entries=entries)
         self.say(frame, TOPICS.round)
 
     @property

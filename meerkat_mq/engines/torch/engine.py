@@ -15,7 +15,7 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import Row
 from meerkat_mq.engines.protocol import Setup, Survival
 from meerkat_mq.engines.torch.adapter import with_adapter
-from meerkat_mq.engines.torch.load import LoadedModel, load_model, set_threads
+from meerkat_mq.engines.torch.load import LoadedModel, load_model, set_threads, weight_kinds
 from meerkat_mq.engines.torch.scoring import Prompt, Scorer, losses_of, mean_loss, scorer_for
 from meerkat_mq.errors import ModelMismatch
 from meerkat_mq.tasks.data import problem_of, usable_rows
@@ -154,6 +154,13 @@ class TransformersEngine:
             if differing:
                 problem = f"{differing} of {len(expected)} masked weights of {matrix.name} differ from theta_0"
                 raise ModelMismatch(str(self.loaded.folder), problem, _ITS_BASE)
+
+    def kinds(self, mask: Mask) -> dict[str, str]:
+        """Kinds of weights in the mask, each with the name of its first matrix."""
+        known, found = weight_kinds(self.loaded.model), dict[str, str]()
+        for matrix in mask.matrices:
+            found.setdefault(known[matrix.name], matrix.name)
+        return found
 
     def surviving_share(self, theta: Float32Array, z: Float32Array, eps: float) -> Survival:
         """What the model's dtype leaves of theta ± eps·z."""

@@ -15,6 +15,7 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from meerkat_mq.config import WeightKind
 from meerkat_mq.engines.torch.checkpoint import fingerprint
 from meerkat_mq.engines.torch.folder import CONFIG, find_folder, in_words, key_of, read_json
 from meerkat_mq.engines.torch.kinds import RESTORE, Kind, bare_model, class_of
@@ -239,6 +240,28 @@ def linear_layers(model: Any) -> dict[str, nn.Linear]:
     if not layers:
         raise UnsupportedModel(type(model).__name__, "has no linear layers in repeated blocks", "use a transformer")
     return dict(sorted(layers.items(), key=lambda item: item[0].encode()))
+
+
+def weight_kinds(model: Any) -> dict[str, WeightKind]:
+    """Each parameter's kind, by its name.
+
+    "linear" as in `linear_layers`; "embedding" where any module looks its rows up by token or position, also if it is
+    tied to a linear head; else "other": norms, biases, heads.
+    """
+    looked_up = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        for parameter in module.parameters(recurse=False)
+    }
+    try:
+        linear = linear_layers(model)
+    except UnsupportedModel:  # which takes masks of whole models only
+        linear = {}
+    return {
+        name: "embedding" if id(parameter) in looked_up else "linear" if name in linear else "other"
+        for name, parameter in model.named_parameters()
+    }
 
 
 def all_weights(model: Any) -> dict[str, nn.Parameter]:

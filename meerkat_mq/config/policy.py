@@ -1,0 +1,28 @@
+"""The section `[policy]` of `node.toml`."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from meerkat_mq.config.section import Section
+
+WeightKind = Literal["linear", "embedding", "other"]
+Most = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class PolicyConfig(Section):
+    """What the owner of a node lets a server ask of it (docs/policy.md)."""
+
+    mask: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None = None
+    kinds: Annotated[list[WeightKind], Field(min_length=1)] = ["linear"]  # noqa: RUF012 - pydantic copies it
+    max_weights: Most = 2**22
+    max_mask_bytes: Most = 2**26
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    min_batch: Most = 4
+    max_directions: Most = 256
+    max_local_steps: Most = 1000
+    min_eps: Positive = 1e-6
+    max_eps: Positive = 1.0
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    max_lr: Positive = 10.0

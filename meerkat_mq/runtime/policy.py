@@ -1,0 +1,186 @@
+"""What a node's owner lets a server ask of it: the section `[policy]` of node.toml, judged before anything is done.
+
+Theory. A server chooses the mask, the directions, the rows' order (by the run id), theta (by its entries) and the batch
+size. Each projected gradient is one linear measurement of the batch's gradient on the mask. A server that measures one
+batch along as many directions as the gradient has unknowns solves for it by least squares; on one weight of each
+token's embedding, that gradient says which tokens the batch holds. So the owner bounds what enters a measurement (the
+kinds of weights, the rows of a batch) and how many measurements there are of a row: `max_directions` a day, counted by
+the node itself and kept in its state folder, over all runs.
+
+A row is in at most ⌊p / rows⌋ + 2 of the batches of p consecutive rows, because each epoch has it once. With K
+directions a local step, s local steps of one run therefore show a row along at most K·(2 + s·min(1, batch / rows)).
+
+The rows of the toy engine are seeds, and nobody's: `min_batch` and `max_directions` do not apply to them.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+
+from meerkat_mq.config import PolicyConfig
+from meerkat_mq.core import metrics as m
+from meerkat_mq.core.seldom import Seldom
+from meerkat_mq.engines.registry import ENGINES
+from meerkat_mq.errors import PolicyRefused, cut
+from meerkat_mq.rounds.events import StartSteps
+from meerkat_mq.runtime.model import Model, NodeStore
+from meerkat_mq.runtime.ports import Clock, Compute
+from meerkat_mq.runtime.steps import Alarm, Steps, work
+from meerkat_mq.tasks.load import load_task, task_of
+from meerkat_mq.tasks.task import Task
+from meerkat_mq.wire.descriptor import MAX_REFUSES, RunDescriptor
+
+AGAIN_S: Final = 60.0
+BYTES_A_WEIGHT: Final = 12  # of a decoded mask: an index, theta_0 and g_p
+_REMEDY: Final = "change the key in node.toml only if you trust whoever runs the server (docs/policy.md)"
+
+
+@dataclass(frozen=True, slots=True)
+class NodePolicy:
+    """The limits of one node.
+
+    Attributes:
+        config: as its owner wrote them.
+        tasks: that it works on; None: any.
+    """
+
+    config: PolicyConfig
+    tasks: tuple[Task, ...] | None = None
+
+    @classmethod
+    def of(cls, config: PolicyConfig) -> "NodePolicy":
+        """With the tasks that the section names; TaskError where one cannot be read."""
+        return cls(config, None if config.tasks is None else tuple(map(load_task, config.tasks)))
+
+    def check_run(self, run: RunDescriptor) -> None:
+        """Judge a descriptor, before the mask is fetched.
+
+        Raises:
+            PolicyRefused: names the key.
+        """
+        config, size = self.config, max(run.mask_bytes, BYTES_A_WEIGHT * run.weights)
+        if config.mask not in (None, run.mask):
+            raise _refused("mask", f"the run's mask has the hash {run.mask}, and this node takes {config.mask} alone")
+        _at_most("max_weights", config.max_weights, "weights in the run's mask", run.weights)
+        _at_most("max_mask_bytes", config.max_mask_bytes, "bytes of the run's mask", size)
+        if self.tasks is not None and (run.task is None or task_of(run.task) not in self.tasks):
+            raise _refused("tasks", "the run's task is none of those that this node works on, word for word")
+        _at_most("max_local_steps", config.max_local_steps, "local steps of the run", run.local_steps)
+        self._check_eps(run.eps)
+        _at_least("min_lr", config.min_lr, "lr", run.lr)
+        _at_most("max_lr", config.max_lr, "lr", run.lr)
+        if not _is_public(run):
+            _at_least("min_batch", config.min_batch, "rows of a batch", run.batch_size)
+
+    def check_model(self, run: RunDescriptor, model: Model) -> None:
+        """Judge the mask by the node's own model, and the batch by its own rows.
+
+        Raises:
+            PolicyRefused: names the key.
+        """
+        for kind, name in model.kinds.items():
+            if kind not in self.config.kinds:
+                allowed = ", ".join(self.config.kinds)
+                raise _refused("kinds", f"the run's mask holds {name}, of the kind {kind}; this node takes {allowed}")
+        if not _is_public(run):
+            _at_least("min_batch", self.config.min_batch, "different rows of a batch", _distinct(run, model.rows))
+
+    def admit(
+        self, run: RunDescriptor, model: Model, order: StartSteps, store: NodeStore, compute: Compute
+    ) -> Steps[None]:
+        """Judge what a round asks for, and count its directions.
+
+        Raises:
+            PolicyRefused: names the key; nothing was counted.
+        """
+        _at_most("max_local_steps", self.config.max_local_steps, "local steps of a round", order.steps)
+        self._check_eps(order.eps)
+        if _is_public(run):
+            return
+        self.check_model(run, model)  # rows may have gone
+        once = run.perturbations * _distinct(run, model.rows) / model.rows
+        first, most = 2.0 * run.perturbations, float(self.config.max_directions)
+        if not (yield from work(compute, store.spend, run.run, first, once * order.steps, most)):
+            problem = f"a row would be measured along more than {self.config.max_directions:,} directions today"
+            raise _refused("max_directions", problem)
+
+    def _check_eps(self, eps: float) -> None:
+        _at_least("min_eps", self.config.min_eps, "eps", eps)
+        _at_most("max_eps", self.config.max_eps, "eps", eps)
+
+
+DEFAULTS: Final = NodePolicy(PolicyConfig())
+
+
+def _is_public(run: RunDescriptor) -> bool:
+    return run.engine in ENGINES and ENGINES[run.engine].public_rows
+
+
+def _distinct(run: RunDescriptor, rows: int) -> int:
+    """How many different rows a batch has."""
+    return min(run.batch_size, rows)
+
+
+def _refused(key: str, problem: str) -> PolicyRefused:
+    return PolicyRefused(f"policy.{key}", problem, _REMEDY)
+
+
+def _at_most(key: str, limit: float, what: str, found: float) -> None:
+    if found > limit:
+        raise _refused(key, f"{what}: {_number(found)} is more than this node's {_number(limit)}")
+
+
+def _at_least(key: str, limit: float, what: str, found: float) -> None:
+    if found < limit:
+        raise _refused(key, f"{what}: {_number(found)} is less than this node's {_number(limit)}")
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
+class Abstention:
+    """Whether a node takes no part for now, because its policy refuses what the server asks for.
+
+    Args:
+        counts: of the node.
+        tell: publishes the node's status.
+
+    Attributes:
+        words: why, for its status; None while it takes part.
+    """
+
+    def __init__(self, clock: Clock, counts: Counter[str], tell: Callable[[], None]) -> None:
+        self.words: str | None = None
+        self._counts = counts
+        self._clock = clock
+        self._tell = tell
+        self._alarm = Alarm(clock, self._end)
+        self._seldom = Seldom()
+
+    def begin(self, error: PolicyRefused, *, for_good: bool = False) -> None:
+        """Take no part in this run; or, where that is not `for_good`, for a minute: another round may ask for less."""
+        self.words = cut(f"{error.where}: {error.problem}", MAX_REFUSES - 1)
+        self._counts[m.REFUSES] += 1
+        self._seldom.say(structlog.get_logger().warning, "the run is refused", error.where, problem=str(error))
+        self._alarm.set(None if for_good else self._clock.now() + AGAIN_S)
+        self._tell()
+
+    def unless(self, joining: Steps[None]) -> Steps[None]:
+        """Join a run, unless the policy refuses it."""
+        try:
+            yield from joining
+        except PolicyRefused as error:
+            self.begin(error, for_good=True)
+
+    def forget(self) -> None:
+        """There is another run."""
+        self.words = None
+        self._alarm.set(None)
+
+    def _end(self) -> None:
+        self.words = None
+        self._tell()
