@@ -20,6 +20,9 @@ from meerkat_mq.ledger.files import SnapshotFiles, check_remains, keep_mask
 from meerkat_mq.ledger.sqlite_chain import SqliteChain, add_link
 from meerkat_mq.ledger.sqlite_guard import MOST_ROWS
 from meerkat_mq.ledger.sqlite_rows import (
+    REFUSING,
+    SIGHTING,
+    UPDATE,
     Row,
     RowT,
     from_row,
@@ -49,19 +52,6 @@ from meerkat_mq.wire.frames import decode_entry, encode_entry
 LEDGER_FILE = "ledger.sqlite"
 
 _NEWEST_TERM = "SELECT term, server_id, host FROM terms ORDER BY term DESC LIMIT 1"
-_SIGHTING = """
-    UPDATE nodes SET boot = :boot, host = :host, status = :status, rows = :rows, last_seen = :seen,
-                     first_seen = COALESCE(first_seen, :seen), updates = updates + :updates,
-                     packet_bytes = packet_bytes + :packet_bytes WHERE node = :node
-"""
-_REFUSING = """
-    INSERT INTO nodes (node) SELECT :node WHERE NOT EXISTS (SELECT 1 FROM nodes WHERE node = :node)
-    AND (SELECT COUNT(*) FROM nodes WHERE slot IS NULL) < :most
-"""
-_UPDATE = """
-    INSERT INTO updates (version, slot, boot, weight, scalars, loss, verdict, blob, size, steps)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-"""
 _TOO_OLD = "FROM updates WHERE version BETWEEN ? AND ? AND entry IS NULL"
 _UNNAMED = """
     NOT EXISTS (SELECT 1 FROM updates WHERE blob = blobs.hash)
@@ -195,7 +185,7 @@ class Ledger(Store):
             add_link(self._connection, "slot", slot)
 
     def commit_updates(self, records: Iterable[UpdateRecord]) -> None:
-        self._write(_UPDATE, *map(update_row, records))
+        self._write(UPDATE, *map(update_row, records))
 
     def keep_blob(self, blob: bytes) -> bytes:
         name = short_hash(blob)
@@ -257,12 +247,10 @@ class Ledger(Store):
         self._snapshots.sweep(self.snapshots())
 
     def commit_sightings(self, sightings: Iterable[Sighting]) -> None:
-        rows = list(map(asdict, sightings))
+        news = list(sightings)
         with self.group():
-            for row in rows:
-                if row["status"].startswith(REFUSES):
-                    self._write(_REFUSING, {"node": row["node"], "most": REFUSING_KEPT})
-            self._write(_SIGHTING, *rows)
+            self._write(REFUSING, *((seen.node, REFUSING_KEPT) for seen in news if seen.status.startswith(REFUSES)))
+            self._write(SIGHTING, *map(asdict, news))
 
     def commit_metrics(self, version: int, metrics: Mapping[str, float]) -> None:
         rows = [(version, name, value) for name, value in metrics.items()]

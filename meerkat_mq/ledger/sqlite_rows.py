@@ -14,6 +14,18 @@ from meerkat_mq.wire.messages import Values
 _FLOAT = struct.Struct("<f")
 Row = tuple[Any, ...]
 RowT = TypeVar("RowT")
+SIGHTING = """
+    UPDATE nodes SET boot = :boot, host = :host, status = :status, rows = :rows, last_seen = :seen,
+                     first_seen = COALESCE(first_seen, :seen), updates = updates + :updates,
+                     packet_bytes = packet_bytes + :packet_bytes WHERE node = :node
+"""
+REFUSING = """
+    INSERT OR IGNORE INTO nodes (node) SELECT ? WHERE (SELECT COUNT(*) FROM nodes WHERE slot IS NULL) < ?
+"""
+UPDATE = """
+    INSERT INTO updates (version, slot, boot, weight, scalars, loss, verdict, blob, size, steps)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+"""
 LATEST = 1e11  # seconds since 1970, in the year 5138
 _UPDATE = {"slot": int, "boot": int, "weight": int, "verdict": int, "loss": float | bytes}
 _VALUES = get_type_hints(Values)

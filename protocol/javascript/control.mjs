@@ -64,6 +64,7 @@ const NODE = {
   version: optional(U32),
   digest: optional(hex(32)),
   wakes_in_s: optional(integer(1, 604800)),
+  refuses: optional((value) => text(300)(value) && value.length > 0),
 };
 
 /** Decode an untrusted payload; unknown, missing and mistyped keys are refused. */
@@ -103,5 +104,6 @@ export const decodeServerState = (payload) => decode(payload, "ServerState", SER
 export function decodeNodeStatus(payload) {
   const status = decode(payload, "NodeStatus", NODE);
   need((status.status === "asleep") === "wakes_in_s" in status, "NodeStatus.wakes_in_s belongs to asleep");
+  need(status.status === "starting" || !("refuses" in status), "NodeStatus.refuses belongs to starting");
   return status;
 }

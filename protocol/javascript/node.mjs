@@ -20,6 +20,8 @@ import { Session } from "./session.mjs";
 import { Toy, readRows } from "./toy.mjs";
 
 const TICK_MS = 100;
+const MAX_WEIGHTS = 2 ** 22; // of a mask: the limits of the Python node's [policy]
+const MAX_MASK_BYTES = 2 ** 26; // on the wire, and decoded: 12 a weight
 
 const now = () => performance.now() / 1000;
 
@@ -34,7 +36,7 @@ class Node {
     this.rows = readRows(data);
     this.boot = randomBytes(4).readUInt32LE();
     this.presence = new Presence(this.boot);
-    this.run = this.maskFetch = this.machine = this.server = this.round = null;
+    this.run = this.maskFetch = this.machine = this.server = this.round = this.refuses = null;
     this.finished = false;
     this.over = new Promise((resolve, reject) => Object.assign(this, { end: resolve, fail: reject }));
     this.session = new Session({
@@ -79,6 +81,7 @@ class Node {
     return JSON.stringify({
       status, boot: this.boot, link, host: hostname(), ...(this.run && { run: this.run.run }), rows: this.rows.length,
       version: machine?.version ?? 0, ...(machine && { digest: machine.base }),
+      ...(status === "starting" && this.refuses && { refuses: this.refuses }),
     });
   }
 
@@ -152,7 +155,13 @@ class Node {
     const same = run.run === this.run?.run;
     if (same && (this.machine || JSON.stringify(run) === JSON.stringify(this.run))) return;
     need(run.engine === "toy", "this node has the toy engine alone");
-    Object.assign(this, { run, machine: null, round: same ? this.round : null, finished: false });
+    Object.assign(this, { run, machine: null, maskFetch: null, round: same ? this.round : null, finished: false });
+    this.refuses = whyRefused(run);
+    if (this.refuses) {
+      log("the run is refused", { problem: this.refuses });
+      if (this.session.link !== null) this.publishStatus();
+      return;
+    }
     const runNumber = Buffer.from(run.run, "hex").readUInt32LE();
     const header = { run: runNumber, term: 0, version: 0, mask: run.mask.slice(0, 16) };
     const nothing = { welcome: false, entries_from: null };
@@ -218,6 +227,13 @@ class Node {
     log("finished", { version: machine.version, digest: machine.base });
     if (this.exitWhenFinished) this.end();
   }
+}
+
+/** Why a run's mask is more than a node takes, judged before it is fetched; null: it is not. */
+function whyRefused({ weights, mask_bytes: sent }) {
+  if (weights > MAX_WEIGHTS) return `${weights} weights in the run's mask are more than ${MAX_WEIGHTS}`;
+  const bytes = Math.max(sent, 12 * weights);
+  return bytes > MAX_MASK_BYTES ? `${bytes} bytes of the run's mask are more than ${MAX_MASK_BYTES}` : null;
 }
 
 /** The flags, checked. */

@@ -11,10 +11,12 @@ from meerkat_mq.core.path import digest, seed_for
 from meerkat_mq.core.step import local_steps
 from meerkat_mq.engines.toy import QuadraticEngine, toy_mask
 from meerkat_mq.rounds.records import Verdict
+from tests.node.test_policy import descriptor
 from tests.protocol.javascript import JavaScriptNode
-from tests.server.federation import Federation, Service, all_end
+from tests.server.federation import TOPICS, Federation, Service, all_end
 from tests.server.replay import verified
 from tests.server.test_mask_blob import as_begun_elsewhere
+from tests.support.waiting import until
 
 Start = Callable[..., JavaScriptNode]
 
@@ -177,3 +179,17 @@ async def test_it_gets_a_mask_whose_chunks_have_a_name_of_their_own(federation: 
     server, node = federation.server("--once", rounds=rounds), start_node("--exit-when-finished")
     await check_the_end(federation, node, server, *nodes)
     assert federation.eye.runs[-1].mask_blob is not None
+
+
+async def test_a_mask_too_large_for_it_is_not_fetched_and_the_next_run_is_taken(
+    federation: Federation, start_node: Start
+) -> None:
+    bomb = descriptor(toy_mask(10), weights=2**26, mask_bytes=24_756)
+    await federation.eye.session.publish(TOPICS.run, bomb.encode(), retain=True)
+    node, eye = start_node(), federation.eye
+    said = await node.says("the run is refused")
+    await until(lambda: eye.statuses.get("js-1") and eye.statuses["js-1"][-1].refuses == said["problem"])
+    assert "js-1" not in eye.wants
+    federation.server(rounds={"count": 3, "min_nodes": 1, "min_updates": 1})
+    await node.says("finished")
+    assert eye.statuses["js-1"][-1].refuses is None
