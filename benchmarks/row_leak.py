@@ -1,21 +1,19 @@
 """A server that reads rows: how many tokens of a node's rows does one update give away?
 
-    python -m benchmarks.row_leak                     12 private rows of a tiny Llama, 1,000 directions
-    python -m benchmarks.row_leak --directions 125    another number of directions
+    python -m benchmarks.row_leak                      12 private rows of a tiny Llama with 1,000 tokens
+    python -m benchmarks.row_leak --vocabulary 4000    another one
 
 The attack: a mask of one embedding weight a token, which is legal. A projected gradient is ⟨gradient, z⟩, and the
 server knows z, so K of them are K equations for the n unknowns of the batch's gradient on the mask. Least squares
 solves them. The gradient is zero at each token that the batch does not hold. So the server takes the weights whose size
 stands out as the tokens; what every row holds by its template, it knows before. It is told how many there are.
 
-The engine, the mask, the seeds and the local step are the real ones. First the node's policy is asked, as a node asks
-it; where it refuses, the attack ends there, and the next rows of the table show what would have been read without it.
-The directions that the policy allows of one batch come from `policy.max_directions`. "by chance" is what a guess of as
-many tokens finds.
+The engine, the mask, the seeds and the local step are the real ones. "refused by" is the key of the node's policy that
+ends the attack before it begins. "by chance" is what a guess of as many tokens finds. The last rows of the table have
+as many directions as `policy.max_directions` allows of one batch.
 """
 
 import argparse
-import json
 import random
 import tempfile
 from pathlib import Path
@@ -29,10 +27,7 @@ from meerkat_mq.core.path import seeds_of
 from meerkat_mq.core.step import Row, local_steps
 from meerkat_mq.engines.torch.engine import TransformersEngine
 from meerkat_mq.engines.torch.load import load_model
-from meerkat_mq.errors import PolicyRefused
-from meerkat_mq.rounds.events import StartSteps
 from meerkat_mq.runtime.model import Spent
-from meerkat_mq.runtime.policy import NodePolicy
 from meerkat_mq.tasks.classification import Classification
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -108,12 +103,43 @@ def share(
     return found / wanted
 
 
-def allowed(policy: PolicyConfig, batch: int, directions: int, rows: int) -> str:
-    """What the node's policy says of this attack: "" or the key that refuses it."""
-    keys = policy.model_dump()
+def refused_by(policy: PolicyConfig, batch: int, directions: int) -> str:
+    """The key of the node's policy that refuses this attack; "none"."""
     if "embedding" not in policy.kinds:
         return "kinds"
-    if min(batch, rows) < keys["min_batch"]:
+    if min(batch, ROWS) < policy.min_batch:
         return "min_batch"
-    more = directions * min(batch, rows) / rows
-    return "" if Spent().then("today", "run", 2.0 * directions, more, policy.max_directions) else "max_directions"
+    more = directions * min(batch, ROWS) / ROWS
+    return "none" if Spent().then("", "run", 2.0 * directions, more, policy.max_directions) else "max_directions"
+
+
+def most_directions(policy: PolicyConfig, batch: int) -> int:
+    """Of one batch, that `max_directions` allows."""
+    return int(policy.max_directions / (2 + min(1.0, batch / ROWS)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocabulary", type=int, default=1000, help="tokens, and weights of the mask")
+    parser.add_argument("--limits", type=int, nargs="*", default=[256, 128, 64, 32], help="of max_directions, to try")
+    chosen = parser.parse_args()
+    opened = PolicyConfig(kinds=["linear", "embedding"], min_batch=8)
+    cases = [(PolicyConfig(), "default", 1, 1000), (PolicyConfig(), "default", 8, 1000), (opened, "opened", 8, 1000)]
+    for limit in chosen.limits:
+        policy = opened.model_copy(update={"max_directions": limit})
+        cases.append((policy, f"opened, max_directions {limit}", 8, most_directions(policy, 8)))
+    rows, tokens = private_rows(chosen.vocabulary)
+    with tempfile.TemporaryDirectory() as folder:
+        mask, engine = leaking_mask(save_model(Path(folder), chosen.vocabulary))
+        print(
+            "| policy | batch | directions | refused by | tokens read, were it not | by chance |\n" + "|---" * 6 + "|"
+        )
+        for policy, name, batch, directions in cases:
+            found = share(engine, mask, rows, tokens, batch, directions)
+            guess = min(batch, ROWS) * WORDS / chosen.vocabulary
+            refusal = refused_by(policy, batch, directions)
+            print(f"| {name} | {batch} | {directions} | {refusal} | {100 * found:.1f} % | {100 * guess:.1f} % |")
+
+
+if __name__ == "__main__":
+    main()

@@ -23,6 +23,7 @@ from meerkat_mq.ledger.sqlite_rows import (
     REFUSING,
     SIGHTING,
     UPDATE,
+    UPDATES,
     Row,
     RowT,
     from_row,
@@ -56,10 +57,6 @@ _TOO_OLD = "FROM updates WHERE version BETWEEN ? AND ? AND entry IS NULL"
 _UNNAMED = """
     NOT EXISTS (SELECT 1 FROM updates WHERE blob = blobs.hash)
     AND NOT EXISTS (SELECT 1 FROM displacements WHERE hash = blobs.hash)
-"""
-_UPDATES = """
-    SELECT entry, version, node, updates.slot, updates.boot, weight, scalars, loss, verdict, blob, size, steps
-    FROM updates LEFT JOIN nodes USING (slot)
 """
 _JUDGED = """
     SELECT version, node, judgements.slot, rho_later, rho_quiet, early_stopped,
@@ -349,13 +346,13 @@ class Ledger(Store):
 
     def updates_of(self, first: int, last: int) -> list[tuple[int, UpdateRecord]]:
         where = "WHERE version BETWEEN ? AND ? AND entry BETWEEN ? AND ? ORDER BY entry, version, updates.slot"
-        rows = self._rows(f"{_UPDATES} {where}", first - self.window, last, first, last)
+        rows = self._rows(f"{UPDATES} {where}", first - self.window, last, first, last)
         with sqlite_file.decoding(self.path, f"in versions {first - self.window} to {last} an update"):
             return [(row[0], update_record(row[1:])) for row in rows]
 
     def updates(self, first: int, end: int, node: str | None = None) -> list[tuple[int | None, UpdateRecord]]:
         where = "WHERE version >= ? AND version < ? AND COALESCE(node = ?, TRUE) ORDER BY version, updates.slot"
-        rows = self._rows(f"{_UPDATES} {where}", first, end, node)
+        rows = self._rows(f"{UPDATES} {where}", first, end, node)
         with sqlite_file.decoding(self.path, f"in versions {first} to {end - 1} an update"):
             return [(row[0], update_record(row[1:])) for row in rows]
 

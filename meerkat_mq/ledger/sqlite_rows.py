@@ -26,6 +26,10 @@ UPDATE = """
     INSERT INTO updates (version, slot, boot, weight, scalars, loss, verdict, blob, size, steps)
     VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
+UPDATES = """
+    SELECT entry, version, node, updates.slot, updates.boot, weight, scalars, loss, verdict, blob, size, steps
+    FROM updates LEFT JOIN nodes USING (slot)
+"""
 LATEST = 1e11  # seconds since 1970, in the year 5138
 _UPDATE = {"slot": int, "boot": int, "weight": int, "verdict": int, "loss": float | bytes}
 _VALUES = get_type_hints(Values)
