@@ -66,7 +66,7 @@ def private_rows(vocabulary: int) -> tuple[list[Row], list[set[int]]]:
     """Rows of random words, and the tokens of each."""
     chance = random.Random(7)
     tokens = [chance.sample(range(8, vocabulary), WORDS) for _ in range(ROWS)]
-    rows = [{"line": " ".join(f"w{t - 8}" for t in row), "label": i % 2} for i, row in enumerate(tokens)]
+    rows: list[Row] = [{"line": " ".join(f"w{t - 8}" for t in row), "label": i % 2} for i, row in enumerate(tokens)]
     return rows, [set(row) for row in tokens]
 
 
