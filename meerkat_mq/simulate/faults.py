@@ -150,7 +150,7 @@ def _damage_ledger(federation: Federation, fault: ScheduledFault) -> None:
     versions = list(federation.ledger.entries)
     if versions:
         federation.stop_servers()
-        federation.flip(versions[int(fault.detail * len(versions))])
+        federation.flip(versions[min(int(fault.detail * len(versions)), len(versions) - 1)])  # `detail` may be 1
         federation.clock.at(federation.clock.now() + 0.01, lambda: federation.revive(federation.server))
 
 
