@@ -20,6 +20,7 @@ from meerkat_mq.ledger.files import SnapshotFiles, check_remains, keep_mask
 from meerkat_mq.ledger.sqlite_chain import SqliteChain, add_link
 from meerkat_mq.ledger.sqlite_guard import MOST_ROWS
 from meerkat_mq.ledger.sqlite_rows import (
+    JUDGED,
     REFUSING,
     SIGHTING,
     UPDATE,
@@ -57,11 +58,6 @@ _TOO_OLD = "FROM updates WHERE version BETWEEN ? AND ? AND entry IS NULL"
 _UNNAMED = """
     NOT EXISTS (SELECT 1 FROM updates WHERE blob = blobs.hash)
     AND NOT EXISTS (SELECT 1 FROM displacements WHERE hash = blobs.hash)
-"""
-_JUDGED = """
-    SELECT version, node, judgements.slot, rho_later, rho_quiet, early_stopped,
-           EXISTS (SELECT 1 FROM entries WHERE entries.version = judgements.version)
-    FROM judgements LEFT JOIN nodes USING (slot)
 """
 _STRETCH = """
     SELECT COUNT(*), TOTAL(LENGTH(entry)), TOTAL(LENGTH(data))
@@ -367,7 +363,7 @@ class Ledger(Store):
 
     def judgements(self, version: int | None = None) -> tuple[Judgement, ...]:
         where, values = ("", ()) if version is None else ("WHERE version = ?", (version,))
-        rows = self._rows(f"{_JUDGED} {where} ORDER BY version, judgements.slot", *values)
+        rows = self._rows(f"{JUDGED} {where} ORDER BY version, judgements.slot", *values)
         with sqlite_file.decoding(self.path, "a judgement"):
             return tuple(map(judgement, rows))
 

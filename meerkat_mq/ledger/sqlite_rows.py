@@ -30,6 +30,11 @@ UPDATES = """
     SELECT entry, version, node, updates.slot, updates.boot, weight, scalars, loss, verdict, blob, size, steps
     FROM updates LEFT JOIN nodes USING (slot)
 """
+JUDGED = """
+    SELECT version, node, judgements.slot, rho_later, rho_quiet, early_stopped,
+           EXISTS (SELECT 1 FROM entries WHERE entries.version = judgements.version)
+    FROM judgements LEFT JOIN nodes USING (slot)
+"""
 LATEST = 1e11  # seconds since 1970, in the year 5138
 _UPDATE = {"slot": int, "boot": int, "weight": int, "verdict": int, "loss": float | bytes}
 _VALUES = get_type_hints(Values)

@@ -360,12 +360,10 @@ class ServerDriver:
 
     def _send_chunks(self, effect: e.SendChunks) -> None:
         want = effect.want
-        if want.blob != self._run.descriptor.mask_name:
+        if want.blob == self._run.descriptor.mask_name:
+            all(self.reply(effect.node, self._chunks[index]) for index in chunks_of(want, len(self._chunks)))
+        else:
             self.writer.put(effect)
-            return
-        for index in chunks_of(want, len(self._chunks)):
-            if not self.reply(effect.node, self._chunks[index]):
-                return
 
     def _publish_round(self, frame: Round) -> None:
         self._publish_bytes(self._topics.round, encode(frame))

@@ -20,6 +20,7 @@ from meerkat_mq.ledger.displacement import mean_of
 from meerkat_mq.ledger.files import DIFFERENCE_FILE, snapshot_file
 from meerkat_mq.ledger.run import settings_of
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
+from meerkat_mq.ledger.sqlite_chain import add_all
 from meerkat_mq.ledger.store import Sighting, Store
 from meerkat_mq.rounds.early_stopping import EarlyStopping, judgements_of, with_verdicts
 from meerkat_mq.rounds.policy import shares_of, terms_of
@@ -204,6 +205,13 @@ def alter(folder: Path, statement: str, *values: object) -> None:
     """Change a ledger behind everybody's back; it must change something."""
     with closing(sqlite3.connect(folder / LEDGER_FILE)) as connection, connection:
         assert connection.execute(statement, values).rowcount > 0
+
+
+def begin_chain_again(folder: Path) -> None:
+    """Let a ledger's chain be one of what it holds now."""
+    with closing(sqlite3.connect(folder / LEDGER_FILE)) as connection, connection:
+        connection.execute("DELETE FROM chain")
+        add_all(connection)
 
 
 def alter_entry(folder: Path, version: int, entry: Entry) -> None:

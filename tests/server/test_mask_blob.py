@@ -9,7 +9,7 @@ from meerkat_mq.config import ServerConfig
 from meerkat_mq.core.path import short_hash
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.server.run import prepare_run
-from tests.ledger.ledgers import alter
+from tests.ledger.ledgers import alter, begin_chain_again
 from tests.server.federation import PACE, Federation
 from tests.support.waiting import until
 
@@ -23,6 +23,7 @@ def as_begun_elsewhere(folder: Path) -> None:
     table = json.loads(ledger.run.model_dump_json())
     ledger.close()
     alter(folder, "UPDATE run SET descriptor = ?", json.dumps(table | {"mask_bytes": table["mask_bytes"] + 1}))
+    begin_chain_again(folder)
 
 
 def test_the_chunks_have_the_name_of_the_mask_unless_its_bytes_differ_from_the_beginning(tmp_path: Path) -> None:
