@@ -12,5 +12,5 @@ class GuardsConfig(Section):
 
     outlier: Annotated[float, Field(gt=1)] = 8.0
     against: Annotated[float, Field(ge=-1, lt=0)] = -0.5
-    window: Annotated[int, Field(ge=5, le=1000)] = 20
+    window: Annotated[int, Field(ge=5, le=1000)] = 50
     max_step: Annotated[float, Field(ge=0), FIXED] = 50.0

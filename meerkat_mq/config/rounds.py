@@ -19,6 +19,7 @@ DEFAULT_EXPONENT = 0.5
 
 Count = Annotated[int, Field(ge=1, lt=2**32)]
 Directions = Annotated[int, Field(ge=1, le=4096)]
+Aggregate = Literal["clipped-mean", "mean", "trimmed-mean"]
 Staleness = Annotated[int, Field(ge=0, le=1000)]
 
 
@@ -57,7 +58,7 @@ class RoundRules(RunSpec):
     deadline_s: Seconds = 60.0
     grace_s: Annotated[float, Field(ge=0, le=86_400)] = 2.0
     weigh_by_rows: Annotated[Flag, FIXED] = False
-    aggregate: Annotated[Literal["mean", "trimmed-mean"], FIXED] = "mean"
+    aggregate: Annotated[Aggregate, FIXED] = "mean"
     trim: Annotated[float, Field(gt=0, lt=0.5), FIXED] = 0.2
     snapshot_every: Annotated[int, Field(ge=1)] = 500
     buffer_size: Annotated[int, Field(ge=1, le=65535)] = 8
@@ -69,6 +70,7 @@ class RoundsConfig(RoundRules, Section):
     """The section `[rounds]` of `federation.toml`: the rules of rounds as a person writes them."""
 
     max_staleness: Staleness = 20
+    aggregate: Annotated[Aggregate, FIXED] = "clipped-mean"
 
     @property
     def spec(self) -> dict[str, Any]:

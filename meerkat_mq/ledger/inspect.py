@@ -51,7 +51,7 @@ def run_shown(ledger: Store, now: float | None = None) -> RunShown:
     guards = settings.guards
     recent = ledger.updates_of(version - guards.window, version - 1)
     past = by_entry(recent)
-    flagged = Guard(guards, run.directions, past).flagged
+    flagged = Guard(guards, run.directions, past, cumulative=settings.clips).flagged
     entries = ledger.closed(max(0, version - guards.window), guards.window)
     closed = [entry.closed for entry in entries]
     newest = ledger.terms()[-1:]

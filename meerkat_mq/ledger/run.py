@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from meerkat_mq.config import FIXED, Codec, GuardsConfig, RoundRules, Rules, RunSpec, ServerValuesConfig
+from meerkat_mq.config import FIXED, Codec, GuardsConfig, RoundRules, Rules, RunSpec, ServerConfig, ServerValuesConfig
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.errors import RunMismatch
 from meerkat_mq.rounds.guards import FEWEST_IN_LANE
@@ -82,6 +82,14 @@ def max_step_of(rules: Mapping[str, Any], mask: Mask) -> float | None:
     return min(step, MAX_STEP) if step > 0 else None
 
 
+def as_begun(config: ServerConfig, rules: Mapping[str, Any]) -> ServerConfig:
+    """A configuration that names no aggregate has the one that its run was begun with, whatever is the default now."""
+    if "aggregate" in config.rounds.model_fields_set:
+        return config
+    rounds = config.rounds.model_copy(update={"aggregate": rules["rounds"]["aggregate"]})
+    return config.model_copy(update={"rounds": rounds})
+
+
 def mode_in_words(settings: RoundSettings) -> str:
     """How a buffered run closes its versions; "" of a synchronous one."""
     if not settings.buffered:
@@ -125,6 +133,8 @@ def check_same(run: Run, begun: RunDescriptor, rules: Mapping[str, Any], ledger:
     found = [(_RENAMED.get(key, key), was.get(key), now.get(key)) for key in keys]
     for name, section in (("rounds", RoundRules), ("guards", GuardsConfig)):
         fixed = [key for key, field in section.model_fields.items() if FIXED in field.metadata]
+        if section is GuardsConfig and rules["rounds"]["aggregate"] == "clipped-mean":
+            fixed = list(section.model_fields)  # `verify` replays the guards
         found += [(f"{name}.{key}", rules[name][key], run.rules[name][key]) for key in fixed]
     if begun.values and run.descriptor.values:
         found.append(("values.codec", rules["values"]["codec"], run.rules["values"]["codec"]))

@@ -18,7 +18,7 @@ from meerkat_mq.ledger.displacement import mean_of, verdict_on
 from meerkat_mq.ledger.run import max_step_of, settings_of
 from meerkat_mq.ledger.store import KeptSnapshot, Products, Store
 from meerkat_mq.rounds.early_stopping import EarlyStopping, judgements_of, with_verdicts
-from meerkat_mq.rounds.guards import on_arrival
+from meerkat_mq.rounds.guards import Guard, on_arrival
 from meerkat_mq.rounds.policy import RoundSettings, shares_of, steps_fit, terms_of
 from meerkat_mq.rounds.records import Judgement, Share, UpdateRecord, Verdict
 from meerkat_mq.wire.descriptor import RunDescriptor
@@ -71,6 +71,7 @@ def verify_ledger(
         _same("max_step", run.max_step, max_step_of(ledger.rules, mask), "its rules and mask give")
     replica = Replica(mask, run_id=run.run_id, stream=run.stream, digest_every=run.digest_every)
     early, kept = EarlyStopping(settings), False
+    guard = Guard(settings.guards, settings.directions, cumulative=True) if settings.clips else None
     head, term, updates = mask.hash, 0, 0
     rounds = ledger.version
     for version in range(rounds + 1):
@@ -90,6 +91,8 @@ def verify_ledger(
                 judgements = ledger.judgements(version)
                 _check_judgements(judgements, version, records, products or (), settings)
                 early.remember(judgements)
+                if guard is not None:  # verdicts of older runs depend on keys that were not fixed
+                    _check_guard(guard, records, judgements)
                 _check_terms(entry.terms, terms_of(records, settings, version))
                 added = _displacement(ledger, entry, shares_of(records, settings, version), settings, mask.size)
                 _same("digest", entry.digest.hex(), replica.apply(entry.terms, added).hex(), "its terms give")
@@ -232,6 +235,16 @@ def _check_judgements(
         if record.verdict is not true.verdict:
             problem = f"its update of {record.node} is kept as {in_words(record.verdict)}, but is"
             raise RunMismatch("updates", f"{problem} {in_words(true.verdict)}")
+
+
+def _check_guard(guard: Guard, records: Sequence[UpdateRecord], judgements: Sequence[Judgement]) -> None:
+    """That the verdicts are those that the window gives; the guard then remembers the round."""
+    came = [replace(one, verdict=Verdict.ACCEPTED) if one.verdict in JUDGED else one for one in records]
+    for record, true in zip(records, with_verdicts(guard.judge(came), judgements), strict=True):
+        if record.verdict is not true.verdict:
+            problem = f"its update of {record.node} is kept as {in_words(record.verdict)}, but is"
+            raise RunMismatch("updates", f"{problem} {in_words(true.verdict)}")
+    guard.remember(records)
 
 
 def _judgement_words(judgement: Judgement | None) -> str:

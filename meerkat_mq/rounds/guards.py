@@ -9,6 +9,7 @@ from itertools import chain, zip_longest
 from operator import add, gt, mul, sub
 
 from meerkat_mq.config import GuardsConfig
+from meerkat_mq.rounds.clipping import SIGMAS, median, median_magnitude
 from meerkat_mq.rounds.policy import MAX_STEP, applicable, lane_of
 from meerkat_mq.rounds.records import UpdateRecord, Verdict
 
@@ -16,7 +17,6 @@ FEWEST_IN_LANE = 3
 FEWEST_OF_OWN = 8
 FEWEST_TO_COMPARE = 10
 FLAGGED_AT = 3
-SIGMAS = 1.4826  # of a normal distribution, in median absolute deviations
 FLOOR = 0.5  # a scale is at least this part of the median magnitude
 TOLERATED = 0.1  # share of an update's steps that may be outliers: honest updates have some
 EXCUSED = 10.0  # a trusted node's own past excuses an outlier of up to so many limits
@@ -24,6 +24,9 @@ TRUSTED = 0.25  # a flagged node is not trusted if at least this share of its re
 DISTRUST = 0.5  # a node that is not trusted is judged by this part of the limit
 AGREES = 0.7
 AGREEING = 0.75
+EVIDENCE = -2.75  # standard deviations: the sum over the window that no node without a bias is likely to reach
+STRONG = 2.0  # a scalar counts as at most so many times the lane's median magnitude
+OFF = -1.0  # of `guards.against`
 ACCEPTED = Verdict.ACCEPTED
 NOT_REFUSED = {ACCEPTED, Verdict.EARLY_STOPPED}
 Place = tuple[int, int]  # base version and slot: which update of an entry
@@ -39,17 +42,6 @@ def on_arrival(scalars: Sequence[float], loss: float, lr: float, max_step: float
     if not all(map(math.isfinite, (loss, *scalars))):
         return Verdict.NOT_FINITE
     return Verdict.ACCEPTED if applicable(scalars, lr, max_step) else Verdict.TOO_LARGE
-
-
-def median(ordered: Sequence[float]) -> float:
-    """The median of sorted values; not empty."""
-    half = len(ordered) // 2
-    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
-
-
-def median_magnitude(values: Iterable[float]) -> float:
-    """The median of |value|; not empty."""
-    return median(sorted(map(abs, values)))
 
 
 @dataclass(slots=True)
@@ -103,6 +95,7 @@ class StepColumn:
     median: float  # of all
     low: float
     high: float
+    typical: float  # median magnitude
     below: float  # the median of the others, without a value up to `low`
     between: float  # without one above it, up to `high`
     above: float  # without one above that
@@ -112,11 +105,12 @@ class StepColumn:
         """Of sorted values; not empty."""
         size, largest, middle = len(ordered), max(-ordered[0], ordered[-1]), median(ordered)
         if size == 1:
-            return cls(size, largest, middle, middle, middle, middle, middle, middle)
+            return cls(size, largest, middle, middle, middle, largest, middle, middle, middle)
         low, high = (size - 2) // 2, (size - 1) // 2
         below, between = (ordered[low + 1] + ordered[high + 1]) / 2, (ordered[low] + ordered[high + 1]) / 2
         above = (ordered[low] + ordered[high]) / 2
-        return cls(size, largest, middle, ordered[low], ordered[high], below, between, above)
+        typical = median_magnitude(ordered)
+        return cls(size, largest, middle, ordered[low], ordered[high], typical, below, between, above)
 
     def without(self, value: float) -> float:
         """The median of the others, without one of these values."""
@@ -132,6 +126,8 @@ class Comparison:
     yy: float
     agreed: int
     opposed: int
+    evidence: float  # the sum of products, each scalar in units of its lane's size
+    doubt: float  # the sum of their squares
 
 
 @dataclass(slots=True)
@@ -192,13 +188,34 @@ class NodePast:
         scale = math.sqrt(xx * yy)
         return math.fsum([found.xy for found in known]) / scale if scale > 0 else 0.0
 
+    def evidence(self) -> float:
+        """The cumulative test: Σp ÷ √Σp² over the window, p the products of scalars in units of the lane's size.
+
+        About normal for a node whose scalars have nothing to do with the others' (a self-normalised sum, Efron 1969),
+        positive for one that moves as they do. No one node or round decides it, since each scalar is cut first.
+        """
+        known = [comparison for comparison in self.comparisons if comparison is not None]
+        doubt = math.fsum([found.doubt for found in known])
+        return math.fsum([found.evidence for found in known]) / math.sqrt(doubt) if doubt > 0 else 0.0
+
 
 class Guard:
     """Judges a round's updates by each other and by the rounds before: a function of the last `window` rounds alone."""
 
-    def __init__(self, config: GuardsConfig, lanes: int, past: Iterable[Sequence[UpdateRecord]] = ()) -> None:
-        """Begin with the records of the newest `window` closed rounds, oldest first, as the ledger has them."""
+    def __init__(
+        self,
+        config: GuardsConfig,
+        lanes: int,
+        past: Iterable[Sequence[UpdateRecord]] = (),
+        *,
+        cumulative: bool = False,
+    ) -> None:
+        """Begin with the records of the newest `window` closed rounds, oldest first, as the ledger has them.
+
+        `cumulative`: whether the cumulative test says who works against the others, as in runs with the clipped mean.
+        """
         self._config = config
+        self._cumulative = cumulative
         self._lanes = lanes
         self._rounds: deque[Sequence[UpdateRecord]] = deque()
         self._nodes: dict[str, NodePast] = {}
@@ -268,6 +285,10 @@ class Guard:
             for record in members
             if (past := self._nodes.get(record.node)) is not None and past.comparable
         ]
+        if self._cumulative:
+            found = [where for where, past in known if past.evidence() < EVIDENCE]
+            decided = self._config.against > OFF and 2 * len(found) < len(members)
+            return dict.fromkeys(found, Verdict.AGAINST) if decided else {}
         agreeing = sum([past.agrees for _, past in known])
         if agreeing < max(FEWEST_IN_LANE, AGREEING * (len(known) - 1)):
             return {}
@@ -354,7 +375,17 @@ def _compare(record: UpdateRecord, columns: Sequence[StepColumn]) -> Comparison 
     agreed, opposed = sum(map((0.0).__lt__, products)), sum(map((0.0).__gt__, products))
     if not agreed + opposed:
         return None
-    return Comparison(_sum(products), _sum(map(mul, xs, xs)), _sum(map(mul, ys, ys)), agreed, opposed)
+    sizes = [column.typical for column in used[: len(xs)]]
+    weighed = [_cut(x, size) * _cut(y, size) for x, y, size in zip(xs, ys, sizes, strict=True) if size > 0]
+    return Comparison(
+        _sum(products), _sum(map(mul, xs, xs)), _sum(map(mul, ys, ys)), agreed, opposed,
+        _sum(weighed), _sum(map(mul, weighed, weighed)),
+    )  # fmt: skip
+
+
+def _cut(value: float, size: float) -> float:
+    """In units of a size, at most STRONG of them."""
+    return max(-STRONG, min(value / size, STRONG))
 
 
 def _sum(values: Iterable[float]) -> float:

@@ -3,12 +3,13 @@
 import hashlib
 import math
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from meerkat_mq.config import Directions, EarlyStoppingConfig, GuardsConfig, RoundRules, ServerValuesConfig
 from meerkat_mq.core.path import Coefficient, Entry, coefficient, seeds_of
 from meerkat_mq.errors import ConfigError
+from meerkat_mq.rounds.clipping import FEWEST, clipped
 from meerkat_mq.rounds.records import Share, UpdateRecord, Verdict
 from meerkat_mq.wire.frames import MAX_FRAME_BYTES, MAX_STEPS, Reason, Update, entry_bytes, most_terms
 
@@ -85,6 +86,11 @@ class RoundSettings(RoundRules):
         if self.staleness == "constant":
             return WHOLE
         return max(1, round(WHOLE * math.pow(1 + age, -self.staleness_exponent)))
+
+    @property
+    def clips(self) -> bool:
+        """Whether the clipped mean and the cumulative test are in force."""
+        return self.aggregate == "clipped-mean"
 
     @property
     def early_stops(self) -> bool:
@@ -219,6 +225,7 @@ def terms_of(records: Sequence[UpdateRecord], settings: RoundSettings, version: 
     s(τ) is the staleness weight of an update from theta of `version` − τ, 1 in a synchronous run (FedBuff, arXiv
     2106.06639); values nodes count in N too.
 
+    "clipped-mean", the default: as "mean", of g_k that are clipped first (`rounds.clipping`), in float64.
     "mean": c = float32(lr · (fsum(n_k·s·g_k) / N)), s in 256ths and so N · 256. "trimmed-mean": of the m accepted nodes
     that walked the lane's step, sorted by (g, slot), the first and the last ⌊trim·m⌋ are left out (trim·m rounded to
     nine decimals first; at least one node stays). With A = Σ n over the m and B = Σ n over those kept, c = float32(lr ·
@@ -253,11 +260,19 @@ def terms_of(records: Sequence[UpdateRecord], settings: RoundSettings, version: 
                 lane_weight = sum([record.weight for record in walked])
             kept = trimmed(walked, step, trim)
             kept_weight = lane_weight if kept is walked else sum([record.weight for record in kept])
-            scalars = [(record.weight * part, record.scalars[step]) for record in kept]
+            values = [record.scalars[step] for record in kept]
+            if settings.clips:
+                values = clipped(values, entry_scalars(lanes, step) if len(values) < FEWEST else ())
+            scalars = [(record.weight * part, value) for record, value in zip(kept, values, strict=True)]
             c = coefficient(settings.lr / settings.perturbations, scalars, total * kept_weight / lane_weight)
             if c != 0.0:
                 terms.append(Coefficient(lane, step, c, age))
     return tuple(terms)
+
+
+def entry_scalars(lanes: Mapping[tuple[int, int], Sequence[UpdateRecord]], step: int) -> list[float]:
+    """All scalars of one step, whatever their lane."""
+    return [record.scalars[step] for members in lanes.values() for record in members if step < len(record.scalars)]
 
 
 def shares_of(records: Sequence[UpdateRecord], settings: RoundSettings, version: int) -> tuple[Share, ...]:

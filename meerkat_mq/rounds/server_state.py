@@ -68,7 +68,7 @@ class ServerMachineState:
         self._nodes = Roster(slots or {}, deadline_s=settings.deadline_s, fewest=settings.fewest_nodes)
         for node, newest in (heard or {}).items():
             self._window.resume(node, self._nodes[node].slot, newest)
-        self._guard = Guard(settings.guards, settings.directions, past)
+        self._guard = Guard(settings.guards, settings.directions, past, cumulative=settings.clips)
         self._flagged: Mapping[str, Verdict] = dict(self._guard.flagged)
         self._early = EarlyStopping(settings, judgements)
         self._outranked = False

@@ -17,7 +17,7 @@ from meerkat_mq.extras import need
 from meerkat_mq.ledger.files import DIFFERENCE_FILE, check_remains
 from meerkat_mq.ledger.losses import RisingLoss, rising_from
 from meerkat_mq.ledger.recovery import recovered
-from meerkat_mq.ledger.run import Run, check_same
+from meerkat_mq.ledger.run import Run, as_begun, check_same
 from meerkat_mq.ledger.snapshots import Snapshots
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.mqtt import Marker, Session, Will
@@ -100,7 +100,7 @@ async def patiently(job: Callable[[], Awaitable[Result]]) -> Result:
 def _prepare(config: ServerConfig, ledger: Ledger) -> Run:
     begun = ledger.run
     check_remains(ledger.path, begun, ledger.version)
-    run = prepare_run(config, begun)
+    run = prepare_run(config if begun is None else as_begun(config, ledger.rules), begun)
     if begun is not None:
         check_same(run, begun, ledger.rules, str(ledger.path))
     check_room(config, run)

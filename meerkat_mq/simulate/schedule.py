@@ -236,7 +236,7 @@ def _settings(draw: random.Random, nodes: int, live: int, *, has_values: bool) -
         deadline_s=draw.choice((2.0, 4.0, 8.0)),
         grace_s=draw.choice((0.0, 0.5, 2.0)),
         weigh_by_rows=draw.random() < 0.3,
-        aggregate=draw.choice(("mean", "mean", "mean", "trimmed-mean")),
+        aggregate=draw.choice(("mean", "mean", "clipped-mean", "trimmed-mean")),
         snapshot_every=draw.choice((6, 10, 20)),
         buffer_size=draw.randint(1, nodes),
         staleness=draw.choice(("constant", "polynomial", "polynomial")),

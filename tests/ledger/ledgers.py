@@ -59,7 +59,7 @@ class Writer:
     perturbations: int = 1
     digest_every: int = 1
     weigh_by_rows: bool = False
-    aggregate: Literal["mean", "trimmed-mean"] = "mean"
+    aggregate: Literal["clipped-mean", "mean", "trimmed-mean"] = "mean"
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     mask: Mask = field(default_factory=lambda: toy_mask(WEIGHTS))
     engine: str = "toy"

@@ -74,7 +74,7 @@ def test_what_is_kept_comes_back_also_to_another_reader(ledger: Ledger, path: Pa
     with closing(Ledger.read(path)) as reader:
         for found in (ledger, reader):
             assert found.run == ledger.run is not None
-            assert found.rules["rounds"]["aggregate"] == "mean"
+            assert found.rules["rounds"]["aggregate"] == "clipped-mean"
             assert found.version == 5
             assert [entry.version for entry in found.entries(1, 3)] == [1, 2, 3]
             assert found.entries(4, 3) == (replace(ENTRY, version=4),)

@@ -214,7 +214,7 @@ FIXED: list[tuple[dict[str, Any], str]] = [
     ({"lr": 0.25}, "rounds.lr: the run was begun with 0.5, the configuration says 0.25"),
     ({"count": 30}, "rounds.count: the run was begun with 20, the configuration says 30"),
     ({"directions": 1}, "rounds.directions: the run was begun with 2"),
-    ({"aggregate": "trimmed-mean"}, "rounds.aggregate: the run was begun with 'mean'"),
+    ({"aggregate": "trimmed-mean"}, "rounds.aggregate: the run was begun with 'clipped-mean'"),
     ({"trim": 0.1}, "rounds.trim: the run was begun with 0.2"),
     ({"weigh_by_rows": True}, "rounds.weigh_by_rows: "),
 ]
