@@ -32,6 +32,7 @@ from typing import Any, cast
 
 import torch
 
+from meerkat_mq.config.rounds import Aggregate
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import Row
 from meerkat_mq.demo.local import node_name
@@ -160,7 +161,7 @@ def shards_of(case: str, plan: DemoPlan) -> list[list[Row]]:
     return shards
 
 
-def settings(plan: DemoPlan, mask: Mask, aggregate: str) -> RoundSettings:
+def settings(plan: DemoPlan, mask: Mask, aggregate: Aggregate) -> RoundSettings:
     rules = plan.rounds
     return RoundSettings(
         run_id=hashlib.sha256(f"hostile nodes {plan.seed}".encode()).digest()[:16],
@@ -194,7 +195,7 @@ def prepared(seed: int, rounds: int, lr: float) -> tuple[DemoPlan, Mask, Transfo
 
 
 @quiet()
-def run_case(case: str, seed: int, rounds: int, lr: float, aggregate: str) -> Outcome:
+def run_case(case: str, seed: int, rounds: int, lr: float, aggregate: Aggregate) -> Outcome:
     """Train once."""
     plan, mask, engine = prepared(seed, rounds, lr)
     rules, hostile = settings(plan, mask, aggregate), hostile_names(case)

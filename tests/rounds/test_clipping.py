@@ -13,8 +13,8 @@ from meerkat_mq.rounds.clipping import SIGMAS, clipped
 from meerkat_mq.rounds.guards import Guard
 from meerkat_mq.rounds.policy import terms_of
 from meerkat_mq.rounds.records import Verdict
+from tests.rounds.support import settings
 from tests.rounds.test_guards import WINDOW, Fleet, constant, flipped, record
-from tests.rounds.test_policy import settings
 
 CLIPPED = {"aggregate": "clipped-mean", "lr": 1.0}
 scalars = st.floats(-9, 9, width=32)
