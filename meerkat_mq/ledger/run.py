@@ -83,11 +83,17 @@ def max_step_of(rules: Mapping[str, Any], mask: Mask) -> float | None:
 
 
 def as_begun(config: ServerConfig, rules: Mapping[str, Any]) -> ServerConfig:
-    """A configuration that names no aggregate has the one that its run was begun with, whatever is the default now."""
-    if "aggregate" in config.rounds.model_fields_set:
-        return config
-    rounds = config.rounds.model_copy(update={"aggregate": rules["rounds"]["aggregate"]})
-    return config.model_copy(update={"rounds": rounds})
+    """A configuration as a run that was begun with these rules takes it.
+
+    Where it names no aggregate, it has the run's, whatever is the default now. A run with the clipped mean keeps its
+    guards too, since `verify` replays them.
+    """
+    rounds, guards = config.rounds, config.guards
+    if "aggregate" not in rounds.model_fields_set:
+        rounds = rounds.model_copy(update={"aggregate": rules["rounds"]["aggregate"]})
+    if rules["rounds"]["aggregate"] == "clipped-mean":
+        guards = GuardsConfig(**rules["guards"]).model_copy(update={"max_step": guards.max_step})
+    return config.model_copy(update={"rounds": rounds, "guards": guards})
 
 
 def mode_in_words(settings: RoundSettings) -> str:
@@ -133,8 +139,6 @@ def check_same(run: Run, begun: RunDescriptor, rules: Mapping[str, Any], ledger:
     found = [(_RENAMED.get(key, key), was.get(key), now.get(key)) for key in keys]
     for name, section in (("rounds", RoundRules), ("guards", GuardsConfig)):
         fixed = [key for key, field in section.model_fields.items() if FIXED in field.metadata]
-        if section is GuardsConfig and rules["rounds"]["aggregate"] == "clipped-mean":
-            fixed = list(section.model_fields)  # `verify` replays the guards
         found += [(f"{name}.{key}", rules[name][key], run.rules[name][key]) for key in fixed]
     if begun.values and run.descriptor.values:
         found.append(("values.codec", rules["values"]["codec"], run.rules["values"]["codec"]))

@@ -100,7 +100,11 @@ async def patiently(job: Callable[[], Awaitable[Result]]) -> Result:
 def _prepare(config: ServerConfig, ledger: Ledger) -> Run:
     begun = ledger.run
     check_remains(ledger.path, begun, ledger.version)
-    run = prepare_run(config if begun is None else as_begun(config, ledger.rules), begun)
+    if begun is not None:
+        config, asked = as_begun(config, ledger.rules), config
+        if config.guards != asked.guards:
+            structlog.get_logger().warning("the run keeps its guards", **config.guards.model_dump())
+    run = prepare_run(config, begun)
     if begun is not None:
         check_same(run, begun, ledger.rules, str(ledger.path))
     check_room(config, run)
