@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meerkat_mq.config import GuardsConfig
-from meerkat_mq.rounds.guards import Guard, StepColumn, median, on_arrival
+from meerkat_mq.rounds.clipping import median
+from meerkat_mq.rounds.guards import Guard, StepColumn, on_arrival
 from meerkat_mq.rounds.records import UpdateRecord, Verdict
 
 WINDOW = GuardsConfig().window
