@@ -81,7 +81,10 @@ class Section(Closed):
         if isinstance(value, str) and info.field_name in _NAMES_OR_PATHS and _is_there(folder / value):
             return str(folder / value)
         if isinstance(value, tuple) and info.field_name == "tasks":
-            return tuple(str(folder / name) if _is_there(folder / name) else name for name in value)
+            # a sweep's are sections, whose own paths are anchored already
+            return tuple(
+                str(folder / task) if isinstance(task, str) and _is_there(folder / task) else task for task in value
+            )
         if isinstance(value, str) and info.field_name in _DATA and (match := HUB_DATA.fullmatch(value)):
             path = folder / match["path"]
             return f"hf:{path if _is_there(path) else match['path']}{value[match.end('path') :]}"

@@ -21,7 +21,7 @@ from meerkat_mq.rounds.records import Verdict
 from meerkat_mq.server.run import prepare_run
 from meerkat_mq.wire.frames import encode
 from meerkat_mq.wire.messages import Header, Update
-from tests.ledger.ledgers import write
+from tests.ledger.ledgers import begin_chain_again, write
 from tests.server.federation import TOPICS, Federation
 from tests.support.waiting import until
 
@@ -87,6 +87,7 @@ def assert_verified(folder: Path, descriptor: str) -> None:
 
     with closing(sqlite3.connect(folder / "ledger.sqlite")) as connection, connection:
         connection.execute("UPDATE run SET descriptor = ?", (descriptor,))
+    begin_chain_again(folder)
     verify_folder(folder)
 
 
