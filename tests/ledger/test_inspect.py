@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from meerkat_mq.config import EarlyStoppingConfig
+from meerkat_mq.config import EarlyStoppingConfig, GuardsConfig
 from meerkat_mq.core.path import seed_for
 from meerkat_mq.errors import LedgerError, RunMismatch
 from meerkat_mq.ledger import inspect
@@ -89,8 +89,9 @@ def test_a_round_of_refused_updates_has_no_loss(tmp_path: Path) -> None:
 
 
 def test_a_node_away_for_longer_than_the_window(tmp_path: Path) -> None:
-    writer = Writer(tmp_path, count=30, absent={(version, 1) for version in range(5, 30)})
-    for _ in range(26):
+    away = GuardsConfig().window + 1
+    writer = Writer(tmp_path, count=5 + away, absent={(version, 1) for version in range(5, 5 + away)})
+    for _ in range(5 + away):
         writer.round()
     assert [node.behind for node in run_shown(writer.ledger).nodes] == [0, None, 0]
 

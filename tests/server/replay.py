@@ -8,6 +8,7 @@ from meerkat_mq.core.step import local_steps
 from meerkat_mq.engines.toy import QuadraticEngine, toy_mask
 from meerkat_mq.ledger.sqlite import Ledger
 from meerkat_mq.ledger.verify import verify_ledger
+from meerkat_mq.rounds.clipping import clipped
 
 
 def undisturbed(ledger: Ledger, seeds: Mapping[str, int]) -> bytes:
@@ -15,6 +16,7 @@ def undisturbed(ledger: Ledger, seeds: Mapping[str, int]) -> bytes:
     run, slots = ledger.run, ledger.slots()
     assert run is not None
     assert slots.keys() == seeds.keys()
+    clips = ledger.rules["rounds"]["aggregate"] == "clipped-mean"
     theta, engine = toy_mask(run.weights).theta_0, QuadraticEngine(run.weights)
     for version in range(run.count):
         heard = {}
@@ -27,8 +29,10 @@ def undisturbed(ledger: Ledger, seeds: Mapping[str, int]) -> bytes:
         terms = []
         for lane in range(run.directions):
             for step in range(run.local_steps):
-                of_lane = [(1, scalars[step]) for its_lane, scalars in heard.values() if its_lane == lane]
-                c = coefficient(run.lr, of_lane, len(heard))
+                of_lane = [scalars[step] for its_lane, scalars in heard.values() if its_lane == lane]
+                if clips:
+                    of_lane = clipped(of_lane, [scalars[step] for _, scalars in heard.values()])
+                c = coefficient(run.lr, [(1, scalar) for scalar in of_lane], len(heard))
                 terms += [Coefficient(lane, step, c)] if c else []
         apply_terms(theta, terms, partial(_seed, run.run_id, version), run.stream)
     return digest(theta)
