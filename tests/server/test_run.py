@@ -90,5 +90,6 @@ async def test_a_server_stays_for_later_nodes_after_its_run(federation: Federati
     await server.says("run finished")
     late = federation.node("node-1", exit_when_finished=True)
     assert await late.ended() == 0
+    await server.says("model saved")
     assert late.said("finished")[0]["digest"] == server_digest(federation).hex()
     assert not server.over
