@@ -109,7 +109,9 @@ class Succession:
         ours = found.run == self._past.run and found.rank in self._past.ranks
         if self._asked is not None:
             if found.status == "lost" and found.term > 0 and found.link != self._asked.link:
-                raise self._another(found)  # it has connected since
+                if self._asked.status == "lost":
+                    raise self._another(found)  # it has connected since
+                self._asked = found  # its last connection may have ended before it said so: what comes next tells
         elif found.status == "online":
             if not ours:
                 raise self._another(found)

@@ -3,11 +3,19 @@
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from meerkat_mq.engines.torch.load import LoadedModel, linear_layers, load_model, tokenizer_fingerprint
 from meerkat_mq.engines.torch.tokenizer_trial import PROBES
@@ -57,6 +65,19 @@ def test_dtype_and_whether_it_is_exact(load: Load, name: str, dtype: str, exact:
     loaded = load(name, dtype=dtype)
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {getattr(torch, dtype)}
     assert loaded.exact is exact
+
+
+def test_models_are_made_one_at_a_time(folders: dict[str, Path]) -> None:
+    """As it makes one, transformers changes for all threads whether weights are tied, and torch's default dtype."""
+    before = PreTrainedModel.tie_weights, torch.get_default_dtype()
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            loads = [threads.submit(load_model, folders["llama"], dtype=dtype) for dtype in ("float32", "bfloat16") * 8]
+            assert {load.result().fingerprint for load in loads} == {load_model(folders["llama"]).fingerprint}
+        assert (PreTrainedModel.tie_weights, torch.get_default_dtype()) == before
+    finally:
+        PreTrainedModel.tie_weights = before[0]
+        torch.set_default_dtype(before[1])
 
 
 def test_unknown_dtype(load: Load) -> None:

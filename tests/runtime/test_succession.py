@@ -121,6 +121,28 @@ def test_a_lost_server_that_stays_lost_is_succeeded_although_the_link_broke_mean
     assert candidate.took == [7]
 
 
+def test_the_will_of_a_connection_that_was_never_announced_is_no_sign_of_life() -> None:
+    """It was killed as it came back: what it said on the connection before stands, until its last will is due."""
+    candidate = Candidate()
+    candidate.finds(state())
+    candidate.it.saw(state("lost").model_copy(update={"link": 2}), live=True)
+    candidate.it.disconnected()
+    candidate.finds(state("lost").model_copy(update={"link": 2}))
+    candidate.waits_for_an_answer()
+    assert candidate.took == [2]
+
+    candidate = Candidate()
+    candidate.finds(state())
+    for link in (2, 3):  # the same, but it is lost once more: it lives
+        candidate.it.disconnected()
+        lost = state("lost").model_copy(update={"link": link})
+        if link == 2:
+            candidate.finds(lost)
+        else:
+            with pytest.raises(AnotherServer):
+                candidate.finds(lost)
+
+
 def test_a_predecessor_that_lives_answers_and_stays() -> None:
     candidate = Candidate()
     candidate.finds(state())

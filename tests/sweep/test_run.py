@@ -206,7 +206,7 @@ async def all_end(family: list[int]) -> None:
 async def test_a_kill_mid_grid(tmp_path: Path, tiny_llama: Path) -> None:
     plan, out = written(tmp_path, tiny_llama, seeds=[0, 1, 2], passes=100), tmp_path / "out"
     async with running(plan, out) as process:
-        await until(lambda: bool(rows(tmp_path)), within_s=60)
+        await until(lambda: bool(rows(tmp_path)), within_s=100)
         family = descendants(process.pid)
         process.kill()
         _, error = process.communicate(timeout=20)

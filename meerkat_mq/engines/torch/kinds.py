@@ -41,6 +41,10 @@ _MODULES = 1000  # of a model at most, and for each tensor of the checkpoint _MO
 _MODULES_A_TENSOR = 50
 _MOST_BUFFERS = 1 << 30  # bytes
 RESTORE = "restore the model's own config.json"
+
+# Held while transformers makes a model: it then changes its own classes, such as how weights are tied, and torch's
+# default dtype, for all threads; two that overlap would leave them changed for good.
+MAKING = threading.Lock()
 _ANOTHER = "give a causal LM (…ForCausalLM), or an encoder such as BERT or MiniLM"
 
 
@@ -164,7 +168,7 @@ def _skeleton(config: Any, kind: Kind, folder: Path, tensors: int) -> Any:
     """The model without weights; what has far more parts than the checkpoint has tensors is no model of it."""
 
     def build(config: Any) -> Any:
-        with torch.device("meta"), _few_modules(_MODULES + _MODULES_A_TENSOR * tensors):
+        with MAKING, torch.device("meta"), _few_modules(_MODULES + _MODULES_A_TENSOR * tensors):
             return class_of(kind).from_config(config, trust_remote_code=False)
 
     file = folder / CONFIG

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from meerkat_mq.config import WeightKind
 from meerkat_mq.engines.torch.checkpoint import fingerprint
 from meerkat_mq.engines.torch.folder import CONFIG, find_folder, in_words, key_of, read_json
-from meerkat_mq.engines.torch.kinds import RESTORE, Kind, bare_model, class_of
+from meerkat_mq.engines.torch.kinds import MAKING, RESTORE, Kind, bare_model, class_of
 from meerkat_mq.engines.torch.names import NEEDLESS, Names, check_fit, mismatch, names_of
 from meerkat_mq.engines.torch.tokenizer_trial import PROBES
 from meerkat_mq.engines.torch.tokens import ids_of, read_tokens
@@ -151,7 +151,7 @@ def _left_out(unused: list[str]) -> tuple[str, ...]:
 
 
 def _weights(folder: Path, kind: Kind, dtype: torch.dtype, config: Any) -> Any:
-    with in_words(str(folder), "cannot be loaded", "fetch the model again"):
+    with MAKING, in_words(str(folder), "cannot be loaded", "fetch the model again"):
         model, report = class_of(kind).from_pretrained(
             folder,
             config=config,
