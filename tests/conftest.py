@@ -96,11 +96,17 @@ async def proxy(mosquitto: Broker) -> AsyncIterator[Proxy]:
         yield running
 
 
-@pytest.fixture
-def meerkat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Meerkat]:
-    """The command line, in this process."""
-    yield command(monkeypatch, capsys)
+@pytest.fixture(autouse=True)
+def logs_as_before() -> Iterator[None]:
+    """Whatever a test does to logging ends with it: others read what is logged."""
+    yield
     structlog.reset_defaults()
+
+
+@pytest.fixture
+def meerkat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Meerkat:
+    """The command line, in this process."""
+    return command(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="session")

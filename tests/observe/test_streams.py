@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,12 +17,6 @@ from meerkat_mq.observe.logs import configure_logs
 from meerkat_mq.observe.streams import Diagnostics
 
 MEERKAT = [sys.executable, "-m", "meerkat_mq"]
-
-
-@pytest.fixture(autouse=True)
-def forgotten() -> Iterator[None]:
-    yield
-    structlog.reset_defaults()
 
 
 class Disk:
