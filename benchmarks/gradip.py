@@ -32,8 +32,8 @@ from meerkat_mq.engines.torch.engine import TransformersEngine
 from meerkat_mq.engines.torch.load import load_model
 from meerkat_mq.engines.torch.masks import make_mask
 from meerkat_mq.rounds.early_stopping import is_extreme, path_ratios
-from meerkat_mq.rounds.guards import NOT_REFUSED
 from meerkat_mq.rounds.policy import RoundSettings
+from meerkat_mq.rounds.records import NOT_REFUSED
 from meerkat_mq.tasks.data import partition, read_rows
 from meerkat_mq.worlds.federation import Federation, NodePart
 from meerkat_mq.worlds.quiet import quiet

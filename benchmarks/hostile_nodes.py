@@ -42,8 +42,9 @@ from meerkat_mq.engines.torch.engine import TransformersEngine
 from meerkat_mq.engines.torch.load import load_model
 from meerkat_mq.engines.torch.masks import make_mask
 from meerkat_mq.rounds.clipping import SIGMAS, median_magnitude
+from meerkat_mq.rounds.cumulative import EVIDENCE, STRONG
 from meerkat_mq.rounds.events import StartSteps
-from meerkat_mq.rounds.guards import EVIDENCE, STRONG, Guard
+from meerkat_mq.rounds.guards import Guard
 from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.rounds.records import UpdateRecord, Verdict
 from meerkat_mq.runtime.model import Model, StepResult, Stop

@@ -30,9 +30,9 @@ from meerkat_mq.ledger.shown import (
 )
 from meerkat_mq.ledger.store import Closed, NodeRow, Products, Store, by_entry, without_flag
 from meerkat_mq.ledger.verify import check_mask, run_of
-from meerkat_mq.rounds.guards import NOT_REFUSED, Guard
+from meerkat_mq.rounds.guards import Guard
 from meerkat_mq.rounds.policy import RoundSettings, lane_of
-from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
+from meerkat_mq.rounds.records import NOT_REFUSED, Judgement, UpdateRecord, Verdict
 from meerkat_mq.wire.descriptor import REFUSES, RunDescriptor
 from meerkat_mq.wire.messages import in_words
 

@@ -10,8 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from meerkat_mq.ledger.store import Store
-from meerkat_mq.rounds.guards import NOT_REFUSED
-from meerkat_mq.rounds.records import UpdateRecord, Verdict
+from meerkat_mq.rounds.records import NOT_REFUSED, UpdateRecord, Verdict
 
 REMEDY: Final = "lower rounds.lr"
 FIRST: Final = 3  # rounds whose median is the base's loss on the nodes' rows: theta has hardly moved yet

@@ -7,7 +7,7 @@ from typing import Any
 from meerkat_mq.config import FIXED, Codec, GuardsConfig, RoundRules, Rules, RunSpec, ServerConfig, ServerValuesConfig
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.errors import RunMismatch
-from meerkat_mq.rounds.guards import FEWEST_IN_LANE
+from meerkat_mq.rounds.cumulative import FEWEST_IN_LANE
 from meerkat_mq.rounds.policy import MAX_STEP, RoundSettings
 from meerkat_mq.wire.arrays import split
 from meerkat_mq.wire.descriptor import MAY_CHANGE, RunDescriptor

@@ -8,9 +8,8 @@ from dataclasses import replace
 
 from meerkat_mq.config import EarlyStoppingConfig
 from meerkat_mq.core.gradip import gradip
-from meerkat_mq.rounds.guards import NOT_REFUSED
 from meerkat_mq.rounds.policy import RoundSettings, lane_of, share
-from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
+from meerkat_mq.rounds.records import NOT_REFUSED, Judgement, UpdateRecord, Verdict
 
 
 class EarlyStopping:

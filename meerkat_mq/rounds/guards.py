@@ -4,16 +4,23 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from itertools import chain, zip_longest
-from operator import add, gt, mul, sub
+from operator import gt, sub
 
 from meerkat_mq.config import GuardsConfig
 from meerkat_mq.rounds.clipping import SIGMAS, median, median_magnitude
+from meerkat_mq.rounds.cumulative import (
+    EVIDENCE,
+    FEWEST_IN_LANE,
+    Comparison,
+    StepColumn,
+    compare,
+    correlation,
+    evidence,
+)  # fmt: skip
 from meerkat_mq.rounds.policy import MAX_STEP, applicable, lane_of
-from meerkat_mq.rounds.records import UpdateRecord, Verdict
+from meerkat_mq.rounds.records import NOT_REFUSED, UpdateRecord, Verdict
 
-FEWEST_IN_LANE = 3
 FEWEST_OF_OWN = 8
 FEWEST_TO_COMPARE = 10
 FLAGGED_AT = 3
@@ -24,11 +31,8 @@ TRUSTED = 0.25  # a flagged node is not trusted if at least this share of its re
 DISTRUST = 0.5  # a node that is not trusted is judged by this part of the limit
 AGREES = 0.7
 AGREEING = 0.75
-EVIDENCE = -2.75  # standard deviations: the sum over the window that no node without a bias is likely to reach
-STRONG = 2.0  # a scalar counts as at most so many times the lane's median magnitude
 OFF = -1.0  # of `guards.against`
 ACCEPTED = Verdict.ACCEPTED
-NOT_REFUSED = {ACCEPTED, Verdict.EARLY_STOPPED}
 Place = tuple[int, int]  # base version and slot: which update of an entry
 
 
@@ -83,54 +87,6 @@ class Near:
 
 
 @dataclass(slots=True)
-class StepColumn:
-    """Some nodes' projected gradients of one step.
-
-    Attributes:
-        low, high: the greatest of which the others have the medians `below` and `between`.
-    """
-
-    size: int  # how many
-    largest: float  # magnitude
-    median: float  # of all
-    low: float
-    high: float
-    typical: float  # median magnitude
-    below: float  # the median of the others, without a value up to `low`
-    between: float  # without one above it, up to `high`
-    above: float  # without one above that
-
-    @classmethod
-    def of(cls, ordered: Sequence[float]) -> "StepColumn":
-        """Of sorted values; not empty."""
-        size, largest, middle = len(ordered), max(-ordered[0], ordered[-1]), median(ordered)
-        if size == 1:
-            return cls(size, largest, middle, middle, middle, largest, middle, middle, middle)
-        low, high = (size - 2) // 2, (size - 1) // 2
-        below, between = (ordered[low + 1] + ordered[high + 1]) / 2, (ordered[low] + ordered[high + 1]) / 2
-        above = (ordered[low] + ordered[high]) / 2
-        typical = median_magnitude(ordered)
-        return cls(size, largest, middle, ordered[low], ordered[high], typical, below, between, above)
-
-    def without(self, value: float) -> float:
-        """The median of the others, without one of these values."""
-        return self.above if value > self.high else self.below if value <= self.low else self.between
-
-
-@dataclass(slots=True)
-class Comparison:
-    """One update's projected gradients x with the medians y of the lane's others: sums over steps, and their signs."""
-
-    xy: float
-    xx: float
-    yy: float
-    agreed: int
-    opposed: int
-    evidence: float  # the sum of products, each scalar in units of its lane's size
-    doubt: float  # the sum of their squares
-
-
-@dataclass(slots=True)
 class NodePast:
     """What a node did within the window.
 
@@ -180,23 +136,6 @@ class NodePast:
         """
         values = _scalars(record for record in self.records if record.verdict == ACCEPTED)
         return Spread.of(values) if len(values) >= FEWEST_OF_OWN else None
-
-    def correlation(self) -> float:
-        """Of the node's projected gradients with the medians of the lane's others, about zero; 0.0 of nothing."""
-        known = [comparison for comparison in self.comparisons if comparison is not None]
-        xx, yy = math.fsum([found.xx for found in known]), math.fsum([found.yy for found in known])
-        scale = math.sqrt(xx * yy)
-        return math.fsum([found.xy for found in known]) / scale if scale > 0 else 0.0
-
-    def evidence(self) -> float:
-        """The cumulative test: Σp ÷ √Σp² over the window, p the products of scalars in units of the lane's size.
-
-        About normal for a node whose scalars have nothing to do with the others' (a self-normalised sum, Efron 1969),
-        positive for one that moves as they do. No one node or round decides it, since each scalar is cut first.
-        """
-        known = [comparison for comparison in self.comparisons if comparison is not None]
-        doubt = math.fsum([found.doubt for found in known])
-        return math.fsum([found.evidence for found in known]) / math.sqrt(doubt) if doubt > 0 else 0.0
 
 
 class Guard:
@@ -248,7 +187,7 @@ class Guard:
             values = _columns(_accepted(members))
             ordered += values
             columns = [StepColumn.of(column) for column in values]
-            comparisons |= {place(record): _compare(record, columns) for record in members}
+            comparisons |= {place(record): compare(record, columns) for record in members}
         self._typical.append(median_magnitude(chain.from_iterable(ordered)) if ordered else None)
         for record in records:
             self._nodes.setdefault(record.node, NodePast()).add(record, comparisons.get(place(record)))
@@ -286,7 +225,7 @@ class Guard:
             if (past := self._nodes.get(record.node)) is not None and past.comparable
         ]
         if self._cumulative:
-            found = [where for where, past in known if past.evidence() < EVIDENCE]
+            found = [where for where, past in known if evidence(past.comparisons) < EVIDENCE]
             decided = self._config.against > OFF and 2 * len(found) < len(members)
             return dict.fromkeys(found, Verdict.AGAINST) if decided else {}
         agreeing = sum([past.agrees for _, past in known])
@@ -295,7 +234,7 @@ class Guard:
         return {
             where: Verdict.AGAINST
             for where, past in known
-            if past.opposed > past.agreed and past.correlation() < self._config.against
+            if past.opposed > past.agreed and correlation(past.comparisons) < self._config.against
         }
 
     def _outliers(self, candidates: Sequence[UpdateRecord]) -> list[Place]:
@@ -356,38 +295,3 @@ def _columns(records: Sequence[UpdateRecord]) -> list[list[float]]:
     """The records' projected gradients, sorted, by step."""
     steps = zip_longest(*[record.scalars for record in records])
     return [sorted([scalar for scalar in step if scalar is not None]) for step in steps]
-
-
-def _compare(record: UpdateRecord, columns: Sequence[StepColumn]) -> Comparison | None:
-    """With the lane's others, in the steps where there are three; what is far out is cut to the lane's size."""
-    if record.verdict == Verdict.NOT_FINITE:
-        return None
-    among = record.verdict in NOT_REFUSED
-    used = [column for column in columns if column.size - among >= FEWEST_IN_LANE]  # the first steps: none is skipped
-    own = zip(record.scalars, used, strict=False)
-    if among:
-        xs: Sequence[float] = record.scalars[: len(used)]
-        ys = [column.without(scalar) for scalar, column in own]
-    else:
-        xs = [max(-column.largest, min(scalar, column.largest)) for scalar, column in own]
-        ys = [column.median for column in used[: len(xs)]]
-    products = list(map(mul, xs, ys))
-    agreed, opposed = sum(map((0.0).__lt__, products)), sum(map((0.0).__gt__, products))
-    if not agreed + opposed:
-        return None
-    sizes = [column.typical for column in used[: len(xs)]]
-    weighed = [_cut(x, size) * _cut(y, size) for x, y, size in zip(xs, ys, sizes, strict=True) if size > 0]
-    return Comparison(
-        _sum(products), _sum(map(mul, xs, xs)), _sum(map(mul, ys, ys)), agreed, opposed,
-        _sum(weighed), _sum(map(mul, weighed, weighed)),
-    )  # fmt: skip
-
-
-def _cut(value: float, size: float) -> float:
-    """In units of a size, at most STRONG of them."""
-    return max(-STRONG, min(value / size, STRONG))
-
-
-def _sum(values: Iterable[float]) -> float:
-    """One after the other, as a loop adds: `sum` adds otherwise from Python 3.12 on."""
-    return reduce(add, values, 0.0)

@@ -19,6 +19,9 @@ class Verdict(IntEnum):
     EARLY_STOPPED = 5  # only its first steps count: the virtual path shows extremely skewed data
 
 
+NOT_REFUSED = {Verdict.ACCEPTED, Verdict.EARLY_STOPPED}
+
+
 @dataclass(frozen=True, slots=True)
 class UpdateRecord:
     """An update as the ledger keeps it: the first of its node from theta of its version, accepted or refused."""

@@ -34,7 +34,7 @@ from meerkat_mq.core import metrics as m
 from meerkat_mq.core.path import MAX_WEIGHT, Entry
 from meerkat_mq.errors import AnotherServer
 from meerkat_mq.rounds import events as e
-from meerkat_mq.rounds.guards import NOT_REFUSED, on_arrival
+from meerkat_mq.rounds.guards import on_arrival
 from meerkat_mq.rounds.open_round import OpenRound, opened, outcome_of
 from meerkat_mq.rounds.policy import (
     deadline_length,
@@ -43,7 +43,7 @@ from meerkat_mq.rounds.policy import (
     newest_that_fit,
     snapshot_due,
 )
-from meerkat_mq.rounds.records import UpdateRecord, Verdict
+from meerkat_mq.rounds.records import NOT_REFUSED, UpdateRecord, Verdict
 from meerkat_mq.rounds.roster import KnownNode
 from meerkat_mq.rounds.server_state import ServerMachineState
 from meerkat_mq.wire.descriptor import NodeStatus

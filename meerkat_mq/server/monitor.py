@@ -27,9 +27,8 @@ from meerkat_mq.mqtt import MessageCount
 from meerkat_mq.observe.events import Evaluated, Observer, RoundClosed, RunFinished, RunStarted, Warned
 from meerkat_mq.observe.figures import log_keys, rounded
 from meerkat_mq.rounds.events import CommitEntry
-from meerkat_mq.rounds.guards import NOT_REFUSED
 from meerkat_mq.rounds.policy import lane_of
-from meerkat_mq.rounds.records import UpdateRecord
+from meerkat_mq.rounds.records import NOT_REFUSED, UpdateRecord
 from meerkat_mq.runtime.ports import ServerMonitor
 from meerkat_mq.runtime.writer import KeepMetrics
 from meerkat_mq.tasks.data import read_rows

@@ -21,9 +21,8 @@ from meerkat_mq.observe.charts import Point
 from meerkat_mq.observe.events import Evaluated
 from meerkat_mq.observe.figures import Magnitudes
 from meerkat_mq.observe.report import NodeFacts, NodeReport, Report, Standing, facts_of
-from meerkat_mq.rounds.guards import NOT_REFUSED
 from meerkat_mq.rounds.policy import RoundSettings
-from meerkat_mq.rounds.records import UpdateRecord
+from meerkat_mq.rounds.records import NOT_REFUSED, UpdateRecord
 from meerkat_mq.server.alive import is_alive
 from meerkat_mq.tasks.load import task_of
 from meerkat_mq.wire.messages import in_words

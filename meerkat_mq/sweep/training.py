@@ -15,9 +15,8 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import Row
 from meerkat_mq.engines.evaluate import evaluate, first_order
 from meerkat_mq.engines.torch.engine import Prepared, TransformersEngine
-from meerkat_mq.rounds.guards import NOT_REFUSED
 from meerkat_mq.rounds.policy import RoundSettings, lane_of
-from meerkat_mq.rounds.records import Judgement, Verdict
+from meerkat_mq.rounds.records import NOT_REFUSED, Judgement, Verdict
 from meerkat_mq.sweep.grid import Cell
 from meerkat_mq.sweep.plan import PASSES_OF_A_GRADIENT
 from meerkat_mq.tasks.task import Evaluation

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from meerkat_mq.config import GuardsConfig
 from meerkat_mq.rounds.clipping import median
-from meerkat_mq.rounds.guards import Guard, StepColumn, on_arrival
+from meerkat_mq.rounds.cumulative import StepColumn
+from meerkat_mq.rounds.guards import Guard, on_arrival
 from meerkat_mq.rounds.records import UpdateRecord, Verdict
 
 WINDOW = GuardsConfig().window

@@ -1,0 +1,120 @@
+"""The cumulative test: does a node, over the rounds of a window, push against what the others of its lane measure?
+
+    p = (x ÷ s) · (y ÷ s)        x: the node's scalar, y: the median of the others, s: the lane's median magnitude
+    evidence = Σ p ÷ √(Σ p²)     x ÷ s and y ÷ s are first cut to ±2
+
+The evidence is about normal for a node whose scalars have nothing to do with the others' (a self-normalised sum, Efron
+1969), and positive for one that moves as they do. No one node or round decides it, since each scalar is cut first. The
+correlation of the older test, in runs without the clipped mean, is kept here too: both are sums over the same pairs.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add, mul
+
+from meerkat_mq.rounds.clipping import median, median_magnitude
+from meerkat_mq.rounds.records import NOT_REFUSED, UpdateRecord, Verdict
+
+FEWEST_IN_LANE = 3
+EVIDENCE = -2.75  # standard deviations: the sum over the window that no node without a bias is likely to reach
+STRONG = 2.0  # a scalar counts as at most so many times the lane's median magnitude
+
+
+@dataclass(slots=True)
+class StepColumn:
+    """Some nodes' projected gradients of one step.
+
+    Attributes:
+        low, high: the greatest of which the others have the medians `below` and `between`.
+    """
+
+    size: int  # how many
+    largest: float  # magnitude
+    median: float  # of all
+    low: float
+    high: float
+    typical: float  # median magnitude
+    below: float  # the median of the others, without a value up to `low`
+    between: float  # without one above it, up to `high`
+    above: float  # without one above that
+
+    @classmethod
+    def of(cls, ordered: Sequence[float]) -> "StepColumn":
+        """Of sorted values; not empty."""
+        size, largest, middle = len(ordered), max(-ordered[0], ordered[-1]), median(ordered)
+        if size == 1:
+            return cls(size, largest, middle, middle, middle, largest, middle, middle, middle)
+        low, high = (size - 2) // 2, (size - 1) // 2
+        below, between = (ordered[low + 1] + ordered[high + 1]) / 2, (ordered[low] + ordered[high + 1]) / 2
+        above = (ordered[low] + ordered[high]) / 2
+        typical = median_magnitude(ordered)
+        return cls(size, largest, middle, ordered[low], ordered[high], typical, below, between, above)
+
+    def without(self, value: float) -> float:
+        """The median of the others, without one of these values."""
+        return self.above if value > self.high else self.below if value <= self.low else self.between
+
+
+@dataclass(slots=True)
+class Comparison:
+    """One update's projected gradients x with the medians y of the lane's others: sums over steps, and their signs."""
+
+    xy: float
+    xx: float
+    yy: float
+    agreed: int
+    opposed: int
+    evidence: float  # the sum of products, each scalar in units of its lane's size
+    doubt: float  # the sum of their squares
+
+
+def compare(record: UpdateRecord, columns: Sequence[StepColumn]) -> Comparison | None:
+    """With the lane's others, in the steps where there are three; what is far out is cut to the lane's size."""
+    if record.verdict == Verdict.NOT_FINITE:
+        return None
+    among = record.verdict in NOT_REFUSED
+    used = [column for column in columns if column.size - among >= FEWEST_IN_LANE]  # the first steps: none is skipped
+    own = zip(record.scalars, used, strict=False)
+    if among:
+        xs: Sequence[float] = record.scalars[: len(used)]
+        ys = [column.without(scalar) for scalar, column in own]
+    else:
+        xs = [max(-column.largest, min(scalar, column.largest)) for scalar, column in own]
+        ys = [column.median for column in used[: len(xs)]]
+    products = list(map(mul, xs, ys))
+    agreed, opposed = sum(map((0.0).__lt__, products)), sum(map((0.0).__gt__, products))
+    if not agreed + opposed:
+        return None
+    sizes = [column.typical for column in used[: len(xs)]]
+    weighed = [_cut(x, size) * _cut(y, size) for x, y, size in zip(xs, ys, sizes, strict=True) if size > 0]
+    return Comparison(
+        _sum(products), _sum(map(mul, xs, xs)), _sum(map(mul, ys, ys)), agreed, opposed,
+        _sum(weighed), _sum(map(mul, weighed, weighed)),
+    )  # fmt: skip
+
+
+def correlation(comparisons: Iterable[Comparison | None]) -> float:
+    """Of the node's projected gradients with the medians of the lane's others, about zero; 0.0 of nothing."""
+    known = [comparison for comparison in comparisons if comparison is not None]
+    xx, yy = math.fsum([found.xx for found in known]), math.fsum([found.yy for found in known])
+    scale = math.sqrt(xx * yy)
+    return math.fsum([found.xy for found in known]) / scale if scale > 0 else 0.0
+
+
+def evidence(comparisons: Iterable[Comparison | None]) -> float:
+    """The cumulative test: Σp ÷ √Σp² over the window; 0.0 of nothing."""
+    known = [comparison for comparison in comparisons if comparison is not None]
+    doubt = math.fsum([found.doubt for found in known])
+    return math.fsum([found.evidence for found in known]) / math.sqrt(doubt) if doubt > 0 else 0.0
+
+
+def _cut(value: float, size: float) -> float:
+    """In units of a size, at most STRONG of them."""
+    return max(-STRONG, min(value / size, STRONG))
+
+
+def _sum(values: Iterable[float]) -> float:
+    """One after the other, as a loop adds: `sum` adds otherwise from Python 3.12 on."""
+    return reduce(add, values, 0.0)
