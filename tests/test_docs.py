@@ -68,7 +68,8 @@ def test_every_key_is_documented_with_its_default(section: str, kind: type[BaseM
         if field.is_required() or field.default is None:
             assert table[key] == ("required" if field.is_required() else "none"), key
         else:
-            assert tomllib.loads(f"x = {table[key].strip('`')}")["x"] == field.default, key
+            default = list(field.default) if isinstance(field.default, tuple) else field.default
+            assert tomllib.loads(f"x = {table[key].strip('`')}")["x"] == default, key
 
 
 @each_page

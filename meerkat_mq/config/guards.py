@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from meerkat_mq.config.section import FIXED, Section
+from meerkat_mq.config.section import FIXED, Identifier, Section
 
 
 class GuardsConfig(Section):
@@ -13,4 +13,5 @@ class GuardsConfig(Section):
     outlier: Annotated[float, Field(gt=1)] = 8.0
     against: Annotated[float, Field(ge=-1, lt=0)] = -0.5
     window: Annotated[int, Field(ge=5, le=1000)] = 50
+    trusted: tuple[Identifier, ...] = ()
     max_step: Annotated[float, Field(ge=0), FIXED] = 50.0

@@ -54,3 +54,9 @@ class ServerConfig(Rules):
         if self.values.accept:
             room_for_chunks(self.broker, "values.accept = true")
         return self
+
+    @model_validator(mode="after")
+    def _trusted_nodes_are_compared_with(self) -> Self:
+        if self.guards.trusted and self.rounds.aggregate != "clipped-mean":
+            raise ValueError('guards.trusted needs rounds.aggregate = "clipped-mean", whose test uses these nodes')
+        return self

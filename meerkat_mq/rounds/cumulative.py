@@ -6,6 +6,8 @@
 The evidence is about normal for a node whose scalars have nothing to do with the others' (a self-normalised sum, Efron
 1969), and positive for one that moves as they do. No one node or round decides it, since each scalar is cut first. The
 correlation of the older test, in runs without the clipped mean, is kept here too: both are sums over the same pairs.
+
+Where trusted nodes are in the lane, y is their median: then a majority that pushes against them is found too.
 """
 
 import math
@@ -70,15 +72,22 @@ class Comparison:
     doubt: float  # the sum of their squares
 
 
-def compare(record: UpdateRecord, columns: Sequence[StepColumn]) -> Comparison | None:
-    """With the lane's others, in the steps where there are three; what is far out is cut to the lane's size."""
+def compare(record: UpdateRecord, columns: Sequence[StepColumn], trusted: Sequence[float] = ()) -> Comparison | None:
+    """With the trusted nodes of its lane, by their medians of each step; without any, with the lane's others, in the
+    steps where there are three. What is far out is cut to the lane's size."""
     if record.verdict == Verdict.NOT_FINITE:
         return None
     among = record.verdict in NOT_REFUSED
-    used = [column for column in columns if column.size - among >= FEWEST_IN_LANE]  # the first steps: none is skipped
+    if trusted:
+        used: Sequence[StepColumn] = columns[: len(trusted)]
+    else:
+        used = [column for column in columns if column.size - among >= FEWEST_IN_LANE]  # the first steps, all of them
     own = zip(record.scalars, used, strict=False)
-    if among:
-        xs: Sequence[float] = record.scalars[: len(used)]
+    if trusted:
+        xs: Sequence[float] = [max(-column.largest, min(scalar, column.largest)) for scalar, column in own]
+        ys = list(trusted[: len(xs)])
+    elif among:
+        xs = record.scalars[: len(used)]
         ys = [column.without(scalar) for scalar, column in own]
     else:
         xs = [max(-column.largest, min(scalar, column.largest)) for scalar, column in own]

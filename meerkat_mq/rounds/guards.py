@@ -26,9 +26,9 @@ FEWEST_TO_COMPARE = 10
 FLAGGED_AT = 3
 FLOOR = 0.5  # a scale is at least this part of the median magnitude
 TOLERATED = 0.1  # share of an update's steps that may be outliers: honest updates have some
-EXCUSED = 10.0  # a trusted node's own past excuses an outlier of up to so many limits
-TRUSTED = 0.25  # a flagged node is not trusted if at least this share of its recent updates was refused
-DISTRUST = 0.5  # a node that is not trusted is judged by this part of the limit
+EXCUSED = 10.0  # a node's own past, where it counts, excuses an outlier of up to so many limits
+SPOILT = 0.25  # a flagged node's own past does not count if at least this share of its recent updates was refused
+STRICTER = 0.5  # such a node is judged by this part of the limit
 AGREES = 0.7
 AGREEING = 0.75
 OFF = -1.0  # of `guards.against`
@@ -169,6 +169,8 @@ class Guard:
             verdicts |= self._against(members)
         candidates = [record for record in _accepted(records) if not record.values and place(record) not in verdicts]
         verdicts |= dict.fromkeys(self._outliers(candidates), Verdict.OUTLIER)
+        for record in self._trusted(records):
+            verdicts.pop(place(record), None)
         if not verdicts:
             return tuple(records)
         return tuple(
@@ -187,7 +189,9 @@ class Guard:
             values = _columns(_accepted(members))
             ordered += values
             columns = [StepColumn.of(column) for column in values]
-            comparisons |= {place(record): compare(record, columns) for record in members}
+            trusted = [median(column) for column in _columns(self._trusted(members))]
+            others = [record for record in members if not (trusted and record.node in self._config.trusted)]
+            comparisons |= {place(record): compare(record, columns, trusted) for record in others}
         self._typical.append(median_magnitude(chain.from_iterable(ordered)) if ordered else None)
         for record in records:
             self._nodes.setdefault(record.node, NodePast()).add(record, comparisons.get(place(record)))
@@ -217,6 +221,10 @@ class Guard:
                 lanes.setdefault((record.version, lane_of(record.slot, self._lanes)), []).append(record)
         return lanes
 
+    def _trusted(self, members: Iterable[UpdateRecord]) -> list[UpdateRecord]:
+        """Those with whom the others are compared, and whom the others do not judge."""
+        return [record for record in _accepted(members) if record.node in self._config.trusted]
+
     def _against(self, members: Sequence[UpdateRecord]) -> dict[Place, Verdict]:
         """Updates of nodes that work against a lane that otherwise agrees."""
         known = [
@@ -226,7 +234,8 @@ class Guard:
         ]
         if self._cumulative:
             found = [where for where, past in known if evidence(past.comparisons) < EVIDENCE]
-            decided = self._config.against > OFF and 2 * len(found) < len(members)
+            sure = bool(self._trusted(members)) or 2 * len(found) < len(members)
+            decided = self._config.against > OFF and sure
             return dict.fromkeys(found, Verdict.AGAINST) if decided else {}
         agreeing = sum([past.agrees for _, past in known])
         if agreeing < max(FEWEST_IN_LANE, AGREEING * (len(known) - 1)):
@@ -261,10 +270,10 @@ class Guard:
 
     def _is_outlier(self, record: UpdateRecord, spreads: Sequence[Spread | None], near: Near) -> bool:
         past = self._nodes.get(record.node)
-        trusted = past is None or past.refused < max(FLAGGED_AT, TRUSTED * len(past.records))
-        if trusted and near.holds(record.scalars):
+        past_counts = past is None or past.refused < max(FLAGGED_AT, SPOILT * len(past.records))
+        if past_counts and near.holds(record.scalars):
             return False
-        limit = self._config.outlier * (1.0 if trusted else DISTRUST)
+        limit = self._config.outlier * (1.0 if past_counts else STRICTER)
         far = [
             (scalar, lane)
             for scalar, lane in zip(record.scalars, spreads, strict=False)
@@ -274,7 +283,7 @@ class Guard:
             return False
         own, outliers = past.spread() if past is not None else None, 0
         for scalar, lane in far:
-            scale, excuse = (lane, own if trusted else None) if lane is not None else (own, None)
+            scale, excuse = (lane, own if past_counts else None) if lane is not None else (own, None)
             if scale is None:
                 continue
             if scale.beyond(scalar, EXCUSED * limit):

@@ -102,6 +102,37 @@ def test_a_pair_that_works_against_a_noisy_lane_is_noticed(factor: float) -> Non
     assert sum(map(newer.refused, [0, 2, 3, 4, 5, 7])) == 0
 
 
+@pytest.mark.parametrize(
+    ("hostile", "trusted"), [((2, 3, 4), ("n0",)), ((1, 2), ("n0",)), ((2, 3, 4, 5), ("n0", "n1"))]
+)
+def test_a_majority_that_pushes_against_a_trusted_node_is_noticed(
+    hostile: tuple[int, ...], trusted: tuple[str, ...]
+) -> None:
+    size = max(hostile) + 1
+    alone, known = (Fleet([1.0] * size, common=2.0) for _ in range(2))
+    cumulative(alone)
+    known.guard = Guard(GuardsConfig(trusted=trusted), 1, cumulative=True)
+    for fleet in (alone, known):
+        fleet.run(3 * WINDOW, dict.fromkeys(hostile, flipped(3.0)))
+    assert sum(map(alone.refused, hostile)) == 0
+    assert all(known.refused(slot) > WINDOW for slot in hostile)
+    assert known.flagged[-1] == {f"n{slot}": Verdict.AGAINST for slot in hostile}
+    assert sum(known.refused(slot) for slot in range(size) if slot not in hostile) == 0
+
+
+def test_a_trusted_node_is_not_judged_by_the_others_and_its_absence_is_as_before() -> None:
+    fleet = Fleet([1.0] * 6, common=1.0, node=1.0)
+    fleet.guard = Guard(GuardsConfig(trusted=("n0", "n9")), 1, cumulative=True)
+    fleet.run(3 * WINDOW, {0: constant(1e6)})
+    assert fleet.refused(0) == 0
+    away = Fleet([1.0] * 8, common=1.0, node=1.0)
+    away.guard = Guard(GuardsConfig(trusted=("n9",)), 1, cumulative=True)
+    plain = cumulative(Fleet([1.0] * 8, common=1.0, node=1.0))
+    for either in (away, plain):
+        either.run(2 * WINDOW, {1: flipped(3.0)})
+    assert away.verdicts == plain.verdicts
+
+
 def test_who_behaves_again_is_accepted_again_and_minus_one_switches_the_test_off() -> None:
     fleet = cumulative(Fleet([1.0] * 8, common=2.0))
     fleet.run(2 * WINDOW, {1: flipped()})

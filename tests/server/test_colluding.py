@@ -9,6 +9,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from meerkat_mq.config import GuardsConfig, RoundsConfig, ServerConfig
 from meerkat_mq.core.path import digest
@@ -91,3 +92,8 @@ def test_a_run_keeps_the_aggregate_and_the_guards_that_it_was_begun_with(tmp_pat
     looser = older.model_copy(update={"guards": GuardsConfig(window=30)})
     assert as_begun(looser, begun.rules).guards.window == 30
     assert RoundsConfig().aggregate == "clipped-mean"
+
+    trusting = prepare_run(ServerConfig.model_validate(table | {"guards": {"trusted": ["node-7"]}}))
+    assert prepare_run(as_begun(newer, trusting.rules), trusting.descriptor).settings.guards.trusted == ("node-7",)
+    with pytest.raises(ValidationError, match=r'needs rounds\.aggregate = "clipped-mean"'):
+        ServerConfig.model_validate(table | {"guards": {"trusted": ["node-7"]}, "rounds": {"aggregate": "mean"}})
