@@ -13,10 +13,10 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.demo.corpus import TASK, pretraining_text, triage_rows
 from meerkat_mq.demo.settings import DEMO, WEIGHTS
 from meerkat_mq.engines.evaluate import evaluate, first_order
+from meerkat_mq.engines.prompts import candidate_ids
 from meerkat_mq.engines.torch.engine import TransformersEngine
 from meerkat_mq.engines.torch.load import LoadedModel, load_model
 from meerkat_mq.engines.torch.masks import make_mask
-from meerkat_mq.engines.torch.scoring import candidate_ids
 
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 SMALL = Recipe(vocabulary=400, hidden=16, layers=1, heads=2, intermediate=32, steps=4, batch=2, length=16, warmup=2)

@@ -10,9 +10,9 @@ from structlog.testing import capture_logs
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import Row, local_steps
 from meerkat_mq.engines.evaluate import evaluate
+from meerkat_mq.engines.prompts import Prompt
 from meerkat_mq.engines.torch.calibration import calibration_batches
 from meerkat_mq.engines.torch.engine import TransformersEngine
-from meerkat_mq.engines.torch.scoring import Prompt
 from meerkat_mq.errors import DataError
 from meerkat_mq.tasks.classification import TASKS
 from meerkat_mq.tasks.data import read_rows, read_texts, usable_rows, write_rows

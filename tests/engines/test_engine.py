@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from meerkat_mq.core.directions import direction
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import projected_gradient
-from meerkat_mq.engines.torch.engine import TransformersEngine, _parts
+from meerkat_mq.engines.prompts import Prompt, passes_of
+from meerkat_mq.engines.torch.engine import TransformersEngine
 from meerkat_mq.engines.torch.load import LoadedModel, load_model
 from meerkat_mq.engines.torch.masks import make_mask
-from meerkat_mq.engines.torch.scoring import Prompt
 from meerkat_mq.errors import ModelMismatch
 from meerkat_mq.tasks.classification import TASKS
 from tests.engines import tiny
@@ -251,6 +251,6 @@ def test_passes_are_bounded_and_keep_the_order_of_rows(
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=30), limit=st.integers(1, 60))
 def test_parts_lose_nothing_and_stay_within_the_limit(lengths: list[int], limit: int) -> None:
     prompts = [Prompt([index] * length) for index, length in enumerate(sorted(lengths))]
-    parts = list(_parts(prompts, limit))
+    parts = list(passes_of(prompts, limit))
     assert [prompt for part in parts for prompt in part] == prompts
     assert all(len(part) == 1 or len(part) * part[-1].size <= limit for part in parts)

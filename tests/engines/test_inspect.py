@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file
 from tokenizers import processors
 
+from meerkat_mq.engines.prompts import prompt_ids
 from meerkat_mq.engines.torch.checkpoint import fingerprint
 from meerkat_mq.engines.torch.engine import TransformersEngine
 from meerkat_mq.engines.torch.folder import find_folder
@@ -149,13 +150,13 @@ def test_prompts_end_in_text_and_start_once(copy: Copy, load: Callable[..., Load
 
 def test_a_start_token_in_the_template_is_not_doubled(load: Callable[..., LoadedModel]) -> None:
     loaded = load("llama")
-    assert loaded.prompts(["<s>text", "<s><s>text"]) == loaded.prompts(["text"]) * 2
+    assert prompt_ids(loaded, ["<s>text", "<s><s>text"]) == prompt_ids(loaded, ["text"]) * 2
 
 
 def test_only_the_last_of_two_start_tokens_is_looked_for(copy: Copy) -> None:
     loaded = load_model(with_template(copy("llama"), "</s> <s> $A"))
     assert loaded.start == (1, 0)
-    assert loaded.prompts(["text"])[0][:2] == [1, 0]
+    assert prompt_ids(loaded, ["text"])[0][:2] == [1, 0]
 
 
 def test_an_encoder_keeps_its_marks(copy: Copy) -> None:
@@ -167,7 +168,7 @@ def test_an_encoder_keeps_its_marks(copy: Copy) -> None:
 @pytest.mark.real
 def test_real_prompts_are_as_before(stories: Path) -> None:
     loaded = load_model(stories)
-    assert loaded.prompts(tiny.TEXTS) == loaded.tokenizer(tiny.TEXTS)["input_ids"]
+    assert prompt_ids(loaded, tiny.TEXTS) == loaded.tokenizer(tiny.TEXTS)["input_ids"]
 
 
 # --- ids and positions ---

@@ -11,8 +11,9 @@ import torch
 from torch.nn import functional
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from meerkat_mq.engines.prompts import candidate_ids, cut_left
 from meerkat_mq.engines.torch.load import LoadedModel, load_model
-from meerkat_mq.engines.torch.scoring import CausalScorer, EncoderScorer, _cut, candidate_ids, scorer_for
+from meerkat_mq.engines.torch.scoring import CausalScorer, EncoderScorer, scorer_for
 from meerkat_mq.errors import TaskError, UnsupportedModel
 from meerkat_mq.tasks.classification import TASKS, Classification, fill
 from tests.engines import tiny
@@ -243,10 +244,10 @@ def test_the_limit_is_kept_for_every_row(load: Load, name: str, task: Classifica
 
 def test_cutting_keeps_any_limit() -> None:
     for limit in range(1, 6):
-        assert len(_cut([0, 1, 2, 3, 4, 5], limit, (0,))) == limit
-        assert _cut([7, 1, 2, 3, 4, 5], limit, (0,)) == [1, 2, 3, 4, 5][-limit:]
-    assert _cut([8, 0, 1, 2, 3], 3, (8, 0)) == [8, 0, 3]
-    assert _cut([], 3, ()) == [0]
+        assert len(cut_left([0, 1, 2, 3, 4, 5], limit, (0,))) == limit
+        assert cut_left([7, 1, 2, 3, 4, 5], limit, (0,)) == [1, 2, 3, 4, 5][-limit:]
+    assert cut_left([8, 0, 1, 2, 3], 3, (8, 0)) == [8, 0, 3]
+    assert cut_left([], 3, ()) == [0]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from meerkat_mq.engines.prompts import prompt_ids
 from meerkat_mq.engines.torch.folder import in_words
 from meerkat_mq.engines.torch.load import LoadedModel, linear_layers
 from meerkat_mq.engines.torch.scoring import Inputs, embed, tokenise
@@ -59,7 +60,7 @@ def _packed(loaded: LoadedModel, texts: Iterable[str], sequences: int, length: i
     end = loaded.tokenizer.eos_token_id
     tokens: list[int] = []
     for text in texts:
-        tokens += loaded.prompts([text])[0]
+        tokens += prompt_ids(loaded, [text])[0]
         if end is not None and tokens and tokens[-1] != end:
             tokens.append(end)
         if len(tokens) >= sequences * length:

@@ -1,6 +1,6 @@
 """The engine of torch and transformers: theta in, losses and gradients out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import Row
+from meerkat_mq.engines.prompts import passes_of
 from meerkat_mq.engines.protocol import Setup, Survival
 from meerkat_mq.engines.torch.adapter import with_adapter
 from meerkat_mq.engines.torch.load import LoadedModel, load_model, set_threads, weight_kinds
-from meerkat_mq.engines.torch.scoring import Prompt, Scorer, losses_of, mean_loss, scorer_for
+from meerkat_mq.engines.torch.scoring import Scorer, losses_of, mean_loss, scorer_for
 from meerkat_mq.errors import ModelMismatch
 from meerkat_mq.tasks.data import problem_of, usable_rows
 from meerkat_mq.tasks.task import Task
@@ -104,7 +105,7 @@ class TransformersEngine:
         device = self.loaded.model.device
         limit = _PASS_TOKENS[device.type]
         return Prepared(
-            passes=[self.scorer.collate(part) for part in _parts([prompts[row] for row in order], limit)],
+            passes=[self.scorer.collate(part) for part in passes_of([prompts[row] for row in order], limit)],
             place=torch.tensor(order, device=device).argsort(),
             labels=torch.tensor([example.answer for example in examples], device=device),
         )
@@ -202,19 +203,6 @@ def _targets(loaded: LoadedModel, mask: Mask) -> list[Target]:
         indices = None if whole else torch.from_numpy(matrix.indices.astype(np.int64)).to(parameter.device)
         targets.append(Target(parameter, parameter.data.view(-1), indices, part))
     return targets
-
-
-def _parts(prompts: Sequence[Prompt], limit: int) -> Iterator[list[Prompt]]:
-    """Cut prompts, shortest first, into parts that padded hold no more than `limit` tokens, or one prompt."""
-    part: list[Prompt] = []
-    sequences = 0
-    for prompt in prompts:
-        sequences = max(sequences, prompt.sequences)
-        if part and (len(part) + 1) * prompt.size * sequences > limit:
-            yield part
-            part, sequences = [], prompt.sequences
-        part.append(prompt)
-    yield part
 
 
 def to_numpy(values: Tensor) -> Float32Array:

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from meerkat_mq.engines.prompts import candidate_ids
 from meerkat_mq.engines.torch.calibration import calibration_batches, reached
 from meerkat_mq.engines.torch.load import STEPS, LoadedModel, linear_layers, load_model
 from meerkat_mq.engines.torch.names import check_writable
-from meerkat_mq.engines.torch.scoring import candidate_ids, scorer_for
+from meerkat_mq.engines.torch.scoring import scorer_for
 from meerkat_mq.errors import MeerkatError, printable, within
 from meerkat_mq.tasks.task import Task
 

@@ -3,10 +3,9 @@
 import hashlib
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +61,6 @@ class LoadedModel:
     start: tuple[int, ...]
     names: Names
     notes: tuple[str, ...]
-
-    def prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts that a causal LM is to continue: `start` before each, nothing after its last token of text.
-
-        An end token that the tokenizer would append tells the model that nothing follows. A start token that the text
-        itself begins with is not put before it a second time.
-        """
-        bare = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        return [[*self.start, *dropwhile(lambda token: token in self.start[-1:], ids)] for ids in bare]
 
 
 def set_threads(count: int) -> None:
