@@ -134,6 +134,10 @@ STEPS_FAILED: Final = _metric(
 )
 REFUSES: Final = _metric(
     "refuses the run",
-    "a node whose own policy does not allow what the server asks for; `meerkat status` says which key",
+    "a node that takes no part, by its own policy or since it cannot; `meerkat status` says why",
+)
+CANNOT_TAKE_PART: Final = _metric(
+    "cannot take part",
+    "a node whose model, rows or weights do not fit the run; it leaves the run, and tries again later",
 )
 LATE_STEP: Final = _metric("late step", "local steps that were done when no round could take them any more")

@@ -75,6 +75,10 @@ class NodeState:
         self._write("step counter", self._save_steps)
         return first
 
+    def has_taken_part(self) -> bool:
+        """Whether this node has made local steps in some run."""
+        return (self._steps or self._load_steps()) != ("", 0)
+
     def _load_steps(self) -> tuple[str, int]:
         try:
             table = json.loads(self._steps_file.read_text())

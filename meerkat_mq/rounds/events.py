@@ -40,7 +40,7 @@ class Count:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """The service ends with this error."""
+    """The machine's work is over: a server ends with this error, a node leaves its run and joins it anew later."""
 
     error: MeerkatError
 

@@ -15,8 +15,8 @@ or a snapshot. A finished update is kept by the driver, so that a process that r
 
 What it trusts. An entry must name the hash of the one before it; theta after it must have the entry's digest. An entry
 that contradicts the head is refused under the term that the head came with, and under a higher one makes the node begin
-anew from theta_0: a ledger restored from a backup. A digest that differs makes it begin anew too, three times; the
-fourth time ends it, since its arithmetic is not that of the run.
+anew from theta_0: a ledger restored from a backup. A digest that differs makes it begin anew too, three times. The
+fourth time it puts forth `End`: its driver leaves the run, and joins it anew after a pause (runtime/abstention.py).
 
 Exactly once. Steps of a version are made once and sent at each announcement until the server acknowledges them, or no
 entry can take them any more. The server keeps the first update of a node from each version: repetition is harmless.

@@ -7,7 +7,7 @@ from typing import Protocol
 import structlog
 
 from meerkat_mq.core.seldom import Seldom
-from meerkat_mq.errors import BadValue, NotConnected, WireError
+from meerkat_mq.errors import BadValue, MeerkatError, reason
 from meerkat_mq.ledger.displacement import verdict_on
 from meerkat_mq.rounds.events import FetchValues, ServerEvent, ValuesFetched
 from meerkat_mq.rounds.records import Verdict
@@ -104,8 +104,9 @@ class Fetches:
         try:
             yield from self._collect(order)
             came = True
-        except (NotConnected, WireError) as error:
-            say, said = structlog.get_logger().warning, {"node": order.node, "problem": str(error)}
+        except Exception as error:  # whatever a node's bytes make of a decoder, or of memory: it ends no server
+            said = {"node": order.node, "problem": str(error) if isinstance(error, MeerkatError) else reason(error)}
+            say = structlog.get_logger().warning
             self._seldom.say(say, "displacement dropped", order.node, type(error).__name__, **said)
         self._going.pop(order.node, None)
         if not came:

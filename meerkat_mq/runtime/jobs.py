@@ -40,6 +40,7 @@ class Jobs:
         tell: takes the answer to each job that is done, None to one without.
         send: sends an update to the server.
         policy: of the node; `refused` is told what it does not allow.
+        failed: is told what a job raised that no job may: then none is done any more.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Jobs:
         send: Callable[[Update], None],
         policy: NodePolicy,
         refused: Callable[[PolicyRefused], None],
+        failed: Callable[[Exception], None],
     ) -> None:
         self._digest = self._theta_0 = theta_0
         self._seldom = Seldom()
@@ -73,10 +75,11 @@ class Jobs:
         self._send = send
         self._policy = policy
         self._refused = refused
+        self._failed = failed
         self._blob = b""  # of the newest displacement
         self._lane = 0  # of the newest path
         self._open: deque[NodeJob] = deque()  # the first one is being done
-        self._working: Sequence[None] | None = None
+        self._working: Sequence[Exception | None] | None = None
         self._is_working = False
         self._stopped: NodeJob | None = None  # before it began
         self._moved_on: NodeJob | None = None
@@ -109,7 +112,7 @@ class Jobs:
         self._open.append(job)
         if not self._is_working:
             self._is_working = True
-            self._working = Sequence(self._work_off())
+            self._working = Sequence(self._work_off(), self._ended)
 
     def stop_steps(self) -> None:
         """End the local steps after the one that is being made; those that wait are not begun."""
@@ -129,17 +132,26 @@ class Jobs:
     def close(self) -> None:
         """The run is over for this node: do no more."""
         self.stop_steps()
+        self._open.clear()
         if self._working is not None:
             self._working.cancel()
         self._blobs.end()
 
-    def _work_off(self) -> Steps[None]:
+    def _work_off(self) -> Steps[Exception | None]:
         yield from until(self._clock, self._clock.now())  # whoever puts a job has something else to do first
         while self._open:
-            answer = yield from self._do(self._open[0])
+            try:
+                answer = yield from self._do(self._open[0])
+            except Exception as error:  # of the model, the disk or the worker
+                return error
             self._open.popleft()
-            self._tell(answer)  # may put more
+            self._tell(answer)  # may put more, or close
         self._is_working = False
+        return None
+
+    def _ended(self, error: Exception | None) -> None:
+        if error is not None:
+            self._failed(error)
 
     def _do(self, job: NodeJob) -> Steps[e.NodeEvent | None]:
         match job:

@@ -4,10 +4,10 @@ import structlog
 
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.seldom import Seldom
-from meerkat_mq.engines.registry import ENGINES
-from meerkat_mq.errors import BadValue, WireError, shown
+from meerkat_mq.engines.registry import ENGINES, check_named
+from meerkat_mq.errors import BadValue, RunMismatch, WireError, shown
 from meerkat_mq.runtime.blobs import BlobFetch, Blobs
-from meerkat_mq.runtime.model import NodeStore
+from meerkat_mq.runtime.model import NodeProfile, NodeStore
 from meerkat_mq.runtime.ports import Clock, Compute, Transport
 from meerkat_mq.runtime.steps import Steps, work
 from meerkat_mq.tasks.load import task_of
@@ -88,6 +88,14 @@ def check_descriptor(descriptor: RunDescriptor, federation: str) -> None:
     if descriptor.mask_bytes > 16 * descriptor.weights + 2**20:
         raise BadValue("RunDescriptor.mask_bytes", f"{descriptor.mask_bytes} bytes for {descriptor.weights} weights")
     Assembly(descriptor.mask_name, descriptor.mask_bytes, descriptor.mask_chunks)
+
+
+def check_profile(run: RunDescriptor, profile: NodeProfile) -> None:
+    """Refuse, as RunMismatch, a run for which this node was not set up."""
+    if profile.values and not run.values:
+        problem = f'is "values", but run {run.run[:8]} takes projected gradients only'
+        raise RunMismatch("uplink", problem, 'set uplink = "path" here, or values.accept = true on the server')
+    check_named(run.engine, profile.engine)
 
 
 def check_changes(known: RunDescriptor, descriptor: RunDescriptor) -> None:

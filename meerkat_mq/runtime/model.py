@@ -243,6 +243,9 @@ class Spent:
 class NodeStore(Protocol):
     """What a node keeps between starts. Losing it costs a `want` or a step, never correctness. Every method blocks."""
 
+    def has_taken_part(self) -> bool:
+        """Whether this node has made local steps in some run."""
+
     def load_mask(self, mask_hash: bytes) -> Mask | None:
         """The mask with this hash, if it was kept and is whole."""
 

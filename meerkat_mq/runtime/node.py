@@ -16,18 +16,18 @@ import structlog
 from meerkat_mq.core import metrics as m
 from meerkat_mq.core.path import digest
 from meerkat_mq.core.seldom import Seldom
-from meerkat_mq.engines.registry import check_named
-from meerkat_mq.errors import NodeReplaced, NotConnected, PayloadTooLarge, RunMismatch, WireError
+from meerkat_mq.errors import NodeReplaced, NotConnected, PayloadTooLarge, WireError
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.node import NodeMachine
 from meerkat_mq.rounds.presence import Ownership, Presence, Pulse
+from meerkat_mq.runtime.abstention import Abstention
 from meerkat_mq.runtime.blobs import Blobs
 from meerkat_mq.runtime.jobs import Jobs, Rest, is_behind
-from meerkat_mq.runtime.join import LostDescriptor, check_changes, check_descriptor, describes, get_mask
+from meerkat_mq.runtime.join import LostDescriptor, check_changes, check_descriptor, check_profile, describes, get_mask
 from meerkat_mq.runtime.model import KeptUpdate, MakeModel, Model, NodeMonitor, NodeProfile, NodeStore, StepCompute
-from meerkat_mq.runtime.policy import DEFAULTS, Abstention, NodePolicy
+from meerkat_mq.runtime.policy import DEFAULTS, NodePolicy
 from meerkat_mq.runtime.ports import Clock, Transport
-from meerkat_mq.runtime.steps import Alarm, Sequence, Steps, until, work
+from meerkat_mq.runtime.steps import Alarm, Sequence, Steps, work
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor, ServerState, decode_control
 from meerkat_mq.wire.frames import decode, encode
 from meerkat_mq.wire.messages import Chunk, Entries, Frame, Offer, Refusal, Round, Update, Want, Welcome
@@ -81,7 +81,7 @@ class NodeDriver:
         self._own_status = self._topics.up(profile.name, "status")
         self._pulse = Pulse(rounds=10, slow_s=300.0)
         self._descriptor: RunDescriptor | None = None
-        self._joining: Sequence[None] | None = None
+        self._joining: Sequence[Exception | None] | None = None
         self._has_mask = False
         self._jobs: Jobs | None = None
         self._blobs: Blobs | None = None
@@ -94,7 +94,9 @@ class NodeDriver:
         self._rest = Rest()
         self._lost = LostDescriptor(transport, clock)
         self._policy = policy
-        self._abstains = Abstention(clock, self.counts, self._say_status)
+        self._abstains = Abstention(
+            clock, self.counts, store, compute, tell=self._say_status, leave=self._leave, rejoin=self._rejoin
+        )
 
     def stop(self) -> None:
         """The process ends: end local steps soon."""
@@ -164,7 +166,7 @@ class NodeDriver:
     # --- messages ---
 
     def received(self, topic: str, payload: bytes, *, retained: bool) -> None:
-        """A message came; raises NodeReplaced where a newer process uses this id, or what else ends this node."""
+        """A message came; raises NodeReplaced where a newer process uses this id."""
         try:
             if topic == self._own_status:
                 self._on_own_status(payload, retained=retained)
@@ -214,12 +216,12 @@ class NodeDriver:
             check_changes(known, descriptor)
             self._descriptor = descriptor
             if not self._has_mask:
-                self._join_anew(descriptor)  # its chunks may have another name and size now
+                self._rejoin()  # its chunks may have another name and size now
             return
         self._descriptor = descriptor
         if self._round is not None and not describes(descriptor, self._round):
             self._round = None  # else it overtook its run's descriptor: some brokers keep no order among topics
-        self._join_anew(descriptor)
+        self._rejoin()
 
     def _on_frame(self, topic: str, payload: bytes, *, retained: bool) -> None:
         reply, frame = self._topics.reply(self._profile.name), self._read(payload)
@@ -250,26 +252,26 @@ class NodeDriver:
 
     # --- runs ---
 
-    def _join_anew(self, run: RunDescriptor) -> None:
-        """At once: whatever comes next is of this run."""
+    def _rejoin(self) -> None:
+        """At once: whatever comes next is of the run that was described last."""
+        self._leave()
+        self._abstains.forget()
+        if self._descriptor is not None:
+            self._joining = self._abstains.attempt(self._join(self._descriptor))
+
+    def _leave(self) -> None:
         if self._joining is not None:
             self._joining.cancel()
         if self._jobs is not None:
             self._jobs.close()
         self.machine = self._jobs = self._model = None
         self._has_mask = False
-        self._abstains.forget()
         self._set_alarm()
-        self._joining = Sequence(self._abstains.unless(self._join(run)))
 
     def _join(self, run: RunDescriptor) -> Steps[None]:
-        """Get all that a run needs, and begin; RunMismatch and other errors end a node that cannot take part."""
+        """Get all that a run needs, and begin; raises what keeps this node from it."""
         self._told_finished = False
-        yield from until(self._clock, self._clock.now())  # what is refused ends the node, not its session: it says so
-        if self._profile.values and not run.values:
-            problem = f'is "values", but run {run.run[:8]} takes projected gradients only'
-            raise RunMismatch("uplink", problem, 'set uplink = "path" here, or values.accept = true on the server')
-        check_named(run.engine, self._profile.engine)  # before the mask is fetched, which may be large
+        check_profile(run, self._profile)  # before the mask is fetched, which may be large
         self._policy.check_run(run)
         self._log = self._log.bind(run=run.run[:8])
         blobs = self._blobs = Blobs(run, self._boot, self._send, self._clock)
@@ -289,20 +291,12 @@ class NodeDriver:
     def _begin(self, run: RunDescriptor, theta_0: bytes, model: Model, kept: KeptUpdate | None) -> None:
         assert self._blobs is not None
         self._jobs = Jobs(
-            run,
-            model,
-            self._blobs,
-            self._store,
-            keeps=run.mode == "buffered" or self._profile.keeps,
-            kept=kept,
-            compute=self._compute,
-            clock=self._clock,
-            theta_0=theta_0,
-            tell=self._job_done,
-            send=self._send,
-            policy=self._policy,
-            refused=self._abstains.begin,
-        )
+            run, model, self._blobs, self._store,
+            keeps=run.mode == "buffered" or self._profile.keeps, kept=kept,
+            compute=self._compute, clock=self._clock, theta_0=theta_0,
+            tell=self._job_done, send=self._send,
+            policy=self._policy, refused=self._abstains.refuse, failed=self._abstains.leave,
+        )  # fmt: skip
         self.machine = NodeMachine(
             run_id=run.run_id,
             mask_hash=run.mask_hash,
@@ -362,6 +356,8 @@ class NodeDriver:
             self._publish_status("online")  # now, while version and digest belong together
         for effect in effects:
             self._carry_out(effect, jobs)
+            if self.machine is not machine:
+                return
         self._finish_if_due(machine, jobs)
         self._set_alarm()
         self._monitor.changed()
@@ -379,6 +375,8 @@ class NodeDriver:
                 jobs.put(effect)
             case e.StartSteps() | e.Forget():
                 self._rest.nothing_left = isinstance(effect, e.Forget) and effect.heard
+                if self._rest.nothing_left:
+                    self._abstains.worked()
                 jobs.put(effect)
             case e.StopSteps():
                 jobs.stop_steps()
@@ -386,7 +384,7 @@ class NodeDriver:
                 self.counts[reason] += 1
                 self._seldom.say(self._log.info, reason, round=effect.round)
             case e.End(error):
-                raise error
+                self._abstains.leave(error)
             case _:
                 assert_never(effect)
 

@@ -13,27 +13,20 @@ directions a local step, s local steps of one run therefore show a row along at 
 The rows of the toy engine are seeds, and nobody's: `min_batch` and `max_directions` do not apply to them.
 """
 
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-import structlog
-
 from meerkat_mq.config import PolicyConfig
-from meerkat_mq.core import metrics as m
-from meerkat_mq.core.seldom import Seldom
 from meerkat_mq.engines.registry import ENGINES
-from meerkat_mq.errors import PolicyRefused, cut
+from meerkat_mq.errors import PolicyRefused
 from meerkat_mq.rounds.events import StartSteps
 from meerkat_mq.runtime.model import Model, NodeStore
-from meerkat_mq.runtime.ports import Clock, Compute
-from meerkat_mq.runtime.steps import Alarm, Steps, work
+from meerkat_mq.runtime.ports import Compute
+from meerkat_mq.runtime.steps import Steps, work
 from meerkat_mq.tasks.load import load_task, task_of
 from meerkat_mq.tasks.task import Task
-from meerkat_mq.wire.descriptor import MAX_REFUSES, RunDescriptor
+from meerkat_mq.wire.descriptor import RunDescriptor
 
-AGAIN_S: Final = 60.0
 BYTES_A_WEIGHT: Final = 12  # of a decoded mask: an index, theta_0 and g_p
 _REMEDY: Final = "change the key in node.toml only if you trust whoever runs the server (docs/policy.md)"
 
@@ -140,47 +133,3 @@ def _at_least(key: str, limit: float, what: str, found: float) -> None:
 
 def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
-
-
-class Abstention:
-    """Whether a node takes no part for now, because its policy refuses what the server asks for.
-
-    Args:
-        counts: of the node.
-        tell: publishes the node's status.
-
-    Attributes:
-        words: why, for its status; None while it takes part.
-    """
-
-    def __init__(self, clock: Clock, counts: Counter[str], tell: Callable[[], None]) -> None:
-        self.words: str | None = None
-        self._counts = counts
-        self._clock = clock
-        self._tell = tell
-        self._alarm = Alarm(clock, self._end)
-        self._seldom = Seldom()
-
-    def begin(self, error: PolicyRefused, *, for_good: bool = False) -> None:
-        """Take no part in this run; or, where that is not `for_good`, for a minute: another round may ask for less."""
-        self.words = cut(f"{error.where}: {error.problem}", MAX_REFUSES - 1)
-        self._counts[m.REFUSES] += 1
-        self._seldom.say(structlog.get_logger().warning, "the run is refused", error.where, problem=str(error))
-        self._alarm.set(None if for_good else self._clock.now() + AGAIN_S)
-        self._tell()
-
-    def unless(self, joining: Steps[None]) -> Steps[None]:
-        """Join a run, unless the policy refuses it."""
-        try:
-            yield from joining
-        except PolicyRefused as error:
-            self.begin(error, for_good=True)
-
-    def forget(self) -> None:
-        """There is another run."""
-        self.words = None
-        self._alarm.set(None)
-
-    def _end(self) -> None:
-        self.words = None
-        self._tell()

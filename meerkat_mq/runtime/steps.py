@@ -7,6 +7,7 @@ it. This is what `async def` would be on an event loop; here there is none.
 
 from collections.abc import Callable, Generator
 from functools import partial
+from inspect import GEN_RUNNING, getgeneratorstate
 from typing import Any, Generic, TypeVar, TypeVarTuple
 
 from meerkat_mq.runtime.ports import Clock, Compute, Failed, Timer
@@ -59,9 +60,10 @@ class Sequence(Generic[Result]):
         self._go(0, steps.send, None)
 
     def cancel(self) -> None:
-        """Do nothing more than what a `finally` asks for."""
+        """Do nothing more than what a `finally` asks for; steps that are running now end where they would wait next."""
         self._number += 1
-        self._steps.close()
+        if getgeneratorstate(self._steps) != GEN_RUNNING:
+            self._steps.close()
 
     def _go(self, number: int, resume: Callable[[Any], Begin], came: Any) -> None:
         if number != self._number:
@@ -70,7 +72,11 @@ class Sequence(Generic[Result]):
         try:
             begin = resume(came)
         except StopIteration as end:
-            self._done(end.value)
+            if number == self._number:
+                self._done(end.value)
+            return
+        if number != self._number:
+            self._steps.close()
             return
         begin(partial(self._go, number, self._steps.send), partial(self._go, number, self._steps.throw))
 

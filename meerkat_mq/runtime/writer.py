@@ -325,6 +325,8 @@ class LedgerWriter:
                     assert_never(want)
         except LedgerUnavailable:
             pass  # a node asks again
+        except LedgerError as error:  # whoever asks must not end a server, which may never need what is damaged
+            self._seldom.say(structlog.get_logger().warning, DAMAGED, file=self._ledger.where, problem=error.problem)
 
     def _chunks(self, header: Header, want: WantFrame) -> list[Chunk]:
         return list(self._snapshots.chunks(header, want))

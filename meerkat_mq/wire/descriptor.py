@@ -147,7 +147,7 @@ class NodeStatus(ControlMessage):
     """Birth and death of a node; retained on `…/up/<id>/status`.
 
     `status`: "starting" is connected but not ready to step; "asleep" will come back (docs/duty-cycle.md); "lost" is
-    the will. `refuses`: why a node that is connected takes no part, as its own policy says.
+    the will. `refuses`: why a node that is connected takes no part, by its own policy or since it cannot.
     """
 
     sender: ClassVar[str] = "node"

@@ -25,6 +25,10 @@ class MemoryNodeStore:
     spent: Spent = field(default_factory=Spent)
     day: str = "a day"  # it lasts until somebody changes it
 
+    def has_taken_part(self) -> bool:
+        """Whether this node has made local steps in some run."""
+        return bool(self.steps)
+
     def load_mask(self, mask_hash: bytes) -> Mask | None:
         """The mask with this hash, if it was kept."""
         return self.mask if self.mask is not None and self.mask.hash == mask_hash else None

@@ -221,17 +221,19 @@ class MemoryStore(Store):
             self._loose.clear()
 
     def commit_sightings(self, sightings: Iterable[Sighting]) -> None:
+        news = list(sightings)
         with self.group():
-            for seen in sightings:
+            for seen in news:
                 if seen.status.startswith(REFUSES) and seen.node not in self.ledger.nodes:
                     self._keep_refusing(seen.node)
+            for seen in news:
                 if (row := self.ledger.nodes.get(seen.node)) is not None:
-                    news = replace(
+                    known = replace(
                         row, boot=seen.boot, host=seen.host, status=seen.status, rows=seen.rows,
                         first_seen=seen.seen if row.first_seen is None else row.first_seen, last_seen=seen.seen,
                         updates=row.updates + seen.updates, packet_bytes=row.packet_bytes + seen.packet_bytes,
                     )  # fmt: skip
-                    self._put(self.ledger.nodes, seen.node, news)
+                    self._put(self.ledger.nodes, seen.node, known)
 
     def _keep_refusing(self, node: str) -> None:
         if len(self.refusing()) < REFUSING_KEPT:

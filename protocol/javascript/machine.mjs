@@ -4,7 +4,6 @@
  */
 
 import { Fetch } from "./blobs.mjs";
-import { Ended } from "./errors.mjs";
 import { entryHash } from "./frames.mjs";
 import { openSnapshot } from "./mask.mjs";
 import { NO_DIGEST, applyEntry, digestOf } from "./path.mjs";
@@ -16,6 +15,7 @@ const MOST_PUSHED = 32; // displacements, however small they are
 const IN_VAIN = 5; // wants without an answer, after which nobody stands where the newest round says
 const SILENCES = 4;
 const RESYNCHRONISATIONS = 3;
+const LONGEST_PAUSE_S = 600;
 const REASONS = [undefined, "resynchronise", "wrong seeds", "wrong steps", "out of range", "no values"];
 const RESYNCHRONISE = 1;
 
@@ -40,6 +40,9 @@ export class Machine {
     this.greetAt = now + RETRY_S;
     this.askAt = -Infinity;
     this.digestsRefused = 0;
+    this.refuses = null; // why this node takes no part for now
+    this.restUntil = -Infinity;
+    this.pauseS = RETRY_S; // the next one
     this.stepsLater = false;
     this.inVain = 0; // wants for entries since one was answered
     this.standAtTheta0();
@@ -137,6 +140,7 @@ export class Machine {
     if (term < this.term) return this.count("stale term");
     if (term > this.term) this.followServer(term, now);
     if (frame.type === "round") this.onRound(frame, now);
+    else if (this.refuses !== null) return this.advance(now);
     else if (frame.type === "entries" && this.fetch === null) this.follow(frame.entries, term, now);
     else if (frame.type === "welcome" && frame.boot === this.boot) this.slot = frame.slot;
     else if (frame.type === "offer") this.onOffer(frame);
@@ -159,6 +163,7 @@ export class Machine {
     if (this.done !== null && this.heardVersion() >= this.done.task.version) {
       this.done.heard = true;
       this.digestsRefused = 0;
+      this.pauseS = RETRY_S;
     }
   }
 
@@ -240,9 +245,26 @@ export class Machine {
     this.count("digest differs", { why });
     this.digestsRefused += 1;
     if (this.digestsRefused > RESYNCHRONISATIONS) {
-      throw new Ended(6, `version ${this.version}: this node does not arrive at the server's theta (${why})`);
+      this.refuses = `version ${this.version}: this node does not arrive at the server's theta (${why})`;
     }
     this.startOver();
+  }
+
+  /** Whether this node takes no part for now; who is asked again and again for what it cannot do waits ever longer. */
+  rests(now) {
+    if (this.refuses === null) return false;
+    if (this.restUntil === -Infinity) {
+      this.count("cannot take part, trying again later", { problem: this.refuses, again_in_s: this.pauseS });
+      this.restUntil = now + this.pauseS;
+      this.pauseS = Math.min(2 * this.pauseS, LONGEST_PAUSE_S);
+      this.out.status();
+    } else if (now >= this.restUntil) {
+      this.refuses = null;
+      this.restUntil = -Infinity;
+      this.digestsRefused = 0;
+      this.introduce(now);
+    }
+    return this.refuses !== null;
   }
 
   // --- blobs ---
@@ -324,12 +346,14 @@ export class Machine {
 
   /** Greet, catch up, ask for what lacks, step: after whatever came, and every now and then. */
   advance(now) {
+    if (this.rests(now)) return;
     if (this.unknown && now >= this.greetAt) {
       this.introduce(now);
       this.want({ welcome: true });
     }
     if (this.fetch === null && this.round !== null) this.catchUp(now);
     if (this.fetch !== null) this.advanceFetch(now);
+    if (this.rests(now)) return;
     const lacksEntries = this.fetch === null && this.behind;
     if (now >= this.askAt && (lacksEntries || this.twoServers)) this.askFor(lacksEntries, now);
     if (this.fetch === null && !this.behind) this.answer();
@@ -363,7 +387,8 @@ export class Machine {
     this.stepsLater = true; // behind what came meanwhile: who is slow must not work at what is past
     this.out.later(() => {
       this.stepsLater = false;
-      const task = this.fetch === null && !this.behind ? this.newTask() : null;
+      const idle = this.fetch === null && !this.behind && this.refuses === null;
+      const task = idle ? this.newTask() : null;
       if (task !== null) this.step(task);
     });
   }

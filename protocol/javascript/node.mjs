@@ -78,16 +78,18 @@ class Node {
 
   status(status, link) {
     const machine = this.machine;
+    const refuses = this.refuses ?? machine?.refuses;
     return JSON.stringify({
       status, boot: this.boot, link, host: hostname(), ...(this.run && { run: this.run.run }), rows: this.rows.length,
       version: machine?.version ?? 0, ...(machine && { digest: machine.base }),
-      ...(status === "starting" && this.refuses && { refuses: this.refuses }),
+      ...(status === "starting" && refuses && { refuses }),
     });
   }
 
   publishStatus() {
     const { session, machine } = this;
-    session.publish(session.own, this.status(machine ? "online" : "starting", session.link), true);
+    const status = machine && machine.refuses === null ? "online" : "starting";
+    session.publish(session.own, this.status(status, session.link), true);
     this.said = { version: machine?.version ?? 0, at: now() };
   }
 

@@ -167,6 +167,7 @@ def everything(store: Store) -> dict[str, object]:
         "run": (store.run, store.window, version, store.term),
         "terms": [(found.term, found.server_id, found.host) for found in store.terms()],
         "nodes": store.nodes(),
+        "refusing": store.refusing(),
         "slots": store.slots(),
         "closed": closed,
         "updates": repr([store.records(number) for number in range(version)]),

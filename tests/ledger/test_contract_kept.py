@@ -1,15 +1,17 @@
 """What ledger/store.py promises, of every store: what is kept, and what is forgotten."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from meerkat_mq.core.path import Displacement, short_hash
 from meerkat_mq.errors import LedgerError
-from meerkat_mq.ledger.store import Sighting, Store
+from meerkat_mq.ledger.store import REFUSING_KEPT, Sighting, Store
 from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
+from meerkat_mq.wire.descriptor import REFUSES
 from meerkat_mq.wire.entries import entry_bytes
-from tests.ledger.stores import Kept, blob_of, close, round_, sent, update
+from tests.ledger.stores import NODES, Kept, blob_of, close, round_, sent, update
 from tests.rounds.support import settings
 
 MEASURED = settings(lanes=2, steps=2)
@@ -200,6 +202,47 @@ def test_news_of_nodes(store: Store) -> None:
     assert (row.node, row.boot, row.host, row.status, row.rows) == ("n1", 8, "h", "lost", 31)
     assert (row.first_seen, row.last_seen, row.updates, row.packet_bytes) == (10.0, 12.0, 3, 150)
     assert len(store.nodes()) == 3
+
+
+def refusing(node: str, seen: float = 1.0, **changes: Any) -> Sighting:
+    return replace(Sighting(node, 7, "h", f"{REFUSES}policy.mask: another", 30, seen, 1, 50), **changes)
+
+
+def test_who_refuses_the_run_is_kept_without_a_slot_until_it_takes_part(kept: Kept, store: Store) -> None:
+    store.commit_sightings([refusing("y"), refusing("x"), replace(refusing("z"), status="online")])
+    store.commit_sightings([refusing("x", 2.0)])
+    for found in (store, kept.open()):
+        assert [(row.node, row.slot, row.slot_version) for row in found.refusing()] == [
+            ("x", None, None), ("y", None, None),
+        ]  # fmt: skip
+        row = found.refusing()[0]
+        assert (row.status, row.first_seen, row.last_seen) == (f"{REFUSES}policy.mask: another", 1.0, 2.0)
+        assert (row.rows, row.updates, row.packet_bytes) == (30, 2, 100)
+        assert [row.node for row in found.nodes()] == list(NODES)
+    store.commit_sightings([refusing("x", 3.0, status="online")])
+    assert [row.status for row in store.refusing()] == ["online", f"{REFUSES}policy.mask: another"]
+    store.commit_slot("x", 3, 0)
+    assert [row.node for row in store.refusing()] == ["y"]
+    assert (store.nodes()[3].node, store.nodes()[3].status, store.nodes()[3].updates) == ("x", None, 0)
+
+
+def test_news_of_one_commit_count_whole_for_who_refuses_in_it(store: Store) -> None:
+    store.commit_sightings([refusing("x", status="online"), refusing("x", 2.0)])
+    assert [(row.first_seen, row.updates) for row in store.refusing()] == [(1.0, 2)]
+
+
+def test_a_node_with_a_slot_that_refuses_keeps_it(store: Store) -> None:
+    store.commit_sightings([refusing("n1")])
+    assert store.refusing() == ()
+    assert store.nodes()[1].status == f"{REFUSES}policy.mask: another"
+
+
+def test_of_those_who_refuse_a_hundred_are_kept(store: Store) -> None:
+    store.commit_sightings([refusing(f"x{number:03}") for number in range(60)])
+    store.commit_sightings([refusing(f"x{number:03}", 2.0) for number in range(40, 140)])
+    rows = store.refusing()
+    assert [row.node for row in rows] == [f"x{number:03}" for number in range(REFUSING_KEPT)]
+    assert [row.last_seen for row in rows] == [1.0] * 40 + [2.0] * 60
 
 
 def test_metrics_by_version_and_name(store: Store) -> None:

@@ -15,11 +15,13 @@ from meerkat_mq.core.path import Displacement, short_hash
 from meerkat_mq.errors import AnotherServer, LedgerError
 from meerkat_mq.ledger.store import Sighting, Store
 from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
+from meerkat_mq.wire.descriptor import REFUSES
 from tests.ledger.stores import NODES, InMemory, InSqlite, Kept, begin, displacement, entry, everything, sent, update
 
 WHO = st.sampled_from([-1, -1, -1, -1, -2, -3])  # which of the servers that have opened the ledger; -1: the newest
 AGES = st.integers(0, 3)
 SLOTS = st.integers(0, 2)
+STATUSES = st.sampled_from(["online", f"{REFUSES}policy.mask"])
 BLOBS = [short_hash(blob) for blob in (b"mean", b"of a group", *map(displacement, range(4)), b"\0", b"\1")]
 
 
@@ -112,9 +114,13 @@ class Both(RuleBasedStateMachine):
     def keep_snapshot(self, who: int, version: int) -> None:
         self.do(who, lambda store: store.keep_snapshot(version, bytes([version] * 9)))
 
-    @rule(who=WHO, node=st.sampled_from([*NODES, "x"]), seen=st.integers(1, 9))
-    def commit_sightings(self, who: int, node: str, seen: int) -> None:
-        news = [Sighting(node, seen, "h", "online", 5, float(seen), seen, 10 * seen)]
+    @rule(
+        who=WHO,
+        said=st.lists(st.tuples(st.sampled_from([*NODES, "n3", "x"]), STATUSES), max_size=4),
+        seen=st.integers(1, 9),
+    )
+    def commit_sightings(self, who: int, said: list[tuple[str, str]], seen: int) -> None:
+        news = [Sighting(node, seen, "h", status, 5, float(seen), seen, 10 * seen) for node, status in said]
         self.do(who, lambda store: store.commit_sightings(news))
 
     @rule(

@@ -168,15 +168,22 @@ async def test_a_wrong_digest_makes_it_begin_again(script: Script, start_node: S
     assert any(want.entries_from == 0 for want in script.wants)
 
 
-async def test_a_node_that_never_arrives_ends_in_words(script: Script, start_node: Start) -> None:
+async def test_a_node_that_never_arrives_says_so_and_waits_longer_each_time(script: Script, start_node: Start) -> None:
     node = start_node()
     await begin(script)
     script.close(TERM)
-    script.entries[0] = replace(script.entries[0], digest=b"\1" * 16)
+    right = script.entries[0]
+    script.entries[0] = replace(right, digest=b"\1" * 16)
     script.announce()
-    assert await node.ended() == 6
-    (line,) = node.plain
-    assert line.startswith("meerkat-js: version 0: this node does not arrive at the server's theta")
+    await node.says("cannot take part, trying again later", times=2)
+    said = node.said("cannot take part, trying again later")
+    assert [line["again_in_s"] for line in said[:2]] == [2, 4]
+    words = "version 0: this node does not arrive at the server's theta (the digest after entry 0 differs)"
+    assert {line["problem"] for line in said} == {words}
+    await until(lambda: words in {status.refuses for status in script.statuses})
+    script.entries[0] = right  # the cause is gone
+    await follow(script)
+    assert script.statuses[-1].status == "online"
 
 
 async def test_a_refusal_to_resynchronise_is_obeyed(script: Script, start_node: Start) -> None:

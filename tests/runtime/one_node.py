@@ -73,6 +73,9 @@ class PaperModel(Model):
 class Nothing:
     """A state folder that never holds anything, as after a card was wiped."""
 
+    def has_taken_part(self) -> bool:
+        return False
+
     def load_mask(self, mask_hash: bytes) -> Mask | None:
         return None
 

@@ -78,12 +78,12 @@ class Worker:
     Attributes:
         held: whether jobs wait.
         waiting: how many jobs are not done.
-        fails: raised by the next jobs, in their place.
+        fails: raised by the next jobs, in their place; None: that job is done.
     """
 
     def __init__(self, clock: VirtualClock) -> None:
         self.held = False
-        self.fails: deque[Exception] = deque()
+        self.fails: deque[Exception | None] = deque()
         self._clock = clock
         self._jobs: deque[tuple[Callable[[], Any], Callable[[Any], None], Callable[[Exception], None]]] = deque()
         self._busy = False
@@ -125,8 +125,8 @@ class Worker:
     def _do_next(self) -> None:
         job, done, failed = self._jobs.popleft()
         try:
-            if self.fails:
-                raise self.fails.popleft()
+            if self.fails and (error := self.fails.popleft()) is not None:
+                raise error
             result = job()
         except Exception as error:
             failed(error)

@@ -12,8 +12,9 @@ from meerkat_mq.core import metrics as m
 from meerkat_mq.errors import PolicyRefused, TaskError
 from meerkat_mq.node.state import NodeState
 from meerkat_mq.rounds.events import StartSteps
+from meerkat_mq.runtime.abstention import AGAIN_S
 from meerkat_mq.runtime.model import Spent
-from meerkat_mq.runtime.policy import AGAIN_S, DEFAULTS, NodePolicy
+from meerkat_mq.runtime.policy import DEFAULTS, NodePolicy
 from meerkat_mq.runtime.steps import Sequence
 from meerkat_mq.tasks.load import load_task
 from meerkat_mq.wire.descriptor import RunDescriptor

@@ -101,6 +101,35 @@ def test_who_gives_up_runs_what_must_be_done_and_ignores_what_still_comes(waitin
     assert (log, found, list(waiting.begun)) == (["left"], [], ["first"])
 
 
+def test_who_gives_up_what_is_just_running_has_it_end_where_it_would_wait_next(waiting: Waiting) -> None:
+    def gives_up() -> Steps[str]:
+        try:
+            yield from waiting.wait("first")
+            sequence.cancel()
+            log.append("still here")
+            yield from waiting.wait("second")
+        finally:
+            log.append("left")
+        return "never"
+
+    log, found = list[object](), list[str]()
+    sequence = Sequence(gives_up(), found.append)
+    waiting.end("first", 1)
+    assert (list(waiting.begun), log, found) == (["first"], ["still here", "left"], [])
+
+
+def test_who_gives_up_what_is_just_ending_is_told_nothing(waiting: Waiting) -> None:
+    def gives_up() -> Steps[str]:
+        yield from waiting.wait("first")
+        sequence.cancel()
+        return "never"
+
+    found = list[str]()
+    sequence = Sequence(gives_up(), found.append)
+    waiting.end("first", 1)
+    assert found == []
+
+
 def test_an_answer_that_is_there_at_once_goes_on_at_once() -> None:
     def at_once(result: object) -> Callable[[Done, Failed], None]:
         return lambda done, failed: done(result)

@@ -5,7 +5,7 @@ What may end one, and only it, is written down here: each error that leaves a dr
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,10 +15,21 @@ import pytest
 from structlog.testing import capture_logs
 
 from meerkat_mq import errors
-from meerkat_mq.core.path import Coefficient, Displacement, Entry
-from meerkat_mq.errors import AnotherServer, BadValue, Fate, MeerkatError, NodeReplaced, RunError, TooLarge, WireError
+from meerkat_mq.core.path import Coefficient, Displacement, Entry, short_hash
+from meerkat_mq.errors import (
+    AnotherServer,
+    BadValue,
+    Fate,
+    LedgerError,
+    MeerkatError,
+    NodeReplaced,
+    RunError,
+    TooLarge,
+    WireError,
+)
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
-from meerkat_mq.wire.descriptor import ControlMessage, NodeStatus, ServerState, decode_control
+from meerkat_mq.runtime.abstention import LONGEST_PAUSE_S
+from meerkat_mq.wire.descriptor import ControlMessage, NodeStatus, RunDescriptor, ServerState, decode_control
 from meerkat_mq.wire.frames import MAX_SLOTS, MAX_STEPS, decode, encode
 from meerkat_mq.wire.messages import (
     Chunk,
@@ -36,6 +47,7 @@ from meerkat_mq.wire.messages import (
 )
 from tests.runtime import one_server as one
 from tests.runtime.lone_server import TOPICS, OneServer
+from tests.runtime.one_node import DIGEST
 
 INTEGERS = (0, 1, 2**8, 2**16 - 1, 2**16, 2**31 - 1, 2**31, 2**32 - 1)
 FLOATS = (0.0, -0.0, 1e-45, 2.0**-126, 1.0, 3.4028234663852886e38, -3.4028234663852886e38, math.nan, math.inf)
@@ -244,16 +256,79 @@ def tree(error: type[MeerkatError] = MeerkatError) -> Iterator[type[MeerkatError
         yield from tree(below)
 
 
-@pytest.mark.parametrize("error", sorted(set(tree()), key=str), ids=str)
-def test_no_error_of_its_work_ends_a_node_that_takes_part(error: type[MeerkatError]) -> None:
-    """Whatever a model, a disk or a decoder raises in local steps."""
+ERRORS = (*sorted(set(tree()), key=str), OSError, MemoryError, RuntimeError)
+ENTRY = Entry(0, (TERM,), one.MASK.hash, DIGEST)
+
+
+def failure(error: type[Exception]) -> Exception:
+    return error("somewhere", "what is wrong") if issubclass(error, MeerkatError) else error("what is wrong")
+
+
+# What a node is told first, and what then makes it work.
+WORK: dict[str, tuple[Callable[[one.Server], None], Callable[[one.Server], None]]] = {
+    "a run": (lambda server: None, lambda server: server.describe(one.TWO)),
+    "a mask": (lambda server: server.describe(one.TWO), lambda server: server.give_mask(one.TWO)),
+    "a round": (lambda server: None, lambda server: server.ask(one.ONE)),
+    "a round with an entry": (lambda server: None, lambda server: server.ask(one.ONE, 1, (ENTRY,))),
+    "entries": (
+        lambda server: server.ask(one.ONE, 1),
+        lambda server: server.say(Entries(one.header(one.ONE, 1), (ENTRY,))),
+    ),
+    "a snapshot": (
+        lambda server: server.say(Offer(one.header(one.ONE, 1), 1, short_hash(b"abc"), 3)),
+        lambda server: server.say(Chunk(one.header(one.ONE, 1), short_hash(b"abc"), 0, 1, 3, b"abc")),
+    ),
+    "a refusal": (
+        lambda server: server.ask(one.ONE),
+        lambda server: server.say(Refusal(one.header(one.ONE), one.BOOT, Reason.RESYNCHRONISE)),
+    ),
+    "a welcome": (lambda server: None, lambda server: server.say(Welcome(one.header(one.ONE), one.BOOT, one.SLOT))),
+    "a new connection of the server": (lambda server: None, lambda server: server.state(one.ONE, link=2)),
+}
+
+
+def takes_part(server: one.Server, run: RunDescriptor) -> bool:
+    """After a while, whatever the node had to begin again."""
+    server.describe(run)
+    server.node.clock.go(LONGEST_PAUSE_S)
+    server.give_mask(run)
+    server.say(Welcome(one.header(run), one.BOOT, one.SLOT))
+    before = len(server.updates)
+    server.ask(run)
+    server.node.clock.go(100.0)
+    return len(server.updates) > before
+
+
+@pytest.mark.parametrize("job", range(3))
+@pytest.mark.parametrize("message", WORK)
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
+def test_no_error_of_its_work_ends_a_node_that_takes_part(error: type[Exception], message: str, job: int) -> None:
+    """Whatever a model, a disk or a decoder raises: in each job that each message leads to."""
     with capture_logs():
         server = one.Server()
         server.begin(one.ONE)
-        server.node.worker.fails.append(error("somewhere", "what is wrong"))
-        server.ask(one.ONE)
-        server.node.clock.go(10.0)
-    assert [update.header.version for update in server.updates] == [0]
+        first, then = WORK[message]
+        first(server)
+        server.node.worker.fails.extend([*[None] * job, failure(error)])
+        then(server)
+        server.node.clock.go(5.0)
+        server.node.worker.fails.clear()
+        server.describe(one.ONE)  # a policy that refused a run refuses it until another one is described
+        assert takes_part(server, one.TWO)
+        assert takes_part(server, one.ONE)
+
+
+@pytest.mark.parametrize("error", [*sorted(set(tree(LedgerError)), key=str)], ids=lambda error: error.__name__)
+@pytest.mark.parametrize("asked", ["entries", "chunks"])
+def test_no_want_ends_a_server_whose_ledger_cannot_be_read(server: OneServer, error: Any, asked: str) -> None:
+    server.receive(TOPICS.up(HONEST[0], "update"), server.update())
+    server.clock.go(1.0)
+    what: dict[str, Any] = {"entries_from": 0} if asked == "entries" else {"blob": bytes(16), "chunks": (0,)}
+    server.ledger_work.fails.append(failure(error))
+    server.receive(TOPICS.up(EVIL, "want"), encode(Want(server.header(), 1, **what)))
+    server.clock.go(1.0)
+    assert not server.ledger_work.fails
+    assert goes_on(server)
 
 
 def test_what_does_not_decode_is_dropped_and_what_is_final_is_of_the_run() -> None:
