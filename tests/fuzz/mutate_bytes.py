@@ -20,7 +20,7 @@ _BYTEWISE = DAMAGES[:5]  # of texts, those that know no tokens
 def overwrite(rng: random.Random, data: bytes) -> bytes:
     """A number of one to eight bytes becomes an extreme one, in either order."""
     width, place = rng.choice((1, 2, 4, 8)), rng.randrange(len(data) + 1)
-    number = (rng.choice(NUMBERS) % 256**width).to_bytes(width, rng.choice(("little", "big")))
+    number = (rng.choice(NUMBERS) % (1 << 8 * width)).to_bytes(width, rng.choice(("little", "big")))
     return data[:place] + number + data[place + width :]
 
 
