@@ -1,15 +1,18 @@
-"""Displacements of values nodes: what the guards say of one, and the mean that closes with an entry."""
+"""Displacements of values nodes: what the guards say of one, what they know of it, the mean that an entry adds."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from meerkat_mq.core.directions import Float32Array
-from meerkat_mq.core.gradip import root_mean_square
+from meerkat_mq.core.gradip import Float64Array, each_inner_product, root_mean_square, tree_sum
 from meerkat_mq.core.values import mean_displacement
 from meerkat_mq.ledger.store import Store
-from meerkat_mq.rounds.records import Share, Verdict
+from meerkat_mq.rounds.clipping import FEWEST
+from meerkat_mq.rounds.policy import RoundSettings
+from meerkat_mq.rounds.records import Moved, Share, UpdateRecord, Verdict
 
 FARTHEST = 1000.0  # weights of models lie within ±100, and 2³² versions that each move one so far stay in float32
 
@@ -37,3 +40,58 @@ def mean_of(shares: Sequence[Share], ledger: Store, weights: int) -> Float32Arra
         LedgerError: one of them is missing or damaged.
     """
     return mean_displacement(((share.weight, ledger.values(share.blob, weights)) for share in shares), weights)
+
+
+def measured(
+    records: Sequence[UpdateRecord], load: Callable[[bytes], Float32Array], settings: RoundSettings
+) -> tuple[UpdateRecord, ...]:
+    """The updates that close with an entry, with what the guards know of those displacements that they compare.
+
+    All in float64 by `tree_sum`, rounded once. One displacement is in memory at a time.
+
+    Args:
+        load: a displacement that is kept, by the hash of its blob; what it raises is raised.
+    """
+    blobs = [record.values.blob for record in records if settings.compares(record) and record.values is not None]
+    total = _total(_unit(load(blob)) for blob in blobs) if len(blobs) >= FEWEST else None
+    found = []
+    for record in records:
+        moved = None
+        if settings.compares(record) and record.values is not None:
+            values = load(record.values.blob)
+            size, along = root_mean_square(values), tuple(_along(values, settings, record.version))
+            agreement = 0.0 if total is None else _cosine(_unit(values), total)
+            moved = Moved(_float32(size), _float32(agreement), along)
+        found.append(record if record.moved == moved else replace(record, moved=moved))
+    return tuple(found)
+
+
+def _total(parts: Iterator[Float64Array]) -> Float64Array:
+    total = next(parts).copy()
+    for part in parts:
+        np.add(total, part, out=total)
+    return total
+
+
+def _unit(values: Float32Array) -> Float64Array:
+    """Of root mean square 1, or zero; float64 (n,)."""
+    size = root_mean_square(values)
+    return np.divide(values, size if size > 0 else 1.0, dtype=np.float64)
+
+
+def _along(values: Float32Array, settings: RoundSettings, version: int) -> Iterator[float]:
+    (lanes, steps), run_id, stream = settings.compared(version), settings.run_id, settings.stream
+    length = root_mean_square(values) * math.sqrt(values.size)
+    for product in each_inner_product(values, run_id, version, lanes=lanes, steps=steps, stream=stream):
+        yield _float32(-product / length) if length > 0 else 0.0
+
+
+def _cosine(own: Float64Array, total: Float64Array) -> float:
+    """Of a vector with what the others come to; `total` is of all."""
+    others = np.subtract(total, own)
+    scale = math.sqrt(tree_sum(np.square(own)) * tree_sum(np.square(others)))
+    return tree_sum(np.multiply(own, others)) / scale if scale > 0 else 0.0
+
+
+def _float32(value: float) -> float:
+    return float(np.float32(value)) + 0.0  # a zero is +0

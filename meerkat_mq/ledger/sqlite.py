@@ -20,6 +20,7 @@ from meerkat_mq.ledger.files import SnapshotFiles, check_remains, keep_mask
 from meerkat_mq.ledger.sqlite_chain import SqliteChain, add_link
 from meerkat_mq.ledger.sqlite_guard import MOST_ROWS
 from meerkat_mq.ledger.sqlite_rows import (
+    CLOSED,
     JUDGED,
     REFUSING,
     SIGHTING,
@@ -27,6 +28,7 @@ from meerkat_mq.ledger.sqlite_rows import (
     UPDATES,
     Row,
     RowT,
+    closed_row,
     from_row,
     judgement,
     pack_products,
@@ -206,8 +208,7 @@ class Ledger(Store):
             slots = {record.node: record.slot for record in records}
             judged = [(j.version, slots[j.node], j.rho_later, j.rho_quiet, j.early_stopped) for j in judgements]
             self._write("INSERT INTO judgements VALUES (?, ?, ?, ?, ?)", *judged)
-            closed = [(entry.version, record.verdict, record.version, record.slot) for record in records]
-            self._write("UPDATE updates SET entry = ?, verdict = ? WHERE version = ? AND slot = ?", *closed)
+            self._write(CLOSED, *[(entry.version, *closed_row(record)) for record in records])
             add_link(self._connection, "entry", entry.version)
             self._forget_too_old(entry.version - self.window)
 

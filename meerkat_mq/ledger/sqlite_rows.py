@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from meerkat_mq.core.gradip import by_lane
 from meerkat_mq.ledger.store import Products
-from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
+from meerkat_mq.rounds.records import Judgement, Moved, UpdateRecord, Verdict
 from meerkat_mq.wire.messages import Values
 
 _FLOAT = struct.Struct("<f")
@@ -25,6 +25,9 @@ REFUSING = """
 UPDATE = """
     INSERT INTO updates (version, slot, boot, weight, scalars, loss, verdict, blob, size, steps)
     VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+"""
+CLOSED = """
+    UPDATE updates SET entry = ?, verdict = ?, scalars = ? WHERE version = ? AND slot = ?
 """
 UPDATES = """
     SELECT entry, version, node, updates.slot, updates.boot, weight, scalars, loss, verdict, blob, size, steps
@@ -67,15 +70,35 @@ def _check_node(node: object, slot: object) -> None:
         raise TypeError(f"no node has slot {slot!s:.50}")
 
 
+def _numbers(record: UpdateRecord) -> bytes:
+    """Projected gradients, or what a displacement was measured to be, as little-endian float32."""
+    moved = record.moved
+    numbers = record.scalars if moved is None else (moved.size, moved.agreement, *moved.along)
+    return struct.pack(f"<{len(numbers)}f", *numbers)
+
+
+def _moved(numbers: tuple[float, ...]) -> Moved | None:
+    if not numbers:
+        return None
+    if len(numbers) < 3 or not all(map(math.isfinite, numbers)) or numbers[0] < 0:
+        raise ValueError(f"a displacement is measured as {numbers!s:.50}")
+    return Moved(numbers[0], numbers[1], numbers[2:])
+
+
 def update_row(record: UpdateRecord) -> Row:
     """Version, slot, boot, weight, scalars, loss, verdict, blob, size, steps; the last three NULL for a path.
 
     SQLite makes NULL of a NaN, so that one goes as bytes.
     """
-    scalars = struct.pack(f"<{len(record.scalars)}f", *record.scalars)
     loss = _FLOAT.pack(record.loss) if math.isnan(record.loss) else record.loss
     values = (None, None, None) if record.values is None else astuple(record.values)
-    return record.version, record.slot, record.boot, record.weight, scalars, loss, int(record.verdict), *values
+    version, numbers = record.version, _numbers(record)
+    return version, record.slot, record.boot, record.weight, numbers, loss, int(record.verdict), *values
+
+
+def closed_row(record: UpdateRecord) -> Row:
+    """What closing an entry changes, verdict and numbers; then which update it is, version and slot."""
+    return int(record.verdict), _numbers(record), record.version, record.slot
 
 
 def update_record(row: Row) -> UpdateRecord:
@@ -83,7 +106,7 @@ def update_record(row: Row) -> UpdateRecord:
 
     Raises:
         TypeError: a value is not of its column's type, or nobody has the slot.
-        ValueError: there is no such verdict, or it is a displacement with projected gradients.
+        ValueError: there is no such verdict, or no displacement is measured so.
         struct.error: scalars or loss do not have whole floats.
     """
     version, node, slot, boot, weight, packed, loss, verdict, *described = row
@@ -92,13 +115,12 @@ def update_record(row: Row) -> UpdateRecord:
     scalars = struct.unpack(f"<{len(packed) // 4}f", packed)
     if isinstance(loss, bytes):
         (loss,) = _FLOAT.unpack(loss)
-    values = None
+    values, moved = None, None
     if described != [None, None, None]:
         _check(_VALUES, tuple(described))
         values = Values(*described)
-        if scalars:
-            raise ValueError("a displacement has projected gradients")
-    return UpdateRecord(version, node, slot, boot, weight, scalars, loss, Verdict(verdict), values)
+        scalars, moved = (), _moved(scalars)
+    return UpdateRecord(version, node, slot, boot, weight, scalars, loss, Verdict(verdict), values, moved)
 
 
 def pack_products(products: Sequence[Sequence[float]]) -> bytes:

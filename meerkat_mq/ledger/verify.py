@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -14,19 +15,16 @@ from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.values import quantised
 from meerkat_mq.errors import LedgerError, MeerkatError, RunMismatch, WireError
 from meerkat_mq.ledger.chain import ALTERED, check_chain
-from meerkat_mq.ledger.displacement import mean_of, verdict_on
+from meerkat_mq.ledger.displacement import mean_of, measured, verdict_on
 from meerkat_mq.ledger.run import max_step_of, settings_of
 from meerkat_mq.ledger.store import KeptSnapshot, Products, Store
 from meerkat_mq.rounds.early_stopping import EarlyStopping, judgements_of, with_verdicts
 from meerkat_mq.rounds.guards import Guard, on_arrival
 from meerkat_mq.rounds.policy import RoundSettings, shares_of, steps_fit, terms_of
-from meerkat_mq.rounds.records import Judgement, Share, UpdateRecord, Verdict
+from meerkat_mq.rounds.records import JUDGED, Judgement, Moved, Share, UpdateRecord, Verdict
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.messages import in_words
 from meerkat_mq.wire.snapshot import decode_snapshot
-
-# by other updates, or by the path; the rest shows in the update alone
-JUDGED = {Verdict.ACCEPTED, Verdict.OUTLIER, Verdict.AGAINST, Verdict.EARLY_STOPPED}
 
 Look = Callable[[Float32Array, bytes], None]  # takes theta of a version, and the hash of the entry before it
 Progress = Callable[[int, int], None]
@@ -70,7 +68,7 @@ def verify_ledger(
     if run.max_step is not None:
         _same("max_step", run.max_step, max_step_of(ledger.rules, mask), "its rules and mask give")
     replica = Replica(mask, run_id=run.run_id, stream=run.stream, digest_every=run.digest_every)
-    early, kept = EarlyStopping(settings), False
+    early, kept, compared = EarlyStopping(settings), False, False
     guard = Guard(settings.guards, settings.directions, cumulative=True) if settings.clips else None
     head, term, updates = mask.hash, 0, 0
     rounds = ledger.version
@@ -84,6 +82,7 @@ def verify_ledger(
                 records = ledger.records(version)
                 _check_records(records, version, settings, early)
                 _check_values(ledger, records, settings, mask.size)
+                compared = _check_moved(ledger, records, settings, mask.size, before=compared)
                 products = ledger.products(version, settings)
                 if products is not None or kept or settings.calibrates(version):  # else older than schema 2
                     kept = True
@@ -180,6 +179,26 @@ def _check_values(ledger: Store, records: Sequence[UpdateRecord], settings: Roun
         found = ledger.values(record.values.blob, weights)
         _check_size(ledger.blob(record.values.blob), record.values.size)
         _check_verdict(record, verdict_on(found, record.loss, settings.reach(record.values.steps)))
+
+
+def _check_moved(
+    ledger: Store, records: Sequence[UpdateRecord], settings: RoundSettings, weights: int, *, before: bool
+) -> bool:
+    """That displacements are what they were measured to be; whether they are measured, as older servers did not."""
+    if not (before or any(record.moved for record in records)):
+        return False
+    load = partial(ledger.values, weights=weights)
+    for record, true in zip(records, measured(records, load, settings), strict=True):
+        found, recomputed = _moved_words(record.moved), _moved_words(true.moved)
+        _same(f"measure of {record.node}'s displacement", found, recomputed, "it is")
+    return True
+
+
+def _moved_words(moved: Moved | None) -> str:
+    if moved is None:
+        return "none"
+    along = ", ".join(f"{x:.9g}" for x in moved.along)
+    return f"size {moved.size:.9g}, agreement {moved.agreement:.9g}, along {along}"
 
 
 def _check_size(blob: bytes | None, size: int) -> None:

@@ -6,13 +6,19 @@ step from the median (Huber 1964; centred clipping, Karimireddy et al., arXiv 20
 the lane is hostile, median and width are within the range of the honest scalars and their distances.
 
 With one or two scalars, that moves nothing. There the entry's other lanes say what is normal, in size alone.
+
+A displacement has n numbers, so its size is bounded as a whole: it is scaled down to the size that the others of its
+entry have, by local step. Of two the smaller one counts, so either can undo what the other does, and no more. One alone
+is compared with the paths. That bounds how far a displacement goes, not where (`rounds.cumulative`).
 """
 
+import math
 from collections.abc import Iterable, Sequence
 
 SIGMAS = 1.4826  # of a normal distribution, in median absolute deviations
 FEWEST = 3  # of which two can outvote one
 ALONE = 3.0  # a lane with fewer has scalars up to so many times the median magnitude of all lanes
+FARTHER = 4.0  # a displacement that is alone in its entry goes up to so many times as far as a path
 
 
 def median(ordered: Sequence[float]) -> float:
@@ -41,3 +47,15 @@ def clipped(lane: Sequence[float], entry: Sequence[float]) -> list[float]:
     else:
         return list(lane)
     return [min(max(value, centre - width), centre + width) for value in lane]
+
+
+def longest(displacements: Sequence[tuple[float, int]], paths: Sequence[float]) -> float:
+    """The root mean square that displacements of an entry may have, for each of their local steps.
+
+    Args:
+        displacements: (root mean square, local steps) of each.
+        paths: root mean square of each path, by local step.
+    """
+    if len(displacements) > 1:
+        return sorted([size / steps for size, steps in displacements])[(len(displacements) - 1) // 2]
+    return FARTHER * median(sorted(paths)) if len(paths) >= FEWEST else math.inf

@@ -8,6 +8,11 @@ The evidence is about normal for a node whose scalars have nothing to do with th
 correlation of the older test, in runs without the clipped mean, is kept here too: both are sums over the same pairs.
 
 Where trusted nodes are in the lane, y is their median: then a majority that pushes against them is found too.
+
+A displacement is compared with what the paths of its round say, along the directions of each lane: x ÷ s is what it
+says of a direction (`Moved.along`). One round has many directions, so its node's sum counts the present round too.
+Who knows the directions can push elsewhere. The other displacements, where an entry has three, leave no such room: of n
+weights chance makes cosines of 1 ÷ √n, and honest displacements from one theta agree far more than that.
 """
 
 import math
@@ -17,10 +22,11 @@ from functools import reduce
 from operator import add, mul
 
 from meerkat_mq.rounds.clipping import median, median_magnitude
-from meerkat_mq.rounds.records import NOT_REFUSED, UpdateRecord, Verdict
+from meerkat_mq.rounds.records import NOT_REFUSED, Moved, UpdateRecord, Verdict
 
 FEWEST_IN_LANE = 3
 EVIDENCE = -2.75  # standard deviations: the sum over the window that no node without a bias is likely to reach
+OPPOSED = -0.5  # cosine of a displacement with the entry's others; −0.33 was measured of an honest one
 STRONG = 2.0  # a scalar counts as at most so many times the lane's median magnitude
 
 
@@ -102,6 +108,31 @@ def compare(record: UpdateRecord, columns: Sequence[StepColumn], trusted: Sequen
         _sum(products), _sum(map(mul, xs, xs)), _sum(map(mul, ys, ys)), agreed, opposed,
         _sum(weighed), _sum(map(mul, weighed, weighed)),
     )  # fmt: skip
+
+
+def lane_says(columns: Sequence[StepColumn], trusted: Sequence[float]) -> list[float]:
+    """What paths say of the first steps of their lane, in units of its size: trusted nodes, or the median of three."""
+    medians = trusted or [column.median for column in columns if column.size >= FEWEST_IN_LANE]
+    return [_cut(y, column.typical) if column.typical > 0 else 0.0 for y, column in zip(medians, columns, strict=False)]
+
+
+def compare_displacement(moved: Moved, lanes: Sequence[Sequence[float]]) -> Comparison | None:
+    """With the paths of its round.
+
+    Args:
+        moved: the displacement.
+        lanes: what each lane says, of all those along which it is measured.
+    """
+    steps = len(moved.along) // len(lanes)
+    weighed = [
+        _cut(x, 1.0) * y
+        for lane, says in enumerate(lanes)
+        for x, y in zip(moved.along[lane * steps : (lane + 1) * steps], says, strict=False)
+    ]
+    agreed, opposed = sum(map((0.0).__lt__, weighed)), sum(map((0.0).__gt__, weighed))
+    if not agreed + opposed:
+        return None
+    return Comparison(0.0, 0.0, 0.0, agreed, opposed, _sum(weighed), _sum(map(mul, weighed, weighed)))
 
 
 def correlation(comparisons: Iterable[Comparison | None]) -> float:

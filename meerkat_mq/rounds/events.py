@@ -83,14 +83,17 @@ class FetchValues:
 
 @dataclass(frozen=True, slots=True)
 class JudgeRound:
-    """Call `judge`, once and off the event loop: pure Python that takes up to a second; answered by RoundJudged.
+    """Measure the displacements among `records`, then call `judge` with them; answered by RoundJudged.
+
+    Once and off the event loop: it is pure Python that takes up to a second.
 
     An answer may be lost, or reach the machine of a later term, which drops it.
     """
 
     term: int  # of the machine that asks
     version: int
-    judge: Callable[[], RoundOutcome]  # touches nothing but what this machine gave it
+    records: tuple[UpdateRecord, ...]  # that close with it
+    judge: Callable[[tuple[UpdateRecord, ...]], RoundOutcome]  # touches nothing but what this machine gave it
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,13 +12,16 @@ from meerkat_mq.rounds.clipping import SIGMAS, median, median_magnitude
 from meerkat_mq.rounds.cumulative import (
     EVIDENCE,
     FEWEST_IN_LANE,
+    OPPOSED,
     Comparison,
     StepColumn,
     compare,
+    compare_displacement,
     correlation,
     evidence,
+    lane_says,
 )  # fmt: skip
-from meerkat_mq.rounds.policy import MAX_STEP, applicable, lane_of
+from meerkat_mq.rounds.policy import COMPARED, MAX_STEP, applicable, lane_of
 from meerkat_mq.rounds.records import NOT_REFUSED, UpdateRecord, Verdict
 
 FEWEST_OF_OWN = 8
@@ -167,6 +170,8 @@ class Guard:
         verdicts: dict[Place, Verdict] = {}
         for members in self._by_lane(records).values():
             verdicts |= self._against(members)
+        if self._cumulative and self._config.against > OFF:
+            verdicts |= dict.fromkeys(self._opposed(records), Verdict.AGAINST)
         candidates = [record for record in _accepted(records) if not record.values and place(record) not in verdicts]
         verdicts |= dict.fromkeys(self._outliers(candidates), Verdict.OUTLIER)
         for record in self._trusted(records):
@@ -183,7 +188,7 @@ class Guard:
         if len(self._rounds) == self._config.window:
             self._forget(self._rounds.popleft())
         self._rounds.append(records)
-        comparisons: dict[Place, Comparison | None] = {}
+        comparisons = self._displacements(records)
         ordered: list[list[float]] = []
         for members in self._by_lane(records).values():
             values = _columns(_accepted(members))
@@ -245,6 +250,32 @@ class Guard:
             for where, past in known
             if past.opposed > past.agreed and correlation(past.comparisons) < self._config.against
         }
+
+    def _displacements(self, records: Sequence[UpdateRecord]) -> dict[Place, Comparison | None]:
+        """The comparisons of a round's displacements with its paths."""
+        moved = [(place(record), record.moved) for record in records if record.moved is not None]
+        lanes = {lane: self._says(members) for lane, members in self._by_lane(records).items()} if moved else {}
+        compared = range(min(self._lanes, COMPARED))
+        return {
+            where: compare_displacement(one, [lanes.get((where[0], lane), ()) for lane in compared])
+            for where, one in moved
+        }
+
+    def _says(self, members: Sequence[UpdateRecord]) -> Sequence[float]:
+        columns = [StepColumn.of(column) for column in _columns(_accepted(members))]
+        return lane_says(columns, [median(column) for column in _columns(self._trusted(members))])
+
+    def _opposed(self, records: Sequence[UpdateRecord]) -> set[Place]:
+        """Displacements that work against the entry's others, or against the paths over the window and now."""
+        now = self._displacements(_accepted(records))
+        moved = [(record, record.moved) for record in records if place(record) in now and record.moved is not None]
+        apart = {place(record) for record, one in moved if one.agreement < OPPOSED}
+        against = {
+            place(record)
+            for record, _ in moved
+            if evidence([*self._nodes.get(record.node, NodePast()).comparisons, now[place(record)]]) < EVIDENCE
+        }
+        return against | apart if 2 * len(apart) < len(moved) else against
 
     def _outliers(self, candidates: Sequence[UpdateRecord]) -> list[Place]:
         """Updates with outliers."""

@@ -155,14 +155,14 @@ def outcome_of(
     guard: Guard,
     settings: RoundSettings,
     version: int,
-    records: Sequence[UpdateRecord],
     products: Sequence[Sequence[float]],
+    records: Sequence[UpdateRecord],
 ) -> RoundOutcome:
     """Judge a closed round: verdicts, judgements, coefficients and shares; of each round once, in order.
 
     A function of the round's committed updates, by base version and slot, and of the guards' window alone. With 1,000
     nodes and 100 steps it takes a good part of a second, so the machine has it computed for it (JudgeRound). The
-    guard, which nobody else uses meanwhile, remembers the round.
+    guard, which nobody else uses meanwhile, remembers the round. The displacements are measured before.
     """
     guarded = guard.judge(records)
     judgements = judgements_of(version, guarded, products, settings)

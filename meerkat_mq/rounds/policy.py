@@ -9,8 +9,8 @@ from dataclasses import replace
 from meerkat_mq.config import Directions, EarlyStoppingConfig, GuardsConfig, RoundRules, ServerValuesConfig
 from meerkat_mq.core.path import Coefficient, Entry, coefficient, seeds_of
 from meerkat_mq.errors import ConfigError
-from meerkat_mq.rounds.clipping import FEWEST, clipped
-from meerkat_mq.rounds.records import Share, UpdateRecord, Verdict
+from meerkat_mq.rounds.clipping import FEWEST, clipped, longest
+from meerkat_mq.rounds.records import JUDGED, Share, UpdateRecord, Verdict
 from meerkat_mq.wire.frames import MAX_FRAME_BYTES, MAX_STEPS, Reason, Update, entry_bytes, most_terms
 
 DEADLINE_CAP = 10
@@ -18,6 +18,7 @@ WHOLE = 256  # a staleness weight of 1
 ANNOUNCE_AT = (0.25, 0.5, 0.75)
 ROUND_ENTRY_BYTES = 1024
 NEWEST_ENTRY_BYTES = 16 * 1024
+COMPARED = 64  # directions of a round along which a displacement is measured
 MAX_STEP = 2.0**64  # 2³² versions of 12,000 terms, of directions whose values lie within ±5, stay below 2¹¹⁴
 
 
@@ -123,6 +124,15 @@ class RoundSettings(RoundRules):
     def scalars_of(self, version: int) -> int:
         """Directions of round `version` in each lane, and so projected gradients of an update."""
         return self.perturbations * self.steps_of(version)
+
+    def compares(self, record: UpdateRecord) -> bool:
+        """Whether it is a displacement that is compared: with the clipped mean, one that can be used."""
+        return self.clips and record.values is not None and record.verdict in JUDGED
+
+    def compared(self, version: int) -> tuple[int, int]:
+        """Along which directions of round `version` displacements are measured: how many lanes, and steps of each."""
+        lanes = min(self.directions, COMPARED)
+        return lanes, min(self.scalars_of(version), COMPARED // lanes)
 
     def fraction_of(self, version: int) -> float:
         """Share of the nodes at hand that round `version` asks: a calibration, which judges each node, asks all."""
@@ -276,15 +286,45 @@ def entry_scalars(lanes: Mapping[tuple[int, int], Sequence[UpdateRecord]], step:
 
 
 def shares_of(records: Sequence[UpdateRecord], settings: RoundSettings, version: int) -> tuple[Share, ...]:
-    """The parts of the mean displacement: n_k·s(τ_k) ÷ N, in float64, by version and slot; as in `terms_of`."""
+    """The parts of the mean displacement: n_k·s(τ_k) ÷ N, in float64, by version and slot; as in `terms_of`.
+
+    With the clipped mean, a displacement that goes farther than `longest` has a part that is as many times smaller.
+    """
     accepted = [found for record in records if (found := counted(record, settings)) is not None]
     total = WHOLE * sum(record.weight for record in accepted)
     ordered = sorted(accepted, key=lambda record: (record.version, record.slot))
+    reach = _reach(accepted, settings)
     return tuple(
-        Share(record.values.blob, record.weight * settings.staleness_weight(version - record.version) / total)
+        Share(
+            record.values.blob,
+            record.weight * settings.staleness_weight(version - record.version) / total * _shortened(record, reach),
+        )
         for record in ordered
         if record.values is not None
     )
+
+
+def _reach(accepted: Sequence[UpdateRecord], settings: RoundSettings) -> float:
+    """The root mean square of a displacement for each local step; of a path it is lr/K · √Σg² in all."""
+    displacements = [
+        (record.moved.size, record.values.steps)
+        for record in accepted
+        if record.moved is not None and record.values is not None
+    ]
+    each = settings.lr / settings.perturbations
+    paths = [
+        each * math.sqrt(math.fsum([g * g for g in record.scalars])) * settings.perturbations / len(record.scalars)
+        for record in accepted
+        if displacements and record.values is None
+    ]
+    return longest(displacements, paths)
+
+
+def _shortened(record: UpdateRecord, reach: float) -> float:
+    """What part of its length a displacement may have."""
+    if record.moved is None or record.values is None or record.moved.size == 0:
+        return 1.0
+    return min(1.0, reach * record.values.steps / record.moved.size)
 
 
 def counted(record: UpdateRecord, settings: RoundSettings) -> UpdateRecord | None:

@@ -19,7 +19,25 @@ class Verdict(IntEnum):
     EARLY_STOPPED = 5  # only its first steps count: the virtual path shows extremely skewed data
 
 
+# those that other updates, or the path, decide; the rest shows in the update alone
+JUDGED = {Verdict.ACCEPTED, Verdict.OUTLIER, Verdict.AGAINST, Verdict.EARLY_STOPPED}
 NOT_REFUSED = {Verdict.ACCEPTED, Verdict.EARLY_STOPPED}
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """What the guards know of a displacement d, which they do not see; each number is exactly a float32.
+
+    Attributes:
+        size: its root mean square.
+        agreement: its cosine with the sum of the entry's other displacements, each of size 1; 0 of fewer than three.
+        along: −⟨d, z⟩ ÷ ‖d‖ of the first directions of its round, lane after lane: projected gradients that go with it,
+            about standard normal where it has nothing to do with them.
+    """
+
+    size: float
+    agreement: float
+    along: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +53,7 @@ class UpdateRecord:
     loss: float
     verdict: Verdict = Verdict.ACCEPTED
     values: Values | None = None  # the displacement of a values node, whose scalars are ()
+    moved: Moved | None = None  # measured as the entry closes, in a run with the clipped mean; None of others
 
 
 @dataclass(frozen=True, slots=True)

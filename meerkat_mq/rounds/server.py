@@ -324,8 +324,8 @@ class ServerMachine(ServerMachineState):
     def _close(self, current: OpenRound, products: Sequence[Sequence[float]], now: float, *, overdue: bool) -> None:
         current.closing, current.overdue = True, overdue
         self._note_silence(current, now)
-        judge = partial(outcome_of, self._guard, self._settings, self.version, current.records, products)
-        self._effects.append(e.JudgeRound(self._rank[0], self.version, judge))
+        judge = partial(outcome_of, self._guard, self._settings, self.version, products)
+        self._effects.append(e.JudgeRound(self._rank[0], self.version, current.records, judge))
 
     def _note_silence(self, current: OpenRound, now: float) -> None:
         """Nodes that the round waited for in vain lose credit; where a buffer closes it, more slowly."""

@@ -1,4 +1,4 @@
-"""⟨g_p, z⟩ of a round's directions, computed while its nodes work: neither the rounds nor the ledger wait for it."""
+"""What is measured of a round: ⟨g_p, z⟩ of its directions while its nodes work, its displacements when it closes."""
 
 from collections.abc import Callable
 from itertools import takewhile
@@ -7,12 +7,15 @@ from meerkat_mq.core.gradip import by_lane, each_inner_product
 from meerkat_mq.ledger.run import Run
 from meerkat_mq.ledger.store import Products
 from meerkat_mq.rounds import events as e
+from meerkat_mq.rounds.policy import RoundSettings
+from meerkat_mq.rounds.records import RoundOutcome
 from meerkat_mq.runtime.ports import Clock, Compute
 from meerkat_mq.runtime.steps import Sequence, Steps, work
+from meerkat_mq.runtime.writer import MeasureValues
 
 
 class Measurer:
-    """Measures what it was asked for last; what that superseded is given up at the next direction."""
+    """Measures directions: what it was asked for last; what that superseded is given up at the next direction."""
 
     def __init__(self, run: Run, compute: Compute, clock: Clock, tell: Callable[[e.DirectionsMeasured], None]) -> None:
         self._run = run
@@ -46,3 +49,13 @@ class Measurer:
         )
         found = tuple(takewhile(lambda _: order is self._newest, each))
         return by_lane(found, order.lanes) if order is self._newest else None
+
+
+def judged(
+    order: e.JudgeRound, settings: RoundSettings, put: Callable[[MeasureValues], None], others: Compute
+) -> Steps[RoundOutcome]:
+    """Have the ledger writer measure the displacements of a round, where it has any to compare; then judge it."""
+    records = order.records
+    if any(map(settings.compares, records)):
+        records = yield lambda done, _: put(MeasureValues(records, done))
+    return (yield from work(others, order.judge, records))

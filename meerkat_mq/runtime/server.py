@@ -27,9 +27,9 @@ from meerkat_mq.runtime.announcer import Announcer
 from meerkat_mq.runtime.budgets import SILENT, Budgets, Raises
 from meerkat_mq.runtime.fetches import Fetches
 from meerkat_mq.runtime.inbox import Inbox
-from meerkat_mq.runtime.measure import Measurer
+from meerkat_mq.runtime.measure import Measurer, judged
 from meerkat_mq.runtime.ports import Clock, Compute, ServerMonitor, Transport
-from meerkat_mq.runtime.steps import Alarm, Steps, work
+from meerkat_mq.runtime.steps import Alarm, Steps
 from meerkat_mq.runtime.steps import Sequence as Running
 from meerkat_mq.runtime.succession import Succession
 from meerkat_mq.runtime.writer import Holdings, LedgerWriter
@@ -355,7 +355,7 @@ class ServerDriver:
                 assert_never(effect)
 
     def _judge(self, order: e.JudgeRound) -> Steps[None]:
-        outcome = yield from work(self._others, order.judge)
+        outcome = yield from judged(order, self._run.settings, self.writer.put, self._others)
         self.handle(e.RoundJudged(self._clock.now(), order.term, order.version, outcome))
 
     def _send_chunks(self, effect: e.SendChunks) -> None:

@@ -11,6 +11,7 @@ same place: a commit is all or nothing, so a failed one leaves no trace.
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol, TypeVar, TypeVarTuple, assert_never
 
 import structlog
@@ -19,7 +20,7 @@ from meerkat_mq.core.path import Coefficient, Displacement, Entry
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.seldom import Seldom
 from meerkat_mq.errors import AnotherServer, LedgerError, LedgerUnavailable
-from meerkat_mq.ledger.displacement import mean_of
+from meerkat_mq.ledger.displacement import mean_of, measured
 from meerkat_mq.ledger.recovery import follow, resumed
 from meerkat_mq.ledger.run import Run
 from meerkat_mq.ledger.snapshots import DAMAGED, Snapshots
@@ -73,8 +74,16 @@ class KeepValues:
     kept: Done = field(default=lambda _: None, compare=False)
 
 
+@dataclass(frozen=True, slots=True)
+class MeasureValues:
+    """Measure the displacements among the updates that close with an entry; `done` takes these updates."""
+
+    records: tuple[UpdateRecord, ...]
+    done: Done = field(compare=False)
+
+
 Commit = e.CommitSlot | e.CommitUpdate | e.CommitEntry | KeepSightings | KeepMetrics
-Task = e.ApplyTerms | e.KeepSnapshot | e.TakeTerm | KeepValues
+Task = e.ApplyTerms | e.KeepSnapshot | e.TakeTerm | KeepValues | MeasureValues
 Want = e.SendEntries | e.SendChunks
 
 
@@ -282,6 +291,9 @@ class LedgerWriter:
                 # its update is committed at once, or never
                 self._owner.handle(e.ValuesFetched(self._clock.now(), node, update, verdict))
                 kept(None)
+            case MeasureValues(records, done):
+                load = partial(self._ledger.values, weights=self._run.mask.size)
+                done((yield from self._patiently(measured, records, load, self._run.settings)))
             case e.KeepSnapshot(version, head):
                 yield from work(self._compute, self._keep_snapshot, version, head)
             case e.TakeTerm(above):

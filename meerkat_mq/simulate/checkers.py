@@ -12,6 +12,7 @@ from meerkat_mq.core.path import NO_DIGEST, Entry, digest
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.values import mean_displacement, quantised
 from meerkat_mq.errors import BadValue, WireError
+from meerkat_mq.ledger.displacement import measured
 from meerkat_mq.rounds.early_stopping import EarlyStopping, judgements_of
 from meerkat_mq.rounds.policy import shares_of, terms_of
 from meerkat_mq.rounds.records import Share, UpdateRecord, Verdict
@@ -196,14 +197,20 @@ def displacements_recomputable(history: History) -> Found:
         shares = shares_of(records, history.settings, entry.version)
         if bool(shares) != (entry.displacement is not None):
             yield f"entry {entry.version}", f"has {'no' if shares else 'a'} displacement, against its stored updates"
-        elif entry.displacement is not None and (problem := _wrong_mean(history, entry, shares)):
+        elif entry.displacement is not None and (problem := _wrong_mean(history, entry, records, shares)):
             yield f"entry {entry.version}", problem
 
 
-def _wrong_mean(history: History, entry: Entry, shares: Sequence[Share]) -> str | None:
+def _wrong_mean(history: History, entry: Entry, records: Sequence[UpdateRecord], shares: Sequence[Share]) -> str | None:
     size, found = history.mask.size, _displacement(history, entry)
+
+    def load(blob: bytes) -> Float32Array:
+        return decode_values(history.blobs[blob], blob, size)
+
     try:
-        parts = [(share.weight, decode_values(history.blobs[share.blob], share.blob, size)) for share in shares]
+        if measured(records, load, history.settings) != tuple(records):
+            return "its displacements are not what they were measured to be"
+        parts = [(share.weight, load(share.blob)) for share in shares]
         mean = quantised(mean_displacement(parts, size), history.settings.values.codec)
     except (KeyError, WireError, BadValue):
         return "lacks a displacement of its stored updates"

@@ -197,12 +197,12 @@ class MemoryStore(Store):
         """The updates that closed with an entry, and their verdicts."""
         changed = dict[int, dict[int, KeptUpdate]]()
         for record in records:
-            base, slot, verdict = record.version, record.slot, record.verdict
+            base, slot = record.version, record.slot
             if base not in changed:
                 changed[base] = dict(self.ledger.updates.get(base, {}))
             if slot in changed[base]:
                 kept = changed[base][slot][1]
-                changed[base][slot] = entry, kept if kept.verdict is verdict else replace(kept, verdict=verdict)
+                changed[base][slot] = entry, replace(kept, verdict=record.verdict, moved=record.moved)
         for base, updates in changed.items():
             self._put(self.ledger.updates, base, updates)
 

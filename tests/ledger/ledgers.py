@@ -5,6 +5,7 @@ import sqlite3
 from collections.abc import Collection, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,13 +17,14 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Displacement, Entry, short_hash
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.engines.toy import toy_mask
-from meerkat_mq.ledger.displacement import mean_of
+from meerkat_mq.ledger.displacement import mean_of, measured
 from meerkat_mq.ledger.files import DIFFERENCE_FILE, snapshot_file
 from meerkat_mq.ledger.run import settings_of
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.ledger.sqlite_chain import add_all
 from meerkat_mq.ledger.store import Sighting, Store
 from meerkat_mq.rounds.early_stopping import EarlyStopping, judgements_of, with_verdicts
+from meerkat_mq.rounds.guards import Guard
 from meerkat_mq.rounds.policy import shares_of, terms_of
 from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
 from meerkat_mq.wire.descriptor import RunDescriptor
@@ -48,6 +50,7 @@ class Writer:
         ages: (version, slot) of updates that are from an older theta, and how much older.
         partial: (version, slot) of updates that are partial paths, and how many steps they have.
         values: slots of values nodes, and their codecs.
+        measures: whether displacements are measured in a run with the clipped mean, as older servers did not.
         store: gets it all; default: `ledger.sqlite` in the folder.
     """
 
@@ -69,6 +72,7 @@ class Writer:
     ages: Mapping[tuple[int, int], int] = field(default_factory=dict)
     partial: Mapping[tuple[int, int], int] = field(default_factory=dict)
     values: Mapping[int, Codec] = field(default_factory=dict)
+    measures: bool = True
     store: Store | None = None
 
     def __post_init__(self) -> None:
@@ -85,6 +89,7 @@ class Writer:
         rules = Rules(rounds=rounds, guards=GuardsConfig(), early_stopping=self.early_stopping, values=values).kept
         self.settings = settings_of(self.run, rules, measured=bool(self.mask.g_p.any()))
         self.early = EarlyStopping(self.settings)
+        self.guard = Guard(self.settings.guards, self.lanes, cumulative=True) if self.settings.clips else None
         self.judgements: list[tuple[Judgement, ...]] = []
         self.replica = Replica(self.mask, run_id=RUN, stream=self.run.stream, digest_every=self.digest_every)
         self.entries: list[Entry] = []
@@ -139,6 +144,11 @@ class Writer:
         """The open round is heard and closes."""
         version, heard = len(self.entries), self.hear()
         products = self.products(version)
+        if self.guard is not None:
+            load = partial(self.ledger.values, weights=self.mask.size)
+            came = measured(heard, load, self.settings) if self.measures else heard
+            heard = self.guard.judge(came)
+            self.guard.remember(heard)
         judgements = judgements_of(version, heard, products, self.settings)
         records = with_verdicts(heard, judgements)
         terms, added = terms_of(records, self.settings, version), self._mean(records, version)

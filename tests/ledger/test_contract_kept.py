@@ -8,7 +8,7 @@ import pytest
 from meerkat_mq.core.path import Displacement, short_hash
 from meerkat_mq.errors import LedgerError
 from meerkat_mq.ledger.store import REFUSING_KEPT, Sighting, Store
-from meerkat_mq.rounds.records import Judgement, UpdateRecord, Verdict
+from meerkat_mq.rounds.records import Judgement, Moved, UpdateRecord, Verdict
 from meerkat_mq.wire.descriptor import REFUSES
 from meerkat_mq.wire.entries import entry_bytes
 from tests.ledger.stores import NODES, Kept, blob_of, close, round_, sent, update
@@ -52,6 +52,15 @@ def test_who_was_heard_of_a_synchronous_run(store: Store) -> None:
     store.commit_updates([update(1, 1)])
     close(store, update(1, 1))
     assert store.heard() == {"n1": 1}
+
+
+def test_what_a_displacement_was_measured_to_be_is_kept_with_the_entry(store: Store) -> None:
+    came, path = sent(store, 0, 1), update(0, 0)
+    store.commit_updates([path])
+    assert store.open_updates() == (path, came)
+    measured = replace(came, verdict=Verdict.AGAINST, moved=Moved(0.25, -0.5, (1.5, -2.0)))
+    close(store, path, measured)
+    assert store.records(0) == (path, measured)
 
 
 def test_what_is_too_old_for_any_entry_is_forgotten(buffered: Store) -> None:

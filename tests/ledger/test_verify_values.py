@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from meerkat_mq.core.path import Displacement, digest, short_hash
-from meerkat_mq.errors import RunMismatch
+from meerkat_mq.errors import LedgerError, RunMismatch
 from meerkat_mq.ledger.folder import verify_folder
 from meerkat_mq.ledger.inspect import path_shown, rebuilt_path, round_shown, run_shown
-from meerkat_mq.ledger.sqlite import LEDGER_FILE
+from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.rounds.records import Verdict
+from meerkat_mq.wire.messages import in_words
 from meerkat_mq.wire.values import encode_values
 from tests.ledger.ledgers import WEIGHTS, Writer, alter, alter_entry, write
 
@@ -27,6 +28,7 @@ BUFFERED: dict[str, Any] = {
     "partial": {(4, 0): 1, (5, 1): 2},
 }
 MIXED: dict[str, Any] = {"nodes": 5, "values": {1: "int8", 3: "bfloat16", 4: "float32"}}
+COMPARED: dict[str, Any] = MIXED | {"nodes": 6, "steps": 4, "aggregate": "clipped-mean", "count": 9}
 
 
 def fails(folder: Path, version: int, *words: str) -> None:
@@ -46,8 +48,21 @@ def fails(folder: Path, version: int, *words: str) -> None:
         MIXED | BUFFERED | {"aggregate": "trimmed-mean"},
         MIXED | {"absent": {(2, slot) for slot in (0, 2)}, "refused": {(3, 1): Verdict.OUTLIER}},
         {"nodes": 2, "values": {0: "int8", 1: "int8"}, "absent": {(1, 0)}},
+        COMPARED,
+        COMPARED | BUFFERED | {"nodes": 6, "lanes": 2},
+        COMPARED | {"measures": False},
     ],
-    ids=["buffered", "lanes", "mixed", "mixed and buffered", "refused", "values only"],
+    ids=[
+        "buffered",
+        "lanes",
+        "mixed",
+        "mixed and buffered",
+        "refused",
+        "values only",
+        "compared",
+        "compared and buffered",
+        "of an older server",
+    ],
 )
 def test_a_clean_ledger_passes(tmp_path: Path, what: dict[str, Any]) -> None:
     writer = write(tmp_path, **what)
@@ -208,6 +223,62 @@ def test_a_displacement_too_large_to_apply_is_kept_as_refused(tmp_path: Path) ->
     alter(tmp_path, "INSERT INTO blobs VALUES (?, ?)", short_hash(huge), huge)
     alter(tmp_path, "UPDATE updates SET blob = ?, size = ? WHERE version = 2 AND slot = 3", short_hash(huge), len(huge))
     fails(tmp_path, 2, "its update of n3 is kept as accepted, but is too large")
+
+
+# --- compared ---
+
+
+def numbers_of(folder: Path, version: int, slot: int) -> list[float]:
+    with closing(sqlite3.connect(folder / LEDGER_FILE)) as connection:
+        query = "SELECT scalars FROM updates WHERE version = ? AND slot = ?"
+        (packed,) = connection.execute(query, (version, slot)).fetchone()
+        return [float(number) for number in np.frombuffer(packed, "<f4")]
+
+
+@pytest.mark.parametrize(("place", "what"), [(0, "size"), (1, "agreement"), (2, "along"), (5, "along")])
+def test_a_displacement_that_was_measured_as_another_one(tmp_path: Path, place: int, what: str) -> None:
+    write(tmp_path, **COMPARED)
+    numbers = numbers_of(tmp_path, 2, 3)
+    assert len(numbers) == 2 + 4
+    numbers[place] = numbers[place] * 0.5
+    change = "UPDATE updates SET scalars = ? WHERE version = 2 AND slot = 3"
+    alter(tmp_path, change, np.array(numbers, "<f4").tobytes())
+    fails(tmp_path, 2, "its measure of n3's displacement is size", what, "it is size")
+
+
+def test_a_displacement_that_is_not_measured_any_more(tmp_path: Path) -> None:
+    write(tmp_path, **COMPARED)
+    alter(tmp_path, "UPDATE updates SET scalars = zeroblob(0) WHERE version = 2 AND blob IS NOT NULL")
+    fails(tmp_path, 2, "its measure of n1's displacement is none; it is size")
+
+
+@pytest.mark.parametrize("numbers", [[1.0, 0.5], [-1.0, 0.5, 0.0], [1.0, float("nan"), 0.0]])
+def test_what_no_displacement_can_be(tmp_path: Path, numbers: list[float]) -> None:
+    write(tmp_path, **COMPARED)
+    change = "UPDATE updates SET scalars = ? WHERE version = 2 AND slot = 3"
+    alter(tmp_path, change, np.array(numbers, "<f4").tobytes())
+    with pytest.raises((RunMismatch, LedgerError), match="a displacement is measured as"):
+        verify_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(Verdict.ACCEPTED, Verdict.AGAINST), (Verdict.AGAINST, Verdict.ACCEPTED)]
+)
+def test_a_verdict_on_a_displacement_that_its_measures_do_not_give(
+    tmp_path: Path, before: Verdict, after: Verdict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def displacement(self: Writer, version: int, slot: int) -> bytes:
+        values = np.random.default_rng(version).normal(0, 0.01, self.mask.size)
+        return encode_values((-values if slot == 4 else values).astype(np.float32), "float32")
+
+    monkeypatch.setattr(Writer, "displacement", displacement)
+    writer = write(tmp_path, **COMPARED)
+    found = {record.slot: record.verdict for record in Ledger.read(tmp_path / LEDGER_FILE).records(2)}
+    assert (found[4], found[1], found[3]) == (Verdict.AGAINST, Verdict.ACCEPTED, Verdict.ACCEPTED)
+    assert verify_folder(tmp_path).rounds == writer.count
+    slot = next(slot for slot, verdict in sorted(found.items(), reverse=True) if verdict is before)
+    alter(tmp_path, "UPDATE updates SET verdict = ? WHERE version = 2 AND slot = ?", int(after), slot)
+    fails(tmp_path, 2, f"its update of n{slot} is kept as {in_words(after)}, but is {in_words(before)}")
 
 
 # --- shown and rebuilt ---

@@ -113,8 +113,8 @@ class AnsweredServer:
                 return e.UpdatesCommitted(now, (record,))
             case e.FetchValues(node, update):
                 return e.ValuesFetched(now, node, update, Verdict.ACCEPTED)
-            case e.JudgeRound(term, version, judge):
-                return e.RoundJudged(now, term, version, judge())
+            case e.JudgeRound(term, version, records, judge):
+                return e.RoundJudged(now, term, version, judge(records))
             case e.ApplyTerms(version, _, shares):
                 due = (version + 1) % self._digest_every == 0
                 digest = base_after(version) if due else NO_DIGEST

@@ -18,7 +18,7 @@ def closing() -> tuple[AnsweredServer, e.JudgeRound]:
 
 
 def judged(order: e.JudgeRound) -> e.RoundJudged:
-    return e.RoundJudged(2.0, order.term, order.version, order.judge())
+    return e.RoundJudged(2.0, order.term, order.version, order.judge(order.records))
 
 
 def test_the_answer_leads_to_the_entry() -> None:

@@ -143,12 +143,15 @@ class Federation:
         table |= {"rounds": {"batch_size": 4, "lr": 0.05, "min_updates": 1, **rounds}}
         return self._start(module, name, flags, table, environment or {})
 
-    def node(self, node: str, *, name: str = "", seed: int = 7, **settings: Any) -> Service:
+    def node(
+        self, node: str, *, name: str = "", seed: int = 7, module: str = "meerkat_mq.node",
+        environment: Mapping[str, str] | None = None, **settings: Any,
+    ) -> Service:  # fmt: skip
         """Start a node; `name` is that of its files, where two have one id. All its rows are alike."""
         name = name or node
         (self.folder / f"{name}.jsonl").write_text(f'{{"seed": {seed}}}\n' * 8)
         table = {"id": node, "federation": NAME, "state_dir": name, "data": f"{name}.jsonl", **settings}
-        return self._start("meerkat_mq.node", name, (), table, {})
+        return self._start(module, name, (), table, environment or {})
 
     def _start(
         self, module: str, name: str, flags: Sequence[str], table: Mapping[str, Any], environment: Mapping[str, str]
