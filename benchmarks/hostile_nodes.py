@@ -18,43 +18,26 @@ Markdown table, and the means over the seeds below it.
 """
 
 import argparse
-import hashlib
 import math
 import multiprocessing
 import random
 import statistics
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any, cast
 
-import torch
-
+from benchmarks.hostile import NODES, flagged_at, prepared, settings, share_refused, train
 from meerkat_mq.config.rounds import Aggregate
-from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import Row
 from meerkat_mq.demo.local import node_name
-from meerkat_mq.demo.plan import Choices, DemoPlan, make_plan
-from meerkat_mq.engines.evaluate import evaluate
-from meerkat_mq.engines.torch.engine import TransformersEngine
-from meerkat_mq.engines.torch.load import load_model
-from meerkat_mq.engines.torch.masks import make_mask
+from meerkat_mq.demo.plan import DemoPlan
 from meerkat_mq.rounds.clipping import SIGMAS, median_magnitude
 from meerkat_mq.rounds.cumulative import EVIDENCE, STRONG
 from meerkat_mq.rounds.events import StartSteps
-from meerkat_mq.rounds.guards import Guard
-from meerkat_mq.rounds.policy import RoundSettings
-from meerkat_mq.rounds.records import UpdateRecord, Verdict
-from meerkat_mq.runtime.model import Model, StepResult, Stop
+from meerkat_mq.runtime.model import StepResult
 from meerkat_mq.tasks.data import partition
-from meerkat_mq.wire.descriptor import RunDescriptor
-from meerkat_mq.worlds.federation import Federation, NodePart
-from meerkat_mq.worlds.node import NodeProcess
-from meerkat_mq.worlds.quiet import quiet
 
-NODES = 8
 TRIGGER, CHOSEN = "zulu ", 0
 HONEST, ONE_LABEL = "honest", "honest, 3 of 8 with one label"
 CASES: dict[str, tuple[str, int]] = {
@@ -81,6 +64,10 @@ class Liar:
         self._own = deque[float](maxlen=50)
         self._products = deque[float](maxlen=50)
 
+    def update(self, order: StartSteps, result: StepResult) -> StepResult:
+        """Of honest local steps."""
+        return replace(result, scalars=tuple(map(self.lie, result.scalars)))
+
     def lie(self, scalar: float) -> float:
         """Of one honest projected gradient."""
         self._own.append(scalar)
@@ -101,34 +88,6 @@ class Liar:
         hostile = len(self._own) == 50 and size > 1 and evidence > EVIDENCE + 0.5
         self._products.append(turned[-1] if hostile else size * size)
         return max(-6 * abs(scalar), -7.5 * typical) * math.copysign(1, scalar) if hostile else scalar
-
-
-class HostileModel:
-    """A model whose node lies."""
-
-    def __init__(self, model: Model, liar: Liar) -> None:
-        self._model, self._liar = model, liar
-
-    def step(self, order: StartSteps, stop: Stop, made: int) -> StepResult:
-        """What the hostile node sends of its local steps."""
-        result = self._model.step(order, stop, made)
-        assert result is not None
-        return replace(result, scalars=tuple(map(self._liar.lie, result.scalars)))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-
-class HostileFederation(Federation):
-    """A federation in which some nodes lie."""
-
-    liars: dict[str, Liar]
-
-    def make_model(self, node: NodeProcess, run: RunDescriptor) -> Model:
-        """The model of a node that joins the run."""
-        model = super().make_model(node, run)
-        liar = self.liars.get(node.name)
-        return model if liar is None else cast("Model", HostileModel(model, liar))
 
 
 @dataclass(frozen=True)
@@ -162,69 +121,16 @@ def shards_of(case: str, plan: DemoPlan) -> list[list[Row]]:
     return shards
 
 
-def settings(plan: DemoPlan, mask: Mask, aggregate: Aggregate) -> RoundSettings:
-    rules = plan.rounds
-    return RoundSettings(
-        run_id=hashlib.sha256(f"hostile nodes {plan.seed}".encode()).digest()[:16],
-        mask_hash=mask.hash,
-        count=rules.count,
-        batch_size=rules.batch_size,
-        directions=1,
-        lr=rules.lr,
-        eps=rules.eps,
-        min_nodes=NODES,
-        quorum=1.0,
-        aggregate=aggregate,
-        max_step=50 * mask.scale,
-    )
-
-
-@cache
-def prepared(seed: int, rounds: int, lr: float) -> tuple[DemoPlan, Mask, TransformersEngine]:
-    torch.set_num_threads(1)
-    plan = make_plan(Choices(nodes=NODES, rounds=rounds, directions=1, lr=lr, seed=seed))
-    loaded = load_model(plan.source)
-    mask = make_mask(
-        loaded,
-        plan.calibration(),
-        density=plan.settings.density,
-        seed=plan.seed,
-        sequences=plan.settings.calibration_sequences,
-        length=plan.settings.calibration_tokens,
-    )
-    return plan, mask, TransformersEngine(loaded, mask, plan.task)
-
-
-@quiet()
 def run_case(case: str, seed: int, rounds: int, lr: float, aggregate: Aggregate) -> Outcome:
     """Train once."""
-    plan, mask, engine = prepared(seed, rounds, lr)
-    rules, hostile = settings(plan, mask, aggregate), hostile_names(case)
-    parts = [NodePart(node_name(number), engine, rows) for number, rows in enumerate(shards_of(case, plan))]
-    federation = HostileFederation(rules, mask, parts)
-    federation.liars = {name: Liar(CASES[case][0], number) for number, name in enumerate(sorted(hostile))}
-    federation.start()
-    federation.run(until=1e6)
-    assert federation.version == rules.count, federation.errors
-    engine.write(federation.theta)
-    honest = share_refused(federation.records, {part.name for part in parts} - hostile)
-    refused, flagged = share_refused(federation.records, hostile), flagged_at(federation.records, rules, hostile)
-    return Outcome(case, seed, evaluate(engine, plan.held_out).accuracy, honest, refused, flagged)
-
-
-def share_refused(records: Sequence[Sequence[UpdateRecord]], nodes: Iterable[str]) -> float:
-    names = set(nodes)
-    verdicts = [record.verdict for updates in records for record in updates if record.node in names]
-    return sum(verdict != Verdict.ACCEPTED for verdict in verdicts) / max(1, len(verdicts))
-
-
-def flagged_at(records: Sequence[Sequence[UpdateRecord]], rules: RoundSettings, hostile: frozenset[str]) -> int | None:
-    guard = Guard(rules.guards, rules.directions, cumulative=rules.clips)
-    for version, updates in enumerate(records):
-        guard.remember(updates)
-        if hostile & guard.flagged.keys():
-            return version + 1
-    return None
+    ready = prepared(seed, rounds, lr)
+    plan, mask, _ = ready
+    rules, hostile = settings(plan, mask, aggregate, "hostile nodes"), hostile_names(case)
+    lies = {name: Liar(CASES[case][0], number).update for number, name in enumerate(sorted(hostile))}
+    found = train(rules, ready, shards_of(case, plan), lies)
+    honest = share_refused(found.records, {node_name(number) for number in range(NODES)} - hostile)
+    refused, flagged = share_refused(found.records, hostile), flagged_at(found.records, rules, hostile)
+    return Outcome(case, seed, found.accuracy, honest, refused, flagged)
 
 
 def print_means(outcomes: Sequence[Outcome]) -> None:

@@ -16,29 +16,17 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
 
-import torch
-
+from benchmarks.hostile import NODES, prepared, train
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.core.step import Row
 from meerkat_mq.demo.local import node_name
-from meerkat_mq.demo.plan import Choices, DemoPlan, make_plan
-from meerkat_mq.engines.evaluate import evaluate
-from meerkat_mq.engines.torch.engine import TransformersEngine
-from meerkat_mq.engines.torch.load import load_model
-from meerkat_mq.engines.torch.masks import make_mask
+from meerkat_mq.demo.plan import DemoPlan
 from meerkat_mq.rounds.events import StartSteps
 from meerkat_mq.rounds.guards import FLAGGED_AT, Guard
 from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.rounds.records import UpdateRecord, Verdict
-from meerkat_mq.runtime.model import Model, StepResult, Stop
-from meerkat_mq.wire.descriptor import RunDescriptor
-from meerkat_mq.worlds.federation import Federation, NodePart
-from meerkat_mq.worlds.node import NodeProcess
-from meerkat_mq.worlds.quiet import quiet
+from meerkat_mq.runtime.model import StepResult
 
-NODES = 8
 POISONED = node_name(NODES - 1)
 BEHAVIOURS = ("NaN", "1e9", "× −10")
 
@@ -46,32 +34,6 @@ BEHAVIOURS = ("NaN", "1e9", "× −10")
 def poison(scalar: float, version: int, rounds: int) -> float:
     """What the poisoned node sends instead of its projected gradient."""
     return (scalar, math.nan, 1e9, -10 * scalar)[4 * version // rounds]
-
-
-class PoisonedModel:
-    """A model whose paths are poisoned."""
-
-    def __init__(self, model: Model, rounds: int) -> None:
-        self._model = model
-        self._rounds = rounds
-
-    def step(self, order: StartSteps, stop: Stop, made: int) -> StepResult:
-        """What the poisoned node sends of its local steps."""
-        result = self._model.step(order, stop, made)
-        assert result is not None
-        return replace(result, scalars=tuple(poison(one, order.version, self._rounds) for one in result.scalars))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-
-class PoisonedFederation(Federation):
-    """A federation in which the node of that name is poisoned."""
-
-    def make_model(self, node: NodeProcess, run: RunDescriptor) -> Model:
-        """The model of a node that joins the run."""
-        model = super().make_model(node, run)
-        return cast("Model", PoisonedModel(model, self.settings.count)) if node.name == POISONED else model
 
 
 @dataclass(frozen=True)
@@ -105,23 +67,6 @@ def settings(plan: DemoPlan, mask: Mask, aggregate: str) -> RoundSettings:
     )
 
 
-@quiet()
-def train(
-    rules: RoundSettings,
-    mask: Mask,
-    engine: TransformersEngine,
-    shards: Sequence[Sequence[Row]],
-    held_out: Sequence[Row],
-) -> Outcome:
-    parts = [NodePart(node_name(number), engine, rows) for number, rows in enumerate(shards)]
-    federation = PoisonedFederation(rules, mask, parts)
-    federation.start()
-    federation.run(until=1e6)
-    assert federation.version == rules.count, federation.errors
-    engine.write(federation.theta)
-    return Outcome(evaluate(engine, held_out).accuracy, federation.records, rules)
-
-
 def rounds_to_flag(outcome: Outcome) -> list[int | None]:
     """For each behaviour, rounds from its start to the flag that it earned by itself; None: never."""
     count, guard = outcome.settings.count, Guard(outcome.settings.guards, 1)
@@ -146,20 +91,18 @@ def honest_refused(outcome: Outcome) -> tuple[int, int]:
     return sum(record.verdict != Verdict.ACCEPTED for record in honest), len(honest)
 
 
-def compare(plan: DemoPlan, aggregate: str) -> tuple[Outcome, Outcome]:
+def compare(seed: int, rounds: int, lr: float, aggregate: str) -> tuple[Outcome, Outcome]:
     """(without the node, with it)."""
-    loaded = load_model(plan.source)
-    mask = make_mask(
-        loaded,
-        plan.calibration(),
-        density=plan.settings.density,
-        seed=plan.seed,
-        sequences=plan.settings.calibration_sequences,
-        length=plan.settings.calibration_tokens,
-    )
-    engine, rules = TransformersEngine(loaded, mask, plan.task), settings(plan, mask, aggregate)
-    without = train(rules, mask, engine, plan.shards[:-1], plan.held_out)
-    return without, train(rules, mask, engine, plan.shards, plan.held_out)
+    ready = prepared(seed, rounds, lr)
+    plan, mask, _ = ready
+    rules = settings(plan, mask, aggregate)
+
+    def lie(order: StartSteps, result: StepResult) -> StepResult:
+        return replace(result, scalars=tuple(poison(one, order.version, rules.count) for one in result.scalars))
+
+    found = [train(rules, ready, shards, {POISONED: lie}) for shards in (plan.shards[:-1], plan.shards)]
+    without, poisoned = (Outcome(one.accuracy, one.records, rules) for one in found)
+    return without, poisoned
 
 
 def main() -> None:
@@ -169,13 +112,11 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--aggregate", choices=("mean", "trimmed-mean"), default="mean")
     args = parser.parse_args()
-    torch.set_num_threads(1)
     print(f"| seed | without | with | difference | {' | '.join(BEHAVIOURS)} | honest refused |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     differences = []
     for seed in args.seeds:
-        plan = make_plan(Choices(nodes=NODES, rounds=args.rounds, directions=1, lr=args.lr, seed=seed))
-        without, poisoned = compare(plan, args.aggregate)
+        without, poisoned = compare(seed, args.rounds, args.lr, args.aggregate)
         differences.append(100 * (poisoned.accuracy - without.accuracy))
         flags = " | ".join("never" if flag is None else str(flag) for flag in rounds_to_flag(poisoned))
         refused, updates = honest_refused(poisoned)
