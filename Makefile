@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE  # demo and tests start hundreds of processes: each would compile the package
 INSTALL = $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test check fuzz test-arm test-brokers test-chaos test-hostile test-numpy test-wheel mosquitto gcc rabbitmq-server nats-server nodejs npm clean
+.PHONY: help demo test check fuzz fuzz-long test-arm test-brokers test-chaos test-hostile test-numpy test-wheel mosquitto gcc rabbitmq-server nats-server nodejs npm clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,6 +48,10 @@ test-wheel: $(VENV)/.test mosquitto ## every command of the wheel, without extra
 
 fuzz: $(VENV)/.test ## 2,000 damaged files of each kind that users write or bring
 	MEERKAT_FUZZ=2000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/fuzz $(ARGS)
+
+fuzz-long: $(VENV)/.test mosquitto nodejs npm ## 2,000,000 damaged inputs for decoders, 300,000 messages to a running federation: an hour
+	MEERKAT_FUZZ=2000 MEERKAT_FUZZ_INPUTS=2000000 MEERKAT_FUZZ_MESSAGES=300000 OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -n 2 tests/fuzz tests/protocol/test_live_fuzz.py $(ARGS)
 
 clean: ## remove everything that the targets above made, but not runs/
 	rm -rf $(VENV) .arm build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

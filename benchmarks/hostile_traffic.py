@@ -24,6 +24,7 @@ from meerkat_mq.wire.messages import Header, Round, Update, Want
 from tests.broker.guarded import Guarded
 from tests.server.federation import TOPICS, Federation, Service
 from tests.support.peer import Peer, peer
+from tests.support.resident import resident_mib
 from tests.support.waiting import until
 
 EVIL = "node-7"
@@ -73,11 +74,6 @@ class Scene:
     def flagged(self) -> bool:
         said = ("over budget", "raises terms", "silent", "against", "outlier")
         return any(self.server.said(f"flagged: {why}", node=EVIL) for why in said)
-
-
-def resident_mib(pid: int) -> float:
-    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-    return int(status.split("VmRSS:")[1].split()[0]) / 1024
 
 
 # --- attacks ----------------------------------------------------------------------------------------------------------

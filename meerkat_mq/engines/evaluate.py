@@ -6,18 +6,22 @@ from itertools import count, islice
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from meerkat_mq.config import NodeValuesConfig
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.first_order import FirstOrderEngine, first_order_walk
 from meerkat_mq.core.step import Engine, Row
-from meerkat_mq.tasks.task import Evaluation, classified
+from meerkat_mq.tasks.task import Evaluation, Scored, classified
 
-Judge = Callable[[Float32Array, npt.NDArray[np.int64]], Evaluation]
+Judge = Callable[[Scored], Evaluation]
 
 
-def evaluate(engine: Engine[Any], rows: Sequence[Row], batch_size: int = 64, figures: Judge = classified) -> Evaluation:
+def as_classes(found: Scored) -> Evaluation:
+    """The figures of a run without a task: a classifier's."""
+    return classified(found.scores, found.truth)
+
+
+def evaluate(engine: Engine[Any], rows: Sequence[Row], batch_size: int = 64, figures: Judge = as_classes) -> Evaluation:
     """Evaluate the engine at the theta last written.
 
     Args:
@@ -30,13 +34,28 @@ def evaluate(engine: Engine[Any], rows: Sequence[Row], batch_size: int = 64, fig
         DataError: none of a batch's rows can be prepared.
     """
     batches = (engine.prepare(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size))
+    if own := getattr(engine, "scored", None):
+        return figures(_together([own(batch) for batch in batches]))
     if own := getattr(engine, "scores", None):
-        scores, truth = zip(*map(own, batches), strict=True)
-        most = max(found.shape[1] for found in scores)
-        wide = [np.pad(found, ((0, 0), (0, most - found.shape[1])), constant_values=-np.inf) for found in scores]
-        return figures(np.concatenate(wide), np.concatenate(truth))
+        return figures(_together([Scored(*own(batch)) for batch in batches]))
     losses = np.concatenate([engine.losses(batch) for batch in batches]).tolist()
     return Evaluation(len(losses), {"loss": math.fsum(losses) / len(losses)})
+
+
+def _together(parts: Sequence[Scored]) -> Scored:
+    """Batches one after the other; their rows may have fewer candidates than those of others."""
+    most = max(part.scores.shape[1] for part in parts)
+    pads = [((0, 0), (0, most - part.scores.shape[1])) for part in parts]
+    scores = [np.pad(part.scores, pad, constant_values=-np.inf) for part, pad in zip(parts, pads, strict=True)]
+    tokens, first = (
+        [found for part in parts if (found := getattr(part, of)) is not None] for of in ("tokens", "first")
+    )
+    return Scored(
+        np.concatenate(scores),
+        np.concatenate([part.truth for part in parts]),
+        np.concatenate(tokens) if tokens else None,
+        np.concatenate(first) if first else None,
+    )
 
 
 def first_order(

@@ -25,7 +25,9 @@ class Reader(Protocol):
 
     Attributes:
         tokenizer: called with texts, `add_special_tokens` and, to cut them, `truncation` and `max_length`; returns a
-            table with "input_ids". `pad_token_id`: its padding.
+            table with "input_ids". `pad_token_id`: its padding. For texts to be learned (`continuations`) it has more
+            of what tokenizers of transformers have: `eos_token_id`, `is_fast`, `return_offsets_mapping`,
+            `chat_template` and `apply_chat_template`.
         max_tokens: longest input in tokens.
         start: the ids that stand before every text that a causal LM goes on from.
     """
@@ -130,22 +132,11 @@ class CausalPrompts:
 
     def _candidates(self, words: Sequence[str], *, own: bool) -> Candidates:
         found = candidate_ids(self._reader.tokenizer, self._task, words)
-        read = sorted({ids[:-1] for ids in found}, key=len, reverse=True)
-        stems = [stem for i, stem in enumerate(read) if not any(o[: len(stem)] == stem for o in read[:i])]
-        stem_of = [next(i for i, s in enumerate(stems) if s[: len(c) - 1] == c[:-1]) for c in found]
-        slots = max(map(len, found))
-        lengths = np.array([[len(ids)] for ids in found], np.float32)
-        return Candidates(
-            stems=stems,
-            stem_of=np.array(stem_of, np.int64),
-            token=padded(found),
-            weight=np.where(np.arange(slots) < lengths, 1 / lengths, np.float32(0)),
-            limit=_room(self._reader, self._task, slots - 1),
-            own=own,
-        )
+        return candidates_of(found, _room(self._reader, self._task, max(map(len, found)) - 1), own=own)
 
     def tokens(self, examples: Sequence[Example]) -> list[Prompt]:
         """Prompts, cut from the left to the task's limit."""
+        assert self._task.continuation is None, "continuations.causal_prompts makes those of texts to be learned"
         prompts = prompt_ids(self._reader, [example.prompt for example in examples])
         each = [self.shared or self._candidates(example.candidates, own=True) for example in examples]
         return [
@@ -170,6 +161,23 @@ class CausalPrompts:
             token=token,
             weight=weight,
         )
+
+
+def candidates_of(found: Sequence[tuple[int, ...]], limit: int, *, own: bool) -> Candidates:
+    """Candidates with these token ids; limit and own as there."""
+    read = sorted({ids[:-1] for ids in found}, key=len, reverse=True)
+    stems = [stem for i, stem in enumerate(read) if not any(o[: len(stem)] == stem for o in read[:i])]
+    stem_of = [next(i for i, s in enumerate(stems) if s[: len(c) - 1] == c[:-1]) for c in found]
+    slots = max(map(len, found))
+    lengths = np.array([[len(ids)] for ids in found], np.float32)
+    return Candidates(
+        stems=stems,
+        stem_of=np.array(stem_of, np.int64),
+        token=padded(found),
+        weight=np.where(np.arange(slots) < lengths, 1 / lengths, np.float32(0)),
+        limit=limit,
+        own=own,
+    )
 
 
 def _together(

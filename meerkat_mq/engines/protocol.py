@@ -10,8 +10,10 @@ What more an engine can do is a method more, which others look for (docs/engines
 - `check(mask)`, once before the first write: raises `ModelMismatch` unless its base model is the mask's.
 - `kinds(mask)`: kind of weights ("linear", "embedding" or "other") to the name of the mask's first matrix of it, which
   a node's policy judges.
-- `usable(rows)`: the rows that can be prepared, or `DataError` if none can; the log names the others.
+- `usable(rows)`: the rows that can be prepared, or `DataError` if none can; the log names the others. A row that is too
+  long may become several, each a `FileRow` of the same place (`Task.windows`).
 - `scores(batch)`: float32 (rows, candidates), whose softmax is the model's belief, and the right ones, int64 (rows,).
+- `scored(batch)`: instead, a `tasks.task.Scored`, for tasks that learn texts: with the tokens of each row.
 - `gradient(batch)`: as `core.first_order.FirstOrderEngine` says.
 - `surviving_share(theta, z, eps)`: a `Survival`, what its dtype leaves of theta ± eps·z; both float32 (n,).
 """

@@ -115,8 +115,9 @@ def in_words(path: Path) -> Iterator[None]:
     """Make a LedgerError of what SQLite says; a LedgerUnavailable where it may say otherwise a moment later."""
     try:
         yield
-    except sqlite3.Error as error:
-        unnamed = "SQLITE_CORRUPT" if isinstance(error, sqlite3.OperationalError) else ""  # what should be text is none
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite's own words may quote a damaged schema
+        is_none = isinstance(error, sqlite3.OperationalError | UnicodeDecodeError)  # what should be text
+        unnamed = "SQLITE_CORRUPT" if is_none else ""
         name = getattr(error, "sqlite_errorname", unnamed).removeprefix("SQLITE_")
         words = next((words for names, words in _PROBLEMS.items() if re.match(names, name)), _OTHERS)
         kind = next((kind for names, kind in _LATER.items() if re.match(names, name)), LedgerError)

@@ -25,7 +25,7 @@ from meerkat_mq.rounds.events import StartSteps
 from meerkat_mq.runtime.model import EngineModel, StepResult, Stop
 from meerkat_mq.tasks.data import read_rows
 from meerkat_mq.tasks.load import task_of
-from meerkat_mq.tasks.sources import data_files
+from meerkat_mq.tasks.sources import data_files, place_of
 from meerkat_mq.tasks.task import Task
 from meerkat_mq.wire.descriptor import RunDescriptor
 
@@ -57,7 +57,8 @@ class LocalRows:
 
     def _checked(self, rows: list[Row]) -> list[Row]:
         kept = self._usable(rows)
-        self.left_out = len(rows) - len(kept)
+        places = set(map(place_of, kept))
+        self.left_out = sum(place_of(row) not in places for row in rows)  # a long text may have become several rows
         return kept
 
     def refresh(self) -> None:

@@ -16,7 +16,7 @@ from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.gradip import gradip
 from meerkat_mq.core.path import digest
 from meerkat_mq.core.seldom import Seldom
-from meerkat_mq.engines.evaluate import evaluate
+from meerkat_mq.engines.evaluate import as_classes, evaluate
 from meerkat_mq.engines.protocol import Setup
 from meerkat_mq.engines.registry import entry_of, make_engine, try_out, usable
 from meerkat_mq.errors import ConfigError, printable, reason, within
@@ -33,7 +33,7 @@ from meerkat_mq.runtime.ports import ServerMonitor
 from meerkat_mq.runtime.writer import KeepMetrics
 from meerkat_mq.tasks.data import read_rows
 from meerkat_mq.tasks.load import task_of
-from meerkat_mq.tasks.task import Evaluation, classified
+from meerkat_mq.tasks.task import Evaluation
 from meerkat_mq.wire.descriptor import NodeStatus
 
 LAST_WORDS_S = 10.0
@@ -60,7 +60,7 @@ class Evaluator:
         with within("evaluation.data"):
             self._rows = usable(self._engine, rows)
         try_out(name, self._engine, run.mask.theta_0, self._rows)
-        self._figures = classified if task is None else task.evaluation
+        self._figures = as_classes if task is None else task.evaluation
         self._batch_size = config.evaluation.batch_size
 
     async def evaluate(self, theta: Float32Array) -> Evaluation:

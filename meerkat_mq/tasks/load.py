@@ -9,11 +9,14 @@ from pydantic import ValidationError
 from meerkat_mq.config import read_toml
 from meerkat_mq.config.load import SEE
 from meerkat_mq.errors import BadValue, ConfigError, TaskError, shown
+from meerkat_mq.tasks.choice import Choice
 from meerkat_mq.tasks.classification import TASKS, Classification
+from meerkat_mq.tasks.completion import Completion
 from meerkat_mq.tasks.task import Task
+from meerkat_mq.tasks.text import Text
 from meerkat_mq.wire.descriptor import TaskDescription
 
-KINDS: Final[dict[str, Any]] = {Classification.kind: Classification}
+KINDS: Final[dict[str, Any]] = {kind.kind: kind for kind in (Classification, Choice, Completion, Text)}
 
 
 def load_task(source: str | Path) -> Task:

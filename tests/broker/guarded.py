@@ -20,6 +20,7 @@ from tests.support.mosquitto import ShippedMosquitto
 from tests.support.nats import Nats
 from tests.support.peer import Peer, peer
 from tests.support.rabbitmq import HardenedRabbitMQ
+from tests.support.resident import resident_mib
 from tests.support.waiting import until
 
 BROKERS = Path(__file__).parents[2] / "broker"
@@ -89,8 +90,7 @@ class Guarded:
 
     def memory_mib(self) -> float:
         """What the broker's process holds."""
-        status = Path(f"/proc/{self.broker.pid}/status").read_text(encoding="utf-8")
-        return int(status.split("VmRSS:")[1].split()[0]) / 1024
+        return resident_mib(self.broker.pid)
 
     async def deaf(self, place: str, topic: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A connection that has subscribed to a topic, and reads no more."""

@@ -15,7 +15,8 @@ from meerkat_mq.engines.prompts import candidate_ids, cut_left
 from meerkat_mq.engines.torch.load import LoadedModel, load_model
 from meerkat_mq.engines.torch.scoring import CausalScorer, EncoderScorer, scorer_for
 from meerkat_mq.errors import TaskError, UnsupportedModel
-from meerkat_mq.tasks.classification import TASKS, Classification, fill
+from meerkat_mq.tasks.classification import TASKS, Classification
+from meerkat_mq.tasks.template import fill
 from tests.engines import tiny
 
 Load = Callable[..., LoadedModel]

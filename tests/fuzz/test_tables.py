@@ -12,9 +12,10 @@ import tomli_w
 
 from meerkat_mq.config import NodeConfig, ServerConfig, load_config
 from meerkat_mq.sweep.plan import SweepPlan
-from meerkat_mq.tasks.classification import TASKS, Classification, fill
+from meerkat_mq.tasks.classification import TASKS, Classification
 from meerkat_mq.tasks.data import partition, read_rows, read_texts, write_rows
 from meerkat_mq.tasks.load import load_task, task_of
+from meerkat_mq.tasks.template import fill
 from meerkat_mq.wire.descriptor import TaskDescription
 from tests.fuzz.mutate import COUNT, mutants
 from tests.fuzz.refusals import read_or_refused
@@ -38,6 +39,11 @@ scale = 20.0
 max_tokens = 64
 """
 PLAIN = b"One paragraph\nof two lines.\n\nAnother [one] {with} braces."
+OTHER_TASKS = [
+    b'kind = "choice"\ntemplate = "{q} is"\noptions = ["a", "b"]\nlabels = ["A", "B"]\noption = " {option}"\n',
+    b'kind = "completion"\ntemplate = "{q}"\ncompletion = " {a}"\nchat = true\nsystem = "Be brief."\n',
+    b'kind = "text"\nfield = "line"\nmax_tokens = 64\n',
+]
 SHORT_TASK = b'template = "{Review Text} It was"\nlabel_words = [" bad", " good"]\n'
 NODE = b"""
 id = "a"
@@ -87,10 +93,12 @@ def use_texts(path: Path) -> None:
 
 def use_task(path: Path) -> None:
     task = load_task(path)
-    assert isinstance(task, Classification)
-    row = {field: f"<{field}>" for field in task.fields}
-    assert any(value in fill(task.template, row) for value in row.values())
-    tomli_w.dumps(task.model_dump(mode="json"))
+    example = task.example(task.row_of("<x>", 1))
+    assert any("<x>" in text for text in (example.prompt, *example.candidates))
+    if isinstance(task, Classification):
+        row = {field: f"<{field}>" for field in task.fields}
+        assert any(value in fill(task.template, row) for value in row.values())
+    tomli_w.dumps(task.describe().model_dump(mode="json"))
     assert task_of(TaskDescription.model_validate_json(task.describe().encode())) == task
 
 
@@ -103,7 +111,7 @@ KINDS: dict[str, tuple[Callable[[Path], Any], list[bytes]]] = {
     "text.jsonl": (use_texts, [LINES]),
     "text.csv": (use_texts, [TABLE]),
     "text.txt": (use_texts, [PLAIN, LINES, json.dumps(ROWS).encode()]),
-    "task.toml": (use_task, [TASK, SHORT_TASK]),
+    "task.toml": (use_task, [TASK, SHORT_TASK, *OTHER_TASKS]),
     "node.toml": (lambda path: load_config(path, NodeConfig), [NODE]),
     "federation.toml": (lambda path: load_config(path, ServerConfig), [FEDERATION]),
     "plan.toml": (lambda path: load_config(path, SweepPlan), [PLAN]),

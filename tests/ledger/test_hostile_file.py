@@ -87,6 +87,16 @@ def test_a_schema_that_no_server_makes(folder: Path, what: str) -> None:
     assert time.monotonic() - began < SOON_S
 
 
+def test_a_schema_that_sqlite_quotes_and_that_is_no_text(folder: Path) -> None:
+    """Found by fuzzing pages: SQLite's message holds the bytes, and Python cannot decode it."""
+    script(folder, "PRAGMA journal_mode = DELETE;")
+    file = folder / LEDGER_FILE
+    file.write_bytes(file.read_bytes().replace(b"CREATE TABLE metrics", b"CREATE \xe1\x28\xa1LE metrics"))
+    for look in (Ledger.read, Ledger.open):
+        with pytest.raises(LedgerError, match="is damaged"):
+            look(file)
+
+
 @pytest.mark.parametrize("tool", TOOLS)
 def test_every_tool_that_reads_ends_in_a_line(folder: Path, tool: str, meerkat: Meerkat) -> None:
     script(folder, in_the_place_of("run", RUN))

@@ -46,6 +46,10 @@ class JavaScriptNode:
     def over(self) -> bool:
         return self._process.poll() is not None
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     async def ended(self) -> int:
         """Wait for the end; the exit code."""
         await until(lambda: self.over, within_s=PATIENCE_S)

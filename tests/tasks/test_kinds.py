@@ -1,18 +1,17 @@
 """A new kind of task is one class: two are made here, and everything else works with them as it is."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from pydantic import BaseModel, ConfigDict
 
 from meerkat_mq.config import ServerConfig
-from meerkat_mq.core.directions import Float32Array, direction
+from meerkat_mq.core.directions import direction
 from meerkat_mq.core.step import Row, projected_gradient
 from meerkat_mq.engines.evaluate import evaluate
 from meerkat_mq.engines.torch.engine import TransformersEngine
@@ -25,7 +24,7 @@ from meerkat_mq.tasks import load
 from meerkat_mq.tasks.data import read_rows
 from meerkat_mq.tasks.load import load_task, task_of
 from meerkat_mq.tasks.sources import FileRow
-from meerkat_mq.tasks.task import Evaluation, Example, classified
+from meerkat_mq.tasks.task import Continuation, Cut, Evaluation, Example, Scored, classified
 from meerkat_mq.wire.descriptor import RunDescriptor, TaskDescription, decode_control
 from tests.engines import tiny
 
@@ -64,6 +63,13 @@ class Quiz(BaseModel):
     def text_settings(self) -> Mapping[str, Any]:
         return {}
 
+    @property
+    def continuation(self) -> Continuation | None:
+        return None
+
+    def windows(self, row: Row, cut: Cut) -> Sequence[Row]:
+        return [row]
+
     def with_limit(self, max_tokens: int) -> Self:
         return self.model_copy(update={"max_tokens": max_tokens})
 
@@ -73,21 +79,21 @@ class Quiz(BaseModel):
     def example(self, row: Row) -> Example:
         return Example(f"{row['question']}?", tuple(row["options"]), row["right"], row["question"])
 
-    def evaluation(self, scores: Float32Array, truth: npt.NDArray[np.int64]) -> Evaluation:
-        return classified(scores, truth)
+    def evaluation(self, found: Scored) -> Evaluation:
+        return classified(found.scores, found.truth)
 
     def describe(self) -> TaskDescription:
         return TaskDescription(kind=self.kind, **self.model_dump())  # type: ignore[call-arg]
 
 
-class Completion(Quiz):
+class Echo(Quiz):
     """Each row has one candidate: the text that is to follow."""
 
-    kind: ClassVar[str] = "completion"
+    kind: ClassVar[str] = "echo"
 
-    def evaluation(self, scores: Float32Array, truth: npt.NDArray[np.int64]) -> Evaluation:
-        loss = float(-scores.mean(dtype=np.float64))
-        return Evaluation(len(truth), {"loss": loss, "perplexity": math.exp(loss)})
+    def evaluation(self, found: Scored) -> Evaluation:
+        loss = float(-found.scores.mean(dtype=np.float64))
+        return Evaluation(len(found.truth), {"loss": loss, "perplexity": math.exp(loss)})
 
 
 QUIZ = [
@@ -95,12 +101,12 @@ QUIZ = [
     {"question": "When the farmer came back on Monday the fan was", "options": [" red", " green and blue"], "right": 0},
     {"question": "Who", "options": [" the driver", " the", " the plumber", " q"], "right": 3},
 ]
-COMPLETION = [{**row, "options": [row["options"][row["right"]]], "right": 0} for row in QUIZ]  # type: ignore[index]
+ECHO = [{**row, "options": [row["options"][row["right"]]], "right": 0} for row in QUIZ]  # type: ignore[index]
 
 
 @pytest.fixture(autouse=True)
 def _two_more_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "KINDS", {**load.KINDS, "quiz": Quiz, "completion": Completion})
+    monkeypatch.setattr(load, "KINDS", {**load.KINDS, "quiz": Quiz, "echo": Echo})
 
 
 def plain_score(engine: TransformersEngine, prompt: str, word: str) -> float:
@@ -141,11 +147,11 @@ def test_rows_with_candidates_of_their_own(make: Make) -> None:
 
 
 def test_a_single_candidate_is_a_text_to_be_learned(make: Make) -> None:
-    engine = make(Completion(name="pumps"))
-    batch = engine.prepare(COMPLETION)
-    options: list[Any] = [row["options"] for row in COMPLETION]
+    engine = make(Echo(name="pumps"))
+    batch = engine.prepare(ECHO)
+    options: list[Any] = [row["options"] for row in ECHO]
     expected = [
-        -plain_score(engine, f"{row['question']}?", option) for row, (option,) in zip(COMPLETION, options, strict=True)
+        -plain_score(engine, f"{row['question']}?", option) for row, (option,) in zip(ECHO, options, strict=True)
     ]
     np.testing.assert_allclose(engine.losses(batch), expected, rtol=0, atol=2e-5)
     gradient, loss = engine.gradient(batch)
@@ -155,7 +161,7 @@ def test_a_single_candidate_is_a_text_to_be_learned(make: Make) -> None:
     slope, _ = projected_gradient(engine, mask.theta_0, z, 1e-3, batch)
     assert slope == pytest.approx(float(gradient @ z), rel=0.02)
     engine.write(mask.theta_0)
-    evaluation = evaluate(engine, COMPLETION, figures=Completion(name="pumps").evaluation)
+    evaluation = evaluate(engine, ECHO, figures=Echo(name="pumps").evaluation)
     assert evaluation.figures["perplexity"] == pytest.approx(math.exp(float(np.mean(expected))), rel=1e-4)
 
 
@@ -180,7 +186,7 @@ def test_from_its_file_through_a_descriptor_to_a_node(tmp_path: Path, make: Make
 def test_kinds_that_this_version_does_not_have(tmp_path: Path) -> None:
     for kind in ('"essay"', "3", "[1]"):
         (tmp_path / "t.toml").write_text(f"kind = {kind}\n")
-        with pytest.raises(TaskError, match=r"t.toml: kind: .* is unknown; use one of classification, quiz"):
+        with pytest.raises(TaskError, match=r"t.toml: kind: .* is unknown; use one of classification, .*, quiz"):
             load_task(tmp_path / "t.toml")
         description = TaskDescription.model_validate_json(f'{{"name": "x", "kind": {kind}}}')
         with pytest.raises(BadValue, match=r"^RunDescriptor.task.kind: .* is none that this version has$"):

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from meerkat_mq.errors import TaskError
-from meerkat_mq.tasks.classification import TASKS, Classification, fill
+from meerkat_mq.tasks.classification import TASKS, Classification
 from meerkat_mq.tasks.data import read_rows
 from meerkat_mq.tasks.load import load_task
+from meerkat_mq.tasks.template import fill
 
 TOML = """
 template = "{subject}: {body}\\nThis is about"

@@ -15,13 +15,14 @@ from torch.utils.checkpoint import checkpoint
 
 from meerkat_mq.engines.prompts import prompt_ids
 from meerkat_mq.engines.torch.folder import in_words
+from meerkat_mq.engines.torch.head import SLICE, body_of, in_slices, logits_of
 from meerkat_mq.engines.torch.load import LoadedModel, linear_layers
 from meerkat_mq.engines.torch.scoring import Inputs, embed, tokenise
-from meerkat_mq.errors import MaskError, UnsupportedModel, within
+from meerkat_mq.errors import MaskError, within
 from meerkat_mq.tasks.data import problem_of
 
 CONTRAST_SCALE = 20.0
-_SLICE = 64  # positions whose logits exist at a time
+_SLICE = SLICE
 
 Halves = tuple[Inputs, Inputs]
 CalibrationBatch = Tensor | Halves
@@ -99,32 +100,18 @@ def calibration_loss(loaded: LoadedModel, batch: CalibrationBatch) -> Tensor:
 
 
 def _next_token_loss(model: Any, ids: Tensor) -> Tensor:
-    """Logits exist for `_SLICE` positions at a time, also on the way back: all of them would outweigh a layer.
-
-    Each slice passes through the model's own forward, whose body gives what it gave before, so whatever the model does
-    to logits after its head (soft caps, scales) stays in.
-    """
-    body, head = model.base_model, model.get_output_embeddings()
-    if body is model or not isinstance(head, nn.Linear):
-        raise UnsupportedModel(type(model).__name__, "is no body with a linear head", "use another causal LM")
-    output = body(input_ids=ids, use_cache=False)
+    """Logits exist for `_SLICE` positions at a time, as in `head`."""
+    layer, outputs = model.get_output_embeddings(), body_of(model)(input_ids=ids, use_cache=False)
 
     def loss(start: int) -> Tensor:
         targets = ids[:, start + 1 : start + 1 + _SLICE]
         part = slice(start, start + targets.shape[1])
-        body.forward = lambda *_, **__: output
-        head.forward = lambda hidden: functional.linear(hidden[:, part], head.weight, head.bias)  # type: ignore[method-assign, assignment]
-        try:
-            logits = model(input_ids=ids, use_cache=False).logits.float()
-        finally:
-            del body.forward, head.forward
+        logits = logits_of(
+            model, ids, outputs, lambda hidden: functional.linear(hidden[:, part], layer.weight, layer.bias)
+        )
         return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
-    parts = [
-        checkpoint(loss, start, use_reentrant=False, preserve_rng_state=False)
-        for start in range(0, ids.shape[1] - 1, _SLICE)
-    ]
-    return torch.stack(parts).sum() / ids[:, 1:].numel()
+    return torch.stack(in_slices(loss, ids.shape[1] - 1, _SLICE)).sum() / ids[:, 1:].numel()
 
 
 def each_gradient(

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import Row
+from meerkat_mq.engines.continuations import windows
 from meerkat_mq.engines.prompts import passes_of
 from meerkat_mq.engines.protocol import Setup, Survival
 from meerkat_mq.engines.torch.adapter import with_adapter
 from meerkat_mq.engines.torch.load import LoadedModel, load_model, set_threads, weight_kinds
-from meerkat_mq.engines.torch.scoring import Scorer, losses_of, mean_loss, scorer_for
+from meerkat_mq.engines.torch.scoring import CausalScorer, Scorer, losses_of, mean_loss, scorer_for
 from meerkat_mq.errors import ModelMismatch
 from meerkat_mq.tasks.data import problem_of, usable_rows
-from meerkat_mq.tasks.task import Task
+from meerkat_mq.tasks.task import Scored, Task
 
 _ITS_BASE = "give the base model that the run's mask was made on"
 _PASS_TOKENS = {"cpu": 768, "cuda": 16384}  # larger passes only cost memory
@@ -92,11 +93,11 @@ class TransformersEngine:
             return self._prepared(rows)
         except BaseException as error:
             problem_of(error)
-            return self._prepared(self.usable(rows))
+            return self._prepared(usable_rows(rows, self._prepared))
 
     def usable(self, rows: Sequence[Row]) -> list[Row]:
-        """The rows that can be prepared, or `DataError` where there are none; the log names the others."""
-        return usable_rows(rows, self._prepared)
+        """The rows that can be prepared, a long text in windows, or `DataError` without any; the log names others."""
+        return usable_rows(windows(self._task, self.loaded, rows), self._prepared)
 
     def _prepared(self, rows: Sequence[Row]) -> Prepared:
         examples = [self._task.example(row) for row in rows]
@@ -118,6 +119,15 @@ class TransformersEngine:
         """Float32 (rows, classes), and the right ones, int64 (rows,)."""
         with torch.inference_mode():
             return to_numpy(self.class_scores(batch)), batch.labels.cpu().numpy()
+
+    def scored(self, batch: Prepared) -> Scored:
+        """What the model makes of a batch: of texts to be learned, with their tokens."""
+        if self._task.continuation is None or not isinstance(self.scorer, CausalScorer):
+            return Scored(*self.scores(batch))
+        with torch.inference_mode():
+            scores, tokens, first = (found[batch.place] for found in self.scorer.counted(batch.passes))
+            labels = batch.labels.cpu().numpy()
+            return Scored(to_numpy(scores), labels, tokens.cpu().numpy(), first.cpu().numpy())
 
     def losses(self, batch: Prepared) -> Float32Array:
         """Cross-entropy over the classes, float32 (rows,)."""

@@ -69,7 +69,7 @@ def _mask(loaded: LoadedModel) -> str:
 def _task(loaded: LoadedModel, task: Task) -> str:
     scorer_for(loaded, task)
     limit = min(task.max_tokens, loaded.max_tokens)
-    if loaded.kind == "encoder":
+    if loaded.kind == "encoder" or task.continuation:
         return f"{task.name}: texts up to {limit} tokens"
     counts = [len(ids) for ids in candidate_ids(loaded.tokenizer, task)] if task.candidates else []
     words = f", {task.candidates_key.replace('_', ' ')} of {', '.join(map(str, counts))} tokens" if counts else ""

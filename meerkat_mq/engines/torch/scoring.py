@@ -4,23 +4,21 @@ A scorer makes prompts of examples, one pass of some prompts, and of passes scor
 Gradients flow where the caller allows them.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from meerkat_mq.engines.prompts import CausalPrompts, EncoderPrompts, Prompt, encoded, padded
+from meerkat_mq.engines.continuations import causal_prompts
+from meerkat_mq.engines.prompts import EncoderPrompts, Prompt, encoded, padded
+from meerkat_mq.engines.torch.head import check_head, with_logits
 from meerkat_mq.engines.torch.load import LoadedModel
-from meerkat_mq.errors import UnsupportedModel
 from meerkat_mq.tasks.task import Example, Task
 
 Inputs = dict[str, Tensor]
-
-_HEAD_ROWS = 16384  # vocabulary rows cast to float32 at a time
 
 
 def losses_of(scores: Tensor, answers: Tensor) -> Tensor:
@@ -51,10 +49,8 @@ class CausalScorer:
     def __init__(self, loaded: LoadedModel, task: Task) -> None:
         self._model = loaded.model
         self._task = task
-        if not isinstance(loaded.model.get_output_embeddings(), nn.Linear):
-            problem = "its output head is not linear"
-            raise UnsupportedModel(type(loaded.model).__name__, problem, "use another causal LM")
-        self._prompts = CausalPrompts(loaded, task)
+        check_head(loaded.model)
+        self._prompts = causal_prompts(loaded, task)
 
     def tokens(self, examples: Sequence[Example]) -> list[Prompt]:
         """Prompts, cut from the left to the task's limit."""
@@ -68,48 +64,39 @@ class CausalScorer:
 
     def scores(self, passes: Sequence[CausalInputs]) -> Tensor:
         """Float32 (rows of all passes, candidates); those that a row lacks, and another has, score minus infinity."""
-        found = [self._scores(inputs) for inputs in passes]
+        found = [self._scores(inputs, self._found(inputs)) for inputs in passes]
         most = max(part.shape[1] for part in found)
         return torch.cat([functional.pad(part, (0, most - part.shape[1]), value=-torch.inf) for part in found])
 
-    def _scores(self, inputs: CausalInputs) -> Tensor:
-        with _head_at(self._model, inputs.positions):
-            logits = self._model(input_ids=inputs.ids, use_cache=False).logits
-        log_probabilities = logits.float().log_softmax(dim=-1)
-        found: Tensor = log_probabilities[inputs.sequence, inputs.slot, inputs.token]
-        scores = (found * inputs.weight).sum(dim=-1)
+    def counted(self, passes: Sequence[CausalInputs]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of rows that are texts to be learned: scores as above, (rows, 1); their tokens; how many are put first."""
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        for inputs in passes:
+            both = self._found(inputs, ranked=True)
+            real = inputs.weight > 0
+            first = (both[1] > 0) & real
+            found.append((self._scores(inputs, both[:1]), real.sum(dim=(1, 2)), first.sum(dim=(1, 2))))
+        scores, tokens, first = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return scores, tokens, first
+
+    def _scores(self, inputs: CausalInputs, found: Tensor) -> Tensor:
+        scores = (found[0] * inputs.weight).sum(dim=-1)
         if inputs.token.ndim == 2:
             return scores
         return scores.masked_fill(inputs.weight.sum(dim=-1) == 0, -torch.inf)
 
+    def _found(self, inputs: CausalInputs, *, ranked: bool = False) -> Tensor:
+        """Float32 (1 or 2, rows, candidates, slots): log-probabilities of tokens; `ranked`: and 1 of the first ones."""
 
-@contextmanager
-def _head_at(model: Any, positions: Tensor) -> Iterator[None]:
-    """Let the output head see only these positions, and compute in float32, in the model's own forward pass.
+        def look(part: slice, logits: Tensor) -> Tensor:
+            log_probabilities = logits.log_softmax(dim=-1)
+            slot = inputs.slot[part] - part.start
+            found: Tensor = log_probabilities[inputs.sequence, slot, inputs.token[..., part]]
+            if not ranked:
+                return found[None]
+            return torch.stack([found, (found >= log_probabilities.amax(dim=-1)[inputs.sequence, slot]).float()])
 
-    So whatever the model does to logits after its head (soft caps, scales) stays in.
-    """
-    head = model.get_output_embeddings()
-
-    def forward(hidden: Tensor) -> Tensor:
-        index = positions[:, :, None].expand(-1, -1, hidden.shape[-1])
-        return _float32_linear(hidden.gather(1, index), head)
-
-    head.forward = forward
-    try:
-        yield
-    finally:
-        del head.forward
-
-
-def _float32_linear(hidden: Tensor, layer: nn.Linear) -> Tensor:
-    """hidden (…, in) to float32 (…, out); bfloat16 logits would be coarser than what a perturbation changes."""
-    hidden = hidden.float()
-    if layer.weight.dtype == torch.float32:
-        return functional.linear(hidden, layer.weight, layer.bias)
-    parts = [functional.linear(hidden, rows.float()) for rows in torch.split(layer.weight, _HEAD_ROWS)]
-    logits = torch.cat(parts, dim=-1)
-    return logits if layer.bias is None else logits + layer.bias.float()
+        return torch.cat(with_logits(self._model, inputs.ids, inputs.positions, look), dim=-1)
 
 
 class EncoderScorer:
