@@ -21,7 +21,7 @@ def command(
         str | None, typer.Option(help="Its rows: JSON, CSV, TSV, a folder, or hf:…; a fifth is held out.")
     ] = None,
     text: Annotated[str | None, typer.Option(help="Text to score the mask on; default: the rows'.")] = None,
-    nodes: Annotated[int, typer.Option(help="Node processes; the first holds one label only.")] = 4,
+    nodes: Annotated[int, typer.Option(help="Node processes; where rows have labels, the first holds one only.")] = 4,
     rounds: Annotated[int | None, typer.Option(help="Rounds of the run.")] = None,
     local_steps: Annotated[int, typer.Option(help="T, the steps of a node in a round; more make fewer rounds.")] = 1,
     early_stopping: Annotated[EarlyStopping, typer.Option(help="Find nodes of extremely skewed data.")] = "off",

@@ -129,7 +129,7 @@ def _plan(
     own, early_stopping = settings is DEMO, settings.early_stopping.model_copy(update={"by": choices.early_stopping})
     chosen: dict[str, Any] = {"lr": choices.lr, "density": choices.density, "directions": choices.directions}
     settings = replace(settings, **{key: value for key, value in chosen.items() if value is not None})
-    parts = shards(train, choices.nodes, task.class_of, choices.seed)
+    parts = _shards_of(task, train, choices)
     table = {
         "count": _count(settings.rounds, choices, early_stopping),
         "directions": min(settings.directions, choices.nodes),
@@ -156,6 +156,13 @@ def _plan(
         bound=own if choices.bound is None else choices.bound,
         seed=choices.seed,
     )
+
+
+def _shards_of(task: Task, rows: Sequence[Row], choices: Choices) -> list[list[Row]]:
+    """A node with one label alone shows what skewed data does; rows without classes are divided evenly."""
+    if task.classes:
+        return shards(rows, choices.nodes, task.class_of, choices.seed)
+    return partition(rows, choices.nodes, "iid", seed=choices.seed, class_of=task.class_of)
 
 
 def _count(steps: int, choices: Choices, config: EarlyStoppingConfig) -> int:

@@ -22,6 +22,7 @@ from meerkat_mq.ledger.sqlite import LEDGER_FILE
 from meerkat_mq.mqtt.message import MessageCount
 from meerkat_mq.observe.live import Live
 from meerkat_mq.observe.logs import configure_logs
+from meerkat_mq.observe.measure import ACCURACY, measure_of
 from meerkat_mq.observe.page import write_report
 from meerkat_mq.observe.report import Facts, NodeFacts, Report
 from meerkat_mq.observe.summary import print_summary, unchanged_line
@@ -142,4 +143,5 @@ def _bound(plan: DemoPlan, mask: Mask, loaded: LoadedModel, progress: Callable[[
         seed=plan.seed,
         progress=progress,
     )
-    return evaluate(engine, engine.usable(plan.held_out)).accuracy
+    figures = evaluate(engine, engine.usable(plan.held_out), figures=plan.task.evaluation).figures
+    return figures[(measure_of(figures) or ACCURACY).key]

@@ -89,6 +89,8 @@ def run_shown(ledger: Store, now: float | None = None) -> RunShown:
         mode=mode_in_words(settings),
         staleness=math.fsum(entry - record.version for entry, record in recent) / len(recent) if recent else None,
         warning=rising_now(ledger),
+        figures=found,
+        base_figures=metrics.get(0, {}),
         counts=_counts(past, sum(entry.overdue for entry in entries), sum(map(_refuses, nodes))),
     )
 

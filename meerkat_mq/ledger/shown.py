@@ -63,6 +63,8 @@ class RunShown:
     staleness: float | None = None  # mean age of the updates of the recent rounds, in versions; None if there are none
     warning: str = ""  # what is wrong with the run, and the remedy; "" if nothing is
     counts: Mapping[str, int] = field(default_factory=dict)  # what was counted in the recent rounds, by metric
+    figures: Mapping[str, float] = field(default_factory=dict)  # all those of the newest evaluation (docs/tasks.md)
+    base_figures: Mapping[str, float] = field(default_factory=dict)  # and of the one before the first round
 
     @property
     def finished(self) -> bool:

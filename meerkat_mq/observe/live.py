@@ -12,6 +12,7 @@ from rich.text import Text
 from meerkat_mq.errors import printable
 from meerkat_mq.observe.events import Evaluated, RoundClosed, RunEvent, RunFinished, RunStarted, Warned
 from meerkat_mq.observe.figures import DASH, Smoother, duration, human_bytes, named, percent
+from meerkat_mq.observe.measure import measure_of
 from meerkat_mq.observe.tables import say
 
 REPORTS, STAGE_REPORTS = 20, 5
@@ -109,16 +110,17 @@ class Live:
             say(self._console, f"{place}: {self._held_out()} on {event.rows:,} held-out rows")
 
     def _held_out(self) -> str:
-        """The newest evaluation: its accuracy, or its loss where the task has no other figure."""
+        """The newest evaluation: the figure that it is judged by, or its loss where the task has no such figure."""
         if not self._evaluations:
             return f"accuracy {DASH}"
         first, last = self._evaluations[0], self._evaluations[-1]
-        if "accuracy" not in last.figures:
+        measure = measure_of(last.figures)
+        if measure is None or measure.key not in first.figures:
             return f"held-out loss {last.loss:.4f}" + ("" if first is last else f" (from {first.loss:.4f})")
-        start = f"from {percent(first.accuracy)}" if first is not last else ""
+        start = f"from {measure.shown(first.figures[measure.key])}" if first is not last else ""
         if not start and "majority" in last.figures:
             start = f"majority {percent(last.figures['majority'])}"
-        return f"accuracy {percent(last.accuracy)}" + f" ({start})" * bool(start)
+        return f"{measure.words} {measure.shown(last.figures[measure.key])}" + f" ({start})" * bool(start)
 
     def _figures(self, last: RoundClosed) -> list[str]:
         return [

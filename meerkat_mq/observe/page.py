@@ -5,7 +5,7 @@ from pathlib import Path
 from meerkat_mq.core.files import write_atomically
 from meerkat_mq.observe import charts
 from meerkat_mq.observe.cards import bytes_card, counts_card, gradip_card, labels_card, nodes_card, run_card
-from meerkat_mq.observe.figures import duration, percent, smoothed
+from meerkat_mq.observe.figures import duration, smoothed
 from meerkat_mq.observe.markup import Markup, document, section, tag
 from meerkat_mq.observe.report import Report, Standing
 from meerkat_mq.observe.summary import Headline, headlines
@@ -58,22 +58,23 @@ def _tile(headline: Headline) -> Markup:
 
 def _curves(report: Report) -> Markup:
     rounds = charts.count_scale(max([report.closed, *(found.version for found in report.evaluations)]))
-    return tag("div", _accuracy(report, rounds), _loss(report, rounds), class_="two")
+    return tag("div", _measured(report, rounds), _loss(report, rounds), class_="two")
 
 
-def _accuracy(report: Report, rounds: charts.Scale) -> Markup:
-    if not report.evaluations:
-        return section("Held-out accuracy", note="Not measured in this run.")
-    curve = charts.Line("accuracy", "main", [(e.version, e.accuracy) for e in report.evaluations], dots=True)
+def _measured(report: Report, rounds: charts.Scale) -> Markup:
+    measure, label = report.measure, f"Held-out {report.measure.words}"
+    if not report.curve:
+        return section(label, note="Not measured in this run.")
+    curve = charts.Line(measure.words, "main", report.curve, dots=True)
     rows = report.evaluations[-1].rows
     return section(
-        "Held-out accuracy",
+        label,
         charts.line_chart(
-            "Held-out accuracy over rounds",
+            f"{label} over rounds",
             [curve],
             _references(report),
             rounds,
-            lambda share: f"{100 * share:.6g} %",
+            lambda value: f"{100 * value:.6g} %" if measure.share else f"{value:.6g}",
             axis="rounds closed",
         ),
         note=f"On {rows:,} rows that no node has seen." if rows else "On rows that no node has seen.",
@@ -81,19 +82,21 @@ def _accuracy(report: Report, rounds: charts.Scale) -> Markup:
 
 
 def _references(report: Report) -> list[charts.Reference]:
-    before, majority = report.evaluations[0].accuracy, report.evaluations[-1].figures.get("majority")
+    measure, before = report.measure, report.curve[0][1]
+    majority = report.evaluations[-1].figures.get("majority")
     marks = [
         ("before", "before", before),
         *([("majority class", "majority", majority)] if majority is not None else []),
     ]
     marks.sort(key=lambda mark: -mark[2])
     high = marks[0][2]
+    gap = LABEL_GAP if measure.share else LABEL_GAP * high
     references = [
-        charts.Reference(f"{label} {percent(at)}", style, at, below=at < high and high - at < LABEL_GAP)
+        charts.Reference(f"{label} {measure.shown(at)}", style, at, below=at < high and high - at < gap)
         for label, style, at in marks
     ]
     if report.bound is not None:
-        label = f"first-order bound {percent(report.bound)}"
+        label = f"first-order bound {measure.shown(report.bound)}"
         references.append(charts.Reference(label, "bound", report.bound, left=True))
     return references
 

@@ -18,6 +18,7 @@ from meerkat_mq.core.foreign import read_regular
 from meerkat_mq.errors import ConfigError
 from meerkat_mq.observe.charts import Point
 from meerkat_mq.observe.events import Evaluated
+from meerkat_mq.observe.measure import ACCURACY, Measure, measure_of
 from meerkat_mq.rounds.records import Judgement
 from meerkat_mq.wire.descriptor import RunDescriptor
 
@@ -92,7 +93,7 @@ class Facts:
         model: name, for people.
         parameters: d, all weights of the model.
         covered: weights of the matrices that the mask covers.
-        bound: held-out accuracy of first-order training on the same mask.
+        bound: what first-order training on the same mask reaches, of the run's measure, such as held-out accuracy.
         seconds: that it was worked on, about.
         counts: what happened, by reason.
     """
@@ -174,7 +175,7 @@ class Report(Facts):
         standing: how it stands.
         closed: number of rounds closed.
         losses: (round, mean loss over the nodes on their own batches).
-        evaluations: those that have an accuracy, by version; of old ledgers with 0 rows: how many is not known.
+        evaluations: those that a run can be judged by, by version; of old ledgers with 0 rows: how many is not known.
         at: when the report was made, in UTC.
         digest: of the server's theta at the last round with a digest, hex.
         classes: names of the classes.
@@ -199,16 +200,26 @@ class Report(Facts):
     warning: str = ""
 
     @property
+    def measure(self) -> Measure:
+        """The figure that it is judged by."""
+        return (measure_of(self.evaluations[-1].figures) if self.evaluations else None) or ACCURACY
+
+    @property
+    def curve(self) -> list[Point]:
+        """That figure, by version."""
+        return [(found.version, found.figures[self.measure.key]) for found in self.evaluations]
+
+    @property
     def gained(self) -> float | None:
-        """Accuracy after minus before; None without an evaluation."""
-        return self.evaluations[-1].accuracy - self.evaluations[0].accuracy if self.evaluations else None
+        """That figure after minus before; None without an evaluation."""
+        return self.curve[-1][1] - self.curve[0][1] if self.curve else None
 
     @property
     def gap_closed(self) -> float | None:
         """Share of the way from before to the first-order bound; None where there is no such way."""
-        if self.bound is None or self.gained is None or self.bound <= self.evaluations[0].accuracy:
+        if self.bound is None or self.gained is None or not self.measure.better(self.bound, self.curve[0][1]):
             return None
-        return self.gained / (self.bound - self.evaluations[0].accuracy)
+        return self.gained / (self.bound - self.curve[0][1])
 
     @property
     def ended(self) -> list[str]:

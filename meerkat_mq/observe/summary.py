@@ -16,10 +16,10 @@ from meerkat_mq.observe.figures import (
     human_factor,
     named,
     percent,
-    points,
     small_percent,
 )
 from meerkat_mq.observe.fitting import Column, FittingTable
+from meerkat_mq.observe.measure import beside
 from meerkat_mq.observe.report import NodeReport, Report
 from meerkat_mq.observe.tables import pairs
 
@@ -47,7 +47,7 @@ class Headline(NamedTuple):
 
 def headlines(report: Report) -> Iterator[Headline]:
     """The figures of a run; what is not known is left out."""
-    yield from _accuracy(report)
+    yield from _measured(report)
     yield from _traffic(report)
     yield Headline("Weights tuned", f"{report.descriptor.weights:,}", list(_shares(report)))
     spent = DASH if report.seconds is None else duration(report.seconds)
@@ -56,20 +56,22 @@ def headlines(report: Report) -> Iterator[Headline]:
     yield from _same(report)
 
 
-def _accuracy(report: Report) -> Iterator[Headline]:
-    if report.gained is None:
-        yield Headline("Held-out accuracy", "not measured")
+def _measured(report: Report) -> Iterator[Headline]:
+    measure, label = report.measure, f"Held-out {report.measure.words}"
+    if not report.curve:
+        yield Headline(label, "not measured")
         return
-    before, after = report.evaluations[0], report.evaluations[-1]
-    details = [f"{points(report.gained)}, from {percent(before.accuracy)}"]
-    if "majority" in after.figures:
-        rows = f" of {after.rows:,} rows" if after.rows else ""
-        details.append(f"majority class {percent(after.figures['majority'])}{rows}")
-    bound = [] if report.bound is None else [f"first-order training on the same mask reaches {percent(report.bound)}"]
+    before, after, last = report.curve[0][1], report.curve[-1][1], report.evaluations[-1]
+    details, rows = [f"{measure.change(before, after)}, from {measure.shown(before)}"], f" of {last.rows:,} rows"
+    if "majority" in last.figures:
+        details.append(f"majority class {percent(last.figures['majority'])}{rows * bool(last.rows)}")
+    details += [others] if (others := beside(last.figures)) else []
+    reached = "first-order training on the same mask reaches"
+    bound = [] if report.bound is None else [f"{reached} {measure.shown(report.bound)}"]
     if report.gap_closed is None:
-        yield Headline("Held-out accuracy", percent(after.accuracy), details + bound)
+        yield Headline(label, measure.shown(after), details + bound)
         return
-    yield Headline("Held-out accuracy", percent(after.accuracy), details)
+    yield Headline(label, measure.shown(after), details)
     yield Headline("Of the gap closed", percent(report.gap_closed, 0), bound)
 
 

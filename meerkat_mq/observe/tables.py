@@ -10,8 +10,9 @@ from rich.text import Text
 from meerkat_mq.core.metrics import meaning
 from meerkat_mq.errors import printable, printable_lines
 from meerkat_mq.ledger.shown import NodeShown, RebuiltShown, RoundShown, RunShown, StepShown, TermShown, UpdateShown
-from meerkat_mq.observe.figures import DASH, duration, human_bytes, percent, points
+from meerkat_mq.observe.figures import DASH, duration, human_bytes
 from meerkat_mq.observe.fitting import Column, FittingTable
+from meerkat_mq.observe.measure import beside, measure_of
 
 SHORT = 8
 MOST_SHOWN = 100
@@ -30,9 +31,10 @@ def status_line(run: RunShown) -> str:
     online = sum(node.status == "online" for node in run.nodes)
     flagged = [node.node for node in run.nodes if node.flagged]
     early = [node.node for node in run.nodes if node.early_stopped_since is not None]
+    measure = measure_of(run.figures)
     parts = [
         f"{run.round:,} of {run.rounds:,} rounds",
-        *([f"accuracy {percent(run.accuracy)}"] if run.accuracy is not None else []),
+        *([f"{measure.words} {measure.shown(run.figures[measure.key])}"] if measure else []),
         f"loss {_number(run.loss)}",
         f"{_span(run.round_s)} a round",
         f"server {_running(run)}",
@@ -48,7 +50,7 @@ def status_line(run: RunShown) -> str:
 def status_table(run: RunShown) -> RenderableType:
     """The run, and a line a node."""
     figures = pairs(
-        ("accuracy", _accuracy(run)),
+        _measured(run),
         ("loss", _loss(run)),
         ("round", _progress(run)),
         ("pace", f"{_span(run.round_s)} a round, the last closed {_ago(run.closed_s)}"),
@@ -71,13 +73,17 @@ def _counted(run: RunShown) -> Iterable[RenderableType]:
         yield pairs(*((f"{name}: {count:,}", meaning(name)) for name, count in run.counts.items()))
 
 
-def _accuracy(run: RunShown) -> str:
-    if run.accuracy is None:
-        return "not measured: the server has no [evaluation]" if run.evaluated is None else DASH
-    gained = ""
-    if run.base_accuracy is not None and run.evaluated:
-        gained = f", {points(run.accuracy - run.base_accuracy)} from {percent(run.base_accuracy)}"
-    return f"{percent(run.accuracy)} after {run.evaluated or 0:,} round{'s' * (run.evaluated != 1)}{gained}"
+def _measured(run: RunShown) -> tuple[str, str]:
+    """The figure that the run is judged by, and what it is."""
+    measure = measure_of(run.figures)
+    if measure is None:
+        return ("accuracy", "not measured: the server has no [evaluation]" if run.evaluated is None else DASH)
+    after, before, gained = run.figures[measure.key], run.base_figures.get(measure.key), ""
+    if before is not None and run.evaluated:
+        gained = f", {measure.change(before, after)} from {measure.shown(before)}"
+    others = f"; {found}" if (found := beside(run.figures)) else ""
+    rounds = f"{run.evaluated or 0:,} round{'s' * (run.evaluated != 1)}"
+    return (measure.words, f"{measure.shown(after)} after {rounds}{gained}{others}")
 
 
 def _loss(run: RunShown) -> str:

@@ -20,6 +20,7 @@ from meerkat_mq.ledger.verify import run_of
 from meerkat_mq.observe.charts import Point
 from meerkat_mq.observe.events import Evaluated
 from meerkat_mq.observe.figures import Magnitudes
+from meerkat_mq.observe.measure import measure_of
 from meerkat_mq.observe.report import NodeFacts, NodeReport, Report, Standing, facts_of
 from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.rounds.records import NOT_REFUSED, UpdateRecord
@@ -144,7 +145,7 @@ def _evaluations(metrics: Mapping[int, Mapping[str, float]], rising: RisingLoss)
     return [
         Evaluated(version=version, rows=int(figures.get("rows", 0)), figures=figures)
         for version, figures in sorted(metrics.items())
-        if "accuracy" in figures
+        if measure_of(figures) is not None
     ]
 
 

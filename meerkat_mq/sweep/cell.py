@@ -18,6 +18,7 @@ from meerkat_mq.engines.torch.engine import TransformersEngine
 from meerkat_mq.engines.torch.folder import find_folder
 from meerkat_mq.engines.torch.load import LoadedModel, linear_layers, load_model
 from meerkat_mq.engines.torch.masks import make_mask
+from meerkat_mq.observe.measure import BESIDE, PERPLEXITY
 from meerkat_mq.observe.process import peak_rss_mib
 from meerkat_mq.sweep.energy import EnergyMeter
 from meerkat_mq.sweep.grid import Cell
@@ -102,7 +103,16 @@ def run_cell(cell: Cell, mask: Path | None, baseline: Path, report: Report) -> d
     if cell.method.federated:
         settings = cell.settings(found.hash, measured=bool(found.g_p.any()))
         every = plan.evaluate_every
-        trained = train_federated(engine, found, shards, settings, evaluation=evaluation, every=every, report=progress)
+        trained = train_federated(
+            engine,
+            found,
+            shards,
+            settings,
+            evaluation=evaluation,
+            figures=task.evaluation,
+            every=every,
+            report=progress,
+        )
     else:
         trained = train_first_order(cell, engine, found, shards, progress)
     energy = meter.used(trained.cpu_seconds, plan.watts, plan.device)
@@ -134,15 +144,18 @@ def run_cell(cell: Cell, mask: Path | None, baseline: Path, report: Report) -> d
 
 
 def _figures(before: Evaluation, after: Evaluation, counts: Sequence[Sequence[int]]) -> dict[str, Any]:
-    own = [own_mix(after.recalls, labels) for labels in counts]
+    own = [own_mix(after.recalls, labels) for labels in counts if labels]
+    others = {f"{key}_before": before.figures[key] for key in (PERPLEXITY.key, *BESIDE) if key in before.figures}
     return {
+        **after.figures,
+        **others,
         "accuracy": after.accuracy,
         "loss": after.loss,
         "accuracy_before": before.accuracy,
         "loss_before": before.loss,
-        "majority": before.figures["majority"],
-        "own_mix_mean": sum(own) / len(own),
-        "own_mix_min": min(own),
+        "majority": before.figures.get("majority"),
+        "own_mix_mean": sum(own) / len(own) if own else None,
+        "own_mix_min": min(own, default=None),
         "recalls": after.recalls,
         "labels": counts,
     }

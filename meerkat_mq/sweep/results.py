@@ -108,6 +108,7 @@ def table(rows: Iterable[Row]) -> str:
     same = [f"{_HEADINGS.get(axis, axis)} {_plain(next(iter(values[axis])))}" for axis in _AXES if axis not in shown]
     shown += _telling(groups)
     columns = [*_COLUMNS, *((name, cell) for name, key, cell in _SOMETIMES if any(row.get(key) for row in rows))]
+    columns += [(name, cell) for name, key, cell in _OF_TEXTS if any(row.get(key) is not None for row in rows)]
     heads = [_HEADINGS.get(axis, axis) for axis in shown] + [name for name, _ in columns]
     lines = [
         "# Results of a sweep",
@@ -215,7 +216,13 @@ _COLUMNS: tuple[tuple[str, Cells], ...] = (
     ("peak memory", lambda rows: _mean(rows, "peak_memory_mib", "{:,.0f} MiB".format)),
     ("energy", _energy),
 )
-_SOMETIMES: tuple[tuple[str, str, Cells], ...] = (  # where a row has the key
+_SOMETIMES: tuple[tuple[str, str, Cells], ...] = (  # where a row has the key, and more than 0
     ("refused", "refused", lambda rows: _mean(rows, "refused", "{:,.1f}".format)),
     ("early-stopped", "judgements", _early_stopped),
+)
+_OF_TEXTS: tuple[tuple[str, str, Cells], ...] = (  # where a row has the key
+    ("perplexity before", "perplexity_before", lambda rows: spread(_values(rows, "perplexity_before"), 2)),
+    ("perplexity", "perplexity", lambda rows: spread(_values(rows, "perplexity"), 2)),
+    ("tokens right", "token_accuracy", lambda rows: spread(_values(rows, "token_accuracy"))),
+    ("exact matches", "exact_match", lambda rows: spread(_values(rows, "exact_match"))),
 )

@@ -14,7 +14,8 @@ from meerkat_mq.core.files import writing
 from meerkat_mq.core.lock import locked
 from meerkat_mq.demo.corpus import TASK
 from meerkat_mq.errors import ModelError, RunError
-from meerkat_mq.observe.figures import DASH, duration, percent
+from meerkat_mq.observe.figures import DASH, duration
+from meerkat_mq.observe.measure import ACCURACY, measure_of
 from meerkat_mq.observe.signals import handled, interrupt
 from meerkat_mq.observe.tables import say
 from meerkat_mq.sweep.grid import Cell, cells_of
@@ -97,7 +98,7 @@ class SweepProgress:
             outcome = f"failed: {row['failed']}"
         else:
             self._estimate.add(_kind(cell), float(row["seconds"]))
-            outcome = f"{percent(row['accuracy_before'])} → {percent(row['accuracy'])}"
+            outcome = _outcome(row)
             outcome += ", diverged" if row.get("diverged") else ""
             outcome += f", {duration(row['seconds'])}"
         say(self._console, f"{len(self._done)} of {len(self._cells)}  {cell.shown}: {outcome}; {self._left(shares)}")
@@ -112,6 +113,12 @@ class SweepProgress:
         waiting = [_kind(cell) for key, cell in self._cells.items() if key not in self._done and key not in shares]
         seconds = self._estimate.left(waiting, running)
         return f"about {DASH if seconds is None else duration(seconds)} left"
+
+
+def _outcome(row: Mapping[str, Any]) -> str:
+    """The figure that a cell is judged by, before and after."""
+    measure = measure_of({"accuracy": row["accuracy_before"], "perplexity": row.get("perplexity_before")}) or ACCURACY
+    return f"{measure.shown(row[f'{measure.key}_before'])} → {measure.shown(row[measure.key])}"
 
 
 def _kind(cell: Cell) -> Kind:

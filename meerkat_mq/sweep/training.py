@@ -13,7 +13,7 @@ from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.gradip import gradip
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import Row
-from meerkat_mq.engines.evaluate import evaluate, first_order
+from meerkat_mq.engines.evaluate import Judge, as_classes, evaluate, first_order
 from meerkat_mq.engines.torch.engine import Prepared, TransformersEngine
 from meerkat_mq.rounds.policy import RoundSettings, lane_of
 from meerkat_mq.rounds.records import NOT_REFUSED, Judgement, Verdict
@@ -152,6 +152,7 @@ def train_federated(
     settings: RoundSettings,
     *,
     evaluation: Sequence[Row] = (),
+    figures: Judge = as_classes,
     every: int = 0,
     report: Report,
 ) -> Trained:
@@ -163,6 +164,7 @@ def train_federated(
         shards: each node's rows.
         settings: of the rounds.
         evaluation: rows for the points of the curve, one `every` so many rounds; 0: none.
+        figures: what the task makes of scores.
         report: takes the share that is done, with every update.
 
     Raises:
@@ -182,7 +184,7 @@ def train_federated(
         if every:
             engine.write(federation.theta)
             with np.errstate(all="ignore"):  # what diverges may hold anything
-                found = evaluate(engine, evaluation)
+                found = evaluate(engine, evaluation, figures=figures)
             curve.append((target, found.accuracy, found.loss))
     return Trained(
         theta=federation.theta,
@@ -252,11 +254,11 @@ def diverged(trained: Trained, after: Evaluation, before: Evaluation, classes: i
     """Whether training broke the model.
 
     It ended before its time; or left a loss that is not finite, or over 1.1 × that before and that of a guess, ln C; or
-    one over 1.5 × that before, with a lower accuracy than before.
+    one over 1.5 × that before, with a lower accuracy than before. A task without classes has no such guess.
     """
     return (
         trained.ended is not None
         or not math.isfinite(after.loss)
-        or after.loss > WORSE_THAN_A_GUESS * max(before.loss, math.log(classes))
+        or after.loss > WORSE_THAN_A_GUESS * max(before.loss, math.log(max(1, classes)))
         or (after.loss > WORSE_THAN_BEFORE * before.loss and after.accuracy < before.accuracy)
     )

@@ -52,6 +52,6 @@ def partition(
         for name, content in contents.items():
             write_atomically(out / name, content)
     for name, rows in zip(contents, shards, strict=True):
-        labels = files.class_counts(rows, found)
-        said = printable(f"{out / name}: {len(rows)} rows, by label {labels}")
+        labels = f", by label {files.class_counts(rows, found)}" if found.classes else ""
+        said = printable(f"{out / name}: {len(rows)} rows{labels}")
         Console().print(said, markup=False, emoji=False, highlight=False, soft_wrap=True)

@@ -102,6 +102,14 @@ def test_the_task_that_the_demo_writes_can_be_read(tmp_path: Path) -> None:
     assert load_config(tmp_path / "task.toml", Classification) == task
 
 
+def test_rows_without_classes_are_divided_evenly(tmp_path: Path) -> None:
+    (tmp_path / "lines.toml").write_text('kind = "text"\nfield = "line"\n')
+    write_rows(tmp_path / "rows.jsonl", triage_rows(0, 60, "train"))
+    plan = make_plan(Choices(model="x", task=str(tmp_path / "lines.toml"), data=str(tmp_path / "rows.jsonl")))
+    assert [len(rows) for rows in plan.shards] == [12] * 4
+    assert len(plan.held_out) == 12
+
+
 def test_held_out_rows_are_of_every_label(tmp_path: Path) -> None:
     """Rows in turn over five labels: every fifth row is of the first."""
     (tmp_path / "t.toml").write_text('template = "{x} is"\nlabel_words = [" a", " b", " c", " d", " e"]')

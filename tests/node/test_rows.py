@@ -53,6 +53,21 @@ def test_rows_of_a_task_come_of_all_kinds_of_files(tmp_path: Path) -> None:
     assert [row["label"] for row in rows.rows] == [0, 1]
 
 
+def test_a_long_text_in_windows_is_no_row_left_out(tmp_path: Path) -> None:
+    file, task = tmp_path / "rows.jsonl", tmp_path / "t.toml"
+    task.write_text('kind = "text"\n')
+    file.write_text('{"text": "one two three"}\n{"text": "four"}\n{"text": "bad"}\n')
+    rows, found = local(file, str(task)), load_task(task)
+
+    def usable(given: Sequence[Row]) -> list[Row]:
+        parts = [part for row in given for part in found.windows(row, str.split)]
+        return [part for part in parts if part["text"] != "bad"]
+
+    rows.check(usable)
+    assert [row["text"] for row in rows.rows] == ["one", "two", "three", "four"]
+    assert rows.left_out == 1
+
+
 def test_a_broken_file_is_a_warning_and_the_rows_stay_until_it_is_mended(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"seed": 1}\n')

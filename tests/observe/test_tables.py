@@ -32,7 +32,8 @@ from meerkat_mq.observe.tables import (
 
 NODE = NodeShown("n0", 0, "pi", "online", 2.0, 0xABC, 1200, 40, 3520, 0, "accepted", "", None, None, None, None, None)
 RUN = RunShown(
-    "f", "ab" * 16, True, 3, "5" * 16, "here", 40, 100, 0.7, 0.31, 40, 0.5, 1, 0.5, 0.012, 0.25, "", (NODE,)
+    "f", "ab" * 16, True, 3, "5" * 16, "here", 40, 100, 0.7, 0.31, 40, 0.5, 1, 0.5, 0.012, 0.25, "", (NODE,),
+    figures={"accuracy": 0.7, "loss": 0.31}, base_figures={"accuracy": 0.5},
 )  # fmt: skip
 UPDATE = UpdateShown(7, "n0", 0, 0, 0xABC, 1, ("0" * 16, "f" * 16), (1.25, float("inf")), float("nan"), "not finite")
 ROUND = RoundShown(

@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from meerkat_mq.sweep.cell import load_evaluation, own_mix, save_evaluation
+from meerkat_mq.sweep.results import TABLE_FILE, Results
 from meerkat_mq.sweep.training import Trained, diverged
+from meerkat_mq.tasks.data import write_rows
 from meerkat_mq.tasks.task import Evaluation
+from tests.engines import tiny
 from tests.sweep import grids
 
 COSTS = ("cpu_seconds", "wall_seconds", "energy_joules", "peak_memory_mib")
@@ -98,10 +101,50 @@ def test_what_has_diverged(before: tuple[float, float], after: tuple[float, floa
     assert diverged(replace(done, ended="no round closed"), first, first, classes=4)
 
 
+@pytest.mark.parametrize(("before", "after", "broken"), [(3.0, 2.5, False), (3.0, 3.2, False), (3.0, 3.4, True)])
+def test_what_has_diverged_without_classes(before: float, after: float, broken: bool) -> None:
+    first, last = (Evaluation(8, {"loss": loss, "perplexity": math.exp(loss)}) for loss in (before, after))
+    done = Trained(np.zeros(1, np.float32), rounds=1, passes=2, cpu_seconds=0.1, wall_seconds=0.1)
+    assert diverged(done, last, first, classes=0) == broken
+
+
 def test_nothing_trained(tmp_path: Path, tiny_llama: Path) -> None:
     row = one(tmp_path, tiny_llama, {"mask": "none", "density": None, "lr": None})
     assert row["accuracy"] == row["accuracy_before"]
     assert row["forward_passes"] == 0
+
+
+OTHER_KINDS = {
+    "choice": 'kind = "choice"\ntemplate = "{line} The thing is"\noptions = ["a", "b"]\n',
+    "completion": 'kind = "completion"\ntemplate = "{line} The thing is"\ncompletion = " {a}"\n',
+    "text": 'kind = "text"\nfield = "line"\n',
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_other_kinds_of_tasks(tmp_path: Path, tiny_llama: Path, kind: str) -> None:
+    rows = [row | {"a": "broken", "b": "running"} for row in tiny.ROWS]
+    for name, part in (("t.jsonl", rows[:40]), ("v.jsonl", rows[40:])):
+        write_rows(tmp_path / name, part)
+    (tmp_path / "t.toml").write_text(OTHER_KINDS[kind] + "max_tokens = 40\n")
+    files = {"train": str(tmp_path / "t.jsonl"), "validation": str(tmp_path / "v.jsonl")}
+    tasks = [{"name": kind, "task": str(tmp_path / "t.toml"), **files}]
+    federated = one(tmp_path, tiny_llama, {}, tasks=tasks, evaluate_every=3)
+    bound = one(tmp_path, tiny_llama, {"optimiser": "first-order"}, tasks=tasks, passes=60)
+    nothing = one(tmp_path, tiny_llama, {"mask": "none", "density": None, "lr": None}, tasks=tasks)
+    assert federated["loss_before"] == bound["loss_before"] == nothing["loss"]
+    assert bound["loss"] < bound["loss_before"]
+    assert not federated["diverged"]
+    assert federated["own_mix_mean"] is None
+    judged = "accuracy" if kind == "choice" else "perplexity"
+    assert (bound["perplexity"] < bound["perplexity_before"]) if judged == "perplexity" else "macro_f1" in bound
+    assert ("exact_match" in bound) == (kind == "completion")
+    results = Results(tmp_path)
+    for number, row in enumerate((federated, bound)):
+        results.add(row | {"key": f"{number}", "setting": "s", "method": "m"})
+    heads = (tmp_path / TABLE_FILE).read_text(encoding="utf-8")
+    assert ("| perplexity before | perplexity | tokens right" in heads) == (judged == "perplexity")
+    assert "nan" not in heads
 
 
 def test_a_curve(tmp_path: Path, tiny_llama: Path) -> None:
