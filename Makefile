@@ -65,7 +65,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	@echo 'Installing into $(VENV), with the tools for tests (the first time this takes minutes: PyTorch is large) …'
-	@$(INSTALL) -e '.[model,lora,datasets,embedded,dev]'
+	@$(INSTALL) -e '.[model,onnx,bundle,lora,datasets,embedded,dev]'
 	@touch $(VENV)/.demo $@
 
 $(BIN)/python:

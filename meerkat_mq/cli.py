@@ -23,6 +23,7 @@ _COMMANDS = {
     "certs": "broker.commands:certs",
     "certs renew": "broker.commands:renew",
     "certs revoke": "broker.commands:revoke",
+    "bundle": "engines.onnx.command:bundle",
     "export": "engines.commands:export",
     "server": "server.__main__:command",
     "node": "node.__main__:command",

@@ -9,11 +9,13 @@ from typing import Literal
 
 from meerkat_mq.errors import MissingExtra
 
-Extra = Literal["model", "lora", "datasets", "embedded"]
+Extra = Literal["model", "onnx", "bundle", "lora", "datasets", "embedded"]
 
 # Each package with its least version, as in pyproject.toml.
 PACKAGES: dict[Extra, dict[str, str]] = {
     "model": {"torch": "2.6", "transformers": "5", "safetensors": "0.5"},
+    "onnx": {"onnxruntime": "1.23.2", "tokenizers": "0.21"},
+    "bundle": {"onnx": "1.19"},
     "lora": {"peft": "0.21"},
     "datasets": {"datasets": "5"},
     "embedded": {"amqtt": "0.11"},

@@ -72,7 +72,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Bare:
 def test_no_extra_is_there(bare: Bare) -> None:
     """Else the tests here would prove nothing."""
     words = "import importlib.util as u, sys; sys.exit(any(map(u.find_spec, sys.argv[1:])))"
-    packages = ["torch", "transformers", "safetensors", "peft", "datasets", "amqtt", "pytest"]
+    packages = ["torch", "transformers", "safetensors", "peft", "datasets", "amqtt", "onnxruntime", "onnx", "pytest"]
     subprocess.run([bare.python, "-c", words, *packages], env=bare.environment, cwd=bare.folder, check=True)
 
 
@@ -86,6 +86,7 @@ def test_commands_that_need_an_extra(bare: Bare) -> None:
         ("demo", "--out", "out"): "model",
         ("doctor", "--model", "model"): "model",
         ("mask", "--model", "model", "--text", "rows.jsonl", "--out", "m.mkm"): "model",
+        ("bundle", "--model", "model", "--as-base", "out"): "model",
         ("export", "--model", "model", "--difference", "d.mkd", "--out", "out"): "model",
         ("verify", "state", "--model", "tuned", "--base", "model"): "model",
         ("sweep", "sweep.toml", "--out", "out"): "model",

@@ -5,19 +5,23 @@ the cosine between a text and a description. What is read, where it is cut, whic
 are put into passes must not differ between engines, or nodes of one run would measure different losses.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import dropwhile
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from meerkat_mq.core.directions import Float32Array
+from meerkat_mq.core.step import Row
 from meerkat_mq.errors import TaskError, shown
+from meerkat_mq.tasks.data import problem_of, usable_rows
 from meerkat_mq.tasks.task import Example, Task
 
 Int64Array = npt.NDArray[np.int64]
+Batch = TypeVar("Batch")
 
 
 class Reader(Protocol):
@@ -287,6 +291,32 @@ def padded(rows: Sequence[Sequence[int]], filler: int = 0) -> Int64Array:
     for number, row in enumerate(rows):
         whole[number, : len(row)] = row
     return whole
+
+
+class Preparing(ABC, Generic[Batch]):
+    """How engines of language models prepare rows."""
+
+    @abstractmethod
+    def _prepared(self, rows: Sequence[Row]) -> Batch:
+        """Make a batch; raises whatever a row's text makes of a tokenizer."""
+
+    def prepare(self, rows: Sequence[Row]) -> Batch:
+        """Tokenise and collate, once for all passes over these rows; those that fail are left out and logged."""
+        try:
+            return self._prepared(rows)
+        except BaseException as error:
+            problem_of(error)
+            return self._prepared(usable_rows(rows, self._prepared))
+
+    def usable(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows that can be prepared, or `DataError` where there are none; the log names the others."""
+        return usable_rows(rows, self._prepared)
+
+
+def in_passes(prompts: Sequence[Prompt], limit: int) -> tuple[list[list[Prompt]], Int64Array]:
+    """Passes of rows of like length, and where each row is found among those of the passes, int64 (rows,)."""
+    order = sorted(range(len(prompts)), key=lambda row: prompts[row].size)
+    return list(passes_of([prompts[row] for row in order], limit)), np.argsort(np.array(order))
 
 
 def passes_of(prompts: Sequence[Prompt], limit: int) -> Iterator[list[Prompt]]:

@@ -43,6 +43,7 @@ class KnownEngine:
         mask: the mask of so many weights, of an engine that needs no mask file.
         read: reads and checks the rows of a run without a task.
         public_rows: whether its rows say nothing of anybody; a node's policy does not guard them.
+        runs: whose runs it computes for, where these are another engine's: the same losses, made in another way.
     """
 
     target: str
@@ -51,10 +52,12 @@ class KnownEngine:
     mask: Callable[[int], Mask] | None = None
     read: Callable[[Path | str], list[Row]] = read_rows
     public_rows: bool = False
+    runs: str | None = None
 
 
 ENGINES: Final = {
     "transformers": KnownEngine("meerkat_mq.engines.torch.engine:make", extra="model", task="needed"),
+    "onnx": KnownEngine("meerkat_mq.engines.onnx.engine:make", extra="onnx", task="needed", runs="transformers"),
     "toy": KnownEngine(
         "meerkat_mq.engines.toy:make", task="none", mask=toy.toy_mask, read=toy.read_seeds, public_rows=True
     ),
@@ -71,13 +74,18 @@ def entry_of(name: str) -> KnownEngine:
     raise ConfigError("engine", f"{name!r} is unknown", remedy)
 
 
+def runs_of(name: str) -> str:
+    """The engine that a run's descriptor names where this one is configured."""
+    return entry_of(name).runs or name
+
+
 def check_named(run: str, named: str | None) -> None:
     """Refuse, by `RunMismatch`, to compute for a run whose engine this process was not told to use.
 
     `run` is the engine's name in the run descriptor, `named` that in this process's own TOML file; None: any engine of
     this package.
     """
-    if run == named or (named is None and run in ENGINES):
+    if run == named or (run in ENGINES and run == runs_of(run if named is None else named)):
         return
     if named is None and ":" not in run:
         problem, remedy = "which this version does not have", "install the server's version of meerkat-mq here too"

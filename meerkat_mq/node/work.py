@@ -96,15 +96,20 @@ class Work(EngineModel):
             MeerkatError: model, tokenizer, data or task do not fit the run.
         """
         self._pace = Pace(config.limits.cpu_share)
-        entry, described = entry_of(run.engine), run.task
+        name, described = config.engine or run.engine, run.task
+        entry = entry_of(name)
         task = None if described is None else task_of(described)
         if entry.task == "needed" and config.model is None:
-            raise ConfigError("model", "is missing", "name the folder or hub id of the run's base model")
+            raise ConfigError(
+                "model",
+                "is missing",
+                "name the folder or hub id of the run's base model; or, for the onnx engine, its bundle",
+            )
         read = entry.read if task is None else partial(read_rows, task=task)
         self._local = LocalRows(config.data, read)
-        engine = _engine(config, run, mask, task)
+        engine = _engine(name, config, run, mask, task)
         self._local.check(partial(usable, engine))
-        try_out(run.engine, engine, mask.theta_0, self._local.rows)
+        try_out(name, engine, mask.theta_0, self._local.rows)
         super().__init__(
             run,
             Replica(mask, run_id=run.run_id, stream=run.stream, digest_every=run.digest_every),
@@ -137,13 +142,13 @@ class Work(EngineModel):
         return self._pace.ends(stop)
 
 
-def _engine(config: NodeConfig, run: RunDescriptor, mask: Mask, task: Task | None) -> Engine[Any]:
+def _engine(name: str, config: NodeConfig, run: RunDescriptor, mask: Mask, task: Task | None) -> Engine[Any]:
     dtype = config.dtype or run.dtype
     setup = Setup(mask, task, config.model, dtype, config.device, config.threads)
-    with within("model") if config.model is not None and entry_of(run.engine).task == "needed" else nullcontext():
-        engine = make_engine(run.engine, setup, f"node {config.id}")
+    with within("model") if config.model is not None and entry_of(name).task == "needed" else nullcontext():
+        engine = make_engine(name, setup, f"node {config.id}")
     if config.uplink == "values" and not isinstance(engine, FirstOrderEngine):
-        problem = f'is "values", and the engine {run.engine} has no method gradient'
+        problem = f'is "values", and the engine {name} has no method gradient'
         raise ConfigError("uplink", problem, 'set uplink = "path"')
     if dtype != "float32" and (share := getattr(engine, "surviving_share", None)):
         survival = share(mask.theta_0, direction(run.stream, 0, 0, mask.size), run.eps)

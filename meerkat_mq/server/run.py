@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from meerkat_mq.config import ServerConfig
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Coefficient, Displacement, Entry, short_hash
-from meerkat_mq.engines.registry import entry_of, own_mask
+from meerkat_mq.engines.registry import entry_of, own_mask, runs_of
 from meerkat_mq.errors import ConfigError, within
 from meerkat_mq.ledger.run import Run, mask_keys, max_step_of, settings_of
 from meerkat_mq.rounds.policy import default_lanes
@@ -44,7 +44,7 @@ def prepare_run(config: ServerConfig, begun: RunDescriptor | None = None) -> Run
         descriptor = RunDescriptor(
             federation=config.federation,
             run=run_id.hex(),
-            engine=config.engine,
+            engine=runs_of(config.engine),
             model=config.model.source if config.model else "",
             task=None if (task := _task(config)) is None else task.describe(),
             dtype=config.dtype,

@@ -96,14 +96,15 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         ModelError: a weight file is damaged or cut short, or two files hold a tensor of the same name.
     """
     tensors: dict[str, StoredTensor] = {}
-    for tensor in (tensor for file in weight_files(folder) for tensor in _header(file)):
+    for tensor in (tensor for file in weight_files(folder) for tensor in tensors_in(file)):
         if (other := tensors.setdefault(tensor.name, tensor)) is not tensor:
             problem = f"holds {tensor.name}, and so does {other.file.name}"
             raise ModelError(str(tensor.file), problem, "remove one of them")
     return dict(sorted(tensors.items(), key=lambda item: item[0].encode()))
 
 
-def _header(file: Path) -> list[StoredTensor]:
+def tensors_in(file: Path) -> list[StoredTensor]:
+    """The tensors of one safetensors file, in its order; raises as `stored_tensors`."""
     try:
         size = file.stat().st_size
         with open_regular(file) as stream:

@@ -14,13 +14,13 @@ from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import Row
 from meerkat_mq.engines.continuations import windows
-from meerkat_mq.engines.prompts import passes_of
+from meerkat_mq.engines.prompts import Preparing, in_passes
 from meerkat_mq.engines.protocol import Setup, Survival
 from meerkat_mq.engines.torch.adapter import with_adapter
 from meerkat_mq.engines.torch.load import LoadedModel, load_model, set_threads, weight_kinds
 from meerkat_mq.engines.torch.scoring import CausalScorer, Scorer, losses_of, mean_loss, scorer_for
 from meerkat_mq.errors import ModelMismatch
-from meerkat_mq.tasks.data import problem_of, usable_rows
+from meerkat_mq.tasks.data import usable_rows
 from meerkat_mq.tasks.task import Scored, Task
 
 _ITS_BASE = "give the base model that the run's mask was made on"
@@ -56,7 +56,7 @@ class Target:
         return whole.flatten() if self.indices is None else whole.flatten()[self.indices]
 
 
-class TransformersEngine:
+class TransformersEngine(Preparing[Prepared]):
     """Implements `core.step.Engine`, and all that `engines.protocol` adds, for a loaded model, a mask and a task.
 
     The model's masked weights are overwritten by each `write`, those of an adapter in a copy that shares all else.
@@ -87,27 +87,17 @@ class TransformersEngine:
                 else:
                     target.flat.index_copy_(0, target.indices, values[target.part].to(target.flat.dtype))
 
-    def prepare(self, rows: Sequence[Row]) -> Prepared:
-        """Tokenise and collate, once for all passes over these rows; those that fail are left out, as by `usable`."""
-        try:
-            return self._prepared(rows)
-        except BaseException as error:
-            problem_of(error)
-            return self._prepared(usable_rows(rows, self._prepared))
-
     def usable(self, rows: Sequence[Row]) -> list[Row]:
         """The rows that can be prepared, a long text in windows, or `DataError` without any; the log names others."""
         return usable_rows(windows(self._task, self.loaded, rows), self._prepared)
 
     def _prepared(self, rows: Sequence[Row]) -> Prepared:
         examples = [self._task.example(row) for row in rows]
-        prompts = self.scorer.tokens(examples)
-        order = sorted(range(len(rows)), key=lambda row: prompts[row].size)
         device = self.loaded.model.device
-        limit = _PASS_TOKENS[device.type]
+        parts, place = in_passes(self.scorer.tokens(examples), _PASS_TOKENS[device.type])
         return Prepared(
-            passes=[self.scorer.collate(part) for part in passes_of([prompts[row] for row in order], limit)],
-            place=torch.tensor(order, device=device).argsort(),
+            passes=[self.scorer.collate(part) for part in parts],
+            place=torch.from_numpy(place).to(device),
             labels=torch.tensor([example.answer for example in examples], device=device),
         )
 

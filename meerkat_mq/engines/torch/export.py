@@ -150,16 +150,16 @@ def export_model(source: str | Path, mask: Mask, theta: Float32Array, out: Path)
         problem = f"has shape {theta.shape}, the mask {mask.size} weights"
         raise ModelError("theta", problem, "export with the run's mask")
     changes, files = changes_of(stored_copies(folder), mask, theta), exported_files(folder)
-    with _new_folder(out, folder) as new:
+    with whole_folder(out, folder) as new:
         for name, file in files.items():
-            with _writing(out, name):
-                _copy(folder / name, file, new / name)
+            with writing_in(out, name):
+                copy_file(folder / name, file, new / name)
         for tensor, change in changes.items():
             name = tensor.file.relative_to(folder)
-            with _writing(out, name):
+            with writing_in(out, name):
                 _patch(new / name, tensor, change)
         for name in files:
-            with _writing(out, name):
+            with writing_in(out, name):
                 keep_names(new / name)
 
 
@@ -201,10 +201,10 @@ def exported_files(folder: Path) -> dict[Path, Path]:
 
 
 @contextmanager
-def _new_folder(out: Path, base: Path) -> Iterator[Path]:
+def whole_folder(out: Path, base: Path) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its place when all went well."""
     temporary, in_the_way = None, ModelError(str(out), "exists and is not an empty folder", "name a new folder")
-    with _writing(out):
+    with writing_in(out):
         try:
             place = Path(os.path.realpath(out))
             if place.is_relative_to(os.path.realpath(base)):
@@ -226,7 +226,7 @@ def _new_folder(out: Path, base: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _writing(out: Path, name: Path | None = None) -> Iterator[None]:
+def writing_in(out: Path, name: Path | None = None) -> Iterator[None]:
     """Name the file of the export, and the reason, where it cannot be written."""
     try:
         yield
@@ -236,7 +236,7 @@ def _writing(out: Path, name: Path | None = None) -> Iterator[None]:
         raise ModelError(str(out), f"cannot be written ({error.strerror}){place}", remedy) from error
 
 
-def _copy(name: Path, source: Path, target: Path) -> None:
+def copy_file(name: Path, source: Path, target: Path) -> None:
     """Copy a file's bytes alone: its mode, owner and links are the base's own affair."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -1,6 +1,5 @@
 """Loading a base model: any causal LM or encoder that transformers knows, from a local folder or a hub id."""
 
-import hashlib
 import logging
 import warnings
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from meerkat_mq.engines.torch.checkpoint import fingerprint
 from meerkat_mq.engines.torch.folder import CONFIG, find_folder, in_words, key_of, read_json
 from meerkat_mq.engines.torch.kinds import MAKING, RESTORE, Kind, bare_model, class_of
 from meerkat_mq.engines.torch.names import NEEDLESS, Names, check_fit, mismatch, names_of
-from meerkat_mq.engines.torch.tokenizer_trial import PROBES
+from meerkat_mq.engines.torch.tokenizer_trial import PROBES, fingerprint_of
 from meerkat_mq.engines.torch.tokens import ids_of, read_tokens
 from meerkat_mq.errors import ModelError, UnsupportedModel
 from meerkat_mq.tasks.task import Task
@@ -195,14 +194,10 @@ def _place(file: Path, said: str) -> str:
 def tokenizer_fingerprint(tokenizer: Any, task: Task | None = None) -> bytes:
     """32 bytes: SHA-256 over the ids of 64 fixed strings and, with a task, of its label words.
 
-    Each string enters as u32 count, then its u32 ids, little-endian, with all that the tokenizer adds. The masks'
-    fingerprint is the one without a task.
+    Each string enters with all that the tokenizer adds. The masks' fingerprint is the one without a task.
     """
     strings = [*PROBES, *(task.candidates if task else ())]
-    digest = hashlib.sha256()
-    for ids in ids_of(tokenizer, strings):
-        digest.update(b"".join(value.to_bytes(4, "little") for value in [len(ids), *ids]))
-    return digest.digest()
+    return fingerprint_of(ids_of(tokenizer, strings))
 
 
 def linear_layers(model: Any) -> dict[str, nn.Linear]:

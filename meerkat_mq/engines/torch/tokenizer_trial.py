@@ -5,11 +5,13 @@ anybody may hold an expression that takes exponentially long, or one that makes 
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import resource
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -62,6 +64,14 @@ def _try(file: str, size: int, _changed: int) -> str:
     if done.returncode < 0:
         return f"it takes more than {seconds} s or {memory >> 20:,} MiB, or ends the process that reads it"
     return done.stdout.decode(errors="replace") if done.returncode == _REFUSED else ""
+
+
+def fingerprint_of(texts: Iterable[Sequence[int]]) -> bytes:
+    """32 bytes: SHA-256 over the ids of texts; each enters as u32 count, then its u32 ids, little-endian."""
+    digest = hashlib.sha256()
+    for ids in texts:
+        digest.update(b"".join(value.to_bytes(4, "little") for value in [len(ids), *ids]))
+    return digest.digest()
 
 
 def _main(file: str, seconds: int, memory: int) -> int:

@@ -1,0 +1,113 @@
+"""A bundle's graph in ONNX Runtime: weights and theta are bound once, by their place in memory.
+
+Each run reads what is there then.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from meerkat_mq.core.directions import Float32Array
+from meerkat_mq.core.mask import Mask
+from meerkat_mq.engines.onnx.layout import AGAIN, INDICES, THETA, Shape
+from meerkat_mq.engines.onnx.manifest import GRAPH, Bundle
+from meerkat_mq.errors import ModelError, reason
+
+_INT4: Final = 22  # onnx.TensorProto.INT4, which NumPy does not have
+_ELEMENTS: Final[dict[str, Any]] = {
+    "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8, "tensor(int4)": _INT4,
+    "tensor(int64)": np.int64,
+}  # fmt: skip
+_MADE: Final = {"embedded", "position_ids", "wanted", "seen"}  # inputs of one run
+_STORED: Final = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "int8": "tensor(int8)",
+    "int4": "tensor(int4)",
+}
+
+
+class Session:
+    """The graph of a bundle at a theta.
+
+    Raises:
+        ModelError: ONNX Runtime does not take the graph, or the bundle lacks something that it reads.
+    """
+
+    def __init__(self, bundle: Bundle, mask: Mask, threads: int | None) -> None:
+        self._bundle = bundle
+        try:
+            self._session = onnxruntime.InferenceSession(
+                bundle.graph, _options(threads), providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ONNX Runtime has no common base of its errors
+            raise self._refused(error) from error
+        self._theta = mask.theta_0
+        self._binding = self._session.io_binding()
+        self._held: list[npt.NDArray[Any]] = []  # the runtime knows no more than where they are
+        parts = {matrix.name: (matrix.indices.astype(np.int64), self._theta[part]) for matrix, part in mask.slices()}
+        for wanted in self._session.get_inputs():
+            if wanted.name not in _MADE:
+                self._bind(wanted, self._found(wanted, parts))
+        (output,) = self._session.get_outputs()
+        self._output = output.name
+
+    def _refused(self, error: Exception) -> ModelError:
+        problem = f"is not taken by ONNX Runtime {onnxruntime.__version__} ({reason(error)})"
+        return ModelError(str(self._bundle.folder / GRAPH), problem, f"update onnxruntime, or {AGAIN}")
+
+    def _found(self, wanted: Any, parts: Mapping[str, tuple[npt.NDArray[np.int64], Float32Array]]) -> npt.NDArray[Any]:
+        """What an input of the graph is to read."""
+        name, weights, matrices = wanted.name, self._bundle.weights, self._bundle.manifest.matrices
+        none = np.empty(0, np.int64), np.empty(0, np.float32)
+        if name.startswith(INDICES):
+            return parts.get(name.removeprefix(INDICES), none)[0]
+        if name.startswith(THETA):
+            return parts.get(name.removeprefix(THETA), none)[1]
+        shape: Shape = tuple(wanted.shape)
+        if name in matrices or wanted.type == _STORED[self._bundle.manifest.weights] != "tensor(float)":
+            return weights.linear(name, shape)
+        return weights.array(name, "F32", shape)
+
+    def _bind(self, wanted: Any, array: npt.NDArray[Any]) -> None:
+        element = _ELEMENTS.get(wanted.type)
+        if element is None:
+            raise ModelError(f"{self._bundle.folder / GRAPH}: {wanted.name}", f"is a {wanted.type}", AGAIN)
+        shape = [array.size if isinstance(number, str) else number for number in wanted.shape]
+        self._held.append(array)
+        self._binding.bind_input(wanted.name, "cpu", 0, element, shape, array.ctypes.data)
+
+    def write(self, theta: Float32Array) -> None:
+        """Let all runs from now on be at theta, float32 (n,)."""
+        if theta.shape != self._theta.shape or theta.dtype != np.float32:
+            raise ValueError(f"theta is {theta.dtype} {theta.shape}, not float32 {self._theta.shape}")
+        np.copyto(self._theta, theta)
+
+    def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> Float32Array:
+        """The graph's output for the inputs of one run."""
+        try:
+            for name, array in inputs.items():
+                self._binding.bind_cpu_input(name, array)
+            self._binding.bind_output(self._output, "cpu")
+            self._session.run_with_iobinding(self._binding)
+            found: Float32Array = self._binding.copy_outputs_to_cpu()[0]
+        except Exception as error:
+            raise self._refused(error) from error
+        finally:
+            self._binding.clear_binding_outputs()
+        return found
+
+
+def _options(threads: int | None) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # it would undo the order
+    options.enable_mem_pattern = False  # inputs are never of the same length
+    options.log_severity_level = 4
+    options.inter_op_num_threads = 1
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting takes no CPU time
+    return options

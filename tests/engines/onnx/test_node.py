@@ -1,0 +1,150 @@
+"""Nodes with and without PyTorch in one run, as processes on a real broker; and what a node without it imports."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from meerkat_mq.core.mask import Mask
+from meerkat_mq.engines.registry import ENGINES, check_named, runs_of
+from meerkat_mq.errors import RunMismatch
+from meerkat_mq.ledger.folder import verify_folder
+from tests.engines import tiny
+from tests.engines.onnx.conftest import Bundled
+from tests.support.broker import Broker
+
+ROOT = Path(__file__).parents[3]
+TASK = """
+fields = ["line"]
+template = "{line} The thing is"
+label_words = [" broken", " running"]
+descriptions = ["something broken", "something running"]
+max_tokens = 48
+"""
+SERVER = """
+federation = "mixed"
+state_dir = "server"
+mask = "mask.mkm"
+task = "state.toml"
+once = true
+[broker]
+url = "mqtt://127.0.0.1:{port}"
+[rounds]
+count = 6
+min_nodes = 3
+directions = 1
+lr = 1e-3
+batch_size = 4
+local_steps = 2
+"""
+NODE = """
+id = "{name}"
+federation = "mixed"
+data = "rows.jsonl"
+state_dir = "{name}"
+exit_when_finished = true
+threads = 1
+{engine}
+[broker]
+url = "mqtt://127.0.0.1:{port}"
+[policy]
+min_batch = 1
+"""
+BLOCKED = """
+import importlib.abc, sys
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "transformers", "onnx", "safetensors", "huggingface_hub"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+"""
+LOSSES = """
+import json
+from pathlib import Path
+from meerkat_mq.core.mask import Mask
+from meerkat_mq.engines.protocol import Setup
+from meerkat_mq.engines.registry import make_engine
+from meerkat_mq.node.work import Work
+from meerkat_mq.tasks.load import load_task
+
+mask = Mask.load(Path("mask.mkm"))
+engine = make_engine("onnx", Setup(mask, load_task("state.toml"), sys.argv[1]), "a test")
+rows = [json.loads(line) for line in open("rows.jsonl")]
+print(json.dumps([float(loss) for loss in engine.losses(engine.prepare(rows))]))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "state.toml").write_text(TASK)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.ROWS[:24]))
+    return tmp_path
+
+
+def run(folder: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_without_pytorch_nothing_of_it_is_imported(bundled: Bundled, folder: Path, family: str) -> None:
+    base, bundle, mask = bundled(family, "int8")
+    mask.save(folder / "mask.mkm")
+    done = run(folder, BLOCKED + LOSSES, str(bundle))
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)) == 24
+    done = run(folder, BLOCKED + LOSSES, str(base))
+    assert "is no bundle: there is no bundle.json in it; give the folder that `meerkat bundle` wrote" in done.stderr
+
+
+@pytest.mark.timeout(300)
+def test_all_kinds_of_nodes_end_with_the_same_weights(bundled: Bundled, folder: Path, mosquitto: Broker) -> None:
+    base, bundle, mask = bundled("llama", "int8")
+    mask.save(folder / "mask.mkm")
+    assert Mask.load(folder / "mask.mkm").hash == mask.hash
+    (folder / "federation.toml").write_text(SERVER.format(port=mosquitto.port))
+    engines = {"torch-0": f"model = '{base}'"}
+    engines |= dict.fromkeys(("onnx-0", "onnx-1"), f"engine = 'onnx'\nmodel = '{bundle}'")
+    for name, engine in engines.items():
+        (folder / f"{name}.toml").write_text(NODE.format(name=name, engine=engine, port=mosquitto.port))
+    start = "import sys; sys.argv[0] = 'meerkat'; from meerkat_mq.__main__ import main; sys.exit(main())"
+    commands = [("server", "", "federation.toml")]
+    commands += [("node", BLOCKED if name.startswith("onnx") else "", f"{name}.toml") for name in engines]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", block + start, command, "--config", config],
+            cwd=folder, env=environment, stderr=subprocess.PIPE, text=True,
+        )
+        for command, block, config in commands
+    ]  # fmt: skip
+    try:
+        logs = [process.communicate(timeout=240)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0, 0, 0, 0], logs
+    events = [[json.loads(line) for line in log.splitlines() if line.startswith("{")] for log in logs]
+    (finished,) = [event for event in events[0] if event["event"] == "run finished"]
+    digests = [event["digest"] for log in events[1:] for event in log if event["event"] == "finished"]
+    assert digests == [finished["digest"]] * 3
+    found = verify_folder(folder / "server")
+    assert (found.rounds, found.digest.hex()) == (6, finished["digest"])
+
+
+def test_a_node_may_name_an_engine_that_stands_for_the_run_s() -> None:
+    assert runs_of("onnx") == "transformers"
+    assert runs_of("toy") == "toy"
+    assert runs_of("a:b") == "a:b"
+    for run_engine, named in (("transformers", "onnx"), ("transformers", None), ("a:b", "a:b")):
+        check_named(run_engine, named)
+    for run_engine, named in (("toy", "onnx"), ("a:b", "onnx"), ("a:b", None), ("transformers", "toy")):
+        with pytest.raises(RunMismatch):
+            check_named(run_engine, named)
+    assert ENGINES["onnx"].extra == "onnx"
