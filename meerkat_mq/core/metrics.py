@@ -63,6 +63,10 @@ FLAGGED: Final = _metric(
     raises_terms="a node that made the server take one new term after another; it has to wait longer each time",
     silent="a node that missed deadlines; rounds wait for it again when it has answered, at most a tenth of the time",
 )
+SHORTENED: Final = _metric(
+    "displacement shortened",
+    "a displacement that went more than twice as far as others; it counts for as far as they go",
+)
 TOO_FEW_USABLE: Final = _metric(
     "too few updates can be used", "a deadline at which fewer than rounds.min_updates could be used; the round waits"
 )

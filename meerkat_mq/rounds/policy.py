@@ -18,7 +18,7 @@ WHOLE = 256  # a staleness weight of 1
 ANNOUNCE_AT = (0.25, 0.5, 0.75)
 ROUND_ENTRY_BYTES = 1024
 NEWEST_ENTRY_BYTES = 16 * 1024
-COMPARED = 64  # directions of a round along which a displacement is measured
+COMPARED = 32  # directions of a round along which a displacement is measured; `verify` replays it
 MAX_STEP = 2.0**64  # 2³² versions of 12,000 terms, of directions whose values lie within ±5, stay below 2¹¹⁴
 
 
@@ -297,11 +297,18 @@ def shares_of(records: Sequence[UpdateRecord], settings: RoundSettings, version:
     return tuple(
         Share(
             record.values.blob,
-            record.weight * settings.staleness_weight(version - record.version) / total * _shortened(record, reach),
+            record.weight * settings.staleness_weight(version - record.version) / total * _part(record, reach),
         )
         for record in ordered
         if record.values is not None
     )
+
+
+def shortened(records: Sequence[UpdateRecord], settings: RoundSettings) -> list[str]:
+    """The nodes of whose displacements less than half is in the mean, since they go much farther than others."""
+    accepted = [found for record in records if (found := counted(record, settings)) is not None]
+    reach = _reach(accepted, settings)
+    return [record.node for record in accepted if _part(record, reach) < 0.5]
 
 
 def _reach(accepted: Sequence[UpdateRecord], settings: RoundSettings) -> float:
@@ -320,7 +327,7 @@ def _reach(accepted: Sequence[UpdateRecord], settings: RoundSettings) -> float:
     return longest(displacements, paths)
 
 
-def _shortened(record: UpdateRecord, reach: float) -> float:
+def _part(record: UpdateRecord, reach: float) -> float:
     """What part of its length a displacement may have."""
     if record.moved is None or record.values is None or record.moved.size == 0:
         return 1.0

@@ -41,6 +41,7 @@ from meerkat_mq.rounds.policy import (
     fewest_needed,
     needed,
     newest_that_fit,
+    shortened,
     snapshot_due,
 )
 from meerkat_mq.rounds.records import NOT_REFUSED, UpdateRecord, Verdict
@@ -344,6 +345,8 @@ class ServerMachine(ServerMachineState):
         for was, record in zip(current.records, outcome.records, strict=True):
             if record.verdict is not was.verdict and record.verdict not in NOT_REFUSED:
                 self._count(m.REFUSED.of(in_words(record.verdict)), record.node)
+        for name in shortened(outcome.records, self._settings):
+            self._count(m.SHORTENED, name)
         self._effects.append(e.ApplyTerms(self.version, outcome.terms, outcome.shares))
 
     def _extend(self, current: OpenRound, now: float) -> None:

@@ -49,7 +49,9 @@ async def test_one_of_three_values_nodes_does_no_harm(federation: Federation, ho
     with federation.ledger() as ledger:
         refused = [[one.node for one in ledger.records(at) if one.verdict is Verdict.AGAINST] for at in range(12)]
         flagged = {node.node: node.flagged for node in run_shown(ledger).nodes if node.flagged}
-    if hostile != "= 10":
+    if hostile == "= 10":
+        assert server.said("displacement shortened")[0]["node"] == "evil"
+    else:
         assert refused == [["evil"]] * 12
         assert flagged == {"evil": "against"}
         assert server.said("flagged: against")[0]["node"] == "evil"
