@@ -6,12 +6,16 @@ with what the same run does without; a machine that is busy with other things ma
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.hostile_traffic import ATTACKS, EVIL, Cost, Scene, cost_of, ended, scene_of
+from benchmarks.hostile_traffic import ATTACKS, EVIL, ROUNDS, WEIGHTS, Cost, Scene, cost_of, ended, scene_of
 from meerkat_mq.wire.descriptor import NodeStatus
+from meerkat_mq.wire.frames import encode
+from meerkat_mq.wire.messages import Want
+from tests.broker.guarded import Raw
 from tests.server.federation import PACE, TOPICS, Federation
 from tests.support.mosquitto import Mosquitto
 from tests.support.waiting import until
@@ -61,6 +65,47 @@ async def test_forged_terms_are_taken_after_longer_and_longer_pauses(scene: Scen
     await scene.federation.eye.reaches(version + 5)
     await ended(task)
     assert term - first <= 4
+    assert not any(service.over for service in (scene.server, *scene.nodes))
+
+
+async def test_a_term_near_the_end_of_the_range_keeps_no_server_from_starting_again(scene: Scene) -> None:
+    """H6: the server took a term above it, and had none left."""
+    async with scene.evil() as evil:
+        for above in (2**32 - 2, 2**31, 2**32 - 2**16):
+            header = replace(scene.header(), term=above)
+            await evil.session.publish(TOPICS.up(EVIL, "want"), encode(Want(header, 1)))
+        await scene.federation.eye.reaches(scene.version + 5)
+    before = scene.federation.eye.states[-1].term
+    assert before < 2**16
+    scene.server.kill()
+    again = scene.federation.server(
+        rounds=ROUNDS | {"min_nodes": HONEST, "directions": 1},
+        toy_weights=WEIGHTS,
+        broker=scene.guarded.table("server"),
+    )
+    taken = await again.says("in charge")
+    assert before < taken["term"] < 2**16
+    await scene.federation.eye.reaches(scene.version + 3)
+    assert not any(service.over for service in scene.nodes)
+
+
+async def test_a_node_that_dies_in_each_round_costs_a_part_of_the_time(scene: Scene) -> None:
+    """H8: its will and its births, again and again."""
+
+    async def dies() -> None:
+        while True:
+            raw = await Raw.connected(scene.guarded, f"nodes/{EVIL}", EVIL, will=TOPICS.up(EVIL, "status"))
+            raw.drop()
+            async with scene.evil() as evil:
+                await evil.session.publish(TOPICS.up(EVIL, "status"), scene.status(), retain=True)
+                await scene.federation.eye.reaches(scene.version + 1)
+
+    scene.federation.eye.noise.add(b"forged")
+    task, version = asyncio.ensure_future(dies()), scene.version
+    await scene.federation.eye.reaches(version + 30)
+    await ended(task)
+    with scene.federation.ledger() as ledger:
+        assert sum(entry.overdue for entry in ledger.closed(version, 30)) <= 1
     assert not any(service.over for service in (scene.server, *scene.nodes))
 
 
