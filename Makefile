@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE  # demo and tests start hundreds of processes: each would compile the package
 INSTALL = $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test check fuzz fuzz-long test-arm test-brokers test-chaos test-hostile test-numpy test-wheel mosquitto gcc rabbitmq-server nats-server nodejs npm clean
+.PHONY: help demo test check fuzz fuzz-long test-arm test-brokers test-chaos test-hostile test-numpy test-wheel mosquitto gcc rabbitmq-server nats-server nftables nodejs npm clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -18,7 +18,7 @@ help: ## show this
 demo: $(VENV)/.demo ## a federation on this machine, from nothing to a report; ARGS='--rounds 50' adds options
 	$(BIN)/meerkat demo $(ARGS)
 
-test: $(VENV)/.test mosquitto gcc nodejs npm check ## all checks and tests; ARGS='-k mask' adds options of pytest
+test: $(VENV)/.test mosquitto gcc nftables nodejs npm check ## all checks and tests; ARGS='-k mask' adds options of pytest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist worksteal $(ARGS)
 
 check: $(VENV)/.test ## format, lint, types, floors
@@ -78,6 +78,9 @@ $(BIN)/python:
 
 mosquitto rabbitmq-server nats-server npm:
 	@PATH="$$PATH:/usr/sbin:/usr/local/sbin" command -v $@ >/dev/null || scripts/apt-install $@
+
+nftables:  # for a test that skips where it may not use it
+	@[ "$$(id -u)" != 0 ] || PATH="$$PATH:/usr/sbin" command -v nft >/dev/null || scripts/apt-install $@
 
 nodejs:
 	@command -v node >/dev/null || scripts/apt-install $@
