@@ -146,6 +146,11 @@ class Graph:
         """The values of a linear weight, float32 (rows · columns,), made after x."""
         rows, columns = self._shapes[name]
         self.tensors += packed(name, (rows, columns), self._parameters[name], self._weights)
+        if self._weights in LARGEST and columns % BLOCK == 0:  # a block a line: ONNX Runtime takes a tenth of the time
+            blocks = rows * columns // BLOCK
+            stored = self.input(name, _STORED[self._weights], (blocks, BLOCK))
+            scale = self._after(x, self.input(name + SCALE, TensorProto.FLOAT, (blocks,)), (blocks,))
+            return self.op("Reshape", self.op("DequantizeLinear", stored, scale, axis=0), self.dims(-1))
         stored = self.input(name, _STORED[self._weights], (rows, columns))
         if self._weights in LARGEST:
             blocks = blocks_of(columns)

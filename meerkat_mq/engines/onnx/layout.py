@@ -3,6 +3,7 @@
 It is a safetensors file. A linear weight is one tensor (F32, F16), or levels (I8, or U8 with two a byte) and scales.
 """
 
+import math
 import mmap
 import os
 from pathlib import Path
@@ -48,10 +49,10 @@ class WeightsFile:
         """Where a tensor lies.
 
         Raises:
-            ModelError: there is none of this name, format and shape.
+            ModelError: there is none of this name and format with as many numbers.
         """
         found = self._tensors.get(name)
-        if found is None or (found.dtype, found.shape) != (dtype, shape):
+        if found is None or (found.dtype, math.prod(found.shape)) != (dtype, math.prod(shape)):
             what = "is missing" if found is None else f"is {found.dtype} {found.shape}"
             raise ModelError(f"{self._file}: {cut(name)}", f"{what}, not {dtype} {shape}", AGAIN)
         return found
@@ -123,6 +124,7 @@ class Rows:
         return wide
 
     def _read(self, stored: StoredTensor, dtype: np.dtype[Any], first: int, count: int) -> npt.NDArray[Any]:
-        width = stored.shape[1] * dtype.itemsize
+        columns = stored.size // dtype.itemsize // self.shape[0]
+        width = columns * dtype.itemsize
         data = os.pread(self._descriptor, count * width, stored.start + first * width)
-        return np.frombuffer(data, dtype).reshape(count, stored.shape[1])
+        return np.frombuffer(data, dtype).reshape(count, columns)
