@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from meerkat_mq.config import EvaluationConfig, ModelConfig, ServerConfig
 from meerkat_mq.core.directions import direction
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import Row, projected_gradient
@@ -21,9 +22,11 @@ from meerkat_mq.engines.torch.load import LoadedModel, load_model
 from meerkat_mq.engines.torch.masks import make_mask
 from meerkat_mq.engines.torch.scoring import scorer_for
 from meerkat_mq.errors import DataError, TaskError
+from meerkat_mq.server.monitor import Evaluator
+from meerkat_mq.server.run import prepare_run
 from meerkat_mq.tasks.choice import Choice
 from meerkat_mq.tasks.completion import Completion
-from meerkat_mq.tasks.data import read_rows
+from meerkat_mq.tasks.data import read_rows, write_rows
 from meerkat_mq.tasks.load import load_task
 from meerkat_mq.tasks.sources import FileRow
 from meerkat_mq.tasks.task import Example, Task
@@ -256,6 +259,47 @@ def test_chat_templates_that_cannot_be_used(load: Load, template: str, message: 
 def test_a_template_that_takes_no_system_message(chatting: LoadedModel) -> None:
     error = _refused(chatting, CHAT.model_copy(update={"system": "Be quiet."}))
     assert error.remedy == "leave system out, or set chat = false"
+
+
+# --- on a server ---
+
+WORDS = """
+template = "{line} is"
+label_words = [" a", " b", " c"]
+labels = ["q", "running", "broken"]
+label_field = "word"
+"""
+
+
+@pytest.mark.parametrize(
+    ("toml", "rows", "figure"),
+    [
+        ('kind = "text"\nfield = "line"\nmax_tokens = 16\n', 4, "token_accuracy"),
+        ('kind = "completion"\ntemplate = "{line}"\ncompletion = " {answer}"\nchat = true\n', 3, "exact_match"),
+        (WORDS, 3, "macro_f1"),
+    ],
+)
+async def test_a_server_evaluates_by_the_task_of_its_descriptor(
+    chatting: LoadedModel, tmp_path: Path, toml: str, rows: int, figure: str
+) -> None:
+    (tmp_path / "t.toml").write_text(toml)
+    write_rows(tmp_path / "rows.jsonl", [{**row, "word": row["answer"].split()[0]} for row in ANSWERS])
+    mask = make_mask(chatting, tiny.TEXTS, "magnitude", density=0.1, sequences=4, length=32)
+    mask.save(tmp_path / "mask.mkm")
+    config = ServerConfig(
+        federation="f",
+        state_dir=tmp_path / "state",
+        mask=tmp_path / "mask.mkm",
+        task=str(tmp_path / "t.toml"),
+        model=ModelConfig(source=str(chatting.folder)),
+        evaluation=EvaluationConfig(data=tmp_path / "rows.jsonl"),
+    )
+    found = await Evaluator(config, prepare_run(config)).evaluate(mask.theta_0)
+    assert found.rows == rows
+    assert 0 <= found.figures[figure] <= 1
+    made = TransformersEngine(chatting, mask, load_task(tmp_path / "t.toml"))
+    batch = made.prepare(made.usable(read_rows(tmp_path / "rows.jsonl")))
+    assert found.loss == pytest.approx(float(np.mean(made.losses(batch))), rel=1e-5)
 
 
 # --- choices, and real models ---
