@@ -35,7 +35,7 @@ from meerkat_mq.core.path import MAX_WEIGHT, Entry
 from meerkat_mq.errors import AnotherServer
 from meerkat_mq.rounds import events as e
 from meerkat_mq.rounds.guards import on_arrival
-from meerkat_mq.rounds.open_round import OpenRound, opened, outcome_of
+from meerkat_mq.rounds.open_round import OpenRound, opened, outcome_of, quorum_of
 from meerkat_mq.rounds.policy import (
     deadline_length,
     fewest_needed,
@@ -354,9 +354,12 @@ class ServerMachine(ServerMachineState):
         current.attempt = min(current.attempt + 1, LAST_ATTEMPT)
         for name, slot in self._nodes.eligible(now).items():
             current.ask(name, slot, self._nodes.awaited_until(name, now))
-        if current.attempt > LONGEST_AT and not self._settings.takes_what_comes(self.version):
-            fewer = needed(sum(map(self.has_answered, current.asked)), self._settings.quorum)
-            current.needed = min(current.needed, max(fewer, fewest_needed(self._settings, self.version)))
+        if not self._settings.takes_what_comes(self.version):
+            fewer = quorum_of(current.asked, self._settings, self.version, self.has_answered)
+            if current.attempt > LONGEST_AT:
+                answered = needed(sum(map(self.has_answered, current.asked)), self._settings.quorum)
+                fewer = min(fewer, max(answered, fewest_needed(self._settings, self.version)))
+            current.needed = min(current.needed, fewer)
         current.wait(now, deadline_length(self._settings, self.version, current.attempt))
         self._count(m.EXTENDED)
         self._announce()

@@ -3,7 +3,7 @@
 from itertools import accumulate, count
 
 from meerkat_mq.errors import AnotherServer, LedgerError
-from meerkat_mq.rounds.policy import deadline_length
+from meerkat_mq.rounds.policy import deadline_length, needed
 from meerkat_mq.rounds.server import LAST_ATTEMPT
 from meerkat_mq.runtime import budgets
 from meerkat_mq.runtime.blobs import PATIENCE_S
@@ -86,9 +86,9 @@ def judge(schedule: Schedule) -> tuple[History, list[Violation]]:
     history = federation.close()
     fine = {AnotherServer, LedgerError} if "damaged ledger" in schedule.kinds else {AnotherServer}
     ended = [Violation(NO_FAILURE, who, str(error)) for who, error in federation.errors if type(error) not in fine]
-    rules = schedule.settings  # each buffer may fill without a certain node, whose update or displacement is late then
-    late = rules.max_staleness == 0 or schedule.values > 0
-    left_out = rules.buffered and late and rules.buffer_size < schedule.nodes
+    rules = schedule.settings  # each round may close without a certain node, whose update or displacement is late then
+    late = schedule.values > 0 or (rules.buffered and rules.max_staleness == 0)
+    left_out = late and (rules.buffer_size if rules.buffered else needed(schedule.nodes, rules.quorum)) < schedule.nodes
     if schedule.earlier and not (left_out or "n0" in schedule.lost or history.took("n0")):
         ended.append(Violation(TAKES_PART, "node n0", f"of {schedule.earlier} has no update in the ledger"))
     return history, ended + [violation for found in check(history).values() for violation in found]

@@ -130,6 +130,13 @@ def test_one_that_never_answered_holds_up_no_quorum() -> None:
     assert rounds_in(server, lambda server, now, closed: None) > 250
 
 
+def test_a_sample_of_invented_ids_is_extended_to_those_that_answer() -> None:
+    server = in_a_round(quorum=1.0, min_nodes=3, fraction=0.6, deadline_s=10.0)
+    for number in range(50):
+        server.born(1.0, f"ghost-{number}")
+    assert rounds_in(server, lambda server, now, closed: None) > 250
+
+
 def test_invented_ids_that_came_first_hold_up_no_round_for_ever() -> None:
     server = answered_server(count=10_000, quorum=0.5, min_nodes=3, deadline_s=10.0)
     server.born(0.0, *(f"ghost-{number}" for number in range(50)))
