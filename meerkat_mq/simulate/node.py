@@ -83,6 +83,7 @@ class SimulatedNode(NodeProcess):
         codec: of a values node's displacements; None of a path node.
         every_s: seconds that it sleeps; 0: it is always awake.
         release: of an earlier one, its commit; it is brought up to date at some start; "": today's.
+        factor: of its projected gradients and displacements; 1.0 of an honest node.
         healed: called once its theta is right again; None while nothing is wrong with it.
     """
 
@@ -92,7 +93,7 @@ class SimulatedNode(NodeProcess):
         self.codec = CODECS[number % len(CODECS)] if number < schedule.values else None
         self.every_s = schedule.every_s if number < schedule.sleepers else 0.0
         self.release = schedule.earlier if number == 0 else ""
-        self.rows, self.schedule = 1 + 3 * number, schedule
+        self.rows, self.schedule, self.factor = 1 + 3 * number, schedule, 1.0
         super().__init__(
             NodeProfile(name, FEDERATION, values=self.codec is not None, keeps=schedule.keeps),
             world,
@@ -244,7 +245,8 @@ class MadeUpModel(Model):
         """A float32."""
         boot = self._node.boot if self._node.schedule.fickle else 0
         place = struct.pack("<IHHI", order.version, order.lane, step, boot)
-        return (zlib.crc32(place + self._node.name.encode(), theta) - 2**31 >> 8) / 2**22
+        made = (zlib.crc32(place + self._node.name.encode(), theta) - 2**31 >> 8) / 2**22
+        return float(np.float32(made * self._node.factor))
 
     def _displacement(self, scalar: Callable[[int], float]) -> Float32Array:
         """float32 (n,), within ±2**-4."""

@@ -71,7 +71,7 @@ REACHED = (
 )  # fmt: skip
 
 
-LIVENESS = (*(struck(kind, for_good=True) for kind in (*LOSSES, "disk full")), WITHOUT)
+LIVENESS = (*(struck(kind, for_good=True) for kind in (*LOSSES, "disk full", "poison")), WITHOUT)
 
 
 class Reached(Counter[str]):

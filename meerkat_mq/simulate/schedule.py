@@ -51,7 +51,7 @@ class ScheduledFault:
     @property
     def is_a_loss(self) -> bool:
         """Whether its target takes no part any more."""
-        return self.lasts == math.inf and self.name != "disk full"
+        return self.lasts == math.inf and self.name in LOSSES
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +182,8 @@ def make_schedule(seed: int, names: Collection[str] = (), *, liveness: bool = Fa
     apart = random.Random(f"attacks of {seed}")  # noqa: S311 - as above
     attacks = tuple(kind for kind in ATTACKS if kind in names or (not names and apart.random() < 0.15))
     faults += [_attack(apart, kind, spared, length_s) for kind in attacks for _ in range(apart.randint(1, 3))]
+    if liveness and ("poison" in names or (not names and apart.random() < 0.1)):
+        faults.append(replace(_attack(apart, "poison", spared, length_s), lasts=math.inf))
     return replace(calm, settings=rules, earlier=earlier, kinds=kinds + attacks, faults=tuple(faults))
 
 

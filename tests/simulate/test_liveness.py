@@ -43,7 +43,7 @@ def test_schedules_leave_a_live_quorum() -> None:
     for schedule in schedules:
         assert all(fault in lasting(schedule) for fault in schedule.faults if fault.target in schedule.lost)
     drawn = {(fault.name, fault.target in schedule.lost) for schedule in schedules for fault in lasting(schedule)}
-    assert drawn == {*((name, True) for name in LOSSES), ("disk full", False)}
+    assert drawn == {*((name, True) for name in LOSSES), ("disk full", False), ("poison", False)}
     assert {len(schedule.lost) for schedule in schedules} == {0, 1, 2}
 
 
