@@ -53,14 +53,17 @@ def measured(
         load: a displacement that is kept, by the hash of its blob; what it raises is raised.
     """
     blobs = [record.values.blob for record in records if settings.compares(record) and record.values is not None]
-    total = _total(_unit(load(blob)) for blob in blobs) if len(blobs) >= FEWEST else None
+    total = (
+        _total(_unit(values, root_mean_square(values)) for values in map(load, blobs)) if len(blobs) >= FEWEST else None
+    )
     found = []
     for record in records:
         moved = None
         if settings.compares(record) and record.values is not None:
             values = load(record.values.blob)
-            size, along = root_mean_square(values), tuple(_along(values, settings, record.version))
-            agreement = 0.0 if total is None else _cosine(_unit(values), total)
+            size = root_mean_square(values)
+            along = tuple(_along(values, size, settings, record.version))
+            agreement = 0.0 if total is None else _cosine(_unit(values, size), total)
             moved = Moved(_float32(size), _float32(agreement), along)
         found.append(record if record.moved == moved else replace(record, moved=moved))
     return tuple(found)
@@ -73,15 +76,14 @@ def _total(parts: Iterator[Float64Array]) -> Float64Array:
     return total
 
 
-def _unit(values: Float32Array) -> Float64Array:
-    """Of root mean square 1, or zero; float64 (n,)."""
-    size = root_mean_square(values)
+def _unit(values: Float32Array, size: float) -> Float64Array:
+    """Of root mean square 1, or zero, from one of this size; float64 (n,)."""
     return np.divide(values, size if size > 0 else 1.0, dtype=np.float64)
 
 
-def _along(values: Float32Array, settings: RoundSettings, version: int) -> Iterator[float]:
+def _along(values: Float32Array, size: float, settings: RoundSettings, version: int) -> Iterator[float]:
     (lanes, steps), run_id, stream = settings.compared(version), settings.run_id, settings.stream
-    length = root_mean_square(values) * math.sqrt(values.size)
+    length = size * math.sqrt(values.size)
     for product in each_inner_product(values, run_id, version, lanes=lanes, steps=steps, stream=stream):
         yield _float32(-product / length) if length > 0 else 0.0
 

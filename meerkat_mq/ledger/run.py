@@ -7,7 +7,7 @@ from typing import Any
 from meerkat_mq.config import FIXED, Codec, GuardsConfig, RoundRules, Rules, RunSpec, ServerConfig, ServerValuesConfig
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.errors import RunMismatch
-from meerkat_mq.rounds.cumulative import FEWEST_IN_LANE
+from meerkat_mq.rounds.clipping import FEWEST
 from meerkat_mq.rounds.policy import MAX_STEP, RoundSettings
 from meerkat_mq.wire.arrays import split
 from meerkat_mq.wire.descriptor import MAY_CHANGE, RunDescriptor
@@ -109,10 +109,10 @@ def mode_in_words(settings: RoundSettings) -> str:
 
 def trust_in_words(settings: RoundSettings) -> str:
     """What few updates a round mean, where the run has opted out of comparing them; else ""."""
-    if settings.min_updates >= FEWEST_IN_LANE:
+    if settings.min_updates >= FEWEST:
         return ""
     return (
-        f"rounds.min_updates = {settings.min_updates}: a round may close with fewer than {FEWEST_IN_LANE} updates, and "
+        f"rounds.min_updates = {settings.min_updates}: a round may close with fewer than {FEWEST} updates, and "
         "then one node alone decides where the model goes, up to guards.max_step an update; for nodes that you trust"
     )
 

@@ -21,10 +21,9 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import add, mul
 
-from meerkat_mq.rounds.clipping import median, median_magnitude
+from meerkat_mq.rounds.clipping import FEWEST, median, median_magnitude
 from meerkat_mq.rounds.records import NOT_REFUSED, Moved, UpdateRecord, Verdict
 
-FEWEST_IN_LANE = 3
 EVIDENCE = -2.75  # standard deviations: the sum over the window that no node without a bias is likely to reach
 OPPOSED = -0.5  # cosine of a displacement with the entry's others; −0.33 was measured of an honest one
 STRONG = 2.0  # a scalar counts as at most so many times the lane's median magnitude
@@ -87,22 +86,20 @@ def compare(record: UpdateRecord, columns: Sequence[StepColumn], trusted: Sequen
     if trusted:
         used: Sequence[StepColumn] = columns[: len(trusted)]
     else:
-        used = [column for column in columns if column.size - among >= FEWEST_IN_LANE]  # the first steps, all of them
-    own = zip(record.scalars, used, strict=False)
-    if trusted:
-        xs: Sequence[float] = [max(-column.largest, min(scalar, column.largest)) for scalar, column in own]
-        ys = list(trusted[: len(xs)])
-    elif among:
-        xs = record.scalars[: len(used)]
-        ys = [column.without(scalar) for scalar, column in own]
-    else:
+        used = [column for column in columns if column.size - among >= FEWEST]  # the first steps, all of them
+    own = list(zip(record.scalars, used, strict=False))
+    xs: Sequence[float] = record.scalars[: len(own)]  # of an accepted update none is larger than the columns' largest
+    if not among:
         xs = [max(-column.largest, min(scalar, column.largest)) for scalar, column in own]
-        ys = [column.median for column in used[: len(xs)]]
+    if trusted:
+        ys = list(trusted[: len(own)])
+    else:
+        ys = [column.without(scalar) if among else column.median for scalar, column in own]
     products = list(map(mul, xs, ys))
     agreed, opposed = sum(map((0.0).__lt__, products)), sum(map((0.0).__gt__, products))
     if not agreed + opposed:
         return None
-    sizes = [column.typical for column in used[: len(xs)]]
+    sizes = [column.typical for _, column in own]
     weighed = [_cut(x, size) * _cut(y, size) for x, y, size in zip(xs, ys, sizes, strict=True) if size > 0]
     return Comparison(
         _sum(products), _sum(map(mul, xs, xs)), _sum(map(mul, ys, ys)), agreed, opposed,
@@ -112,7 +109,7 @@ def compare(record: UpdateRecord, columns: Sequence[StepColumn], trusted: Sequen
 
 def lane_says(columns: Sequence[StepColumn], trusted: Sequence[float]) -> list[float]:
     """What paths say of the first steps of their lane, in units of its size: trusted nodes, or the median of three."""
-    medians = trusted or [column.median for column in columns if column.size >= FEWEST_IN_LANE]
+    medians = trusted or [column.median for column in columns if column.size >= FEWEST]
     return [_cut(y, column.typical) if column.typical > 0 else 0.0 for y, column in zip(medians, columns, strict=False)]
 
 

@@ -8,10 +8,9 @@ from itertools import chain, zip_longest
 from operator import gt, sub
 
 from meerkat_mq.config import GuardsConfig
-from meerkat_mq.rounds.clipping import SIGMAS, median, median_magnitude
+from meerkat_mq.rounds.clipping import FEWEST, SIGMAS, median, median_magnitude
 from meerkat_mq.rounds.cumulative import (
     EVIDENCE,
-    FEWEST_IN_LANE,
     OPPOSED,
     Comparison,
     StepColumn,
@@ -243,7 +242,7 @@ class Guard:
             decided = self._config.against > OFF and sure
             return dict.fromkeys(found, Verdict.AGAINST) if decided else {}
         agreeing = sum([past.agrees for _, past in known])
-        if agreeing < max(FEWEST_IN_LANE, AGREEING * (len(known) - 1)):
+        if agreeing < max(FEWEST, AGREEING * (len(known) - 1)):
             return {}
         return {
             where: Verdict.AGAINST
@@ -282,18 +281,18 @@ class Guard:
         window = sorted([typical for typical in self._typical if typical is not None])
         typical = median(window) if window else 0.0
         lanes = [(members, _columns(members)) for members in self._by_lane(candidates).values()]
-        few = any(len(column) < FEWEST_IN_LANE for _, columns in lanes for column in columns)
+        few = any(len(column) < FEWEST for _, columns in lanes for column in columns)
         overall = self._overall(candidates, typical, len(window)) if few else None
         found = []
         for members, columns in lanes:
-            spreads = [Spread.of(column, typical) if len(column) >= FEWEST_IN_LANE else overall for column in columns]
+            spreads = [Spread.of(column, typical) if len(column) >= FEWEST else overall for column in columns]
             near = Near.of(spreads, self._config.outlier)
             found += [place(record) for record in members if self._is_outlier(record, spreads, near)]
         return found
 
     def _overall(self, candidates: Sequence[UpdateRecord], typical: float, rounds: int) -> Spread | None:
         """For lanes with too few nodes: the magnitudes of all lanes' projected gradients can be compared."""
-        if len(candidates) >= FEWEST_IN_LANE:
+        if len(candidates) >= FEWEST:
             typical = max(typical, median_magnitude(_scalars(candidates)))
         elif rounds < FEWEST_OF_OWN:
             return None
