@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from meerkat_mq.config import Dtype, ModelConfig, check_config
 from meerkat_mq.engines.protocol import Method
-from meerkat_mq.errors import ConfigError, ModelError, printable_lines
+from meerkat_mq.errors import ConfigError, ModelError, printable_lines, shown
 from meerkat_mq.extras import importing, need
 from meerkat_mq.tasks.commands import writing
 
@@ -42,6 +42,13 @@ def mask(
         ),
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Of the adapter, with --method lora.", show_default="8")] = None,
+    from_layer: Annotated[
+        str | None,
+        typer.Option(
+            help="Mask nothing below this block: its number, from 0, or a share of the blocks, such as 0.5.",
+            show_default="masks all",
+        ),
+    ] = None,
     sequences: Annotated[int, typer.Option(help="Sequences of calibration text.")] = 100,
     length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="Order of the text, and the random mask.")] = 0,
@@ -58,6 +65,7 @@ def mask(
         from meerkat_mq.tasks.sources import named_source  # noqa: PLC0415
 
     _check_options(method, density, rank, out)
+    first = None if from_layer is None else _layer(from_layer)
     check_config({"source": model, "device": device}, ModelConfig, where="command line")
     texts, loaded = read_texts(named_source(text)), load_model(model, dtype=dtype, device=device)
     for note in loaded.notes:
@@ -71,6 +79,7 @@ def mask(
             method,
             density=1e-3 if density is None else density,
             rank=8 if rank is None else rank,
+            from_layer=first,
             seed=seed,
             sequences=sequences,
             length=length,
@@ -95,6 +104,14 @@ def _check_options(method: Method, density: float | None, rank: int | None, out:
         need("lora", "--method lora")
     if out.is_dir() or not out.parent.is_dir():
         raise ConfigError(f"--out {out}", "is not a file in a folder that exists", "make the folder, name the file")
+
+
+def _layer(text: str) -> int | float:
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        remedy = "give a block's number, or a share of the blocks, such as 0.5"
+        raise ConfigError("--from-layer", f"{shown(text)} is no number", remedy) from None
 
 
 def export(

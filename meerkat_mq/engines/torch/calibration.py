@@ -26,6 +26,7 @@ _SLICE = SLICE
 
 Halves = tuple[Inputs, Inputs]
 CalibrationBatch = Tensor | Halves
+Loss = Callable[[LoadedModel, CalibrationBatch], Tensor]
 
 
 def calibration_batches(
@@ -120,11 +121,13 @@ def each_gradient(
     weights: Mapping[str, Tensor],
     visit: Callable[[str, Tensor], None],
     tick: Callable[[], None],
+    *,
+    loss: Loss | None = None,
 ) -> None:
     """Show `visit` the gradient of each of the model's `weights`, float32, batch by batch; `tick` after each batch.
 
-    A gradient lives only until its visit is over, and activations only inside one block and as its input: each block
-    is computed again on the way back.
+    `loss` is that of calibration, unless another is given. A gradient lives only until its visit is over, and
+    activations only inside one block and as its input: each block is computed again on the way back.
     """
 
     def hook_for(name: str) -> Callable[[Tensor], None]:
@@ -143,17 +146,19 @@ def each_gradient(
         try:
             for batch in batches:
                 with in_words(str(loaded.folder), "gives no gradients", "use another model, or more memory"):
-                    torch.autograd.backward(calibration_loss(loaded, batch))
+                    torch.autograd.backward((loss or calibration_loss)(loaded, batch))
                 tick()
         finally:
             for handle in handles:
                 handle.remove()
 
 
-def reached(loaded: LoadedModel, batch: CalibrationBatch, weights: Mapping[str, Tensor]) -> set[str]:
-    """Names of the weights that the loss of a batch depends on: a vision tower is none of them."""
+def reached(
+    loaded: LoadedModel, batch: CalibrationBatch, weights: Mapping[str, Tensor], loss: Loss | None = None
+) -> set[str]:
+    """Names of the weights that the loss of a batch, of calibration or given, depends on: a vision tower is none."""
     names: set[str] = set()
-    each_gradient(loaded, [batch], weights, lambda name, _: names.add(name), lambda: None)
+    each_gradient(loaded, [batch], weights, lambda name, _: names.add(name), lambda: None, loss=loss)
     return names
 
 

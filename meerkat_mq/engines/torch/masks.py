@@ -5,7 +5,9 @@ of in-batch contrast between the halves of a document), MEERKAT (arXiv 2506.0333
 `magnitude` is |w|; `random` is drawn from the seed. Two methods score nothing: `dense` takes every floating-point
 parameter that passes use, tied ones once, MeZO (arXiv 2305.17333); `lora` takes all of a fresh adapter on the query and
 value projections. What gets no gradient from the calibration loss, such as a vision tower, is left out: noise alone
-would move it. With every method a last pass over the batches yields g_p, the mean signed gradient on the mask.
+would move it. So is, with `from_layer` = k, whatever the hidden state before block k depends on, also an embedding that
+is tied to the output head: that state then stays the same for a whole run. With every method a last pass over the
+batches yields g_p, the mean signed gradient on the mask.
 
 Memory beyond the model's: one float32 matrix of scores for each linear matrix (`sensitivity` alone), and one gradient
 and the activations of one block at a time.
@@ -26,6 +28,7 @@ from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask, MaskedMatrix
 from meerkat_mq.engines.protocol import Method
 from meerkat_mq.engines.torch.adapter import adapter_weights, new_adapter
+from meerkat_mq.engines.torch.blocks import Layer, blocks_of, body_pass, hidden_after, number_of, state_of, trial
 from meerkat_mq.engines.torch.calibration import (
     CalibrationBatch,
     calibration_batches,
@@ -35,7 +38,7 @@ from meerkat_mq.engines.torch.calibration import (
 )
 from meerkat_mq.engines.torch.load import LoadedModel, all_weights, linear_layers
 from meerkat_mq.engines.torch.names import check_stored, check_writable
-from meerkat_mq.errors import MaskError, within
+from meerkat_mq.errors import MaskError, UnsupportedModel, within
 from meerkat_mq.wire.descriptor import MAX_RUN_WEIGHTS
 
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -52,6 +55,7 @@ def make_mask(
     *,
     density: float = 1e-3,
     rank: int = 8,
+    from_layer: Layer | None = None,
     seed: int = 0,
     sequences: int = 100,
     length: int = 512,
@@ -66,6 +70,8 @@ def make_mask(
         texts: calibration text, like what the model was pretrained on.
         density: u, 0 < u ≤ 1, of the methods that score; 1 keeps every weight of the linear matrices.
         rank: of the adapter.
+        from_layer: k; nothing that the hidden state before block k depends on is masked. Blocks count from 0. A share
+            of the blocks, 0 < share < 1, stands for the block above it.
         seed: order of the texts, and the random mask.
         sequences, length: how many sequences (encoder: documents) of calibration text, and the tokens of each.
         batch_size: sequences a gradient; default: 1 for a causal LM, 16 for an encoder.
@@ -82,6 +88,8 @@ def make_mask(
     size = _DEFAULT_BATCH[loaded.kind] if batch_size is None else batch_size
     batches = calibration_batches(loaded, texts, seed=seed, sequences=sequences, length=length, batch_size=size)
     weights = _inside(loaded, batches[0], candidates, say)
+    if from_layer is not None:
+        weights = _above(loaded, batches[0], weights, from_layer)
     if method == "lora":
         loaded = new_adapter(loaded, rank, weights)
         weights = adapter_weights(loaded.model)
@@ -140,6 +148,27 @@ def _inside(
     if outside:
         say(f"{len(outside)} matrices get no gradient from text and are left out: {outside[0]} …")
     return {name: weight for name, weight in weights.items() if name in found}
+
+
+def _above(
+    loaded: LoadedModel, batch: CalibrationBatch, weights: Mapping[str, Tensor], layer: Layer
+) -> dict[str, Tensor]:
+    """Those of the weights on which the hidden state before this block does not depend."""
+    blocks = blocks_of(loaded)
+    number = number_of(layer, len(blocks))
+    below, inputs = blocks[:number], trial(loaded)
+
+    def state(*_: object) -> Tensor:
+        hidden = state_of(hidden_after(below, lambda: body_pass(loaded, inputs)))
+        if hidden is None:
+            raise UnsupportedModel(type(below[-1]).__name__, "gives more than a hidden state", "leave from-layer out")
+        return hidden.sum()
+
+    found = reached(loaded, batch, weights, state) if below else set()
+    if found.issuperset(weights):
+        problem = f"the hidden state before block {number} depends on every weight that could be masked"
+        raise MaskError("from-layer", problem, "leave it out for this model")
+    return {name: weight for name, weight in weights.items() if name not in found}
 
 
 def _counts(weights: Mapping[str, Tensor], density: float) -> dict[str, int]:
