@@ -105,7 +105,9 @@ def settings(plan: DemoPlan, mask: Mask, aggregate: Aggregate, run: str, **other
         min_nodes=NODES,
         quorum=1.0,
         aggregate=aggregate,
+        displacement_reach=rules.displacement_reach,
         max_step=50 * mask.scale,
+        weights=mask.size,
         **others,
     )
 

@@ -20,6 +20,7 @@ DEFAULT_EXPONENT = 0.5
 Count = Annotated[int, Field(ge=1, lt=2**32)]
 Directions = Annotated[int, Field(ge=1, le=4096)]
 Aggregate = Literal["clipped-mean", "mean", "trimmed-mean"]
+Reach = Annotated[float, Field(gt=0)]
 Staleness = Annotated[int, Field(ge=0, le=1000)]
 
 
@@ -60,6 +61,7 @@ class RoundRules(RunSpec):
     weigh_by_rows: Annotated[Flag, FIXED] = False
     aggregate: Annotated[Aggregate, FIXED] = "mean"
     trim: Annotated[float, Field(gt=0, lt=0.5), FIXED] = 0.2
+    displacement_reach: Annotated[Reach | None, FIXED] = None  # None: of a run that is older than the key
     snapshot_every: Annotated[int, Field(ge=1)] = 500
     buffer_size: Annotated[int, Field(ge=1, le=65535)] = 8
     staleness: Annotated[Literal["constant", "polynomial"], FIXED] = "polynomial"
@@ -71,6 +73,7 @@ class RoundsConfig(RoundRules, Section):
 
     max_staleness: Staleness = 20
     aggregate: Annotated[Aggregate, FIXED] = "clipped-mean"
+    displacement_reach: Annotated[Reach | None, FIXED] = 0.25
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -94,3 +97,9 @@ class RoundsConfig(RoundRules, Section):
         if self.count % self.digest_every:
             raise ValueError(f"digest_every = {self.digest_every} must divide count = {self.count}")
         return self
+
+
+class KeptRounds(RoundsConfig):
+    """The same as a ledger keeps it: a key that is younger than the ledger means what was the rule before it."""
+
+    displacement_reach: Annotated[Reach | None, FIXED] = None

@@ -9,7 +9,7 @@ from meerkat_mq.config.early_stopping import EarlyStoppingConfig
 from meerkat_mq.config.evaluation import EvaluationConfig
 from meerkat_mq.config.guards import GuardsConfig
 from meerkat_mq.config.model import ModelConfig
-from meerkat_mq.config.rounds import RoundsConfig
+from meerkat_mq.config.rounds import KeptRounds, RoundsConfig
 from meerkat_mq.config.section import Dtype, EngineName, Flag, Identifier, LocalPath, Seconds, Section
 from meerkat_mq.config.values import ServerValuesConfig
 
@@ -29,6 +29,12 @@ class Rules(Section):
     def kept(self) -> dict[str, Any]:
         """As the ledger keeps it."""
         return self.model_dump(mode="json", include=set(Rules.model_fields))
+
+
+class KeptRules(Rules):
+    """The same as a ledger keeps it."""
+
+    rounds: KeptRounds
 
 
 class ServerConfig(Rules):

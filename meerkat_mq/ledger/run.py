@@ -73,6 +73,7 @@ def settings_of(run: RunDescriptor, rules: Mapping[str, Any], *, measured: bool 
         values=kept.values.model_copy(update={"accept": run.values}),
         measured=measured,
         max_step=MAX_STEP if run.max_step is None else run.max_step,
+        weights=run.weights,
     )
 
 
@@ -85,12 +86,12 @@ def max_step_of(rules: Mapping[str, Any], mask: Mask) -> float | None:
 def as_begun(config: ServerConfig, rules: Mapping[str, Any]) -> ServerConfig:
     """A configuration as a run that was begun with these rules takes it.
 
-    Where it names no aggregate, it has the run's, whatever is the default now. A run with the clipped mean keeps its
-    guards too, since `verify` replays them.
+    Where it does not name a key whose default is another for new runs, it has the run's. A run with the clipped mean
+    keeps its guards too, since `verify` replays them.
     """
     rounds, guards = config.rounds, config.guards
-    if "aggregate" not in rounds.model_fields_set:
-        rounds = rounds.model_copy(update={"aggregate": rules["rounds"]["aggregate"]})
+    kept = {"aggregate", "displacement_reach"} - rounds.model_fields_set
+    rounds = rounds.model_copy(update={key: rules["rounds"][key] for key in kept})
     if rules["rounds"]["aggregate"] == "clipped-mean":
         guards = GuardsConfig(**rules["guards"]).model_copy(update={"max_step": guards.max_step})
     return config.model_copy(update={"rounds": rounds, "guards": guards})

@@ -8,8 +8,11 @@ the lane is hostile, median and width are within the range of the honest scalars
 With one or two scalars, that moves nothing. There the entry's other lanes say what is normal, in size alone.
 
 A displacement has n numbers, so its size is bounded as a whole: it is scaled down to the size that the others of its
-entry have, by local step. Of two the smaller one counts, so either can undo what the other does, and no more. One alone
-is compared with the paths. That bounds how far a displacement goes, not where (`rounds.cumulative`).
+entry have, by local step. That bounds how far a displacement goes, not where (`rounds.cumulative`), and it wants three.
+
+Where there are fewer, nothing tells what a good one is, and one in the worst direction does √n times the harm of a path
+of its length: of that, only 1 ÷ √n lies along the gradient. So there a displacement goes no farther than the useful
+part of a path. Then one hostile node can undo what one honest node does, and no more.
 """
 
 import math
@@ -18,7 +21,7 @@ from collections.abc import Iterable, Sequence
 SIGMAS = 1.4826  # of a normal distribution, in median absolute deviations
 FEWEST = 3  # of which two can outvote one
 ALONE = 3.0  # a lane with fewer has scalars up to so many times the median magnitude of all lanes
-FARTHER = 4.0  # a displacement that is alone in its entry goes up to so many times as far as a path
+FARTHER = 4.0  # in older runs, a displacement that is alone in its entry goes up to so many times as far as a path
 
 
 def median(ordered: Sequence[float]) -> float:
@@ -49,13 +52,21 @@ def clipped(lane: Sequence[float], entry: Sequence[float]) -> list[float]:
     return [min(max(value, centre - width), centre + width) for value in lane]
 
 
-def longest(displacements: Sequence[tuple[float, int]], paths: Sequence[float]) -> float:
+def longest(
+    displacements: Sequence[tuple[float, int]], paths: Sequence[float], reach: float | None, compared: int
+) -> float:
     """The root mean square that displacements of an entry may have, for each of their local steps.
 
     Args:
         displacements: (root mean square, local steps) of each.
         paths: root mean square of each path, by local step.
+        reach: of fewer than three displacements, in lengths of a path; None: as runs had it that are older than this.
+        compared: how many displacements the entry has with those that are refused for where they go.
     """
-    if len(displacements) > 1:
-        return sorted([size / steps for size, steps in displacements])[(len(displacements) - 1) // 2]
-    return FARTHER * median(sorted(paths)) if len(paths) >= FEWEST else math.inf
+    sizes, ordered = sorted([size / steps for size, steps in displacements]), sorted(paths)
+    of_others = sizes[(len(sizes) - 1) // 2] if len(sizes) > 1 else math.inf
+    if reach is None:
+        return of_others if len(sizes) > 1 or len(paths) < FEWEST else FARTHER * median(ordered)
+    if compared >= FEWEST or not paths:
+        return of_others
+    return min(of_others, reach * ordered[(len(paths) - 1) // 2])

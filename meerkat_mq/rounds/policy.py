@@ -33,6 +33,7 @@ class RoundSettings(RoundRules):
     values: ServerValuesConfig = ServerValuesConfig()
     measured: bool = False  # whether the mask's g_p tells anything, so that GradIP is kept
     max_step: float = MAX_STEP  # the largest |lr·g| of an update
+    weights: int = 1  # n, of theta
     frame_bytes: int = MAX_FRAME_BYTES  # of the largest frame that the broker takes
 
     def model_post_init(self, context: object, /) -> None:
@@ -293,11 +294,14 @@ def shares_of(records: Sequence[UpdateRecord], settings: RoundSettings, version:
     accepted = [found for record in records if (found := counted(record, settings)) is not None]
     total = WHOLE * sum(record.weight for record in accepted)
     ordered = sorted(accepted, key=lambda record: (record.version, record.slot))
-    reach = _reach(accepted, settings)
+    reach = _reach(records, accepted, settings)
     return tuple(
         Share(
             record.values.blob,
-            record.weight * settings.staleness_weight(version - record.version) / total * _part(record, reach),
+            record.weight
+            * settings.staleness_weight(version - record.version)
+            / total
+            * _part(record, reach, settings),
         )
         for record in ordered
         if record.values is not None
@@ -307,11 +311,11 @@ def shares_of(records: Sequence[UpdateRecord], settings: RoundSettings, version:
 def shortened(records: Sequence[UpdateRecord], settings: RoundSettings) -> list[str]:
     """The nodes of whose displacements less than half is in the mean, since they go much farther than others."""
     accepted = [found for record in records if (found := counted(record, settings)) is not None]
-    reach = _reach(accepted, settings)
-    return [record.node for record in accepted if _part(record, reach) < 0.5]
+    reach = _reach(records, accepted, settings)
+    return [record.node for record in accepted if _part(record, reach, settings) < 0.5]
 
 
-def _reach(accepted: Sequence[UpdateRecord], settings: RoundSettings) -> float:
+def _reach(records: Sequence[UpdateRecord], accepted: Sequence[UpdateRecord], settings: RoundSettings) -> float:
     """The root mean square of a displacement for each local step; of a path it is lr/K · √Σg² in all."""
     displacements = [
         (record.moved.size, record.values.steps)
@@ -324,12 +328,16 @@ def _reach(accepted: Sequence[UpdateRecord], settings: RoundSettings) -> float:
         for record in accepted
         if displacements and record.values is None
     ]
-    return longest(displacements, paths)
+    part = settings.displacement_reach
+    reach = None if part is None else part / math.sqrt(settings.weights)
+    return longest(displacements, paths, reach, sum(map(settings.compares, records)))
 
 
-def _part(record: UpdateRecord, reach: float) -> float:
-    """What part of its length a displacement may have."""
+def _part(record: UpdateRecord, reach: float, settings: RoundSettings) -> float:
+    """What part of its length a displacement may have; one of a trusted node has all of it."""
     if record.moved is None or record.values is None or record.moved.size == 0:
+        return 1.0
+    if settings.displacement_reach is not None and record.node in settings.guards.trusted:
         return 1.0
     return min(1.0, reach * record.values.steps / record.moved.size)
 

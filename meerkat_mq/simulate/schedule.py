@@ -27,7 +27,7 @@ def mask() -> Mask:
     return toy_mask(WEIGHTS)
 
 
-_RUN: dict[str, Any] = {"run_id": bytes(range(16)), "mask_hash": mask().hash}
+_RUN: dict[str, Any] = {"run_id": bytes(range(16)), "mask_hash": mask().hash, "weights": WEIGHTS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +184,7 @@ def make_schedule(seed: int, names: Collection[str] = (), *, liveness: bool = Fa
     faults += [_attack(apart, kind, spared, length_s) for kind in attacks for _ in range(apart.randint(1, 3))]
     if liveness and ("poison" in names or (not names and apart.random() < 0.1)):
         faults.append(replace(_attack(apart, "poison", spared, length_s), lasts=math.inf))
+    rules = rules.model_copy(update={"displacement_reach": apart.choice((None, 1.0))})
     return replace(calm, settings=rules, earlier=earlier, kinds=kinds + attacks, faults=tuple(faults))
 
 

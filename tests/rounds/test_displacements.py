@@ -38,21 +38,28 @@ def rules(**changes: object) -> RoundSettings:
 
 
 @pytest.mark.parametrize(
-    ("displacements", "paths", "expected"),
+    ("displacements", "paths", "reach", "expected"),
     [
-        ([(1.0, 1), (2.0, 1), (90.0, 1)], (), 2.0),
-        ([(1.0, 1), (2.0, 1), (3.0, 1), (90.0, 1)], (9.0,) * 9, 2.0),
-        ([(1.0, 1), (90.0, 1)], (), 1.0),
-        ([(4.0, 2), (30.0, 10), (3.0, 1)], (), 3.0),
-        ([(90.0, 1)], (1.0, 2.0, 9.0), 2.0 * FARTHER),
-        ([(90.0, 1)], (1.0, 2.0), float("inf")),
-        ([], (1.0, 2.0, 9.0), 2.0 * FARTHER),
+        ([(1.0, 1), (2.0, 1), (90.0, 1)], (), 0.1, 2.0),
+        ([(1.0, 1), (2.0, 1), (3.0, 1), (90.0, 1)], (9.0,) * 9, 0.1, 2.0),
+        ([(4.0, 2), (30.0, 10), (3.0, 1)], (), 0.1, 3.0),
+        ([(1.0, 1), (90.0, 1)], (1.0, 2.0, 9.0), 0.1, 0.2),
+        ([(0.1, 1), (90.0, 1)], (1.0, 2.0, 9.0), 0.1, 0.1),
+        ([(1.0, 1), (90.0, 1)], (), 0.1, 1.0),
+        ([(90.0, 1)], (1.0, 2.0, 9.0), 0.1, 0.2),
+        ([(90.0, 1)], (1.0, 2.0), 0.1, 0.1),
+        ([(90.0, 1)], (), 0.1, float("inf")),
+        ([], (1.0, 2.0, 9.0), 0.1, 0.2),
+        ([(1.0, 1), (90.0, 1)], (1.0, 2.0, 9.0), None, 1.0),
+        ([(90.0, 1)], (1.0, 2.0, 9.0), None, 2.0 * FARTHER),
+        ([(90.0, 1)], (1.0, 2.0), None, float("inf")),
+        ([], (1.0, 2.0, 9.0), None, 2.0 * FARTHER),
     ],
 )
 def test_a_displacement_goes_as_far_as_others_do(
-    displacements: list[tuple[float, int]], paths: Sequence[float], expected: float
+    displacements: list[tuple[float, int]], paths: Sequence[float], reach: float | None, expected: float
 ) -> None:
-    assert longest(displacements, paths) == expected
+    assert longest(displacements, paths, reach, len(displacements)) == pytest.approx(expected)
 
 
 def weights(records: Sequence[UpdateRecord], used: RoundSettings) -> list[float]:
@@ -83,7 +90,22 @@ def test_a_run_without_the_clipped_mean_or_of_an_older_server_scales_nothing_dow
     assert not rules().compares(record(0, 1, 0.5))
 
 
-def test_one_alone_goes_no_farther_than_a_few_paths_do() -> None:
+@pytest.mark.parametrize("others", [(), (9.0,)])
+def test_one_or_two_go_no_farther_than_the_useful_part_of_a_path(others: Sequence[float]) -> None:
+    paths = [record(0, slot, *([0.1] * STEPS)) for slot in (2, 3, 4)]
+    used = rules(displacement_reach=2.0, weights=100)
+    length = 0.5 * (STEPS * 0.01) ** 0.5
+    found = weights([*sized(5.0, *others), *paths], used)
+    assert found[0] == pytest.approx(1 / (4 + len(others)) * 2.0 * length / 100**0.5 / 5.0)
+    trusted = used.model_copy(update={"guards": GuardsConfig(trusted=("n0",))})
+    assert weights([*sized(5.0, *others), *paths], trusted)[0] == 1 / (4 + len(others))
+    refused = [replace(displacement(0, slot, Moved(9.0, -1, (0.0,))), verdict=Verdict.AGAINST) for slot in (7, 8)]
+    assert weights([*sized(5.0, *others), *paths, *refused], used)[0] == 1 / (4 + len(others))
+    assert shortened([*sized(5.0), *paths], used) == ["n0"]
+    assert shortened([*sized(5.0), *paths], trusted) == []
+
+
+def test_one_alone_went_no_farther_than_a_few_paths_in_older_runs() -> None:
     paths = [record(0, slot, *([0.1] * STEPS)) for slot in (1, 2, 3)]
     reach = FARTHER * 0.5 * (STEPS * 0.01) ** 0.5
     assert weights([*sized(2 * reach), *paths], rules()) == pytest.approx([1 / 8])

@@ -24,9 +24,9 @@ WEIGHTS = 400
 UPLINK: dict[str, Any] = {"uplink": "values", "values": {"codec": "float32", "lr": 0.02}}
 
 
-def start(federation: Federation, hostile: str, *, paths: int, honest: int) -> list[Service]:
+def start(federation: Federation, hostile: str, *, paths: int, honest: int, **sections: Any) -> list[Service]:
     rounds = ROUNDS | {"min_nodes": paths + honest + 1}
-    server = federation.server("--once", rounds=rounds, toy_weights=WEIGHTS, values={"accept": True})
+    server = federation.server("--once", rounds=rounds, toy_weights=WEIGHTS, values={"accept": True}, **sections)
     nodes = [federation.node(f"path-{number}", exit_when_finished=True) for number in range(paths)]
     nodes += [federation.node(f"values-{number}", exit_when_finished=True, **UPLINK) for number in range(honest)]
     evil = federation.node(
@@ -72,5 +72,22 @@ async def test_one_that_is_alone_is_compared_with_the_paths(federation: Federati
     assert first <= 3
     assert verdicts[first:] == [Verdict.AGAINST] * (12 - first)
     assert server.said("flagged: against")[0]["node"] == "evil"
-    assert loss(federation) < 1.02
+    assert loss(federation) < 1
+    assert verify_folder(federation.folder / "server").rounds == 12
+
+
+@pytest.mark.parametrize("honest", [0, 1])
+async def test_one_or_two_do_hardly_anything(federation: Federation, honest: int) -> None:
+    server, *nodes = start(federation, "= 10", paths=4, honest=honest)
+    assert await all_end(server, *nodes) == [0] * (6 + honest), [service.plain for service in (server, *nodes)]
+    assert server.said("displacement shortened")[0]["node"] == "evil"
+    assert loss(federation) < 1
+    assert verify_folder(federation.folder / "server").rounds == 12
+
+
+async def test_a_trusted_one_that_is_alone_is_not_shortened(federation: Federation) -> None:
+    server, *nodes = start(federation, "× 1", paths=3, honest=0, guards={"trusted": ["evil"]})
+    assert await all_end(server, *nodes) == [0] * 5, [service.plain for service in (server, *nodes)]
+    assert server.said("displacement shortened") == []
+    assert loss(federation) < 0.7
     assert verify_folder(federation.folder / "server").rounds == 12

@@ -1,13 +1,14 @@
 """What of a buffered run or one with values nodes is fixed at its first start, and how it is said."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from meerkat_mq.config import ServerConfig
+from meerkat_mq.config import KeptRules, ServerConfig, check_config
 from meerkat_mq.errors import ConfigError, RunMismatch
-from meerkat_mq.ledger.run import Run, check_same, mode_in_words
+from meerkat_mq.ledger.run import Run, as_begun, check_same, mode_in_words, settings_of
 from meerkat_mq.server.run import prepare_run
 
 BUFFERED: dict[str, Any] = {"mode": "buffered", "max_staleness": 4}
@@ -81,3 +82,21 @@ def test_the_rest_may_change(tmp_path: Path) -> None:
 def test_more_directions_than_an_entry_holds_are_refused_in_words(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"max_staleness \+ 1\) = 21021 exceeds [0-9]+; lower one of them"):
         prepared(tmp_path, {"mode": "buffered", "max_staleness": 1000, "local_steps": 21}, {})
+
+
+@pytest.mark.parametrize("named", [{}, {"displacement_reach": 0.25}])
+def test_a_run_that_is_older_than_a_key_has_the_rule_from_before_it(tmp_path: Path, named: dict[str, Any]) -> None:
+    new = prepared(tmp_path, {}, ACCEPT)
+    assert new.settings.displacement_reach == 0.25
+    stored = json.loads(json.dumps(new.rules))
+    del stored["rounds"]["displacement_reach"]
+    older = check_config(stored, KeptRules, where="").kept
+    assert settings_of(new.descriptor, older).displacement_reach is None
+    table = {"federation": "f", "state_dir": tmp_path, "engine": "toy", "rounds": named, "values": ACCEPT}
+    again = prepare_run(as_begun(ServerConfig.model_validate(table), older), new.descriptor)
+    if not named:
+        check_same(again, new.descriptor, older, "x")
+        assert again.settings.displacement_reach is None
+        return
+    with pytest.raises(RunMismatch, match="displacement_reach: the run was begun with None"):
+        check_same(again, new.descriptor, older, "x")
