@@ -24,7 +24,7 @@ _COMMANDS = {
     "certs renew": "broker.commands:renew",
     "certs revoke": "broker.commands:revoke",
     "bundle": "engines.onnx.command:bundle",
-    "export": "engines.commands:export",
+    "export": "server.export:export",
     "server": "server.__main__:command",
     "node": "node.__main__:command",
     "broker": "broker.__main__:command",

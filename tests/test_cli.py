@@ -78,6 +78,12 @@ async def test_from_mask_to_export(
     before, after = ((folder / "model.safetensors").read_bytes() for folder in (tiny_llama, tuned))
     assert len(before) == len(after)
     assert before != after
+    card = (tuned / "README.md").read_text()
+    assert all(words in card for words in (events[-1].digest, "| rounds | 4 of 4 |", "| federation | f |", "| loss | "))
+
+    small = tmp_path / "small"
+    assert meerkat("export", "--model", tiny_llama, "--difference", difference, "--out", small, "--as", "delta").out
+    assert {path.name for path in small.iterdir()} == {"README.md", "delta.safetensors"}
 
     said = meerkat("verify", tmp_path / "server", "--model", tuned, "--base", tiny_llama)
     assert f"4 rounds and 4 updates are as they must be; difference.mkd, {tuned} too; digest " in said.out

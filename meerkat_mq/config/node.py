@@ -21,6 +21,7 @@ class NodeConfig(Section):
     state_dir: LocalPath
     engine: EngineName | None = None
     model: str | None = None
+    adapter: LocalPath | None = None
     broker: BrokerConfig = BrokerConfig()
     device: Device = "cpu"
     dtype: Dtype | None = None
@@ -38,6 +39,12 @@ class NodeConfig(Section):
         if broker.url == "embedded":
             raise ValueError('url = "embedded" is for servers; give the address of the federation\'s broker')
         return broker
+
+    @model_validator(mode="after")
+    def _adapts_a_model(self) -> Self:
+        if self.adapter is not None and self.model is None:
+            raise ValueError("adapter is merged into a model: name its base as model")
+        return self
 
     @model_validator(mode="after")
     def _displacements_fit(self) -> Self:

@@ -1,4 +1,4 @@
-"""`meerkat mask`, `export` and `doctor --model`: torch is imported only where a model is used."""
+"""`meerkat mask` and `doctor --model`: torch is imported only where a model is used."""
 
 import json
 from dataclasses import asdict
@@ -49,6 +49,9 @@ def mask(
             show_default="masks all",
         ),
     ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Folder of a LoRA adapter that the base model is merged with.")
+    ] = None,
     sequences: Annotated[int, typer.Option(help="Sequences of calibration text.")] = 100,
     length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="Order of the text, and the random mask.")] = 0,
@@ -61,13 +64,16 @@ def mask(
     with importing("model", "meerkat mask"):  # torch only where a model is used
         from meerkat_mq.engines.torch.load import load_model  # noqa: PLC0415
         from meerkat_mq.engines.torch.masks import make_mask  # noqa: PLC0415
+        from meerkat_mq.engines.torch.merge import base_folder  # noqa: PLC0415
         from meerkat_mq.tasks.data import read_texts  # noqa: PLC0415
         from meerkat_mq.tasks.sources import named_source  # noqa: PLC0415
 
     _check_options(method, density, rank, out)
     first = None if from_layer is None else _layer(from_layer)
     check_config({"source": model, "device": device}, ModelConfig, where="command line")
-    texts, loaded = read_texts(named_source(text)), load_model(model, dtype=dtype, device=device)
+    texts = read_texts(named_source(text))
+    base = base_folder(model, adapter, lambda made: _note(f"model and adapter are merged in {made}"))
+    loaded = load_model(base, dtype=dtype, device=device)
     for note in loaded.notes:
         _note(note)
     columns = TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -112,21 +118,6 @@ def _layer(text: str) -> int | float:
     except ValueError:
         remedy = "give a block's number, or a share of the blocks, such as 0.5"
         raise ConfigError("--from-layer", f"{shown(text)} is no number", remedy) from None
-
-
-def export(
-    model: Annotated[str, typer.Option(help="Base model of the run: local folder or hub id.")],
-    difference: Annotated[Path, typer.Option(help="difference.mkd from the server's state_dir.")],
-    out: Annotated[Path, typer.Option(help="Folder to write; must not exist yet, or be empty.")],
-) -> None:
-    """Write the fine-tuned model as a Hugging Face folder."""
-    with importing("model", "meerkat export"):
-        from meerkat_mq.engines.torch.export import export_model  # noqa: PLC0415
-    from meerkat_mq.wire.snapshot import Difference  # noqa: PLC0415
-
-    found = Difference.load(difference)
-    export_model(model, found.mask, found.theta, out)
-    _print(f"{out}: version {found.version} of run {found.run_id.hex()[:8]}, {found.mask.size:,} weights trained")
 
 
 def doctor(model: str, task: str | None, dtype: Dtype, device: str, as_json: bool) -> None:

@@ -38,6 +38,7 @@ class Setup:
         dtype: "float32", "bfloat16" or "float16": of the model's weights.
         device: "cpu", "cuda" or "cuda:<i>".
         threads: CPU threads; None: as many as the engine likes.
+        adapter: folder of a LoRA adapter that is merged into the base model before all else; None: none.
     """
 
     mask: Mask
@@ -46,6 +47,7 @@ class Setup:
     dtype: str = "float32"
     device: str = "cpu"
     threads: int | None = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

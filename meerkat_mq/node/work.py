@@ -144,7 +144,8 @@ class Work(EngineModel):
 
 def _engine(name: str, config: NodeConfig, run: RunDescriptor, mask: Mask, task: Task | None) -> Engine[Any]:
     dtype = config.dtype or run.dtype
-    setup = Setup(mask, task, config.model, dtype, config.device, config.threads)
+    adapter = None if config.adapter is None else str(config.adapter)
+    setup = Setup(mask, task, config.model, dtype, config.device, config.threads, adapter)
     with within("model") if config.model is not None and entry_of(name).task == "needed" else nullcontext():
         engine = make_engine(name, setup, f"node {config.id}")
     if config.uplink == "values" and not isinstance(engine, FirstOrderEngine):

@@ -54,7 +54,8 @@ class Evaluator:
             rows = read(config.evaluation.data)
         setup = Setup(run.mask, task)
         if model is not None:
-            setup = Setup(run.mask, task, model.source, model.dtype, model.device)
+            adapter = None if model.adapter is None else str(model.adapter)
+            setup = Setup(run.mask, task, model.source, model.dtype, model.device, adapter=adapter)
         with nullcontext() if model is None else within("model.source"):
             self._engine = make_engine(name, setup, "evaluation")
         with within("evaluation.data"):

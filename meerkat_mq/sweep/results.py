@@ -3,16 +3,16 @@
 import json
 import math
 import os
-import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from meerkat_mq.core.files import write_atomically, writing
-from meerkat_mq.errors import DataError, printable
+from meerkat_mq.errors import DataError
 from meerkat_mq.observe.figures import DASH, human_bytes
+from meerkat_mq.observe.markdown import escaped
+from meerkat_mq.observe.markdown import table as markdown_table
 
 RESULTS_FILE = "results.jsonl"
 TABLE_FILE = "results.md"
@@ -113,21 +113,21 @@ def table(rows: Iterable[Row]) -> str:
     lines = [
         "# Results of a sweep",
         "",
-        f"Same in all lines: {_escaped(', '.join(same))}. {_LEGEND}",
+        f"Same in all lines: {escaped(', '.join(same))}. {_LEGEND}",
         "",
-        _line(heads),
-        _line(["---"] * len(heads)),
     ]
+    cells = []
     methods = list(dict.fromkeys(group[0] for group in groups))
     for _, members in sorted(groups.items(), key=lambda item: _order(item[0], methods)):
         finished = [row for row in members if "failed" not in row]
         place = [_plain(members[0].get(axis)) for axis in shown]
-        lines.append(_line([*place, *(cell(finished) for _, cell in columns)]))
+        cells.append([*place, *(cell(finished) for _, cell in columns)])
+    lines += markdown_table(heads, cells)
     failed = [row for members in groups.values() for row in members if "failed" in row]
     if failed:
         lines += ["", "Failed, tried again at the next start:", ""]
         for row in failed:
-            lines.append("- " + _escaped(f"{row['method']}, {row['task']}, seed {row['seed']}: {row['failed']}"))
+            lines.append("- " + escaped(f"{row['method']}, {row['task']}, seed {row['seed']}: {row['failed']}"))
     return "\n".join(lines) + "\n"
 
 
@@ -141,15 +141,6 @@ def _telling(groups: Mapping[tuple[Any, ...], Sequence[Row]]) -> list[str]:
 
 def _order(group: tuple[Any, ...], methods: Sequence[str]) -> tuple[Any, ...]:
     return methods.index(group[0]), *((value is not None, value or 0) for value in group[1:])
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(_escaped(cell).replace("|", "¦") for cell in cells) + " |"
-
-
-def _escaped(text: str) -> str:
-    """Text that Markdown shows as it is: no HTML, no link, no image, no code. Names come from plans and folders."""
-    return re.sub(r"([\\`*\[\]!~])", r"\\\1", escape(printable(text), quote=False))
 
 
 def _plain(value: object) -> str:

@@ -85,6 +85,15 @@ def minilm() -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2(shared: Path) -> Path:
+    """The folder of the genuine SmolLM2-135M-Instruct."""
+    folder = shared / "models" / "smollm2"
+    if not folder.is_dir():
+        pytest.skip(f"there is no {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def stories(shared: Path) -> Path:
     """The folder of the genuine TinyStories Llama."""
     return shared / "models" / "stories260K"

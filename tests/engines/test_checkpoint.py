@@ -78,7 +78,7 @@ def test_cached_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.Monke
     folder, cache = write_checkpoint(tmp_path / "m", a=np.ones(4, dtype=np.float32)), tmp_path / "c" / "cache.json"
     first = fingerprint(folder, cache)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_hash", lambda _: pytest.fail("read again"))
+        patch.setattr(checkpoint, "hash_of", lambda _: pytest.fail("read again"))
         assert fingerprint(folder, cache) == first
     write_checkpoint(folder, a=np.zeros(4, dtype=np.float32))
     os.utime(folder / "model.safetensors", ns=(0, 1))

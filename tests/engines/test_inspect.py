@@ -275,13 +275,15 @@ def test_json_files_have_a_largest_size(copy: Copy) -> None:
 def test_an_adapter_beside_a_model(copy: Copy) -> None:
     folder = copy("llama")
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/base"}')
-    with pytest.raises(ModelError, match=r"adapter_config\.json: is an adapter beside a whole model.*; merge it"):
+    with pytest.raises(ModelError, match=r"adapter_config\.json: is an adapter beside a whole model.*; take its files"):
         find_folder(folder)
 
 
 def test_an_adapter_alone(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/base"}')
-    with pytest.raises(ModelError, match=r"is an adapter \(of 'somebody/base'\), not a model; merge it into its base"):
+    with pytest.raises(
+        ModelError, match=r"is an adapter \(of 'somebody/base'\), not a model; give the model alone, and the adapter"
+    ):
         find_folder(tmp_path)
 
 

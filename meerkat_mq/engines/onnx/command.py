@@ -18,6 +18,9 @@ def bundle(
     weights: Annotated[Weights, typer.Option(help="How linear weights and embeddings are stored.")] = "int8",
     mask: Annotated[Path | None, typer.Option(help="Mask file of the run; with --out.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the bundle; must not exist yet, or be empty.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Folder of a LoRA adapter that the base model is merged with.")
+    ] = None,
     as_base: Annotated[
         Path | None,
         typer.Option(help="Write instead the model that such weights give back, to be the base of a run: a folder."),
@@ -30,6 +33,7 @@ def bundle(
         importing("bundle", "meerkat bundle"),
     ):
         from meerkat_mq.engines.onnx.bundle import make_bundle, publish_base  # noqa: PLC0415
+        from meerkat_mq.engines.torch.merge import base_folder  # noqa: PLC0415
 
     check_config({"source": model}, ModelConfig, where="command line")
     if (out is None) == (as_base is None):
@@ -39,11 +43,12 @@ def bundle(
     if (mask is None) == (out is not None):
         found = "is missing" if mask is None else "is read with --out only"
         raise ConfigError("--mask", found, "give the run's mask with --out; a base needs none")
+    base = base_folder(model, adapter)
     if as_base is not None:
-        publish_base(model, weights, as_base)
+        publish_base(base, weights, as_base)
         _say(f"{as_base}: the base of a run whose nodes hold {weights} weights; make the mask on it")
     if out is not None and mask is not None:
-        make_bundle(model, Mask.load(mask), weights, out, _say)
+        make_bundle(base, Mask.load(mask), weights, out, _say)
         size = sum(file.stat().st_size for file in out.iterdir())
         _say(f"{out}: {weights} weights, {size / 1e6:,.0f} MB")
 

@@ -131,4 +131,7 @@ def make(setup: Setup) -> OnnxEngine:
     assert setup.task is not None
     if setup.device != "cpu":
         raise ConfigError("device", f"{setup.device!r}: the onnx engine computes on the CPU", 'set device = "cpu"')
+    if setup.adapter is not None:
+        problem = "is given, and a bundle holds its adapter already"
+        raise ConfigError("adapter", problem, "make the bundle with `meerkat bundle --adapter`, and remove this key")
     return OnnxEngine(open_bundle(Path(setup.model)), setup.mask, setup.task, setup.threads)

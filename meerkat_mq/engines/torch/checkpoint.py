@@ -166,7 +166,7 @@ def fingerprint(folder: Path, cache: Path | None = None) -> bytes:
     entry = known.get(key)
     if isinstance(entry, dict) and entry.get("files") == state:
         return bytes.fromhex(str(entry["fingerprint"]))
-    digest = _hash(stored_tensors(folder))
+    digest = hash_of(stored_tensors(folder))
     if cache is not None:
         with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not correctness
             cache.parent.mkdir(parents=True, exist_ok=True)
@@ -175,7 +175,8 @@ def fingerprint(folder: Path, cache: Path | None = None) -> bytes:
     return digest
 
 
-def _hash(tensors: Mapping[str, StoredTensor]) -> bytes:
+def hash_of(tensors: Mapping[str, StoredTensor]) -> bytes:
+    """32 bytes: SHA-256 over tensors in this order, as `fingerprint` says."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         shape = ",".join(map(str, tensor.shape))
@@ -192,12 +193,18 @@ def _hash(tensors: Mapping[str, StoredTensor]) -> bytes:
     return digest.digest()
 
 
-def _cache_file() -> Path | None:
+def cache_folder() -> Path | None:
+    """Where a user keeps what can be made again; None where there is no such place."""
     try:
         root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     except RuntimeError:  # no home: a user id without an account, as in many containers
         return None
-    return Path(root) / "meerkat-mq" / "fingerprints.json"
+    return Path(root) / "meerkat-mq"
+
+
+def _cache_file() -> Path | None:
+    root = cache_folder()
+    return None if root is None else root / "fingerprints.json"
 
 
 def _read_cache(path: Path | None) -> dict[str, object]:

@@ -18,6 +18,7 @@ from meerkat_mq.engines.prompts import Preparing, in_passes
 from meerkat_mq.engines.protocol import Setup, Survival
 from meerkat_mq.engines.torch.adapter import with_adapter
 from meerkat_mq.engines.torch.load import LoadedModel, load_model, set_threads, weight_kinds
+from meerkat_mq.engines.torch.merge import base_folder
 from meerkat_mq.engines.torch.scoring import CausalScorer, Scorer, losses_of, mean_loss, scorer_for
 from meerkat_mq.errors import ModelMismatch
 from meerkat_mq.tasks.data import usable_rows
@@ -184,9 +185,11 @@ def make(setup: Setup) -> TransformersEngine:
     assert setup.task is not None
     if setup.threads is not None:
         set_threads(setup.threads)
-    loaded = load_model(setup.model, dtype=setup.dtype, device=setup.device)
+    log = structlog.get_logger()
+    base = base_folder(setup.model, setup.adapter, lambda text: log.info("adapter merged", base=text))
+    loaded = load_model(base, dtype=setup.dtype, device=setup.device)
     for note in loaded.notes:
-        structlog.get_logger().warning("about the model", note=note)
+        log.warning("about the model", note=note)
     return TransformersEngine(loaded, setup.mask, setup.task)
 
 

@@ -1,6 +1,6 @@
 """Export: the fine-tuned model as a Hugging Face folder, in the checkpoint's own bits, and the check of one.
 
-The bare difference is `wire.difference`.
+`differences` writes what training changed, without the base.
 """
 
 import errno
@@ -28,6 +28,8 @@ from meerkat_mq.engines.torch.names import FLOATS, stored_copies
 from meerkat_mq.errors import ModelError, ModelMismatch, ModelNotFound
 
 PIECE = 1 << 20  # values held at a time
+CARD = "README.md"
+BASE_CARD = "README.base.md"
 
 Bits = npt.NDArray[np.unsignedinteger[Any]]
 
@@ -70,7 +72,7 @@ def changes_of(
     for layer, (_, inputs, outputs) in pairs.items():
         name, (a, b) = f"{layer}.weight", (parts[f"{layer}.lora_{part}.default.weight"] for part in "AB")
         for tensor in _stored(copies, name, {(outputs, inputs), (inputs, outputs)}):
-            changes[tensor] = partial(_merged, tensor, a, b)
+            changes[tensor] = partial(merged, tensor, a, b, SCALING, transposed=tensor.shape != (outputs, inputs))
     return changes
 
 
@@ -102,17 +104,16 @@ def _bits(values: Float32Array, dtype: torch.dtype) -> Bits:
     return cast
 
 
-def _merged(tensor: StoredTensor, a: Float32Array, b: Float32Array) -> Change:
-    """W + 2·B·A in float64, rank by rank and without BLAS: the same bits on every machine.
+def merged(tensor: StoredTensor, a: Float32Array, b: Float32Array, scaling: float, *, transposed: bool) -> Change:
+    """W + scaling·B·A in float64, rank by rank and without BLAS: the same bits on every machine.
 
-    W is (out, in), or (in, out) of a Conv1D; a is (r, in), b is (out, r).
+    a is (r, in), b is (out, r), W is (out, in), or `transposed`, as of a Conv1D.
     """
     added = np.zeros((len(b), a.shape[1]))
     for row, column in zip(a.astype(np.float64), b.T.astype(np.float64), strict=True):
         added += np.multiply.outer(column, row)
     base = torch.from_numpy(tensor.read(np.uint8)).view(FLOATS[tensor.dtype]).double().numpy()
-    shift = added if tensor.shape == added.shape else added.T
-    after = base + SCALING * shift.flatten()
+    after = base + scaling * (added.T if transposed else added).flatten()
     return Change(np.arange(base.size, dtype=np.uint32), None, after.astype(np.float32))
 
 
@@ -126,7 +127,7 @@ def _stored(
     return found
 
 
-def export_model(source: str | Path, mask: Mask, theta: Float32Array, out: Path) -> None:
+def export_model(source: str | Path, mask: Mask, theta: Float32Array, out: Path, card: str | None = None) -> None:
     """Write a copy of the base whose masked weights are theta, cast to the checkpoint's dtype; all else stays as it is.
 
     Of an adapter's theta, the adapted weights become W + 2·B·A, so the folder needs no peft.
@@ -138,6 +139,7 @@ def export_model(source: str | Path, mask: Mask, theta: Float32Array, out: Path)
         source: the base: local folder or hub id.
         mask, theta: of the run; float32 (n,).
         out: a folder that does not exist yet, or is empty.
+        card: the export's README.md; that of the base, if it has one, becomes README.base.md.
 
     Raises:
         ModelError: out is not empty, cannot be written, or theta does not fit the mask; or the base has a link that
@@ -145,12 +147,22 @@ def export_model(source: str | Path, mask: Mask, theta: Float32Array, out: Path)
         ModelNotFound: there is no such base, or a file of it cannot be read.
         ModelMismatch: the base is not the one that the mask was made on.
     """
-    folder = _base(source, mask)
-    if theta.shape != (mask.size,):
-        problem = f"has shape {theta.shape}, the mask {mask.size} weights"
-        raise ModelError("theta", problem, "export with the run's mask")
-    changes, files = changes_of(stored_copies(folder), mask, theta), exported_files(folder)
+    folder = base_of(source, mask)
+    check_size(mask, theta)
+    write_changed(folder, changes_of(stored_copies(folder), mask, theta), out, card)
+
+
+def write_changed(
+    folder: Path, changes: Mapping[StoredTensor, Callable[[], Change]], out: Path, card: str | None = None
+) -> None:
+    """Write a copy of a model with some of its tensors changed; arguments and errors as of `export_model`."""
+    files = exported_files(folder)
+    if card is not None and Path(CARD) in files:
+        files[Path(BASE_CARD)] = files.pop(Path(CARD))
     with whole_folder(out, folder) as new:
+        if card is not None:
+            with writing_in(out, Path(CARD)):
+                (new / CARD).write_text(card, encoding="utf-8")
         for name, file in files.items():
             with writing_in(out, name):
                 copy_file(folder / name, file, new / name)
@@ -171,7 +183,7 @@ def check_export(folder: Path, source: str | Path, mask: Mask, theta: Float32Arr
         ModelMismatch: the base is not the one that the mask was made on, or the model is not base + theta; names the
             first tensor and weight that differ.
     """
-    base = _base(source, mask)
+    base = base_of(source, mask)
     expected, found = stored_tensors(base), stored_tensors(folder)
     changes = changes_of(stored_copies(base), mask, theta)
     for name in sorted(expected.keys() | found.keys()):
@@ -182,7 +194,15 @@ def check_export(folder: Path, source: str | Path, mask: Mask, theta: Float32Arr
         _compare(ours, theirs, changes.get(ours))
 
 
-def _base(source: str | Path, mask: Mask) -> Path:
+def check_size(mask: Mask, theta: Float32Array) -> None:
+    """Refuse a theta of another mask."""
+    if theta.shape != (mask.size,):
+        problem = f"has shape {theta.shape}, the mask {mask.size} weights"
+        raise ModelError("theta", problem, "export with the run's mask")
+
+
+def base_of(source: str | Path, mask: Mask) -> Path:
+    """The folder of the run's base, or `ModelMismatch`."""
     folder = find_folder(source)
     if fingerprint(folder) != mask.fingerprint:
         raise ModelMismatch(str(folder), "is not the checkpoint that the mask was made on", "give the run's base model")

@@ -23,8 +23,9 @@ from meerkat_mq.errors import MeerkatError, ModelError, ModelNotFound, Unsupport
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+ADAPTER = "adapter_config.json"
 
-_MOST_BYTES = {CONFIG: 16 << 20, TOKENIZER_CONFIG: 64 << 20}
+_MOST_BYTES = {CONFIG: 16 << 20, TOKENIZER_CONFIG: 64 << 20, ADAPTER: 1 << 20}
 _MOST_BYTES_ELSE = 128 << 20  # the largest tokenizer.json that we know has 33 MB
 _DEEPEST = 64
 _LONGEST_WAY = 120  # characters
@@ -39,8 +40,7 @@ _FIELD = re.compile(r"Validation error for '?(?:field )?'?(\w+)'?")
 _GGUF = ".gguf"
 _FETCH = "fetch the model again"
 _ORIGINAL = "give the folder of the model that it was made from, with safetensors"
-_ADAPTER = "adapter_config.json"
-_MERGE = "merge it into its base (peft: merge_and_unload(), then save_pretrained()) and give the merged folder"
+_BESIDE = "give the model alone, and the adapter's folder as adapter (--adapter)"
 DEQUANTISE = "give the original, unquantised model"
 
 Json = dict[str, Any]
@@ -88,9 +88,9 @@ def look_at_folder(folder: Path) -> None:
         ModelError: it holds code, an adapter, other weights, or a link that leads out of it; or it cannot be read.
         UnsupportedModel: its weights are quantised.
     """
-    is_one = any(os.path.lexists(folder / name) for name in (CONFIG, _ADAPTER))
+    is_one = any(os.path.lexists(folder / name) for name in (CONFIG, ADAPTER))
     files = model_files(folder) if is_one else {}  # what leads out of any other folder is not what is wrong
-    if Path(_ADAPTER) in files:
+    if Path(ADAPTER) in files:
         _refuse_adapter(folder, whole=Path(CONFIG) in files)
     if Path(CONFIG) not in files:
         raise _no_config(folder)
@@ -176,9 +176,9 @@ def _refuse_code(file: Path, found: Json) -> None:
 def _refuse_adapter(folder: Path, *, whole: bool) -> None:
     if whole:
         problem = "is an adapter beside a whole model, which transformers would add without a word"
-        raise ModelError(str(folder / _ADAPTER), problem, f"{_MERGE}, or take its files away")
-    base = read_json(folder / _ADAPTER).get("base_model_name_or_path")
-    raise ModelError(str(folder), f"is an adapter (of {shown(base)}), not a model", _MERGE)
+        raise ModelError(str(folder / ADAPTER), problem, f"take its files away, or {_BESIDE}")
+    base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+    raise ModelError(str(folder), f"is an adapter (of {shown(base)}), not a model", _BESIDE)
 
 
 def _refuse_quantised(file: Path, config: Json) -> None:

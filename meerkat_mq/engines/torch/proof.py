@@ -14,7 +14,7 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.engines.torch.adapter import adapter_pairs
 from meerkat_mq.engines.torch.checkpoint import INDEX, weight_files
 from meerkat_mq.engines.torch.engine import TransformersEngine, to_numpy
-from meerkat_mq.engines.torch.export import changes_of, exported_files
+from meerkat_mq.engines.torch.export import CARD, changes_of, exported_files
 from meerkat_mq.engines.torch.folder import find_folder
 from meerkat_mq.engines.torch.load import LoadedModel, load_model
 from meerkat_mq.engines.torch.names import FLOATS, stored_copies
@@ -98,7 +98,9 @@ def _differences(expected: _Look, found: _Look, tolerance: float, *, parameters:
 def _altered(folder: Path, base: Path) -> str:
     """Which file may be the reason, in brackets."""
     ours = exported_files(base)
-    for name in sorted(ours.keys() - {file.relative_to(base) for file in weight_files(base)} - {Path(INDEX)}):
+    for name in sorted(
+        ours.keys() - {file.relative_to(base) for file in weight_files(base)} - {Path(INDEX), Path(CARD)}
+    ):
         theirs = folder / name
         if not theirs.is_file() or theirs.read_bytes() != ours[name].read_bytes():
             return f" ({name} is not the base's)"

@@ -1,0 +1,141 @@
+"""Exports of what training changed: what the card's own lines load is the exported model; PEFT loads the adapters."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModel, AutoModelForCausalLM
+
+from meerkat_mq.core.mask import Mask
+from meerkat_mq.engines.torch.differences import export_delta, export_peft
+from meerkat_mq.engines.torch.engine import TransformersEngine
+from meerkat_mq.engines.torch.export import export_model
+from meerkat_mq.engines.torch.load import LoadedModel, load_model
+from meerkat_mq.engines.torch.masks import make_mask
+from meerkat_mq.errors import ModelError, ModelMismatch, UnsupportedModel
+from meerkat_mq.observe.model_card import Exported, model_card
+from tests.engines import tiny
+
+FAMILIES = {
+    "llama": AutoModelForCausalLM,
+    "llama-bf16": AutoModelForCausalLM,
+    "gpt2": AutoModelForCausalLM,
+    "bert": AutoModel,
+}
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Sparse invariant checks",  # PEFT's sums are of sparse tensors
+    "ignore:`is_gradient_checkpointing` is deprecated",  # which PEFT looks at
+)
+
+
+def moved(mask: Mask) -> np.ndarray:
+    return mask.theta_0 + np.linspace(-1, 1, mask.size, dtype=np.float32)
+
+
+def parameters(model: Any) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("base_model.model."): value.detach() for name, value in model.named_parameters()}
+
+
+def exported(family: Any, source: Path, mask: Mask, out: Path) -> dict[str, torch.Tensor]:
+    export_model(source, mask, moved(mask), out)
+    return parameters(family.from_pretrained(out))
+
+
+def lines_of(card: str, base: Path, folder: Path) -> str:
+    found = re.search(r"```python\n(.*?)```", card, re.DOTALL)
+    assert found is not None
+    return found[1].replace("BASE_MODEL", str(base)).replace("FOLDER_OF_THIS_EXPORT", str(folder))
+
+
+def card_of(name: str, kind: Any) -> Callable[[str], str]:
+    facts = Exported("base", "", "00", "00", "00", "00", name == "bert", "some", 1, None)
+    return lambda said: model_card(kind, facts, said)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_cards_lines_load_a_delta(
+    folders: dict[str, Path], masks: dict[str, Mask], tmp_path: Path, name: str
+) -> None:
+    mask = masks[name]
+    export_delta(folders[name], mask, moved(mask), tmp_path / "out", card_of(name, "delta"))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"README.md", "delta.safetensors"}
+    known: dict[str, Any] = {}
+    exec(lines_of((tmp_path / "out" / "README.md").read_text(), folders[name], tmp_path / "out"), known)
+    expected = exported(FAMILIES[name], folders[name], mask, tmp_path / "whole")
+    assert all(torch.equal(value, expected[key]) for key, value in parameters(known["model"]).items())
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-bf16", "bert"])
+def test_peft_adds_single_values(folders: dict[str, Path], masks: dict[str, Mask], tmp_path: Path, name: str) -> None:
+    mask = masks[name]
+    said = export_peft(folders[name], mask, moved(mask), tmp_path / "out", card_of(name, "peft"))
+    known: dict[str, Any] = {}
+    exec(lines_of((tmp_path / "out" / "README.md").read_text(), folders[name], tmp_path / "out"), known)
+    texts = torch.arange(12)[None]
+    with torch.inference_mode():
+        adapted = known["model"].eval()(input_ids=texts)[0]
+        merged = known["model"].merge_and_unload()
+        assert torch.allclose(merged.eval()(input_ids=texts)[0], adapted, atol=0.02 if name == "llama-bf16" else 1e-5)
+    expected, found = exported(FAMILIES[name], folders[name], mask, tmp_path / "whole"), parameters(merged)
+    assert found.keys() == expected.keys()
+    apart = sum(int((found[key] != expected[key]).sum()) for key in expected)
+    assert f"all {mask.size:,} trained weights bit for bit" in said or f"{mask.size - apart:,} of {mask.size:,}" in said
+    assert apart == 0 or "all" not in said
+    assert max(float((found[key] - expected[key]).abs().max()) for key in expected) <= 1e-7
+
+
+def test_peft_loads_a_trained_adapter_bit_for_bit(
+    folders: dict[str, Path], load: Callable[..., LoadedModel], tmp_path: Path
+) -> None:
+    for name in ("llama", "gpt2", "bert"):
+        mask = make_mask(load(name), tiny.TEXTS, "lora", rank=3, sequences=4, length=32)
+        theta = mask.theta_0 + np.linspace(-0.1, 0.1, mask.size, dtype=np.float32)
+        said = export_peft(folders[name], mask, theta, tmp_path / name, card_of(name, "peft"))
+        assert said == "It is a LoRA adapter, and holds the trained A and B bit for bit."
+        base = FAMILIES[name].from_pretrained(folders[name])
+        model = PeftModel.from_pretrained(base, tmp_path / name)
+        assert not [name for name in model.peft_config["default"].target_modules if not name]
+        engine = TransformersEngine(load(name), mask, tiny.TASK)
+        engine.write(theta)
+        expected, found = dict(engine.loaded.model.named_parameters()), parameters(model)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_what_no_form_holds_is_refused(
+    folders: dict[str, Path], masks: dict[str, Mask], load: Callable[..., LoadedModel], tmp_path: Path
+) -> None:
+    def refused(name: str, mask: Mask, *words: str, write: Any = export_peft, error: Any = UnsupportedModel) -> None:
+        with pytest.raises(error) as raised:
+            write(folders[name], mask, moved(mask), tmp_path / "out", card_of(name, "peft"))
+        assert all(word in str(raised.value) for word in words)
+        assert not (tmp_path / "out").exists()
+
+    def made(name: str, method: Any, **more: Any) -> Mask:
+        return make_mask(load(name), tiny.TEXTS, method, sequences=2, length=32, **more)
+
+    refused("gpt2", masks["gpt2"], "is a Conv1D", "for linear layers only", "--as model")
+    refused("llama", made("llama", "dense"), "is a Embedding", "--as model")
+    refused("llama", made("llama", "magnitude", density=0.99), "has no room for", "--as model")
+    lora = made("llama", "lora")
+    refused("llama", lora, "no sparse difference", "--as peft", write=export_delta, error=ModelError)
+    refused("bert", masks["llama"], "not the checkpoint", error=ModelMismatch)
+
+
+@pytest.mark.real
+def test_a_real_model_as_peft(smollm2: Path, tmp_path: Path) -> None:
+    mask = make_mask(load_model(smollm2), tiny.TEXTS, "magnitude", density=1e-3, sequences=2, length=32)
+    theta = mask.theta_0 + np.float32(1e-3)
+    said = export_peft(smollm2, mask, theta, tmp_path / "out", card_of("smollm2", "peft"))
+    assert "bit for bit" in said
+    base = AutoModelForCausalLM.from_pretrained(smollm2)
+    merged = PeftModel.from_pretrained(base, tmp_path / "out").merge_and_unload()
+    export_model(smollm2, mask, theta, tmp_path / "whole")
+    expected, found = parameters(AutoModelForCausalLM.from_pretrained(tmp_path / "whole")), parameters(merged)
+    assert max(float((found[key] - expected[key]).abs().max()) for key in expected) <= 1e-7
