@@ -12,6 +12,7 @@ from meerkat_mq.config.load import check_config, load_config, read_toml
 from meerkat_mq.config.model import ModelConfig
 from meerkat_mq.config.node import NodeConfig
 from meerkat_mq.config.policy import PolicyConfig, WeightKind
+from meerkat_mq.config.prefix import PrefixConfig
 from meerkat_mq.config.rounds import Count, Directions, RoundRules, RoundsConfig, RunSpec
 from meerkat_mq.config.schedule import ScheduleConfig
 from meerkat_mq.config.section import (
@@ -54,6 +55,7 @@ __all__ = [
     "NodeConfig",
     "NodeValuesConfig",
     "PolicyConfig",
+    "PrefixConfig",
     "RoundRules",
     "RoundsConfig",
     "Rules",

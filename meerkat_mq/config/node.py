@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from meerkat_mq.config.broker import BrokerConfig, room_for_chunks
 from meerkat_mq.config.limits import LimitsConfig
 from meerkat_mq.config.policy import PolicyConfig
+from meerkat_mq.config.prefix import PrefixConfig
 from meerkat_mq.config.schedule import ScheduleConfig
 from meerkat_mq.config.section import DataSource, Device, Dtype, EngineName, Flag, Identifier, LocalPath, Section
 from meerkat_mq.config.values import NodeValuesConfig
@@ -32,6 +33,7 @@ class NodeConfig(Section):
     schedule: ScheduleConfig | None = None
     limits: LimitsConfig = LimitsConfig()
     policy: PolicyConfig = PolicyConfig()
+    prefix: PrefixConfig = PrefixConfig()
 
     @field_validator("broker")
     @classmethod

@@ -9,6 +9,7 @@ from meerkat_mq.config.early_stopping import EarlyStoppingConfig
 from meerkat_mq.config.evaluation import EvaluationConfig
 from meerkat_mq.config.guards import GuardsConfig
 from meerkat_mq.config.model import ModelConfig
+from meerkat_mq.config.prefix import PrefixConfig
 from meerkat_mq.config.rounds import KeptRounds, RoundsConfig
 from meerkat_mq.config.section import Dtype, EngineName, Flag, Identifier, LocalPath, Seconds, Section
 from meerkat_mq.config.values import ServerValuesConfig
@@ -52,6 +53,7 @@ class ServerConfig(Rules):
     dtype: Dtype = "float32"
     model: ModelConfig | None = None
     evaluation: EvaluationConfig | None = None
+    prefix: PrefixConfig = PrefixConfig()
     once: Flag = False
     wait_for_nodes_s: Seconds = 120.0
 

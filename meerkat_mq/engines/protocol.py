@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from meerkat_mq.core.mask import Mask
+from meerkat_mq.engines.prefix import IN_MEMORY, Keep
 from meerkat_mq.tasks.task import Task
 
 Method = Literal["sensitivity", "magnitude-activation", "magnitude", "random", "dense", "lora"]  # of making a mask
@@ -39,6 +40,7 @@ class Setup:
         device: "cpu", "cuda" or "cuda:<i>".
         threads: CPU threads; None: as many as the engine likes.
         adapter: folder of a LoRA adapter that is merged into the base model before all else; None: none.
+        keep: where an engine may keep what stays the same for a row, and how much of it.
     """
 
     mask: Mask
@@ -48,6 +50,7 @@ class Setup:
     device: str = "cpu"
     threads: int | None = None
     adapter: str | None = None
+    keep: Keep = IN_MEMORY
 
 
 @dataclass(frozen=True, slots=True)

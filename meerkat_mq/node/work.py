@@ -16,6 +16,7 @@ from meerkat_mq.core.first_order import FirstOrderEngine
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.core.step import Engine, Row
+from meerkat_mq.engines.prefix import keeping
 from meerkat_mq.engines.protocol import Setup
 from meerkat_mq.engines.registry import entry_of, make_engine, try_out, usable
 from meerkat_mq.errors import ConfigError, DataError, within
@@ -145,7 +146,8 @@ class Work(EngineModel):
 def _engine(name: str, config: NodeConfig, run: RunDescriptor, mask: Mask, task: Task | None) -> Engine[Any]:
     dtype = config.dtype or run.dtype
     adapter = None if config.adapter is None else str(config.adapter)
-    setup = Setup(mask, task, config.model, dtype, config.device, config.threads, adapter)
+    keep = keeping(config.prefix, config.state_dir)
+    setup = Setup(mask, task, config.model, dtype, config.device, config.threads, adapter, keep)
     with within("model") if config.model is not None and entry_of(name).task == "needed" else nullcontext():
         engine = make_engine(name, setup, f"node {config.id}")
     if config.uplink == "values" and not isinstance(engine, FirstOrderEngine):

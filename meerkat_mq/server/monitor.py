@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import structlog
@@ -17,6 +18,7 @@ from meerkat_mq.core.gradip import gradip
 from meerkat_mq.core.path import digest
 from meerkat_mq.core.seldom import Seldom
 from meerkat_mq.engines.evaluate import as_classes, evaluate
+from meerkat_mq.engines.prefix import keeping
 from meerkat_mq.engines.protocol import Setup
 from meerkat_mq.engines.registry import entry_of, make_engine, try_out, usable
 from meerkat_mq.errors import ConfigError, printable, reason, within
@@ -52,10 +54,10 @@ class Evaluator:
         read = entry_of(name).read if task is None else partial(read_rows, task=task)
         with within("evaluation.data"):
             rows = read(config.evaluation.data)
-        setup = Setup(run.mask, task)
+        setup = Setup(run.mask, task, keep=keeping(config.prefix, config.state_dir))
         if model is not None:
             adapter = None if model.adapter is None else str(model.adapter)
-            setup = Setup(run.mask, task, model.source, model.dtype, model.device, adapter=adapter)
+            setup = replace(setup, model=model.source, dtype=model.dtype, device=model.device, adapter=adapter)
         with nullcontext() if model is None else within("model.source"):
             self._engine = make_engine(name, setup, "evaluation")
         with within("evaluation.data"):

@@ -13,6 +13,7 @@ from meerkat_mq.core.mask import Mask, MaskedMatrix
 from meerkat_mq.core.path import digest
 from meerkat_mq.demo.settings import WEIGHTS
 from meerkat_mq.engines.evaluate import evaluate
+from meerkat_mq.engines.prefix import Keep
 from meerkat_mq.engines.torch.checkpoint import fingerprint
 from meerkat_mq.engines.torch.engine import TransformersEngine
 from meerkat_mq.engines.torch.folder import find_folder
@@ -66,6 +67,7 @@ def make_cell_mask(cell: Cell, path: Path, report: Report) -> None:
         method.mask,
         density=method.density,
         rank=method.rank,
+        from_layer=cell.from_layer,
         seed=cell.mask_seed,
         sequences=sequences,
         length=length,
@@ -93,7 +95,7 @@ def run_cell(cell: Cell, mask: Path | None, baseline: Path, report: Report) -> d
         return _figures(before, before, counts) | {"forward_passes": 0}
     loaded, found = load_model(source_of(plan), dtype=plan.dtype, device=plan.device), Mask.load(mask)
     meter = EnergyMeter()
-    engine = TransformersEngine(loaded, found, cell.described)
+    engine = TransformersEngine(loaded, found, cell.described, Keep(plan.prefix_mib << 20))
     shards, evaluation = [engine.usable(shard) for shard in shards], engine.usable(rows.evaluation)
 
     def progress(share: float) -> None:

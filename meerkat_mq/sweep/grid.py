@@ -16,6 +16,7 @@ from meerkat_mq.rounds.policy import RoundSettings
 from meerkat_mq.sweep.plan import (
     PASSES_OF_A_GRADIENT,
     PASSES_OF_A_SCALAR,
+    Layer,
     MethodPlan,
     SplitPlan,
     SweepPlan,
@@ -26,7 +27,7 @@ from meerkat_mq.tasks.sources import data_files
 from meerkat_mq.tasks.task import Task
 
 DEADLINE_S = 60.0
-_NOT_DECIDING = {"tasks", "methods", "local_steps", "splits", "seeds", "watts", "text", "model"}
+_NOT_DECIDING = {"tasks", "methods", "local_steps", "splits", "seeds", "watts", "text", "model", "prefix_mib"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Cell:
         task: None: the demo's own.
         local_steps: T; None where there are no rounds.
         lr: None where nothing is trained.
+        from_layer: None: all blocks may be masked.
         contents: hashes of the model and of every file, by what they are.
     """
 
@@ -49,6 +51,7 @@ class Cell:
     seed: int
     lr: float | None
     contents: tuple[tuple[str, str], ...]
+    from_layer: Layer | None = None
 
     @property
     def setting_key(self) -> str:
@@ -56,7 +59,7 @@ class Cell:
         off = {"early_stopping"} if self.method.early_stopping.by == "off" else set()
         return hash_of(
             self.plan.model_dump(mode="json", exclude=_NOT_DECIDING),
-            self.method.model_dump(mode="json", exclude={"lr", "text", *self.method.idle, *off}),
+            self.method.model_dump(mode="json", exclude={"lr", "text", "from_layer", *self.method.idle, *off}),
             self.described.describe().model_dump(mode="json"),
             self.contents,
         )
@@ -65,7 +68,12 @@ class Cell:
     def key(self) -> str:
         """Hash of everything that decides the cell's figures."""
         split = self.split.model_dump(mode="json")
-        return hash_of(self.setting_key, split, self.local_steps, self.seed, self.lr)
+        return hash_of(self.setting_key, split, self.local_steps, self.seed, self.lr, *self._layer)
+
+    @property
+    def _layer(self) -> tuple[Layer, ...]:
+        """Absent where all blocks may be masked: keys of older cells are the same."""
+        return () if self.from_layer is None else (self.from_layer,)
 
     @property
     def mask_seed(self) -> int:
@@ -82,6 +90,7 @@ class Cell:
             self.plan.model_dump(mode="json", include={"calibration_sequences", "calibration_tokens", "device"}),
             (self.mask_seed, held_out, [item for item in self.contents if item[0] in kinds]),
             self.described.text_settings if self.method.text == "task" else None,
+            *self._layer,
         )
 
     @property
@@ -108,6 +117,7 @@ class Cell:
             "split": self.split.shown,
             "local_steps": self.local_steps,
             "lr": self.lr,
+            "from_layer": self.from_layer,
             "seed": self.seed,
         }
 
@@ -117,6 +127,7 @@ class Cell:
         axes = self.axes
         steps = "" if self.local_steps is None else f", T = {self.local_steps}"
         rate = "" if self.lr is None else f", lr {self.lr:g}"
+        rate += "" if self.from_layer is None else f", from layer {self.from_layer:g}"
         return f"{axes['method']}, {axes['task']}, {axes['split']}{steps}{rate}, seed {self.seed}"
 
     def settings(self, mask_hash: bytes, *, measured: bool) -> RoundSettings:
@@ -194,20 +205,20 @@ def cells_of(plan: SweepPlan, model: str, own: Task) -> list[Cell]:
             described = described.with_limit(limit)
         for method in plan.methods:
             contents = tuple(_contents(plan, method, task, model).items())
-            for steps, lr in _points(plan, method, described.name if task is None else task.name):
-                cells.append(Cell(plan, method, task, described, split, steps, seed, lr, contents))
+            for steps, lr, layer in _points(plan, method, described.name if task is None else task.name):
+                cells.append(Cell(plan, method, task, described, split, steps, seed, lr, contents, layer or None))
     for cell in cells:
         if cell.method.federated:
             cell.settings(bytes(16), measured=True)
     return list({cell.key: cell for cell in cells}.values())
 
 
-def _points(plan: SweepPlan, method: MethodPlan, task: str) -> Iterator[tuple[int | None, float | None]]:
-    """(T, learning rate) of a method on a task."""
+def _points(plan: SweepPlan, method: MethodPlan, task: str) -> Iterator[tuple[int | None, float | None, Layer]]:
+    """(T, learning rate, from_layer) of a method on a task."""
     rates = method.rates(task)
     if not rates and method.mask != "none":
         raise ConfigError(f"methods.{method.name}.lr", f"names none for task {task}", "add one")
-    yield from product(plan.local_steps if method.federated else (None,), rates or (None,))
+    yield from product(plan.local_steps if method.federated else (None,), rates or (None,), method.from_layer)
 
 
 def _contents(plan: SweepPlan, method: MethodPlan, task: TaskPlan | None, model: str) -> Mapping[str, str]:

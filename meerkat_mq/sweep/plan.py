@@ -30,6 +30,8 @@ def _by_task(value: object) -> object:
 
 Rate = Annotated[float, Field(gt=0, strict=True)]
 Rates = Annotated[tuple[Rate, ...], BeforeValidator(_several), Field(min_length=1)]
+Layer = Annotated[int, Field(ge=0, strict=True)] | Annotated[float, Field(gt=0, lt=1, strict=True)]
+Layers = Annotated[tuple[Layer, ...], BeforeValidator(_several), Field(min_length=1)]
 Label = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^|\n]+$")]
 
 
@@ -89,6 +91,8 @@ class MethodPlan(Section):
         mask: how weights are chosen; "none" trains nothing.
         density: u, of a mask that chooses.
         rank: of "lora".
+        from_layer: nothing below this block is masked: its number, or a share of the blocks; one, or several, a further
+            axis of the grid. 0: all may be masked.
         lr: one, or several, a further axis of the grid; or a table of these by task name.
         directions: P, lanes of a round.
         perturbations: projected gradients a local step.
@@ -100,6 +104,7 @@ class MethodPlan(Section):
     mask: Literal["sensitivity", "magnitude-activation", "magnitude", "random", "dense", "lora", "none"] = "sensitivity"
     density: Annotated[float, Field(gt=0, le=1, strict=True)] = 1e-3
     rank: Annotated[int, Field(ge=1, le=1024, strict=True)] = 8
+    from_layer: Layers = (0,)
     lr: Annotated[dict[str, Rates], BeforeValidator(_by_task)] = Field(default_factory=dict)
     eps: Annotated[float, Field(gt=0, strict=True)] = 1e-3
     directions: Annotated[int, Field(ge=1, le=4096, strict=True)] = 1
@@ -124,7 +129,7 @@ class MethodPlan(Section):
             why = mask if self.mask == "none" else f'optimiser = "{self.optimiser}"'
             idle |= dict.fromkeys(("eps", "directions", "perturbations"), why)
         if self.mask == "none":
-            idle |= dict.fromkeys(("optimiser", "text"), mask)
+            idle |= dict.fromkeys(("optimiser", "text", "from_layer"), mask)
         return idle
 
     def rates(self, task: str) -> tuple[float, ...]:
@@ -165,6 +170,7 @@ class SweepPlan(Section):
         splits: an axis.
         seeds: an axis: of split, directions, batches, mask.
         watts: of one busy core, where the machine does not measure energy.
+        prefix_mib: memory for hidden states of rows below a mask, of all nodes together.
         tasks: an axis; none with the demo's model: the demo's own.
         methods: an axis.
     """
@@ -188,6 +194,7 @@ class SweepPlan(Section):
     splits: Annotated[tuple[SplitPlan, ...], Field(min_length=1)] = (SplitPlan(how="dirichlet"),)
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32, strict=True)], ...], Field(min_length=1)] = (0,)
     watts: Annotated[float, Field(gt=0, strict=True)] = 15.0
+    prefix_mib: Annotated[int, Field(ge=0, le=1 << 24, strict=True)] = 1024
     tasks: tuple[TaskPlan, ...] = ()
     methods: Annotated[tuple[MethodPlan, ...], Field(min_length=1)]
 

@@ -25,14 +25,15 @@ _LEGEND = (
     "Mean ± standard deviation over seeds; own mix: accuracy on each node's own label mix, mean and least over nodes; "
     "passes of all nodes; bytes of a node."
 )
-_AXES = ("method", "task", "split", "local_steps", "lr", "evaluated_on", "budget")
+_AXES = ("method", "task", "split", "local_steps", "lr", "from_layer", "evaluated_on", "budget")
 SETTINGS = (
     "optimiser", "mask", "density", "rank", "eps", "directions", "perturbations", "early_stopping", "nodes",
     "batch_size", "max_tokens", "eval_rows", "tune_rows", "model", "dtype", "device",
 )  # fmt: skip
 _HEADINGS = {
-    "local_steps": "T", "evaluated_on": "evaluated on", "early_stopping": "early stopping", "batch_size": "batch size",
-    "max_tokens": "tokens", "eval_rows": "rows evaluated", "tune_rows": "rows for tuning",
+    "local_steps": "T", "from_layer": "from layer", "evaluated_on": "evaluated on",
+    "early_stopping": "early stopping", "batch_size": "batch size", "max_tokens": "tokens",
+    "eval_rows": "rows evaluated", "tune_rows": "rows for tuning",
 }  # fmt: skip
 
 
@@ -105,7 +106,8 @@ def table(rows: Iterable[Row]) -> str:
         groups.setdefault((*(row.get(axis) for axis in _AXES), row["setting"]), []).append(row)
     values = {axis: {group[place] for group in groups} for place, axis in enumerate(_AXES)}
     shown = [axis for axis in _AXES if len(values[axis]) > 1 or axis == "method"]
-    same = [f"{_HEADINGS.get(axis, axis)} {_plain(next(iter(values[axis])))}" for axis in _AXES if axis not in shown]
+    alike = {axis: next(iter(values[axis])) for axis in _AXES if axis not in shown}
+    same = [f"{_HEADINGS.get(axis, axis)} {_plain(value)}" for axis, value in alike.items() if value is not None]
     shown += _telling(groups)
     columns = [*_COLUMNS, *((name, cell) for name, key, cell in _SOMETIMES if any(row.get(key) for row in rows))]
     columns += [(name, cell) for name, key, cell in _OF_TEXTS if any(row.get(key) is not None for row in rows)]

@@ -197,7 +197,8 @@ def _prepare(
         mask, baseline = _files(cell, shared)
         jobs.setdefault(baseline, Job(f"before training: {cell.axes['task']}", "make_baseline", (cell, baseline)))
         if mask is not None:
-            name = f"mask of {cell.method.name}, seed {cell.mask_seed}"
+            above = "" if cell.from_layer is None else f" from layer {cell.from_layer:g}"
+            name = f"mask of {cell.method.name}{above}, seed {cell.mask_seed}"
             jobs.setdefault(mask, Job(name, "make_cell_mask", (cell, mask)))
     missing = [job for file, job in jobs.items() if not file.is_file()]
     for outcome in workers.run(missing, lambda: progress.look(workers.shares)):

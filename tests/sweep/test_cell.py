@@ -51,6 +51,13 @@ def test_a_cell_repeats_to_the_bit(tmp_path: Path, tiny_llama: Path) -> None:
     assert not first["diverged"]
 
 
+def test_a_cell_above_a_frozen_prefix(tmp_path: Path, tiny_llama: Path) -> None:
+    rows = [one(tmp_path, tiny_llama, {"from_layer": 0.5}, prefix_mib=mib) for mib in (0, 16)]
+    assert rows[0]["weights"] == rows[1]["weights"] == one(tmp_path, tiny_llama, {})["weights"] / 2
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], abs=1e-5)
+    assert rows[0]["forward_passes"] == 3 * 8
+
+
 def test_another_seed_is_another_path(tmp_path: Path, tiny_llama: Path) -> None:
     made = grids.plan(tmp_path, tiny_llama)
     rows = [grids.figures(cell, tmp_path) for cell in grids.cells(made) if cell.method.name == "chosen"]

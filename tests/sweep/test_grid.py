@@ -38,7 +38,7 @@ def test_a_key_depends_on_what_decides_the_cell(tmp_path: Path) -> None:
         return cells(tmp_path, **changes)[0].key
 
     first = key()
-    assert key() == key(watts=99.0) == key(seeds=[0, 5]) == first
+    assert key() == key(watts=99.0) == key(seeds=[0, 5]) == key(prefix_mib=1) == first
     others: list[dict[str, Any]] = [
         {"passes": 10},
         {"eval_rows": 3},
@@ -48,10 +48,26 @@ def test_a_key_depends_on_what_decides_the_cell(tmp_path: Path) -> None:
         {"device": "cuda"},
         {"methods": [method(eps=0.1)]},
         {"methods": [method(density=0.2)]},
+        {"methods": [method(from_layer=0.5)]},
+        {"methods": [method(from_layer=1)]},
     ]
     assert len({first, *(key(**change) for change in others)}) == 1 + len(others)
     made = grids.plan(tmp_path, NOWHERE)
     assert cells_of(made, "another model", OWN_TASK)[0].key != first
+
+
+def test_layers_are_an_axis_and_0_is_all_of_them(tmp_path: Path) -> None:
+    (plain,) = cells(tmp_path, seeds=[0], methods=[method()])
+    found = cells(tmp_path, seeds=[0], methods=[method(from_layer=[0, 0.5, 1])])
+    assert [cell.from_layer for cell in found] == [None, 0.5, 1]
+    assert (found[0].key, found[0].mask_key) == (plain.key, plain.mask_key)
+    assert len({cell.mask_key for cell in found}) == len({cell.key for cell in found}) == 3
+    assert {cell.baseline_key for cell in found} == {plain.baseline_key}
+    assert [cell.shown.partition("lr ")[2] for cell in found] == [
+        "0.01, seed 0",
+        "0.01, from layer 0.5, seed 0",
+        "0.01, from layer 1, seed 0",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ def test_learning_rates_by_task() -> None:
         ({"methods": [METHOD | FIRST_ORDER | {"eps": 0.1}]}, 'eps does nothing with optimiser = "first-order"'),
         ({"methods": [METHOD | FIRST_ORDER | {"directions": 1}]}, "directions does nothing"),
         ({"methods": [{"name": "x", "mask": "none", "text": "task"}]}, 'text does nothing with mask = "none"'),
+        ({"methods": [{"name": "x", "mask": "none", "from_layer": 1}]}, 'from_layer does nothing with mask = "none"'),
         ({"methods": [METHOD | FIRST_ORDER], "passes": None, "rounds": 9}, "has no rounds: it needs passes"),
         ({"methods": [METHOD | FIRST_ORDER], "passes": 2}, "it needs passes, 3 at least"),
         ({"splits": [{"how": "iid", "alpha": 0.5}]}, 'alpha does nothing with how = "iid", only with "dirichlet"'),

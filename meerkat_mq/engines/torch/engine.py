@@ -14,12 +14,14 @@ from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import Row
 from meerkat_mq.engines.continuations import windows
+from meerkat_mq.engines.prefix import IN_MEMORY, Keep
 from meerkat_mq.engines.prompts import Preparing, in_passes
 from meerkat_mq.engines.protocol import Setup, Survival
 from meerkat_mq.engines.torch.adapter import with_adapter
 from meerkat_mq.engines.torch.load import LoadedModel, load_model, set_threads, weight_kinds
 from meerkat_mq.engines.torch.merge import base_folder
-from meerkat_mq.engines.torch.scoring import CausalScorer, Scorer, losses_of, mean_loss, scorer_for
+from meerkat_mq.engines.torch.prefix import frozen_prefix
+from meerkat_mq.engines.torch.scoring import CausalScorer, Scorer, losses_of, mean_loss, scorer_for, whole
 from meerkat_mq.errors import ModelMismatch
 from meerkat_mq.tasks.data import usable_rows
 from meerkat_mq.tasks.task import Scored, Task
@@ -61,6 +63,8 @@ class TransformersEngine(Preparing[Prepared]):
     """Implements `core.step.Engine`, and all that `engines.protocol` adds, for a loaded model, a mask and a task.
 
     The model's masked weights are overwritten by each `write`, those of an adapter in a copy that shares all else.
+    Blocks that no masked weight reaches are computed once a row (`prefix`), whose states `keep` says where to keep;
+    None: in each pass.
 
     Raises:
         ModelMismatch: the model has no such matrices.
@@ -69,11 +73,12 @@ class TransformersEngine(Preparing[Prepared]):
         UnsupportedModel: a causal LM without a linear head.
     """
 
-    def __init__(self, loaded: LoadedModel, mask: Mask, task: Task) -> None:
+    def __init__(self, loaded: LoadedModel, mask: Mask, task: Task, keep: Keep | None = IN_MEMORY) -> None:
         self.loaded = with_adapter(loaded, mask)
         self._task = task
-        self.scorer: Scorer = scorer_for(self.loaded, task)
         self.targets = _targets(self.loaded, mask)
+        self.prefix = frozen_prefix(self.loaded, [target.parameter for target in self.targets], keep)
+        self.scorer: Scorer = scorer_for(self.loaded, task, self.prefix.around if self.prefix else whole)
         self._size = mask.size
 
     def write(self, theta: Float32Array) -> None:
@@ -190,7 +195,7 @@ def make(setup: Setup) -> TransformersEngine:
     loaded = load_model(base, dtype=setup.dtype, device=setup.device)
     for note in loaded.notes:
         log.warning("about the model", note=note)
-    return TransformersEngine(loaded, setup.mask, setup.task)
+    return TransformersEngine(loaded, setup.mask, setup.task, setup.keep)
 
 
 def _targets(loaded: LoadedModel, mask: Mask) -> list[Target]:

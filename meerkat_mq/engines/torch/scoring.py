@@ -4,7 +4,8 @@ A scorer makes prompts of examples, one pass of some prompts, and of passes scor
 Gradients flow where the caller allows them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,12 @@ from meerkat_mq.engines.torch.load import LoadedModel
 from meerkat_mq.tasks.task import Example, Task
 
 Inputs = dict[str, Tensor]
+Around = Callable[[Tensor, Tensor, Tensor | None], AbstractContextManager[None]]  # `prefix.FrozenPrefix.around`
+
+
+def whole(*_: object) -> AbstractContextManager[None]:
+    """Passes compute all blocks."""
+    return nullcontext()
 
 
 def losses_of(scores: Tensor, answers: Tensor) -> Tensor:
@@ -46,8 +53,9 @@ class CausalInputs:
 class CausalScorer:
     """Score of a candidate: mean log-probability of its tokens after the prompt."""
 
-    def __init__(self, loaded: LoadedModel, task: Task) -> None:
+    def __init__(self, loaded: LoadedModel, task: Task, around: Around = whole) -> None:
         self._model = loaded.model
+        self._around = around
         self._task = task
         check_head(loaded.model)
         self._prompts = causal_prompts(loaded, task)
@@ -96,7 +104,8 @@ class CausalScorer:
                 return found[None]
             return torch.stack([found, (found >= log_probabilities.amax(dim=-1)[inputs.sequence, slot]).float()])
 
-        return torch.cat(with_logits(self._model, inputs.ids, inputs.positions, look), dim=-1)
+        with self._around(inputs.ids, inputs.positions[:, -1] + 1, inputs.positions):
+            return torch.cat(with_logits(self._model, inputs.ids, inputs.positions, look), dim=-1)
 
 
 class EncoderScorer:
@@ -105,8 +114,9 @@ class EncoderScorer:
     The descriptions pass through the same weights as the texts, once for all of them.
     """
 
-    def __init__(self, loaded: LoadedModel, task: Task) -> None:
+    def __init__(self, loaded: LoadedModel, task: Task, around: Around = whole) -> None:
         self._loaded = loaded
+        self._around = around
         self._task = task
         self._prompts = EncoderPrompts(loaded, task)
         self._descriptions = _padded(loaded, self._prompts.descriptions)
@@ -121,17 +131,23 @@ class EncoderScorer:
 
     def scores(self, passes: Sequence[Inputs]) -> Tensor:
         """Float32 (rows of all passes, classes)."""
-        texts = torch.cat([embed(self._loaded.model, inputs) for inputs in passes])
-        classes = embed(self._loaded.model, self._descriptions)
-        return self._task.scale * texts @ classes.T
+        texts = torch.cat([self._embed(inputs) for inputs in passes])
+        return self._task.scale * texts @ self._embed(self._descriptions).T
+
+    def _embed(self, inputs: Inputs) -> Tensor:
+        with self._around(inputs["input_ids"], inputs["attention_mask"].sum(dim=1), None):
+            return embed(self._loaded.model, inputs)
 
 
 Scorer = CausalScorer | EncoderScorer
 
 
-def scorer_for(loaded: LoadedModel, task: Task) -> Scorer:
-    """The scorer that fits the kind of model, or `TaskError` where the model cannot do the task."""
-    return CausalScorer(loaded, task) if loaded.kind == "causal" else EncoderScorer(loaded, task)
+def scorer_for(loaded: LoadedModel, task: Task, around: Around = whole) -> Scorer:
+    """The scorer that fits the kind of model, or `TaskError` where the model cannot do the task.
+
+    Each pass is made within what `around` gives for its ids, their lengths, and the positions that are wanted.
+    """
+    return (CausalScorer if loaded.kind == "causal" else EncoderScorer)(loaded, task, around)
 
 
 def tokenise(loaded: LoadedModel, texts: list[str], max_tokens: int) -> Inputs:
