@@ -12,10 +12,13 @@ from meerkat_mq.extras import importing, need
 from meerkat_mq.observe.process import run_task
 
 EarlyStopping = Literal["off", "vpcs", "random"]
+SMOLLM2 = "smollm2"
 
 
 def command(
-    model: Annotated[str | None, typer.Option(help="Base model instead of the demo's: folder or hub id.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Base model instead of the demo's: folder, hub id, or smollm2.")
+    ] = None,
     task: Annotated[str | None, typer.Option(help="Its task: a built-in one, or a TOML file.")] = None,
     data: Annotated[
         str | None, typer.Option(help="Its rows: JSON, CSV, TSV, a folder, or hf:…; a fifth is held out.")
@@ -51,6 +54,11 @@ def command(
     installed_program()
     from meerkat_mq.demo.plan import Choices, make_plan  # noqa: PLC0415
 
+    if model == SMOLLM2 and not Path(model).is_dir():
+        with importing("model", "meerkat demo"):
+            from meerkat_mq.engines.torch.smollm2 import smollm2_folder  # noqa: PLC0415
+
+        choices["model"] = str(smollm2_folder())
     plan = make_plan(Choices(**choices))
     with importing("model", "meerkat demo"):  # after the checks: it takes seconds
         from meerkat_mq.demo.run import run_demo  # noqa: PLC0415

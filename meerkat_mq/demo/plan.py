@@ -7,7 +7,7 @@ from typing import Any, Literal
 from meerkat_mq.config import EarlyStoppingConfig, RoundsConfig, check_config
 from meerkat_mq.core.step import Row
 from meerkat_mq.demo.corpus import TASK, pretraining_text, triage_rows
-from meerkat_mq.demo.settings import DEMO, GIVEN, GIVEN_TEXT_TOKENS, WEIGHTS, DemoSettings
+from meerkat_mq.demo.settings import DEMO, GIVEN, GIVEN_TEXT_TOKENS, OWN_LINES, WEIGHTS, DemoSettings
 from meerkat_mq.errors import ConfigError, DataError
 from meerkat_mq.tasks.data import ClassOf, hold_out, partition, read_rows, read_texts
 from meerkat_mq.tasks.load import load_task
@@ -83,23 +83,27 @@ def make_plan(choices: Choices) -> DemoPlan:
         raise ConfigError("--density", f"{choices.density} is outside (0, 1]", "0.001 is common")
     if choices.seed < 0:
         raise ConfigError("--seed", f"{choices.seed} is below 0", "use 0 or more")
-    given = [choices.model, choices.task, choices.data, choices.text]
-    if given == [None, None, None, None]:
+    data = [choices.task, choices.data, choices.text]
+    if data == [None, None, None]:
         return _own(choices)
     if choices.model is None or choices.task is None or choices.data is None:
         problem = "go together, and --text goes with them"
-        raise ConfigError("--model, --task, --data", problem, "give all three, or none for the demo's own model")
+        raise ConfigError(
+            "--model, --task, --data", problem, "give all three, or --model alone for the demo's own lines"
+        )
     return _given(choices, choices.model, load_task(choices.task), choices.data)
 
 
 def _own(choices: Choices) -> DemoPlan:
-    train = triage_rows(choices.seed, DEMO.training_rows, "train")
-    held_out = triage_rows(choices.seed, DEMO.held_out_rows, "held-out")
+    """The demo's own lines, for its own model or another."""
+    source, settings = (str(WEIGHTS), DEMO) if choices.model is None else (choices.model, OWN_LINES)
+    train = triage_rows(choices.seed, settings.training_rows, "train")
+    held_out = triage_rows(choices.seed, settings.held_out_rows, "held-out")
 
     def calibration() -> list[str]:
-        return list(pretraining_text(1000, DEMO.calibration_lines))
+        return list(pretraining_text(1000, settings.calibration_lines))
 
-    return _plan(choices, DEMO, TASK, source=str(WEIGHTS), train=train, held_out=held_out, calibration=calibration)
+    return _plan(choices, settings, TASK, source=source, train=train, held_out=held_out, calibration=calibration)
 
 
 def _given(choices: Choices, model: str, task: Task, data: str) -> DemoPlan:

@@ -1,6 +1,6 @@
 """The hyper-parameters of a demo: of its own model, chosen by measurement, and of a model that it is given."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -60,4 +60,6 @@ GIVEN: Final = DemoSettings(
     bound_lr=1e-3,
     early_stopping=EarlyStoppingConfig(),
 )
+# A large model on the demo's own lines: steps and evaluations are dear, and it has seen the words before.
+OWN_LINES: Final = replace(GIVEN, lr=5e-4, batch=8, rounds=60, held_out_rows=200)
 GIVEN_TEXT_TOKENS: Final = 512  # of a calibration sequence, where the text is not that of short rows

@@ -191,7 +191,8 @@ class Federation:
         self.ledger.restore(self._backups[fault])
         self.unflip()
         both = zip(undone, self.ledger.entries.values(), strict=False)
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0].entry == pair[1].entry, both))
+        # By when and in which term they closed too: after another restore, other nodes may have led to an equal entry.
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], both))
         self.history.backups.append((self.clock.now(), shared))
 
     def heal(self) -> None:

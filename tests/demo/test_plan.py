@@ -9,7 +9,7 @@ import tomli_w
 from meerkat_mq.config import load_config
 from meerkat_mq.demo.corpus import TASK, triage_rows
 from meerkat_mq.demo.plan import Choices, make_plan, shards
-from meerkat_mq.demo.settings import DEMO
+from meerkat_mq.demo.settings import DEMO, OWN_LINES
 from meerkat_mq.errors import ConfigError, DataError
 from meerkat_mq.tasks.classification import Classification
 from meerkat_mq.tasks.data import by_label, write_rows
@@ -36,6 +36,16 @@ def test_the_bound_is_on_for_the_demos_own_model_and_off_for_a_given_one(tmp_pat
     given: dict[str, Any] = {"model": "x", "task": str(task), "data": str(data)}
     assert [make_plan(Choices(bound=bound)).bound for bound in (None, True, False)] == [True, True, False]
     assert [make_plan(Choices(bound=bound, **given)).bound for bound in (None, True, False)] == [False, True, False]
+
+
+def test_a_model_alone_is_trained_on_the_demos_own_lines() -> None:
+    plan, own = make_plan(Choices(model="x")), make_plan(Choices())
+    assert (plan.source, plan.name, plan.task, plan.bound) == ("x", "x", TASK, False)
+    assert plan.shards == own.shards
+    assert list(plan.held_out) == list(own.held_out)[: OWN_LINES.held_out_rows]
+    assert (plan.rounds.lr, plan.rounds.count) == (OWN_LINES.lr, OWN_LINES.rounds)
+    with pytest.raises(ConfigError, match="give all three, or --model alone"):
+        make_plan(Choices(model="x", task="sst2"))
 
 
 @pytest.mark.parametrize(
@@ -81,7 +91,7 @@ def test_the_first_node_holds_one_label_and_no_row_is_lost(seed: int) -> None:
         ({"nodes": 70_000}, "1600 rows of 4 labels are too few for 70000 nodes"),
         ({"density": 1.5}, r"--density: 1\.5 is outside"),
         ({"seed": -1}, "--seed: -1 is below 0"),
-        ({"model": "here"}, "--model, --task, --data: go together"),
+        ({"model": "here", "task": "sst2"}, "--model, --task, --data: go together"),
         ({"text": "here"}, "--text goes with them"),
     ],
 )

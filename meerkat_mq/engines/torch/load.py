@@ -94,7 +94,7 @@ def load_model(
         raise ModelError("dtype", f"{dtype!r} is unknown", f"use one of {', '.join(_DTYPES)}")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ModelError("device", f"{device!r}: torch finds no CUDA device", "use cpu, or install torch with CUDA")
-    _quieten()
+    quieten()
     folder = find_folder(source)
     say("folder", f"{folder}: nothing in it but a model")
     bare = bare_model(folder, say)
@@ -126,10 +126,11 @@ def load_model(
     )
 
 
-def _quieten() -> None:
+def quieten() -> None:
+    """Let transformers print nothing: what it logs as an error, it raises too."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")  # about keys of older models
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error, it raises too
+    transformers.utils.logging.set_verbosity(logging.CRITICAL)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
