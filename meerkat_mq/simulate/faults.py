@@ -267,9 +267,9 @@ def _hostile(federation: Federation, fault: ScheduledFault) -> None:
         federation.broker.spread(VirtualMessage(TOPICS.up(node.name, "update"), encode(update)))
 
 
-def _poison(federation: Federation, fault: ScheduledFault) -> None:
-    """From now on a node answers with 10 to a million times what it would."""
-    federation.nodes[fault.target].factor = 10.0 ** (1.0 + 5.0 * fault.detail)
+def _poison(federation: Federation, fault: ScheduledFault, *, heals: bool = False) -> None:
+    """A node answers with 10 to a million times what it would."""
+    federation.nodes[fault.target].factor = 1.0 if heals else 10.0 ** (1.0 + 5.0 * fault.detail)
 
 
 def _nasty(federation: Federation, node: SimulatedNode, choose: Callable[..., float]) -> Update:
@@ -312,7 +312,7 @@ FAULTS: dict[str, tuple[Act, Act]] = {
     "replay": (_replay, _replay),
     "stale run": (_earlier_run, _earlier_run),
     "hostile": (_hostile, _hostile),
-    "poison": (_poison, lambda federation, fault: None),
+    "poison": (_poison, partial(_poison, heals=True)),
     "corrupt messages": (_corrupt_messages, _corrupt_messages),
     "forged chunks": (_forge_chunks, partial(_forge_chunks, heals=True)),
     "disk full": (_fill, partial(_fill, heals=True)),

@@ -146,7 +146,7 @@ _KINDS: dict[str, dict[str, int]] = {
 _ACCIDENTS = tuple(dict.fromkeys(kind for kinds in _KINDS.values() for kind in kinds))
 # What a node does on purpose, over some time; drawn apart, so that the accidents of a seed stay the same.
 ATTACKS = ("flood", "forged terms", "invented ids")
-KINDS = _ACCIDENTS + ATTACKS
+KINDS = (*_ACCIDENTS, *ATTACKS, "poison")
 LOSSES = ("crash", "partition", "partition up", "partition down")  # which a node may suffer for good
 FULL_S = 600.0  # many times as long as anybody waits for a disk, or for an answer
 SMALL_PACKET = 2048  # holds the largest entry of a schedule, and not many of them
@@ -162,7 +162,7 @@ def make_schedule(seed: int, names: Collection[str] = (), *, liveness: bool = Fa
     """
     draw = random.Random(seed)  # noqa: S311 - chance to be repeated, not to be secret
     drawn = tuple(kind for kind in _ACCIDENTS if draw.random() < 0.5) if not names else ()
-    kinds = tuple(name for name in names if name not in ATTACKS) if names else drawn or _ACCIDENTS
+    kinds = tuple(name for name in names if name in _ACCIDENTS) if names else drawn or _ACCIDENTS
     nodes = draw.choice((8, 11, 15, 20)) if draw.random() < 0.015 else draw.choice(_SIZES)
     losses = [name for name in LOSSES if name in names or not names] if liveness else []
     lost = draw.sample(range(nodes), draw.randint(0, min(2, (nodes - 1) // 2))) if losses else []
@@ -182,8 +182,10 @@ def make_schedule(seed: int, names: Collection[str] = (), *, liveness: bool = Fa
     apart = random.Random(f"attacks of {seed}")  # noqa: S311 - as above
     attacks = tuple(kind for kind in ATTACKS if kind in names or (not names and apart.random() < 0.15))
     faults += [_attack(apart, kind, spared, length_s) for kind in attacks for _ in range(apart.randint(1, 3))]
-    if liveness and ("poison" in names or (not names and apart.random() < 0.1)):
-        faults.append(replace(_attack(apart, "poison", spared, length_s), lasts=math.inf))
+    if "poison" in names or (not names and apart.random() < 0.1):
+        fault = _attack(apart, "poison", spared, length_s)
+        faults.append(replace(fault, lasts=math.inf) if liveness else fault)
+        attacks += ("poison",)
     rules = rules.model_copy(update={"displacement_reach": apart.choice((None, 1.0))})
     return replace(calm, settings=rules, earlier=earlier, kinds=kinds + attacks, faults=tuple(faults))
 
