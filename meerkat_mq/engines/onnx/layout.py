@@ -102,6 +102,7 @@ class Rows:
 
     def __init__(self, file: WeightsFile, name: str, shape: Shape, weights: Weights) -> None:
         self.shape = shape
+        self._name = name
         kind: Weights = "int8" if weights == "int4" else weights
         self._dtype = np.dtype(_DTYPES[_FORMAT[kind]])
         self._stored = file.stored(name, _FORMAT[kind], shape)
@@ -111,6 +112,8 @@ class Rows:
     def at(self, ids: npt.NDArray[np.int64]) -> Float32Array:
         """Float32 (*ids.shape, columns)."""
         found, where = np.unique(ids, return_inverse=True)
+        if found.size and found[-1] >= self.shape[0]:  # behind the table lies another tensor
+            raise ModelError(self._name, f"has {self.shape[0]} rows, and the tokenizer gives id {found[-1]}", AGAIN)
         rows = np.concatenate([self.part(int(first), 1) for first in found])
         return rows[where.reshape(ids.shape)]
 

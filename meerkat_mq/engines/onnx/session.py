@@ -1,8 +1,10 @@
 """A bundle's graph in ONNX Runtime: weights and theta are bound once, by their place in memory.
 
-Each run reads what is there then.
+Each run reads what is there then. The runtime reads as far as the graph's types and shapes say, not as far as an array
+goes: so they have to be the array's, else a graph from anybody would read what else is in this process's memory.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -14,12 +16,12 @@ from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.engines.onnx.layout import AGAIN, INDICES, THETA, Shape
 from meerkat_mq.engines.onnx.manifest import GRAPH, Bundle
-from meerkat_mq.errors import ModelError, reason
+from meerkat_mq.errors import ModelError, cut, reason
 
 _INT4: Final = 22  # onnx.TensorProto.INT4, which NumPy does not have
-_ELEMENTS: Final[dict[str, Any]] = {
-    "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8, "tensor(int4)": _INT4,
-    "tensor(int64)": np.int64,
+_ELEMENTS: Final[dict[str, tuple[Any, Any]]] = {  # what the runtime is told, and what the array has
+    "tensor(float)": (np.float32, np.float32), "tensor(float16)": (np.float16, np.float16),
+    "tensor(int8)": (np.int8, np.int8), "tensor(int4)": (_INT4, np.uint8), "tensor(int64)": (np.int64, np.int64),
 }  # fmt: skip
 _MADE: Final = {"embedded", "position_ids", "wanted", "seen"}  # inputs of one run
 _STORED: Final = {
@@ -68,17 +70,25 @@ class Session:
         if name.startswith(THETA):
             return parts.get(name.removeprefix(THETA), none)[1]
         shape: Shape = tuple(wanted.shape)
+        if not all(isinstance(number, int) for number in shape):
+            raise self._differs(wanted, "a tensor of the weights file, whose shape is known")
         if name in matrices or wanted.type == _STORED[self._bundle.manifest.weights] != "tensor(float)":
             return weights.linear(name, shape)
         return weights.array(name, "F32", shape)
 
     def _bind(self, wanted: Any, array: npt.NDArray[Any]) -> None:
-        element = _ELEMENTS.get(wanted.type)
-        if element is None:
-            raise ModelError(f"{self._bundle.folder / GRAPH}: {wanted.name}", f"is a {wanted.type}", AGAIN)
+        """Let the runtime read an array, all of it and no more."""
+        element, dtype = _ELEMENTS.get(wanted.type, (None, None))
         shape = [array.size if isinstance(number, str) else number for number in wanted.shape]
+        numbers = math.prod(number or 0 for number in shape)
+        if array.dtype != dtype or array.size != ((numbers + 1) // 2 if element == _INT4 else numbers):
+            raise self._differs(wanted, f"{array.size} × {array.dtype}")
         self._held.append(array)
         self._binding.bind_input(wanted.name, "cpu", 0, element, shape, array.ctypes.data)
+
+    def _differs(self, wanted: Any, there: str) -> ModelError:
+        place = f"{self._bundle.folder / GRAPH}: {cut(wanted.name)}"
+        return ModelError(place, f"is a {wanted.type} {cut(str(wanted.shape))}, and there is {there}", AGAIN)
 
     def write(self, theta: Float32Array) -> None:
         """Let all runs from now on be at theta, float32 (n,)."""

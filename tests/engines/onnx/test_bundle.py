@@ -187,6 +187,63 @@ def test_bytes_that_are_no_graph(data: bytes) -> None:
         check_graph(b"\x3a" + bytes([len(data) & 127]) + data, "graph")
 
 
+THETA = "theta:model.layers.0.mlp.down_proj.weight"
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "element", "dims", "problem"),
+    [
+        (THETA, 1, [2**28], "is a tensor.float. .268435456., and there is 153 × float32"),
+        (THETA, 1, ["a", "b"], "and there is 153 × float32"),
+        (THETA, 7, ["a"], "is a tensor.int64. ..a.., and there is 153 × float32"),
+        ("theta:of.none", 1, [2**40], "and there is 0 × float32"),
+        (THETA.replace("theta", "indices"), 1, ["a"], "and there is 153 × int64"),
+        (NORM, 7, [32], "is a tensor.int64. .32., and there is 32 × float32"),
+        (NORM, 1, [2**33, "n"], "and there is a tensor of the weights file, whose shape is known"),
+        (NORM, 1, None, "is F32 .32,., not F32 .."),
+        (NORM, 8, [32], "is a tensor.string. .32., and there is 32 × float32"),
+    ],
+)
+def test_a_graph_that_would_read_beyond_what_there_is(
+    bundled: Bundled, tmp_path: Path, name: str, element: int, dims: Any, problem: str
+) -> None:
+    """The runtime is told where an array lies, and reads as far as the graph says: the process ended by SIGSEGV."""
+    import onnx
+    from onnx import helper
+
+    from meerkat_mq.engines.onnx.engine import OnnxEngine
+    from meerkat_mq.engines.onnx.manifest import open_bundle
+
+    _, bundle, mask = bundled("llama")
+    folder = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    model = onnx.load_model_from_string((folder / "graph.onnx").read_bytes())
+    model.graph.ClearField("node")
+    model.graph.ClearField("output")
+    model.graph.node.append(helper.make_node("Shape", [name], ["out"]))
+    model.graph.output.append(helper.make_tensor_value_info("out", 7, ["rank"]))
+    for known in [known for known in model.graph.input if known.name == name]:
+        model.graph.input.remove(known)
+    model.graph.input.append(helper.make_tensor_value_info(name, element, dims))
+    (folder / "graph.onnx").write_bytes(model.SerializeToString())
+    vouch(folder, "graph.onnx")
+    with pytest.raises(ModelError, match=problem):
+        OnnxEngine(open_bundle(folder), mask, tiny.TASK)
+
+
+def test_an_id_behind_the_table_of_embeddings(bundled: Bundled, tmp_path: Path) -> None:
+    """What lies there are the numbers of another tensor."""
+    from meerkat_mq.engines.onnx.engine import OnnxEngine
+    from meerkat_mq.engines.onnx.manifest import open_bundle
+
+    _, bundle, mask = bundled("llama")
+    folder = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    rewrite(folder, lambda table: table.update(start=[table["embedding"]["shape"][0]]))
+    engine = OnnxEngine(open_bundle(folder), mask, tiny.TASK)
+    with pytest.raises(ModelError, match=r"has \d+ rows, and the tokenizer gives id \d+; make the bundle again"):
+        engine.losses(engine.prepare(tiny.ROWS[:2]))
+
+
 # --- what is not made ---
 
 
