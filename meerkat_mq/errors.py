@@ -45,6 +45,7 @@ from enum import StrEnum
 from typing import Any, ClassVar
 
 VALUE_SHOWN = 60  # characters of a value, in an error
+LONGEST_INTEGER = 4096  # bits
 NAMES_SHOWN = 20
 REASON_SHOWN = 300
 _CREDENTIALS = re.compile(r"(:/{1,2})\S*(?:@|%40)")  # a path has one slash
@@ -77,6 +78,10 @@ def cut(text: str, most: int = VALUE_SHOWN) -> str:
 class _Short(reprlib.Repr):
     def repr_str(self, x: str, level: int) -> str:
         return super().repr_str(without_credentials(x), level)
+
+    def repr_int(self, x: int, level: int) -> str:
+        long = x.bit_length() > LONGEST_INTEGER  # Python refuses to write thousands of digits; TOML's 0x… may have them
+        return f"an integer of {x.bit_length()} bits" if long else super().repr_int(x, level)
 
 
 def shown(value: Any) -> str:

@@ -96,6 +96,7 @@ def test_broker_addresses(tmp_path: Path, url: str, host: str, port: int, tls: b
         (ServerConfig, SERVER + "[rounds]\nmin_node = 3\n", ["rounds.min_node: is unknown; write 'min_nodes', or"]),
         (ServerConfig, SERVER + "[round]\nmin_nodes = 3\n", ["round: is unknown; write 'rounds', or remove the key"]),
         (NodeConfig, NODE + "threads = 0\n", ["threads: ", "greater than or equal to 1", "not 0"]),
+        (NodeConfig, NODE + f"threads = 0x{'f' * 5000}\n", ["threads: ", "not an integer of 20000 bits"]),
         (NodeConfig, NODE + 'threads = "many"\n', ["threads: ", "valid integer", "not 'many'"]),
         (NodeConfig, NODE + 'device = "gpu"\n', ["device: ", "not 'gpu'"]),
         (NodeConfig, NODE + 'broker = "here"\n', ["broker: ", "not 'here'"]),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from meerkat_mq import errors
-from meerkat_mq.errors import MeerkatError, NodeReplaced, within
+from meerkat_mq.errors import MeerkatError, NodeReplaced, shown, within
 
 
 def tree() -> list[tuple[int, type[MeerkatError]]]:
@@ -53,3 +53,9 @@ def test_a_wider_place_goes_before() -> None:
         raise NodeReplaced("key", "is wrong", "mend it")
     with pytest.raises(ValueError, match=r"^other$"), within("file"):
         raise ValueError("other")
+
+
+def test_an_integer_of_more_digits_than_python_writes() -> None:
+    """TOML has such integers, as 0xff…; the limit is on decimal digits alone."""
+    for value in (2**20_000, -(2**20_000), [2**20_000], {"a": (1, 2**20_000)}):
+        assert "an integer of 20001 bits" in shown(value)
