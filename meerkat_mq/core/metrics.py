@@ -70,6 +70,9 @@ SHORTENED: Final = _metric(
 TOO_FEW_USABLE: Final = _metric(
     "too few updates can be used", "a deadline at which fewer than rounds.min_updates could be used; the round waits"
 )
+WEIGHS_LESS: Final = _metric(
+    "weighs less than its rows", "an update of a node that says it has far more rows than most others have"
+)
 UNUSABLE: Final = _metric("cannot be used, and the round waits", "a node whose update did not help to close a round")
 
 # --- rounds and servers ---
@@ -126,6 +129,7 @@ NOT_SENT: Final = _metric(
 
 STALE_SERVER: Final = _metric("stale server", "the state of a server that another one has replaced; ignored")
 STALE_TERM: Final = _metric("stale term", "a message of a server that another one has replaced; dropped")
+BEYOND_THE_END: Final = _metric("beyond the run's end", "a message of a version that the run never gets to; dropped")
 TWO_SERVERS: Final = _metric("two servers in a term", "two servers of one term: the node asked for a higher one")
 OLD_ROUND: Final = _metric("old round", "a round that was older than the newest one; ignored")
 ENTRY_REFUSED: Final = _metric("entry refused", "a ledger entry that did not extend the node's own ledger; refused")

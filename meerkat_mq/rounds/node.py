@@ -114,6 +114,8 @@ class NodeMachine(NodeMachineState):
         frame = event.frame
         if (frame.header.run, frame.header.mask) != (self._header().run, self._header().mask):
             self._count(m.ANOTHER_RUN)
+        elif _leads_to(frame) > self._last_version:
+            self._count(m.BEYOND_THE_END)
         elif frame.header.term < self._rank[0]:
             self._count(m.STALE_TERM)
         else:
@@ -338,3 +340,10 @@ class NodeMachine(NodeMachineState):
             self._effects.append(e.Forget(self._done.version, heard))
             self._acknowledged_version = self._done.version if heard else None
             self._done = None
+
+
+def _leads_to(frame: Round | Welcome | Entries | Offer | Refusal) -> int:
+    """The newest version that a frame speaks of."""
+    entries = frame.entries if isinstance(frame, Round | Entries) else ()
+    offered = frame.version if isinstance(frame, Offer) else 0
+    return max(frame.header.version, offered, *(entry.version + 1 for entry in entries))

@@ -35,6 +35,7 @@ class NodeMachineState:
         base: bytes,
         boot: int,
         now: float,
+        count: int = 2**32 - 1,
         max_staleness: int = 0,
         pending: Update | None = None,
     ) -> None:
@@ -42,6 +43,7 @@ class NodeMachineState:
 
         Args:
             boot: random u32 of this process.
+            count: versions of the run, beyond which nothing is believed.
             max_staleness: how many versions old the theta of an update may be.
             pending: an update of this run that an earlier process kept; its seeds say which lane it is of.
         """
@@ -56,6 +58,7 @@ class NodeMachineState:
         self._uninformed = True
         self._two_servers = False
         self._answered = False
+        self._last_version = count
         self._max_staleness = max_staleness
         self._done = Done(None, pending) if pending is not None else None
         self._stopping = False

@@ -303,6 +303,7 @@ class NodeDriver:
             base=theta_0,
             boot=self._boot,
             now=self._clock.now(),
+            count=run.count,
             max_staleness=run.max_staleness,
             pending=kept.update if kept is not None else None,
         )

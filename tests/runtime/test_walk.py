@@ -29,6 +29,7 @@ from meerkat_mq.errors import (
 )
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.runtime.abstention import LONGEST_PAUSE_S
+from meerkat_mq.wire.arrays import split
 from meerkat_mq.wire.descriptor import ControlMessage, NodeStatus, RunDescriptor, ServerState, decode_control
 from meerkat_mq.wire.frames import MAX_SLOTS, MAX_STEPS, decode, encode
 from meerkat_mq.wire.messages import (
@@ -47,7 +48,7 @@ from meerkat_mq.wire.messages import (
 )
 from tests.runtime import one_server as one
 from tests.runtime.lone_server import TOPICS, OneServer
-from tests.runtime.one_node import DIGEST
+from tests.runtime.one_node import DIGEST, PaperModel
 
 INTEGERS = (0, 1, 2**8, 2**16 - 1, 2**16, 2**31 - 1, 2**31, 2**32 - 1)
 FLOATS = (0.0, -0.0, 1e-45, 2.0**-126, 1.0, 3.4028234663852886e38, -3.4028234663852886e38, math.nan, math.inf)
@@ -221,6 +222,29 @@ def test_no_frame_ends_a_node(number: int) -> None:
     for payload in payloads:
         for topic in topics:
             assert walked(payload, topic).node.driver.machine is not None
+
+
+@pytest.mark.parametrize("rounds", [100, 2**32 - 1])
+def test_no_snapshot_near_the_end_of_all_versions_ends_a_node(rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The version after the entry that follows it is none that a status or a frame can name."""
+    monkeypatch.setattr(PaperModel, "load", lambda model, blob, offer: (bytes(16), DIGEST))
+    run, version, blob = one.descriptor(one.MASK, rounds=rounds), rounds - 1 if rounds > 100 else 2**32 - 1, b"abc"
+    with capture_logs():
+        server = one.Server()
+        server.begin(run)
+        server.say(Offer(one.header(run, version), version, short_hash(blob), len(blob)))
+        for chunk in split(one.header(run, version), short_hash(blob), blob):
+            server.say(chunk)
+        server.ask(run, version)
+        server.node.clock.go(5.0)
+        server.say(Entries(one.header(run, version), (Entry(version, (TERM,), bytes(16), DIGEST),)))
+        server.node.clock.go(5.0)
+        server.state(run, link=2)
+        server.node.clock.go(5.0)
+    machine = server.node.driver.machine
+    assert machine is not None
+    assert machine.version == (rounds if rounds > 100 else 0)
+    assert server.node.driver.counts["beyond the run's end"] == 3 * (rounds == 100)
 
 
 def test_no_state_of_a_server_ends_a_node() -> None:
