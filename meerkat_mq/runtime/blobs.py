@@ -37,12 +37,14 @@ class BlobFetch:
 
     Attributes:
         silences: how many there were since the newest chunk.
+        repeats: how many chunks came that were there already.
     """
 
     def __init__(self, name: bytes, size: int, ask: Callable[[tuple[int, ...]], None], clock: Clock) -> None:
         self.name = name
         self.size = size
         self.silences = 0
+        self.repeats = 0
         self._ask = ask
         self._clock = clock
         self._asked: frozenset[int] | None = None  # None: what lacks comes without being asked for again
@@ -61,6 +63,7 @@ class BlobFetch:
     def add(self, chunk: Chunk) -> None:
         """Take a chunk; BadValue where it is of another blob."""
         if not self._assembly.add(chunk):
+            self.repeats += 1
             return
         now = self._clock.now()
         self._chunk_s, self._news_at, self.silences = now - self._news_at, now, 0

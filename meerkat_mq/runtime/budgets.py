@@ -1,10 +1,10 @@
 """What one node may cost the server: messages, bytes of answers, terms. Nobody's messages hold up the rounds.
 
 A message costs its sender a part of a budget, which time and rounds fill up again; a message that brings what the
-server asked for costs nothing. So a node that takes part, however fast the rounds are, never comes near its budget.
-Who is over it is flagged. Its messages then wait, the newest of each kind, and are answered last: as its budget fills
-up again (runtime/server.py). Budgets are constants, not configuration: they are far above what any node of ours needs,
-and far below what would slow the rounds down.
+server asked for costs nothing, unless it comes again and again, or turns out to be something else. So a node that takes
+part, however fast the rounds are, never comes near its budget. Who is over it is flagged. Its messages then wait, the
+newest of each kind, and are answered last: as its budget fills up again (runtime/server.py). Budgets are constants, not
+configuration: they are far above what any node of ours needs, and far below what would slow the rounds down.
 
 A node that has never answered a round is also counted with all others of its kind, since ids that nobody checks cost
 their inventor nothing.
@@ -75,7 +75,7 @@ class Budgets:
             kind: of its topic: each has a budget of its own.
             stranger: whether the node has never answered a round.
         """
-        now, income, cost = self._clock.now(), self._income(), 1.0 + size // PART_BYTES
+        now, income, cost = self._clock.now(), self._income(), _cost(size)
         used = _of(self._messages, (node, kind), 1.0, income)
         if used.now(income) + cost > MESSAGES:
             self.flag(node, MESSAGES_OVER)
@@ -87,6 +87,11 @@ class Budgets:
         used.add(income, cost)
         self._newest = used, cost
         return True
+
+    def charge(self, node: str, size: int) -> None:
+        """An update and so many bytes after it, which had cost nothing, were of no use after all."""
+        income = self._income()
+        _of(self._messages, (node, "update"), 1.0, income).add(income, _cost(size))
 
     def _income(self) -> float:
         """The messages that time and rounds have granted every node so far."""
@@ -126,6 +131,10 @@ class Budgets:
         """Why a node is flagged; "" where it is not."""
         why, until = self._flagged.get(node, ("", 0.0))
         return why if self._clock.now() < until else ""
+
+
+def _cost(size: int) -> float:
+    return 1.0 + size // PART_BYTES
 
 
 def _of(budgets: dict[Hashable, Used], key: Hashable, rate: float, now: float) -> Used:

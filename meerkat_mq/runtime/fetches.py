@@ -7,7 +7,7 @@ from typing import Protocol
 import structlog
 
 from meerkat_mq.core.seldom import Seldom
-from meerkat_mq.errors import BadValue, MeerkatError, reason
+from meerkat_mq.errors import BadValue, MeerkatError, WireError, reason
 from meerkat_mq.ledger.displacement import verdict_on
 from meerkat_mq.rounds.events import FetchValues, ServerEvent, ValuesFetched
 from meerkat_mq.rounds.records import Verdict
@@ -44,6 +44,7 @@ class Fetches:
         weights: n.
         keep: takes a displacement that decodes, and what the guards say of it.
         reach: the largest root mean square of a displacement, by its local steps.
+        wasted: is told of a node, and of its bytes that were no displacement; they may be none.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Fetches:
         owner: Asker,
         keep: Callable[[KeepValues], None],
         reach: Callable[[int], float] = lambda steps: math.inf,
+        wasted: Callable[[str, int], None] = lambda node, size: None,
         *,
         compute: Compute,
         clock: Clock,
@@ -59,6 +61,7 @@ class Fetches:
         self._seldom = Seldom()
         self._weights = weights
         self._reach = reach
+        self._wasted = wasted
         self._owner = owner
         self._keep = keep
         self._compute = compute
@@ -86,12 +89,17 @@ class Fetches:
         if (going := self._going.pop(node, None)) is not None:
             going.cancel()
 
-    def add(self, node: str, chunk: Chunk) -> None:
-        """A chunk arrived from a node; BadValue where nobody asked for it."""
+    def add(self, node: str, chunk: Chunk) -> bool:
+        """A chunk arrived from a node; BadValue where nobody asked for it.
+
+        Returns:
+            Whether it is due: all may come twice, as MQTT repeats what was on its way, and no more.
+        """
         fetch = self._open.get(node)
         if fetch is None:
             raise BadValue("chunk", f"{chunk.index} of {chunk.blob.hex()} was not asked for")
         fetch.add(chunk)
+        return fetch.repeats <= chunk.count
 
     def _begin_more(self) -> None:
         while self._orders and len(self._going) < self._room:
@@ -100,21 +108,23 @@ class Fetches:
 
     def _get(self, order: FetchValues) -> Steps[None]:
         yield from until(self._clock, self._clock.now())  # whoever orders it has something else to do first
-        came = False
+        came, blob = False, b""
         try:
-            yield from self._collect(order)
+            blob = yield from self._collect(order)
+            yield from self._hand_on(order.node, order.update, blob)
             came = True
         except Exception as error:  # whatever a node's bytes make of a decoder, or of memory: it ends no server
             said = {"node": order.node, "problem": str(error) if isinstance(error, MeerkatError) else reason(error)}
             say = structlog.get_logger().warning
             self._seldom.say(say, "displacement dropped", order.node, type(error).__name__, **said)
+            if isinstance(error, WireError):
+                self._wasted(order.node, len(blob))
         self._going.pop(order.node, None)
         if not came:
             self._owner.handle(ValuesFetched(self._clock.now(), order.node, order.update, None))
         self._begin_more()
 
-    def _collect(self, order: FetchValues) -> Steps[None]:
-        """Get it, and have it kept: until then it takes up room, also where the ledger's disk is full."""
+    def _collect(self, order: FetchValues) -> Steps[bytes]:
         update, announced = order.update, order.update.values
         assert announced is not None
         if announced.size > largest_blob(self._weights):
@@ -127,14 +137,18 @@ class Fetches:
         fetch = self._open[order.node] = BlobFetch(announced.blob, announced.size, ask, self._clock)
         timer = self._clock.at(self._clock.now() + LONGEST_S, fetch.give_up)
         try:
-            blob = yield from fetch.collect(silences=SILENCES)
+            return (yield from fetch.collect(silences=SILENCES))
         finally:
             timer.cancel()
             if self._open.get(order.node) is fetch:
                 del self._open[order.node]
-        verdict = yield from work(self._compute, self._verdict, update, announced.blob, blob)
-        yield lambda done, _: self._keep(KeepValues(order.node, update, blob, verdict, done))
 
-    def _verdict(self, update: Update, name: bytes, blob: bytes) -> Verdict:
-        steps = update.values.steps if update.values is not None else 1
-        return verdict_on(decode_values(blob, name, self._weights), update.loss, self._reach(steps))
+    def _hand_on(self, node: str, update: Update, blob: bytes) -> Steps[None]:
+        """Check it, and have it kept: until then it takes up room, also where the ledger's disk is full."""
+        verdict = yield from work(self._compute, self._verdict, update, blob)
+        yield lambda done, _: self._keep(KeepValues(node, update, blob, verdict, done))
+
+    def _verdict(self, update: Update, blob: bytes) -> Verdict:
+        assert update.values is not None
+        displacement = decode_values(blob, update.values.blob, self._weights)
+        return verdict_on(displacement, update.loss, self._reach(update.values.steps))

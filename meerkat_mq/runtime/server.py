@@ -101,9 +101,8 @@ class ServerDriver:
         self._announcer = Announcer(clock, self._publish_round, self._publish_run)
         self.writer = LedgerWriter(held, compute=ledger_work, clock=clock, server_id=server_id, owner=self)
         self._measurer = Measurer(run, measure_work, clock, self.handle)
-        self._fetches = Fetches(
-            run.mask.size, self, self.writer.put, run.settings.reach, compute=other_work, clock=clock
-        )
+        fetched = run.mask.size, self, self.writer.put, run.settings.reach, self._budgets.charge
+        self._fetches = Fetches(*fetched, compute=other_work, clock=clock)
         self._succession = Succession(
             self._topics.server, held.past, replace=replace, alone=alone, take=self._take_term, clock=clock,
             ask=lambda state: self._publish(self._topics.server, state, retain=False), leave=transport.disown,
@@ -276,8 +275,8 @@ class ServerDriver:
             case Update() if kind == "update":
                 self.handle(e.UpdateCame(now, node, frame))
             case Chunk() if kind == "update" and frame.header.run == self.header().run:
-                self._fetches.add(node, frame)
-                self._budgets.was_useful()
+                if self._fetches.add(node, frame):
+                    self._budgets.was_useful()
             case Want() if kind == "want" and frame.header.run != self.header().run:
                 self._monitor.counted(m.ANOTHER_RUN)
                 self._announcer.describe()

@@ -26,8 +26,8 @@ TOPICS, SERVER_ID, OTHER_ID = Topics("f"), "c" * 16, "d" * 16
 class OneServer(ServerMonitor):
     """A server process on virtual ports; it is its own monitor."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        config = ServerConfig(federation="f", state_dir=ledger.path.parent, engine="toy", toy_weights=10)
+    def __init__(self, ledger: Ledger, **more: Any) -> None:
+        config = ServerConfig(federation="f", state_dir=ledger.path.parent, engine="toy", toy_weights=10, **more)
         self.ledger = ledger
         self.run = run = prepare_run(config)
         snapshots = Snapshots(ledger, run.descriptor)

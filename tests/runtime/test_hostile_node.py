@@ -5,9 +5,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
+from meerkat_mq.config import ServerValuesConfig
+from meerkat_mq.core.path import short_hash
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.runtime.announcer import ANNOUNCE_S
 from meerkat_mq.runtime.budgets import ANSWER_BYTES, ANSWER_BYTES_A_S, LONGEST_PAUSE_S, MESSAGES, TERM_STEP
@@ -16,7 +19,8 @@ from meerkat_mq.runtime.writer import TERM_PAUSE_S
 from meerkat_mq.wire.arrays import CHUNKS_A_REPLY, split
 from meerkat_mq.wire.descriptor import NodeStatus
 from meerkat_mq.wire.frames import decode, encode
-from meerkat_mq.wire.messages import Want, Welcome
+from meerkat_mq.wire.messages import Chunk, Values, Want, Welcome
+from meerkat_mq.wire.values import encode_values, largest_blob
 from tests.runtime.lone_server import TOPICS, OneServer
 
 HONEST, EVIL = ("node-0", "node-1", "node-2"), "evil"
@@ -33,7 +37,7 @@ def lines() -> Iterator[list[Any]]:
 def server(tmp_path: Path, lines: list[Any]) -> Iterator[OneServer]:
     """In charge, with a round open and four nodes that have answered one."""
     with closing(Ledger.open(tmp_path / LEDGER_FILE)) as ledger:
-        server = OneServer(ledger)
+        server = OneServer(ledger, values=ServerValuesConfig(accept=True))
         server.take_charge()
         for node in (*HONEST, EVIL):
             server.born(node)
@@ -59,6 +63,53 @@ def want(server: OneServer, **fields: Any) -> bytes:
 
 def flags(server: OneServer) -> dict[str, int]:
     return {reason: times for reason, times in server.counts.items() if reason.startswith("flagged")}
+
+
+# --- displacements ---
+
+
+def announce(server: OneServer, blob: bytes, size: int | None = None) -> None:
+    named = Values(short_hash(blob), len(blob) if size is None else size, 1)
+    server.receive(UPDATE, server.update(scalars=(), values=named))
+    server.clock.go(0.001)
+
+
+def give(server: OneServer, blob: bytes, chunk: int = 0) -> None:
+    parts = split(server.header(), short_hash(blob), blob)
+    server.receive(UPDATE, encode(parts[chunk]))
+    server.clock.go(0.001)
+
+
+def test_what_is_no_displacement_costs_its_node_what_other_messages_do(server: OneServer) -> None:
+    """It was announced, fetched and thrown away without end, as fast as it came."""
+    server.transport.sent.clear()
+    for number in range(1000):
+        blob = number.to_bytes(4, "little") * 20
+        announce(server, blob)
+        give(server, blob)
+    asked = [frame for frame in map(decode, server.transport.on(TOPICS.reply(EVIL))) if isinstance(frame, Want)]
+    assert len(asked) <= MESSAGES + 30
+    assert server.driver.flagged(EVIL) == "over budget"
+    close_a_round(server, *HONEST)
+
+
+def test_what_is_announced_larger_than_any_displacement_is_no_way_around_the_budget(server: OneServer) -> None:
+    for _ in range(1000):
+        announce(server, b"x", 2**20)
+    assert server.driver.flagged(EVIL) == "over budget"
+    assert server.counts["values missed"] <= MESSAGES + 10
+
+
+def test_a_chunk_that_comes_again_and_again(server: OneServer) -> None:
+    blob = encode_values(np.ones(10, np.float32), "float32") + bytes(100)
+    most = largest_blob(10)
+    announce(server, blob, most)
+    first = Chunk(server.header(), short_hash(blob), 0, 2, most, bytes(2**16))
+    for number in range(20):
+        server.receive(UPDATE, encode(first))
+        if number == 2:
+            assert server.driver.flagged(EVIL) == ""
+    assert server.driver.flagged(EVIL) == "over budget"
 
 
 # --- wants ---
