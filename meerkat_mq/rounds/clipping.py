@@ -13,6 +13,9 @@ entry have, by local step. That bounds how far a displacement goes, not where (`
 Where there are fewer, nothing tells what a good one is, and one in the worst direction does √n times the harm of a path
 of its length: of that, only 1 ÷ √n lies along the gradient. So there a displacement goes no farther than the useful
 part of a path. Then one hostile node can undo what one honest node does, and no more.
+
+Where rows weigh, a node says itself how many it has, and nobody can count them. So its weight is bounded by the median,
+too: else one that says 16 million would be the mean.
 """
 
 import math
@@ -21,6 +24,7 @@ from collections.abc import Iterable, Sequence
 SIGMAS = 1.4826  # of a normal distribution, in median absolute deviations
 FEWEST = 3  # of which two can outvote one
 ALONE = 3.0  # a lane with fewer has scalars up to so many times the median magnitude of all lanes
+HEAVIER = 4  # a node weighs up to so many times the median weight
 FARTHER = 4.0  # in older runs, a displacement that is alone in its entry goes up to so many times as far as a path
 
 
@@ -33,6 +37,12 @@ def median(ordered: Sequence[float]) -> float:
 def median_magnitude(values: Iterable[float]) -> float:
     """The median of |value|; not empty."""
     return median(sorted(map(abs, values)))
+
+
+def heaviest(weights: Iterable[int], most: int) -> int:
+    """The largest weight that counts among these, where there are three; of two medians the smaller one counts."""
+    ordered = sorted(weights)
+    return HEAVIER * ordered[(len(ordered) - 1) // 2] if len(ordered) >= FEWEST else most
 
 
 def clipped(lane: Sequence[float], entry: Sequence[float]) -> list[float]:

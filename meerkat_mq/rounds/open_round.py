@@ -3,7 +3,8 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from meerkat_mq.core.path import Entry
+from meerkat_mq.core.path import MAX_WEIGHT, Entry
+from meerkat_mq.rounds.clipping import heaviest
 from meerkat_mq.rounds.early_stopping import EarlyStopping, judgements_of, with_verdicts
 from meerkat_mq.rounds.events import CommitEntry
 from meerkat_mq.rounds.guards import Guard
@@ -51,6 +52,7 @@ class OpenRound:
     overdue: bool = False  # whether the deadline closed it
     outcome: RoundOutcome | None = None  # set when the updates are judged
     entry: Entry | None = None  # set when the terms are applied
+    heaviest: tuple[int, int] = (0, MAX_WEIGHT)  # of so many nodes asked, the largest weight that counts
 
     def __post_init__(self) -> None:
         """Nodes whose update is acknowledged need not be awaited."""
@@ -79,6 +81,14 @@ class OpenRound:
     def records(self) -> tuple[UpdateRecord, ...]:
         """The committed updates, by base version and slot."""
         return tuple(sorted(self.acknowledged.values(), key=lambda record: (record.version, record.slot)))
+
+    def weight(self, own: int, weight_of: Callable[[str], int]) -> int:
+        """What an update of a node of this weight counts: no more than a few times what those of most others do."""
+        if self.heaviest[0] != len(self.asked):
+            known = {record.node: record.weight for record in self.acknowledged.values()}
+            weights = [known.get(name) or weight_of(name) for name in self.asked]
+            self.heaviest = len(self.asked), heaviest(weights, MAX_WEIGHT)
+        return min(own, self.heaviest[1])
 
     def commit(self, entry: Entry) -> CommitEntry:
         """What the ledger keeps of the round, once it is judged."""

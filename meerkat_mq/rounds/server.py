@@ -228,8 +228,11 @@ class ServerMachine(ServerMachineState):
         assert current is not None
         self._window.take(name, base)
         node = self._nodes[name]
+        weight = current.weight(node.weight, lambda other: self._nodes[other].weight) if node.weight > 1 else 1
+        if weight < node.weight:
+            self._count(m.WEIGHS_LESS, name)
         record = UpdateRecord(
-            base, name, node.slot, update.boot, node.weight, update.scalars, update.loss, verdict, update.values
+            base, name, node.slot, update.boot, weight, update.scalars, update.loss, verdict, update.values
         )  # fmt: skip
         if verdict is not Verdict.ACCEPTED:
             self._count(m.REFUSED.of(in_words(verdict)), name)

@@ -188,6 +188,19 @@ def test_rows_weigh_when_they_are_to_and_are_capped() -> None:
     assert [r.weight for r in server.entries[0].records] == [2**24, 1]
 
 
+def test_no_number_of_rows_makes_a_node_the_mean() -> None:
+    """One node said that it had 16 million rows, and 0.0: nothing was learned, and nothing stood out."""
+    server = answered_server(min_nodes=4, quorum=1.0, weigh_by_rows=True)
+    for node, rows in zip("abcd", (100, 90, 110, 2**31), strict=True):
+        server.born(0, node, rows=rows)
+    for node in "abc":
+        server.update(1, node, 8.0)
+    assert "weighs less than its rows" in reasons(server.update(1, "d", 0.0))
+    assert [r.weight for r in server.entries[0].records] == [100, 90, 110, 4 * 100]
+    (term,) = server.entries[0].entry.terms
+    assert term.coefficient == pytest.approx(0.5 * 8.0 * 300 / 700)
+
+
 def test_the_largest_gradients_still_make_a_finite_entry() -> None:
     server = with_open_round(lr=0.5, weigh_by_rows=True)
     largest = 2.0**65
