@@ -99,10 +99,14 @@ def read_regular(path: Path, most: int | None = None) -> bytes:
     """The bytes of a regular file.
 
     Raises:
-        OSError: as `open_regular`; or there are more than `most`.
+        OSError: as `open_regular`; or there are more than `most`, or than memory holds: a file with holes costs nobody
+            anything.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if most is not None and size > most:
             raise OSError(errno.EFBIG, f"it has {size:,} bytes; {most:,} are the most", str(path))
-        return file.read()
+        try:
+            return file.read()
+        except MemoryError as error:
+            raise OSError(errno.ENOMEM, f"it has {size:,} bytes, and memory has no room for them", str(path)) from error

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -152,9 +153,9 @@ def _table_rows(path: Path, content: str, integers: str | None) -> Iterator[File
             continue
         if header is None:
             header = values
-            twice = next((name for name in header if name and header.count(name) > 1), None)
+            twice, times = next(((name, n) for name, n in Counter(header).items() if name and n > 1), (None, 1))
             if twice is not None:
-                problem = f"has {header.count(twice)} columns {shown(twice)}"
+                problem = f"has {times} columns {shown(twice)}"
                 raise DataError(where, problem, "rename or remove all but one")
         elif len(values) != len(header):
             raise DataError(where, f"has {len(values)} columns, the header {len(header)}", "quote text with commas")
@@ -209,8 +210,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object, unless a key comes twice: which of the two values counts would be chance."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {shown(next(key for key in keys if keys.count(key) > 1))} comes twice")
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"the key {shown(next(key for key, n in counts.items() if n > 1))} comes twice")
     return found
 
 

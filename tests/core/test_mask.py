@@ -91,6 +91,14 @@ def test_save_and_load_keep_every_bit(tmp_path: Path) -> None:
     assert [item.name for item in tmp_path.iterdir()] == ["base.mask"]
 
 
+def test_a_file_with_holes_that_is_larger_than_memory(tmp_path: Path) -> None:
+    """It takes no room on a disk, nor in an archive; reading it raised a MemoryError."""
+    with (tmp_path / "m.mkm").open("wb") as file:
+        file.truncate(2**43)
+    with pytest.raises(MaskError, match=r"m\.mkm: cannot be read \(it has 8,796,093,022,208 bytes"):
+        Mask.load(tmp_path / "m.mkm")
+
+
 def test_loading_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(MaskError, match=r"no\.mask.*No such file"):
         Mask.load(tmp_path / "no.mask")

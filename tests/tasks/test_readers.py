@@ -209,6 +209,17 @@ def test_a_table_says_what_it_lacks_and_what_it_has(tmp_path: Path, content: str
     assert len(str(caught.value)) < 400
 
 
+def test_what_comes_twice_among_very_many_is_found_at_once(tmp_path: Path) -> None:
+    """Each name was looked for among all of them: a file of two megabytes took hours."""
+    names = [*(f"c{number}" for number in range(300_000)), "z", "z"]
+    (tmp_path / "d.csv").write_text(",".join(names) + "\n")
+    with pytest.raises(DataError, match=r"d\.csv:1: has 2 columns 'z'; rename"):
+        read_rows(tmp_path / "d.csv")
+    (tmp_path / "d.jsonl").write_text("{" + ",".join(f'"{name}":1' for name in names) + "}")
+    with pytest.raises(DataError, match="the key 'z' comes twice"):
+        read_rows(tmp_path / "d.jsonl")
+
+
 def test_columns_without_a_name_may_be_many(tmp_path: Path) -> None:
     (tmp_path / "d.csv").write_text("text,label,,\nx,1,,\n")
     assert read_rows(tmp_path / "d.csv", AGNEWS)[0]["label"] == 1
