@@ -12,6 +12,7 @@ something does not hold that Cost.holds names.
 import argparse
 import asyncio
 import contextlib
+import itertools
 import random
 import sys
 import tempfile
@@ -20,10 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from meerkat_mq.core.path import short_hash
 from meerkat_mq.rounds.records import Verdict
+from meerkat_mq.wire.arrays import split
 from meerkat_mq.wire.descriptor import NodeStatus
 from meerkat_mq.wire.frames import decode, encode
-from meerkat_mq.wire.messages import Header, Round, Update, Want, in_words
+from meerkat_mq.wire.messages import Header, Round, Update, Values, Want, in_words
 from tests.broker.guarded import Guarded, Raw
 from tests.server.federation import TOPICS, Federation, Service
 from tests.support.peer import Peer, peer
@@ -169,6 +172,30 @@ async def want_chunks(scene: Scene) -> None:
             await asyncio.sleep(1 / 40)
 
 
+async def announce_noise(scene: Scene) -> None:
+    """H7: displacements of noise: announced, asked for, sent, and thrown away by the server, again and again."""
+    async with scene.evil(TOPICS.reply(EVIL), TOPICS.round) as evil:
+        evil.session.publish(TOPICS.up(EVIL, "status"), scene.status(), retain=True)
+        newest: Round | None = None
+        for number in itertools.count():
+            blob = number.to_bytes(8, "little") * 8000
+            await asyncio.sleep(TICK_S / 10)
+            for message in evil.messages:
+                frame = decode(message.payload)
+                if isinstance(frame, Round) and frame.entries:
+                    newest = frame
+            evil.messages.clear()
+            if newest is None:
+                continue
+            values = Values(short_hash(blob), len(blob), 1)
+            announced = Update(newest.header, 1, newest.entries[-1].digest[:8], 1.0, (), values=values)
+            evil.session.publish(TOPICS.up(EVIL, "update"), encode(announced))
+            with contextlib.suppress(AssertionError):
+                await until(lambda: any(message.topic == TOPICS.reply(EVIL) for message in evil.messages), within_s=1.0)
+                for chunk in split(newest.header, short_hash(blob), blob):
+                    evil.session.publish(TOPICS.up(EVIL, "update"), encode(chunk))
+
+
 async def say_nothing(scene: Scene) -> None:
     """H8: "online", and nothing else."""
     async with scene.evil() as evil:
@@ -218,6 +245,7 @@ ATTACKS: dict[str, Attack] = {
     "H6": forge_terms,
     "H7 welcomes": want_welcomes,
     "H7 chunks": want_chunks,
+    "H7 noise": announce_noise,
     "H8 online": say_nothing,
     "H8 asleep": sleep_for_a_week,
     "H19": send_junk,
@@ -269,6 +297,7 @@ async def scene_of(folder: Path, honest: int) -> AsyncIterator[Scene]:
             server = federation.server(
                 rounds=ROUNDS | {"min_nodes": honest, "directions": 1},
                 toy_weights=WEIGHTS,
+                values={"accept": True},
                 broker=guarded.table("server"),
             )
             await server.says("round closed", heard=honest, times=3)

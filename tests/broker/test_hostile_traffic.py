@@ -123,6 +123,15 @@ async def test_a_silent_node_is_waited_for_once(scene: Scene, name: str) -> None
         assert sum(entry.overdue for entry in ledger.closed(0, ledger.version)) <= 1
 
 
+async def test_a_node_that_announces_noise_without_end_is_flagged(scene: Scene) -> None:
+    """Whatever the server fetched of it was free of charge."""
+    task = asyncio.ensure_future(ATTACKS["H7 noise"](scene))
+    await scene.server.says("flagged: over budget", node=EVIL)
+    await scene.federation.eye.reaches(scene.version + 3)
+    await ended(task)
+    assert not any(service.over for service in (scene.server, *scene.nodes))
+
+
 async def test_status_names_a_node_that_is_over_its_budget(scene: Scene) -> None:
     """And the ledger keeps no slot for a node that never answered."""
     async with scene.evil() as evil:

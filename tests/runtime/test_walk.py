@@ -48,7 +48,7 @@ from meerkat_mq.wire.messages import (
 )
 from tests.runtime import one_server as one
 from tests.runtime.lone_server import TOPICS, OneServer
-from tests.runtime.one_node import DIGEST, PaperModel
+from tests.runtime.one_node import DIGEST, PaperModel, descriptor
 
 INTEGERS = (0, 1, 2**8, 2**16 - 1, 2**16, 2**31 - 1, 2**31, 2**32 - 1)
 FLOATS = (0.0, -0.0, 1e-45, 2.0**-126, 1.0, 3.4028234663852886e38, -3.4028234663852886e38, math.nan, math.inf)
@@ -228,7 +228,7 @@ def test_no_frame_ends_a_node(number: int) -> None:
 def test_no_snapshot_near_the_end_of_all_versions_ends_a_node(rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The version after the entry that follows it is none that a status or a frame can name."""
     monkeypatch.setattr(PaperModel, "load", lambda model, blob, offer: (bytes(16), DIGEST))
-    run, version, blob = one.descriptor(one.MASK, rounds=rounds), rounds - 1 if rounds > 100 else 2**32 - 1, b"abc"
+    run, version, blob = descriptor(one.MASK, rounds=rounds), rounds - 1 if rounds > 100 else 2**32 - 1, b"abc"
     with capture_logs():
         server = one.Server()
         server.begin(run)
