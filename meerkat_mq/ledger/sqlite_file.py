@@ -75,6 +75,7 @@ _SHOWN_AS_NEWEST = [  # by schema, what makes a file that must not be written lo
 ]
 _MAGIC = b"SQLite format 3\0"
 _HEADER_BYTES = 100
+_JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")
 _RESTORE = "restore it from a backup, or name another state_dir for a new run"
 _DAMAGED = f"keep it and its -wal file for a look, and {_RESTORE}"
 _ANOTHER = "it may harm who opens it: use another copy of this ledger"
@@ -130,7 +131,7 @@ def decoding(path: Path, what: str) -> Iterator[None]:
     """Make a LedgerError of a row that no server writes; `what` it should hold."""
     try:
         yield
-    except (ConfigError, WireError, ValueError, TypeError, struct.error) as error:
+    except (ConfigError, WireError, ValueError, TypeError, RecursionError, struct.error) as error:
         raise LedgerError(str(path), f"holds {what} that no server writes ({error})", _RESTORE) from error
 
 
@@ -307,11 +308,20 @@ def _look(path: Path, *, thorough: bool) -> None:
 
 
 def _look_beside(path: Path) -> None:
-    """SQLite writes into its files beside the ledger, wherever they lead: a link would lead it to another's file."""
+    """SQLite writes into its files beside the ledger, wherever they lead: a link would lead it to another's file.
+
+    A journal may name one more file at its end, which SQLite deletes once it has followed the journal: a program that
+    writes several databases at a time has these.
+    """
     for file in (path.with_name(f"{path.name}-{part}") for part in ("wal", "shm", "journal")):
         if os.path.lexists(file) and not stat.S_ISREG(file.lstat().st_mode):
             problem = "is no regular file, and SQLite would write there"
             raise LedgerError(str(file), problem, f"remove it, and {_RESTORE}")
+    journal = path.with_name(f"{path.name}-journal")
+    with suppress(OSError), open_regular(journal) as stream:
+        if stream.read().endswith(_JOURNAL_MAGIC):
+            problem = "names another file, which SQLite would delete"
+            raise LedgerError(str(journal), problem, f"remove it, and {_RESTORE}")
 
 
 def _check(connection: sqlite3.Connection, path: Path) -> int:

@@ -30,6 +30,8 @@ from meerkat_mq.wire.values import largest_blob
 _MAGIC = b"MKUPDT\x01\n"
 _HEAD = struct.Struct("<8s16sI")  # magic, run id, bytes of the frame; then the frame and the blob
 _NO_BLOB = short_hash(b"")
+_MOST_STEPS = 2**48
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError)  # of a JSON file: an infinity, too
 AGAIN_S = 30.0
 
 
@@ -82,9 +84,10 @@ class NodeState:
     def _load_steps(self) -> tuple[str, int]:
         try:
             table = json.loads(self._steps_file.read_text())
-            return str(table["run"]), int(table["steps"])
-        except (OSError, ValueError, KeyError, TypeError):
+            run, steps = str(table["run"]), int(table["steps"])
+        except _DAMAGE:
             return "", 0
+        return (run, steps) if 0 <= steps < _MOST_STEPS else ("", 0)
 
     def _save_steps(self) -> None:
         assert self._steps is not None
@@ -109,7 +112,7 @@ class NodeState:
             return Spent(str(table["day"]), max(0.0, float(table["directions"])), str(table["run"]))
         except FileNotFoundError:
             return Spent()
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except _DAMAGE as error:
             said = {"file": str(self._spent_file), "problem": reason(error)}
             structlog.get_logger().warning("directions of today are counted anew", **said)
             return Spent()

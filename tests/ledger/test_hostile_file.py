@@ -2,6 +2,7 @@
 
 import os
 import sqlite3
+import struct
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -238,6 +239,33 @@ def test_files_of_sqlite_that_lead_elsewhere(folder: Path, part: str) -> None:
             with pytest.raises(LedgerError, match=f"-{part}: is no regular file, and SQLite would write there"):
                 look(folder / LEDGER_FILE)
     assert victim.read_bytes() == b"kept" * 100
+
+
+def test_a_journal_that_has_sqlite_delete_another_file(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """SQLite follows such a journal whenever somebody opens the database to write: `sqlite3 ledger.sqlite .tables`."""
+    victim = tmp_path_factory.mktemp("home") / "victim"
+    victim.write_text("kept")
+    page, name = (folder / LEDGER_FILE).read_bytes()[:4096], str(victim).encode()
+    magic, count = bytes.fromhex("d9d505f920a163d7"), (folder / LEDGER_FILE).stat().st_size // 4096
+    head = (magic + struct.pack(">IIIII", 1, 1, count, 512, 4096)).ljust(512, b"\0")
+    checksum = (1 + sum(page[at] for at in range(4096 - 200, 0, -200))) % 2**32
+    end = struct.pack(">I", 2**30 // 4096 + 1) + name + struct.pack(">II", len(name), sum(name)) + magic
+    journal = folder / f"{LEDGER_FILE}-journal"
+    journal.write_bytes(head + struct.pack(">I", 1) + page + struct.pack(">I", checksum) + end)
+    for look in (Ledger.read, Ledger.open):
+        with pytest.raises(LedgerError, match="-journal: names another file, which SQLite would delete"):
+            look(folder / LEDGER_FILE)
+    assert victim.exists()
+    script(folder, "UPDATE nodes SET host = ''")
+    assert not victim.exists()  # that is what SQLite does of itself
+
+
+@pytest.mark.parametrize("column", ["rules", "descriptor"])
+def test_a_description_that_is_nested_without_end(folder: Path, column: str) -> None:
+    script(folder, f"UPDATE run SET {column} = replace(hex(zeroblob(20000)), '0', '[')")
+    for look in (verify_folder, read_report):
+        with pytest.raises(LedgerError, match=r"holds .* that no server writes"):
+            look(folder)
 
 
 def test_a_ledger_that_is_linked_to_another_disk(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

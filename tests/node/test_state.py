@@ -30,7 +30,13 @@ def test_steps_go_on_where_the_last_process_stopped_and_start_again_with_a_run(t
         assert state.take_steps("b", 1) == 0
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"run": "a"}', '{"run": "a", "steps": null}', "\x00"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "", "{", "[]", '{"run": "a"}', '{"run": "a", "steps": null}', "\x00", "[" * 100_000,
+        *(f'{{"run": "a", "steps": {steps}}}' for steps in ("Infinity", "NaN", "1e999", "-7", "9" * 400)),
+    ],
+)  # fmt: skip
 def test_a_damaged_counter_starts_again(tmp_path: Path, damage: str) -> None:
     (tmp_path / "steps.json").write_text(damage)
     with NodeState(tmp_path) as state:

@@ -210,6 +210,6 @@ def _cache_file() -> Path | None:
 def _read_cache(path: Path | None) -> dict[str, object]:
     try:
         table = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return table if isinstance(table, dict) else {}
