@@ -185,7 +185,7 @@ def measure_time(case: Case, folder: Path, mask_file: Path, dtype: str, pairs: i
     torch.set_num_threads(1)
     engine, mask = make_engine(case, folder, mask_file, dtype)
     model, batch = engine.loaded.model, engine.prepare(make_rows(case))
-    ids = torch.tensor(engine.scorer.tokens(make_rows(case)))
+    ids = torch.tensor([prompt.ids for prompt in engine.scorer.tokens(make_rows(case))])
     theta, z = mask.theta_0, direction("mk1", 0, 0, mask.size)
 
     def plain() -> None:

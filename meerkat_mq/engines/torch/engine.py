@@ -195,7 +195,10 @@ def make(setup: Setup) -> TransformersEngine:
     loaded = load_model(base, dtype=setup.dtype, device=setup.device)
     for note in loaded.notes:
         log.warning("about the model", note=note)
-    return TransformersEngine(loaded, setup.mask, setup.task, setup.keep)
+    engine = TransformersEngine(loaded, setup.mask, setup.task, setup.keep)
+    if engine.prefix is not None:
+        log.info("frozen prefix: computed once a row", blocks=engine.prefix.count, of=len(engine.prefix.blocks))
+    return engine
 
 
 def _targets(loaded: LoadedModel, mask: Mask) -> list[Target]:

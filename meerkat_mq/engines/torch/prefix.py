@@ -164,18 +164,14 @@ def frozen_prefix(loaded: LoadedModel, parameters: Sequence[nn.Parameter], keep:
     """The frozen prefix under these masked parameters; None where there is none, or it cannot be used."""
     if keep is None:
         return None
-    log = structlog.get_logger()
     try:
         blocks = blocks_of(loaded)
         count = untouched(blocks, parameters, lambda: body_pass(loaded, trial(loaded))) if blocks else 0
-        prefix = FrozenPrefix(loaded, blocks, count, keep) if count else None
+        return FrozenPrefix(loaded, blocks, count, keep) if count else None
     except Exception as error:  # a model's own code raises all kinds; it computes whole passes without fail
-        log.warning("no frozen prefix: each pass computes all blocks", model=loaded.model.__class__.__name__,
-                    problem=reason(error))  # fmt: skip
+        name, event = type(loaded.model).__name__, "no frozen prefix: each pass computes all blocks"
+        structlog.get_logger().warning(event, model=name, problem=reason(error))
         return None
-    if prefix is not None:
-        log.info("frozen prefix: computed once a row", blocks=count, of=len(blocks))
-    return prefix
 
 
 def _state(output: Any, block: nn.Module) -> Tensor:
