@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from meerkat_mq.config.broker import BrokerConfig, room_for_chunks
 from meerkat_mq.config.early_stopping import EarlyStoppingConfig
 from meerkat_mq.config.evaluation import EvaluationConfig
-from meerkat_mq.config.guards import GuardsConfig
+from meerkat_mq.config.guards import GuardsConfig, KeptGuards
 from meerkat_mq.config.model import ModelConfig
 from meerkat_mq.config.prefix import PrefixConfig
 from meerkat_mq.config.rounds import KeptRounds, RoundsConfig
@@ -36,6 +36,7 @@ class KeptRules(Rules):
     """The same as a ledger keeps it."""
 
     rounds: KeptRounds
+    guards: KeptGuards
 
 
 class ServerConfig(Rules):

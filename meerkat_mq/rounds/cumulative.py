@@ -2,10 +2,14 @@
 
     p = (x ÷ s) · (y ÷ s)        x: the node's scalar, y: the median of the others, s: the lane's median magnitude
     evidence = Σ p ÷ √(Σ p²)     x ÷ s and y ÷ s are first cut to ±2
+    slope = Σ p ÷ Σ (y ÷ s)²
 
 The evidence is about normal for a node whose scalars have nothing to do with the others' (a self-normalised sum, Efron
-1969), and positive for one that moves as they do. No one node or round decides it, since each scalar is cut first. The
-correlation of the older test, in runs without the clipped mean, is kept here too: both are sums over the same pairs.
+1969), and positive for one that moves as they do. No one node or round decides it, since each scalar is cut first. It
+says nothing of how much. A node with rows of one label, which its model knows, has small scalars that all pull against
+the others. The slope says what part of the others' steps a node takes back. A small part does no harm, but to refuse
+such a node does. The correlation of the older test, in runs without the clipped mean, is kept here too: all are sums
+over the same pairs.
 
 Where trusted nodes are in the lane, y is their median: then a majority that pushes against them is found too.
 
@@ -75,6 +79,7 @@ class Comparison:
     opposed: int
     evidence: float  # the sum of products, each scalar in units of its lane's size
     doubt: float  # the sum of their squares
+    step: float  # the sum of the others' squares, in these units
 
 
 def compare(record: UpdateRecord, columns: Sequence[StepColumn], trusted: Sequence[float] = ()) -> Comparison | None:
@@ -100,10 +105,11 @@ def compare(record: UpdateRecord, columns: Sequence[StepColumn], trusted: Sequen
     if not agreed + opposed:
         return None
     sizes = [column.typical for _, column in own]
-    weighed = [_cut(x, size) * _cut(y, size) for x, y, size in zip(xs, ys, sizes, strict=True) if size > 0]
+    steps = [_cut(y, size) for y, size in zip(ys, sizes, strict=True) if size > 0]
+    weighed = list(map(mul, [_cut(x, size) for x, size in zip(xs, sizes, strict=True) if size > 0], steps))
     return Comparison(
         _sum(products), _sum(map(mul, xs, xs)), _sum(map(mul, ys, ys)), agreed, opposed,
-        _sum(weighed), _sum(map(mul, weighed, weighed)),
+        _sum(weighed), _sum(map(mul, weighed, weighed)), _sum(map(mul, steps, steps)),
     )  # fmt: skip
 
 
@@ -129,7 +135,7 @@ def compare_displacement(moved: Moved, lanes: Sequence[Sequence[float]]) -> Comp
     agreed, opposed = sum(map((0.0).__lt__, weighed)), sum(map((0.0).__gt__, weighed))
     if not agreed + opposed:
         return None
-    return Comparison(0.0, 0.0, 0.0, agreed, opposed, _sum(weighed), _sum(map(mul, weighed, weighed)))
+    return Comparison(0.0, 0.0, 0.0, agreed, opposed, _sum(weighed), _sum(map(mul, weighed, weighed)), 0.0)
 
 
 def correlation(comparisons: Iterable[Comparison | None]) -> float:
@@ -145,6 +151,13 @@ def evidence(comparisons: Iterable[Comparison | None]) -> float:
     known = [comparison for comparison in comparisons if comparison is not None]
     doubt = math.fsum([found.doubt for found in known])
     return math.fsum([found.evidence for found in known]) / math.sqrt(doubt) if doubt > 0 else 0.0
+
+
+def slope(comparisons: Iterable[Comparison | None]) -> float:
+    """What part of the others' steps the node makes, below 0 what it takes back, over the window; 0.0 of nothing."""
+    known = [comparison for comparison in comparisons if comparison is not None]
+    step = math.fsum([found.step for found in known])
+    return math.fsum([found.evidence for found in known]) / step if step > 0 else 0.0
 
 
 def _cut(value: float, size: float) -> float:

@@ -19,6 +19,7 @@ from meerkat_mq.rounds.cumulative import (
     correlation,
     evidence,
     lane_says,
+    slope,
 )  # fmt: skip
 from meerkat_mq.rounds.policy import COMPARED, MAX_STEP, applicable, lane_of
 from meerkat_mq.rounds.records import NOT_REFUSED, UpdateRecord, Verdict
@@ -237,7 +238,7 @@ class Guard:
             if (past := self._nodes.get(record.node)) is not None and past.comparable
         ]
         if self._cumulative:
-            found = [where for where, past in known if evidence(past.comparisons) < EVIDENCE]
+            found = [where for where, past in known if self._takes_back(past)]
             sure = bool(self._trusted(members)) or 2 * len(found) < len(members)
             decided = self._config.against > OFF and sure
             return dict.fromkeys(found, Verdict.AGAINST) if decided else {}
@@ -249,6 +250,10 @@ class Guard:
             for where, past in known
             if past.opposed > past.agreed and correlation(past.comparisons) < self._config.against
         }
+
+    def _takes_back(self, past: NodePast) -> bool:
+        """Whether a node surely works against the others, and undoes too much of what they do."""
+        return evidence(past.comparisons) < EVIDENCE and slope(past.comparisons) <= -self._config.takes_back
 
     def _displacements(self, records: Sequence[UpdateRecord]) -> dict[Place, Comparison | None]:
         """The comparisons of a round's displacements with its paths."""

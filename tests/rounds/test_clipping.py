@@ -102,6 +102,18 @@ def test_a_pair_that_works_against_a_noisy_lane_is_noticed(factor: float) -> Non
     assert sum(map(newer.refused, [0, 2, 3, 4, 5, 7])) == 0
 
 
+def test_a_node_that_takes_back_little_of_what_the_others_do_is_not_refused() -> None:
+    """As one does whose rows have one label, which its model knows: small scalars, all of which pull against others."""
+    older, newer, hostile = (Fleet([1.0] * 8, common=1.0, node=0.5) for _ in range(3))
+    older.guard = Guard(GuardsConfig(takes_back=0.0), 1, cumulative=True)
+    older.run(2 * WINDOW, {1: flipped(0.2)})
+    cumulative(newer).run(2 * WINDOW, {1: flipped(0.2)})
+    cumulative(hostile).run(2 * WINDOW, {1: flipped(0.8)})
+    assert older.refused(1) > 10
+    assert newer.refused(1) == 0
+    assert hostile.refused(1) > 30
+
+
 @pytest.mark.parametrize(
     ("hostile", "trusted"), [((2, 3, 4), ("n0",)), ((1, 2), ("n0",)), ((2, 3, 4, 5), ("n0", "n1"))]
 )

@@ -89,8 +89,9 @@ def test_a_run_that_is_older_than_a_key_has_the_rule_from_before_it(tmp_path: Pa
     new = prepared(tmp_path, {}, ACCEPT)
     assert new.settings.displacement_reach == 0.25
     stored = json.loads(json.dumps(new.rules))
-    del stored["rounds"]["displacement_reach"]
+    del stored["rounds"]["displacement_reach"], stored["guards"]["takes_back"]
     older = check_config(stored, KeptRules, where="").kept
+    assert settings_of(new.descriptor, older).guards.takes_back == 0
     assert settings_of(new.descriptor, older).displacement_reach is None
     table = {"federation": "f", "state_dir": tmp_path, "engine": "toy", "rounds": named, "values": ACCEPT}
     again = prepare_run(as_begun(ServerConfig.model_validate(table), older), new.descriptor)
