@@ -144,6 +144,10 @@ REFUSES: Final = _metric(
     "refuses the run",
     "a node that takes no part, by its own policy or since it cannot; `meerkat status` says why",
 )
+NOISY: Final = _metric(
+    "projected gradients are noise",
+    "a node whose projected gradients are mostly rounding; `meerkat status` names it",
+)
 CANNOT_TAKE_PART: Final = _metric(
     "cannot take part",
     "a node whose model, rows or weights do not fit the run; it leaves the run, and tries again later",

@@ -15,12 +15,14 @@ from meerkat_mq.core.directions import direction
 from meerkat_mq.core.first_order import FirstOrderEngine
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.replica import Replica
+from meerkat_mq.core.signal import LEAST
 from meerkat_mq.core.step import Engine, Row
 from meerkat_mq.engines.prefix import keeping
 from meerkat_mq.engines.protocol import Setup
 from meerkat_mq.engines.registry import entry_of, make_engine, try_out, usable
 from meerkat_mq.errors import ConfigError, DataError, within
 from meerkat_mq.node.limits import Pace
+from meerkat_mq.node.noise import Noise
 from meerkat_mq.node.state import NodeState
 from meerkat_mq.rounds.events import StartSteps
 from meerkat_mq.runtime.model import EngineModel, StepResult, Stop
@@ -121,6 +123,10 @@ class Work(EngineModel):
             values=config.values if config.uplink == "values" else None,
         )
         self.left_out = self._local.left_out
+        self._noise: Noise | None = None
+        if config.uplink == "path" and entry.task != "none":
+            self._noise = Noise(engine, run)
+            self._noise.first(mask.theta_0, self.data)
         self.kinds = getattr(engine, "kinds", lambda _: {})(mask)
 
     def step(self, order: StartSteps, stop: Stop, made: int) -> StepResult | None:
@@ -134,9 +140,17 @@ class Work(EngineModel):
         assert result is not None
         if not math.isfinite(result.loss):
             log.warning("a loss is not finite: reported as NaN, which is refused", round=order.version)
+        if self._noise is not None:
+            self._noise.stepped(len(result.scalars), lambda: self.place[0], self.data)
         cpu_s = round(time.thread_time() - began, 4)
         log.debug("stepped", round=order.version, loss=round(result.loss, 5), cpu_s=cpu_s)
         return result
+
+    @property
+    def signal(self) -> float | None:
+        """What a status says: only too low a ratio, since a server of an older release refuses one with this key."""
+        ratio = None if self._noise is None else self._noise.ratio
+        return ratio if ratio is not None and ratio < LEAST else None
 
     def ends(self, stop: Stop) -> bool:
         """After each local step: rest, if another is to be made; whether none is."""

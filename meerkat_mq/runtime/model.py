@@ -96,6 +96,11 @@ class Model(ABC):
         self._residual = residual
 
     @property
+    def signal(self) -> float | None:
+        """Signal to noise of its projected gradients (`core.signal`), where it is too low; else None."""
+        return None
+
+    @property
     def place(self) -> Place:
         """Where `go_to` leads back to."""
         return self._replica.theta, self._replica.version

@@ -145,6 +145,7 @@ class NodeDriver:
                 "digest": self._jobs.digest_at(self.machine.version).hex() if self._jobs and self.machine else None,
                 "wakes_in_s": wakes_in_s,
                 "refuses": refuses,
+                "signal": self._model.signal if self._model is not None else None,
             }
         )
 

@@ -207,6 +207,9 @@ class Monitor(ServerMonitor):
             self._seldom.say(
                 self._log.warning, "a node refuses the run", node, node=node, problem=printable(status.refuses)
             )
+        if status.signal is not None and (before is None or before.signal is None):
+            self.counts[m.NOISY] += 1
+            self._seldom.say(self._log.warning, m.NOISY, node, node=node, signal_to_noise=status.signal)
         if not self._spoken.is_set() and all(map(self._has_spoken, self.statuses.values())):
             self._spoken.set()
 
@@ -226,7 +229,8 @@ class Monitor(ServerMonitor):
             counts = {
                 kind: self.received.get(f"{kind}/{node}") or MessageCount() for kind in ("update", "want", "status")
             }
-            said = with_flag(status.in_words, flagged(node))
+            noise = "" if status.signal is None else f"{m.NOISY}: signal to noise {status.signal:.3g}"
+            said = with_flag(status.in_words, "; ".join(filter(None, (flagged(node), noise))))
             standing = (status, said, counts["update"].messages, sum(count.packet_bytes for count in counts.values()))
             before, self._noted[node] = self._noted.get(node, (None, "", 0, 0)), standing
             if standing != before:

@@ -162,6 +162,7 @@ class NodeStatus(ControlMessage):
     digest: Hash | None = None  # of that theta, where one is due
     wakes_in_s: Annotated[int, Field(ge=1, le=7 * 86_400)] | None = None  # of "asleep": it is back by then
     refuses: Annotated[str, Field(min_length=1, max_length=MAX_REFUSES)] | None = None  # only of "starting"
+    signal: Annotated[float, Field(ge=0, le=1e6)] | None = None  # signal to noise of its scalars, where it is too low
 
     @model_validator(mode="after")
     def _says_when_it_wakes(self) -> Self:

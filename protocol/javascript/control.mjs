@@ -65,6 +65,7 @@ const NODE = {
   digest: optional(hex(32)),
   wakes_in_s: optional(integer(1, 604800)),
   refuses: optional((value) => text(300)(value) && value.length > 0),
+  signal: optional((value) => typeof value === "number" && value >= 0 && value <= 1e6),
 };
 
 /** Decode an untrusted payload; unknown, missing and mistyped keys are refused. */

@@ -12,6 +12,7 @@ from structlog.testing import capture_logs
 from meerkat_mq.config import RoundsConfig, ServerConfig
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.path import Entry
+from meerkat_mq.ledger.store import without_flag
 from meerkat_mq.mqtt import MessageCount
 from meerkat_mq.observe.events import Evaluated, RoundClosed, RunEvent
 from meerkat_mq.rounds.events import CommitEntry
@@ -183,3 +184,15 @@ async def test_an_evaluation_that_fails_costs_its_figure_alone(tmp_path: Any) ->
     assert eye.counts["evaluation failed"] == 3
     (line,) = [line for line in lines if line["event"] == "evaluation failed"]
     assert (line["version"], line["problem"]) == (5, "CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_a_node_whose_projected_gradients_are_noise_is_named(tmp_path: Any) -> None:
+    eye, noisy = made(tmp_path), status().model_copy(update={"signal": 0.812})
+    with capture_logs() as logs:
+        eye.heard_from("a", status())
+        for _ in range(2):
+            eye.heard_from("b", noisy)
+    assert [(log["event"], log["node"]) for log in logs] == [("projected gradients are noise", "b")]
+    assert eye.counts["projected gradients are noise"] == 1
+    said = {sighting.node: without_flag(sighting.status) for sighting in eye.sightings()}
+    assert said == {"a": ("online", ""), "b": ("online", "projected gradients are noise: signal to noise 0.812")}

@@ -18,6 +18,7 @@ from meerkat_mq.engines.torch.folder import in_words
 from meerkat_mq.engines.torch.head import SLICE, body_of, in_slices, logits_of
 from meerkat_mq.engines.torch.load import LoadedModel, linear_layers
 from meerkat_mq.engines.torch.scoring import Inputs, embed, tokenise
+from meerkat_mq.engines.torch.widen import float32_linear
 from meerkat_mq.errors import MaskError, within
 from meerkat_mq.tasks.data import problem_of
 
@@ -107,9 +108,7 @@ def _next_token_loss(model: Any, ids: Tensor) -> Tensor:
     def loss(start: int) -> Tensor:
         targets = ids[:, start + 1 : start + 1 + _SLICE]
         part = slice(start, start + targets.shape[1])
-        logits = logits_of(
-            model, ids, outputs, lambda hidden: functional.linear(hidden[:, part], layer.weight, layer.bias)
-        )
+        logits = logits_of(model, ids, outputs, lambda hidden: float32_linear(layer, hidden[:, part]))
         return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
     return torch.stack(in_slices(loss, ids.shape[1] - 1, _SLICE)).sum() / ids[:, 1:].numel()

@@ -22,6 +22,7 @@ from meerkat_mq.engines.torch.load import LoadedModel, load_model, set_threads, 
 from meerkat_mq.engines.torch.merge import base_folder
 from meerkat_mq.engines.torch.prefix import frozen_prefix
 from meerkat_mq.engines.torch.scoring import CausalScorer, Scorer, losses_of, mean_loss, scorer_for, whole
+from meerkat_mq.engines.torch.widen import Exact, holders
 from meerkat_mq.errors import ModelMismatch
 from meerkat_mq.tasks.data import usable_rows
 from meerkat_mq.tasks.task import Scored, Task
@@ -47,12 +48,38 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a part of theta goes: into the `indices`, int64 (k,), or all, of `flat`, a view of the model's tensor."""
+    """Where a part of theta goes: into the `indices`, int64 (k,), or all, of `flat`, a view of the model's tensor.
+
+    Of single weights of a tensor in half precision, `exact` has what theta says, for passes, which are float32; where
+    it lies for these: `holders`, as of `widen`.
+    """
 
     parameter: nn.Parameter
     flat: Tensor
     indices: Tensor | None
     part: slice
+    exact: Exact | None
+    holders: list[tuple[dict[str, Exact], str]]
+
+    @property
+    def leaf(self) -> Tensor:
+        """What passes depend on."""
+        return self.parameter if self.exact is None else self.exact.values
+
+    def write(self, values: Tensor) -> None:
+        """Put a part of theta there, cast to the tensor's dtype."""
+        if self.indices is None:
+            self.flat.copy_(values)
+            return
+        self.flat.index_copy_(0, self.indices, values.to(self.flat.dtype))
+        if self.exact is not None:
+            self.exact.values.copy_(values)
+            for exact, name in self.holders:
+                exact[name] = self.exact
+
+    def gradient(self, found: Tensor) -> Tensor:
+        """Of the gradient in `leaf`, what belongs to theta: (k,)."""
+        return found if self.exact is not None else self.values(found)
 
     def values(self, whole: Tensor) -> Tensor:
         """What theta stands for of a tensor with the parameter's shape: (k,)."""
@@ -88,10 +115,7 @@ class TransformersEngine(Preparing[Prepared]):
         values = torch.from_numpy(theta if theta.flags.writeable else theta.copy()).to(self.loaded.model.device)
         with torch.inference_mode():
             for target in self.targets:
-                if target.indices is None:
-                    target.flat.copy_(values[target.part])
-                else:
-                    target.flat.index_copy_(0, target.indices, values[target.part].to(target.flat.dtype))
+                target.write(values[target.part])
 
     def usable(self, rows: Sequence[Row]) -> list[Row]:
         """The rows that can be prepared, a long text in windows, or `DataError` without any; the log names others."""
@@ -132,14 +156,14 @@ class TransformersEngine(Preparing[Prepared]):
 
     def gradient(self, batch: Prepared) -> tuple[Float32Array, float]:
         """The gradient of the mean cross-entropy in theta, float32 (n,), and that loss."""
-        parameters = [target.parameter.requires_grad_(True) for target in self.targets]
+        leaves = [target.leaf.requires_grad_(True) for target in self.targets]
         try:
             loss = mean_loss(self.class_scores(batch), batch.labels)
-            found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+            found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         finally:
-            for parameter in parameters:
-                parameter.requires_grad_(False)
-        parts = [target.values(whole).float() for target, whole in zip(self.targets, found, strict=True)]
+            for leaf in leaves:
+                leaf.requires_grad_(False)
+        parts = [target.gradient(whole).float() for target, whole in zip(self.targets, found, strict=True)]
         return to_numpy(torch.cat(parts)), loss.item()
 
     def check(self, mask: Mask) -> None:
@@ -170,10 +194,14 @@ class TransformersEngine(Preparing[Prepared]):
         return found
 
     def surviving_share(self, theta: Float32Array, z: Float32Array, eps: float) -> Survival:
-        """What the model's dtype leaves of theta ± eps·z."""
+        """What the model's dtype leaves of theta ± eps·z: all, but for a matrix that is trained whole."""
         shift = z * np.float32(eps)
         ends = (torch.tensor(theta + shift), torch.tensor(theta - shift))
-        casts = [[end[target.part].to(target.flat.dtype).double() for target in self.targets] for end in ends]
+        dtypes = [target.leaf.dtype for target in self.targets]
+        casts = [
+            [end[target.part].to(dtype).double() for target, dtype in zip(self.targets, dtypes, strict=True)]
+            for end in ends
+        ]
         got = (torch.cat(casts[0]) - torch.cat(casts[1])).numpy()
         wanted = 2 * eps * z.astype(np.float64)
         size = float(wanted @ wanted)
@@ -202,7 +230,7 @@ def make(setup: Setup) -> TransformersEngine:
 
 
 def _targets(loaded: LoadedModel, mask: Mask) -> list[Target]:
-    parameters = dict(loaded.model.named_parameters())
+    parameters, places = dict(loaded.model.named_parameters()), holders(loaded.model)
     targets = []
     for matrix, part in mask.slices():
         parameter = parameters.get(matrix.name)
@@ -212,7 +240,10 @@ def _targets(loaded: LoadedModel, mask: Mask) -> list[Target]:
             raise ModelMismatch(str(loaded.folder), problem, _ITS_BASE)
         whole = matrix.indices.size == parameter.numel()
         indices = None if whole else torch.from_numpy(matrix.indices.astype(np.int64)).to(parameter.device)
-        targets.append(Target(parameter, parameter.data.view(-1), indices, part))
+        flat, own, exact = parameter.data.view(-1), places.get(id(parameter), []), None
+        if own and indices is not None:
+            exact = Exact(indices, flat[indices].float())
+        targets.append(Target(parameter, flat, indices, part, exact, own))
     return targets
 
 

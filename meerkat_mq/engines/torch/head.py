@@ -10,14 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from meerkat_mq.engines.torch.widen import float32_linear
 from meerkat_mq.errors import UnsupportedModel
 
 SLICE = 64  # positions of a sequence whose logits exist at a time
-
-_HEAD_ROWS = 16384  # vocabulary rows cast to float32 at a time
 
 
 def check_head(model: Any) -> None:
@@ -92,16 +90,6 @@ def _at(model: Any, positions: Tensor) -> Callable[[Tensor], Tensor]:
 
     def head(hidden: Tensor) -> Tensor:
         index = positions[:, :, None].expand(-1, -1, hidden.shape[-1])
-        return _float32_linear(hidden.gather(1, index), layer)
+        return float32_linear(layer, hidden.gather(1, index))
 
     return head
-
-
-def _float32_linear(hidden: Tensor, layer: nn.Linear) -> Tensor:
-    """hidden (…, in) to float32 (…, out); bfloat16 logits would be coarser than what a perturbation changes."""
-    hidden = hidden.float()
-    if layer.weight.dtype == torch.float32:
-        return functional.linear(hidden, layer.weight, layer.bias)
-    parts = [functional.linear(hidden, rows.float()) for rows in torch.split(layer.weight, _HEAD_ROWS)]
-    logits = torch.cat(parts, dim=-1)
-    return logits if layer.bias is None else logits + layer.bias.float()

@@ -20,6 +20,7 @@ from meerkat_mq.engines.torch.kinds import MAKING, RESTORE, Kind, bare_model, cl
 from meerkat_mq.engines.torch.names import NEEDLESS, Names, check_fit, mismatch, names_of
 from meerkat_mq.engines.torch.tokenizer_trial import PROBES, fingerprint_of
 from meerkat_mq.engines.torch.tokens import ids_of, read_tokens
+from meerkat_mq.engines.torch.widen import widen
 from meerkat_mq.errors import ModelError, UnsupportedModel
 from meerkat_mq.tasks.task import Task
 
@@ -79,7 +80,7 @@ def load_model(
 
     Args:
         source: local folder, or hub id (fetched into, or taken from, the hub cache).
-        dtype: "float32", "bfloat16" or "float16".
+        dtype: "float32", "bfloat16" or "float16", in which weights are stored; passes are float32 (`widen`).
         device: "cpu", "cuda" or "cuda:<i>".
         finite: refuse a model whose numbers are not; a ruined export is proven as it is.
         say: called after each of STEPS, in their order, with what was found.
@@ -106,6 +107,7 @@ def load_model(
     model = _weights(folder, bare.kind, _DTYPES[dtype], bare.config)
     with in_words(str(folder), f"cannot be moved to {device}", _SMALLER):
         model = model.to(device)
+    widen(model)
     exact = _LOSSY[dtype].isdisjoint(tensor.dtype for tensor in bare.stored.values())
     say("dtype", f"{dtype} {'holds every weight exactly' if exact else 'rounds weights: masks need another'}")
     ids = ids_of(tokens.tokenizer, [_TRIAL])[0]

@@ -186,10 +186,10 @@ def _bits(state: Tensor) -> Any:
 
 
 def _context(loaded: LoadedModel, count: int, dtype: torch.dtype) -> bytes:
-    """All that decides a state but the tokens: weights, configuration, block, dtype, and what computes it."""
+    """All that decides a state but the tokens: weights as stored, configuration, block, dtype, and what computes it."""
     config = loaded.model.config
     parts = (
         loaded.fingerprint.hex(), config.to_json_string(use_diff=False), config._attn_implementation,
-        count, dtype, torch.__version__, transformers.__version__,
+        count, dtype, loaded.model.dtype, torch.__version__, transformers.__version__,
     )  # fmt: skip
     return "\n".join(map(str, parts)).encode()
