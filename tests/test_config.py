@@ -132,6 +132,16 @@ def test_broker_addresses(tmp_path: Path, url: str, host: str, port: int, tls: b
             NODE + "[schedule]\nevery_s = 30\nawake_s = 31\n",
             ["schedule: awake_s = 31 is more than every_s = 30"],
         ),
+        (
+            NodeConfig,
+            NODE + "[policy]\nmin_eps = 2\n",
+            ["policy: min_eps = 2 is more than max_eps = 1: no run would be allowed"],
+        ),
+        (
+            NodeConfig,
+            NODE + "[policy]\nmin_lr = 0.1\nmax_lr = 0.01\n",
+            ["policy: min_lr = 0.1 is more than max_lr = 0.01: no run would be allowed"],
+        ),
         (NodeConfig, NODE + '[limits]\nallow = "true"\n', ["limits.allow: must be an array, not 'true'"]),
         (NodeConfig, NODE + "[limits]\nallow = []\n", ["limits.allow: must have at least one item, not []"]),
         (NodeConfig, NODE + '[limits]\nallow = ["true", "a\\u0000b"]\n', ["limits.allow: must not hold a NUL"]),

@@ -159,6 +159,23 @@ def test_demo_options_in_make_args_exist() -> None:
     assert {opt for args in used for opt in re.findall(r"--[a-z-]+", args)} <= known
 
 
+def test_a_folder_of_certificates_can_be_copied_again() -> None:
+    """`cp -r a b` makes b/a where b is there, and the service goes on with the old certificate."""
+    copied = [source for page in PAGES for source in re.findall(r"\bcp -r (pki/\S+)", code(page))]
+    assert copied
+    assert [source for source in copied if not source.endswith("/.")] == []
+
+
+def test_the_threat_model_names_tests_that_exist() -> None:
+    """A name without a folder is in the folder of the name before it."""
+    rows = (ROOT / "docs/threat-model.md").read_text(encoding="utf-8").splitlines()
+    for names in (re.findall(r"`([\w/]+\.py)`", row) for row in rows):
+        folder = Path()
+        for name in map(Path, names):
+            folder = name.parent if name.parent.name else folder
+            assert (ROOT / folder / name.name).is_file(), name
+
+
 # --- exit codes ---
 
 

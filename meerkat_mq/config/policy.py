@@ -1,8 +1,8 @@
 """The section `[policy]` of `node.toml`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from meerkat_mq.config.section import Section
 
@@ -26,3 +26,10 @@ class PolicyConfig(Section):
     max_eps: Positive = 1.0
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     max_lr: Positive = 10.0
+
+    @model_validator(mode="after")
+    def _allows_something(self) -> Self:
+        for key, least, most in (("eps", self.min_eps, self.max_eps), ("lr", self.min_lr, self.max_lr)):
+            if least > most:
+                raise ValueError(f"min_{key} = {least:g} is more than max_{key} = {most:g}: no run would be allowed")
+        return self

@@ -65,7 +65,7 @@ FLAGGED: Final = _metric(
 )
 SHORTENED: Final = _metric(
     "displacement shortened",
-    "a displacement that went more than twice as far as others; it counts for as far as they go",
+    "a displacement of which less than half counts: others go less far, or it is one of one or two and not trusted",
 )
 TOO_FEW_USABLE: Final = _metric(
     "too few updates can be used", "a deadline at which fewer than rounds.min_updates could be used; the round waits"
@@ -142,7 +142,7 @@ STEPS_FAILED: Final = _metric(
 )
 REFUSES: Final = _metric(
     "refuses the run",
-    "a node that takes no part, by its own policy or since it cannot; `meerkat status` says why",
+    "a node that takes no part, by its own policy or because it cannot; its status says why",
 )
 NOISY: Final = _metric(
     "projected gradients are noise",

@@ -97,6 +97,17 @@ def as_begun(config: ServerConfig, rules: Mapping[str, Any]) -> ServerConfig:
     return config.model_copy(update={"rounds": rounds, "guards": guards})
 
 
+def kept_guards_in_words(kept: GuardsConfig, asked: GuardsConfig) -> list[str]:
+    """Each key of `[guards]` that says something else than the run was begun with, which stays; with a remedy."""
+    begun, named = kept.model_dump(mode="json"), asked.model_dump(mode="json")
+    return [
+        f"guards.{key}: the run was begun with {begun[key]}, and {named[key]} has no effect on it; "
+        "put the old value back, or name another state_dir for a new run"
+        for key in begun
+        if named[key] != begun[key]
+    ]
+
+
 def mode_in_words(settings: RoundSettings) -> str:
     """How a buffered run closes its versions; "" of a synchronous one."""
     if not settings.buffered:

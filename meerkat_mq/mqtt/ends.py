@@ -86,10 +86,10 @@ class Words:
     def _bad_certificate(self, text: str) -> BadCredentials:
         where, file = self._broker.address, self._broker.cert_file
         if "CERTIFICATE_EXPIRED" in text:
-            remedy = "make a new one (meerkat certs … --renew) and put it in its place"
+            remedy = "make a new one with meerkat certs renew, and put it in its place"
             return BadCredentials(where, f"refuses the client certificate {file}: it has expired", remedy)
         if "CERTIFICATE_REVOKED" in text:
-            remedy = "make a new one (meerkat certs …) and put it in its place"
+            remedy = "make a new one with meerkat certs renew FOLDER ID, and put it in its place"
             return BadCredentials(where, f"refuses the client certificate {file}: it was revoked", remedy)
         remedy = "set broker.cert_file, broker.key_file to a certificate of the broker's CA that has not expired"
         return BadCredentials(where, f"refuses the client certificate ({text}){self._but}", remedy)

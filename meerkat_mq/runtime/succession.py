@@ -144,7 +144,9 @@ class Succession:
             raise self._refused(RunMismatch(self._topic, "the last possible terms stand there", remedy))
         # a server that ended before it had a term left the run that it would have begun, under term 0
         if past.run is None and found.status != "finished" and found.term > 0 and not self._replace:
-            problem = f"holds no run, but on the broker stands run {found.run[:8]} of host {found.host}, not finished"
+            problem = (
+                f"holds no run, but the broker has run {found.run[:8]} of host {found.host}, which is not finished"
+            )
             remedy = "put back its ledger, with its -wal file; for a new run in its place, start with --replace"
             raise self._refused(LedgerError(past.ledger, problem, remedy))
         if past.run == found.run and (found.term > max(past.ranks, default=(0, ""))[0] or found.round > past.version):

@@ -17,7 +17,7 @@ from meerkat_mq.extras import need
 from meerkat_mq.ledger.files import DIFFERENCE_FILE, check_remains
 from meerkat_mq.ledger.losses import RisingLoss, rising_from
 from meerkat_mq.ledger.recovery import recovered
-from meerkat_mq.ledger.run import Run, as_begun, check_same
+from meerkat_mq.ledger.run import Run, as_begun, check_same, kept_guards_in_words
 from meerkat_mq.ledger.snapshots import Snapshots
 from meerkat_mq.ledger.sqlite import LEDGER_FILE, Ledger
 from meerkat_mq.mqtt import Marker, Session, Will
@@ -102,8 +102,8 @@ def _prepare(config: ServerConfig, ledger: Ledger) -> Run:
     check_remains(ledger.path, begun, ledger.version)
     if begun is not None:
         config, asked = as_begun(config, ledger.rules), config
-        if config.guards != asked.guards:
-            structlog.get_logger().warning("the run keeps its guards", **config.guards.model_dump())
+        for problem in kept_guards_in_words(config.guards, asked.guards):
+            structlog.get_logger().warning("the run keeps its guards", problem=problem)
     run = prepare_run(config, begun)
     if begun is not None:
         check_same(run, begun, ledger.rules, str(ledger.path))

@@ -167,7 +167,9 @@ def test_on_a_new_connection_the_question_is_asked_again() -> None:
 def test_an_empty_ledger_takes_no_run_from_the_broker(found: ServerState, refused: bool) -> None:
     empty = Past("ledger.sqlite", None, 0, frozenset())
     if refused:
-        with pytest.raises(LedgerError, match="holds no run, but on the broker stands run 11111111 of host h"):
+        with pytest.raises(
+            LedgerError, match="holds no run, but the broker has run 11111111 of host h, which is not finished"
+        ):
             Candidate(empty).finds(found)
         replacing = Candidate(empty, replace=True)
         replacing.finds(found)

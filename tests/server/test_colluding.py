@@ -16,7 +16,7 @@ from meerkat_mq.core.path import digest
 from meerkat_mq.engines.toy import toy_mask
 from meerkat_mq.errors import RunMismatch
 from meerkat_mq.ledger.folder import verify_folder
-from meerkat_mq.ledger.run import as_begun, check_same
+from meerkat_mq.ledger.run import as_begun, check_same, kept_guards_in_words
 from meerkat_mq.rounds.clipping import SIGMAS
 from meerkat_mq.server.run import prepare_run
 from meerkat_mq.wire.frames import encode
@@ -97,3 +97,12 @@ def test_a_run_keeps_the_aggregate_and_the_guards_that_it_was_begun_with(tmp_pat
     assert prepare_run(as_begun(newer, trusting.rules), trusting.descriptor).settings.guards.trusted == ("node-7",)
     with pytest.raises(ValidationError, match=r'needs rounds\.aggregate = "clipped-mean"'):
         ServerConfig.model_validate(table | {"guards": {"trusted": ["node-7"]}, "rounds": {"aggregate": "mean"}})
+
+
+def test_a_changed_guard_without_effect_is_named_with_a_remedy() -> None:
+    kept, asked = GuardsConfig(window=30), GuardsConfig(trusted=("node-7",))
+    window, trusted = kept_guards_in_words(kept, asked)
+    assert window.startswith("guards.window: the run was begun with 30, and 50 has no effect on it; put the old value")
+    assert trusted.startswith("guards.trusted: the run was begun with [], and ['node-7'] has no effect")
+    assert trusted.endswith("or name another state_dir for a new run")
+    assert kept_guards_in_words(kept, kept) == []

@@ -163,7 +163,9 @@ async def test_a_new_ledger_is_no_new_run_where_the_broker_knows_of_one_that_is_
     known = ServerState.model_validate(state)
     await federation.retain("server", known.encode())
     refused = federation.server(rounds=PACE, name="new")
-    await refused.failed(6, "holds no run, but on the broker stands run 55555555 of host h", "put back", "--replace")
+    await refused.failed(
+        6, "holds no run, but the broker has run 55555555 of host h, which is not finished", "put back", "--replace"
+    )
     await federation.server("--replace", rounds=PACE, name="new").says("in charge", term=4)
 
 
