@@ -4,6 +4,7 @@ What each key means is in docs/configuration.md, which a test holds against thes
 """
 
 from meerkat_mq.config.broker import BrokerConfig
+from meerkat_mq.config.bundle import BundleConfig
 from meerkat_mq.config.early_stopping import EarlyStoppingConfig
 from meerkat_mq.config.evaluation import EvaluationConfig
 from meerkat_mq.config.guards import GuardsConfig
@@ -36,6 +37,7 @@ __all__ = [
     "FIXED",
     "HUB_DATA",
     "BrokerConfig",
+    "BundleConfig",
     "Closed",
     "Codec",
     "Count",

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from meerkat_mq.config.broker import BrokerConfig, room_for_chunks
+from meerkat_mq.config.bundle import BundleConfig
 from meerkat_mq.config.limits import LimitsConfig
 from meerkat_mq.config.policy import PolicyConfig
 from meerkat_mq.config.prefix import PrefixConfig
@@ -23,6 +24,7 @@ class NodeConfig(Section):
     engine: EngineName | None = None
     model: str | None = None
     adapter: LocalPath | None = None
+    bundle: BundleConfig | None = None
     broker: BrokerConfig = BrokerConfig()
     device: Device = "cpu"
     dtype: Dtype | None = None
@@ -46,6 +48,14 @@ class NodeConfig(Section):
     def _adapts_a_model(self) -> Self:
         if self.adapter is not None and self.model is None:
             raise ValueError("adapter is merged into a model: name its base as model")
+        return self
+
+    @model_validator(mode="after")
+    def _one_model(self) -> Self:
+        if self.bundle is not None and self.engine != "onnx":
+            raise ValueError('[bundle] is for nodes with engine = "onnx"')
+        if self.bundle is not None and self.model is not None:
+            raise ValueError("model and [bundle]: give one of them, a bundle's folder or where to fetch it from")
         return self
 
     @model_validator(mode="after")

@@ -18,6 +18,7 @@ from meerkat_mq.tasks.data import problem_of
 from meerkat_mq.tasks.task import Continuation, Example, Task
 
 _USER, _ASSISTANT = "MEERKATSAYS", "MEERKATHEARS"
+SYSTEM = "MEERKATRULES"  # for a system message that is not known yet
 _DATE = "26 Jul 2024"  # what templates of Llama 3 say where they are given none and know no clock
 
 
@@ -154,14 +155,8 @@ def _chat(tokenizer: Any, wanted: Continuation, name: str) -> Chat:
     if not tokenizer.chat_template:
         problem = "the model's tokenizer has no chat template"
         raise TaskError(where, problem, "set chat = false, or use a model that was tuned for chats")
-    messages = [{"role": "user", "content": _USER}]
-    if wanted.system:
-        messages.insert(0, {"role": "system", "content": wanted.system})
-    answered = [*messages, {"role": "assistant", "content": _ASSISTANT}]
-    settings: dict[str, Any] = {"tokenize": False, "date_string": _DATE}
     try:
-        asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **settings)
-        whole = tokenizer.apply_chat_template(answered, add_generation_prompt=False, **settings)
+        asked, whole = rendered(tokenizer, wanted.system)
     except Exception as error:  # the template is a program of its own: it raises all kinds
         problem = f"the tokenizer's chat template cannot be used ({reason(error)})"
         raise TaskError(where, problem, "leave system out, or set chat = false") from error
@@ -170,3 +165,18 @@ def _chat(tokenizer: Any, wanted: Continuation, name: str) -> Chat:
         raise TaskError(where, problem, "set chat = false, and write the template yourself")
     before, _, between = asked.partition(_USER)
     return Chat(before, between, whole.partition(_ASSISTANT)[2].rstrip())
+
+
+def rendered(tokenizer: Any, system: str) -> tuple[str, str]:
+    """A chat up to where the assistant is to answer, and with the answer; "": no system message.
+
+    The template is a program of its own: it raises all kinds of errors.
+    """
+    messages = [{"role": "user", "content": _USER}]
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    answered = [*messages, {"role": "assistant", "content": _ASSISTANT}]
+    settings: dict[str, Any] = {"tokenize": False, "date_string": _DATE}
+    asked: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **settings)
+    whole: str = tokenizer.apply_chat_template(answered, add_generation_prompt=False, **settings)
+    return asked, whole

@@ -2,7 +2,9 @@
 
 import asyncio
 import secrets
+import threading
 from concurrent.futures import Executor
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -34,7 +36,7 @@ async def run_node(config: NodeConfig) -> None:
         MeerkatError: with what to do about it.
     """
     extra = entry_of(config.engine or "transformers").extra
-    if config.model is not None and extra is not None:
+    if (config.model or config.bundle) is not None and extra is not None:
         need(extra, f"node {config.id}")
     if isinstance(config.data, str):
         need("datasets", config.data)
@@ -47,7 +49,33 @@ async def run_node(config: NodeConfig) -> None:
         policy = NodePolicy.of(config.policy)
     allowance = Allowance(config.limits)
     with NodeState(config.state_dir) as state, Threads(1, "model") as worker:
+        config = await _with_bundle(config, worker)
         await _Node(config, policy, state, allowance, worker).run()
+
+
+async def _with_bundle(config: NodeConfig, worker: Executor) -> NodeConfig:
+    """The configuration, with the folder of the bundle that it names, which is fetched first.
+
+    Raises:
+        ModelError: as `fetch_bundle`.
+    """
+    if config.bundle is None:
+        return config
+    from meerkat_mq.engines.onnx.fetch import fetch_bundle  # noqa: PLC0415 - needs the extra
+
+    log = structlog.get_logger().bind(node=config.id, url=config.bundle.url)
+    folder, stop = config.state_dir / "bundles" / config.bundle.sha256[:32], threading.Event()
+    log.info("bundle wanted", folder=str(folder))
+
+    def say(problem: str) -> None:
+        log.warning("bundle not fetched yet", problem=problem)
+
+    try:
+        fetching = partial(fetch_bundle, config.bundle, folder, say, stop)
+        await asyncio.get_running_loop().run_in_executor(worker, fetching)
+    finally:
+        stop.set()
+    return config.model_copy(update={"model": str(folder)})
 
 
 class _Node:

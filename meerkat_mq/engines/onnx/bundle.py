@@ -13,6 +13,7 @@ import torch
 
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
+from meerkat_mq.engines.continuations import SYSTEM, rendered
 from meerkat_mq.engines.onnx.engine import OnnxEngine
 from meerkat_mq.engines.onnx.families import Described, check_all_read, describe
 from meerkat_mq.engines.onnx.graph import Graph, Tensor, packed
@@ -130,7 +131,7 @@ def _graph_of(loaded: LoadedModel, weights: Weights, masked: set[str]) -> tuple[
 
 def _outputs(loaded: LoadedModel) -> list[int | str]:
     hidden = loaded.model.config.hidden_size
-    return ["wanted", hidden] if loaded.kind == "causal" else ["batch", "length", hidden]
+    return ["wanted" if loaded.kind == "causal" else "tokens", hidden]
 
 
 def _values(loaded: LoadedModel) -> dict[str, Callable[[], Float32Array]]:
@@ -209,7 +210,7 @@ def _manifest(loaded: LoadedModel, weights: Weights, described: Described) -> di
         return None if name is None else {"name": name, "shape": shapes[name]}
 
     return {
-        "format": 1,
+        "format": 2,
         "kind": loaded.kind,
         "weights": weights,
         "fingerprint": loaded.fingerprint.hex(),
@@ -218,11 +219,27 @@ def _manifest(loaded: LoadedModel, weights: Weights, described: Described) -> di
         "positions": described.positions,
         "start": loaded.start,
         "pad": loaded.tokenizer.pad_token_id or 0,
+        "end": loaded.tokenizer.eos_token_id,
+        "chat": _chat(loaded, ""),
+        "chat_with_system": _chat(loaded, SYSTEM),
         "embedding": table(described.embedding),
         "head": table(described.head),
         "embed_scale": described.embed_scale,
         "head_cap": described.head_cap,
     }
+
+
+def _chat(loaded: LoadedModel, system: str) -> dict[str, str] | None:
+    """What the chat template makes of words that stand for the messages; None where it does not say each once."""
+    if not getattr(loaded.tokenizer, "chat_template", None):
+        return None
+    try:
+        asked, whole = rendered(loaded.tokenizer, system)
+    except Exception:
+        return None
+    if system and (asked.count(system), whole.count(system)) != (1, 1):
+        return None
+    return {"asked": asked, "whole": whole}
 
 
 def _facts(file: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`meerkat bundle`: torch and onnx are imported only where a bundle is made."""
 
+import hashlib
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +34,7 @@ def bundle(
         importing("bundle", "meerkat bundle"),
     ):
         from meerkat_mq.engines.onnx.bundle import make_bundle, publish_base  # noqa: PLC0415
+        from meerkat_mq.engines.onnx.manifest import MANIFEST  # noqa: PLC0415
         from meerkat_mq.engines.torch.merge import base_folder  # noqa: PLC0415
 
     check_config({"source": model}, ModelConfig, where="command line")
@@ -50,7 +52,8 @@ def bundle(
     if out is not None and mask is not None:
         make_bundle(base, Mask.load(mask), weights, out, _say)
         size = sum(file.stat().st_size for file in out.iterdir())
-        _say(f"{out}: {weights} weights, {size / 1e6:,.0f} MB")
+        sha256 = hashlib.sha256((out / MANIFEST).read_bytes()).hexdigest()
+        _say(f"{out}: {weights} weights, {size / 1e6:,.0f} MB; SHA-256 of {MANIFEST}: {sha256}")
 
 
 def _say(text: str) -> None:

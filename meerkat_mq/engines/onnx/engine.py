@@ -11,13 +11,15 @@ import numpy.typing as npt
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import Row
+from meerkat_mq.engines.continuations import windows
 from meerkat_mq.engines.onnx.manifest import Bundle, open_bundle
 from meerkat_mq.engines.onnx.scoring import CausalScorer, EncoderScorer, Pass
 from meerkat_mq.engines.onnx.session import Session
 from meerkat_mq.engines.prompts import Preparing, in_passes
 from meerkat_mq.engines.protocol import Setup
 from meerkat_mq.errors import ConfigError, ModelMismatch, TaskError
-from meerkat_mq.tasks.task import Task
+from meerkat_mq.tasks.data import usable_rows
+from meerkat_mq.tasks.task import Scored, Task
 
 _PASS_TOKENS: Final = 768  # as of the other engine's passes
 _ANOTHER: Final = "give a bundle of the run's base, made with the run's mask"
@@ -39,20 +41,17 @@ class Prepared:
 
 
 class OnnxEngine(Preparing[Prepared]):
-    """Implements `core.step.Engine` and, of what `engines.protocol` adds, check, kinds, usable and scores.
+    """Implements `core.step.Engine` and, of what `engines.protocol` adds, check, kinds, usable, scores and scored.
 
     Raises:
         ModelMismatch: the mask has weights that the bundle cannot train.
         ModelError: ONNX Runtime does not take the bundle's graph.
-        TaskError: the tokenizer cannot tell the label words apart, the graph takes no input as long as the task's,
-            or the rows are texts to be learned.
+        TaskError: the tokenizer cannot tell the label words apart, the graph takes no input as long as the task's, or
+            the model cannot do the task.
     """
 
     def __init__(self, bundle: Bundle, mask: Mask, task: Task, threads: int | None = None) -> None:
         _check_matrices(bundle, mask)
-        if task.continuation is not None:
-            problem = f"a {task.kind} task, whose rows are texts to be learned, is not for bundles yet"
-            raise TaskError(f"task {task.name}", problem, "use a node with PyTorch")
         limit, positions = min(task.max_tokens, bundle.max_tokens), bundle.manifest.positions
         if limit > positions:
             problem = f"{limit} tokens are more than the {positions} of this bundle's graph"
@@ -67,6 +66,10 @@ class OnnxEngine(Preparing[Prepared]):
         """Let passes from now on be at theta, float32 (n,)."""
         self._session.write(theta)
 
+    def usable(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows that can be prepared, a long text in windows, or `DataError` without any; the log names others."""
+        return usable_rows(windows(self._task, self._bundle, rows), self._prepared)
+
     def _prepared(self, rows: Sequence[Row]) -> Prepared:
         examples = [self._task.example(row) for row in rows]
         parts, place = in_passes(self._scorer.tokens(examples), _PASS_TOKENS)
@@ -79,6 +82,13 @@ class OnnxEngine(Preparing[Prepared]):
     def scores(self, batch: Prepared) -> tuple[Float32Array, npt.NDArray[np.int64]]:
         """Float32 (rows, candidates), and the right ones, int64 (rows,)."""
         return self._scorer.scores(batch.passes)[batch.place], batch.answers
+
+    def scored(self, batch: Prepared) -> Scored:
+        """What the model makes of a batch: of texts to be learned, with their tokens."""
+        if self._task.continuation is None or not isinstance(self._scorer, CausalScorer):
+            return Scored(*self.scores(batch))
+        scores, tokens, first = (found[batch.place] for found in self._scorer.counted(batch.passes))
+        return Scored(scores, batch.answers, tokens, first)
 
     def losses(self, batch: Prepared) -> Float32Array:
         """The cross-entropy over the candidates, or minus the score of a single one: float32 (rows,)."""

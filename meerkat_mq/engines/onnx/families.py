@@ -92,18 +92,14 @@ def _decoder(loaded: LoadedModel, graph: Graph) -> tuple[Described, str]:
         f"model.layers.{{}}.{'pre_feedforward' if gemma else 'post_attention'}_layernorm",
     )
     gate = _activation(loaded, "hidden_activation" if gemma else "hidden_act")
-    embedded = graph.input("embedded", TensorProto.FLOAT, ["batch", "length", config.hidden_size])
+    x = _tokens(graph, config.hidden_size)
     graph.input("position_ids", TensorProto.INT64, ["batch", "length"])
     wanted = graph.input("wanted", TensorProto.INT64, ["wanted"])
     positions = min(loaded.max_tokens, MOST_POSITIONS, _window(config))
     _angles(loaded, graph, positions)
-    lines = graph.op("Concat", graph.op("Shape", embedded, start=0, end=2), graph.dims(-1), axis=0)
-    x = graph.op("Reshape", embedded, graph.dims(-1, config.hidden_size))
     for number, layer in enumerate(model.layers):
         at = f"model.layers.{number}"
-        found = _attention(
-            graph, norm(x, f"{at}.input_layernorm"), at, module=layer.self_attn, config=config, lines=lines
-        )
+        found = _attention(graph, norm(x, f"{at}.input_layernorm"), at, module=layer.self_attn, config=config)
         if number == len(model.layers) - 1:  # of the last block, only what the head reads
             x, found = graph.op("Gather", x, wanted, axis=0), graph.op("Gather", found, wanted, axis=0)
         found = graph.linear(found, f"{at}.self_attn.o_proj")
@@ -167,8 +163,25 @@ def _same(values: Float32Array) -> Float32Array:
     return values
 
 
-def _attention(graph: Graph, x: str, at: str, *, module: Any, config: Any, lines: str) -> str:
-    """(tokens, heads · size), from x (tokens, hidden); `lines`: the dimensions (batch, length, −1)."""
+def _tokens(graph: Graph, hidden: int) -> str:
+    """The input of all tokens, (tokens, hidden), and those that say where they stand in lines of one length."""
+    graph.input("spread", TensorProto.INT64, ["batch", "length"])
+    graph.input("kept", TensorProto.INT64, ["tokens"])
+    return graph.input("embedded", TensorProto.FLOAT, ["tokens", hidden])
+
+
+def _in_lines(graph: Graph, x: str) -> str:
+    """(batch, length, n) of (tokens, n)."""
+    return graph.op("Gather", x, "spread", axis=0)
+
+
+def _no_lines(graph: Graph, x: str, size: int) -> str:
+    """(tokens, size) of (batch, length, size)."""
+    return graph.op("Gather", graph.op("Reshape", x, graph.dims(-1, size)), "kept", axis=0)
+
+
+def _attention(graph: Graph, x: str, at: str, *, module: Any, config: Any) -> str:
+    """(tokens, heads · size), from x (tokens, hidden)."""
     heads, size = config.num_attention_heads, module.head_dim
     groups = config.num_key_value_heads
     norm = _rms(graph, config.rms_norm_eps, shifted=False)
@@ -178,15 +191,15 @@ def _attention(graph: Graph, x: str, at: str, *, module: Any, config: Any, lines
         if graph.has(f"{at}.self_attn.{part}_norm.weight"):
             split = graph.op("Reshape", found, graph.dims(-1, size))
             found = norm(split, f"{at}.self_attn.{part}_norm")
-        angles = "position_ids"
-        flat = graph.op("Reshape", found, lines)
-        rotated.append(graph.op("RotaryEmbedding", flat, "rotary.cos", "rotary.sin", angles, num_heads=count))
-    values = graph.op("Reshape", graph.linear(x, f"{at}.self_attn.v_proj"), lines)
+            found = graph.op("Reshape", found, graph.dims(-1, count * size))
+        angles = "rotary.cos", "rotary.sin", "position_ids"
+        rotated.append(graph.op("RotaryEmbedding", _in_lines(graph, found), *angles, num_heads=count))
+    values = _in_lines(graph, graph.linear(x, f"{at}.self_attn.v_proj"))
     settings = {"q_num_heads": heads, "kv_num_heads": groups, "is_causal": 1, "scale": float(module.scaling)}
     if cap := getattr(config, "attn_logit_softcapping", None):
         settings["softcap"] = float(cap)
     found = graph.op("Attention", *rotated, values, **settings)
-    return graph.op("Reshape", found, graph.dims(-1, heads * size))
+    return _no_lines(graph, found, heads * size)
 
 
 def _bert(loaded: LoadedModel, graph: Graph) -> tuple[Described, str]:
@@ -195,34 +208,28 @@ def _bert(loaded: LoadedModel, graph: Graph) -> tuple[Described, str]:
     if kind != "absolute":
         raise _unsupported(loaded.folder, "position_embedding_type", f"{shown(kind)} has no graph")
     hidden, heads, gate = config.hidden_size, config.num_attention_heads, _activation(loaded, "hidden_act")
-    embedded = graph.input("embedded", TensorProto.FLOAT, ["batch", "length", hidden])
+    embedded = _tokens(graph, hidden)
+    places = graph.input("places", TensorProto.INT64, ["tokens"])
     seen = graph.input("seen", TensorProto.BOOL, ["batch", 1, "length", "length"])
 
     def norm(x: str, name: str) -> str:
         weight, bias = graph.vector(f"{name}.weight"), graph.vector(f"{name}.bias")
         return graph.op("LayerNormalization", x, weight, bias, axis=-1, epsilon=config.layer_norm_eps)
 
-    places = _places(loaded, graph)
-    placed = graph.op(
-        "Add", embedded, graph.op("Slice", places, graph.dims(0), graph.op("Shape", embedded, start=1, end=2))
-    )
-    lines = graph.op("Concat", graph.op("Shape", embedded, start=0, end=2), graph.dims(-1), axis=0)
-    x = norm(graph.op("Reshape", placed, graph.dims(-1, hidden)), "embeddings.LayerNorm")
+    placed = graph.op("Add", embedded, graph.op("Gather", _places(loaded, graph), places, axis=0))
+    x = norm(placed, "embeddings.LayerNorm")
     for number in range(config.num_hidden_layers):
         at = f"encoder.layer.{number}"
         parts = [graph.linear(x, f"{at}.attention.self.{part}") for part in ("query", "key", "value")]
-        lined = [graph.op("Reshape", part, lines) for part in parts]
+        lined = [_in_lines(graph, part) for part in parts]
         found = graph.op("Attention", *lined, seen, q_num_heads=heads, kv_num_heads=heads)
-        flat = graph.op("Reshape", found, graph.dims(-1, hidden))
-        x = norm(
-            graph.op("Add", graph.linear(flat, f"{at}.attention.output.dense"), x), f"{at}.attention.output.LayerNorm"
-        )
+        found = graph.linear(_no_lines(graph, found, hidden), f"{at}.attention.output.dense")
+        x = norm(graph.op("Add", found, x), f"{at}.attention.output.LayerNorm")
         inner = _activated(graph, graph.linear(x, f"{at}.intermediate.dense"), gate)
         x = norm(graph.op("Add", graph.linear(inner, f"{at}.output.dense"), x), f"{at}.output.LayerNorm")
     embedding = "embeddings.word_embeddings.weight"
     graph.used.add(embedding)
-    out = graph.op("Reshape", x, lines)
-    return Described(embedding, None, 1.0, None, min(loaded.max_tokens, MOST_POSITIONS)), out
+    return Described(embedding, None, 1.0, None, min(loaded.max_tokens, MOST_POSITIONS)), x
 
 
 def _places(loaded: LoadedModel, graph: Graph) -> str:
@@ -230,4 +237,4 @@ def _places(loaded: LoadedModel, graph: Graph) -> str:
     table = loaded.model.embeddings.position_embeddings.weight
     kinds = loaded.model.embeddings.token_type_embeddings.weight
     graph.used |= {"embeddings.position_embeddings.weight", "embeddings.token_type_embeddings.weight"}
-    return graph.table("places", tuple(table.shape), lambda: (table + kinds[0]).float().numpy())
+    return graph.table("positions", tuple(table.shape), lambda: (table + kinds[0]).float().numpy())

@@ -1,6 +1,6 @@
 """Graphs by hand: what ONNX Runtime computes of embedded tokens, weights and theta. Only `meerkat bundle` builds them.
 
-Three rules make such a graph fit for theta:
+Four rules make such a graph fit for theta:
 
 - Every weight is an *input* of the graph, never a constant of it. ONNX Runtime keeps copies of constants in a layout of
   its own ("prepacking"), and what is written into the original later is silently ignored. Inputs are read by each run.
@@ -8,6 +8,9 @@ Three rules make such a graph fit for theta:
   to the masked weights, in float32, so what was stored there is of no consequence, and nothing is added up.
 - What makes a weight's values waits for the layer's own activations: the number 0 in its shape is computed from theirs.
   Else the runtime would make the values of all layers first, and hold them all at once.
+- Texts of a batch differ in length. Linear layers, which take nearly all the time, see the tokens of all texts one
+  after the other. Only attention sees a text a line: `Gather` by `spread` puts tokens into lines (batch, length),
+  padded on the right, and by `kept` takes them out again.
 
 Activations are float32 throughout: with fewer bits, the difference of a step's two losses drowns.
 """

@@ -12,8 +12,8 @@ from meerkat_mq.engines.onnx.layout import AGAIN
 from meerkat_mq.errors import ModelError, shown
 
 OPERATIONS: Final = frozenset((
-    "Add", "Attention", "Cast", "Concat", "DequantizeLinear", "Gather", "Gelu", "Gemm", "LayerNormalization", "Mul",
-    "RMSNormalization", "Reshape", "RotaryEmbedding", "ScatterElements", "Shape", "Sigmoid", "Slice", "Sub",
+    "Add", "Attention", "Cast", "DequantizeLinear", "Gather", "Gelu", "Gemm", "LayerNormalization", "Mul",
+    "RMSNormalization", "Reshape", "RotaryEmbedding", "ScatterElements", "Shape", "Sigmoid", "Sub",
 ))  # fmt: skip
 _MOST_NODES: Final = 1 << 17
 

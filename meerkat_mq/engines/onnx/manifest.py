@@ -21,15 +21,16 @@ from meerkat_mq.core.foreign import open_regular, read_regular, real_file
 from meerkat_mq.engines.onnx.graph_check import check_graph
 from meerkat_mq.engines.onnx.layout import AGAIN, WeightsFile
 from meerkat_mq.engines.onnx.quantise import Weights
-from meerkat_mq.engines.onnx.tokens import BundleTokenizer
-from meerkat_mq.errors import ConfigError, ModelError, ModelNotFound, reason
+from meerkat_mq.engines.onnx.tokens import BundleTokenizer, Chat
+from meerkat_mq.errors import ConfigError, ModelError, ModelNotFound, reason, shown
 
 MANIFEST: Final = "bundle.json"
 GRAPH: Final = "graph.onnx"
 WEIGHTS: Final = "weights.safetensors"
 TOKENIZER: Final = "tokenizer.json"
 
-_MOST_MANIFEST: Final = 16 << 20  # bytes
+_FORMAT: Final = 2  # 1: texts in lines of one length throughout
+MOST_MANIFEST: Final = 16 << 20  # bytes
 _MOST: Final = {GRAPH: 64 << 20, TOKENIZER: 128 << 20, WEIGHTS: 1 << 40}
 _PIECE: Final = 1 << 20
 
@@ -53,6 +54,17 @@ class Table(Closed):
     shape: tuple[Size, Size]
 
 
+class ChatTexts(Closed):
+    """A chat as the tokenizer's template renders it around words that stand for the messages (`continuations`).
+
+    Attributes:
+        asked, whole: up to where the assistant is to answer, and with the answer.
+    """
+
+    asked: Annotated[str, Field(max_length=1 << 16)]
+    whole: Annotated[str, Field(max_length=1 << 16)]
+
+
 class Manifest(Closed):
     """`bundle.json`.
 
@@ -61,13 +73,14 @@ class Manifest(Closed):
         weights: how linear weights are stored.
         fingerprint, tokenizer_fingerprint: of the base model, as in masks.
         max_tokens: longest input that the model takes; positions: that the graph takes.
-        start: ids before every text of a causal LM; pad: the id that fills up.
+        start: ids before every text of a causal LM; pad: the id that fills up; end: the one after an answer.
+        chat, chat_with_system: None where the template cannot be used like this, or there is none.
         embedding, head, embed_scale, head_cap: as `families.Described`.
         matrices: the weights that take theta, with their shapes.
         files: the other files of the folder.
     """
 
-    format: Literal[1]
+    format: Literal[2]
     kind: Literal["causal", "encoder"]
     weights: Weights
     fingerprint: Hash
@@ -76,6 +89,9 @@ class Manifest(Closed):
     positions: Annotated[int, Field(ge=8, le=8192)]
     start: Annotated[tuple[Token, ...], Field(max_length=64)]
     pad: Token
+    end: Token | None
+    chat: ChatTexts | None
+    chat_with_system: ChatTexts | None
     embedding: Table
     head: Table | None
     embed_scale: Annotated[float, Field(gt=0)]
@@ -118,11 +134,18 @@ def open_bundle(folder: Path) -> Bundle:
     if hashlib.sha256(graph).hexdigest() != manifest.files[GRAPH].sha256:
         raise _damaged(paths[GRAPH])
     check_graph(graph, str(folder / GRAPH))
-    tokenizer = BundleTokenizer(paths[TOKENIZER], manifest.pad)
+    tokenizer = BundleTokenizer(paths[TOKENIZER], manifest.pad, manifest.end, _chats(manifest))
     if (found := tokenizer.fingerprint()) != bytes.fromhex(manifest.tokenizer_fingerprint):
         problem = f"gives other ids than the manifest says: fingerprint {found.hex()[:16]}…"
         raise ModelError(str(paths[TOKENIZER]), problem, AGAIN)
     return Bundle(folder, manifest, graph, WeightsFile(paths[WEIGHTS], manifest.weights), tokenizer)
+
+
+def _chats(manifest: Manifest) -> tuple[Chat | None, Chat | None]:
+    plain, ruled = (
+        None if found is None else (found.asked, found.whole) for found in (manifest.chat, manifest.chat_with_system)
+    )
+    return plain, ruled
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -136,13 +159,27 @@ def read_manifest(folder: Path) -> Manifest:
         remedy = "give the folder that `meerkat bundle` wrote"
         raise ModelNotFound(str(folder), f"is no bundle: there is no {MANIFEST} in it", remedy)
     try:
-        found: Any = json.loads(read_regular(real_file(place, folder), _MOST_MANIFEST))
-    except (OSError, ValueError, RecursionError) as error:
+        data = read_regular(real_file(place, folder), MOST_MANIFEST)
+    except OSError as error:
         raise ModelError(str(place), f"cannot be used ({reason(error)})", AGAIN) from error
-    if isinstance(found, dict) and found.get("format", 1) != 1:
-        raise ModelError(str(place), "is of a newer format", "install the version of meerkat-mq that made it")
+    return manifest_of(data, str(place))
+
+
+def manifest_of(data: bytes, place: str) -> Manifest:
+    """The manifest of these bytes, checked; `place`, for errors, is where they are from.
+
+    Raises:
+        ModelError: as `open_bundle`.
+    """
     try:
-        manifest = check_config(found, Manifest, where=str(place))
+        found: Any = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(place, f"cannot be used ({reason(error)})", AGAIN) from error
+    if isinstance(found, dict) and found.get("format", _FORMAT) != _FORMAT:
+        problem = f"is of format {shown(found['format'])}, not {_FORMAT}"
+        raise ModelError(place, problem, f"{AGAIN}, with this version of meerkat-mq")
+    try:
+        manifest = check_config(found, Manifest, where=place)
     except ConfigError as error:
         raise ModelError(error.where, error.problem, AGAIN) from error
     if lacking := sorted(_MOST.keys() - manifest.files.keys()):

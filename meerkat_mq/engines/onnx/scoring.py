@@ -3,22 +3,27 @@
 The graph gives hidden states only. The output head has as many rows as there are tokens, so it is read in pieces, and
 only where it is needed: where all candidates have the same tokens but for the last, the sum over the vocabulary is the
 same for all of them, and drops out of the losses.
+
+The graph takes the tokens of all texts one after the other, and is told where each stands in its text (`graph`).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from meerkat_mq.core.directions import Float32Array
+from meerkat_mq.engines.continuations import causal_prompts
 from meerkat_mq.engines.onnx.layout import Rows
 from meerkat_mq.engines.onnx.manifest import Bundle, Table
 from meerkat_mq.engines.onnx.session import Session
-from meerkat_mq.engines.prompts import Candidates, CausalPass, CausalPrompts, EncoderPrompts, Prompt, padded
+from meerkat_mq.engines.prompts import Candidates, CausalPass, EncoderPrompts, Prompt, padded
 from meerkat_mq.tasks.task import Example, Task
 
-_HEAD_ROWS: Final = 4096  # of the head at a time
+_HEAD_ROWS: Final = 4096  # of the head at a time, and fewer where there are many hidden states:
+_LOGITS: Final = 1 << 20
 
 Ids = npt.NDArray[np.int64]
 Pass = CausalPass | list[list[int]]
@@ -44,7 +49,7 @@ class CausalScorer:
         manifest = bundle.manifest
         assert manifest.head is not None
         self._session = session
-        self._prompts = CausalPrompts(bundle, task)
+        self._prompts = causal_prompts(bundle, task)
         self._embeddings, self._head = _rows(bundle, manifest.embedding), _rows(bundle, manifest.head)
         self._scale, self._cap = np.float32(manifest.embed_scale), manifest.head_cap
         self._cancels = self._prompts.shared is not None and _same_but_the_last(self._prompts.shared)
@@ -59,27 +64,44 @@ class CausalScorer:
 
     def scores(self, passes: Sequence[Pass], *, only_compared: bool = False) -> Float32Array:
         """As `Scorer`; candidates that a row lacks, and another has, score minus infinity."""
-        found = [self._scores(one, only_compared) for one in passes if isinstance(one, CausalPass)]
+        found = [self._scores(one, only_compared) for one in _causal(passes)]
         most = max(part.shape[1] for part in found)
         wide = [np.pad(part, ((0, 0), (0, most - part.shape[1])), constant_values=-np.inf) for part in found]
         return np.concatenate(wide)
 
+    def counted(self, passes: Sequence[Pass]) -> tuple[Float32Array, Ids, Ids]:
+        """Of rows that are texts to be learned: scores as above, (rows, 1); their tokens; how many are put first."""
+        scores, tokens, first = list[Float32Array](), list[Ids](), list[Ids]()
+        for one in _causal(passes):
+            found, highest = self._ranked(one)
+            real = one.weight > 0
+            scores.append(_summed(one, found))
+            tokens.append(real.sum(axis=(1, 2)))
+            first.append((real & highest).sum(axis=(1, 2)))
+        return np.concatenate(scores), np.concatenate(tokens), np.concatenate(first)
+
     def _scores(self, inputs: CausalPass, only_compared: bool) -> Float32Array:
-        count, length = inputs.ids.shape
-        places = np.broadcast_to(np.arange(length), (count, length))
-        hidden = self._session.run({
-            "embedded": self._embeddings.at(inputs.ids) * self._scale,
-            "position_ids": np.ascontiguousarray(places),
-            "wanted": (np.arange(count)[:, None] * length + inputs.positions).reshape(-1),
-        })  # fmt: skip
-        state = inputs.sequence * len(inputs.slot) + inputs.slot
-        state, token = np.broadcast_arrays(state, inputs.token)
-        logits = self._capped(np.einsum("...h,...h->...", hidden[state], self._head.at(token)))
         if not (only_compared and self._cancels):
-            logits = logits - self._normaliser(hidden)[state]
-        scores: Float32Array = (logits * inputs.weight).sum(axis=-1, dtype=np.float32)
-        lacking = inputs.weight.sum(axis=-1) == 0
-        return scores if inputs.token.ndim == 2 else np.where(lacking, np.float32(-np.inf), scores)
+            return _summed(inputs, self._ranked(inputs)[0])
+        hidden, state = self._hidden(inputs)
+        logits: Float32Array = np.einsum("...h,...h->...", hidden[state], self._head.at(inputs.token))
+        return _summed(inputs, self._capped(logits))
+
+    def _hidden(self, inputs: CausalPass) -> tuple[Float32Array, Ids]:
+        """Hidden states, each once; which of them say what the candidates' tokens are: (rows, candidates, slots)."""
+        lengths = inputs.positions[:, -1] + 1  # the last position that is needed is the last token's
+        count, length = inputs.ids.shape
+        tokens = _tokens(inputs.ids, lengths)
+        starts = np.cumsum(lengths) - lengths
+        wanted, where = np.unique((starts[:, None] + inputs.positions).reshape(-1), return_inverse=True)
+        hidden = self._session.run({
+            "embedded": self._embeddings.at(tokens.ids) * self._scale,
+            "position_ids": np.ascontiguousarray(np.broadcast_to(np.arange(length), (count, length))),
+            "spread": tokens.spread,
+            "kept": tokens.kept,
+            "wanted": wanted,
+        })  # fmt: skip
+        return hidden, where.reshape(-1)[inputs.sequence * len(inputs.slot) + inputs.slot]
 
     def _capped(self, logits: Float32Array) -> Float32Array:
         if self._cap is None:
@@ -88,17 +110,59 @@ class CausalScorer:
         capped: Float32Array = cap * np.tanh(logits / cap)
         return capped
 
-    def _normaliser(self, hidden: Float32Array) -> Float32Array:
-        """The logarithm of the sum over the vocabulary, float32 (states,), of hidden states (states, hidden)."""
-        top, total = np.full(len(hidden), -np.inf), np.zeros(len(hidden))
-        for first in range(0, self._head.shape[0], _HEAD_ROWS):
-            rows = self._head.part(first, min(_HEAD_ROWS, self._head.shape[0] - first))
-            logits = self._capped(hidden @ rows.T).astype(np.float64)
+    def _ranked(self, inputs: CausalPass) -> tuple[Float32Array, npt.NDArray[np.bool_]]:
+        """Of each candidate's tokens, both (rows, candidates, slots): log-probabilities; whether none is above them."""
+        hidden, state = self._hidden(inputs)
+        state, token = np.broadcast_arrays(state, inputs.token)
+        found = np.full(token.shape, np.nan, np.float32)
+        top, total = np.full(len(hidden), -np.inf, np.float32), np.zeros(len(hidden))
+        step = min(_HEAD_ROWS, max(1, _LOGITS // len(hidden)))
+        for first in range(0, self._head.shape[0], step):
+            rows = self._head.part(first, min(step, self._head.shape[0] - first))
+            logits = self._capped(hidden @ rows.T)
+            here = (first <= token) & (token < first + len(rows))
+            found[here] = logits[state[here], token[here] - first]
             higher = np.maximum(top, logits.max(axis=1))
-            total = total * np.exp(top - higher) + np.exp(logits - higher[:, None]).sum(axis=1)
+            logits -= higher[:, None]
+            total = total * np.exp(top - higher) + np.exp(logits, out=logits).sum(axis=1, dtype=np.float64)
             top = higher
-        normaliser: Float32Array = (top + np.log(total)).astype(np.float32)
-        return normaliser
+        normaliser = (top + np.log(total)).astype(np.float32)
+        return found - normaliser[state], found >= top[state]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tokens:
+    """The tokens of texts, one after the other.
+
+    Attributes:
+        ids: int64 (tokens,).
+        kept: int64 (tokens,), where each stands in lines of one length, counted through.
+        spread: int64 (texts, length), what stands in the lines: the number of a token; 0 where there is none.
+    """
+
+    ids: Ids
+    kept: Ids
+    spread: Ids
+
+
+def _tokens(lines: Ids, lengths: Ids) -> Tokens:
+    """Those of lines (texts, length), padded on the right."""
+    there = np.arange(lines.shape[1]) < lengths[:, None]
+    kept = np.flatnonzero(there)
+    spread = np.zeros(lines.size, np.int64)
+    spread[kept] = np.arange(len(kept))
+    return Tokens(lines.reshape(-1)[kept], kept, spread.reshape(lines.shape))
+
+
+def _causal(passes: Sequence[Pass]) -> list[CausalPass]:
+    return [one for one in passes if isinstance(one, CausalPass)]
+
+
+def _summed(inputs: CausalPass, found: Float32Array) -> Float32Array:
+    """Scores, (rows, candidates), of their tokens' log-probabilities; minus infinity where a row has fewer."""
+    scores: Float32Array = (found * inputs.weight).sum(axis=-1, dtype=np.float32)
+    lacking = inputs.weight.sum(axis=-1) == 0
+    return scores if inputs.token.ndim == 2 else np.where(lacking, np.float32(-np.inf), scores)
 
 
 def _same_but_the_last(candidates: Candidates) -> bool:
@@ -113,7 +177,7 @@ class EncoderScorer:
     """
 
     def __init__(self, bundle: Bundle, session: Session, task: Task) -> None:
-        self._session, self._pad = session, bundle.manifest.pad
+        self._session = session
         self._scale = np.float32(task.scale)
         self._prompts = EncoderPrompts(bundle, task)
         self._embeddings = _rows(bundle, bundle.manifest.embedding)
@@ -128,17 +192,28 @@ class EncoderScorer:
 
     def scores(self, passes: Sequence[Pass], *, only_compared: bool = False) -> Float32Array:
         """As `Scorer`."""
-        texts = np.concatenate([self._embed(one) for one in passes if isinstance(one, list)])
-        scores: Float32Array = self._scale * texts @ self._embed(self._prompts.descriptions).T
+        texts = [one for one in passes if isinstance(one, list)]
+        # descriptions go with the first texts: another pass would make the values of all weights another time
+        first = self._embed([*self._prompts.descriptions, *texts[0]])
+        classes, *found = np.split(first, [len(self._prompts.descriptions)])
+        found += [self._embed(one) for one in texts[1:]]
+        scores: Float32Array = self._scale * np.concatenate(found) @ classes.T
         return scores
 
     def _embed(self, texts: Sequence[Sequence[int]]) -> Float32Array:
         """Mean over the tokens, scaled to length 1: float32 (texts, hidden)."""
-        ids, there = padded(texts, self._pad), padded([[1] * len(text) for text in texts])
-        count, length = ids.shape
-        seen = np.broadcast_to(there.astype(bool)[:, None, None, :], (count, 1, length, length))
-        hidden = self._session.run({"embedded": self._embeddings.at(ids), "seen": np.ascontiguousarray(seen)})
-        total = np.einsum("sl,slh->sh", there.astype(np.float32), hidden)
+        lengths = np.array([len(text) for text in texts])
+        tokens = _tokens(padded(texts), lengths)
+        count, length = tokens.spread.shape
+        seen = np.broadcast_to((np.arange(length) < lengths[:, None])[:, None, None, :], (count, 1, length, length))
+        hidden = self._session.run({
+            "embedded": self._embeddings.at(tokens.ids),
+            "places": tokens.kept % length,
+            "spread": tokens.spread,
+            "kept": tokens.kept,
+            "seen": np.ascontiguousarray(seen),
+        })  # fmt: skip
+        total = np.add.reduceat(hidden, np.cumsum(lengths) - lengths, axis=0)
         unit: Float32Array = total / np.maximum(np.linalg.norm(total, axis=1, keepdims=True), np.float32(1e-12))
         return unit
 

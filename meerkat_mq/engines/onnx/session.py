@@ -23,7 +23,7 @@ _ELEMENTS: Final[dict[str, tuple[Any, Any]]] = {  # what the runtime is told, an
     "tensor(float)": (np.float32, np.float32), "tensor(float16)": (np.float16, np.float16),
     "tensor(int8)": (np.int8, np.int8), "tensor(int4)": (_INT4, np.uint8), "tensor(int64)": (np.int64, np.int64),
 }  # fmt: skip
-_MADE: Final = {"embedded", "position_ids", "wanted", "seen"}  # inputs of one run
+_MADE: Final = {"embedded", "position_ids", "places", "spread", "kept", "wanted", "seen"}  # inputs of one run
 _STORED: Final = {
     "float32": "tensor(float)",
     "float16": "tensor(float16)",

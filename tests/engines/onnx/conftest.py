@@ -12,6 +12,7 @@ from meerkat_mq.engines.torch.load import load_model
 from meerkat_mq.engines.torch.masks import make_mask
 from meerkat_mq.extras import missing
 from tests.engines import tiny
+from tests.engines.test_continuations import TEMPLATE
 
 Bundled = Callable[..., tuple[Path, Path, Mask]]
 
@@ -54,7 +55,9 @@ def bundled(tmp_path_factory: pytest.TempPathFactory, _own_cache: None) -> Bundl
     def make(family: str, weights: Weights = "float32") -> tuple[Path, Path, Mask]:
         if (family, weights) not in made:
             torch.manual_seed(0)
-            folder = base = tiny.save(families()[family](), root / f"{family}-{weights}")
+            folder = base = tiny.save(families()[family.removesuffix("-chat")](), root / f"{family}-{weights}")
+            if family.endswith("-chat"):
+                (folder / "chat_template.jinja").write_text(TEMPLATE)
             if weights != "float32":
                 base = root / f"{family}-{weights}-base"
                 publish_base(str(folder), weights, base)

@@ -86,7 +86,10 @@ def test_a_file_that_is_not_the_manifest_s(copy: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda table: table.update(format=2), "is of a newer format; install"),
+        (lambda table: table.update(format=3), "is of format 3, not 2; make the bundle again"),
+        (lambda table: table.update(end=-1), r"bundle\.json: end"),
+        (lambda table: table.update(chat={"asked": "x"}), r"bundle\.json: chat"),
+        (lambda table: table.update(chat={"asked": "x" * 70_000, "whole": ""}), r"bundle\.json: chat"),
         (lambda table: table.update(code="import os"), r"bundle\.json: code: is unknown"),
         (lambda table: table.update(weights="int2"), r"bundle\.json: weights"),
         (lambda table: table.update(fingerprint="no"), r"bundle\.json: fingerprint"),

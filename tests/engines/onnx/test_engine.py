@@ -16,7 +16,6 @@ from meerkat_mq.engines.torch.load import load_model
 from meerkat_mq.errors import DataError, ModelMismatch, TaskError
 from meerkat_mq.tasks.classification import Classification
 from meerkat_mq.tasks.task import Task
-from meerkat_mq.tasks.text import Text
 from tests.engines import tiny
 from tests.engines.onnx.conftest import Bundled, families
 from tests.tasks.test_kinds import Quiz
@@ -215,10 +214,3 @@ def test_inputs_that_the_graph_does_not_take_are_refused(bundled: Bundled) -> No
     narrow = replace(bundle, manifest=bundle.manifest.model_copy(update={"positions": 40}))
     with pytest.raises(TaskError, match=r"^task state: max_tokens: 48 tokens are more than the 40 of this bundle's"):
         OnnxEngine(narrow, mask, tiny.TASK)
-
-
-def test_texts_to_be_learned_are_refused(bundled: Bundled) -> None:
-    with pytest.raises(
-        TaskError, match=r"a text task, whose rows are texts to be learned, is not for bundles yet; use a"
-    ):
-        both(bundled("llama"), Text(name="notes"))

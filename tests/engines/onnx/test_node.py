@@ -1,17 +1,26 @@
 """Nodes with and without PyTorch in one run, as processes on a real broker; and what a node without it imports."""
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import HTTPServer, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from meerkat_mq.config import NodeConfig, ServerConfig
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.engines.registry import ENGINES, check_named, runs_of
-from meerkat_mq.errors import RunMismatch
+from meerkat_mq.errors import ConfigError, RunMismatch
 from meerkat_mq.ledger.folder import verify_folder
+from meerkat_mq.node.state import NodeState
+from meerkat_mq.node.work import Work
+from meerkat_mq.server.run import prepare_run
 from tests.engines import tiny
 from tests.engines.onnx.conftest import Bundled
 from tests.support.broker import Broker
@@ -53,6 +62,11 @@ url = "mqtt://127.0.0.1:{port}"
 [policy]
 min_batch = 1
 """
+FETCHED = """
+[bundle]
+url = "http://127.0.0.1:{port}/"
+sha256 = "{sha256}"
+"""
 BLOCKED = """
 import importlib.abc, sys
 
@@ -86,6 +100,30 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def web(bundled: Bundled) -> Iterator[HTTPServer]:
+    """Serves a bundle."""
+
+    class Page(SimpleHTTPRequestHandler):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args, directory=str(bundled("llama", "int8")[1]))
+
+        def log_message(self, *_: Any) -> None:
+            """Nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Page)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def hash_of(bundle: Path) -> str:
+    return hashlib.sha256((bundle / "bundle.json").read_bytes()).hexdigest()
+
+
 def run(folder: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, *arguments]
@@ -104,15 +142,19 @@ def test_without_pytorch_nothing_of_it_is_imported(bundled: Bundled, folder: Pat
 
 
 @pytest.mark.timeout(300)
-def test_all_kinds_of_nodes_end_with_the_same_weights(bundled: Bundled, folder: Path, mosquitto: Broker) -> None:
+def test_all_kinds_of_nodes_end_with_the_same_weights(
+    bundled: Bundled, folder: Path, mosquitto: Broker, web: HTTPServer
+) -> None:
     base, bundle, mask = bundled("llama", "int8")
     mask.save(folder / "mask.mkm")
     assert Mask.load(folder / "mask.mkm").hash == mask.hash
     (folder / "federation.toml").write_text(SERVER.format(port=mosquitto.port))
     engines = {"torch-0": f"model = '{base}'"}
-    engines |= dict.fromkeys(("onnx-0", "onnx-1"), f"engine = 'onnx'\nmodel = '{bundle}'")
+    engines |= {"onnx-0": f"engine = 'onnx'\nmodel = '{bundle}'", "onnx-1": "engine = 'onnx'"}
     for name, engine in engines.items():
         (folder / f"{name}.toml").write_text(NODE.format(name=name, engine=engine, port=mosquitto.port))
+    with (folder / "onnx-1.toml").open("a") as stream:  # it fetches its own
+        stream.write(FETCHED.format(port=web.server_port, sha256=hash_of(bundle)))
     start = "import sys; sys.argv[0] = 'meerkat'; from meerkat_mq.__main__ import main; sys.exit(main())"
     commands = [("server", "", "federation.toml")]
     commands += [("node", BLOCKED if name.startswith("onnx") else "", f"{name}.toml") for name in engines]
@@ -148,3 +190,44 @@ def test_a_node_may_name_an_engine_that_stands_for_the_run_s() -> None:
         with pytest.raises(RunMismatch):
             check_named(run_engine, named)
     assert ENGINES["onnx"].extra == "onnx"
+
+
+def test_a_node_that_fetches_its_bundle_ends_in_order(folder: Path) -> None:
+    """Nobody listens at port 1: the node says so, and goes on; a signal ends it at once."""
+    text = NODE.format(name="n", engine="engine = 'onnx'", port=1) + FETCHED.format(port=1, sha256="0" * 64)
+    (folder / "n.toml").write_text(text)
+    start = "import sys; sys.argv[0] = 'meerkat'; from meerkat_mq.__main__ import main; sys.exit(main())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", BLOCKED + start, "node", "--config", "n.toml"],
+        cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    with process.stderr as lines:
+        try:
+            line = next(line for line in lines if "bundle not fetched yet" in line)
+            assert "Connection refused" in json.loads(line)["problem"]
+            process.terminate()
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+
+
+def test_values_need_gradients_which_a_bundle_does_not_give(bundled: Bundled, folder: Path) -> None:
+    _, bundle, mask = bundled("llama", "int8")
+    mask.save(folder / "mask.mkm")
+    server = ServerConfig(federation="f", state_dir=folder, mask=folder / "mask.mkm", task=str(folder / "state.toml"))
+    config = NodeConfig(
+        id="n",
+        federation="f",
+        data=folder / "rows.jsonl",
+        state_dir=folder / "n",
+        engine="onnx",
+        model=str(bundle),
+        uplink="values",
+    )
+    run = prepare_run(server).descriptor
+    with (
+        NodeState(folder / "n") as state,
+        pytest.raises(ConfigError, match=r'^uplink: is "values", and the engine onnx has no method gradient; set'),
+    ):
+        Work(config, run, mask, state)
