@@ -116,7 +116,7 @@ def compared(base: Path, mask: Mask, bundle: Path, task: Classification, rows: l
             seconds[seed, place] = time.process_time() - began
     errors = np.linalg.norm(found[:, 0] - found[:, 1]) / np.linalg.norm(found[:, 1])
     ratios = sorted(seconds[:, 0] / seconds[:, 1])
-    print(f"g                  correlation {np.corrcoef(found.T)[0][1]:.7f}, relative error {errors:.1e}")
+    print(f"g                  correlation {np.asarray(np.corrcoef(found.T))[0, 1]:.7f}, relative error {errors:.1e}")
     print(f"CPU s of a step    {np.median(seconds[:, 0]):.3f} against {np.median(seconds[:, 1]):.3f}")
     print(f"ratio              {statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})", flush=True)
 

@@ -87,8 +87,8 @@ class OnnxEngine(Preparing[Prepared]):
         """What the model makes of a batch: of texts to be learned, with their tokens."""
         if self._task.continuation is None or not isinstance(self._scorer, CausalScorer):
             return Scored(*self.scores(batch))
-        scores, tokens, first = (found[batch.place] for found in self._scorer.counted(batch.passes))
-        return Scored(scores, batch.answers, tokens, first)
+        (scores, tokens, first), place = self._scorer.counted(batch.passes), batch.place
+        return Scored(scores[place], batch.answers, tokens[place], first[place])
 
     def losses(self, batch: Prepared) -> Float32Array:
         """The cross-entropy over the candidates, or minus the score of a single one: float32 (rows,)."""

@@ -197,7 +197,8 @@ class EncoderScorer:
         first = self._embed([*self._prompts.descriptions, *texts[0]])
         classes, *found = np.split(first, [len(self._prompts.descriptions)])
         found += [self._embed(one) for one in texts[1:]]
-        scores: Float32Array = self._scale * np.concatenate(found) @ classes.T
+        scaled: Float32Array = np.multiply(self._scale, np.concatenate(found), dtype=np.float32)
+        scores: Float32Array = scaled @ classes.T
         return scores
 
     def _embed(self, texts: Sequence[Sequence[int]]) -> Float32Array:

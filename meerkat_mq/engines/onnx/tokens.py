@@ -59,7 +59,7 @@ class BundleTokenizer:
             found = self._tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
         finally:
             self._tokenizer.no_truncation()
-        answer = {"input_ids": [encoding.ids for encoding in found]}
+        answer: dict[str, list[Any]] = {"input_ids": [encoding.ids for encoding in found]}
         if return_offsets_mapping:
             answer["offset_mapping"] = [encoding.offsets for encoding in found]
         return {key: values[0] if isinstance(text, str) else values for key, values in answer.items()}
