@@ -81,6 +81,7 @@ async def test_a_term_near_the_end_of_the_range_keeps_no_server_from_starting_ag
     again = scene.federation.server(
         rounds=ROUNDS | {"min_nodes": HONEST, "directions": 1},
         toy_weights=WEIGHTS,
+        values={"accept": True},
         broker=scene.guarded.table("server"),
     )
     taken = await again.says("in charge")
