@@ -41,6 +41,11 @@ def loss(federation: Federation) -> float:
     return float(np.mean(np.square(federation.difference().theta - direction("mk1", 7, 0, WEIGHTS))))
 
 
+def shortened(server: Service) -> set[str]:
+    """The nodes of whom the server has said it: honest ones can be among them, in the order in which they answered."""
+    return {line["node"] for line in server.said("displacement shortened")}
+
+
 @pytest.mark.parametrize("hostile", ["× -1", "× -3", "= 10"])
 async def test_one_of_three_values_nodes_does_no_harm(federation: Federation, hostile: str) -> None:
     server, *nodes = start(federation, hostile, paths=3, honest=2)
@@ -50,7 +55,7 @@ async def test_one_of_three_values_nodes_does_no_harm(federation: Federation, ho
         refused = [[one.node for one in ledger.records(at) if one.verdict is Verdict.AGAINST] for at in range(12)]
         flagged = {node.node: node.flagged for node in run_shown(ledger).nodes if node.flagged}
     if hostile == "= 10":
-        assert server.said("displacement shortened")[0]["node"] == "evil"
+        assert "evil" in shortened(server)
     else:
         assert refused == [["evil"]] * 12
         assert flagged == {"evil": "against"}
@@ -80,7 +85,7 @@ async def test_one_that_is_alone_is_compared_with_the_paths(federation: Federati
 async def test_one_or_two_do_hardly_anything(federation: Federation, honest: int) -> None:
     server, *nodes = start(federation, "= 10", paths=4, honest=honest)
     assert await all_end(server, *nodes) == [0] * (6 + honest), [service.plain for service in (server, *nodes)]
-    assert server.said("displacement shortened")[0]["node"] == "evil"
+    assert "evil" in shortened(server)
     assert loss(federation) < 1
     assert verify_folder(federation.folder / "server").rounds == 12
 
@@ -88,6 +93,6 @@ async def test_one_or_two_do_hardly_anything(federation: Federation, honest: int
 async def test_a_trusted_one_that_is_alone_is_not_shortened(federation: Federation) -> None:
     server, *nodes = start(federation, "× 1", paths=3, honest=0, guards={"trusted": ["evil"]})
     assert await all_end(server, *nodes) == [0] * 5, [service.plain for service in (server, *nodes)]
-    assert server.said("displacement shortened") == []
+    assert shortened(server) == set()
     assert loss(federation) < 0.7
     assert verify_folder(federation.folder / "server").rounds == 12
