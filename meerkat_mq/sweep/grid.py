@@ -67,7 +67,7 @@ class Cell:
     @property
     def key(self) -> str:
         """Hash of everything that decides the cell's figures."""
-        split = self.split.model_dump(mode="json")
+        split = self.split.model_dump(mode="json", exclude_none=True)  # what is not said is not in older keys
         return hash_of(self.setting_key, split, self.local_steps, self.seed, self.lr, *self._layer)
 
     @property

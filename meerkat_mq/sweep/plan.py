@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from meerkat_mq.config import DataSource, Device, Dtype, EarlyStoppingConfig, LocalPath, Section
+from meerkat_mq.tasks.data import Division
 
 OWN_MODEL = "demo"
 EVERY_TASK = "every task"
@@ -43,22 +44,27 @@ class SplitPlan(Section):
         alpha: of "dirichlet".
         nodes: of "extreme".
         exclusive: of "extreme": nobody else has rows of these labels.
+        field: of "field": each value of this field of the rows is one node's.
     """
 
-    how: Literal["iid", "dirichlet", "one-label", "extreme"]
+    how: Division | Literal["extreme"]
     alpha: Annotated[float, Field(gt=0, strict=True)] = 0.5
     nodes: Annotated[int, Field(ge=1, le=1000, strict=True)] = 1
     exclusive: Annotated[bool, Field(strict=True)] = False
+    field: Label | None = None
 
     @property
     def shown(self) -> str:
         """For people: "dirichlet 0.5"."""
         extreme = f" {self.nodes}" + " exclusive" * self.exclusive
-        return self.how + {"dirichlet": f" {self.alpha:g}", "extreme": extreme}.get(self.how, "")
+        more = {"dirichlet": f" {self.alpha:g}", "extreme": extreme, "field": f" {self.field}"}
+        return self.how + more.get(self.how, "")
 
     @model_validator(mode="after")
     def _says_nothing_idle(self) -> Self:
-        for key, how in (("alpha", "dirichlet"), ("nodes", "extreme"), ("exclusive", "extreme")):
+        if self.how == "field" and self.field is None:
+            raise ValueError('how = "field" needs field, the name of a field of the rows')
+        for key, how in (("alpha", "dirichlet"), ("nodes", "extreme"), ("exclusive", "extreme"), ("field", "field")):
             if key in self.model_fields_set and self.how != how:
                 raise ValueError(f'{key} does nothing with how = "{self.how}", only with "{how}"')
         return self

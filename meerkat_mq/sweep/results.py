@@ -200,6 +200,7 @@ _COLUMNS: tuple[tuple[str, Cells], ...] = (
     ("seeds", _seeds),
     ("accuracy before", lambda rows: spread(_values(rows, "accuracy_before"))),
     ("accuracy", lambda rows: spread(_values(rows, "accuracy"))),
+    ("balanced", lambda rows: spread(_values(rows, "balanced_accuracy"))),
     ("own mix", lambda rows: spread(_values(rows, "own_mix_mean"))),
     ("own mix, least", lambda rows: spread(_values(rows, "own_mix_min"))),
     ("loss", lambda rows: spread(_values(rows, "loss"))),

@@ -32,7 +32,7 @@ def rows_of(cell: Cell) -> CellRows:
     if cell.task is None:
         train: Sequence[Row] = triage_rows(0, DEMO.training_rows + plan.tune_rows, "train")
     else:
-        train = read_rows(cell.task.train, cell.described)
+        train = read_rows(cell.task.train, cell.described, cell.split.field)
     if plan.tune_rows + plan.nodes > len(train):
         raise DataError(
             "tune_rows",
@@ -55,7 +55,7 @@ def shards_of(rows: Sequence[Row], nodes: int, split: SplitPlan, *, seed: int, c
     """Divide rows among nodes; DataError where they are too few."""
     if split.how == "extreme":
         return _extreme(rows, nodes, split, seed=seed, class_of=class_of)
-    return partition(rows, nodes, split.how, seed=seed, alpha=split.alpha, class_of=class_of)
+    return partition(rows, nodes, split.how, seed=seed, alpha=split.alpha, class_of=class_of, field=split.field)
 
 
 def _extreme(rows: Sequence[Row], nodes: int, split: SplitPlan, *, seed: int, class_of: ClassOf) -> list[list[Row]]:

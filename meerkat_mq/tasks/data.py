@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +20,11 @@ MOST_CHARACTERS = 2**20  # of a field; a tokenizer takes about a second for them
 ROWS_NAMED = 10  # of those that are left out, one by one in the log
 CHECKED = 64  # rows at a time
 
-Division = Literal["iid", "dirichlet", "one-label"]
+Division = Literal["iid", "dirichlet", "one-label", "field"]
 ClassOf = Callable[[Row], int]
 
 
-def read_rows(source: Path | str, task: Task | None = None) -> list[Row]:
+def read_rows(source: Path | str, task: Task | None = None, field: str | None = None) -> list[Row]:
     """Read rows, each checked by the task.
 
     Args:
@@ -32,6 +32,7 @@ def read_rows(source: Path | str, task: Task | None = None) -> list[Row]:
             header row, its name ending in .csv or .tsv; any of these gzipped; a folder of such files, by name; or
             `hf:<folder or hub id>[,<config>]:<split>`, for the `datasets` library. Blank lines are skipped.
         task: what a row must have; None: whatever its fields are.
+        field: one that is read too, of a data set; files always give all of their fields.
 
     Raises:
         DataError: names the file, the line and what is wrong with it.
@@ -40,7 +41,8 @@ def read_rows(source: Path | str, task: Task | None = None) -> list[Row]:
     if task is None:
         rows = list(records(source, None))
     else:
-        rows = [task.checked(row) for row in records(source, task.columns, task.integers)]
+        columns = dict.fromkeys((*task.columns, field) if field else task.columns)
+        rows = [task.checked(row) for row in records(source, tuple(columns), task.integers)]
     if not rows:
         raise no_rows(source, "give a JSONL file with one object a line")
     return rows
@@ -178,8 +180,28 @@ def hold_out(
     return [rows[index] for index in order if index not in held], [rows[index] for index in order if index in held]
 
 
+def value_of(row: Row, field: str) -> str:
+    """The value of a field by which rows are divided, as text: a table knows no other.
+
+    Raises:
+        DataError: the row has no such field, or its value is neither text nor an integer.
+    """
+    value = row.get(field)
+    if isinstance(value, str | int):
+        return str(value)
+    found = f"is {shown(value)}, neither text nor an integer" if field in row else "is missing"
+    raise DataError(place_of(row), f"field {field!r} {found}", f"the row has {shown_names(list(row), 'no fields')}")
+
+
 def partition(
-    rows: Sequence[Row], nodes: int, how: Division, *, seed: int, alpha: float = 0.5, class_of: ClassOf = by_label
+    rows: Sequence[Row],
+    nodes: int,
+    how: Division,
+    *,
+    seed: int,
+    alpha: float = 0.5,
+    class_of: ClassOf = by_label,
+    field: str | None = None,
 ) -> list[list[Row]]:
     """Divide rows among nodes; every node gets at least one, and the same seed gives the same division.
 
@@ -188,13 +210,16 @@ def partition(
         nodes: ≥ 1.
         how: "iid" (shuffled, equal shares); "dirichlet" (each label's rows by shares drawn from Dirichlet(alpha), the
             smaller alpha the more skewed); "one-label" (node i gets rows of the i-th label found, modulo their number;
-            with fewer nodes than labels the rows of the other labels stay out).
+            with fewer nodes than labels the rows of the other labels stay out); "field" (node i gets the rows of the
+            i-th value of a field, in order of their text, modulo their number; with fewer nodes than values a node gets
+            several values).
         seed: ≥ 0.
         alpha: of the Dirichlet distribution, > 0.
         class_of: the number of a row's class.
+        field: of "field".
 
     Raises:
-        DataError: too few rows for so many nodes, or an argument out of range.
+        DataError: too few rows for so many nodes, a row without the field, or an argument out of range.
     """
     if not 1 <= nodes <= len(rows):
         raise DataError("nodes", f"{nodes} nodes for {len(rows)} rows", "every node needs at least one row")
@@ -207,9 +232,17 @@ def partition(
     elif how == "dirichlet":
         parts = _fill_empty(_dirichlet(_by_label(rows, order, class_of), nodes, alpha, rng))
     elif how == "one-label":
-        parts = _one_label(_by_label(rows, order, class_of), nodes)
+        labels = _by_label(rows, order, class_of)
+        parts = _one_each(labels, nodes, [f"label number {number}" for number in range(len(labels))])
+    elif how == "field" and field is not None:
+        values = sorted({value_of(row, field) for row in rows})
+        groups = _by_label(rows, order, lambda row: values.index(value_of(row, field)))
+        dealt = [np.concatenate(groups[node::nodes]) for node in range(min(nodes, len(groups)))]
+        parts = _one_each(dealt, nodes, [f"{field} {shown(value)}" for value in values])
+    elif how == "field":
+        raise DataError("partition", "field needs the name of the field", 'such as "system"')
     else:
-        raise DataError("partition", f"{how!r} is unknown", "use one of iid, dirichlet, one-label")
+        raise DataError("partition", f"{how!r} is unknown", f"use one of {', '.join(get_args(Division))}")
     return [[rows[index] for index in rng.permutation(part)] for part in parts]
 
 
@@ -239,11 +272,12 @@ def _fill_empty(parts: list[Indices]) -> list[Indices]:
     return parts
 
 
-def _one_label(groups: list[Indices], nodes: int) -> list[Indices]:
+def _one_each(groups: list[Indices], nodes: int, names: Sequence[str]) -> list[Indices]:
+    """A group for each node, which nodes share where there are more of them than groups."""
     sharers = Counter(node % len(groups) for node in range(nodes))
     short = [label for label, count in sharers.items() if count > groups[label].size]
     if short:
-        problem = f"label number {short[0]} has {groups[short[0]].size} rows for {sharers[short[0]]} nodes"
+        problem = f"{names[short[0]]} has {groups[short[0]].size} rows for {sharers[short[0]]} nodes"
         raise DataError("partition", problem, "use fewer nodes or more rows")
     pieces = {label: iter(np.array_split(groups[label], count)) for label, count in sharers.items()}
     return [next(pieces[node % len(groups)]) for node in range(nodes)]
