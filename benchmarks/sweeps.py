@@ -4,10 +4,11 @@
     python -m benchmarks.sweeps agnews                    and so on; without a name: their list
 
 Rows and tables go to `--out` (default runs/sweeps/NAME); a second start goes on where the first one stopped. MiniLM and
-the data sets are found as in `benchmarks.minilm_agnews`.
+the data sets are found as in `benchmarks.minilm_agnews`, SmolLM2-135M-Instruct as in `meerkat demo --model smollm2`.
 """
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from rich.console import Console
 from benchmarks.minilm_agnews import SHARED, minilm
 from meerkat_mq.config import EarlyStoppingConfig, check_config
 from meerkat_mq.demo.settings import DEMO
+from meerkat_mq.engines.torch.smollm2 import smollm2_folder
 from meerkat_mq.sweep.plan import SweepPlan
 from meerkat_mq.sweep.run import check_plan, run_sweep
 
@@ -118,6 +120,45 @@ def demo_tuning(methods: list[Table], **others: Any) -> Table:
     return demo_table(methods, evaluate_on="tuning", tune_rows=300, eval_rows=300, seeds=[100, 101], **others)
 
 
+def on_smollm2(task: Table, methods: list[Table], **others: Any) -> Table:
+    """A plan on a genuine LLM: 8 nodes, Dirichlet(0.5), T = 1, four lanes, 120 forward passes a node."""
+    return {
+        "model": str(smollm2_folder()), "text": C4, "calibration_sequences": 32, "calibration_tokens": 128, "nodes": 8,
+        "passes": 120, "batch_size": 8, "max_tokens": 48, "eval_rows": 1000, "evaluate_every": 20, "splits": DIRICHLET, "tasks": [task],
+        "methods": [one if "optimiser" in one else one | {"directions": 4} for one in methods],
+    } | others  # fmt: skip
+
+
+def first_order(lr: float | list[float]) -> Table:
+    return method("first-order", lr, optimiser="first-order")
+
+
+def written(name: str, text: str) -> Path:
+    """A file of a benchmark's own."""
+    file = Path("runs/sweeps") / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    return file.resolve()
+
+
+def nl2bash() -> Table:
+    lines = ["kind = 'completion'", 'template = "{instruction}"', 'completion = "{command}"', "chat = true"]
+    return task("nl2bash", task=str(written("nl2bash.toml", "\n".join(lines))))
+
+
+def logs() -> Table:
+    """Log lines of 13 systems, each row with its system's name."""
+    files = dict[str, Path]()
+    for part in ("train", "validation"):
+        rows = [
+            json.dumps({"system": file.parent.name, **json.loads(line)}) + "\n"
+            for file in sorted((SHARED / "data/logs").glob(f"*/{part}.jsonl"))
+            for line in file.read_text().splitlines()
+        ]
+        files[part] = written(f"logs-{part}.jsonl", "".join(rows))
+    return {"name": "logs", "task": str(written("logs.toml", "kind = 'text'")), **files}
+
+
 DEMO_GRID = [
     meerkat([5e-2, 0.1, 0.2]),
     method("magnitude-activation", [0.1, 0.3], mask="magnitude-activation"),
@@ -179,6 +220,19 @@ SWEEPS: dict[str, Callable[[], Table]] = {
     "demo-one-label": lambda: demo_table(DEMO_CHOSEN[:2], splits=[{"how": "one-label"}]),
     "early-stopping": lambda: on_demo([PLAIN, VP, RANDOM], [EXTREME], [10, 30, 50]),
     "minority": lambda: on_demo([PLAIN, VP], [EXTREME | {"exclusive": True}], [10]),
+    "smollm2-sst2": lambda: on_smollm2(task("sst2"), [meerkat(5e-4), first_order(1e-3)]),
+    "smollm2-agnews": lambda: on_smollm2(task("agnews"), [meerkat(5e-4), first_order(1e-3)], max_tokens=64),
+    "smollm2-nl2bash": lambda: on_smollm2(
+        nl2bash(), [meerkat(5e-4), first_order(1e-3)], max_tokens=96, eval_rows=300, splits=[{"how": "iid"}]
+    ),
+    "smollm2-logs": lambda: on_smollm2(
+        logs(),
+        [meerkat(5e-4), first_order(1e-3)],
+        max_tokens=64,
+        eval_rows=520,
+        nodes=13,
+        splits=[{"how": "field", "field": "system"}],
+    ),
     "early-stopping-minilm": lambda: on_minilm(
         early_stopping(2e-3, EarlyStoppingConfig()), passes=500, splits=[EXTREME]
     ),

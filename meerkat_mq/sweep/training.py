@@ -54,7 +54,7 @@ class Trained:
         bytes_up: of encoded frames, a node; bytes_down: likewise.
         refused: updates that did not count.
         ended: what stopped it before its time, in words.
-        curve: (round, accuracy, loss).
+        curve: (round, accuracy, loss, CPU seconds of training so far).
     """
 
     theta: Float32Array
@@ -68,7 +68,7 @@ class Trained:
     judgements: Sequence[Judgement] = ()
     gradips: Sequence[NodeGradIP] = ()
     ended: str | None = None
-    curve: Sequence[tuple[int, float, float]] = ()
+    curve: Sequence[tuple[int, float, float, float]] = ()
 
 
 @dataclass
@@ -170,7 +170,7 @@ def train_federated(
     Raises:
         Exception: what the engine failed with.
     """
-    counting, watch, curve = CountingEngine(engine), Stopwatch(), list[tuple[int, float, float]]()
+    counting, watch, curve = CountingEngine(engine), Stopwatch(), list[tuple[int, float, float, float]]()
     parts = [NodePart(f"node-{number}", counting, rows) for number, rows in enumerate(shards)]
     traffic = Traffic(settings.count * len(parts), report)
     federation = Federation(settings, mask, parts, routed=traffic.routed, delivered=traffic.delivered)
@@ -185,7 +185,7 @@ def train_federated(
             engine.write(federation.theta)
             with np.errstate(all="ignore"):  # what diverges may hold anything
                 found = evaluate(engine, evaluation, figures=figures)
-            curve.append((target, found.accuracy, found.loss))
+            curve.append((target, found.accuracy, found.loss, round(watch.cpu, 2)))
     return Trained(
         theta=federation.theta,
         rounds=federation.version,

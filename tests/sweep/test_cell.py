@@ -157,7 +157,8 @@ def test_other_kinds_of_tasks(tmp_path: Path, tiny_llama: Path, kind: str) -> No
 def test_a_curve(tmp_path: Path, tiny_llama: Path) -> None:
     row = one(tmp_path, tiny_llama, {}, evaluate_every=3)
     assert [point[0] for point in row["curve"]] == [3, 4]
-    assert row["curve"][-1][1:] == (row["accuracy"], row["loss"])
+    assert row["curve"][-1][1:3] == (row["accuracy"], row["loss"])
+    assert 0 < row["curve"][0][3] < row["curve"][1][3] < row["cpu_seconds"] + 0.01
     assert row["digest"] == one(tmp_path, tiny_llama, {})["digest"]
 
 
