@@ -88,7 +88,8 @@ def made(model: Path, weights: Weights, work: Path) -> tuple[Path, Mask, Path]:
     if not base.exists():
         publish_base(str(model), weights, base)
     if not mask_file.exists():
-        make_mask(load_model(base), [__doc__ or ""], "magnitude", density=1e-3, sequences=2, length=64).save(mask_file)
+        texts = 16 * [__doc__ or ""]  # long enough for every model; magnitudes do not depend on it
+        make_mask(load_model(base), texts, "magnitude", density=1e-3, sequences=16, length=64).save(mask_file)
     mask = Mask.load(mask_file)
     if not bundle.exists():
         make_bundle(str(base), mask, weights, bundle, print)

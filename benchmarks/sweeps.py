@@ -124,7 +124,8 @@ def on_smollm2(task: Table, methods: list[Table], **others: Any) -> Table:
     """A plan on a genuine LLM: 8 nodes, Dirichlet(0.5), T = 1, four lanes, 120 forward passes a node."""
     return {
         "model": str(smollm2_folder()), "text": C4, "calibration_sequences": 32, "calibration_tokens": 128, "nodes": 8,
-        "passes": 120, "batch_size": 8, "max_tokens": 48, "eval_rows": 1000, "evaluate_every": 20, "splits": DIRICHLET, "tasks": [task],
+        "passes": 120, "batch_size": 8, "max_tokens": 48, "eval_rows": 1000, "evaluate_every": 20, "splits": DIRICHLET,
+        "tasks": [task],
         "methods": [one if "optimiser" in one else one | {"directions": 4} for one in methods],
     } | others  # fmt: skip
 
