@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from benchmarks.billion import CONFIGS, save
 from meerkat_mq.core.directions import direction
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import Row, projected_gradient
@@ -83,6 +84,10 @@ url = "mqtt://127.0.0.1:{port}"
 def made(model: Path, weights: Weights, work: Path) -> tuple[Path, Mask, Path]:
     """The base that such weights hold, a mask, and its bundle; made where `work` lacks them."""
     work.mkdir(parents=True, exist_ok=True)
+    if not model.exists() and str(model) in CONFIGS:
+        name, model = str(model), work / model
+        if not model.exists():
+            save(name, model, "cpu")
     base = model if weights == "float32" else work / f"base-{weights}"
     mask_file, bundle = work / f"mask-{weights}.mkm", work / f"bundle-{weights}"
     if not base.exists():
@@ -151,7 +156,7 @@ def live(mask: Path, task: Path, rows: list[Row], engine: str, block: str) -> fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--model", type=Path, required=True, help=f"folder; or random weights: {', '.join(CONFIGS)}")
     parser.add_argument("--weights", choices=["float32", "float16", "int8", "int4"], default="int8")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--task", choices=sorted(TASKS), default="sst2")
