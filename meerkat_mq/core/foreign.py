@@ -9,15 +9,18 @@ anybody. Three rules hold for all of them, and are written here alone.
 3. Only regular files are opened, and none is waited for: a pipe would hold the reader up, a device has no end. A hard
    link is a regular file. It gives away nothing, for whoever makes one could read the file; and nothing is written
    through it, for files are written anew under a name of their own, and renamed.
+4. JSON that cannot be read is one error, a ValueError, whatever is wrong with it.
 """
 
 import errno
+import json
 import os
 import stat
+from collections import Counter
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
-from meerkat_mq.errors import ModelError, ModelNotFound
+from meerkat_mq.errors import ModelError, ModelNotFound, shown
 
 _MOST_LINKS: Final = 40  # as many as Linux follows
 _LONGEST_NAME: Final = 128
@@ -110,3 +113,24 @@ def read_regular(path: Path, most: int | None = None) -> bytes:
             return file.read()
         except MemoryError as error:
             raise OSError(errno.ENOMEM, f"it has {size:,} bytes, and memory has no room for them", str(path)) from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What JSON says.
+
+    Raises:
+        ValueError: it is none (then a JSONDecodeError, with the line), is nested deeper than Python reads, holds a
+            number of thousands of digits, or a key twice in an object: of two, each reader chooses as it likes.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"the key {shown(next(key for key, n in counts.items() if n > 1))} comes twice")
+    return found

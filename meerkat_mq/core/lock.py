@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
+from meerkat_mq.core.foreign import parse_json
 from meerkat_mq.errors import ConfigError
 
 PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # what a disk can do for a while
@@ -98,8 +99,8 @@ def _remedy(holder: Holder | None) -> str:
 
 def _read(descriptor: int) -> Holder | None:
     try:
-        return Holder(**json.loads(os.pread(descriptor, 4096, 0)))
-    except (OSError, ValueError, TypeError, RecursionError):
+        return Holder(**parse_json(os.pread(descriptor, 4096, 0)))
+    except (OSError, ValueError, TypeError):
         return None
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Final
 
+from meerkat_mq.core.foreign import parse_json
 from meerkat_mq.core.path import short_hash
 from meerkat_mq.ledger.chain import BEFORE_FIRST, Chain, Link, link_after
 from meerkat_mq.ledger.sqlite_rows import from_row
@@ -65,8 +66,8 @@ def _window(connection: sqlite3.Connection) -> int:
     """How many versions older an update's theta may be than its entry, as the run's descriptor has it."""
     row = connection.execute("SELECT descriptor FROM run").fetchone()
     try:
-        return max(0, int(json.loads(row[0])["max_staleness"]))
-    except (TypeError, KeyError, ValueError, RecursionError):  # no run yet, one of a release without it, or damaged
+        return max(0, int(parse_json(row[0])["max_staleness"]))
+    except (TypeError, KeyError, ValueError, OverflowError):  # no run yet, one of a release without it, or damaged
         return 0
 
 

@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 
 from meerkat_mq.config import BrokerConfig
 from meerkat_mq.core.files import write_atomically
+from meerkat_mq.core.foreign import parse_json
 
 CERTIFICATES_FILE: Final = "certificates.json"
 SOON: Final = timedelta(days=30)
@@ -94,10 +95,10 @@ def keep(folder: Path, found: Iterable[Expiry]) -> None:
 def kept(folder: Path) -> tuple[Expiry, ...]:
     """What a service found when it was last connected; nothing where there is no such file, or it is damaged."""
     try:
-        table = json.loads((folder / CERTIFICATES_FILE).read_bytes())
+        table = parse_json((folder / CERTIFICATES_FILE).read_bytes())
         return tuple(
             Expiry(str(one["what"]), str(one["place"]), datetime.fromisoformat(one["until"]).astimezone(UTC))
             for one in table
         )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return ()

@@ -15,6 +15,7 @@ from pathlib import Path
 import structlog
 
 from meerkat_mq.core.files import write_atomically
+from meerkat_mq.core.foreign import parse_json
 from meerkat_mq.core.lock import locked
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import short_hash
@@ -31,7 +32,7 @@ _MAGIC = b"MKUPDT\x01\n"
 _HEAD = struct.Struct("<8s16sI")  # magic, run id, bytes of the frame; then the frame and the blob
 _NO_BLOB = short_hash(b"")
 _MOST_STEPS = 2**48
-_DAMAGE = (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError)  # of a JSON file: an infinity, too
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, OverflowError)  # of a JSON file: an infinity, too
 AGAIN_S = 30.0
 
 
@@ -83,7 +84,7 @@ class NodeState:
 
     def _load_steps(self) -> tuple[str, int]:
         try:
-            table = json.loads(self._steps_file.read_text())
+            table = parse_json(self._steps_file.read_text())
             run, steps = str(table["run"]), int(table["steps"])
         except _DAMAGE:
             return "", 0
@@ -108,7 +109,7 @@ class NodeState:
 
     def _load_spent(self) -> Spent:
         try:
-            table = json.loads(self._spent_file.read_text())
+            table = parse_json(self._spent_file.read_text())
             return Spent(str(table["day"]), max(0.0, float(table["directions"])), str(table["run"]))
         except FileNotFoundError:
             return Spent()

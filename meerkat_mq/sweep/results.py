@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from meerkat_mq.core.files import write_atomically, writing
+from meerkat_mq.core.foreign import parse_json
 from meerkat_mq.errors import DataError
 from meerkat_mq.observe.figures import DASH, human_bytes
 from meerkat_mq.observe.markdown import escaped
@@ -86,8 +87,8 @@ def _finite(value: Any) -> Any:
 
 def _parsed(line: str, where: str) -> Row:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
+        row = parse_json(line)
+    except ValueError as error:
         raise DataError(where, f"is not JSON ({error})", "remove the line") from error
     if not isinstance(row, dict) or not isinstance(row.get("key"), str):
         raise DataError(where, "is no row of a sweep", "remove the line")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from meerkat_mq.config import HUB_DATA
+from meerkat_mq.core.foreign import parse_json
 from meerkat_mq.errors import DataError, reason, shown, shown_names
 from meerkat_mq.extras import importing
 
@@ -169,10 +170,10 @@ def _table_rows(path: Path, content: str, integers: str | None) -> Iterator[File
 def _array_rows(path: Path, content: str) -> Iterator[FileRow]:
     """Rows of one JSON array of objects."""
     try:
-        found = _parsed(content)
+        found = parse_json(content)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}", f"is not JSON ({error.msg})", "mend or remove the line") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(str(path), f"is not JSON ({error})", "mend the file") from error
     for number, value in enumerate(found, start=1):
         where = f"{path}: item {number}"
@@ -185,8 +186,8 @@ def _line_rows(path: Path, content: str) -> Iterator[FileRow]:
         if line.strip():
             where = f"{path}:{number}"
             try:
-                value = _parsed(line)
-            except (ValueError, RecursionError) as error:  # ValueError: also of a number with thousands of digits
+                value = parse_json(line)
+            except ValueError as error:
                 raise DataError(where, f"is not JSON ({error})", _remedy(path, content)) from error
             yield FileRow(_object(value, where, "mend or remove the line"), where)
 
@@ -196,23 +197,10 @@ def _remedy(path: Path, content: str) -> str:
     if _is_plain(path, content):
         return f"rows are JSON lines, a JSON array, or a table whose name ends in {' or '.join(DELIMITERS)}"
     try:
-        whole = _parsed(content)
-    except (ValueError, RecursionError):
+        whole = parse_json(content)
+    except ValueError:
         return "mend or remove the line"
     return f"the file is one {type(whole).__name__}: write one object a line, or an array of objects"
-
-
-def _parsed(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_once)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object, unless a key comes twice: which of the two values counts would be chance."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        counts = Counter(key for key, _ in pairs)
-        raise ValueError(f"the key {shown(next(key for key, n in counts.items() if n > 1))} comes twice")
-    return found
 
 
 def _object(value: Any, where: str, remedy: str) -> dict[str, Any]:

@@ -54,10 +54,10 @@ def stored(folder: Path, header: bytes, data: bytes = bytes(16)) -> Path:
 def test_two_tensors_of_one_name_in_a_header(tmp_path: Path) -> None:
     """One reader takes the first, another the last: the fingerprint would be of weights that nobody loads."""
     one, two = (f'{{"dtype": "F32", "shape": [2], "data_offsets": [{at}, {at + 8}]}}' for at in (0, 8))
-    with pytest.raises(ModelError, match=r"is no safetensors file .*'a' is there twice"):
+    with pytest.raises(ModelError, match=r"is no safetensors file .*'a' comes twice"):
         stored_tensors(stored(tmp_path, f'{{"a": {one}, "a": {two}}}'.encode()))
     inner = one.replace("}", ', "data_offsets": [8, 16]}')
-    with pytest.raises(ModelError, match=r"is no safetensors file .*'data_offsets' is there twice"):
+    with pytest.raises(ModelError, match=r"is no safetensors file .*'data_offsets' comes twice"):
         stored_tensors(stored(tmp_path, f'{{"a": {inner}}}'.encode()))
 
 
@@ -127,12 +127,12 @@ def test_code_in_a_folder_within(masks: dict[str, Mask], model: Path, where: str
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
-@pytest.mark.parametrize("key", ["auto_map", "AUTO_MAP "])
-def test_code_that_is_named_twice(model: Path, name: str, key: str) -> None:
-    """Of a key that is there twice, readers take the last; a first one hides nothing, and a last one is refused."""
+@pytest.mark.parametrize("twice", ["null", '{"AutoModel": "evil.Evil"}'])
+def test_code_that_is_named_twice(model: Path, name: str, twice: str) -> None:
+    """Of a key that is there twice, most readers take the last, and some the first: neither hides the other."""
     text = (model / name).read_text().rstrip().removesuffix("}")
-    (model / name).write_text(f'{text}, "auto_map": null, "auto_map": {{"AutoModel": "evil.Evil"}}}}')
-    with pytest.raises(ModelError, match="auto_map: names code"):
+    (model / name).write_text(f'{text}, "auto_map": {{"AutoModel": "evil.Evil"}}, "auto_map": {twice}}}')
+    with pytest.raises(ModelError, match="the key 'auto_map' comes twice"):
         load_model(model)
 
 

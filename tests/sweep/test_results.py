@@ -57,7 +57,7 @@ def test_line_separators_in_names(tmp_path: Path) -> None:
     assert Results(tmp_path).rows["a"]["method"] == name
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"accuracy": 1}'])
+@pytest.mark.parametrize("line", ["{", "[]", '{"accuracy": 1}', "[" * 100_000, "9" * 5000])
 def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
     Results(tmp_path).add(row("a"))
     with (tmp_path / RESULTS_FILE).open("a") as file:

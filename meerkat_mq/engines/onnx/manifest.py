@@ -8,7 +8,6 @@ the run's base is checked where theta_0 is, and the fingerprint is what its make
 """
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -17,7 +16,7 @@ from pydantic import Field
 
 from meerkat_mq.config import check_config
 from meerkat_mq.config.section import Closed
-from meerkat_mq.core.foreign import open_regular, read_regular, real_file
+from meerkat_mq.core.foreign import open_regular, parse_json, read_regular, real_file
 from meerkat_mq.engines.onnx.graph_check import check_graph
 from meerkat_mq.engines.onnx.layout import AGAIN, WeightsFile
 from meerkat_mq.engines.onnx.quantise import Weights
@@ -172,8 +171,8 @@ def manifest_of(data: bytes, place: str) -> Manifest:
         ModelError: as `open_bundle`.
     """
     try:
-        found: Any = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        found: Any = parse_json(data)
+    except ValueError as error:
         raise ModelError(place, f"cannot be used ({reason(error)})", AGAIN) from error
     if isinstance(found, dict) and found.get("format", _FORMAT) != _FORMAT:
         problem = f"is of format {shown(found['format'])}, not {_FORMAT}"

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from meerkat_mq.core.files import write_atomically
-from meerkat_mq.core.foreign import is_plain_name, open_regular, read_regular, real_file
+from meerkat_mq.core.foreign import is_plain_name, open_regular, parse_json, read_regular, real_file
 from meerkat_mq.errors import ModelError, ModelNotFound, reason, shown
 
 SINGLE = "model.safetensors"
@@ -77,9 +77,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _shards(index: Path, folder: Path) -> list[str]:
     try:
-        table = json.loads(read_regular(real_file(index, folder), _MOST_INDEX))
+        table = parse_json(read_regular(real_file(index, folder), _MOST_INDEX))
         names = list(table["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(str(index), f"is no checkpoint index ({reason(error)})", "fetch the model again") from error
     wrong = [name for name in names if not is_plain_name(name, ".safetensors")]
     if wrong or not names:
@@ -111,22 +111,13 @@ def tensors_in(file: Path) -> list[StoredTensor]:
             length = int.from_bytes(stream.read(8), "little")
             if not 2 <= length <= min(_MAX_HEADER, size - 8):
                 raise ValueError(f"header of {length} bytes in a file of {size}")
-            table: dict[str, Any] = json.loads(stream.read(length), object_pairs_hook=_once)
+            table: dict[str, Any] = parse_json(stream.read(length))
         table.pop("__metadata__", None)
         return [_tensor(file, name, entry, 8 + length, size) for name, entry in table.items()]
     except OSError as error:
         raise ModelNotFound(str(file), f"cannot be read ({error.strerror})", "fetch the model again") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(str(file), f"is no safetensors file ({reason(error)})", "fetch the model again") from error
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, each of whose keys is there once: of two, every reader chooses as it likes."""
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{shown(next(name for name in names if names.count(name) > 1))} is there twice")
-    return table
 
 
 def _tensor(file: Path, name: str, entry: Any, data: int, size: int) -> StoredTensor:
@@ -209,7 +200,7 @@ def _cache_file() -> Path | None:
 
 def _read_cache(path: Path | None) -> dict[str, object]:
     try:
-        table = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
-    except (OSError, ValueError, RecursionError):
+        table = parse_json(path.read_text(encoding="utf-8")) if path is not None else {}
+    except (OSError, ValueError):
         return {}
     return table if isinstance(table, dict) else {}

@@ -6,7 +6,6 @@ that leads out of it is refused before it is opened.
 """
 
 import asyncio
-import json
 import os
 import re
 import stat
@@ -17,7 +16,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from meerkat_mq.core.foreign import real_file, unreadable
+from meerkat_mq.core.foreign import parse_json, real_file, unreadable
 from meerkat_mq.errors import MeerkatError, ModelError, ModelNotFound, UnsupportedModel, cut, reason, shown
 
 CONFIG = "config.json"
@@ -115,12 +114,12 @@ def read_json(file: Path) -> Json:
     """
     _check_size(file)
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = parse_json(file.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise TypeError(f"it holds {type(found).__name__}, not an object")
     except OSError as error:
         raise ModelError(str(file), f"cannot be read ({error.strerror})", "let this user read it") from error
-    except (ValueError, RecursionError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         said = reason(error) if isinstance(error, TypeError) else f"it is not JSON: {reason(error)}"
         raise ModelError(str(file), f"cannot be used ({said})", _FETCH) from error
     if any(len(path) > _DEEPEST for path, _ in walk(found)):

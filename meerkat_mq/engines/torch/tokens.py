@@ -1,6 +1,5 @@
 """The tokenizer of a model: read in words, held against the embeddings, and what it adds to a text by itself."""
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 import transformers
 
-from meerkat_mq.core.foreign import is_plain_name
+from meerkat_mq.core.foreign import is_plain_name, parse_json
 from meerkat_mq.engines.torch.folder import (
     CONFIG,
     TOKENIZER,
@@ -174,8 +173,8 @@ def _place(folder: Path, table: Json, said: str) -> str:
 
 def _is_json(file: Path) -> bool:
     try:
-        json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
+        parse_json(file.read_bytes())
+    except ValueError:
         return False
     return True
 
