@@ -291,31 +291,32 @@ def shares_of(records: Sequence[UpdateRecord], settings: RoundSettings, version:
 
     With the clipped mean, a displacement that goes farther than `longest` has a part that is as many times smaller.
     """
-    accepted = [found for record in records if (found := counted(record, settings)) is not None]
-    total = WHOLE * sum(record.weight for record in accepted)
-    ordered = sorted(accepted, key=lambda record: (record.version, record.slot))
-    reach = _reach(records, accepted, settings)
+    found = _lengths(records, settings)
+    total = WHOLE * sum(record.weight for record, _ in found)
     return tuple(
-        Share(
-            record.values.blob,
-            record.weight
-            * settings.staleness_weight(version - record.version)
-            / total
-            * _part(record, reach, settings),
-        )
-        for record in ordered
+        Share(record.values.blob, record.weight * settings.staleness_weight(version - record.version) / total * part)
+        for record, part in sorted(found, key=lambda one: (one[0].version, one[0].slot))
         if record.values is not None
     )
 
 
 def shortened(records: Sequence[UpdateRecord], settings: RoundSettings) -> list[str]:
     """The nodes of whose displacements less than half is in the mean, since they go much farther than others."""
+    return [record.node for record, part in _lengths(records, settings) if part < 0.5]
+
+
+def _lengths(records: Sequence[UpdateRecord], settings: RoundSettings) -> list[tuple[UpdateRecord, float]]:
+    """The accepted records, as they count, each with the part that its displacement's length may have.
+
+    It is 1 for a path, and for a trusted node's displacement.
+    """
     accepted = [found for record in records if (found := counted(record, settings)) is not None]
-    reach = _reach(records, accepted, settings)
-    return [record.node for record in accepted if _part(record, reach, settings) < 0.5]
+    reach = _reach(accepted, settings, compared=sum(map(settings.compares, records)))
+    spared = () if settings.displacement_reach is None else settings.guards.trusted
+    return [(record, 1.0 if record.node in spared else _part(record, reach)) for record in accepted]
 
 
-def _reach(records: Sequence[UpdateRecord], accepted: Sequence[UpdateRecord], settings: RoundSettings) -> float:
+def _reach(accepted: Sequence[UpdateRecord], settings: RoundSettings, compared: int) -> float:
     """The root mean square of a displacement for each local step; of a path it is lr/K · √Σg² in all."""
     displacements = [
         (record.moved.size, record.values.steps)
@@ -329,15 +330,11 @@ def _reach(records: Sequence[UpdateRecord], accepted: Sequence[UpdateRecord], se
         if displacements and record.values is None
     ]
     part = settings.displacement_reach
-    reach = None if part is None else part / math.sqrt(settings.weights)
-    return longest(displacements, paths, reach, sum(map(settings.compares, records)))
+    return longest(displacements, paths, None if part is None else part / math.sqrt(settings.weights), compared)
 
 
-def _part(record: UpdateRecord, reach: float, settings: RoundSettings) -> float:
-    """What part of its length a displacement may have; one of a trusted node has all of it."""
+def _part(record: UpdateRecord, reach: float) -> float:
     if record.moved is None or record.values is None or record.moved.size == 0:
-        return 1.0
-    if settings.displacement_reach is not None and record.node in settings.guards.trusted:
         return 1.0
     return min(1.0, reach * record.values.steps / record.moved.size)
 
