@@ -160,6 +160,31 @@ def logs() -> Table:
     return {"name": "logs", "task": str(written("logs.toml", "kind = 'text'")), **files}
 
 
+def few(name: str, rows: int) -> Table:
+    """A task whose nodes share so many rows: several epochs, so that a frozen prefix is computed once a row."""
+    lines = (SHARED / "data" / name / "train.jsonl").read_text().splitlines(keepends=True)[:rows]
+    return task(name) | {"train": written(f"{name}-{rows}.jsonl", "".join(lines))}
+
+
+def above(layer: int, lr: list[float], **others: Any) -> list[Table]:
+    """MEERKAT's mask from a block on."""
+    return [meerkat(lr, **({"from_layer": layer} if layer else {}), **others)]
+
+
+def agnews_above(layer: int, lr: list[float], passes: int) -> Table:
+    """100 rows a node; the budgets are meant to cost about the same CPU time."""
+    return on_minilm(above(layer, lr), tasks=[few("agnews", 800)], passes=passes, eval_rows=500, evaluate_every=2)
+
+
+def demo_above(layer: int, lr: list[float], passes: int) -> Table:
+    return demo_table(above(layer, lr), passes=passes, evaluate_every=3)
+
+
+def smollm2_above(layer: int, lr: list[float], passes: int) -> Table:
+    method = above(layer, lr)
+    return on_smollm2(few("sst2", 400), method, passes=passes, eval_rows=300, evaluate_every=10, seeds=[0, 1, 2])
+
+
 DEMO_GRID = [
     meerkat([5e-2, 0.1, 0.2]),
     method("magnitude-activation", [0.1, 0.3], mask="magnitude-activation"),
@@ -234,6 +259,14 @@ SWEEPS: dict[str, Callable[[], Table]] = {
         nodes=13,
         splits=[{"how": "field", "field": "system"}],
     ),
+    "prefix-agnews-0": lambda: agnews_above(0, [1e-3, 2e-3, 4e-3], 160),
+    "prefix-agnews-3": lambda: agnews_above(3, [1e-3, 2e-3, 4e-3], 280),
+    "prefix-agnews-4": lambda: agnews_above(4, [2e-3, 4e-3, 8e-3], 400),
+    "prefix-demo-0": lambda: demo_above(0, [0.1, 0.2], 300),
+    "prefix-demo-2": lambda: demo_above(2, [0.1, 0.2], 500),
+    "prefix-sst2-0": lambda: smollm2_above(0, [5e-4], 60),
+    "prefix-sst2-15": lambda: smollm2_above(15, [6e-4], 110),
+    "prefix-sst2-22": lambda: smollm2_above(22, [8e-4], 200),
     "early-stopping-minilm": lambda: on_minilm(
         early_stopping(2e-3, EarlyStoppingConfig()), passes=500, splits=[EXTREME]
     ),
