@@ -111,7 +111,7 @@ def table(rows: Iterable[Row]) -> str:
     same = [f"{_HEADINGS.get(axis, axis)} {_plain(value)}" for axis, value in alike.items() if value is not None]
     shown += _telling(groups)
     columns = [*_COLUMNS, *((name, cell) for name, key, cell in _SOMETIMES if any(row.get(key) for row in rows))]
-    columns += [(name, cell) for name, key, cell in _OF_TEXTS if any(row.get(key) is not None for row in rows)]
+    columns += [(name, cell) for name, key, cell in _WHERE_KNOWN if any(row.get(key) is not None for row in rows)]
     heads = [_HEADINGS.get(axis, axis) for axis in shown] + [name for name, _ in columns]
     lines = [
         "# Results of a sweep",
@@ -201,7 +201,6 @@ _COLUMNS: tuple[tuple[str, Cells], ...] = (
     ("seeds", _seeds),
     ("accuracy before", lambda rows: spread(_values(rows, "accuracy_before"))),
     ("accuracy", lambda rows: spread(_values(rows, "accuracy"))),
-    ("balanced", lambda rows: spread(_values(rows, "balanced_accuracy"))),
     ("own mix", lambda rows: spread(_values(rows, "own_mix_mean"))),
     ("own mix, least", lambda rows: spread(_values(rows, "own_mix_min"))),
     ("loss", lambda rows: spread(_values(rows, "loss"))),
@@ -215,7 +214,9 @@ _SOMETIMES: tuple[tuple[str, str, Cells], ...] = (  # where a row has the key, a
     ("refused", "refused", lambda rows: _mean(rows, "refused", "{:,.1f}".format)),
     ("early-stopped", "judgements", _early_stopped),
 )
-_OF_TEXTS: tuple[tuple[str, str, Cells], ...] = (  # where a row has the key
+_WHERE_KNOWN: tuple[tuple[str, str, Cells], ...] = (  # where a row has the key
+    ("balanced before", "balanced_accuracy_before", lambda rows: spread(_values(rows, "balanced_accuracy_before"))),
+    ("balanced accuracy", "balanced_accuracy", lambda rows: spread(_values(rows, "balanced_accuracy"))),
     ("perplexity before", "perplexity_before", lambda rows: spread(_values(rows, "perplexity_before"), 2)),
     ("perplexity", "perplexity", lambda rows: spread(_values(rows, "perplexity"), 2)),
     ("tokens right", "token_accuracy", lambda rows: spread(_values(rows, "token_accuracy"))),

@@ -235,8 +235,8 @@ def partition(
         labels = _by_label(rows, order, class_of)
         parts = _one_each(labels, nodes, [f"label number {number}" for number in range(len(labels))])
     elif how == "field" and field is not None:
-        values = sorted({value_of(row, field) for row in rows})
-        groups = _by_label(rows, order, lambda row: values.index(value_of(row, field)))
+        values = {value: place for place, value in enumerate(sorted({value_of(row, field) for row in rows}))}
+        groups = _by_label(rows, order, lambda row: values[value_of(row, field)])
         dealt = [np.concatenate(groups[node::nodes]) for node in range(min(nodes, len(groups)))]
         parts = _one_each(dealt, nodes, [f"{field} {shown(value)}" for value in values])
     elif how == "field":

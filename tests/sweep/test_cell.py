@@ -10,6 +10,7 @@ import torch
 
 from meerkat_mq.sweep.cell import load_evaluation, own_mix, save_evaluation
 from meerkat_mq.sweep.results import TABLE_FILE, Results
+from meerkat_mq.sweep.rows import rows_of, shards_of
 from meerkat_mq.sweep.training import Trained, diverged
 from meerkat_mq.tasks.data import write_rows
 from meerkat_mq.tasks.task import Evaluation
@@ -69,6 +70,19 @@ def test_what_a_row_says_of_the_labels(tmp_path: Path, tiny_llama: Path) -> None
     assert [sum(count > 0 for count in node) for node in row["labels"]] == [1, 1, 1]
     assert row["own_mix_min"] == min(row["recalls"])
     assert row["own_mix_min"] <= row["own_mix_mean"] <= 1
+
+
+def test_nodes_that_hold_one_value_of_a_field_each(tmp_path: Path, tiny_llama: Path) -> None:
+    systems = [{**row, "system": ("web", "db", "auth")[number % 3]} for number, row in enumerate(tiny.ROWS[:42])]
+    plan = grids.plan(tmp_path, tiny_llama, seeds=[0], splits=[{"how": "iid"}, {"how": "field", "field": "system"}])
+    write_rows(tmp_path / "train.jsonl", systems)
+    even, by_system = (cell for cell in grids.cells(plan) if cell.method.name == "chosen")
+    assert by_system.axes["split"] == "field system"
+    shards = shards_of(rows_of(by_system).train, 3, by_system.split, seed=0, class_of=by_system.described.class_of)
+    assert [{row["system"] for row in shard} for shard in shards] == [{"auth"}, {"db"}, {"web"}]
+    rows = [grids.figures(cell, tmp_path) for cell in (even, by_system)]
+    assert rows[0]["digest"] != rows[1]["digest"]
+    assert rows[1]["balanced_accuracy"] == pytest.approx(sum(rows[1]["recalls"]) / 2)
 
 
 def test_first_order_spends_the_same_budget(tmp_path: Path, tiny_llama: Path) -> None:

@@ -58,6 +58,8 @@ def test_learning_rates_by_task() -> None:
         ({"methods": [METHOD | FIRST_ORDER], "passes": 2}, "it needs passes, 3 at least"),
         ({"splits": [{"how": "iid", "alpha": 0.5}]}, 'alpha does nothing with how = "iid", only with "dirichlet"'),
         ({"splits": [{"how": "one-label", "nodes": 1}]}, "nodes does nothing"),
+        ({"splits": [{"how": "field"}]}, 'how = "field" needs field, the name of a field of the rows'),
+        ({"splits": [{"how": "iid", "field": "a"}]}, 'field does nothing with how = "iid", only with "field"'),
         ({"splits": [{"how": "dirichlet", "exclusive": False}]}, "exclusive does nothing"),
         ({"evaluate_on": "tuning"}, "needs tune_rows"),
         ({"evaluate_on": "tuning", "tune_rows": 9, "eval_rows": 10}, "eval_rows = 10 are more than tune_rows = 9"),

@@ -1,6 +1,7 @@
 """Data: every bad line is named with its number; every row goes to exactly one node."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from meerkat_mq.core.step import Row
 from meerkat_mq.errors import DataError
 from meerkat_mq.tasks.classification import TASKS
 from meerkat_mq.tasks.data import Division, hold_out, partition, read_rows, read_texts, write_rows
+from meerkat_mq.tasks.sources import FileRow
 
 SST2 = TASKS["sst2"]
 GOOD = '{"sentence": "fine", "label": 1}'
@@ -156,6 +158,53 @@ def test_one_label_a_node() -> None:
     assert [len(part) for part in parts] == [10, 10, 20, 10, 10]
 
 
+def by_system(nodes: int, *systems: object) -> list[list[object]]:
+    rows = [{"id": number, "system": system} for number, system in enumerate(systems)]
+    parts = partition(rows, nodes, "field", seed=0, field="system")
+    return [sorted({row["system"] for row in part}) for part in parts]
+
+
+def test_each_value_of_a_field_is_one_nodes() -> None:
+    assert by_system(3, "web", "db", "web", "auth", "db") == [["auth"], ["db"], ["web"]]
+    assert by_system(2, "web", "db", "web", "auth", "db") == [["auth", "web"], ["db"]]
+    assert by_system(1, 2, 1) == [[1, 2]]
+
+
+@given(values=st.lists(st.sampled_from("abcdef"), min_size=1, max_size=60), nodes=st.integers(1, 6))
+def test_a_field_divides_all_rows(values: list[str], nodes: int) -> None:
+    nodes = min(nodes, len(set(values)))
+    rows = [{"id": number, "system": value} for number, value in enumerate(values)]
+    parts = partition(rows, nodes, "field", seed=1, field="system")
+    assert parts == partition(rows, nodes, "field", seed=1, field="system")
+    assert sorted(row["id"] for part in parts for row in part) == list(range(len(rows)))
+    holders = Counter(value for part in parts for value in {row["system"] for row in part})
+    assert set(holders.values()) == {1}
+
+
+def test_nodes_of_one_value_divide_its_rows() -> None:
+    rows = [{"system": "ab"[number % 2]} for number in range(12)]
+    parts = partition(rows, 4, "field", seed=0, field="system")
+    held = [(len(part), {row["system"] for row in part}) for part in parts]
+    assert held == [(3, {"a"}), (3, {"b"}), (3, {"a"}), (3, {"b"})]
+    with pytest.raises(DataError, match="system 'b' has 1 rows for 2 nodes; use fewer nodes or more rows"):
+        partition([{"system": "a"}] * 3 + [{"system": "b"}], 4, "field", seed=0, field="system")
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({}, "field 'system' is missing; the row has id"),
+        ({"system": None}, "field 'system' is None, neither text nor an integer"),
+        ({"system": ["a"]}, "neither text nor an integer"),
+        ({"system": 0.5}, "field 'system' is 0.5, neither"),
+    ],
+)
+def test_a_row_without_the_field_is_named(value: dict[str, object], words: str) -> None:
+    rows = [FileRow({"id": 1, "system": "a"}, "rows.jsonl:1"), FileRow({"id": 2} | value, "rows.jsonl:2")]
+    with pytest.raises(DataError, match="rows.jsonl:2: .*" + re.escape(words)):
+        partition(rows, 2, "field", seed=0, field="system")
+
+
 def test_labels_may_be_any_numbers() -> None:
     rows = [{"topic": 7}, {"topic": 9}]
     assert partition(rows, 2, "one-label", seed=0, class_of=lambda row: int(row["topic"])) == [
@@ -172,7 +221,8 @@ def test_labels_may_be_any_numbers() -> None:
         (2, "dirichlet", 0.0, "alpha: 0.0 is not above 0"),
         (2, "dirichlet", float("nan"), "alpha: nan is not above 0"),
         (4, "one-label", 0.5, "label number 1 has 1 rows for 2 nodes"),
-        (2, "by-name", 0.5, "'by-name' is unknown; use one of iid, dirichlet, one-label"),
+        (2, "by-name", 0.5, "'by-name' is unknown; use one of iid, dirichlet, one-label, field"),
+        (2, "field", 0.5, "field needs the name of the field"),
     ],
 )
 def test_refused(nodes: int, how: Division, alpha: float, message: str) -> None:
