@@ -109,13 +109,14 @@ def refused_by(policy: PolicyConfig, batch: int, directions: int) -> str:
         return "kinds"
     if min(batch, ROWS) < policy.min_batch:
         return "min_batch"
-    more = directions * min(batch, ROWS) / ROWS
-    return "none" if Spent().then("", "run", 2.0 * directions, more, policy.max_directions) else "max_directions"
+    each = directions + 1  # and the update's loss
+    more = each * min(batch, ROWS) / ROWS
+    return "none" if Spent().then("", "run", 2.0 * each, more, policy.max_directions) else "max_directions"
 
 
 def most_directions(policy: PolicyConfig, batch: int) -> int:
     """Of one batch, that `max_directions` allows."""
-    return int(policy.max_directions / (2 + min(1.0, batch / ROWS)))
+    return int(policy.max_directions / (2 + min(1.0, batch / ROWS))) - 1
 
 
 def main() -> None:

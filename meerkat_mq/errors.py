@@ -20,6 +20,7 @@ MeerkatError                     1
 │   ├── TooFewNodes
 │   ├── RunMismatch                  ledger, digest or settings do not fit the run
 │   ├── PolicyRefused                a run asks for what this node's [policy] does not allow
+│   │   └── SpentToday                  what it allows of a day is used up
 │   ├── NotFinite                    a loss, or weights, left what a float can hold
 │   ├── LedgerError                  the ledger's file or folder cannot be used
 │   │   └── LedgerUnavailable            not now: its disk is full, or another process writes it
@@ -247,6 +248,10 @@ class PolicyRefused(RunError):
     """A run asks for what the policy of this node does not allow; the node stays, and looks at the next run."""
 
     fate = Fate.AGAIN
+
+
+class SpentToday(PolicyRefused):
+    """What the policy of this node allows of a day is used up; the node tries again until the next day."""
 
 
 class NotFinite(RunError):

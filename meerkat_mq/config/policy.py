@@ -19,7 +19,9 @@ class PolicyConfig(Section):
     max_weights: Most = 2**22
     max_mask_bytes: Most = 2**26
     tasks: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    max_day_bytes: Most = 2**33
     min_batch: Most = 4
+    max_batch: Most = 1024
     max_directions: Most = 256
     max_local_steps: Most = 1000
     min_eps: Positive = 1e-6
@@ -29,7 +31,11 @@ class PolicyConfig(Section):
 
     @model_validator(mode="after")
     def _allows_something(self) -> Self:
-        for key, least, most in (("eps", self.min_eps, self.max_eps), ("lr", self.min_lr, self.max_lr)):
+        for key, least, most in (
+            ("eps", self.min_eps, self.max_eps),
+            ("lr", self.min_lr, self.max_lr),
+            ("batch", self.min_batch, self.max_batch),
+        ):
             if least > most:
                 raise ValueError(f"min_{key} = {least:g} is more than max_{key} = {most:g}: no run would be allowed")
         return self

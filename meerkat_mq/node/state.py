@@ -97,9 +97,14 @@ class NodeState:
 
     def spend(self, run: str, first: float, more: float, most: float) -> bool:
         """Count directions of a row today, as `Spent.then` does; False: they are too many, and none was counted."""
-        spent = (self._spent or self._load_spent()).then(
-            time.strftime("%Y-%m-%d", time.gmtime()), run, first, more, most
-        )
+        return self._spends((self._spent or self._load_spent()).then(_today(), run, first, more, most))
+
+    def fetch(self, size: int, most: int) -> bool:
+        """Count bytes that will be fetched, as `Spent.fetching` does; False: too many today, and none was counted."""
+        return self._spends((self._spent or self._load_spent()).fetching(_today(), size, most))
+
+    def _spends(self, spent: Spent | None) -> bool:
+        """Keep what was spent today, unless that would be too much."""
         if spent is None:
             return False
         self._spent = spent
@@ -110,7 +115,8 @@ class NodeState:
     def _load_spent(self) -> Spent:
         try:
             table = parse_json(self._spent_file.read_text())
-            return Spent(str(table["day"]), max(0.0, float(table["directions"])), str(table["run"]))
+            directions, fetched = float(table["directions"]), int(table.get("bytes", 0))
+            return Spent(str(table["day"]), max(0.0, directions), str(table["run"]), max(0, fetched))
         except FileNotFoundError:
             return Spent()
         except _DAMAGE as error:
@@ -184,6 +190,10 @@ class NodeState:
 
     def _mask_file(self, mask_hash: bytes) -> Path:
         return self._folder / f"mask-{mask_hash.hex()}.mkm"
+
+
+def _today() -> str:
+    return time.strftime("%Y-%m-%d", time.gmtime())
 
 
 def encode_update(run: RunDescriptor, kept: KeptUpdate) -> bytes:

@@ -4,7 +4,7 @@ Theory. The description of a run, its frames and its blobs come from the network
 while. So whatever a run's work raises on a node makes the node leave that run, say so in its log and on its status
 topic, and join it anew after a pause, which doubles from 2 s to ten minutes. Another run is looked at as soon as it is
 described. What the node's own policy refuses is no failure: nothing is tried again until the server asks for something
-else.
+else, but for what is spent for a day.
 
 Two errors end a node. NodeReplaced: a newer process has its id. And whatever keeps it from joining, as long as it has
 never taken part in any run: then its files are probably wrong, and who sets it up has to see that at once.
@@ -18,7 +18,7 @@ import structlog
 
 from meerkat_mq.core import metrics as m
 from meerkat_mq.core.seldom import Seldom
-from meerkat_mq.errors import MeerkatError, PolicyRefused, cut, reason
+from meerkat_mq.errors import MeerkatError, PolicyRefused, SpentToday, cut, reason
 from meerkat_mq.runtime.model import NodeStore
 from meerkat_mq.runtime.ports import Clock, Compute
 from meerkat_mq.runtime.steps import Alarm, Sequence, Steps, until, work
@@ -85,7 +85,7 @@ class Abstention:
         return None
 
     def _attempted(self, error: Exception | None) -> None:
-        if isinstance(error, PolicyRefused):
+        if isinstance(error, PolicyRefused) and not isinstance(error, SpentToday):
             self.refuse(error, for_good=True)
         elif error is not None:
             self.leave(error)
@@ -99,7 +99,10 @@ class Abstention:
         self._leave()
         pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, LONGEST_PAUSE_S)
         self._anew = True
-        self._begin(m.CANNOT_TAKE_PART, type(error).__name__, error, pause_s)
+        if isinstance(error, SpentToday):
+            self._begin(m.REFUSES, error.where, error, max(pause_s, AGAIN_S))
+        else:
+            self._begin(m.CANNOT_TAKE_PART, type(error).__name__, error, pause_s)
 
     def _begin(self, metric: m.Metric, key: str, error: Exception, pause_s: float | None) -> None:
         words = f"{error.where}: {error.problem}" if isinstance(error, MeerkatError) else reason(error)

@@ -199,6 +199,8 @@ class Jobs:
         return (yield from self._collect(displacement.blob, displacement.size))
 
     def _collect(self, name: bytes, size: int) -> Steps[bytes]:
+        """Get a blob. NotConnected: it does not come; SpentToday: the node may fetch no more today."""
+        yield from work(self._compute, self._policy.count_fetch, size, self._store)
         unasked = self._blobs.comes_unasked(name)
         try:
             return (yield from self._blobs.begin(name, size).collect(unasked=unasked, silences=SILENCES))

@@ -1,5 +1,8 @@
 """Joining a run: is its descriptor one that a server can mean, and where does the mask come from?"""
 
+from collections.abc import Callable
+from functools import partial
+
 import structlog
 
 from meerkat_mq.core.mask import Mask
@@ -8,6 +11,7 @@ from meerkat_mq.engines.registry import ENGINES, check_named
 from meerkat_mq.errors import BadValue, RunMismatch, WireError, shown
 from meerkat_mq.runtime.blobs import BlobFetch, Blobs
 from meerkat_mq.runtime.model import NodeProfile, NodeStore
+from meerkat_mq.runtime.policy import NodePolicy
 from meerkat_mq.runtime.ports import Clock, Compute, Transport
 from meerkat_mq.runtime.steps import Steps, work
 from meerkat_mq.tasks.load import task_of
@@ -47,16 +51,34 @@ class LostDescriptor:
 
 
 def get_mask(
-    run: RunDescriptor, blobs: Blobs, *, store: NodeStore, compute: Compute, transport: Transport, topics: Topics
+    run: RunDescriptor,
+    blobs: Blobs,
+    *,
+    policy: NodePolicy,
+    store: NodeStore,
+    compute: Compute,
+    transport: Transport,
+    topics: Topics,
 ) -> Steps[Mask]:
-    """The mask, however long it takes: kept from an earlier start, retained by the broker, or asked of the server."""
-    kept = yield from work(compute, store.load_mask, run.mask_hash)
+    """The mask, however long it takes: kept from an earlier start, retained by the broker, or asked of the server.
+
+    Raises:
+        SpentToday: the node may fetch no more today.
+    """
+    count = partial(policy.count_fetch, run.mask_bytes, store)
+
+    def look() -> Mask | None:
+        if (found := store.load_mask(run.mask_hash)) is None:
+            count()
+        return found
+
+    kept = yield from work(compute, look)
     if kept is not None:
         return kept
     fetch, filters = blobs.begin(run.mask_name, run.mask_bytes), topics.blob(run.mask_name, "+")
     transport.subscribe(filters)
     try:
-        mask = yield from _collect(fetch, run, compute)
+        mask = yield from _collect(fetch, run, compute, count)
     finally:
         transport.unsubscribe(filters)
         blobs.end()
@@ -64,7 +86,7 @@ def get_mask(
     return mask
 
 
-def _collect(fetch: BlobFetch, run: RunDescriptor, compute: Compute) -> Steps[Mask]:
+def _collect(fetch: BlobFetch, run: RunDescriptor, compute: Compute, count: Callable[[], None]) -> Steps[Mask]:
     unasked, seldom = True, Seldom()
     while True:
         blob = yield from fetch.collect(unasked=unasked)
@@ -72,6 +94,7 @@ def _collect(fetch: BlobFetch, run: RunDescriptor, compute: Compute) -> Steps[Ma
             return (yield from work(compute, decode_mask, blob, run.mask_hash, run.weights))
         except WireError as error:
             seldom.say(structlog.get_logger().warning, "mask refused, fetching it again", problem=str(error))
+            yield from work(compute, count)
             fetch.start_over()
             unasked = False
 

@@ -2,13 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Protocol, cast
 
 from meerkat_mq.config import NodeValuesConfig
-from meerkat_mq.core.batches import batch_rows
+from meerkat_mq.core.batches import Batches
 from meerkat_mq.core.directions import Float32Array, direction
 from meerkat_mq.core.first_order import FirstOrderEngine, first_order_steps
 from meerkat_mq.core.mask import Mask
@@ -189,10 +189,7 @@ class EngineModel(Model):
         """The local steps of a round from the present theta, so many at most."""
         run, data, theta = self._run, self.data, self._replica.theta
         first = self._take_steps(run.run, order.steps)
-        batches = [
-            [data[row] for row in batch_rows(run.run_id, self._name, len(data), run.batch_size, step)]
-            for step in range(first, first + made)
-        ]
+        batches = Batches(run.run_id, self._name, data, run.batch_size, range(first, first + made))
         ends = partial(self.ends, stop)
         if self._values is None:
             seeds = seeds_of(run.run_id, order.version, order.lane, made * run.perturbations)
@@ -227,22 +224,33 @@ class StepCompute(Compute, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """Directions along which a row was measured, at most, on one day.
+    """What a server got of a node on one day.
 
     Attributes:
         day: "2026-11-29", in UTC.
+        directions: numbers that measure a row, at most.
         run: that measured last.
+        bytes: of masks, snapshots and displacements that were fetched.
     """
 
     day: str = ""
     directions: float = 0.0
     run: str = ""
+    bytes: int = 0
 
     def then(self, day: str, run: str, first: float, more: float, most: float) -> "Spent | None":
         """After `more` directions, and `first` where the run did not measure last; None: more than `most` in a day."""
-        begun = self if self.day == day else Spent(day)
+        begun = self._on(day)
         directions = begun.directions + more + (0.0 if begun.run == run else first)
-        return Spent(day, directions, run) if directions <= most else None
+        return replace(begun, directions=directions, run=run) if directions <= most else None
+
+    def fetching(self, day: str, size: int, most: int) -> "Spent | None":
+        """After so many bytes more; None: more than `most` in a day."""
+        begun = self._on(day)
+        return replace(begun, bytes=begun.bytes + size) if begun.bytes + size <= most else None
+
+    def _on(self, day: str) -> "Spent":
+        return self if self.day == day else Spent(day)
 
 
 class NodeStore(Protocol):
@@ -268,6 +276,9 @@ class NodeStore(Protocol):
 
     def spend(self, run: str, first: float, more: float, most: float) -> bool:
         """Count directions of a row today, as `Spent.then` does; False: they are too many, and none was counted."""
+
+    def fetch(self, size: int, most: int) -> bool:
+        """Count bytes that will be fetched, as `Spent.fetching` does; False: too many today, and none was counted."""
 
 
 class NodeMonitor(Protocol):

@@ -277,8 +277,9 @@ class NodeDriver:
         self._log = self._log.bind(run=run.run[:8])
         blobs = self._blobs = Blobs(run, self._boot, self._send, self._clock)
         mask = yield from get_mask(
-            run, blobs, store=self._store, compute=self._compute, transport=self._transport, topics=self._topics
-        )
+            run, blobs, policy=self._policy, store=self._store, compute=self._compute,
+            transport=self._transport, topics=self._topics,
+        )  # fmt: skip
         self._has_mask = True
         (self._transport.subscribe if run.values else self._transport.unsubscribe)(self._topics.values)
         model: Model = yield from work(self._compute, self._make_model, run, mask)

@@ -3,12 +3,17 @@
 Theory. A server chooses the mask, the directions, the rows' order (by the run id), theta (by its entries) and the batch
 size. Each projected gradient is one linear measurement of the batch's gradient on the mask. A server that measures one
 batch along as many directions as the gradient has unknowns solves for it by least squares; on one weight of each
-token's embedding, that gradient says which tokens the batch holds. So the owner bounds what enters a measurement (the
-kinds of weights, the rows of a batch) and how many measurements there are of a row: `max_directions` a day, counted by
-the node itself and kept in its state folder, over all runs.
+token's embedding, that gradient says which tokens the batch holds. The loss of an update is a measurement too: between
+two updates, the server moves theta along a direction of its choice, and the difference of their losses is the
+gradient's product with that. So the owner bounds what enters a measurement (the kinds of weights, the rows of a batch)
+and how many measurements there are of a row: `max_directions` a day, counted by the node itself and kept in its state
+folder, over all runs.
 
-A row is in at most ⌊p / rows⌋ + 2 of the batches of p consecutive rows, because each epoch has it once. With K
-directions a local step, s local steps of one run therefore show a row along at most K·(2 + s·min(1, batch / rows)).
+A row is in at most ⌊p / rows⌋ + 2 of the batches of p consecutive rows, because each epoch has it once. A local step
+gives K projected gradients, and its update a loss. So s local steps of one run measure a row along at most
+(K + 1)·(2 + s·min(1, batch / rows)) directions.
+
+What the node fetches has a budget too: a server that names one new mask after another would have it download for ever.
 
 The rows of the toy engine are seeds, and nobody's: `min_batch` and `max_directions` do not apply to them.
 """
@@ -18,7 +23,7 @@ from typing import Final
 
 from meerkat_mq.config import PolicyConfig
 from meerkat_mq.engines.registry import ENGINES
-from meerkat_mq.errors import PolicyRefused
+from meerkat_mq.errors import PolicyRefused, SpentToday
 from meerkat_mq.rounds.events import StartSteps
 from meerkat_mq.runtime.model import Model, NodeStore
 from meerkat_mq.runtime.ports import Compute
@@ -61,6 +66,7 @@ class NodePolicy:
         _at_most("max_mask_bytes", config.max_mask_bytes, "bytes of the run's mask", size)
         if self.tasks is not None and (run.task is None or task_of(run.task) not in self.tasks):
             raise _refused("tasks", "the run's task is none of those that this node works on, word for word")
+        _at_most("max_batch", config.max_batch, "rows of a batch", run.batch_size)
         _at_most("max_local_steps", config.max_local_steps, "local steps of the run", run.local_steps)
         self._check_eps(run.eps)
         _at_least("min_lr", config.min_lr, "lr", run.lr)
@@ -94,11 +100,22 @@ class NodePolicy:
         if _is_public(run):
             return
         self.check_model(run, model)  # rows may have gone
-        once = run.perturbations * _distinct(run, model.rows) / model.rows
-        first, most = 2.0 * run.perturbations, float(self.config.max_directions)
-        if not (yield from work(compute, store.spend, run.run, first, once * order.steps, most)):
-            problem = f"a row would be measured along more than {self.config.max_directions:,} directions today"
+        first, more = measurements(run, model.rows, order.steps)
+        most = self.config.max_directions
+        if not (yield from work(compute, store.spend, run.run, first, more, float(most))):
+            problem = f"a row would be measured along more than {most:,} directions today"
             raise _refused("max_directions", problem)
+
+    def count_fetch(self, size: int, store: NodeStore) -> None:
+        """Count so many bytes of a blob that is to be fetched; blocks.
+
+        Raises:
+            SpentToday: they are too many; nothing was counted.
+        """
+        most = self.config.max_day_bytes
+        if not store.fetch(size, most):
+            problem = f"with {size:,} bytes more, this node would have fetched more than {most:,} today"
+            raise SpentToday("policy.max_day_bytes", problem, _REMEDY)
 
     def _check_eps(self, eps: float) -> None:
         _at_least("min_eps", self.config.min_eps, "eps", eps)
@@ -106,6 +123,12 @@ class NodePolicy:
 
 
 DEFAULTS: Final = NodePolicy(PolicyConfig())
+
+
+def measurements(run: RunDescriptor, rows: int, steps: int) -> tuple[float, float]:
+    """Directions along which local steps measure a row, at most: once a run and day, and more by these steps."""
+    each = run.perturbations + 1
+    return 2.0 * each, each * steps * _distinct(run, rows) / rows
 
 
 def _is_public(run: RunDescriptor) -> bool:

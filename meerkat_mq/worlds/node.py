@@ -61,6 +61,12 @@ class MemoryNodeStore:
         self.spent = spent or self.spent
         return spent is not None
 
+    def fetch(self, size: int, most: int) -> bool:
+        """Count bytes that will be fetched today, unless they would be too many."""
+        spent = self.spent.fetching(self.day, size, most)
+        self.spent = spent or self.spent
+        return spent is not None
+
 
 class NodeProcess(VirtualProcess):
     """One node; each life has a boot of its own, and begins at theta_0. It is its driver's monitor.

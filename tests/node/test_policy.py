@@ -172,7 +172,7 @@ def test_a_blob_with_more_weights_than_the_run_says_is_refused_before_it_is_deco
         decode_mask(blob, name, 10)
 
 
-@pytest.mark.parametrize("change", [{"eps": 1e9}, {"eps": 1e-30}, {"lr": 1e6}])
+@pytest.mark.parametrize("change", [{"eps": 1e9}, {"eps": 1e-30}, {"lr": 1e6}, {"batch_size": 65536}])
 async def test_a_forged_descriptor_is_refused_and_the_node_stays_for_the_next_run(
     mosquitto: Mosquitto, tmp_path: Path, change: dict[str, float]
 ) -> None:
@@ -181,7 +181,11 @@ async def test_a_forged_descriptor_is_refused_and_the_node_stays_for_the_next_ru
     async with Federation(tmp_path, mosquitto.config) as federation:
         await describe(federation, descriptor(toy_mask(10), **change))
         node = federation.node("a")
-        assert (await said_by(federation)).startswith(f"policy.m{'in' if change[key] < 1 else 'ax'}_{key}: {key}: ")
+        limit, what = (
+            f"m{'in' if change[key] < 1 else 'ax'}_{key}".removesuffix("_size"),
+            {"batch_size": "rows of a batch"},
+        )
+        assert (await said_by(federation)).startswith(f"policy.{limit}: {what.get(key, key)}: ")
         server = federation.server(rounds=ROUNDS)
         await server.says("round closed", times=6)
         assert not node.over
@@ -204,6 +208,36 @@ async def test_a_forged_round_is_refused_and_the_run_goes_on(mosquitto: Mosquitt
             federation.node(other)
         await server.says("round closed", times=3)
         assert not node.over
+
+
+async def test_masks_without_end_are_fetched_for_a_days_bytes_and_both_sides_say_so(
+    mosquitto: Mosquitto, tmp_path: Path, meerkat: Meerkat
+) -> None:
+    honest = descriptor(toy_mask(10))
+    async with Federation(tmp_path, mosquitto.config) as federation:
+        limits = {"max_day_bytes": 2 * honest.mask_bytes, "min_batch": 1}
+        for number in range(1, 4):
+            name = f"{number:032x}"
+            await describe(federation, honest.model_copy(update={"run": name, "mask": name}))
+            if number == 1:
+                node = federation.node("a", policy=limits)
+
+            def is_answered(name: bytes = bytes.fromhex(name), number: int = number) -> bool:
+                eye = federation.eye
+                refuses = [status for status in eye.statuses.get("a", []) if status.refuses]
+                return bool(refuses) if number == 3 else name in {want.blob for want in eye.wants.get("a", [])}
+
+            await until(is_answered, within_s=60.0)
+        said = await said_by(federation)
+        assert said.startswith("policy.max_day_bytes: with ")
+        assert len({want.blob for want in federation.eye.wants["a"] if want.blob}) == 2
+        server = federation.server(rounds=ROUNDS)  # an honest one of today has to wait until tomorrow
+        await server.says("a node refuses the run", node="a")
+        assert node.said("the run is refused")
+        assert not node.over
+        status = meerkat("status", tmp_path / "server").out
+    assert "policy.max_day_bytes" in status
+    assert f"{m.REFUSES}: 1" in status
 
 
 def test_a_task_of_the_policy_that_is_none_is_a_wrong_first_start(meerkat: Meerkat, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from meerkat_mq.core.path import Entry
 from meerkat_mq.rounds.events import StartSteps
 from meerkat_mq.runtime.model import KeptUpdate, Model, NodeProfile, NodeStore, Place, StepResult, Stop
 from meerkat_mq.runtime.node import NodeDriver
+from meerkat_mq.runtime.policy import DEFAULTS, NodePolicy
 from meerkat_mq.wire.arrays import encode_mask
 from meerkat_mq.wire.descriptor import RunDescriptor
 from meerkat_mq.wire.messages import Offer
@@ -94,6 +95,9 @@ class Nothing:
     def spend(self, run: str, first: float, more: float, most: float) -> bool:
         return first + more <= most
 
+    def fetch(self, size: int, most: int) -> bool:
+        return size <= most
+
 
 class OneNode:
     """A node process, and all that it did; it is its own presenter.
@@ -103,7 +107,7 @@ class OneNode:
         ended: version and digest of each run that it has finished.
     """
 
-    def __init__(self, store: NodeStore, profile: NodeProfile, boot: int = 7) -> None:
+    def __init__(self, store: NodeStore, profile: NodeProfile, boot: int = 7, policy: NodePolicy = DEFAULTS) -> None:
         self.clock = VirtualClock()
         self.worker = StepWorker(self.clock)
         self.transport = Recorder()
@@ -119,6 +123,7 @@ class OneNode:
             clock=self.clock,
             make_model=self._make_model,
             monitor=self,
+            policy=policy,
         )
 
     @property

@@ -4,7 +4,8 @@ from typing import Any
 
 from meerkat_mq.core.path import Entry
 from meerkat_mq.engines.toy import toy_mask
-from meerkat_mq.runtime.model import NodeProfile
+from meerkat_mq.runtime.model import NodeProfile, NodeStore
+from meerkat_mq.runtime.policy import DEFAULTS, NodePolicy
 from meerkat_mq.wire.arrays import encode_mask, split
 from meerkat_mq.wire.descriptor import NodeStatus, RunDescriptor, ServerState, decode_control
 from meerkat_mq.wire.frames import Frame, decode, encode
@@ -25,8 +26,8 @@ def header(run: RunDescriptor, version: int = 0) -> Header:
 class Server:
     """Says what a server says to its one node, and reads what that says."""
 
-    def __init__(self, **profile: Any) -> None:
-        self.node = OneNode(Nothing(), NodeProfile(NODE, "f", **profile), BOOT)
+    def __init__(self, store: NodeStore | None = None, policy: NodePolicy = DEFAULTS, **profile: Any) -> None:
+        self.node = OneNode(store or Nothing(), NodeProfile(NODE, "f", **profile), BOOT, policy)
         self.node.driver.connected(1)
 
     def say(self, frame: Frame, topic: str = TOPICS.reply(NODE)) -> None:

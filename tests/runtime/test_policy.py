@@ -1,5 +1,8 @@
 """The node's own policy: every key, judged in the driver; what is refused is said, and the next run is looked at."""
 
+import json
+import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,17 +12,20 @@ from structlog.testing import capture_logs
 
 from meerkat_mq.config import PolicyConfig
 from meerkat_mq.core import metrics as m
+from meerkat_mq.core.batches import batch_rows
 from meerkat_mq.errors import PolicyRefused, TaskError
 from meerkat_mq.node.state import NodeState
 from meerkat_mq.rounds.events import StartSteps
-from meerkat_mq.runtime.abstention import AGAIN_S
+from meerkat_mq.runtime.abstention import AGAIN_S, LONGEST_PAUSE_S
+from meerkat_mq.runtime.blobs import PATIENCE_S
 from meerkat_mq.runtime.model import Spent
-from meerkat_mq.runtime.policy import DEFAULTS, NodePolicy
+from meerkat_mq.runtime.policy import DEFAULTS, NodePolicy, measurements
 from meerkat_mq.runtime.steps import Sequence
 from meerkat_mq.tasks.load import load_task
 from meerkat_mq.wire.descriptor import RunDescriptor
-from tests.runtime.one_node import PaperModel
-from tests.runtime.one_server import MASK, ONE, TWO, Server
+from meerkat_mq.wire.messages import Offer
+from tests.runtime.one_node import Nothing, PaperModel
+from tests.runtime.one_server import MASK, ONE, TWO, Server, header
 from tests.runtime.ports import StepWorker, VirtualClock
 
 GENUINE = ONE.model_copy(
@@ -49,13 +55,14 @@ KEYS: dict[str, tuple[dict[str, Any], RunDescriptor, RunDescriptor]] = {
     ),
     "tasks": ({"tasks": ["agnews", "sst2"]}, run(task=load_task("rte").describe()), run()),
     "min_batch": ({}, run(batch_size=3), run(batch_size=4)),
+    "max_batch": ({}, run(batch_size=1025, engine="toy"), run(batch_size=1024)),
     "max_local_steps": ({"max_local_steps": 10}, run(local_steps=11), run(local_steps=10)),
     "min_eps": ({"min_eps": 1e-4}, run(eps=9e-5), run(eps=1e-4)),
     "max_eps": ({}, run(eps=1.1), run(eps=1.0)),
     "min_lr": ({"min_lr": 1e-5}, run(lr=1e-6), run(lr=1e-5)),
     "max_lr": ({}, run(lr=11.0), run(lr=10.0)),
 }
-ELSEWHERE = {"kinds", "max_directions"}  # judged by the model, and round by round: below
+ELSEWHERE = {"kinds", "max_directions", "max_day_bytes"}  # by the model, and round by round or blob by blob: below
 
 
 def test_each_key_is_walked() -> None:
@@ -124,12 +131,12 @@ def admitted(policy: NodePolicy, described: RunDescriptor, state: NodeState, *, 
 
 
 def test_directions_of_a_row_are_counted_over_restarts_and_runs(tmp_path: Path) -> None:
-    policy = NodePolicy.of(PolicyConfig(max_directions=20))
+    policy = NodePolicy.of(PolicyConfig(max_directions=40))
     with NodeState(tmp_path) as state:
-        assert admitted(policy, GENUINE, state, steps=100)  # 2 + 16
+        assert admitted(policy, GENUINE, state, steps=100)  # 2 · (2 + 16): a projected gradient, and a loss
         assert not admitted(policy, GENUINE, state, steps=100)
     with NodeState(tmp_path) as state:
-        assert not admitted(policy, run(run="2" * 32), state, steps=1)  # 2 more, and 0.16
+        assert not admitted(policy, run(run="2" * 32), state, steps=1)  # 2 · 2 more, and 2 · 0.16
         assert admitted(policy, GENUINE, state, steps=12)
         assert not admitted(policy, GENUINE, state, steps=1)
 
@@ -141,12 +148,45 @@ def test_many_directions_of_one_batch_are_refused_by_the_default(tmp_path: Path)
         assert admitted(DEFAULTS, run(perturbations=10), state, steps=1, rows=1000)
 
 
+@pytest.mark.parametrize("updates", [1, 1000])
+@pytest.mark.parametrize("perturbations", [1, 3])
+def test_no_row_gives_more_numbers_than_are_counted(perturbations: int, updates: int) -> None:
+    """Of each update, what a server gets: K projected gradients for each batch that holds the row, and the loss."""
+    described, rows, steps = run(perturbations=perturbations, batch_size=3), 7, 4
+    got: Counter[int] = Counter()
+    for update in range(updates):
+        held: Counter[int] = Counter()
+        for step in range(update * steps, (update + 1) * steps):
+            held.update(set(batch_rows(described.run_id, "n", rows, 3, step)))
+        got.update({row: perturbations * batches + 1 for row, batches in held.items()})
+    first, more = measurements(described, rows, steps)
+    assert max(got.values()) <= first + updates * more
+
+
 def test_a_day_has_a_count_of_its_own() -> None:
     spent = Spent().then("2026-11-29", "a", 2.0, 5.0, 10.0)
     assert spent == Spent("2026-11-29", 7.0, "a")
     assert spent.then("2026-11-29", "a", 2.0, 3.0, 10.0) == Spent("2026-11-29", 10.0, "a")
     assert spent.then("2026-11-29", "b", 2.0, 2.0, 10.0) is None
     assert spent.then("2026-11-30", "a", 2.0, 8.0, 10.0) == Spent("2026-11-30", 10.0, "a")
+
+
+def test_bytes_of_a_day_are_counted_beside_the_directions() -> None:
+    spent = Spent().then("a day", "a", 2.0, 5.0, 10.0)
+    assert spent is not None
+    fetched = spent.fetching("a day", 60, 100)
+    assert fetched == Spent("a day", 7.0, "a", 60)
+    assert fetched.fetching("a day", 41, 100) is None
+    assert fetched.then("a day", "a", 2.0, 1.0, 10.0) == Spent("a day", 8.0, "a", 60)
+    assert fetched.fetching("another", 100, 100) == Spent("another", bytes=100)
+
+
+def test_a_count_of_an_earlier_release_goes_on(tmp_path: Path) -> None:
+    today = time.strftime("%Y-%m-%d", time.gmtime())
+    (tmp_path / "directions.json").write_text(json.dumps({"day": today, "directions": 9.0, "run": "a"}))
+    with NodeState(tmp_path) as state:
+        assert state.fetch(10, 10)
+        assert not state.spend("a", 1.0, 2.0, 10.0)
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"day": 1}', b'{"day": "x", "directions": "y", "run": ""}'])
@@ -196,3 +236,57 @@ def test_a_round_with_a_forged_eps_is_refused_and_the_next_one_is_stepped() -> N
     server.node.clock.go(AGAIN_S)
     assert (server.statuses[-1].status, server.statuses[-1].refuses) == ("online", None)
     assert server.node.models[0].stepped == [0]
+
+
+class Spending(Nothing):
+    """A state folder whose day can be changed."""
+
+    def __init__(self) -> None:
+        self.spent, self.day = Spent(), "a day"
+
+    def fetch(self, size: int, most: int) -> bool:
+        spent = self.spent.fetching(self.day, size, most)
+        self.spent = spent or self.spent
+        return spent is not None
+
+
+def test_masks_without_end_are_fetched_up_to_the_days_bytes_and_again_the_next_day() -> None:
+    store = Spending()
+    server = Server(store, NodePolicy(PolicyConfig(max_day_bytes=3 * ONE.mask_bytes)))
+    for number in range(1, 6):
+        server.describe(ONE.model_copy(update={"run": f"{number:032x}", "mask": f"{number:032x}"}))
+        server.node.clock.go(PATIENCE_S)  # it waits for the broker first
+    assert {want.blob.hex() for want in server.wants if want.blob} == {f"{n:032x}" for n in range(1, 4)}
+    said = server.statuses[-1].refuses
+    assert said is not None
+    assert said.startswith("policy.max_day_bytes: with ")
+    assert server.node.driver.counts[m.REFUSES] == 2
+
+    server.begin(ONE)  # an honest run has to wait, too
+    assert not server.node.machine_is_there
+    store.day = "the next day"
+    server.node.clock.go(LONGEST_PAUSE_S)
+    server.give_mask(ONE)
+    assert server.node.machine_is_there
+
+
+def test_a_mask_that_is_always_another_one_is_fetched_no_more_often() -> None:
+    server = Server(Spending(), NodePolicy(PolicyConfig(max_day_bytes=3 * ONE.mask_bytes)))
+    server.describe(ONE.model_copy(update={"mask": "1" * 32, "mask_blob": ONE.mask}))
+    for _ in range(10):
+        server.give_mask(ONE)
+        server.node.clock.settle()
+    assert server.statuses[-1].refuses is not None
+    assert server.statuses[-1].refuses.startswith("policy.max_day_bytes: ")
+
+
+def test_snapshots_without_end_are_fetched_up_to_the_days_bytes() -> None:
+    size = 3 * ONE.weights
+    server = Server(Spending(), NodePolicy(PolicyConfig(max_day_bytes=ONE.mask_bytes + 3 * size)))
+    server.begin(ONE)
+    for number in range(1, 6):
+        server.say(Offer(header(ONE, number), version=number, blob=number.to_bytes(16, "big"), size=size))
+        server.node.clock.go(20 * PATIENCE_S)
+    assert len({want.blob for want in server.wants if want.blob}) == 3
+    assert server.statuses[-1].refuses is not None
+    assert server.statuses[-1].refuses.startswith("policy.max_day_bytes: ")
