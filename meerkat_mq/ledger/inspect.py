@@ -3,7 +3,7 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from meerkat_mq.core.path import NO_DIGEST, Coefficient, seed_for, seeds_of, vir
 from meerkat_mq.core.replica import Replica
 from meerkat_mq.errors import LedgerError, RunMismatch
 from meerkat_mq.ledger.losses import mean_loss, rising_now
-from meerkat_mq.ledger.run import early_stopping_in_words, mode_in_words, settings_of
+from meerkat_mq.ledger.run import early_stopping_in_words, mode_in_words, settings_of, unseen_in_words
 from meerkat_mq.ledger.shown import (
     NodeShown,
     RebuiltShown,
@@ -31,7 +31,7 @@ from meerkat_mq.ledger.shown import (
 from meerkat_mq.ledger.store import Closed, NodeRow, Products, Store, by_entry, without_flag
 from meerkat_mq.ledger.verify import check_mask, run_of
 from meerkat_mq.rounds.guards import Guard
-from meerkat_mq.rounds.policy import RoundSettings, lane_of
+from meerkat_mq.rounds.policy import RoundSettings, lane_of, shortened
 from meerkat_mq.rounds.records import NOT_REFUSED, Judgement, UpdateRecord, Verdict
 from meerkat_mq.wire.descriptor import REFUSES, RunDescriptor
 from meerkat_mq.wire.messages import in_words
@@ -61,9 +61,11 @@ def run_shown(ledger: Store, now: float | None = None) -> RunShown:
         {judgement.node: judgement for judgement in ledger.newest_judgements()},
         ledger.early_stopped_since(),
     )
+    short = {(record.node, record.version) for records in past for record in _shortened(records, settings)}
     given = sorted((record for records in (*past, heard) for record in records), key=lambda record: record.version)
     last = {record.node: record for record in given}
     nodes = (*ledger.nodes(), *ledger.refusing())
+    seen = {node.node for node in nodes}
     metrics = ledger.metrics()
     evaluated = max(metrics, default=None)
     found = metrics[evaluated] if evaluated is not None else {}
@@ -85,24 +87,34 @@ def run_shown(ledger: Store, now: float | None = None) -> RunShown:
         round_s=typical(closed),
         loss=mean_loss(past[-1]) if past else None,
         early_stopping=_early_stopping(settings, sum(node.node not in paths.judgements for node in ledger.nodes())),
-        nodes=tuple(_node_shown(node, last.get(node.node), version, flagged, paths=paths, now=now) for node in nodes),
+        nodes=tuple(
+            _node_shown(node, last.get(node.node), version, flagged, short=short, paths=paths, now=now)
+            for node in nodes
+        ),
         mode=mode_in_words(settings),
         staleness=math.fsum(entry - record.version for entry, record in recent) / len(recent) if recent else None,
-        warning=rising_now(ledger),
+        warning="; ".join(filter(None, (rising_now(ledger), unseen_in_words(settings, seen, version)))),
         figures=found,
         base_figures=metrics.get(0, {}),
-        counts=_counts(past, sum(entry.overdue for entry in entries), sum(map(_refuses, nodes))),
+        counts=_counts(past, sum(entry.overdue for entry in entries), sum(map(_refuses, nodes)), len(short)),
     )
+
+
+def _shortened(records: Sequence[UpdateRecord], settings: RoundSettings) -> list[UpdateRecord]:
+    """Those of an entry of whose displacement less than half counts."""
+    names = set(shortened(records, settings))
+    return [record for record in records if record.values is not None and record.node in names]
 
 
 def _refuses(node: NodeRow) -> bool:
     return (node.status or "").startswith(REFUSES)
 
 
-def _counts(past: Iterable[Sequence[UpdateRecord]], overdue: int, refusing: int) -> Mapping[str, int]:
+def _counts(past: Iterable[Sequence[UpdateRecord]], overdue: int, refusing: int, shortened: int) -> Mapping[str, int]:
     refused = Counter(found.verdict for records in past for found in records if found.verdict not in NOT_REFUSED)
     counts: dict[str, int] = {m.REFUSED.of(in_words(verdict)): count for verdict, count in sorted(refused.items())}
-    return counts | {name: count for name, count in ((m.DEADLINE, overdue), (m.REFUSES, refusing)) if count}
+    others = ((m.SHORTENED, shortened), (m.DEADLINE, overdue), (m.REFUSES, refusing))
+    return counts | {name: count for name, count in others if count}
 
 
 def _early_stopping(settings: RoundSettings, waiting: int) -> str:
@@ -149,7 +161,14 @@ def gradip_of(ledger: Store, record: UpdateRecord, products: Products) -> tuple[
 
 
 def _node_shown(
-    node: NodeRow, last: UpdateRecord | None, version: int, flagged: Mapping[str, Verdict], *, paths: _Paths, now: float
+    node: NodeRow,
+    last: UpdateRecord | None,
+    version: int,
+    flagged: Mapping[str, Verdict],
+    *,
+    short: Container[tuple[str, int]],
+    paths: _Paths,
+    now: float,
 ) -> NodeShown:
     judgement = paths.judgements.get(node.node)
     status, why = without_flag(node.status or "")
@@ -168,6 +187,7 @@ def _node_shown(
         rho_quiet=judgement.rho_quiet if judgement else None,
         early_stopped_since=paths.early_stopped_since.get(node.node),
         displacement=last.values.size if last is not None and last.values is not None else 0,
+        shortened=last is not None and (last.node, last.version) in short,
     )
 
 

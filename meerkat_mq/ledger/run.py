@@ -1,8 +1,8 @@
 """A run: what is fixed of it, and the rules under which it was begun."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from meerkat_mq.config import FIXED, Codec, GuardsConfig, RoundRules, Rules, RunSpec, ServerConfig, ServerValuesConfig
 from meerkat_mq.core.mask import Mask
@@ -12,6 +12,8 @@ from meerkat_mq.rounds.policy import MAX_STEP, RoundSettings
 from meerkat_mq.wire.arrays import split
 from meerkat_mq.wire.descriptor import MAY_CHANGE, RunDescriptor
 from meerkat_mq.wire.frames import Chunk, Header
+
+UNSEEN_AFTER: Final = 10  # rounds without a node that is trusted
 
 _RENAMED = {key: f"rounds.{key}" for key in RunSpec.model_fields} | {
     "weights": "toy_weights", "values": "values.accept",
@@ -127,6 +129,15 @@ def trust_in_words(settings: RoundSettings) -> str:
         f"rounds.min_updates = {settings.min_updates}: a round may close with fewer than {FEWEST} updates, and "
         "then one node alone decides where the model goes, up to guards.max_step an update; for nodes that you trust"
     )
+
+
+def unseen_in_words(settings: RoundSettings, seen: Container[str], rounds: int) -> str:
+    """What is wrong where no node of a trusted name was seen in so many rounds; "" where all were, or it is early."""
+    unseen = [name for name in settings.guards.trusted if name not in seen]
+    if not unseen or rounds < UNSEEN_AFTER:
+        return ""
+    problem = f"guards.trusted names {', '.join(unseen)}, and {rounds:,} rounds have not seen such a node"
+    return f"{problem}: start it, or check the spelling; a name is a node's id, and another one needs a new run"
 
 
 def early_stopping_in_words(settings: RoundSettings) -> str:

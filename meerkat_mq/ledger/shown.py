@@ -35,6 +35,7 @@ class NodeShown:
     rho_quiet: float | None  # likewise
     early_stopped_since: int | None  # the calibration round from which on every one early-stopped it; None: it is not
     displacement: int = 0  # bytes of the displacement that its last update is; 0: it is a path, or there is none
+    shortened: bool = False  # whether less than half of that displacement counted
 
 
 @dataclass(frozen=True, slots=True)

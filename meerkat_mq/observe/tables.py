@@ -126,7 +126,8 @@ def _node_table(nodes: Sequence[NodeShown], long_ago: str) -> FittingTable[NodeS
 
 def _verdict(node: NodeShown) -> str:
     verdict = f"flagged: {node.flagged}" if node.flagged else node.verdict
-    return verdict + (f", displacement of {human_bytes(node.displacement)}" if node.displacement else "") or DASH
+    displacement = f", displacement of {human_bytes(node.displacement)}" + ", shortened" * node.shortened
+    return verdict + (displacement if node.displacement else "") or DASH
 
 
 def _judgement(node: NodeShown) -> str:

@@ -23,7 +23,14 @@ from meerkat_mq.engines.protocol import Setup
 from meerkat_mq.engines.registry import entry_of, make_engine, try_out, usable
 from meerkat_mq.errors import ConfigError, printable, reason, within
 from meerkat_mq.ledger.losses import RisingLoss, mean_loss, watched_loss
-from meerkat_mq.ledger.run import Run, early_stopping_in_words, mode_in_words, trust_in_words
+from meerkat_mq.ledger.run import (
+    UNSEEN_AFTER,
+    Run,
+    early_stopping_in_words,
+    mode_in_words,
+    trust_in_words,
+    unseen_in_words,
+)
 from meerkat_mq.ledger.store import Products, Sighting, with_flag
 from meerkat_mq.mqtt import MessageCount
 from meerkat_mq.observe.events import Evaluated, Observer, RoundClosed, RunFinished, RunStarted, Warned
@@ -121,6 +128,7 @@ class Monitor(ServerMonitor):
         self._spoken.set()  # until it is asked about, for that takes a look at each node
         self._noted: dict[str, tuple[NodeStatus, str, int, int]] = {}
         self._rising = rising or RisingLoss()
+        self._closed = 0
 
     def _seconds(self) -> float:
         now = asyncio.get_running_loop().time()
@@ -166,6 +174,10 @@ class Monitor(ServerMonitor):
 
     def closed(self, commit: CommitEntry, online: int) -> None:
         """A round was committed."""
+        self._closed += 1
+        if self._closed == UNSEEN_AFTER and (said := unseen_in_words(self._run.settings, self.statuses, self._closed)):
+            self._log.warning("trusted nodes were not seen", problem=said)
+            self._observe(Warned(said))
         version = commit.entry.version
         bytes_up = sum(count.payload_bytes for count in self._updates().values())
         oldest = version - self._run.settings.max_staleness

@@ -10,12 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from meerkat_mq.core import metrics as m
 from meerkat_mq.core.directions import direction
+from meerkat_mq.core.metrics import METRICS
 from meerkat_mq.errors import RunMismatch
 from meerkat_mq.ledger.folder import verify_folder
 from meerkat_mq.ledger.inspect import run_shown
+from meerkat_mq.observe.figures import log_keys
 from meerkat_mq.rounds.records import Verdict
 from tests.server.federation import Federation, Service, all_end
+from tests.support.command import Meerkat
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -44,6 +48,12 @@ def loss(federation: Federation) -> float:
 def shortened(server: Service) -> set[str]:
     """The nodes of whom the server has said it: honest ones can be among them, in the order in which they answered."""
     return {line["node"] for line in server.said("displacement shortened")}
+
+
+def counted(server: Service) -> dict[str, int]:
+    """What the server has counted in all, as the log's last line says."""
+    (line,) = server.said("run finished")
+    return {name: line[key] for name in METRICS for key in log_keys({name: 1}) if key in line}
 
 
 @pytest.mark.parametrize("hostile", ["× -1", "× -3", "= 10"])
@@ -82,10 +92,17 @@ async def test_one_that_is_alone_is_compared_with_the_paths(federation: Federati
 
 
 @pytest.mark.parametrize("honest", [0, 1])
-async def test_one_or_two_do_hardly_anything(federation: Federation, honest: int) -> None:
+async def test_one_or_two_do_hardly_anything(federation: Federation, honest: int, meerkat: Meerkat) -> None:
     server, *nodes = start(federation, "= 10", paths=4, honest=honest)
     assert await all_end(server, *nodes) == [0] * (6 + honest), [service.plain for service in (server, *nodes)]
     assert "evil" in shortened(server)
+    with federation.ledger() as ledger:
+        shown = run_shown(ledger)
+    assert "evil" in {node.node for node in shown.nodes if node.shortened}
+    assert {node.node for node in shown.nodes if node.shortened} <= shortened(server)
+    assert {m.SHORTENED: shown.counts[m.SHORTENED]}.items() <= counted(server).items()
+    status = meerkat("status", federation.folder / "server").out
+    assert f"{m.SHORTENED}: {shown.counts[m.SHORTENED]}" in status
     assert loss(federation) < 1
     assert verify_folder(federation.folder / "server").rounds == 12
 
@@ -94,5 +111,7 @@ async def test_a_trusted_one_that_is_alone_is_not_shortened(federation: Federati
     server, *nodes = start(federation, "× 1", paths=3, honest=0, guards={"trusted": ["evil"]})
     assert await all_end(server, *nodes) == [0] * 5, [service.plain for service in (server, *nodes)]
     assert shortened(server) == set()
+    with federation.ledger() as ledger:
+        assert m.SHORTENED not in run_shown(ledger).counts
     assert loss(federation) < 0.7
     assert verify_folder(federation.folder / "server").rounds == 12
