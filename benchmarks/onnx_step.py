@@ -38,21 +38,11 @@ from meerkat_mq.engines.torch.load import load_model
 from meerkat_mq.engines.torch.masks import make_mask
 from meerkat_mq.tasks.classification import TASKS, Classification
 from meerkat_mq.tasks.data import read_rows
+from tests.support.absent import ABSENT, START
 from tests.support.mosquitto import Mosquitto
 
 SHARED = Path(os.environ.get("MEERKAT_SHARED", Path(__file__).parents[2] / "shared"))
 BATCH, EPS = 8, 1e-3
-ABSENT = """
-import importlib.abc, sys
-
-class Absent(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"torch", "transformers", "onnx", "safetensors", "huggingface_hub"}:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Absent())
-"""
-START = "import sys; sys.argv[0] = 'meerkat'; from meerkat_mq.__main__ import main; sys.exit(main())"
 SERVER = """
 federation = "step"
 state_dir = "server"

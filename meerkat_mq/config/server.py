@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from meerkat_mq.config.broker import BrokerConfig, room_for_chunks
 from meerkat_mq.config.early_stopping import EarlyStoppingConfig
@@ -57,6 +57,13 @@ class ServerConfig(Rules):
     prefix: PrefixConfig = PrefixConfig()
     once: Flag = False
     wait_for_nodes_s: Seconds = 120.0
+
+    @field_validator("engine")
+    @classmethod
+    def _of_a_run(cls, engine: str) -> str:
+        if engine == "graph":
+            raise ValueError('"graph" is for nodes; name the engine that the file was exported from')
+        return engine
 
     @model_validator(mode="after")
     def _displacements_fit(self) -> Self:

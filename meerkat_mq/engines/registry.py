@@ -30,6 +30,7 @@ Factory = Callable[[Setup], Engine[Any]]
 METHODS: Final = ("write", "prepare", "losses")
 TRIED: Final = 2  # rows of the trial batch
 SEE: Final = "see docs/engines.md"
+OWN: Final = "package.module:factory"  # stands for the name of a user's own engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,8 @@ class KnownEngine:
         mask: the mask of so many weights, of an engine that needs no mask file.
         read: reads and checks the rows of a run without a task.
         public_rows: whether its rows say nothing of anybody; a node's policy does not guard them.
-        runs: whose runs it computes for, where these are another engine's: the same losses, made in another way.
+        runs: whose runs it computes for, where these are another engine's: the same losses, made in another way; `OWN`:
+            any user's.
     """
 
     target: str
@@ -58,6 +60,7 @@ class KnownEngine:
 ENGINES: Final = {
     "transformers": KnownEngine("meerkat_mq.engines.torch.engine:make", extra="model", task="needed"),
     "onnx": KnownEngine("meerkat_mq.engines.onnx.engine:make", extra="onnx", task="needed", runs="transformers"),
+    "graph": KnownEngine("meerkat_mq.engines.onnx.own:make", extra="onnx", runs=OWN),
     "toy": KnownEngine(
         "meerkat_mq.engines.toy:make", task="none", mask=toy.toy_mask, read=toy.read_seeds, public_rows=True
     ),
@@ -70,7 +73,7 @@ def entry_of(name: str) -> KnownEngine:
         return ENGINES[name]
     if ":" in name:
         return KnownEngine(name)
-    remedy = f'use {", ".join(sorted(ENGINES))}, or "package.module:factory" for one of your own'
+    remedy = f'use {", ".join(sorted(ENGINES))}, or "{OWN}" for one of your own'
     raise ConfigError("engine", f"{name!r} is unknown", remedy)
 
 
@@ -85,7 +88,8 @@ def check_named(run: str, named: str | None) -> None:
     `run` is the engine's name in the run descriptor, `named` that in this process's own TOML file; None: any engine of
     this package.
     """
-    if run == named or (run in ENGINES and run == runs_of(run if named is None else named)):
+    wanted = runs_of(run if named is None else named)
+    if run == named or (run in ENGINES and run == wanted) or (":" in run and wanted == OWN):
         return
     if named is None and ":" not in run:
         problem, remedy = "which this version does not have", "install the server's version of meerkat-mq here too"

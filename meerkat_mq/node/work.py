@@ -162,7 +162,7 @@ def _engine(name: str, config: NodeConfig, run: RunDescriptor, mask: Mask, task:
     adapter = None if config.adapter is None else str(config.adapter)
     keep = keeping(config.prefix, config.state_dir)
     setup = Setup(mask, task, config.model, dtype, config.device, config.threads, adapter, keep)
-    with within("model") if config.model is not None and entry_of(name).task == "needed" else nullcontext():
+    with within("model") if config.model is not None and entry_of(name).extra is not None else nullcontext():
         engine = make_engine(name, setup, f"node {config.id}")
     if config.uplink == "values" and not isinstance(engine, FirstOrderEngine):
         problem = f'is "values", and the engine {name} has no method gradient'

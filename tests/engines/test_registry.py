@@ -51,9 +51,9 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
 
 
 def test_the_engines_of_this_package() -> None:
-    assert sorted(ENGINES) == ["onnx", "toy", "transformers"]
+    assert sorted(ENGINES) == ["graph", "onnx", "toy", "transformers"]
     assert isinstance(make_engine("toy", Setup(MASK), "a test"), QuadraticEngine)
-    with pytest.raises(ConfigError, match=r"^engine: 'tpu' is unknown; use onnx, toy, transformers, or"):
+    with pytest.raises(ConfigError, match=r"^engine: 'tpu' is unknown; use graph, onnx, toy, transformers, or"):
         entry_of("tpu")
 
 

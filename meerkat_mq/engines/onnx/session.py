@@ -10,13 +10,13 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.engines.onnx.layout import AGAIN, INDICES, THETA, Shape
 from meerkat_mq.engines.onnx.manifest import GRAPH, Bundle
-from meerkat_mq.errors import ModelError, cut, reason
+from meerkat_mq.engines.onnx.runtime import Value, not_taken, opened
+from meerkat_mq.errors import ModelError, cut
 
 _INT4: Final = 22  # onnx.TensorProto.INT4, which NumPy does not have
 _ELEMENTS: Final[dict[str, tuple[Any, Any]]] = {  # what the runtime is told, and what the array has
@@ -41,27 +41,21 @@ class Session:
 
     def __init__(self, bundle: Bundle, mask: Mask, threads: int | None) -> None:
         self._bundle = bundle
-        try:
-            self._session = onnxruntime.InferenceSession(
-                bundle.graph, _options(threads), providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # ONNX Runtime has no common base of its errors
-            raise self._refused(error) from error
+        self._session, inputs, outputs = opened(bundle.graph, threads, bundle.folder / GRAPH, AGAIN)
         self._theta = mask.theta_0
         self._binding = self._session.io_binding()
         self._held: list[npt.NDArray[Any]] = []  # the runtime knows no more than where they are
         parts = {matrix.name: (matrix.indices.astype(np.int64), self._theta[part]) for matrix, part in mask.slices()}
-        for wanted in self._session.get_inputs():
+        for wanted in inputs:
             if wanted.name not in _MADE:
                 self._bind(wanted, self._found(wanted, parts))
-        (output,) = self._session.get_outputs()
-        self._output = output.name
+        if len(outputs) != 1:
+            raise ModelError(str(bundle.folder / GRAPH), f"has {len(outputs)} outputs, not one", AGAIN)
+        self._output = outputs[0].name
 
-    def _refused(self, error: Exception) -> ModelError:
-        problem = f"is not taken by ONNX Runtime {onnxruntime.__version__} ({reason(error)})"
-        return ModelError(str(self._bundle.folder / GRAPH), problem, f"update onnxruntime, or {AGAIN}")
-
-    def _found(self, wanted: Any, parts: Mapping[str, tuple[npt.NDArray[np.int64], Float32Array]]) -> npt.NDArray[Any]:
+    def _found(
+        self, wanted: Value, parts: Mapping[str, tuple[npt.NDArray[np.int64], Float32Array]]
+    ) -> npt.NDArray[Any]:
         """What an input of the graph is to read."""
         name, weights, matrices = wanted.name, self._bundle.weights, self._bundle.manifest.matrices
         none = np.empty(0, np.int64), np.empty(0, np.float32)
@@ -69,14 +63,14 @@ class Session:
             return parts.get(name.removeprefix(INDICES), none)[0]
         if name.startswith(THETA):
             return parts.get(name.removeprefix(THETA), none)[1]
-        shape: Shape = tuple(wanted.shape)
-        if not all(isinstance(number, int) for number in shape):
+        shape: Shape = tuple(number for number in wanted.shape if isinstance(number, int))
+        if len(shape) < len(wanted.shape):
             raise self._differs(wanted, "a tensor of the weights file, whose shape is known")
         if name in matrices or wanted.type == _STORED[self._bundle.manifest.weights] != "tensor(float)":
             return weights.linear(name, shape)
         return weights.array(name, "F32", shape)
 
-    def _bind(self, wanted: Any, array: npt.NDArray[Any]) -> None:
+    def _bind(self, wanted: Value, array: npt.NDArray[Any]) -> None:
         """Let the runtime read an array, all of it and no more."""
         element, dtype = _ELEMENTS.get(wanted.type, (None, None))
         shape = [array.size if isinstance(number, str) else number for number in wanted.shape]
@@ -86,7 +80,7 @@ class Session:
         self._held.append(array)
         self._binding.bind_input(wanted.name, "cpu", 0, element, shape, array.ctypes.data)
 
-    def _differs(self, wanted: Any, there: str) -> ModelError:
+    def _differs(self, wanted: Value, there: str) -> ModelError:
         place = f"{self._bundle.folder / GRAPH}: {cut(wanted.name)}"
         return ModelError(place, f"is a {wanted.type} {cut(str(wanted.shape))}, and there is {there}", AGAIN)
 
@@ -105,19 +99,7 @@ class Session:
             self._session.run_with_iobinding(self._binding)
             found: Float32Array = self._binding.copy_outputs_to_cpu()[0]
         except Exception as error:
-            raise self._refused(error) from error
+            raise not_taken(self._bundle.folder / GRAPH, error, AGAIN) from error
         finally:
             self._binding.clear_binding_outputs()
         return found
-
-
-def _options(threads: int | None) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # it would undo the order
-    options.enable_mem_pattern = False  # inputs are never of the same length
-    options.log_severity_level = 4
-    options.inter_op_num_threads = 1
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting takes no CPU time
-    return options

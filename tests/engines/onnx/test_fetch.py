@@ -14,6 +14,7 @@ import pytest
 from meerkat_mq.config import BundleConfig, NodeConfig, check_config
 from meerkat_mq.errors import ConfigError, ModelError
 from tests.engines.onnx.conftest import Bundled
+from tests.support.web import serving
 
 FILES = ["bundle.json", "graph.onnx", "tokenizer.json", "weights.safetensors"]
 
@@ -96,13 +97,8 @@ def web(bundled: Bundled, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
     monkeypatch.setattr("meerkat_mq.engines.onnx.fetch._TROUBLE_S", (0.001, 0.004))
     monkeypatch.setattr("meerkat_mq.engines.onnx.fetch._WRONG_S", (0.002, 0.008))
     folder = bundled("llama", "int8")[1]
-    server = Web({name: (folder / name).read_bytes() for name in FILES})
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(Web({name: (folder / name).read_bytes() for name in FILES})) as server:
+        yield server
 
 
 def fetch(

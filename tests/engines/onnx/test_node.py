@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from http.server import HTTPServer, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,7 +22,9 @@ from meerkat_mq.node.work import Work
 from meerkat_mq.server.run import prepare_run
 from tests.engines import tiny
 from tests.engines.onnx.conftest import Bundled
+from tests.support.absent import ABSENT, START
 from tests.support.broker import Broker
+from tests.support.web import serving
 
 ROOT = Path(__file__).parents[3]
 TASK = """
@@ -67,16 +68,6 @@ FETCHED = """
 url = "http://127.0.0.1:{port}/"
 sha256 = "{sha256}"
 """
-BLOCKED = """
-import importlib.abc, sys
-
-class Absent(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"torch", "transformers", "onnx", "safetensors", "huggingface_hub"}:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Absent())
-"""
 LOSSES = """
 import json
 from pathlib import Path
@@ -111,13 +102,8 @@ def web(bundled: Bundled) -> Iterator[HTTPServer]:
         def log_message(self, *_: Any) -> None:
             """Nothing."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Page)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Page)) as server:
+        yield server
 
 
 def hash_of(bundle: Path) -> str:
@@ -134,10 +120,10 @@ def run(folder: Path, code: str, *arguments: str) -> subprocess.CompletedProcess
 def test_without_pytorch_nothing_of_it_is_imported(bundled: Bundled, folder: Path, family: str) -> None:
     base, bundle, mask = bundled(family, "int8")
     mask.save(folder / "mask.mkm")
-    done = run(folder, BLOCKED + LOSSES, str(bundle))
+    done = run(folder, ABSENT + LOSSES, str(bundle))
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)) == 24
-    done = run(folder, BLOCKED + LOSSES, str(base))
+    done = run(folder, ABSENT + LOSSES, str(base))
     assert "is no bundle: there is no bundle.json in it; give the folder that `meerkat bundle` wrote" in done.stderr
 
 
@@ -155,13 +141,12 @@ def test_all_kinds_of_nodes_end_with_the_same_weights(
         (folder / f"{name}.toml").write_text(NODE.format(name=name, engine=engine, port=mosquitto.port))
     with (folder / "onnx-1.toml").open("a") as stream:  # it fetches its own
         stream.write(FETCHED.format(port=web.server_port, sha256=hash_of(bundle)))
-    start = "import sys; sys.argv[0] = 'meerkat'; from meerkat_mq.__main__ import main; sys.exit(main())"
     commands = [("server", "", "federation.toml")]
-    commands += [("node", BLOCKED if name.startswith("onnx") else "", f"{name}.toml") for name in engines]
+    commands += [("node", ABSENT if name.startswith("onnx") else "", f"{name}.toml") for name in engines]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", block + start, command, "--config", config],
+            [sys.executable, "-c", block + START, command, "--config", config],
             cwd=folder, env=environment, stderr=subprocess.PIPE, text=True,
         )
         for command, block, config in commands
@@ -184,9 +169,11 @@ def test_a_node_may_name_an_engine_that_stands_for_the_run_s() -> None:
     assert runs_of("onnx") == "transformers"
     assert runs_of("toy") == "toy"
     assert runs_of("a:b") == "a:b"
-    for run_engine, named in (("transformers", "onnx"), ("transformers", None), ("a:b", "a:b")):
+    allowed = [("transformers", "onnx"), ("transformers", None), ("a:b", "a:b"), ("a:b", "graph")]
+    for run_engine, named in allowed:
         check_named(run_engine, named)
-    for run_engine, named in (("toy", "onnx"), ("a:b", "onnx"), ("a:b", None), ("transformers", "toy")):
+    others = [("transformers", "graph"), ("toy", "graph"), ("graph", None)]
+    for run_engine, named in (("toy", "onnx"), ("a:b", "onnx"), ("a:b", None), ("transformers", "toy"), *others):
         with pytest.raises(RunMismatch):
             check_named(run_engine, named)
     assert ENGINES["onnx"].extra == "onnx"
@@ -196,9 +183,8 @@ def test_a_node_that_fetches_its_bundle_ends_in_order(folder: Path) -> None:
     """Nobody listens at port 1: the node says so, and goes on; a signal ends it at once."""
     text = NODE.format(name="n", engine="engine = 'onnx'", port=1) + FETCHED.format(port=1, sha256="0" * 64)
     (folder / "n.toml").write_text(text)
-    start = "import sys; sys.argv[0] = 'meerkat'; from meerkat_mq.__main__ import main; sys.exit(main())"
     process = subprocess.Popen(
-        [sys.executable, "-c", BLOCKED + start, "node", "--config", "n.toml"],
+        [sys.executable, "-c", ABSENT + START, "node", "--config", "n.toml"],
         cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stderr is not None
