@@ -4,16 +4,22 @@ A prompt and what follows it are tokenised apart, as they are when a model answe
 then says tokens of its own. In a chat, the tokenizer's own template stands around both. It is rendered once, around
 two words that stand for the messages; what is found before, between and after these is put around every row. So a
 row's text is never read as a template, and a template that depends on the date is the same for the whole run.
+
+What stands around the texts decides what is learned, and the tokenizer's fingerprint says nothing of it: two models
+with one vocabulary may have different chat templates, or end tokens. So a run has a fingerprint of that too.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from meerkat_mq.core.step import Row
 from meerkat_mq.engines.prompts import CausalPrompts, Prompt, Reader, candidates_of, cut_left, prompt_ids
-from meerkat_mq.errors import DataError, TaskError, reason
+from meerkat_mq.errors import DataError, ModelMismatch, TaskError, reason
 from meerkat_mq.tasks.data import problem_of
 from meerkat_mq.tasks.task import Continuation, Example, Task
 
@@ -165,6 +171,38 @@ def _chat(tokenizer: Any, wanted: Continuation, name: str) -> Chat:
         raise TaskError(where, problem, "set chat = false, and write the template yourself")
     before, _, between = asked.partition(_USER)
     return Chat(before, between, whole.partition(_ASSISTANT)[2].rstrip())
+
+
+def completion_fingerprint(tokenizer: Any, task: Task) -> bytes | None:
+    """32 bytes: SHA-256 of what stands around the texts of a completion; None of another kind of task.
+
+    That is JSON: [the chat's texts before, between and after the two messages, or null; the end token's id, or null
+    where the chat has an end of its own].
+
+    Raises:
+        TaskError: the tokenizer has no chat template that can be used.
+    """
+    wanted = task.continuation
+    if wanted is None or not wanted.ends:
+        return None
+    chat = _chat(tokenizer, wanted, task.name) if wanted.chat else None
+    texts = None if chat is None else [chat.before, chat.between, chat.after]
+    end = None if chat is not None and chat.after else tokenizer.eos_token_id
+    return hashlib.sha256(json.dumps([texts, end]).encode()).digest()
+
+
+def check_completion(folder: Path, tokenizer: Any, task: Task, wanted: bytes | None) -> None:
+    """Make sure that completions are read as the run reads them; None: the run does not say how.
+
+    Raises:
+        ModelMismatch: chat template or end token differ.
+    """
+    found = None if wanted is None else completion_fingerprint(tokenizer, task)
+    if found != wanted and wanted is not None:
+        what = "chat template" if task.continuation is not None and task.continuation.chat else "end token"
+        problem = f"another {what}: fingerprint {(found or b'').hex()[:16]}…, not {wanted.hex()[:16]}…"
+        remedy = "give the tokenizer files of the model that the server names, or a bundle that was made with them"
+        raise ModelMismatch(str(folder), problem, remedy)
 
 
 def rendered(tokenizer: Any, system: str) -> tuple[str, str]:

@@ -41,6 +41,7 @@ class Setup:
         threads: CPU threads; None: as many as the engine likes.
         adapter: folder of a LoRA adapter that is merged into the base model before all else; None: none.
         keep: where an engine may keep what stays the same for a row, and how much of it.
+        completion: fingerprint of what the run puts around the texts of a completion; None: it does not say.
     """
 
     mask: Mask
@@ -51,6 +52,7 @@ class Setup:
     threads: int | None = None
     adapter: str | None = None
     keep: Keep = IN_MEMORY
+    completion: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)

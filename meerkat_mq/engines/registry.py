@@ -24,6 +24,7 @@ from meerkat_mq.engines.protocol import Setup
 from meerkat_mq.errors import ConfigError, MeerkatError, RunMismatch, reason
 from meerkat_mq.extras import Extra, importing
 from meerkat_mq.tasks.data import read_rows, usable_rows
+from meerkat_mq.tasks.task import Task
 
 Factory = Callable[[Setup], Engine[Any]]
 
@@ -44,6 +45,8 @@ class KnownEngine:
         mask: the mask of so many weights, of an engine that needs no mask file.
         read: reads and checks the rows of a run without a task.
         public_rows: whether its rows say nothing of anybody; a node's policy does not guard them.
+        completion: "package.module:function" of model and task: what the descriptor of a run of completions says of
+            them; None: nothing.
         runs: whose runs it computes for, where these are another engine's: the same losses, made in another way; `OWN`:
             any user's.
     """
@@ -54,12 +57,24 @@ class KnownEngine:
     mask: Callable[[int], Mask] | None = None
     read: Callable[[Path | str], list[Row]] = read_rows
     public_rows: bool = False
+    completion: str | None = None
     runs: str | None = None
 
 
 ENGINES: Final = {
-    "transformers": KnownEngine("meerkat_mq.engines.torch.engine:make", extra="model", task="needed"),
-    "onnx": KnownEngine("meerkat_mq.engines.onnx.engine:make", extra="onnx", task="needed", runs="transformers"),
+    "transformers": KnownEngine(
+        "meerkat_mq.engines.torch.engine:make",
+        extra="model",
+        task="needed",
+        completion="meerkat_mq.engines.torch.engine:completion",
+    ),
+    "onnx": KnownEngine(
+        "meerkat_mq.engines.onnx.engine:make",
+        extra="onnx",
+        task="needed",
+        runs="transformers",
+        completion="meerkat_mq.engines.onnx.engine:completion",
+    ),
     "graph": KnownEngine("meerkat_mq.engines.onnx.own:make", extra="onnx", runs=OWN),
     "toy": KnownEngine(
         "meerkat_mq.engines.toy:make", task="none", mask=toy.toy_mask, read=toy.read_seeds, public_rows=True
@@ -123,6 +138,28 @@ def make_engine(name: str, setup: Setup, what: str) -> Engine[Any]:
         if check := getattr(engine, "check", None):
             check(setup.mask)
     return engine
+
+
+def completion_of(name: str, model: str | None, task: Task) -> bytes | None:
+    """Fingerprint of what a base model puts around the texts of a task's completions; None of other tasks.
+
+    Only the model's tokenizer is read.
+
+    Raises:
+        ConfigError: no model is given.
+        MissingExtra: the engine needs what is not installed.
+        MeerkatError: the tokenizer cannot be used, or not for this task.
+    """
+    entry = entry_of(name)
+    if entry.completion is None or task.continuation is None or not task.continuation.ends:
+        return None
+    if model is None:
+        problem = "is missing, and nodes compare the chat template and end token of a completion with the server's"
+        raise ConfigError("model", problem, "name the base model as model.source: its tokenizer alone is read")
+    module, _, function = entry.completion.partition(":")
+    with importing(entry.extra, "a task of completions"):
+        found = getattr(importlib.import_module(module), function)
+    return cast("bytes | None", found(model, task))
 
 
 def own_mask(name: str, weights: int) -> Mask | None:

@@ -161,7 +161,8 @@ def _engine(name: str, config: NodeConfig, run: RunDescriptor, mask: Mask, task:
     dtype = config.dtype or run.dtype
     adapter = None if config.adapter is None else str(config.adapter)
     keep = keeping(config.prefix, config.state_dir)
-    setup = Setup(mask, task, config.model, dtype, config.device, config.threads, adapter, keep)
+    completion = run.completion_fingerprint
+    setup = Setup(mask, task, config.model, dtype, config.device, config.threads, adapter, keep, completion)
     with within("model") if config.model is not None and entry_of(name).extra is not None else nullcontext():
         engine = make_engine(name, setup, f"node {config.id}")
     if config.uplink == "values" and not isinstance(engine, FirstOrderEngine):

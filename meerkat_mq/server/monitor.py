@@ -61,7 +61,8 @@ class Evaluator:
         read = entry_of(name).read if task is None else partial(read_rows, task=task)
         with within("evaluation.data"):
             rows = read(config.evaluation.data)
-        setup = Setup(run.mask, task, keep=keeping(config.prefix, config.state_dir))
+        completion = run.descriptor.completion_fingerprint
+        setup = Setup(run.mask, task, keep=keeping(config.prefix, config.state_dir), completion=completion)
         if model is not None:
             adapter = None if model.adapter is None else str(model.adapter)
             setup = replace(setup, model=model.source, dtype=model.dtype, device=model.device, adapter=adapter)

@@ -2,14 +2,14 @@
 
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from pydantic import ValidationError
 
 from meerkat_mq.config import ServerConfig
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Coefficient, Displacement, Entry, short_hash
-from meerkat_mq.engines.registry import entry_of, own_mask, runs_of
+from meerkat_mq.engines.registry import completion_of, entry_of, own_mask, runs_of
 from meerkat_mq.errors import ConfigError, within
 from meerkat_mq.ledger.run import Run, mask_keys, max_step_of, settings_of
 from meerkat_mq.rounds.policy import default_lanes
@@ -30,6 +30,7 @@ def prepare_run(config: ServerConfig, begun: RunDescriptor | None = None) -> Run
         ConfigError: mask or task is missing, more lanes than nodes are asked for, or more steps than a round takes.
         MaskError: the mask file cannot be used.
         TaskError: the task is unknown or its file wrong.
+        MissingExtra, ModelError: the task is of completions, and the model's tokenizer cannot be read.
     """
     mask = _mask(config)
     rounds = config.rounds
@@ -40,19 +41,21 @@ def prepare_run(config: ServerConfig, begun: RunDescriptor | None = None) -> Run
     rules = config.kept
     as_begun = begun is None or begun.mask_bytes == len(blob)  # not where another zstd made the chunks that nodes hold
     bounded = begun is None or begun.max_step is not None  # a run that is older than the bound goes on without
+    task = _task(config)
     with _in_words():
         descriptor = RunDescriptor(
             federation=config.federation,
             run=run_id.hex(),
             engine=runs_of(config.engine),
             model=config.model.source if config.model else "",
-            task=None if (task := _task(config)) is None else task.describe(),
+            task=None if task is None else task.describe(),
             dtype=config.dtype,
             mask_blob=None if as_begun else short_hash(blob).hex(),
             **mask_keys(mask, blob),
             **spec,
             values=config.values.accept,
             max_step=max_step_of(rules, mask) if bounded else None,
+            completion=begun.completion if begun else _completion(config, task),
         )
     settings = settings_of(descriptor, rules, measured=bool(mask.g_p.any()))
     room = largest_frame(config.broker.max_packet_bytes, Topics(config.federation))
@@ -87,6 +90,13 @@ def _task(config: ServerConfig) -> Task | None:
         raise ConfigError("task", "is missing", "name a built-in task or a task's TOML file; see docs/tasks.md")
     with within("task"):
         return load_task(config.task)
+
+
+def _completion(config: ServerConfig, task: Task | None) -> str | None:
+    model = None if config.model is None else config.model.source
+    with within("model.source") if model is not None else nullcontext():
+        found = None if task is None else completion_of(config.engine, model, task)
+    return None if found is None else found.hex()
 
 
 def check_room(config: ServerConfig, run: Run) -> None:

@@ -67,7 +67,8 @@ class RunDescriptor(RunSpec, _Subject):
 
     Between `weights` and `values` come the keys of `RunSpec`, under their names in `federation.toml`, but for `count`,
     which is `rounds` on the wire. `mask_blob` is the hash of the encoded mask, where its chunks have that name; else
-    they have the mask hash. `max_step`: no coefficient of an entry is larger in magnitude; None: 2⁶⁴.
+    they have the mask hash. `max_step`: no coefficient of an entry is larger in magnitude; None: 2⁶⁴. `completion`:
+    fingerprint of what stands around the texts of a completion; None: of other tasks, and of older runs.
     """
 
     model_config = ConfigDict(serialize_by_alias=True, validate_by_name=True)
@@ -77,6 +78,7 @@ class RunDescriptor(RunSpec, _Subject):
     values: bool = False  # whether nodes may send displacements (docs/values.md)
     max_step: Annotated[float, Field(gt=0, le=2.0**64)] | None = None
     mask_blob: Hash | None = None
+    completion: Fingerprint | None = None
 
     @model_validator(mode="after")
     def _says_all(self) -> Self:
@@ -105,6 +107,11 @@ class RunDescriptor(RunSpec, _Subject):
     def run_id(self) -> bytes:
         """The 16 bytes that enter seeds and entry hashes."""
         return bytes.fromhex(self.run)
+
+    @property
+    def completion_fingerprint(self) -> bytes | None:
+        """The 32 bytes of `completion`."""
+        return None if self.completion is None else bytes.fromhex(self.completion)
 
     @property
     def mask_hash(self) -> bytes:

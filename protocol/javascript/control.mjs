@@ -40,6 +40,7 @@ const RUN = {
   max_staleness: optional(integer(0, 1000)),
   values: optional(one(true, false)),
   mask_blob: optional(hex(32)),
+  completion: optional(hex(64)),
   max_step: optional((value) => positive(value) && value <= 2 ** 64),
 };
 

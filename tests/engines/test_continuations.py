@@ -14,14 +14,14 @@ from meerkat_mq.config import EvaluationConfig, ModelConfig, ServerConfig
 from meerkat_mq.core.directions import direction
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import Row, projected_gradient
-from meerkat_mq.engines.continuations import Continuations, pieces
+from meerkat_mq.engines.continuations import Continuations, check_completion, completion_fingerprint, pieces
 from meerkat_mq.engines.evaluate import evaluate, first_order
 from meerkat_mq.engines.torch import head
 from meerkat_mq.engines.torch.engine import TransformersEngine
 from meerkat_mq.engines.torch.load import LoadedModel, load_model
 from meerkat_mq.engines.torch.masks import make_mask
 from meerkat_mq.engines.torch.scoring import scorer_for
-from meerkat_mq.errors import DataError, TaskError
+from meerkat_mq.errors import DataError, ModelMismatch, TaskError
 from meerkat_mq.server.monitor import Evaluator
 from meerkat_mq.server.run import prepare_run
 from meerkat_mq.tasks.choice import Choice
@@ -216,6 +216,34 @@ def test_a_chat_is_the_tokenizer_s_own(chatting: LoadedModel) -> None:
         assert prompt == ids(chatting, asked)
         assert [*prompt, *followed] == ids(chatting, whole.rstrip())
         assert followed[-1] == chatting.tokenizer.eos_token_id
+
+
+def test_what_stands_around_a_completion_has_a_fingerprint(chatting: LoadedModel) -> None:
+    tokenizer, ruled = chatting.tokenizer, CHAT.model_copy(update={"system": "Be short."})
+    first, ends = (completion_fingerprint(tokenizer, task) for task in (CHAT, COMPLETION))
+    assert None not in (first, ends)
+    assert completion_fingerprint(tokenizer, TEXT) is completion_fingerprint(tokenizer, tiny.TASK) is None
+    others = [ends, completion_fingerprint(tokenizer, ruled)]
+    for template in (TEMPLATE.replace("</s>", "</s></s>"), TEMPLATE.replace("<assistant>", "<bot>")):
+        tokenizer.chat_template = template
+        others.append(completion_fingerprint(tokenizer, CHAT))
+        assert completion_fingerprint(tokenizer, COMPLETION) == ends  # which no template decides
+    assert len({first, *others}) == 1 + len(others)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.eos_token = "<pad>"
+    assert completion_fingerprint(tokenizer, CHAT) == first  # its template has an end of its own
+    assert completion_fingerprint(tokenizer, COMPLETION) != ends
+
+
+def test_another_template_or_end_token_is_refused(chatting: LoadedModel) -> None:
+    tokenizer, folder = chatting.tokenizer, Path("base")
+    chat, ends = (completion_fingerprint(tokenizer, task) for task in (CHAT, COMPLETION))
+    for wanted in (chat, None):
+        check_completion(folder, tokenizer, CHAT, wanted)
+    with pytest.raises(ModelMismatch, match=r"^base: another end token: fingerprint \w{16}…, not \w{16}…; give the"):
+        check_completion(folder, tokenizer, COMPLETION, chat)
+    with pytest.raises(ModelMismatch, match=r"^base: another chat template: fingerprint "):
+        check_completion(folder, tokenizer, CHAT, ends)
 
 
 def test_a_long_message_keeps_its_frame(chatting: LoadedModel) -> None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import Row
-from meerkat_mq.engines.continuations import windows
+from meerkat_mq.engines.continuations import check_completion, completion_fingerprint, windows
 from meerkat_mq.engines.onnx.manifest import Bundle, open_bundle
 from meerkat_mq.engines.onnx.scoring import CausalScorer, EncoderScorer, Pass
 from meerkat_mq.engines.onnx.session import Session
@@ -144,4 +144,11 @@ def make(setup: Setup) -> OnnxEngine:
     if setup.adapter is not None:
         problem = "is given, and a bundle holds its adapter already"
         raise ConfigError("adapter", problem, "make the bundle with `meerkat bundle --adapter`, and remove this key")
-    return OnnxEngine(open_bundle(Path(setup.model)), setup.mask, setup.task, setup.threads)
+    bundle = open_bundle(Path(setup.model))
+    check_completion(bundle.folder, bundle.tokenizer, setup.task, setup.completion)
+    return OnnxEngine(bundle, setup.mask, setup.task, setup.threads)
+
+
+def completion(model: str, task: Task) -> bytes | None:
+    """What the run descriptor says of completions, by a bundle; raises as `open_bundle`."""
+    return completion_fingerprint(open_bundle(Path(model)).tokenizer, task)

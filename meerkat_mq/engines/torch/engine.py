@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import Row
-from meerkat_mq.engines.continuations import windows
+from meerkat_mq.engines.continuations import check_completion, completion_fingerprint, windows
 from meerkat_mq.engines.prefix import IN_MEMORY, Keep
 from meerkat_mq.engines.prompts import Preparing, in_passes
 from meerkat_mq.engines.protocol import Setup, Survival
 from meerkat_mq.engines.torch.adapter import with_adapter
+from meerkat_mq.engines.torch.folder import find_folder
 from meerkat_mq.engines.torch.load import LoadedModel, load_model, set_threads, weight_kinds
 from meerkat_mq.engines.torch.merge import base_folder
 from meerkat_mq.engines.torch.prefix import frozen_prefix
 from meerkat_mq.engines.torch.scoring import CausalScorer, Scorer, losses_of, mean_loss, scorer_for, whole
+from meerkat_mq.engines.torch.tokens import read_tokenizer
 from meerkat_mq.engines.torch.widen import Exact, holders
 from meerkat_mq.errors import ModelMismatch
 from meerkat_mq.tasks.data import usable_rows
@@ -223,10 +225,16 @@ def make(setup: Setup) -> TransformersEngine:
     loaded = load_model(base, dtype=setup.dtype, device=setup.device)
     for note in loaded.notes:
         log.warning("about the model", note=note)
+    check_completion(loaded.folder, loaded.tokenizer, setup.task, setup.completion)
     engine = TransformersEngine(loaded, setup.mask, setup.task, setup.keep)
     if engine.prefix is not None:
         log.info("frozen prefix: computed once a row", blocks=engine.prefix.count, of=len(engine.prefix.blocks))
     return engine
+
+
+def completion(model: str, task: Task) -> bytes | None:
+    """What the run descriptor says of completions, by the tokenizer of a folder or hub id; raises as `load_model`."""
+    return completion_fingerprint(read_tokenizer(find_folder(model)), task)
 
 
 def _targets(loaded: LoadedModel, mask: Mask) -> list[Target]:

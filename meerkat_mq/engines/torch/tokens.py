@@ -71,7 +71,7 @@ def read_tokens(folder: Path, bare: Bare) -> Tokens:
         ModelError: its files are absent, damaged, or contradict each other or the model.
         UnsupportedModel: the model has no plain table of embeddings.
     """
-    tokenizer = _read_tokenizer(folder, bare.kind)
+    tokenizer = read_tokenizer(folder, bare.kind)
     _check_ids(tokenizer, bare.model, folder)
     before, after = _added_around(tokenizer, folder)
     start = tuple(token for token, _ in groupby(before))
@@ -84,7 +84,8 @@ def read_tokens(folder: Path, bare: Bare) -> Tokens:
     return Tokens(tokenizer, start, _longest(tokenizer, bare, folder), tuple(notes))
 
 
-def _read_tokenizer(folder: Path, kind: Kind) -> Any:
+def read_tokenizer(folder: Path, kind: Kind = "causal") -> Any:
+    """The tokenizer alone; it pads on the right. Raises as `read_tokens`."""
     table = _table(folder)
     if (folder / TOKENIZER).exists():
         try_tokenizer(folder / TOKENIZER)

@@ -12,7 +12,9 @@ import pytest
 from meerkat_mq.core.directions import direction
 from meerkat_mq.core.step import Row, projected_gradient
 from meerkat_mq.engines.evaluate import evaluate
-from meerkat_mq.errors import ModelError, TaskError
+from meerkat_mq.engines.protocol import Setup
+from meerkat_mq.engines.registry import completion_of, make_engine
+from meerkat_mq.errors import ModelError, ModelMismatch, TaskError
 from meerkat_mq.tasks.choice import Choice
 from meerkat_mq.tasks.sources import FileRow
 from meerkat_mq.tasks.task import Task
@@ -88,6 +90,17 @@ def test_a_long_text_is_cut_into_the_same_windows(bundled: Bundled) -> None:
     assert found == theirs.usable(rows)
     theta = moved(made[2])
     np.testing.assert_allclose(losses(ours, theta, found), losses(theirs, theta, found), rtol=0, atol=CLOSE)
+
+
+def test_a_bundle_says_what_stands_around_completions(bundled: Bundled) -> None:
+    base, bundle, mask = bundled("llama-chat", "int8")
+    for task in (COMPLETION, CHAT, RULED):
+        by_bundle, by_base = completion_of("onnx", str(bundle), task), completion_of("transformers", str(base), task)
+        assert by_bundle == by_base is not None
+        make_engine("onnx", Setup(mask, task, str(bundle), completion=by_base), "a test")
+    assert completion_of("onnx", str(bundle), CHOICE) is None
+    with pytest.raises(ModelMismatch, match=r"bundle: another chat template: fingerprint .*, or a bundle"):
+        make_engine("onnx", Setup(mask, CHAT, str(bundle), completion=bytes(32)), "a test")
 
 
 def test_chats_that_a_bundle_does_not_know(bundled: Bundled, tmp_path: Path) -> None:
