@@ -85,6 +85,17 @@ async def test_from_mask_to_export(
     assert meerkat("export", "--model", tiny_llama, "--difference", difference, "--out", small, "--as", "delta").out
     assert {path.name for path in small.iterdir()} == {"README.md", "delta.safetensors"}
 
+    peft = tmp_path / "peft"
+    assert meerkat("export", "--model", tiny_llama, "--difference", difference, "--out", peft, "--as", "peft").out
+    for folder in (small, peft):
+        said = meerkat("verify", tmp_path / "server", "--model", folder, "--base", tiny_llama)
+        assert f"difference.mkd, {folder} too; digest " in said.out
+    file = small / "delta.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    meerkat("verify", tmp_path / "server", "--model", small, "--base", tiny_llama).failed(
+        4, f"{small}: ", " is not what base and theta give; export the model again"
+    )
+
     said = meerkat("verify", tmp_path / "server", "--model", tuned, "--base", tiny_llama)
     assert f"4 rounds and 4 updates are as they must be; difference.mkd, {tuned} too; digest " in said.out
     assert events[-1].digest in said.out

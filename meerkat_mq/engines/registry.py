@@ -9,7 +9,7 @@ import importlib
 import inspect
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, cast
@@ -157,7 +157,7 @@ def completion_of(name: str, model: str | None, task: Task) -> bytes | None:
         problem = "is missing, and nodes compare the chat template and end token of a completion with the server's"
         raise ConfigError("model", problem, "name the base model as model.source: its tokenizer alone is read")
     module, _, function = entry.completion.partition(":")
-    with importing(entry.extra, "a task of completions"):
+    with importing(entry.extra, "a task of completions") if entry.extra else nullcontext():
         found = getattr(importlib.import_module(module), function)
     return cast("bytes | None", found(model, task))
 

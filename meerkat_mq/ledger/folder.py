@@ -35,7 +35,7 @@ def verify_folder(
 
     Args:
         mask: the run's mask file; default: the copy in the folder. The toy engine needs none.
-        model: folder of an exported model: of difference.mkd's version, or of the last where there is no such file.
+        model: folder of an export, of any kind: of difference.mkd's version, or else of the last.
         base: what it was exported from: local folder or hub id.
         progress: is told how many entries are done, of how many.
 
@@ -94,9 +94,10 @@ def _difference_look(ledger: Store, file: Path, run: RunDescriptor) -> tuple[int
 
 
 def _model_look(model: Path, base: str, mask: Mask, task: Task | None) -> Look:
-    """The bytes of the model first, then what loads."""
+    """The bytes of the model first, then what loads; of an export of what training changed, its bytes."""
     with importing("model", "meerkat verify --model"):
         from meerkat_mq.engines.torch.adapter import adapter_pairs  # noqa: PLC0415
+        from meerkat_mq.engines.torch.differences import check_difference  # noqa: PLC0415
         from meerkat_mq.engines.torch.export import check_export  # noqa: PLC0415
         from meerkat_mq.engines.torch.proof import check_loaded  # noqa: PLC0415
 
@@ -104,6 +105,8 @@ def _model_look(model: Path, base: str, mask: Mask, task: Task | None) -> Look:
         need("lora", "a LoRA adapter")
 
     def look(theta: Float32Array, head: bytes) -> None:
+        if check_difference(model, base, mask, theta):
+            return
         check_export(model, base, mask, theta)
         if task is not None:
             check_loaded(model, base, mask, theta, task)

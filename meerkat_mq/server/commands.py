@@ -178,7 +178,7 @@ def verify(
     state_dir: StateDir,
     *,
     mask: Annotated[Path | None, typer.Option(help="The run's mask file; default: the copy in state_dir.")] = None,
-    model: Annotated[Path | None, typer.Option(help="An exported model to compare too; needs --base.")] = None,
+    model: Annotated[Path | None, typer.Option(help="An export (of any kind) to compare too; needs --base.")] = None,
     base: Annotated[str | None, typer.Option(help="What it was exported from: folder or hub id.")] = None,
 ) -> None:
     """Prove that the model is what the ledger says: rebuild it from the mask, and recompute every entry."""

@@ -1,5 +1,6 @@
 """Exports of what training changed: what the card's own lines load is the exported model; PEFT loads the adapters."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.engines.torch.differences import export_delta, export_peft
+from meerkat_mq.engines.torch.differences import check_difference, export_delta, export_peft
 from meerkat_mq.engines.torch.engine import TransformersEngine
 from meerkat_mq.engines.torch.export import export_model
 from meerkat_mq.engines.torch.load import LoadedModel, load_model
 from meerkat_mq.engines.torch.masks import make_mask
-from meerkat_mq.errors import ModelError, ModelMismatch, UnsupportedModel
+from meerkat_mq.errors import ModelError, ModelMismatch, ModelNotFound, UnsupportedModel
 from meerkat_mq.observe.model_card import Exported, model_card
 from tests.engines import tiny
 
@@ -106,6 +108,80 @@ def test_peft_loads_a_trained_adapter_bit_for_bit(
         expected, found = dict(engine.loaded.model.named_parameters()), parameters(model)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+Write = Callable[[Path], object]
+
+
+def tensors_changed(change: Callable[[dict[str, Any]], object]) -> Write:
+    def write(folder: Path) -> None:
+        (file,) = folder.glob("*.safetensors")
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file)
+
+    return write
+
+
+def setting(key: str, value: object) -> Write:
+    def write(folder: Path) -> None:
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+
+    return write
+
+
+def first(tensors: dict[str, Any], ending: str) -> str:
+    return next(name for name in tensors if name.endswith(ending))
+
+
+CHANGES: list[tuple[str, Write, str]] = [
+    ("delta", tensors_changed(lambda t: t[first(t, ".values")].__setitem__(0, 9.0)), ".values is not what base and"),
+    ("delta", tensors_changed(lambda t: t[first(t, ".indices")].__setitem__(0, 9)), ".indices is not what base and"),
+    ("delta", tensors_changed(lambda t: t.pop(first(t, ".values"))), ".values is missing"),
+    ("delta", tensors_changed(lambda t: t.update(more=torch.zeros(1))), "more is no tensor of such an export"),
+    ("delta", tensors_changed(lambda t: t.update({n: v.double() for n, v in t.items()})), "is not stored as I32 ("),
+    ("delta", lambda folder: (folder / "model.safetensors").write_bytes(b""), "holds model.safetensors, which no"),
+    ("delta", lambda folder: (folder / "adapter_config.json").write_text("{}"), "holds adapter_config.json, which no"),
+    ("peft", tensors_changed(lambda t: t[first(t, "_weight")].__setitem__(0, 9.0)), "shira_weight is not what base"),
+    ("peft", setting("r", 99), "adapter_config.json: r is not what the run gives"),
+    ("peft", setting("modules_to_save", ["lm_head"]), "modules_to_save is not what the run gives"),
+    ("peft", lambda folder: (folder / "adapter_model.bin").write_bytes(b""), "holds adapter_model.bin, which no"),
+]
+
+
+@pytest.mark.parametrize(("kind", "change", "words"), CHANGES, ids=[words for _, _, words in CHANGES])
+def test_what_training_changed_is_compared_bit_for_bit(
+    folders: dict[str, Path], masks: dict[str, Mask], tmp_path: Path, kind: str, change: Write, words: str
+) -> None:
+    base, mask, out = folders["llama"], masks["llama"], tmp_path / "out"
+    write = export_delta if kind == "delta" else export_peft
+    write(base, mask, moved(mask), out, card_of("llama", kind))
+    if kind == "peft":
+        setting("base_model_name_or_path", "elsewhere")(out)
+    assert check_difference(out, base, mask, moved(mask))
+    with pytest.raises(ModelMismatch, match=r"out: .* is not what base and theta give; export the model again"):
+        check_difference(out, base, mask, mask.theta_0)
+    with pytest.raises(ModelMismatch, match="is not the checkpoint that the mask was made on"):
+        check_difference(out, folders["gpt2"], mask, moved(mask))
+    change(out)
+    with pytest.raises(ModelMismatch, match="out: .*" + re.escape(words)):
+        check_difference(out, base, mask, moved(mask))
+
+
+def test_a_trained_adapter_is_compared_and_a_whole_model_is_another_s_business(
+    folders: dict[str, Path], load: Callable[..., LoadedModel], tmp_path: Path
+) -> None:
+    mask = make_mask(load("llama"), tiny.TEXTS, "lora", rank=3, sequences=4, length=32)
+    export_peft(folders["llama"], mask, moved(mask), tmp_path / "out", card_of("llama", "peft"))
+    assert check_difference(tmp_path / "out", folders["llama"], mask, moved(mask))
+    with pytest.raises(ModelMismatch, match=r"lora_A.weight is not what base and theta give"):
+        check_difference(tmp_path / "out", folders["llama"], mask, mask.theta_0)
+    (tmp_path / "out" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ModelNotFound, match=r"adapter_model.safetensors: is missing"):
+        check_difference(tmp_path / "out", folders["llama"], mask, moved(mask))
+    for folder in (folders["llama"], tmp_path / "nowhere"):
+        assert not check_difference(folder, folders["llama"], mask, moved(mask))
 
 
 def test_what_no_form_holds_is_refused(

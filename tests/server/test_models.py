@@ -37,12 +37,14 @@ def prepare(folder: Path, model: Path, task: str, **settings: Any) -> Mask:
 
 
 def server_of(federation: Federation, rounds: dict[str, Any], **settings: Any) -> Service:
-    files = {key: str(federation.folder / name) for key, name in (("mask", "m.mkm"), ("task", "task.toml"))}
+    files: dict[str, Any] = {
+        key: str(federation.folder / name) for key, name in (("mask", "m.mkm"), ("task", "task.toml"))
+    }
     return federation.server("--once", rounds=rounds, engine="transformers", **files, **settings)
 
 
 def node_of(federation: Federation, name: str, model: Path, **settings: Any) -> Service:
-    given = {"model": str(model), "data": str(federation.folder / "rows.jsonl"), "threads": 1}
+    given: dict[str, Any] = {"model": str(model), "data": str(federation.folder / "rows.jsonl"), "threads": 1}
     return federation.node(name, **given, exit_when_finished=True, policy={"min_batch": 1}, **settings)
 
 

@@ -1,4 +1,4 @@
-"""Exports of what training changed, without the base: sparse values, or an adapter of Hugging Face PEFT.
+"""Exports of what training changed, without the base: sparse values, or an adapter of Hugging Face PEFT; their check.
 
 Of the forms that PEFT knows, two can hold a run:
 
@@ -11,7 +11,7 @@ SHiRA wants r·(in + out) values in every layer, with one r. Layers with fewer a
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -24,14 +24,16 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from meerkat_mq.core.directions import Float32Array
+from meerkat_mq.core.foreign import real_file
 from meerkat_mq.core.mask import Mask, MaskedMatrix
 from meerkat_mq.engines.torch.adapter import SCALING, adapter_pairs
-from meerkat_mq.engines.torch.export import CARD, base_of, check_size, whole_folder, writing_in
-from meerkat_mq.engines.torch.folder import ADAPTER
+from meerkat_mq.engines.torch.checkpoint import tensors_in
+from meerkat_mq.engines.torch.export import CARD, EXPORT_AGAIN, base_of, check_size, whole_folder, writing_in
+from meerkat_mq.engines.torch.folder import ADAPTER, Json, read_json
 from meerkat_mq.engines.torch.kinds import bare_model
 from meerkat_mq.engines.torch.merge import ADAPTER_WEIGHTS, PREFIX
 from meerkat_mq.engines.torch.names import FLOATS, stored_copies
-from meerkat_mq.errors import ModelError, UnsupportedModel
+from meerkat_mq.errors import ModelError, ModelMismatch, UnsupportedModel, printable
 
 DELTA: Final = "delta.safetensors"
 
@@ -39,6 +41,7 @@ Card = Callable[[str], str]
 Tensors = dict[str, npt.NDArray[Any]]
 
 _WHOLE = "export the whole model instead: --as model"
+_FORMATS = {"float32": "F32", "int32": "I32", "int64": "I64"}
 _WITHOUT_MASK = "stored"  # as SHiRA's kind of mask: PEFT then draws none, and takes the places from the file
 
 
@@ -78,6 +81,11 @@ def export_delta(source: str | Path, mask: Mask, theta: Float32Array, out: Path,
     """
     folder = base_of(source, mask)
     check_size(mask, theta)
+    _write(out, folder, {DELTA: save(_delta(mask, theta), {"format": "pt"})}, card(""))
+    return ""
+
+
+def _delta(mask: Mask, theta: Float32Array) -> Tensors:
     if adapter_pairs(mask):
         problem = "an adapter changes whole matrices: there is no sparse difference"
         raise ModelError("--as delta", problem, "use --as peft, which holds the adapter exactly, or --as model")
@@ -86,8 +94,7 @@ def export_delta(source: str | Path, mask: Mask, theta: Float32Array, out: Path,
         small = np.prod(matrix.shape, dtype=object) < 2**31
         tensors[f"{matrix.name}.indices"] = matrix.indices.astype(np.int32 if small else np.int64)
         tensors[f"{matrix.name}.values"] = theta[part]
-    _write(out, folder, {DELTA: save(tensors, {"format": "pt"})}, card(""))
-    return ""
+    return tensors
 
 
 def export_peft(source: str | Path, mask: Mask, theta: Float32Array, out: Path, card: Card) -> str:
@@ -104,11 +111,66 @@ def export_peft(source: str | Path, mask: Mask, theta: Float32Array, out: Path, 
     """
     folder = base_of(source, mask)
     check_size(mask, theta)
+    tensors, settings, said = _adapter(folder, mask, theta)
+    settings |= {"base_model_name_or_path": None if folder == Path(source) else str(source)}
+    files = {ADAPTER: json.dumps(settings, indent=1).encode(), ADAPTER_WEIGHTS: save(tensors, {"format": "pt"})}
+    _write(out, folder, files, card(said))
+    return said
+
+
+def check_difference(folder: Path, source: str | Path, mask: Mask, theta: Float32Array) -> bool:
+    """Compare an export of what training changed with what base and theta give, bit for bit.
+
+    Returns:
+        Whether `folder` is such an export: else it may be a whole model.
+
+    Raises:
+        ModelNotFound, ModelError: a file is missing or damaged.
+        ModelMismatch: the base is not the one that the mask was made on, or the export is not what base and theta give;
+            names the first tensor, setting or file that differs.
+    """
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set[str]()
+    if not names & {DELTA, ADAPTER}:
+        return False
+    base, settings = base_of(source, mask), Json()
+    if DELTA in names:
+        weights, tensors = DELTA, _delta(mask, theta)
+    else:
+        weights, (tensors, settings, _) = ADAPTER_WEIGHTS, _adapter(base, mask, theta)
+    problem = next(_wrong(folder, weights, tensors, settings, names), None)
+    if problem is not None:
+        raise ModelMismatch(str(folder), problem, EXPORT_AGAIN)
+    return True
+
+
+def _wrong(folder: Path, weights: str, tensors: Tensors, settings: Json, names: set[str]) -> Iterator[str]:
+    """What is not as an export has it; whoever loads it is told its base by name, which may be another place's."""
+    if strange := sorted(names - {weights, CARD} - ({ADAPTER} if settings else set())):
+        yield f"holds {printable(strange[0])}, which no export of this kind has"
+    if settings:
+        found = read_json(real_file(folder / ADAPTER, folder))
+        for key in sorted((settings.keys() | found.keys()) - {"base_model_name_or_path"}):
+            if key not in found or key not in settings or found[key] != settings[key]:
+                yield f"{ADAPTER}: {printable(key)} is not what the run gives"
+    stored = {tensor.name: tensor for tensor in tensors_in(real_file(folder / weights, folder))}
+    for name in sorted(tensors.keys() | stored.keys()):
+        wanted, tensor = tensors.get(name), stored.get(name)
+        if wanted is None or tensor is None:
+            yield f"{name} is {'missing' if tensor is None else 'no tensor of such an export'}"
+        elif (tensor.dtype, tensor.shape) != (_FORMATS[wanted.dtype.name], wanted.shape):
+            yield f"{name} is not stored as {_FORMATS[wanted.dtype.name]} {wanted.shape}"
+        elif tensor.read(np.uint8).tobytes() != wanted.tobytes():
+            yield f"{name} is not what base and theta give"
+
+
+def _adapter(folder: Path, mask: Mask, theta: Float32Array) -> tuple[Tensors, Json, str]:
+    """The adapter's tensors and settings, and what it says of itself."""
     pairs = adapter_pairs(mask)
     if pairs:
         tensors = _lora(mask, theta)
         ranks = sorted({rank for rank, _, _ in pairs.values()})
-        layers, settings = list(pairs), {"peft_type": "LORA", "r": ranks[0], "lora_alpha": int(SCALING * ranks[0])}
+        layers = list(pairs)
+        settings: Json = {"peft_type": "LORA", "r": ranks[0], "lora_alpha": int(SCALING * ranks[0])}
         settings |= {"lora_dropout": 0.0, "bias": "none"}
         said = "It is a LoRA adapter, and holds the trained A and B bit for bit."
     else:
@@ -118,10 +180,7 @@ def export_peft(source: str | Path, mask: Mask, theta: Float32Array, out: Path, 
         settings = {"peft_type": "SHIRA", "r": rank, "mask_type": _WITHOUT_MASK}
         said = f"It is a SHiRA adapter: single values, added to the base's. {held}"
     settings |= {"target_modules": layers, "fan_in_fan_out": bool(pairs) and _transposed(folder, layers[0])}
-    settings |= {"base_model_name_or_path": None if folder == Path(source) else str(source), "inference_mode": True}
-    files = {ADAPTER: json.dumps(settings, indent=1).encode(), ADAPTER_WEIGHTS: save(tensors, {"format": "pt"})}
-    _write(out, folder, files, card(said))
-    return said
+    return tensors, settings | {"inference_mode": True}, said
 
 
 def _write(out: Path, base: Path, files: Mapping[str, bytes], card: str) -> None:

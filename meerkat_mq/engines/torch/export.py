@@ -33,7 +33,7 @@ BASE_CARD = "README.base.md"
 
 Bits = npt.NDArray[np.unsignedinteger[Any]]
 
-_EXPORT_AGAIN = "export the model again"
+EXPORT_AGAIN = "export the model again"
 _OCCUPIED = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -190,7 +190,7 @@ def check_export(folder: Path, source: str | Path, mask: Mask, theta: Float32Arr
         ours, theirs = expected.get(name), found.get(name)
         layouts = {(tensor.dtype, tensor.shape, tensor.size) if tensor else None for tensor in (ours, theirs)}
         if ours is None or theirs is None or len(layouts) > 1:
-            raise ModelMismatch(str(folder), f"{name} is not as in the base, by dtype and shape", _EXPORT_AGAIN)
+            raise ModelMismatch(str(folder), f"{name} is not as in the base, by dtype and shape", EXPORT_AGAIN)
         _compare(ours, theirs, changes.get(ours))
 
 
@@ -281,4 +281,4 @@ def _compare(ours: StoredTensor, theirs: StoredTensor, change: Callable[[], Chan
         if not np.array_equal(new, found):
             at = int(np.flatnonzero(new != found)[0])
             what, whose = "weight" if change else "byte", "the base's" if new[at] == old[at] else "theta's"
-            raise ModelMismatch(str(theirs.file), f"{what} {start + at} of {ours.name} is not {whose}", _EXPORT_AGAIN)
+            raise ModelMismatch(str(theirs.file), f"{what} {start + at} of {ours.name} is not {whose}", EXPORT_AGAIN)
