@@ -10,11 +10,16 @@ from http.server import HTTPServer, SimpleHTTPRequestHandler, ThreadingHTTPServe
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from meerkat_mq.config import NodeConfig, ServerConfig
 from meerkat_mq.core.mask import Mask
-from meerkat_mq.engines.registry import ENGINES, check_named, runs_of
+from meerkat_mq.engines.protocol import Setup
+from meerkat_mq.engines.registry import ENGINES, check_named, make_engine, runs_of
+from meerkat_mq.engines.torch.load import load_model
+from meerkat_mq.engines.torch.masks import make_mask
+from meerkat_mq.engines.torch.merge import base_folder
 from meerkat_mq.errors import ConfigError, RunMismatch
 from meerkat_mq.ledger.folder import verify_folder
 from meerkat_mq.node.state import NodeState
@@ -24,6 +29,7 @@ from tests.engines import tiny
 from tests.engines.onnx.conftest import Bundled
 from tests.support.absent import ABSENT, START
 from tests.support.broker import Broker
+from tests.support.command import Meerkat
 from tests.support.web import serving
 
 ROOT = Path(__file__).parents[3]
@@ -163,6 +169,35 @@ def test_all_kinds_of_nodes_end_with_the_same_weights(
     assert digests == [finished["digest"]] * 3
     found = verify_folder(folder / "server")
     assert (found.rounds, found.digest.hex()) == (6, finished["digest"])
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # which PEFT looks at
+def test_a_bundle_of_a_model_with_an_adapter(
+    folders: dict[str, Path], tmp_path: Path, meerkat: Meerkat, bundled: Bundled
+) -> None:
+    bundled("llama")  # skips where a bundle cannot be made
+    from tests.engines.test_merge import peft_model
+
+    base, adapter, out = str(folders["llama"]), tmp_path / "adapter", tmp_path / "bundle"
+    peft_model(folders["llama"], "llama").save_pretrained(adapter)
+    merged = load_model(base_folder(base, adapter))
+    mask = make_mask(merged, tiny.TEXTS, "magnitude", density=0.1, **tiny.SMALL)
+    mask.save(tmp_path / "m.mkm")
+    arguments = ("bundle", "--model", base, "--weights", "float32", "--mask", tmp_path / "m.mkm", "--out", out)
+    meerkat(*arguments).failed(4, "is not the model that the mask was made on")
+    assert not out.exists()
+    said = meerkat(*arguments, "--adapter", adapter)
+    assert said.code == 0, said
+    assert f"SHA-256 of bundle.json: {hash_of(out)}" in said.out
+    ours = make_engine("onnx", Setup(mask, tiny.TASK, str(out)), "a test")
+    theirs = make_engine("transformers", Setup(mask, tiny.TASK, base, adapter=str(adapter)), "a test")
+    plain = make_engine("onnx", Setup(bundled("llama")[2], tiny.TASK, str(bundled("llama")[1])), "a test")
+    rows = tiny.ROWS[:6]
+    found, wanted, without = (engine.losses(engine.prepare(rows)) for engine in (ours, theirs, plain))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+    assert np.abs(found - without).max() > 1e-2  # the adapter changes something
+    with pytest.raises(ConfigError, match=r"^adapter: is given, and a bundle holds its adapter already"):
+        make_engine("onnx", Setup(mask, tiny.TASK, str(out), adapter=str(adapter)), "a test")
 
 
 def test_a_node_may_name_an_engine_that_stands_for_the_run_s() -> None:
