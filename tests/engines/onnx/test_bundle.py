@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.engines.onnx.graph_check import check_graph
+from meerkat_mq.engines.onnx.protobuf import field
 from meerkat_mq.engines.torch.load import load_model
 from meerkat_mq.engines.torch.masks import make_mask
 from meerkat_mq.errors import MeerkatError, ModelError, ModelMismatch, ModelNotFound, UnsupportedModel
@@ -229,6 +230,30 @@ def test_a_graph_that_would_read_beyond_what_there_is(
         model.graph.input.remove(known)
     model.graph.input.append(helper.make_tensor_value_info(name, element, dims))
     (folder / "graph.onnx").write_bytes(model.SerializeToString())
+    vouch(folder, "graph.onnx")
+    with pytest.raises(ModelError, match=problem):
+        OnnxEngine(open_bundle(folder), mask, tiny.TASK)
+
+
+TWICE = field(1, field(1, b"wanted") * 2 + field(2, b"twice") + field(4, b"Add"))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda data: data.replace(b"\x05batch", b"\x05\xff\xfftch"), "is not taken by ONNX Runtime"),
+        (lambda data: data + field(7, TWICE + field(12, field(1, b"twice"))), "has 2 outputs, not one"),
+    ],
+)
+def test_names_that_are_no_text_and_more_outputs(
+    bundled: Bundled, tmp_path: Path, change: Callable[[bytes], bytes], problem: str
+) -> None:
+    from meerkat_mq.engines.onnx.engine import OnnxEngine
+    from meerkat_mq.engines.onnx.manifest import open_bundle
+
+    _, bundle, mask = bundled("llama")
+    folder = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    (folder / "graph.onnx").write_bytes(change((folder / "graph.onnx").read_bytes()))
     vouch(folder, "graph.onnx")
     with pytest.raises(ModelError, match=problem):
         OnnxEngine(open_bundle(folder), mask, tiny.TASK)
