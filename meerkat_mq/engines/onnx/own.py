@@ -25,7 +25,7 @@ from meerkat_mq.core.mask import Mask, MaskedMatrix
 from meerkat_mq.core.step import Row
 from meerkat_mq.engines.onnx.graph_check import EXPORT_AGAIN, GRAPH_CONSTANT, GRAPH_NODE, MODEL_GRAPH, check_own
 from meerkat_mq.engines.onnx.protobuf import field, fields, message
-from meerkat_mq.engines.onnx.runtime import Value, not_taken, opened
+from meerkat_mq.engines.onnx.runtime import FLOAT, Value, not_taken, opened, value
 from meerkat_mq.engines.protocol import Setup
 from meerkat_mq.errors import ConfigError, ModelError, ModelMismatch, ModelNotFound, cut, reason
 from meerkat_mq.tasks.data import usable_rows
@@ -41,7 +41,6 @@ _TYPES: Final[dict[str, Any]] = {
 # Fields of onnx.proto by message.
 _GRAPH_INPUT, _NODE_INPUT = 11, 1
 _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_FLOATS, _TENSOR_NAME, _TENSOR_RAW = 1, 2, 4, 8, 9
-_FLOAT = 1  # of TensorProto.DataType
 
 Batch = dict[str, npt.NDArray[Any]]
 
@@ -58,9 +57,10 @@ class OwnEngine:
         self._file, self._mask = file, mask
         graph, stored = _read(file)
         self._weights = {matrix.name: self._weight(matrix, stored.get(matrix.name)) for matrix in mask.matrices}
-        graph += field(MODEL_GRAPH, b"".join(_input(matrix.name, matrix.shape) for matrix in mask.matrices))
-        self._session, inputs, outputs = opened(graph, threads, file, EXPORT_AGAIN)
-        self._inputs = [wanted for wanted in inputs if wanted.name not in self._weights]
+        inputs = [field(_GRAPH_INPUT, value(matrix.name, matrix.shape)) for matrix in mask.matrices]
+        graph += field(MODEL_GRAPH, b"".join(inputs))
+        self._session, fed, outputs = opened(graph, threads, file, EXPORT_AGAIN)
+        self._inputs = [wanted for wanted in fed if wanted.name not in self._weights]
         self._check_outputs(outputs)
         self._check_inputs()
 
@@ -174,16 +174,10 @@ def _weights_in(data: bytes) -> dict[str, Float32Array]:
             dims = tuple(inner for number, inner in parts if number == _TENSOR_DIMS and isinstance(inner, int))
             holds = dict(parts)
             values = holds.get(_TENSOR_RAW) or holds.get(_TENSOR_FLOATS)
-            if isinstance(values, bytes) and holds.get(_TENSOR_TYPE) == _FLOAT and len(values) == 4 * math.prod(dims):
+            if isinstance(values, bytes) and holds.get(_TENSOR_TYPE) == FLOAT and len(values) == 4 * math.prod(dims):
                 name = message(holds.get(_TENSOR_NAME)).decode()
                 found[name] = np.frombuffer(values, "<f4").reshape(dims).copy()
     return {name: values for name, values in found.items() if name.encode() in read}
-
-
-def _input(name: str, shape: Sequence[int]) -> bytes:
-    """An input of a graph, float32: `graph.input {name, type.tensor_type {elem_type, shape.dim {dim_value}}}`."""
-    dims = b"".join(field(1, field(1, size)) for size in shape)
-    return field(_GRAPH_INPUT, field(1, name.encode()) + field(2, field(1, field(1, _FLOAT) + field(2, dims))))
 
 
 def make(setup: Setup) -> OwnEngine:

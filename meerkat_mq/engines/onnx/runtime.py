@@ -1,12 +1,20 @@
-"""ONNX Runtime: a graph becomes a session, whatever bytes it is made of."""
+"""ONNX Runtime: a graph becomes a session, whatever bytes it is made of; and products of matrices.
 
-from collections.abc import Sequence
+NumPy's products are computed by a library with threads of its own (BLAS), as many as there are cores, which burn CPU
+time while they wait for each other. A node's `threads` says nothing to them. So large products are made here.
+"""
+
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import onnxruntime
 
+from meerkat_mq.core.directions import Float32Array
+from meerkat_mq.engines.onnx.protobuf import field
 from meerkat_mq.errors import ModelError, reason
+
+FLOAT: Final = 1  # of onnx.proto's TensorProto.DataType
 
 
 class Value(NamedTuple):
@@ -34,6 +42,32 @@ def opened(graph: bytes, threads: int | None, file: Path, remedy: str) -> tuple[
     except Exception as error:
         raise not_taken(file, error, remedy) from error
     return session, inputs, outputs
+
+
+def product_of(threads: int | None) -> Callable[[Float32Array, Float32Array], Float32Array]:
+    """What makes a @ b.T, float32 (m, n), of (m, k) and (n, k): ONNX Runtime, on so many threads."""
+    transposed = (
+        field(1, b"transB") + field(3, 1) + field(20, 2)
+    )  # an attribute: name, value, and that it is an integer
+    node = field(1, b"a") + field(1, b"b") + field(2, b"product") + field(4, b"Gemm") + field(5, transposed)
+    graph = field(1, node) + field(2, b"product") + field(11, value("a")) + field(11, value("b"))
+    graph += field(12, value("product"))
+    opset = field(2, 13)
+    session = onnxruntime.InferenceSession(
+        field(1, 8) + field(7, graph) + field(8, opset), _options(threads), providers=["CPUExecutionProvider"]
+    )
+
+    def product(a: Float32Array, b: Float32Array) -> Float32Array:
+        found: Float32Array = session.run(None, {"a": a, "b": b})[0]
+        return found
+
+    return product
+
+
+def value(name: str, shape: Sequence[int] | None = None) -> bytes:
+    """An input or output, float32, as a graph's bytes have it: `{name, type.tensor_type {elem_type, shape.dim …}}`."""
+    dims = b"" if shape is None else field(2, b"".join(field(1, field(1, size)) for size in shape))
+    return field(1, name.encode()) + field(2, field(1, field(1, FLOAT) + dims))
 
 
 def not_taken(file: Path, error: Exception, remedy: str) -> ModelError:

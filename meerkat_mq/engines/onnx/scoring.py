@@ -119,7 +119,7 @@ class CausalScorer:
         step = min(_HEAD_ROWS, max(1, _LOGITS // len(hidden)))
         for first in range(0, self._head.shape[0], step):
             rows = self._head.part(first, min(step, self._head.shape[0] - first))
-            logits = self._capped(hidden @ rows.T)
+            logits = self._capped(self._session.product(hidden, rows))
             here = (first <= token) & (token < first + len(rows))
             found[here] = logits[state[here], token[here] - first]
             higher = np.maximum(top, logits.max(axis=1))
@@ -198,8 +198,7 @@ class EncoderScorer:
         classes, *found = np.split(first, [len(self._prompts.descriptions)])
         found += [self._embed(one) for one in texts[1:]]
         scaled: Float32Array = np.multiply(self._scale, np.concatenate(found), dtype=np.float32)
-        scores: Float32Array = scaled @ classes.T
-        return scores
+        return self._session.product(scaled, classes)
 
     def _embed(self, texts: Sequence[Sequence[int]]) -> Float32Array:
         """Mean over the tokens, scaled to length 1: float32 (texts, hidden)."""

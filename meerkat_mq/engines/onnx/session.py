@@ -15,7 +15,7 @@ from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.engines.onnx.layout import AGAIN, INDICES, THETA, Shape
 from meerkat_mq.engines.onnx.manifest import GRAPH, Bundle
-from meerkat_mq.engines.onnx.runtime import Value, not_taken, opened
+from meerkat_mq.engines.onnx.runtime import Value, not_taken, opened, product_of
 from meerkat_mq.errors import ModelError, cut
 
 _INT4: Final = 22  # onnx.TensorProto.INT4, which NumPy does not have
@@ -35,6 +35,9 @@ _STORED: Final = {
 class Session:
     """The graph of a bundle at a theta.
 
+    Attributes:
+        product: makes a @ b.T on the session's threads.
+
     Raises:
         ModelError: ONNX Runtime does not take the graph, or the bundle lacks something that it reads.
     """
@@ -42,6 +45,7 @@ class Session:
     def __init__(self, bundle: Bundle, mask: Mask, threads: int | None) -> None:
         self._bundle = bundle
         self._session, inputs, outputs = opened(bundle.graph, threads, bundle.folder / GRAPH, AGAIN)
+        self.product = product_of(threads)
         self._theta = mask.theta_0
         self._binding = self._session.io_binding()
         self._held: list[npt.NDArray[Any]] = []  # the runtime knows no more than where they are

@@ -88,6 +88,22 @@ engine = make_engine("onnx", Setup(mask, load_task("state.toml"), sys.argv[1]), 
 rows = [json.loads(line) for line in open("rows.jsonl")]
 print(json.dumps([float(loss) for loss in engine.losses(engine.prepare(rows))]))
 """
+CPU = """
+import json, sys, time
+from pathlib import Path
+from meerkat_mq.core.mask import Mask
+from meerkat_mq.engines.protocol import Setup
+from meerkat_mq.engines.registry import make_engine
+from tests.engines.test_continuations import LINES, TEXT
+
+engine = make_engine("onnx", Setup(Mask.load(Path("mask.mkm")), TEXT, sys.argv[1], threads=1), "a test")
+batch = engine.prepare(LINES * 8)
+engine.losses(batch)
+process, thread = time.process_time(), time.thread_time()
+for _ in range(20):
+    engine.losses(batch)
+print(json.dumps([time.process_time() - process, time.thread_time() - thread]))
+"""
 
 
 @pytest.fixture
@@ -131,6 +147,18 @@ def test_without_pytorch_nothing_of_it_is_imported(bundled: Bundled, folder: Pat
     assert len(json.loads(done.stdout)) == 24
     done = run(folder, ABSENT + LOSSES, str(base))
     assert "is no bundle: there is no bundle.json in it; give the folder that `meerkat bundle` wrote" in done.stderr
+
+
+def test_a_node_of_one_thread_uses_no_other(bundled: Bundled, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The threads of NumPy's BLAS would wait busily for the products with the output head."""
+    _, bundle, mask = bundled("llama", "int8")
+    mask.save(folder / "mask.mkm")
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "4")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    done = run(folder, CPU, str(bundle))
+    assert done.returncode == 0, done.stderr
+    process, thread = json.loads(done.stdout)
+    assert process < 1.1 * thread + 0.01
 
 
 @pytest.mark.timeout(300)
