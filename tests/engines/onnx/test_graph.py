@@ -1,6 +1,5 @@
 """A user's own model as an ONNX file: PyTorch's losses at every theta, and what is wrong with a file in one line."""
 
-import contextlib
 from collections.abc import Callable
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -20,9 +19,10 @@ from meerkat_mq.errors import ConfigError, MeerkatError, ModelError, ModelMismat
 from meerkat_mq.extras import missing
 from tests.engines.test_own import write_files
 
-pytestmark = pytest.mark.skipif(
+NEEDS_ONNX = pytest.mark.skipif(
     bool(missing("onnx") or missing("bundle")), reason="needs pip install 'meerkat-mq[onnx,bundle]'"
 )
+pytestmark = NEEDS_ONNX
 CLOSE = 1e-6
 RNG = np.random.default_rng(3)
 ROWS: list[Row] = [{"window": RNG.normal(size=32).round(3).tolist(), "kind": k % 3} for k in range(24)]
@@ -30,9 +30,13 @@ ROWS: list[Row] = [{"window": RNG.normal(size=32).round(3).tolist(), "kind": k %
 
 @pytest.fixture
 def page(tmp_path: Path) -> ModuleType:
+    return module_of_page(tmp_path)
+
+
+def module_of_page(folder: Path) -> ModuleType:
     """windows.py of docs/engines.md."""
-    write_files(tmp_path, 1)
-    spec = spec_from_file_location("windows", tmp_path / "windows.py")
+    write_files(folder, 1)
+    spec = spec_from_file_location("windows", folder / "windows.py")
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
@@ -253,23 +257,6 @@ def test_what_is_no_file_of_an_exporter(page: ModuleType, tmp_path: Path) -> Non
         make_engine("graph", Setup(page.Windows.mask(), model=str(tmp_path / "none.onnx")), "a test")
     with pytest.raises(ModelError, match="cannot be read"):
         make_engine("graph", Setup(page.Windows.mask(), model=str(tmp_path)), "a test")
-
-
-def test_damaged_files_end_in_words(page: ModuleType, tmp_path: Path) -> None:
-    """Bytes changed, cut off or put twice: a file is refused in words, or it is one that computes something."""
-    data, mask, random = graph(page.Network()).SerializeToString(), page.Windows.mask(), np.random.default_rng(1)
-    file, refusals = tmp_path / "windows.onnx", 0
-    for _ in range(150):
-        damaged = bytearray(data)
-        for place in random.integers(len(data), size=random.integers(1, 4)):
-            damaged[place] = random.integers(256)
-        end = len(data) if random.random() < 0.8 else int(random.integers(len(data)))
-        file.write_bytes(bytes(damaged[:end]))
-        with contextlib.suppress(MeerkatError):
-            refusals += 1
-            usable(make_engine("graph", Setup(mask, model=str(file), threads=1), "a test"), ROWS)
-            refusals -= 1
-    assert refusals > 75
 
 
 def test_what_a_file_of_ones_own_does_not_go_with(page: ModuleType, tmp_path: Path) -> None:
