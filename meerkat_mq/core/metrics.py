@@ -130,6 +130,10 @@ NOT_SENT: Final = _metric(
 STALE_SERVER: Final = _metric("stale server", "the state of a server that another one has replaced; ignored")
 STALE_TERM: Final = _metric("stale term", "a message of a server that another one has replaced; dropped")
 BEYOND_THE_END: Final = _metric("beyond the run's end", "a message of a version that the run never gets to; dropped")
+OUTLIVED: Final = _metric(
+    "the newest server is silent",
+    "ten minutes without a word of the server of the highest term; the node follows another one that speaks",
+)
 TWO_SERVERS: Final = _metric("two servers in a term", "two servers of one term: the node asked for a higher one")
 OLD_ROUND: Final = _metric("old round", "a round that was older than the newest one; ignored")
 ENTRY_REFUSED: Final = _metric("entry refused", "a ledger entry that did not extend the node's own ledger; refused")

@@ -18,6 +18,9 @@ that contradicts the head is refused under the term that the head came with, and
 anew from theta_0: a ledger restored from a backup. A digest that differs makes it begin anew too, three times. The
 fourth time it puts forth `End`: its driver leaves the run, and joins it anew after a pause (runtime/abstention.py).
 
+Whom it follows. The server of the highest term, unless nothing has come of that one for ten minutes and something does
+of another: a forged term, so high that no server can take one above it, would else keep a node away for good.
+
 Exactly once. Steps of a version are made once and sent at each announcement until the server acknowledges them, or no
 entry can take them any more. The server keeps the first update of a node from each version: repetition is harmless.
 """
@@ -34,6 +37,7 @@ from meerkat_mq.wire.messages import in_words
 
 LONGEST_PAUSE_S = 60.0  # between local steps that fail
 RESYNCHRONISATIONS = 3
+SILENT_S = 600.0  # of the newest server; it says its state at least every 300 s
 IN_VAIN = 5  # wants without an answer, after which nobody stands where the newest round says
 
 
@@ -68,6 +72,7 @@ class NodeMachine(NodeMachineState):
     def _on_connected(self, event: e.Connected) -> None:
         self._uninformed = True
         self._ask_at = float("-inf")  # nobody may have heard what was asked before
+        self._heard_at = event.now
         self._introduce(event.now)
 
     def _introduce(self, now: float) -> None:
@@ -80,16 +85,25 @@ class NodeMachine(NodeMachineState):
             self._count(m.ANOTHER_RUN)
         elif state.term == self._rank[0] and self._rank[1] not in ("", state.server_id):
             self._see_two_servers(event.now)
-        elif state.rank < self._rank:
-            self._count(m.STALE_SERVER)
+        elif state.rank < self._rank and self._is_replaced(m.STALE_SERVER, event.now, lives=state.connected):
             self._uninformed |= state.connected  # of a restored ledger, perhaps: by a want it learns of this term
         else:
+            self._heard_at = event.now
             if state.term > self._rank[0]:
                 self._follow_server(event.now)
             elif state.connected and self._link not in (None, state.link):
                 self._introduce(event.now)  # the server connected anew: it may have missed this node's birth
             self._rank = state.rank
             self._link = state.link if state.connected else self._link
+
+    def _is_replaced(self, reason: m.Metric, now: float, *, lives: bool = True) -> bool:
+        """Count what came of a server that another one replaced; False where that one is silent, and forgotten now."""
+        self._count(reason)
+        if not lives or now - self._heard_at < SILENT_S:
+            return True
+        self._count(m.OUTLIVED)
+        self._rank, self._trusted_term = (0, ""), 0
+        return False
 
     def _see_two_servers(self, now: float) -> None:
         """A ledger from a backup lacks its newest terms, and so may the broker: ask until the term is above them.
@@ -116,9 +130,10 @@ class NodeMachine(NodeMachineState):
             self._count(m.ANOTHER_RUN)
         elif _leads_to(frame) > self._last_version:
             self._count(m.BEYOND_THE_END)
-        elif frame.header.term < self._rank[0]:
-            self._count(m.STALE_TERM)
+        elif frame.header.term < self._rank[0] and self._is_replaced(m.STALE_TERM, event.now):
+            pass
         else:
+            self._heard_at = event.now
             if frame.header.term > self._rank[0]:
                 self._follow_server(event.now)
                 self._rank = (frame.header.term, "")

@@ -53,6 +53,7 @@ class NodeMachineState:
         self._theta_0 = base
         self._rank = (0, "")
         self._link: int | None = None
+        self._heard_at = now  # something of the newest server
         self._trusted_term = 0
         self._frame: Round | None = None
         self._uninformed = True

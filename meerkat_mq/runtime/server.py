@@ -254,7 +254,7 @@ class ServerDriver:
             raise
         if self.machine is None:
             self._succession.saw(state, live=not retained)
-        elif state.server_id != self._server_id:
+        elif state.server_id != self._server_id or state.term > self._term:  # also of who plays this very process
             self.handle(e.ServerSeen(self._clock.now(), state))
             self._announcer.describe()
         elif state.status == "lost":

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from meerkat_mq.rounds import events as e
+from meerkat_mq.rounds.node import SILENT_S
 from meerkat_mq.rounds.node_state import RETRY_S
 from meerkat_mq.wire.frames import Update, Want
 from tests.rounds.support import (
@@ -133,3 +134,40 @@ def test_stale_and_foreign_servers_and_frames_are_counted_only() -> None:
         "of another run"
     ]
     assert node.machine.version == 3
+
+
+HIGHEST = 2**32 - 1
+
+
+@pytest.mark.parametrize("says", ["state", "round"])
+def test_a_server_of_a_forged_term_is_followed_for_ten_minutes_after_its_last_word(says: str) -> None:
+    """No server can take a term above that one: until this, a node was lost to its run until somebody started it."""
+    node = answered_node(announced(3, term=5, entries=tuple(chain(3))), welcome(term=5))
+    node.give(e.ServerCame(100.0, state(term=HIGHEST, server_id="e" * 16)))
+
+    def of_ours(now: float) -> list[str]:
+        if says == "state":
+            return reasons(node.give(e.ServerCame(now, state(term=6))))
+        return reasons(node.frames(now, announced(3, term=6, entries=tuple(chain(3)))))
+
+    stale = f"stale {'server' if says == 'state' else 'term'}"
+    assert of_ours(101.0) == [stale]
+    node.give(e.ServerCame(150.0, state(term=HIGHEST, server_id="e" * 16)))  # it is still there
+    assert of_ours(149.0 + SILENT_S) == [stale]
+    assert of_ours(150.0 + SILENT_S) == [stale, "the newest server is silent"]
+    assert node.machine.term == 6
+    node.frames(151.0 + SILENT_S, welcome(term=6), announced(3, term=6, entries=tuple(chain(3))))
+    assert node.machine.slot == 0
+    assert node.machine.version == 3  # what it had is kept, since it is the ledger's
+    assert sent(node.step(152.0 + SILENT_S), Update)
+
+
+def test_a_server_that_is_no_more_is_not_followed_instead_nor_one_whose_past_is_another() -> None:
+    node = answered_node(announced(3, term=5, asked=(), entries=tuple(chain(3))), welcome(term=5))
+    for status in ("lost", "stopped"):
+        assert reasons(node.give(e.ServerCame(9 * SILENT_S, state(term=4, status=status)))) == ["stale server"]
+    node.give(e.Connected(9 * SILENT_S))  # the newest server may speak now
+    assert reasons(node.give(e.ServerCame(9.5 * SILENT_S, state(term=4)))) == ["stale server"]
+    other = tuple(chain(3, seed=1))
+    found = reasons(node.frames(11 * SILENT_S, announced(3, term=4, entries=other)))
+    assert found == ["stale term", "the newest server is silent", "resynchronised"]
