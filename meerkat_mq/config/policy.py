@@ -22,6 +22,7 @@ class PolicyConfig(Section):
     max_day_bytes: Most = 2**33
     min_batch: Most = 4
     max_batch: Most = 1024
+    max_tokens: Most = 2048
     max_directions: Most = 256
     max_local_steps: Most = 1000
     min_eps: Positive = 1e-6

@@ -3,13 +3,16 @@
 A causal language model scores a candidate by the mean log-probability of its tokens after the prompt; an encoder by
 the cosine between a text and a description. What is read, where it is cut, which positions are needed, and how rows
 are put into passes must not differ between engines, or nodes of one run would measure different losses.
+
+Passes are bounded in tokens, whatever a task's words and a row's options are: they may come from anybody. A row whose
+candidates need more than a few passes' worth is read in parts, a part a group of candidates.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import dropwhile
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +25,10 @@ from meerkat_mq.tasks.task import Example, Task
 
 Int64Array = npt.NDArray[np.int64]
 Batch = TypeVar("Batch")
+
+WORTH: Final = 4  # passes, by their tokens, that one row is still read in at once
+SHORT: Final = 16  # tokens of candidates that all rows share; longer ones count where passes are filled
+TOGETHER: Final = 4096  # tokens of descriptions in a pass, padded
 
 
 class Reader(Protocol):
@@ -68,7 +75,7 @@ class Candidates:
             only there share a stem, whose number `stem_of` gives, int64 (candidates,).
         token: int64 (candidates, slots), weight: float32 likewise: 1 ÷ the candidate's tokens, 0 beyond them.
         limit: tokens of a prompt that they leave room for.
-        own: whether they are the row's own, and count where passes are filled.
+        own: whether they count where passes are filled: those of a row do, and long ones.
     """
 
     stems: list[tuple[int, ...]]
@@ -82,6 +89,13 @@ class Candidates:
     def slots(self) -> int:
         """Tokens of the longest."""
         return len(self.token[0])
+
+    def some(self, first: int, last: int) -> tuple["Candidates", Int64Array]:
+        """Those of the stems from `first` on, before `last`; and which these are, int64 (candidates,)."""
+        here = np.flatnonzero((first <= self.stem_of) & (self.stem_of < last))
+        slots = int((self.weight[here] > 0).sum(axis=1).max())
+        token, weight = self.token[here, :slots], self.weight[here, :slots]
+        return Candidates(self.stems[first:last], self.stem_of[here] - first, token, weight, self.limit, True), here
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +114,21 @@ class Prompt:
     def sequences(self) -> int:
         """Token sequences that it needs."""
         return len(self.candidates.stems) if self.candidates else 1
+
+    def parts(self, limit: int) -> Iterator[tuple["Prompt", Int64Array | None]]:
+        """Itself, or, where passes of `limit` tokens are too small for it, once for each group of its candidates.
+
+        Each with the candidates that it has, int64 (candidates,); None: all.
+        """
+        found = self.candidates
+        longest = len(self.ids) + (len(found.stems[0]) if found else 0)
+        if found is None or longest * self.sequences <= WORTH * limit:
+            yield self, None
+            return
+        each = max(1, limit // longest)
+        for first in range(0, self.sequences, each):
+            part, here = found.some(first, first + each)
+            yield Prompt(self.ids, part), here
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -180,7 +209,7 @@ def candidates_of(found: Sequence[tuple[int, ...]], limit: int, *, own: bool) ->
         token=padded(found),
         weight=np.where(np.arange(slots) < lengths, 1 / lengths, np.float32(0)),
         limit=limit,
-        own=own,
+        own=own or slots > SHORT,
     )
 
 
@@ -188,7 +217,7 @@ def _together(
     each: Sequence[Candidates], slots: int, shared: Candidates | None
 ) -> tuple[Int64Array, Int64Array, Float32Array]:
     """stem_of, token and weight of a pass: those that all rows share, or each row's, padded."""
-    if shared is not None:
+    if shared is not None and all(found is shared for found in each):
         return shared.stem_of[None], shared.token, shared.weight
     most = max(len(found.stem_of) for found in each)
 
@@ -246,7 +275,7 @@ class EncoderPrompts:
     """Texts of a task for an encoder, and the descriptions that they are compared with.
 
     Attributes:
-        descriptions: token ids of each.
+        descriptions: token ids of each, in passes of a bounded size.
 
     Raises:
         TaskError: the task has no descriptions, one would be cut, or the model cannot tell two apart.
@@ -259,11 +288,26 @@ class EncoderPrompts:
         self._reader = reader
         self._limit = min(task.max_tokens, reader.max_tokens)
         _check_descriptions(reader, task, self._limit)
-        self.descriptions = encoded(reader, list(task.descriptions), self._limit)
+        self.descriptions = _in_order(encoded(reader, list(task.descriptions), self._limit))
 
     def tokens(self, examples: Sequence[Example]) -> list[Prompt]:
         """Texts, cut from the right to the task's limit; an empty one becomes one token."""
         return [Prompt(ids) for ids in encoded(self._reader, [example.text for example in examples], self._limit)]
+
+
+def _in_order(texts: Sequence[list[int]]) -> list[list[list[int]]]:
+    """The texts in passes, one after the other."""
+    parts: list[list[list[int]]] = [[]]
+    for text in texts:
+        if parts[-1] and not fit([*parts[-1], text]):
+            parts.append([])
+        parts[-1].append(text)
+    return parts
+
+
+def fit(texts: Sequence[Sequence[int]]) -> bool:
+    """Whether so many texts, padded, are read in one pass with descriptions."""
+    return len(texts) * max(map(len, texts)) <= TOGETHER
 
 
 def _check_descriptions(reader: Reader, task: Task, limit: int) -> None:
@@ -313,10 +357,33 @@ class Preparing(ABC, Generic[Batch]):
         return usable_rows(rows, self._prepared)
 
 
-def in_passes(prompts: Sequence[Prompt], limit: int) -> tuple[list[list[Prompt]], Int64Array]:
-    """Passes of rows of like length, and where each row is found among those of the passes, int64 (rows,)."""
-    order = sorted(range(len(prompts)), key=lambda row: prompts[row].size)
-    return list(passes_of([prompts[row] for row in order], limit)), np.argsort(np.array(order))
+@dataclass(frozen=True, slots=True, eq=False)
+class Places:
+    """Where the scores of rows are found among those of their passes.
+
+    Attributes:
+        line: int64 (rows,), the line of each row; (rows, candidates) where some rows are read in parts.
+        column: int64 (rows, candidates), where in its line; -1: the row has no such candidate. None: as in the line.
+    """
+
+    line: Int64Array
+    column: Int64Array | None = None
+
+
+def in_passes(prompts: Sequence[Prompt], limit: int) -> tuple[list[list[Prompt]], Places]:
+    """Passes of rows of like length, and where the scores of each row are found among those of the passes."""
+    parts = [(row, part, here) for row, prompt in enumerate(prompts) for part, here in prompt.parts(limit)]
+    order = sorted(range(len(parts)), key=lambda number: parts[number][1].size)
+    passes, line = list(passes_of([parts[number][1] for number in order], limit)), np.argsort(np.array(order))
+    if len(parts) == len(prompts):
+        return passes, Places(line)
+    most = max(len(prompt.candidates.stem_of) for prompt in prompts if prompt.candidates)
+    lines, columns = np.zeros((len(prompts), most), np.int64), np.full((len(prompts), most), -1, np.int64)
+    for number, (row, part, here) in enumerate(parts):
+        count = len(part.candidates.stem_of) if part.candidates else 0
+        found = np.arange(count) if here is None else here
+        lines[row, found], columns[row, found] = line[number], np.arange(count)
+    return passes, Places(lines, columns)
 
 
 def passes_of(prompts: Sequence[Prompt], limit: int) -> Iterator[list[Prompt]]:

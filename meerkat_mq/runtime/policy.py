@@ -67,6 +67,10 @@ class NodePolicy:
         if self.tasks is not None and (run.task is None or task_of(run.task) not in self.tasks):
             raise _refused("tasks", "the run's task is none of those that this node works on, word for word")
         _at_most("max_batch", config.max_batch, "rows of a batch", run.batch_size)
+        if run.task is not None:
+            _at_most(
+                "max_tokens", config.max_tokens, "tokens of a row, by the run's task", task_of(run.task).max_tokens
+            )
         _at_most("max_local_steps", config.max_local_steps, "local steps of the run", run.local_steps)
         self._check_eps(run.eps)
         _at_least("min_lr", config.min_lr, "lr", run.lr)

@@ -56,6 +56,7 @@ KEYS: dict[str, tuple[dict[str, Any], RunDescriptor, RunDescriptor]] = {
     "tasks": ({"tasks": ["agnews", "sst2"]}, run(task=load_task("rte").describe()), run()),
     "min_batch": ({}, run(batch_size=3), run(batch_size=4)),
     "max_batch": ({}, run(batch_size=1025, engine="toy"), run(batch_size=1024)),
+    "max_tokens": ({}, run(task=load_task("sst2").with_limit(2049).describe()), run()),
     "max_local_steps": ({"max_local_steps": 10}, run(local_steps=11), run(local_steps=10)),
     "min_eps": ({"min_eps": 1e-4}, run(eps=9e-5), run(eps=1e-4)),
     "max_eps": ({}, run(eps=1.1), run(eps=1.0)),

@@ -15,7 +15,7 @@ from meerkat_mq.engines.continuations import check_completion, completion_finger
 from meerkat_mq.engines.onnx.manifest import Bundle, open_bundle
 from meerkat_mq.engines.onnx.scoring import CausalScorer, EncoderScorer, Pass
 from meerkat_mq.engines.onnx.session import Session
-from meerkat_mq.engines.prompts import Preparing, in_passes
+from meerkat_mq.engines.prompts import Places, Preparing, in_passes
 from meerkat_mq.engines.protocol import Setup
 from meerkat_mq.errors import ConfigError, ModelMismatch, TaskError
 from meerkat_mq.tasks.data import usable_rows
@@ -31,12 +31,12 @@ class Prepared:
 
     Attributes:
         passes: what the scorer made of the rows.
-        place: int64 (rows,), where each row's scores are found among those of the passes.
+        place: where each row's scores are found among those of the passes.
         answers: int64 (rows,).
     """
 
     passes: list[Pass]
-    place: npt.NDArray[np.int64]
+    place: Places
     answers: npt.NDArray[np.int64]
 
 
@@ -81,18 +81,18 @@ class OnnxEngine(Preparing[Prepared]):
 
     def scores(self, batch: Prepared) -> tuple[Float32Array, npt.NDArray[np.int64]]:
         """Float32 (rows, candidates), and the right ones, int64 (rows,)."""
-        return self._scorer.scores(batch.passes)[batch.place], batch.answers
+        return _by_row(self._scorer.scores(batch.passes), batch.place), batch.answers
 
     def scored(self, batch: Prepared) -> Scored:
         """What the model makes of a batch: of texts to be learned, with their tokens."""
         if self._task.continuation is None or not isinstance(self._scorer, CausalScorer):
             return Scored(*self.scores(batch))
-        (scores, tokens, first), place = self._scorer.counted(batch.passes), batch.place
+        (scores, tokens, first), place = self._scorer.counted(batch.passes), batch.place.line
         return Scored(scores[place], batch.answers, tokens[place], first[place])
 
     def losses(self, batch: Prepared) -> Float32Array:
         """The cross-entropy over the candidates, or minus the score of a single one: float32 (rows,)."""
-        scores = self._scorer.scores(batch.passes, only_compared=True)[batch.place].astype(np.float64)
+        scores = _by_row(self._scorer.scores(batch.passes, only_compared=True), batch.place).astype(np.float64)
         if scores.shape[1] == 1:
             return -scores[:, 0].astype(np.float32)
         top = scores.max(axis=1)
@@ -124,6 +124,13 @@ class OnnxEngine(Preparing[Prepared]):
     def kinds(self, mask: Mask) -> dict[str, str]:
         """Linear weights, which are all that a bundle can train, with the name of the first matrix."""
         return {"linear": mask.matrices[0].name}
+
+
+def _by_row(scores: Float32Array, place: Places) -> Float32Array:
+    """Float32 (rows, candidates); minus infinity where a row lacks one."""
+    if place.column is None:
+        return scores[place.line]
+    return np.pad(scores, ((0, 0), (0, 1)), constant_values=-np.inf)[place.line, place.column]
 
 
 def _check_matrices(bundle: Bundle, mask: Mask) -> None:

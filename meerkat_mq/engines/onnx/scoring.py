@@ -19,7 +19,7 @@ from meerkat_mq.engines.continuations import causal_prompts
 from meerkat_mq.engines.onnx.layout import Rows
 from meerkat_mq.engines.onnx.manifest import Bundle, Table
 from meerkat_mq.engines.onnx.session import Session
-from meerkat_mq.engines.prompts import Candidates, CausalPass, EncoderPrompts, Prompt, padded
+from meerkat_mq.engines.prompts import Candidates, CausalPass, EncoderPrompts, Prompt, fit, padded
 from meerkat_mq.tasks.task import Example, Task
 
 _HEAD_ROWS: Final = 4096  # of the head at a time, and fewer where there are many hidden states:
@@ -194,10 +194,11 @@ class EncoderScorer:
         """As `Scorer`."""
         texts = [one for one in passes if isinstance(one, list)]
         # descriptions go with the first texts: another pass would make the values of all weights another time
-        first = self._embed([*self._prompts.descriptions, *texts[0]])
-        classes, *found = np.split(first, [len(self._prompts.descriptions)])
-        found += [self._embed(one) for one in texts[1:]]
-        scaled: Float32Array = np.multiply(self._scale, np.concatenate(found), dtype=np.float32)
+        *others, last = self._prompts.descriptions
+        together = [[*last, *texts[0]]] if fit([*last, *texts[0]]) else [last, texts[0]]
+        found = np.concatenate([self._embed(one) for one in (*others, *together, *texts[1:])])
+        classes, rows = np.split(found, [sum(map(len, self._prompts.descriptions))])
+        scaled: Float32Array = np.multiply(self._scale, rows, dtype=np.float32)
         return self._session.product(scaled, classes)
 
     def _embed(self, texts: Sequence[Sequence[int]]) -> Float32Array:

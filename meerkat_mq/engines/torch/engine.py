@@ -9,6 +9,7 @@ import numpy.typing as npt
 import structlog
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
@@ -39,12 +40,13 @@ class Prepared:
 
     Attributes:
         passes: what the scorer made of the rows.
-        place: int64 (rows,), where each row's scores are found among those of the passes.
+        line, column: where each row's scores are found among those of the passes, as `prompts.Places` says.
         labels: int64 (rows,).
     """
 
     passes: list[Any]
-    place: Tensor
+    line: Tensor
+    column: Tensor | None
     labels: Tensor
 
 
@@ -129,13 +131,17 @@ class TransformersEngine(Preparing[Prepared]):
         parts, place = in_passes(self.scorer.tokens(examples), _PASS_TOKENS[device.type])
         return Prepared(
             passes=[self.scorer.collate(part) for part in parts],
-            place=torch.from_numpy(place).to(device),
+            line=torch.from_numpy(place.line).to(device),
+            column=None if place.column is None else torch.from_numpy(place.column).to(device),
             labels=torch.tensor([example.answer for example in examples], device=device),
         )
 
     def class_scores(self, batch: Prepared) -> Tensor:
         """Float32 (rows, classes); gradients flow where the caller allows them."""
-        return self.scorer.scores(batch.passes)[batch.place]
+        scores = self.scorer.scores(batch.passes)
+        if batch.column is None:
+            return scores[batch.line]
+        return functional.pad(scores, (0, 1), value=-torch.inf)[batch.line, batch.column]
 
     def scores(self, batch: Prepared) -> tuple[Float32Array, npt.NDArray[np.int64]]:
         """Float32 (rows, classes), and the right ones, int64 (rows,)."""
@@ -147,7 +153,7 @@ class TransformersEngine(Preparing[Prepared]):
         if self._task.continuation is None or not isinstance(self.scorer, CausalScorer):
             return Scored(*self.scores(batch))
         with torch.inference_mode():
-            scores, tokens, first = (found[batch.place] for found in self.scorer.counted(batch.passes))
+            scores, tokens, first = (found[batch.line] for found in self.scorer.counted(batch.passes))
             labels = batch.labels.cpu().numpy()
             return Scored(to_numpy(scores), labels, tokens.cpu().numpy(), first.cpu().numpy())
 

@@ -119,7 +119,7 @@ class EncoderScorer:
         self._around = around
         self._task = task
         self._prompts = EncoderPrompts(loaded, task)
-        self._descriptions = _padded(loaded, self._prompts.descriptions)
+        self._descriptions = [_padded(loaded, part) for part in self._prompts.descriptions]
 
     def tokens(self, examples: Sequence[Example]) -> list[Prompt]:
         """Texts, cut from the right to the task's limit; an empty one becomes one token."""
@@ -132,7 +132,8 @@ class EncoderScorer:
     def scores(self, passes: Sequence[Inputs]) -> Tensor:
         """Float32 (rows of all passes, classes)."""
         texts = torch.cat([self._embed(inputs) for inputs in passes])
-        return self._task.scale * texts @ self._embed(self._descriptions).T
+        classes = torch.cat([self._embed(inputs) for inputs in self._descriptions])
+        return self._task.scale * texts @ classes.T
 
     def _embed(self, inputs: Inputs) -> Tensor:
         with self._around(inputs["input_ids"], inputs["attention_mask"].sum(dim=1), None):
