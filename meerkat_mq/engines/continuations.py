@@ -19,6 +19,7 @@ from typing import Any
 
 from meerkat_mq.core.step import Row
 from meerkat_mq.engines.prompts import CausalPrompts, Prompt, Reader, candidates_of, cut_left, prompt_ids
+from meerkat_mq.engines.torch.chat_template import render
 from meerkat_mq.errors import DataError, ModelMismatch, TaskError, reason
 from meerkat_mq.tasks.data import problem_of
 from meerkat_mq.tasks.task import Continuation, Example, Task
@@ -208,13 +209,18 @@ def check_completion(folder: Path, tokenizer: Any, task: Task, wanted: bytes | N
 def rendered(tokenizer: Any, system: str) -> tuple[str, str]:
     """A chat up to where the assistant is to answer, and with the answer; "": no system message.
 
-    The template is a program of its own: it raises all kinds of errors.
+    The template is a program of its own: it raises all kinds of errors. That of a bundle's tokenizer is text.
     """
     messages = [{"role": "user", "content": _USER}]
     if system:
         messages.insert(0, {"role": "system", "content": system})
     answered = [*messages, {"role": "assistant", "content": _ASSISTANT}]
-    settings: dict[str, Any] = {"tokenize": False, "date_string": _DATE}
-    asked: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **settings)
-    whole: str = tokenizer.apply_chat_template(answered, add_generation_prompt=False, **settings)
+    chats: list[dict[str, Any]] = [
+        {"messages": said, "add_generation_prompt": said is messages, "date_string": _DATE}
+        for said in (messages, answered)
+    ]
+    if hasattr(tokenizer, "get_chat_template"):
+        asked, whole = render(tokenizer, chats)
+    else:
+        asked, whole = (tokenizer.apply_chat_template(chat.pop("messages"), tokenize=False, **chat) for chat in chats)
     return asked, whole

@@ -1,6 +1,7 @@
 """Texts to be learned: losses as the plain definition gives them, windows, chats, and what greedy decoding says."""
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import Row, projected_gradient
 from meerkat_mq.engines.continuations import Continuations, check_completion, completion_fingerprint, pieces
 from meerkat_mq.engines.evaluate import evaluate, first_order
-from meerkat_mq.engines.torch import head
+from meerkat_mq.engines.torch import chat_template, head
 from meerkat_mq.engines.torch.engine import TransformersEngine
 from meerkat_mq.engines.torch.load import LoadedModel, load_model
 from meerkat_mq.engines.torch.masks import make_mask
@@ -282,6 +283,34 @@ def test_chat_templates_that_cannot_be_used(load: Load, template: str, message: 
     error = _refused(loaded, CHAT)
     assert str(error).startswith("task answers: chat: ")
     assert message in str(error)
+
+
+LOOPS = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
+TWICE = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [LOOPS, TWICE, "{{ 'x' * 10**10 }}", "{{ [0] * 10**10 }}", "{{ '%10000000000d' % 1 }}", "{{ 'x' * 10**7 }}"],
+    ids=["loops", "a macro", "a text", "a list", "a width", "a long text"],
+)
+def test_a_template_that_takes_for_ever_or_all_memory_is_refused_in_words(
+    load: Load, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_template, "_SECONDS", 1)
+    loaded = load("llama")
+    loaded.tokenizer.chat_template = template
+    error = _refused(loaded, CHAT)
+    assert error.problem.startswith("the tokenizer's chat template cannot be used (")
+    assert re.search(r"more than 1 s or 512 MiB|10,000,000 characters|[Mm]emory", error.problem)
+
+
+def test_a_template_is_rendered_once_in_a_process_of_its_own(
+    chatting: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = completion_fingerprint(chatting.tokenizer, CHAT)
+    monkeypatch.setattr("subprocess.run", pytest.fail)
+    assert completion_fingerprint(chatting.tokenizer, CHAT) == before
 
 
 def test_a_template_that_takes_no_system_message(chatting: LoadedModel) -> None:

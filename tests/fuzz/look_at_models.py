@@ -23,7 +23,7 @@ os.environ["HF_HUB_OFFLINE"] = "0"  # a model folder must not lead to the hub, w
 
 import torch
 
-from meerkat_mq.engines.torch import tokenizer_trial
+from meerkat_mq.engines.torch import chat_template, tokenizer_trial
 from meerkat_mq.engines.torch.export import export_model
 from meerkat_mq.engines.torch.inspect import Finding, inspect_model
 from meerkat_mq.engines.torch.load import load_model
@@ -92,7 +92,8 @@ class Watch:
 
     def _audit(self, event: str, values: tuple[Any, ...]) -> None:
         elsewhere = event == "open" and any(part in str(values[0]) for part in _ELSEWHERE)
-        other = event == "subprocess.Popen" and tokenizer_trial.__name__ not in values[1]
+        ours = {tokenizer_trial.__name__, chat_template.__name__}
+        other = event == "subprocess.Popen" and ours.isdisjoint(values[1])
         if elsewhere or other or event in _WATCHED:
             self.events.append(f"{event} {values!s:.200}")
 
