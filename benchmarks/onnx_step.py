@@ -8,6 +8,11 @@ between the ONNX engine and PyTorch's in float32 on the same base; the correlati
 thread, engines in turn, as the median of the pairs' ratios. At last, a server and one node on a Mosquitto: two rounds
 of batches of 8, and the node's peak resident memory, as its log gives it. In the node without PyTorch, importing it is
 an error. `--torch-node` lets a node with PyTorch make the same rounds.
+
+    python -m benchmarks.onnx_step --model FOLDER --work FOLDER --from-layer 0.5
+
+Instead, CPU seconds of a step whose mask begins at this block, or above this share of the blocks, against one with all
+blocks, both without PyTorch: of rows that are new, and of rows whose hidden states are kept.
 """
 
 import argparse
@@ -71,7 +76,7 @@ url = "mqtt://127.0.0.1:{port}"
 """
 
 
-def made(model: Path, weights: Weights, work: Path) -> tuple[Path, Mask, Path]:
+def made(model: Path, weights: Weights, work: Path, layer: int | float = 0) -> tuple[Path, Mask, Path]:
     """The base that such weights hold, a mask, and its bundle; made where `work` lacks them."""
     work.mkdir(parents=True, exist_ok=True)
     if not model.exists() and str(model) in CONFIGS:
@@ -79,12 +84,14 @@ def made(model: Path, weights: Weights, work: Path) -> tuple[Path, Mask, Path]:
         if not model.exists():
             save(name, model, "cpu")
     base = model if weights == "float32" else work / f"base-{weights}"
-    mask_file, bundle = work / f"mask-{weights}.mkm", work / f"bundle-{weights}"
+    kind = f"{weights}-{layer}" if layer else weights
+    mask_file, bundle = work / f"mask-{kind}.mkm", work / f"bundle-{kind}"
     if not base.exists():
         publish_base(str(model), weights, base)
     if not mask_file.exists():
         texts = 16 * [__doc__ or ""]  # long enough for every model; magnitudes do not depend on it
-        make_mask(load_model(base), texts, "magnitude", density=1e-3, sequences=16, length=64).save(mask_file)
+        settings: dict[str, Any] = {"density": 1e-3, "from_layer": layer or None, "sequences": 16, "length": 64}
+        make_mask(load_model(base), texts, "magnitude", **settings).save(mask_file)
     mask = Mask.load(mask_file)
     if not bundle.exists():
         make_bundle(str(base), mask, weights, bundle, print)
@@ -115,6 +122,23 @@ def compared(base: Path, mask: Mask, bundle: Path, task: Classification, rows: l
     print(f"g                  correlation {np.asarray(np.corrcoef(found.T))[0, 1]:.7f}, relative error {errors:.1e}")
     print(f"CPU s of a step    {np.median(seconds[:, 0]):.3f} against {np.median(seconds[:, 1]):.3f}")
     print(f"ratio              {statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})", flush=True)
+
+
+def frozen(pairs: list[tuple[Mask, Path]], task: Classification, rows: list[Row], directions: int) -> None:
+    """CPU seconds of a step of two bundles, in turn: of all blocks, and above a frozen prefix."""
+    engines = [OnnxEngine(open_bundle(bundle), mask, task, 1) for mask, bundle in pairs]
+    seconds = np.empty((2 * directions, 2))
+    for seed in range(2 * directions):
+        batch = rows[seed % directions * BATCH :][:BATCH]  # each comes twice: new, then kept
+        for place, (engine, (mask, _)) in enumerate(zip(engines, pairs, strict=True)):
+            z = direction("mk1", seed, 0, mask.size)
+            began = time.process_time()
+            projected_gradient(engine, mask.theta_0, z, EPS, engine.prepare(batch))
+            seconds[seed, place] = time.process_time() - began
+    for name, part in (("new rows", seconds[1:directions]), ("kept states", seconds[directions:])):
+        ratios = sorted(part[:, 1] / part[:, 0])
+        print(f"{name:<18} {np.median(part[:, 1]):.3f} against {np.median(part[:, 0]):.3f} CPU s of a step")
+        print(f"ratio              {statistics.median(ratios):.3f} ({ratios[0]:.3f}-{ratios[-1]:.3f})", flush=True)
 
 
 def live(mask: Path, task: Path, rows: list[Row], engine: str, block: str) -> float:
@@ -153,14 +177,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--directions", type=int, default=20, help="0: only the live node")
     parser.add_argument("--torch-node", action="store_true")
+    parser.add_argument("--from-layer", type=lambda text: float(text) if "." in text else int(text), default=0)
     args = parser.parse_args()
     data = SHARED / "data" / args.task / "train.jsonl"
     if not data.is_file():
         sys.exit(f"skipped: {data} is not there; set MEERKAT_SHARED")
     task = TASKS[args.task].with_limit(args.tokens)
-    rows = read_rows(data, task)[:64]
+    rows = read_rows(data, task)[: max(64, BATCH * args.directions)]
     base, mask, bundle = made(args.model, args.weights, args.work.resolve())
     print(f"{args.model.name}, {args.weights}, {args.task}, n = {mask.size:,}")
+    if args.from_layer:
+        above = made(args.model, args.weights, args.work.resolve(), args.from_layer)[1:]
+        frozen([(mask, bundle), above], task, rows, args.directions)
+        return
     if args.directions:
         compared(base, mask, bundle, task, rows[:BATCH], args.directions)
     mask_file, task_file = args.work.resolve() / f"mask-{args.weights}.mkm", args.work.resolve() / "task.toml"

@@ -9,7 +9,7 @@ candidates need more than a few passes' worth is read in parts, a part a group o
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 from itertools import dropwhile
 from typing import Any, Final, Generic, Protocol, TypeVar
@@ -305,7 +305,7 @@ def _in_order(texts: Sequence[list[int]]) -> list[list[list[int]]]:
     return parts
 
 
-def fit(texts: Sequence[Sequence[int]]) -> bool:
+def fit(texts: Sequence[Sized]) -> bool:
     """Whether so many texts, padded, are read in one pass with descriptions."""
     return len(texts) * max(map(len, texts)) <= TOGETHER
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +18,7 @@ from meerkat_mq.engines.continuations import SYSTEM, rendered
 from meerkat_mq.engines.onnx.engine import OnnxEngine
 from meerkat_mq.engines.onnx.families import Described, check_all_read, describe
 from meerkat_mq.engines.onnx.graph import Graph, Tensor, packed
-from meerkat_mq.engines.onnx.manifest import GRAPH, MANIFEST, TOKENIZER, WEIGHTS, open_bundle
+from meerkat_mq.engines.onnx.manifest import GRAPH, MANIFEST, PREFIX, TOKENIZER, WEIGHTS, open_bundle
 from meerkat_mq.engines.onnx.quantise import LARGEST, Weights, dequantised, quantised
 from meerkat_mq.engines.torch.checkpoint import INDEX, SINGLE, StoredTensor, weight_files
 from meerkat_mq.engines.torch.engine import TransformersEngine
@@ -65,22 +66,25 @@ def make_bundle(source: str, mask: Mask, weights: Weights, out: Path, say: Say) 
     if others:
         problem = f"the mask has weights that a bundle does not train: {others[0]}"
         raise UnsupportedModel(str(loaded.folder), problem, "make a mask of linear weights: no dense mask, no adapter")
-    graph, described, output = _graph_of(loaded, weights, {matrix.name for matrix in mask.matrices})
-    tables = _tables(loaded, described)
-    _check_exact(loaded, sorted(_linear_names(loaded, graph) | set(tables)), weights)
+    frozen = min(_block_of(matrix.name) for matrix in mask.matrices)
+    built = _built(loaded, weights, {matrix.name for matrix in mask.matrices}, frozen)
+    tables = _tables(loaded, built.described)
+    _check_exact(loaded, sorted(_linear_names(loaded, built) | set(tables)), weights)
     kind: Weights = "int8" if weights == "int4" else weights
-    tensors = list(graph.tensors)
+    tensors = list(built.tensors.values())
     for name in tables:
         tensors += packed(name, tables[name], _values(loaded)[name], kind)
     with whole_folder(out, loaded.folder) as new:
         with writing_in(out):
-            (new / GRAPH).write_bytes(graph.model([(output, _outputs(loaded))]).SerializeToString(deterministic=True))
+            for name, graph in built.graphs.items():
+                (new / name).write_bytes(graph)
             write_tensors(new / WEIGHTS, tensors)
             _save_tokenizer(loaded, new / TOKENIZER)
-            manifest = _manifest(loaded, weights, described) | {
+            manifest = _manifest(loaded, weights, built.described) | {
                 "matrices": {matrix.name: matrix.shape for matrix in mask.matrices},
-                "files": {name: _facts(new / name) for name in (GRAPH, WEIGHTS, TOKENIZER)},
+                "files": {name: _facts(new / name) for name in (*built.graphs, WEIGHTS, TOKENIZER)},
             }
+            manifest |= {"frozen": frozen} if frozen else {}
             (new / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         say(f"losses differ from the model's by {_tried(loaded, mask, new):.1e} at most")
 
@@ -95,8 +99,8 @@ def publish_base(source: str, weights: Weights, out: Path) -> None:
     if weights == "float32":
         raise ModelError("--as-base", "float32 holds every model as it is", "use --out with the model itself")
     loaded = load_model(source)
-    graph, described, _ = _graph_of(loaded, weights, set())
-    tables, linear = _tables(loaded, described), _linear_names(loaded, graph)
+    built = _built(loaded, weights, set(), 0)
+    tables, linear = _tables(loaded, built.described), _linear_names(loaded, built)
     values, dtype = _values(loaded), "F16" if weights == "float16" else "F32"
     rounded: dict[StoredTensor, tuple[str, Weights]] = {}
     for name in linear | set(tables):
@@ -118,20 +122,40 @@ def publish_base(source: str, weights: Weights, out: Path) -> None:
         write_tensors(new / SINGLE, tensors)
 
 
-def _graph_of(loaded: LoadedModel, weights: Weights, masked: set[str]) -> tuple[Graph, Described, str]:
+def _block_of(name: str) -> int:
+    """The number of the block that a linear weight is in."""
+    return next(int(part) for part in name.split(".") if part.isdigit())
+
+
+@dataclass(frozen=True, slots=True)
+class _Built:
+    """The graphs of a model by the names of their files; what the weights file must hold, and what they read of it."""
+
+    graphs: dict[str, bytes]
+    tensors: dict[str, Tensor]
+    used: set[str]
+    described: Described
+
+
+def _built(loaded: LoadedModel, weights: Weights, masked: set[str], frozen: int) -> _Built:
+    """One graph, or one of the frozen blocks and one of those above."""
     shapes = {name: tuple(parameter.shape) for name, parameter in loaded.model.named_parameters()}
-    graph = Graph(weights, _values(loaded), shapes, masked)
-    described, output = describe(loaded, graph)
-    check_all_read(loaded, graph)
+    count, hidden = loaded.model.config.num_hidden_layers, loaded.model.config.hidden_size
+    graphs, tensors, used = dict[str, bytes](), dict[str, Tensor](), set[str]()
+    for name, blocks in {PREFIX: range(frozen), GRAPH: range(frozen, count)}.items():
+        if name == PREFIX and not frozen:
+            continue
+        graph = Graph(weights, _values(loaded), shapes, masked)
+        described, output = describe(loaded, graph, blocks)
+        rows = "wanted" if name == GRAPH and loaded.kind == "causal" else "tokens"
+        graphs[name] = graph.model([(output, [rows, hidden])]).SerializeToString(deterministic=True)
+        tensors |= {tensor.name: tensor for tensor in graph.tensors}
+        used |= graph.used
+    check_all_read(loaded, used)
     if loaded.names.made:
         problem = f"the checkpoint holds {min(loaded.names.made)} in several tensors"
         raise UnsupportedModel(str(loaded.folder), problem, "save the model anew by save_pretrained()")
-    return graph, described, output
-
-
-def _outputs(loaded: LoadedModel) -> list[int | str]:
-    hidden = loaded.model.config.hidden_size
-    return ["wanted" if loaded.kind == "causal" else "tokens", hidden]
+    return _Built(graphs, tensors, used, described)
 
 
 def _values(loaded: LoadedModel) -> dict[str, Callable[[], Float32Array]]:
@@ -143,8 +167,8 @@ def _numbers(parameter: torch.Tensor) -> Float32Array:
     return found
 
 
-def _linear_names(loaded: LoadedModel, graph: Graph) -> set[str]:
-    return linear_layers(loaded.model).keys() & graph.used
+def _linear_names(loaded: LoadedModel, built: _Built) -> set[str]:
+    return linear_layers(loaded.model).keys() & built.used
 
 
 def _tables(loaded: LoadedModel, described: Described) -> dict[str, tuple[int, int]]:

@@ -7,14 +7,16 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.step import Row
 from meerkat_mq.engines.continuations import check_completion, completion_fingerprint, windows
+from meerkat_mq.engines.onnx.body import Body
 from meerkat_mq.engines.onnx.manifest import Bundle, open_bundle
 from meerkat_mq.engines.onnx.scoring import CausalScorer, EncoderScorer, Pass
-from meerkat_mq.engines.onnx.session import Session
+from meerkat_mq.engines.prefix import IN_MEMORY, Keep
 from meerkat_mq.engines.prompts import Places, Preparing, in_passes
 from meerkat_mq.engines.protocol import Setup
 from meerkat_mq.errors import ConfigError, ModelMismatch, TaskError
@@ -50,7 +52,9 @@ class OnnxEngine(Preparing[Prepared]):
             the model cannot do the task.
     """
 
-    def __init__(self, bundle: Bundle, mask: Mask, task: Task, threads: int | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, mask: Mask, task: Task, threads: int | None = None, keep: Keep = IN_MEMORY
+    ) -> None:
         _check_matrices(bundle, mask)
         limit, positions = min(task.max_tokens, bundle.max_tokens), bundle.manifest.positions
         if limit > positions:
@@ -58,13 +62,13 @@ class OnnxEngine(Preparing[Prepared]):
             raise TaskError(f"task {task.name}: max_tokens", problem, "lower it, or use a node with PyTorch")
         self._bundle = bundle
         self._task = task
-        self._session = Session(bundle, mask, threads)
+        self._body = Body(bundle, mask, threads, keep)
         make = CausalScorer if bundle.manifest.kind == "causal" else EncoderScorer
-        self._scorer = make(bundle, self._session, task)
+        self._scorer = make(bundle, self._body, task)
 
     def write(self, theta: Float32Array) -> None:
         """Let passes from now on be at theta, float32 (n,)."""
-        self._session.write(theta)
+        self._body.write(theta)
 
     def usable(self, rows: Sequence[Row]) -> list[Row]:
         """The rows that can be prepared, a long text in windows, or `DataError` without any; the log names others."""
@@ -153,7 +157,9 @@ def make(setup: Setup) -> OnnxEngine:
         raise ConfigError("adapter", problem, "make the bundle with `meerkat bundle --adapter`, and remove this key")
     bundle = open_bundle(Path(setup.model))
     check_completion(bundle.folder, bundle.tokenizer, setup.task, setup.completion)
-    return OnnxEngine(bundle, setup.mask, setup.task, setup.threads)
+    if frozen := bundle.manifest.frozen:
+        structlog.get_logger().info("frozen prefix: computed once a row", blocks=frozen)
+    return OnnxEngine(bundle, setup.mask, setup.task, setup.threads, setup.keep)
 
 
 def completion(model: str, task: Task) -> bytes | None:

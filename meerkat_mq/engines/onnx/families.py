@@ -46,25 +46,28 @@ class Described:
     positions: int
 
 
-def describe(loaded: LoadedModel, graph: Graph) -> tuple[Described, str]:
-    """Build the graph of a model; what a node must know of it, and the name of its output.
+def describe(loaded: LoadedModel, graph: Graph, blocks: range) -> tuple[Described, str]:
+    """Build the graph of some blocks of a model; what a node must know of it, and the name of the graph's output.
+
+    The first blocks begin with embedded tokens, others with the hidden states that those before them give, under the
+    same name. The last ones give what the head reads, others the hidden states of all tokens.
 
     Raises:
         UnsupportedModel: another family, or a configuration that is not built here.
     """
     config = loaded.model.config
     if config.model_type in _DECODERS:
-        return _decoder(loaded, graph)
+        return _decoder(loaded, graph, blocks)
     if config.model_type == "bert":
-        return _bert(loaded, graph)
+        return _bert(loaded, graph, blocks)
     known = ", ".join(sorted(_DECODERS | {"bert"}))
     raise _unsupported(loaded.folder, "model_type", f"{config.model_type} has no graph yet; these have: {known}")
 
 
-def check_all_read(loaded: LoadedModel, graph: Graph) -> None:
-    """Refuse a model of which the graph leaves something out."""
+def check_all_read(loaded: LoadedModel, used: set[str]) -> None:
+    """Refuse a model of which the graphs, which read these parameters, leave something out."""
     names = {name for name, _ in loaded.model.named_parameters() if not NEEDLESS.search(name)}
-    if forgotten := sorted(names - graph.used):
+    if forgotten := sorted(names - used):
         problem = f"{len(forgotten)} parameters have no place in the graph, such as {forgotten[0]}"
         raise UnsupportedModel(str(loaded.folder), problem, _OTHER)
 
@@ -84,7 +87,7 @@ def _activated(graph: Graph, x: str, kind: str) -> str:
     return graph.op("Mul", x, graph.op("Sigmoid", x)) if kind == "silu" else graph.op("Gelu", x, approximate=kind)
 
 
-def _decoder(loaded: LoadedModel, graph: Graph) -> tuple[Described, str]:
+def _decoder(loaded: LoadedModel, graph: Graph, blocks: range) -> tuple[Described, str]:
     config, model = loaded.model.config, loaded.model.model
     gemma = config.model_type == "gemma2"
     norm, residual = (
@@ -94,13 +97,14 @@ def _decoder(loaded: LoadedModel, graph: Graph) -> tuple[Described, str]:
     gate = _activation(loaded, "hidden_activation" if gemma else "hidden_act")
     x = _tokens(graph, config.hidden_size)
     graph.input("position_ids", TensorProto.INT64, ["batch", "length"])
-    wanted = graph.input("wanted", TensorProto.INT64, ["wanted"])
+    last = len(model.layers) - 1
+    wanted = graph.input("wanted", TensorProto.INT64, ["wanted"]) if last in blocks else ""
     positions = min(loaded.max_tokens, MOST_POSITIONS, _window(config))
     _angles(loaded, graph, positions)
-    for number, layer in enumerate(model.layers):
-        at = f"model.layers.{number}"
-        found = _attention(graph, norm(x, f"{at}.input_layernorm"), at, module=layer.self_attn, config=config)
-        if number == len(model.layers) - 1:  # of the last block, only what the head reads
+    for number in blocks:
+        at, attention = f"model.layers.{number}", model.layers[number].self_attn
+        found = _attention(graph, norm(x, f"{at}.input_layernorm"), at, module=attention, config=config)
+        if number == last:  # of the last block, only what the head reads
             x, found = graph.op("Gather", x, wanted, axis=0), graph.op("Gather", found, wanted, axis=0)
         found = graph.linear(found, f"{at}.self_attn.o_proj")
         x = graph.op("Add", x, norm(found, f"{at}.post_attention_layernorm") if gemma else found)
@@ -109,7 +113,7 @@ def _decoder(loaded: LoadedModel, graph: Graph) -> tuple[Described, str]:
         hidden = graph.op("Mul", _activated(graph, graph.linear(inner, f"{at}.mlp.gate_proj"), gate), up)
         found = graph.linear(hidden, f"{at}.mlp.down_proj")
         x = graph.op("Add", x, norm(found, f"{at}.post_feedforward_layernorm") if gemma else found)
-    out = norm(x, "model.norm")
+    out = norm(x, "model.norm") if last in blocks else x
     head = loaded.model.get_output_embeddings()
     if head.bias is not None:
         raise _unsupported(loaded.folder, "architectures", "its output head has a bias")
@@ -202,23 +206,24 @@ def _attention(graph: Graph, x: str, at: str, *, module: Any, config: Any) -> st
     return _no_lines(graph, found, heads * size)
 
 
-def _bert(loaded: LoadedModel, graph: Graph) -> tuple[Described, str]:
+def _bert(loaded: LoadedModel, graph: Graph, blocks: range) -> tuple[Described, str]:
     config = loaded.model.config
     kind = getattr(config, "position_embedding_type", None) or "absolute"
     if kind != "absolute":
         raise _unsupported(loaded.folder, "position_embedding_type", f"{shown(kind)} has no graph")
     hidden, heads, gate = config.hidden_size, config.num_attention_heads, _activation(loaded, "hidden_act")
-    embedded = _tokens(graph, hidden)
-    places = graph.input("places", TensorProto.INT64, ["tokens"])
+    x = _tokens(graph, hidden)
     seen = graph.input("seen", TensorProto.BOOL, ["batch", 1, "length", "length"])
 
     def norm(x: str, name: str) -> str:
         weight, bias = graph.vector(f"{name}.weight"), graph.vector(f"{name}.bias")
         return graph.op("LayerNormalization", x, weight, bias, axis=-1, epsilon=config.layer_norm_eps)
 
-    placed = graph.op("Add", embedded, graph.op("Gather", _places(loaded, graph), places, axis=0))
-    x = norm(placed, "embeddings.LayerNorm")
-    for number in range(config.num_hidden_layers):
+    if 0 in blocks:
+        places = graph.input("places", TensorProto.INT64, ["tokens"])
+        x = graph.op("Add", x, graph.op("Gather", _places(loaded, graph), places, axis=0))
+        x = norm(x, "embeddings.LayerNorm")
+    for number in blocks:
         at = f"encoder.layer.{number}"
         parts = [graph.linear(x, f"{at}.attention.self.{part}") for part in ("query", "key", "value")]
         lined = [_in_lines(graph, part) for part in parts]

@@ -25,12 +25,13 @@ from meerkat_mq.errors import ConfigError, ModelError, ModelNotFound, reason, sh
 
 MANIFEST: Final = "bundle.json"
 GRAPH: Final = "graph.onnx"
+PREFIX: Final = "prefix.onnx"  # of the frozen blocks, where there are any; then the other one begins above them
 WEIGHTS: Final = "weights.safetensors"
 TOKENIZER: Final = "tokenizer.json"
 
 _FORMAT: Final = 2  # 1: texts in lines of one length throughout
 MOST_MANIFEST: Final = 16 << 20  # bytes
-_MOST: Final = {GRAPH: 64 << 20, TOKENIZER: 128 << 20, WEIGHTS: 1 << 40}
+_MOST: Final = {GRAPH: 64 << 20, PREFIX: 64 << 20, TOKENIZER: 128 << 20, WEIGHTS: 1 << 40}
 _PIECE: Final = 1 << 20
 
 Name = Annotated[str, Field(min_length=1, max_length=255)]
@@ -75,6 +76,7 @@ class Manifest(Closed):
         start: ids before every text of a causal LM; pad: the id that fills up; end: the one after an answer.
         chat, chat_with_system: None where the template cannot be used like this, or there is none.
         embedding, head, embed_scale, head_cap: as `families.Described`.
+        frozen: blocks below the mask, in a graph of their own; 0: none.
         matrices: the weights that take theta, with their shapes.
         files: the other files of the folder.
     """
@@ -95,8 +97,9 @@ class Manifest(Closed):
     head: Table | None
     embed_scale: Annotated[float, Field(gt=0)]
     head_cap: Annotated[float, Field(gt=0)] | None
+    frozen: Annotated[int, Field(ge=0, le=65536)] = 0
     matrices: Annotated[dict[Name, tuple[Size, Size]], Field(min_length=1, max_length=65536)]
-    files: dict[Literal["graph.onnx", "weights.safetensors", "tokenizer.json"], FileFacts]
+    files: dict[Literal["graph.onnx", "prefix.onnx", "weights.safetensors", "tokenizer.json"], FileFacts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +109,7 @@ class Bundle:
     folder: Path
     manifest: Manifest
     graph: bytes
+    below: bytes | None
     weights: WeightsFile
     tokenizer: BundleTokenizer
 
@@ -129,15 +133,21 @@ def open_bundle(folder: Path) -> Bundle:
     """
     manifest = read_manifest(folder)
     paths = {name: _checked(folder, name, facts) for name, facts in manifest.files.items()}
-    graph = read_regular(paths[GRAPH], _MOST[GRAPH])
-    if hashlib.sha256(graph).hexdigest() != manifest.files[GRAPH].sha256:
-        raise _damaged(paths[GRAPH])
-    check_graph(graph, str(folder / GRAPH))
+    graphs = {name: _graph(paths[name], manifest.files[name]) for name in (GRAPH, PREFIX) if name in paths}
     tokenizer = BundleTokenizer(paths[TOKENIZER], manifest.pad, manifest.end, _chats(manifest))
     if (found := tokenizer.fingerprint()) != bytes.fromhex(manifest.tokenizer_fingerprint):
         problem = f"gives other ids than the manifest says: fingerprint {found.hex()[:16]}…"
         raise ModelError(str(paths[TOKENIZER]), problem, AGAIN)
-    return Bundle(folder, manifest, graph, WeightsFile(paths[WEIGHTS], manifest.weights), tokenizer)
+    weights = WeightsFile(paths[WEIGHTS], manifest.weights)
+    return Bundle(folder, manifest, graphs[GRAPH], graphs.get(PREFIX), weights, tokenizer)
+
+
+def _graph(path: Path, facts: FileFacts) -> bytes:
+    graph = read_regular(path, _MOST[GRAPH])
+    if hashlib.sha256(graph).hexdigest() != facts.sha256:
+        raise _damaged(path)
+    check_graph(graph, str(path))
+    return graph
 
 
 def _chats(manifest: Manifest) -> tuple[Chat | None, Chat | None]:
@@ -181,7 +191,10 @@ def manifest_of(data: bytes, place: str) -> Manifest:
         manifest = check_config(found, Manifest, where=place)
     except ConfigError as error:
         raise ModelError(error.where, error.problem, AGAIN) from error
-    if lacking := sorted(_MOST.keys() - manifest.files.keys()):
+    needed = _MOST.keys() if manifest.frozen else _MOST.keys() - {PREFIX}
+    if manifest.files.keys() - needed:
+        raise ModelError(f"{place}: frozen", f"is 0, and {PREFIX} is there", AGAIN)
+    if lacking := sorted(needed - manifest.files.keys()):
         raise ModelError(f"{place}: files", f"does not name {lacking[0]}", AGAIN)
     if (manifest.kind == "causal") != (manifest.head is not None):
         raise ModelError(f"{place}: head", "is there for causal models, and for no others", AGAIN)

@@ -14,6 +14,7 @@ from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.engines.onnx.protobuf import field
 from meerkat_mq.errors import ModelError, reason
 
+VERSION: Final = onnxruntime.__version__
 FLOAT: Final = 1  # of onnx.proto's TensorProto.DataType
 
 
@@ -72,7 +73,7 @@ def value(name: str, shape: Sequence[int] | None = None) -> bytes:
 
 def not_taken(file: Path, error: Exception, remedy: str) -> ModelError:
     """What to say of a graph that ONNX Runtime does not load or run; it has no common base of its errors."""
-    problem = f"is not taken by ONNX Runtime {onnxruntime.__version__} ({reason(error)})"
+    problem = f"is not taken by ONNX Runtime {VERSION} ({reason(error)})"
     return ModelError(str(file), problem, f"update onnxruntime, or {remedy}")
 
 

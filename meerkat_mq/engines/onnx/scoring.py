@@ -3,8 +3,6 @@
 The graph gives hidden states only. The output head has as many rows as there are tokens, so it is read in pieces, and
 only where it is needed: where all candidates have the same tokens but for the last, the sum over the vocabulary is the
 same for all of them, and drops out of the losses.
-
-The graph takes the tokens of all texts one after the other, and is told where each stands in its text (`graph`).
 """
 
 from collections.abc import Sequence
@@ -16,17 +14,21 @@ import numpy.typing as npt
 
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.engines.continuations import causal_prompts
-from meerkat_mq.engines.onnx.layout import Rows
-from meerkat_mq.engines.onnx.manifest import Bundle, Table
-from meerkat_mq.engines.onnx.session import Session
+from meerkat_mq.engines.onnx.body import Body, Ids, Lines, rows_of
+from meerkat_mq.engines.onnx.manifest import Bundle
 from meerkat_mq.engines.prompts import Candidates, CausalPass, EncoderPrompts, Prompt, fit, padded
 from meerkat_mq.tasks.task import Example, Task
 
 _HEAD_ROWS: Final = 4096  # of the head at a time, and fewer where there are many hidden states:
 _LOGITS: Final = 1 << 20
 
-Ids = npt.NDArray[np.int64]
-Pass = CausalPass | list[list[int]]
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pass:
+    """The texts of some rows; of a causal LM, also what is asked of them."""
+
+    lines: Lines
+    causal: CausalPass | None = None
 
 
 class Scorer(Protocol):
@@ -45,26 +47,27 @@ class Scorer(Protocol):
 class CausalScorer:
     """Score of a candidate: mean log-probability of its tokens after the prompt."""
 
-    def __init__(self, bundle: Bundle, session: Session, task: Task) -> None:
+    def __init__(self, bundle: Bundle, body: Body, task: Task) -> None:
         manifest = bundle.manifest
         assert manifest.head is not None
-        self._session = session
+        self._body = body
         self._prompts = causal_prompts(bundle, task)
-        self._embeddings, self._head = _rows(bundle, manifest.embedding), _rows(bundle, manifest.head)
-        self._scale, self._cap = np.float32(manifest.embed_scale), manifest.head_cap
+        self._head, self._cap = rows_of(bundle, manifest.head), manifest.head_cap
         self._cancels = self._prompts.shared is not None and _same_but_the_last(self._prompts.shared)
 
     def tokens(self, examples: Sequence[Example]) -> list[Prompt]:
         """Prompts, cut from the left to the task's limit."""
         return self._prompts.tokens(examples)
 
-    def collate(self, prompts: Sequence[Prompt]) -> CausalPass:
+    def collate(self, prompts: Sequence[Prompt]) -> Pass:
         """One sequence for each prompt and stem."""
-        return self._prompts.collate(prompts)
+        made = self._prompts.collate(prompts)
+        lengths = made.positions[:, -1] + 1  # the last position that is needed is the last token's
+        return Pass(Lines(made.ids, lengths), made)
 
     def scores(self, passes: Sequence[Pass], *, only_compared: bool = False) -> Float32Array:
         """As `Scorer`; candidates that a row lacks, and another has, score minus infinity."""
-        found = [self._scores(one, only_compared) for one in _causal(passes)]
+        found = [self._scores(*one, only_compared) for one in _causal(passes)]
         most = max(part.shape[1] for part in found)
         wide = [np.pad(part, ((0, 0), (0, most - part.shape[1])), constant_values=-np.inf) for part in found]
         return np.concatenate(wide)
@@ -72,35 +75,26 @@ class CausalScorer:
     def counted(self, passes: Sequence[Pass]) -> tuple[Float32Array, Ids, Ids]:
         """Of rows that are texts to be learned: scores as above, (rows, 1); their tokens; how many are put first."""
         scores, tokens, first = list[Float32Array](), list[Ids](), list[Ids]()
-        for one in _causal(passes):
-            found, highest = self._ranked(one)
+        for one, lines in _causal(passes):
+            found, highest = self._ranked(one, lines)
             real = one.weight > 0
             scores.append(_summed(one, found))
             tokens.append(real.sum(axis=(1, 2)))
             first.append((real & highest).sum(axis=(1, 2)))
         return np.concatenate(scores), np.concatenate(tokens), np.concatenate(first)
 
-    def _scores(self, inputs: CausalPass, only_compared: bool) -> Float32Array:
+    def _scores(self, inputs: CausalPass, lines: Lines, only_compared: bool) -> Float32Array:
         if not (only_compared and self._cancels):
-            return _summed(inputs, self._ranked(inputs)[0])
-        hidden, state = self._hidden(inputs)
+            return _summed(inputs, self._ranked(inputs, lines)[0])
+        hidden, state = self._hidden(inputs, lines)
         logits: Float32Array = np.einsum("...h,...h->...", hidden[state], self._head.at(inputs.token))
         return _summed(inputs, self._capped(logits))
 
-    def _hidden(self, inputs: CausalPass) -> tuple[Float32Array, Ids]:
+    def _hidden(self, inputs: CausalPass, lines: Lines) -> tuple[Float32Array, Ids]:
         """Hidden states, each once; which of them say what the candidates' tokens are: (rows, candidates, slots)."""
-        lengths = inputs.positions[:, -1] + 1  # the last position that is needed is the last token's
-        count, length = inputs.ids.shape
-        tokens = _tokens(inputs.ids, lengths)
-        starts = np.cumsum(lengths) - lengths
+        starts = np.cumsum(lines.lengths) - lines.lengths
         wanted, where = np.unique((starts[:, None] + inputs.positions).reshape(-1), return_inverse=True)
-        hidden = self._session.run({
-            "embedded": self._embeddings.at(tokens.ids) * self._scale,
-            "position_ids": np.ascontiguousarray(np.broadcast_to(np.arange(length), (count, length))),
-            "spread": tokens.spread,
-            "kept": tokens.kept,
-            "wanted": wanted,
-        })  # fmt: skip
+        hidden = self._body.hidden(lines, wanted=wanted)
         return hidden, where.reshape(-1)[inputs.sequence * len(inputs.slot) + inputs.slot]
 
     def _capped(self, logits: Float32Array) -> Float32Array:
@@ -110,16 +104,16 @@ class CausalScorer:
         capped: Float32Array = cap * np.tanh(logits / cap)
         return capped
 
-    def _ranked(self, inputs: CausalPass) -> tuple[Float32Array, npt.NDArray[np.bool_]]:
+    def _ranked(self, inputs: CausalPass, lines: Lines) -> tuple[Float32Array, npt.NDArray[np.bool_]]:
         """Of each candidate's tokens, both (rows, candidates, slots): log-probabilities; whether none is above them."""
-        hidden, state = self._hidden(inputs)
+        hidden, state = self._hidden(inputs, lines)
         state, token = np.broadcast_arrays(state, inputs.token)
         found = np.full(token.shape, np.nan, np.float32)
         top, total = np.full(len(hidden), -np.inf, np.float32), np.zeros(len(hidden))
         step = min(_HEAD_ROWS, max(1, _LOGITS // len(hidden)))
         for first in range(0, self._head.shape[0], step):
             rows = self._head.part(first, min(step, self._head.shape[0] - first))
-            logits = self._capped(self._session.product(hidden, rows))
+            logits = self._capped(self._body.product(hidden, rows))
             here = (first <= token) & (token < first + len(rows))
             found[here] = logits[state[here], token[here] - first]
             higher = np.maximum(top, logits.max(axis=1))
@@ -130,32 +124,8 @@ class CausalScorer:
         return found - normaliser[state], found >= top[state]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Tokens:
-    """The tokens of texts, one after the other.
-
-    Attributes:
-        ids: int64 (tokens,).
-        kept: int64 (tokens,), where each stands in lines of one length, counted through.
-        spread: int64 (texts, length), what stands in the lines: the number of a token; 0 where there is none.
-    """
-
-    ids: Ids
-    kept: Ids
-    spread: Ids
-
-
-def _tokens(lines: Ids, lengths: Ids) -> Tokens:
-    """Those of lines (texts, length), padded on the right."""
-    there = np.arange(lines.shape[1]) < lengths[:, None]
-    kept = np.flatnonzero(there)
-    spread = np.zeros(lines.size, np.int64)
-    spread[kept] = np.arange(len(kept))
-    return Tokens(lines.reshape(-1)[kept], kept, spread.reshape(lines.shape))
-
-
-def _causal(passes: Sequence[Pass]) -> list[CausalPass]:
-    return [one for one in passes if isinstance(one, CausalPass)]
+def _causal(passes: Sequence[Pass]) -> list[tuple[CausalPass, Lines]]:
+    return [(one.causal, one.lines) for one in passes if one.causal is not None]
 
 
 def _summed(inputs: CausalPass, found: Float32Array) -> Float32Array:
@@ -176,48 +146,38 @@ class EncoderScorer:
     The descriptions pass through the same weights as the texts, once for all of them.
     """
 
-    def __init__(self, bundle: Bundle, session: Session, task: Task) -> None:
-        self._session = session
+    def __init__(self, bundle: Bundle, body: Body, task: Task) -> None:
+        self._body = body
         self._scale = np.float32(task.scale)
         self._prompts = EncoderPrompts(bundle, task)
-        self._embeddings = _rows(bundle, bundle.manifest.embedding)
+        self._descriptions = [_lines(texts) for texts in self._prompts.descriptions]
 
     def tokens(self, examples: Sequence[Example]) -> list[Prompt]:
         """Texts, cut from the right to the task's limit; an empty one becomes one token."""
         return self._prompts.tokens(examples)
 
-    def collate(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+    def collate(self, prompts: Sequence[Prompt]) -> Pass:
         """Their ids."""
-        return [prompt.ids for prompt in prompts]
+        return Pass(_lines([prompt.ids for prompt in prompts]))
 
     def scores(self, passes: Sequence[Pass], *, only_compared: bool = False) -> Float32Array:
         """As `Scorer`."""
-        texts = [one for one in passes if isinstance(one, list)]
         # descriptions go with the first texts: another pass would make the values of all weights another time
-        *others, last = self._prompts.descriptions
-        together = [[*last, *texts[0]]] if fit([*last, *texts[0]]) else [last, texts[0]]
-        found = np.concatenate([self._embed(one) for one in (*others, *together, *texts[1:])])
-        classes, rows = np.split(found, [sum(map(len, self._prompts.descriptions))])
+        *others, last = self._descriptions
+        first, *more = [one.lines for one in passes]
+        together = [(last, first)] if fit([*last.texts, *first.texts]) else [(last,), (first,)]
+        found = [self._embed(*lines) for lines in (*zip(others), *together, *zip(more))]
+        classes, rows = np.split(np.concatenate(found), [sum(len(lines.lengths) for lines in self._descriptions)])
         scaled: Float32Array = np.multiply(self._scale, rows, dtype=np.float32)
-        return self._session.product(scaled, classes)
+        return self._body.product(scaled, classes)
 
-    def _embed(self, texts: Sequence[Sequence[int]]) -> Float32Array:
+    def _embed(self, *passes: Lines) -> Float32Array:
         """Mean over the tokens, scaled to length 1: float32 (texts, hidden)."""
-        lengths = np.array([len(text) for text in texts])
-        tokens = _tokens(padded(texts), lengths)
-        count, length = tokens.spread.shape
-        seen = np.broadcast_to((np.arange(length) < lengths[:, None])[:, None, None, :], (count, 1, length, length))
-        hidden = self._session.run({
-            "embedded": self._embeddings.at(tokens.ids),
-            "places": tokens.kept % length,
-            "spread": tokens.spread,
-            "kept": tokens.kept,
-            "seen": np.ascontiguousarray(seen),
-        })  # fmt: skip
+        hidden, lengths = self._body.hidden(*passes), np.concatenate([lines.lengths for lines in passes])
         total = np.add.reduceat(hidden, np.cumsum(lengths) - lengths, axis=0)
         unit: Float32Array = total / np.maximum(np.linalg.norm(total, axis=1, keepdims=True), np.float32(1e-12))
         return unit
 
 
-def _rows(bundle: Bundle, table: Table) -> Rows:
-    return Rows(bundle.weights, table.name, table.shape, bundle.manifest.weights)
+def _lines(texts: Sequence[list[int]]) -> Lines:
+    return Lines(padded(texts), np.array([len(text) for text in texts]))

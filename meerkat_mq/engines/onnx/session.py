@@ -1,4 +1,4 @@
-"""A bundle's graph in ONNX Runtime: weights and theta are bound once, by their place in memory.
+"""A graph of a bundle in ONNX Runtime: weights and theta are bound once, by their place in memory.
 
 Each run reads what is there then. The runtime reads as far as the graph's types and shapes say, not as far as an array
 goes: so they have to be the array's, else a graph from anybody would read what else is in this process's memory.
@@ -14,8 +14,8 @@ import numpy.typing as npt
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.engines.onnx.layout import AGAIN, INDICES, THETA, Shape
-from meerkat_mq.engines.onnx.manifest import GRAPH, Bundle
-from meerkat_mq.engines.onnx.runtime import Value, not_taken, opened, product_of
+from meerkat_mq.engines.onnx.manifest import Bundle
+from meerkat_mq.engines.onnx.runtime import Value, not_taken, opened
 from meerkat_mq.errors import ModelError, cut
 
 _INT4: Final = 22  # onnx.TensorProto.INT4, which NumPy does not have
@@ -33,28 +33,33 @@ _STORED: Final = {
 
 
 class Session:
-    """The graph of a bundle at a theta.
+    """A graph of a bundle at a theta.
+
+    Args:
+        name: of its file.
+        mask: None: the graph takes no theta.
 
     Attributes:
-        product: makes a @ b.T on the session's threads.
+        made: the inputs that each run is to be given.
 
     Raises:
         ModelError: ONNX Runtime does not take the graph, or the bundle lacks something that it reads.
     """
 
-    def __init__(self, bundle: Bundle, mask: Mask, threads: int | None) -> None:
-        self._bundle = bundle
-        self._session, inputs, outputs = opened(bundle.graph, threads, bundle.folder / GRAPH, AGAIN)
-        self.product = product_of(threads)
-        self._theta = mask.theta_0
+    def __init__(self, bundle: Bundle, name: str, graph: bytes, mask: Mask | None, threads: int | None) -> None:
+        self._bundle, self._file = bundle, bundle.folder / name
+        self._session, inputs, outputs = opened(graph, threads, self._file, AGAIN)
+        self._theta = np.empty(0, np.float32) if mask is None else mask.theta_0
         self._binding = self._session.io_binding()
         self._held: list[npt.NDArray[Any]] = []  # the runtime knows no more than where they are
-        parts = {matrix.name: (matrix.indices.astype(np.int64), self._theta[part]) for matrix, part in mask.slices()}
+        slices = () if mask is None else mask.slices()
+        parts = {matrix.name: (matrix.indices.astype(np.int64), self._theta[part]) for matrix, part in slices}
+        self.made = {wanted.name for wanted in inputs} & _MADE
         for wanted in inputs:
             if wanted.name not in _MADE:
                 self._bind(wanted, self._found(wanted, parts))
         if len(outputs) != 1:
-            raise ModelError(str(bundle.folder / GRAPH), f"has {len(outputs)} outputs, not one", AGAIN)
+            raise ModelError(str(self._file), f"has {len(outputs)} outputs, not one", AGAIN)
         self._output = outputs[0].name
 
     def _found(
@@ -85,7 +90,7 @@ class Session:
         self._binding.bind_input(wanted.name, "cpu", 0, element, shape, array.ctypes.data)
 
     def _differs(self, wanted: Value, there: str) -> ModelError:
-        place = f"{self._bundle.folder / GRAPH}: {cut(wanted.name)}"
+        place = f"{self._file}: {cut(wanted.name)}"
         return ModelError(place, f"is a {wanted.type} {cut(str(wanted.shape))}, and there is {there}", AGAIN)
 
     def write(self, theta: Float32Array) -> None:
@@ -103,7 +108,7 @@ class Session:
             self._session.run_with_iobinding(self._binding)
             found: Float32Array = self._binding.copy_outputs_to_cpu()[0]
         except Exception as error:
-            raise not_taken(self._bundle.folder / GRAPH, error, AGAIN) from error
+            raise not_taken(self._file, error, AGAIN) from error
         finally:
             self._binding.clear_binding_outputs()
         return found

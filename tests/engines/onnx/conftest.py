@@ -55,13 +55,15 @@ def bundled(tmp_path_factory: pytest.TempPathFactory, _own_cache: None) -> Bundl
     def make(family: str, weights: Weights = "float32") -> tuple[Path, Path, Mask]:
         if (family, weights) not in made:
             torch.manual_seed(0)
-            folder = base = tiny.save(families()[family.removesuffix("-chat")](), root / f"{family}-{weights}")
+            name = family.removesuffix("-chat").removesuffix("-upper")
+            folder = base = tiny.save(families()[name](), root / f"{family}-{weights}")
             if family.endswith("-chat"):
                 (folder / "chat_template.jinja").write_text(TEMPLATE)
             if weights != "float32":
                 base = root / f"{family}-{weights}-base"
                 publish_base(str(folder), weights, base)
-            mask = make_mask(load_model(base), tiny.TEXTS, "magnitude", density=0.1, **tiny.SMALL)
+            settings: dict[str, Any] = {"density": 0.1, "from_layer": 1 if family.endswith("-upper") else 0}
+            mask = make_mask(load_model(base), tiny.TEXTS, "magnitude", **settings, **tiny.SMALL)
             out = root / f"{family}-{weights}-bundle"
             make_bundle(str(base), mask, weights, out, lambda _: None)
             made[family, weights] = base, out, mask

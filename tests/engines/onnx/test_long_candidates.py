@@ -19,7 +19,7 @@ def test_runs_are_bounded_and_losses_are_those_of_pytorch(
     made = bundled("llama", "int8")
     ours, theirs = both(made, task)
     monkeypatch.setattr("meerkat_mq.engines.onnx.engine._PASS_TOKENS", LIMIT)
-    assert max(one.ids.size for one in ours.prepare(rows).passes) <= prompts.WORTH * LIMIT
+    assert max(one.lines.ids.size for one in ours.prepare(rows).passes) <= prompts.WORTH * LIMIT
     found, wanted = losses(ours, made[2].theta_0, rows), losses(theirs, made[2].theta_0, rows)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=CLOSE)
 
@@ -32,13 +32,13 @@ def test_descriptions_and_texts_go_together_as_long_as_they_fit(
     made = bundled("bert")
     ours, theirs = both(made, LABELS)
     sizes = list[int]()
-    run = ours._session.run
+    run = ours._body._above.run
 
     def counted(inputs: dict[str, Any]) -> Any:
         sizes.append(inputs["spread"].size)
         return run(inputs)
 
-    ours._session.run = counted
+    ours._body._above.run = counted
     found, wanted = losses(ours, made[2].theta_0, ROWS), losses(theirs, made[2].theta_0, ROWS)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=CLOSE)
     assert max(sizes) <= max(together, 768)

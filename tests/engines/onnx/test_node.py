@@ -114,12 +114,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def web(bundled: Bundled) -> Iterator[HTTPServer]:
+def web(bundled: Bundled, family: str) -> Iterator[HTTPServer]:
     """Serves a bundle."""
 
     class Page(SimpleHTTPRequestHandler):
         def __init__(self, *args: Any) -> None:
-            super().__init__(*args, directory=str(bundled("llama", "int8")[1]))
+            super().__init__(*args, directory=str(bundled(family, "int8")[1]))
 
         def log_message(self, *_: Any) -> None:
             """Nothing."""
@@ -162,10 +162,11 @@ def test_a_node_of_one_thread_uses_no_other(bundled: Bundled, folder: Path, monk
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("family", ["llama", "llama-upper"])
 def test_all_kinds_of_nodes_end_with_the_same_weights(
-    bundled: Bundled, folder: Path, mosquitto: Broker, web: HTTPServer
+    bundled: Bundled, folder: Path, mosquitto: Broker, web: HTTPServer, family: str
 ) -> None:
-    base, bundle, mask = bundled("llama", "int8")
+    base, bundle, mask = bundled(family, "int8")
     mask.save(folder / "mask.mkm")
     assert Mask.load(folder / "mask.mkm").hash == mask.hash
     (folder / "federation.toml").write_text(SERVER.format(port=mosquitto.port))
@@ -195,6 +196,8 @@ def test_all_kinds_of_nodes_end_with_the_same_weights(
     (finished,) = [event for event in events[0] if event["event"] == "run finished"]
     digests = [event["digest"] for log in events[1:] for event in log if event["event"] == "finished"]
     assert digests == [finished["digest"]] * 3
+    frozen = [event for log in events[1:] for event in log if event["event"] == "frozen prefix: computed once a row"]
+    assert len(frozen) == (3 if family == "llama-upper" else 0)
     found = verify_folder(folder / "server")
     assert (found.rounds, found.digest.hex()) == (6, finished["digest"])
 
