@@ -12,7 +12,7 @@ an error. `--torch-node` lets a node with PyTorch make the same rounds.
     python -m benchmarks.onnx_step --model FOLDER --work FOLDER --from-layer 0.5
 
 Instead, CPU seconds of a step whose mask begins at this block, or above this share of the blocks, against one with all
-blocks, both without PyTorch: of rows that are new, and of rows whose hidden states are kept.
+blocks, both without PyTorch: of rows that are new, and of rows whose hidden states are kept. Then the live node.
 """
 
 import argparse
@@ -76,6 +76,11 @@ url = "mqtt://127.0.0.1:{port}"
 """
 
 
+def name_of(weights: str, layer: int | float) -> str:
+    """Of a mask's file and a bundle's folder."""
+    return f"{weights}-{layer}" if layer else weights
+
+
 def made(model: Path, weights: Weights, work: Path, layer: int | float = 0) -> tuple[Path, Mask, Path]:
     """The base that such weights hold, a mask, and its bundle; made where `work` lacks them."""
     work.mkdir(parents=True, exist_ok=True)
@@ -84,7 +89,7 @@ def made(model: Path, weights: Weights, work: Path, layer: int | float = 0) -> t
         if not model.exists():
             save(name, model, "cpu")
     base = model if weights == "float32" else work / f"base-{weights}"
-    kind = f"{weights}-{layer}" if layer else weights
+    kind = name_of(weights, layer)
     mask_file, bundle = work / f"mask-{kind}.mkm", work / f"bundle-{kind}"
     if not base.exists():
         publish_base(str(model), weights, base)
@@ -189,10 +194,11 @@ def main() -> None:
     if args.from_layer:
         above = made(args.model, args.weights, args.work.resolve(), args.from_layer)[1:]
         frozen([(mask, bundle), above], task, rows, args.directions)
-        return
-    if args.directions:
+        mask, bundle = above
+    elif args.directions:
         compared(base, mask, bundle, task, rows[:BATCH], args.directions)
-    mask_file, task_file = args.work.resolve() / f"mask-{args.weights}.mkm", args.work.resolve() / "task.toml"
+    mask_file = args.work.resolve() / f"mask-{name_of(args.weights, args.from_layer)}.mkm"
+    task_file = args.work.resolve() / "task.toml"
     keys = ("template", "label_words", "descriptions", "max_tokens")
     described = task.model_dump(mode="json", include=set(keys))
     task_file.write_text("".join(f"{key} = {json.dumps(described[key])}\n" for key in keys))
