@@ -4,7 +4,10 @@ import functools
 import hashlib
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +206,13 @@ def test_the_reference_agrees_with_every_vector() -> None:
 def test_the_core_check_agrees() -> None:
     assert set(check_core.check(GOLDEN).values()) == {True}
     assert check_core.main(GOLDEN) == 0
+
+
+def test_the_core_check_agrees_on_a_plain_processor() -> None:
+    """Without the instructions that NumPy chooses by processor, as on an older one or another kind."""
+    features = np.show_config(mode="dicts")["SIMD Extensions"].get("found", [])
+    plain = os.environ | {"NPY_DISABLE_CPU_FEATURES": " ".join(features)}
+    subprocess.run([sys.executable, "-m", "protocol.check_core"], env=plain, cwd=GOLDEN.parents[1], check=True)
 
 
 @pytest.mark.parametrize(
