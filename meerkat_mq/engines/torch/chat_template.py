@@ -48,6 +48,7 @@ def _rendered(given: str) -> tuple[tuple[str, ...], str]:
             input=given.encode(),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},  # what this process finds
             check=False,
         )
     except OSError as error:
