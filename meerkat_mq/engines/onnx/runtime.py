@@ -83,6 +83,7 @@ def _options(threads: int | None) -> Any:
     options.enable_mem_pattern = False  # inputs are never of the same length
     options.log_severity_level = 4
     options.inter_op_num_threads = 1
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED  # the file's, as all have one priority
     if threads is not None:
         options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting takes no CPU time

@@ -13,17 +13,17 @@ import numpy.typing as npt
 
 from meerkat_mq.core.directions import Float32Array
 from meerkat_mq.core.mask import Mask
+from meerkat_mq.engines.onnx.graph_shapes import MADE, check_shapes
 from meerkat_mq.engines.onnx.layout import AGAIN, INDICES, THETA, Shape
 from meerkat_mq.engines.onnx.manifest import Bundle
 from meerkat_mq.engines.onnx.runtime import Value, not_taken, opened
-from meerkat_mq.errors import ModelError, cut
+from meerkat_mq.errors import ModelError, cut, reason
 
 _INT4: Final = 22  # onnx.TensorProto.INT4, which NumPy does not have
 _ELEMENTS: Final[dict[str, tuple[Any, Any]]] = {  # what the runtime is told, and what the array has
     "tensor(float)": (np.float32, np.float32), "tensor(float16)": (np.float16, np.float16),
     "tensor(int8)": (np.int8, np.int8), "tensor(int4)": (_INT4, np.uint8), "tensor(int64)": (np.int64, np.int64),
 }  # fmt: skip
-_MADE: Final = {"embedded", "position_ids", "places", "spread", "kept", "wanted", "seen"}  # inputs of one run
 _STORED: Final = {
     "float32": "tensor(float)",
     "float16": "tensor(float16)",
@@ -54,13 +54,17 @@ class Session:
         self._held: list[npt.NDArray[Any]] = []  # the runtime knows no more than where they are
         slices = () if mask is None else mask.slices()
         parts = {matrix.name: (matrix.indices.astype(np.int64), self._theta[part]) for matrix, part in slices}
-        self.made = {wanted.name for wanted in inputs} & _MADE
+        self.made = {wanted.name for wanted in inputs} & MADE.keys()
         for wanted in inputs:
-            if wanted.name not in _MADE:
+            if wanted.name not in MADE:
                 self._bind(wanted, self._found(wanted, parts))
         if len(outputs) != 1:
             raise ModelError(str(self._file), f"has {len(outputs)} outputs, not one", AGAIN)
         self._output = outputs[0].name
+        try:
+            check_shapes(graph, {found.name: found.shape for found in inputs}, self._output)
+        except (ValueError, KeyError) as error:
+            raise ModelError(str(self._file), f"is no graph of a bundle ({reason(error)})", AGAIN) from error
 
     def _found(
         self, wanted: Value, parts: Mapping[str, tuple[npt.NDArray[np.int64], Float32Array]]
