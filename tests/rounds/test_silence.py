@@ -17,12 +17,13 @@ WEEK_S = 7 * 86_400
 Attack = Callable[[AnsweredServer, float, int], object]  # a server, the time, how many rounds have closed
 
 
-def in_a_round(**changes: Any) -> AnsweredServer:
-    """Three honest nodes, and one that was until now; all have answered a round."""
+def in_a_round(*others: str, **changes: Any) -> AnsweredServer:
+    """Three honest nodes, and one or more that were until now; all have answered a round."""
+    nodes = (*HONEST, "d", *others)
     server = answered_server(**{"count": 10_000, "quorum": 0.5, "deadline_s": DEADLINE_S} | changes)
-    server.born(0.0, *HONEST, "d")
+    server.born(0.0, *nodes)
     for _ in range(2):
-        for node in (*HONEST, "d"):
+        for node in nodes:
             server.update(0.0, node)
     return server
 
@@ -74,6 +75,18 @@ def sly(server: AnsweredServer, now: float, closed: int) -> None:
         server.update(now, "d")
 
 
+def take_turns(*nodes: str) -> Attack:
+    """One is silent until it is not waited for, while the others answer; then the next one."""
+
+    def attack(server: AnsweredServer, now: float, closed: int) -> None:
+        mute(server, now, closed)
+        for number, node in enumerate(nodes):
+            if number != closed // 3 % len(nodes) or server.machine.is_silent(node):
+                server.update(now, node)
+
+    return attack
+
+
 def many(server: AnsweredServer, now: float, closed: int) -> None:
     server.born(now, f"ghost-{closed}")
 
@@ -88,6 +101,15 @@ def test_silence_costs_the_rounds_a_bounded_part_of_the_time(attack: Attack) -> 
     server = in_a_round()
     assert rounds_in(server, attack) >= 0.6 * undisturbed
     assert "flagged: silent" in reasons(server.seen)
+
+
+@pytest.mark.parametrize(("nodes", "part"), [("d", 0.75), ("de", 0.55), ("def", 0.4)])
+def test_each_of_some_that_take_turns_costs_a_part_of_the_time(nodes: str, part: float) -> None:
+    undisturbed = rounds_in(in_a_round(), lambda server, now, closed: None)
+    server = in_a_round(*nodes[1:])
+    assert rounds_in(server, take_turns(*nodes)) >= part * undisturbed
+    flagged = {found.node for found in only(e.Count, server.seen) if found.reason == "flagged: silent"}
+    assert flagged == set(nodes)
 
 
 @pytest.mark.parametrize("attack", [ghost, mute])
