@@ -27,7 +27,7 @@ check: $(VENV)/.test ## format, lint, types, floors
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test-arm: $(VENV)/.test ## golden vectors on aarch64, under qemu-user elsewhere
+test-arm: $(VENV)/.test ## golden vectors and a node without PyTorch on aarch64, under qemu-user elsewhere
 	scripts/test-arm
 
 test-brokers: $(VENV)/.test rabbitmq-server nats-server ## the tests that need a broker, on RabbitMQ and on NATS; ARGS as above

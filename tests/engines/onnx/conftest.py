@@ -49,24 +49,25 @@ def bundled(tmp_path_factory: pytest.TempPathFactory, _own_cache: None) -> Bundl
     from meerkat_mq.engines.onnx.bundle import make_bundle, publish_base
     from meerkat_mq.engines.onnx.quantise import Weights
 
-    made: dict[tuple[str, Weights], tuple[Path, Path, Mask]] = {}
+    made: dict[tuple[str, Weights, Path | None], tuple[Path, Path, Mask]] = {}
     root = tmp_path_factory.mktemp("bundles")
 
-    def make(family: str, weights: Weights = "float32") -> tuple[Path, Path, Mask]:
-        if (family, weights) not in made:
+    def make(family: str, weights: Weights = "float32", genuine: Path | None = None) -> tuple[Path, Path, Mask]:
+        if (family, weights, genuine) not in made:
             torch.manual_seed(0)
             name = family.removesuffix("-chat").removesuffix("-upper")
-            folder = base = tiny.save(families()[name](), root / f"{family}-{weights}")
+            place = root / f"{'genuine' if genuine else family}-{weights}"
+            folder = base = genuine or tiny.save(families()[name](), place)
             if family.endswith("-chat"):
                 (folder / "chat_template.jinja").write_text(TEMPLATE)
             if weights != "float32":
-                base = root / f"{family}-{weights}-base"
+                base = place.with_name(f"{place.name}-base")
                 publish_base(str(folder), weights, base)
             settings: dict[str, Any] = {"density": 0.1, "from_layer": 1 if family.endswith("-upper") else 0}
             mask = make_mask(load_model(base), tiny.TEXTS, "magnitude", **settings, **tiny.SMALL)
-            out = root / f"{family}-{weights}-bundle"
+            out = place.with_name(f"{place.name}-bundle")
             make_bundle(str(base), mask, weights, out, lambda _: None)
-            made[family, weights] = base, out, mask
-        return made[family, weights]
+            made[family, weights, genuine] = base, out, mask
+        return made[family, weights, genuine]
 
     return make

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import HTTPServer, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from meerkat_mq.engines.torch.masks import make_mask
 from meerkat_mq.engines.torch.merge import base_folder
 from meerkat_mq.errors import ConfigError, RunMismatch
 from meerkat_mq.ledger.folder import verify_folder
+from meerkat_mq.ledger.verify import Verified
 from meerkat_mq.node.state import NodeState
 from meerkat_mq.node.work import Work
 from meerkat_mq.server.run import prepare_run
@@ -49,8 +50,10 @@ once = true
 [broker]
 url = "mqtt://127.0.0.1:{port}"
 [rounds]
-count = 6
-min_nodes = 3
+count = {rounds}
+deadline_s = 600
+min_nodes = {nodes}
+min_updates = {nodes}
 directions = 1
 lr = 1e-3
 batch_size = 4
@@ -128,6 +131,32 @@ def web(bundled: Bundled, family: str) -> Iterator[HTTPServer]:
         yield server
 
 
+def service(command: str, config: str, block: str = "") -> list[str]:
+    return [sys.executable, "-c", block + START, command, "--config", config]
+
+
+def finished(folder: Path, *nodes: Sequence[str], seconds: float = 240) -> Verified:
+    """A server and nodes, each a process, to the end of a run: their weights are equal, and the ledger verifies."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    running = [
+        subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+        for command in (service("server", "federation.toml"), *nodes)
+    ]
+    try:
+        logs = [process.communicate(timeout=seconds)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert not any(process.returncode for process in running), "\n".join(logs)
+    events = [[json.loads(line) for line in log.splitlines() if line.startswith("{")] for log in logs]
+    (digest,) = [event["digest"] for event in events[0] if event["event"] == "run finished"]
+    digests = [event["digest"] for log in events[1:] for event in log if event["event"] == "finished"]
+    assert digests == [digest] * len(nodes)
+    found = verify_folder(folder / "server")
+    assert found.digest.hex() == digest
+    return found
+
+
 def hash_of(bundle: Path) -> str:
     return hashlib.sha256((bundle / "bundle.json").read_bytes()).hexdigest()
 
@@ -169,37 +198,34 @@ def test_all_kinds_of_nodes_end_with_the_same_weights(
     base, bundle, mask = bundled(family, "int8")
     mask.save(folder / "mask.mkm")
     assert Mask.load(folder / "mask.mkm").hash == mask.hash
-    (folder / "federation.toml").write_text(SERVER.format(port=mosquitto.port))
+    (folder / "federation.toml").write_text(SERVER.format(port=mosquitto.port, rounds=6, nodes=3))
     engines = {"torch-0": f"model = '{base}'"}
     engines |= {"onnx-0": f"engine = 'onnx'\nmodel = '{bundle}'", "onnx-1": "engine = 'onnx'"}
     for name, engine in engines.items():
         (folder / f"{name}.toml").write_text(NODE.format(name=name, engine=engine, port=mosquitto.port))
     with (folder / "onnx-1.toml").open("a") as stream:  # it fetches its own
         stream.write(FETCHED.format(port=web.server_port, sha256=hash_of(bundle)))
-    commands = [("server", "", "federation.toml")]
-    commands += [("node", ABSENT if name.startswith("onnx") else "", f"{name}.toml") for name in engines]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", block + START, command, "--config", config],
-            cwd=folder, env=environment, stderr=subprocess.PIPE, text=True,
-        )
-        for command, block, config in commands
-    ]  # fmt: skip
-    try:
-        logs = [process.communicate(timeout=240)[1] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0, 0, 0, 0], logs
-    events = [[json.loads(line) for line in log.splitlines() if line.startswith("{")] for log in logs]
-    (finished,) = [event for event in events[0] if event["event"] == "run finished"]
-    digests = [event["digest"] for log in events[1:] for event in log if event["event"] == "finished"]
-    assert digests == [finished["digest"]] * 3
-    frozen = [event for log in events[1:] for event in log if event["event"] == "frozen prefix: computed once a row"]
-    assert len(frozen) == (3 if family == "llama-upper" else 0)
-    found = verify_folder(folder / "server")
-    assert (found.rounds, found.digest.hex()) == (6, finished["digest"])
+    blocks = {name: ABSENT if name.startswith("onnx") else "" for name in engines}
+    found = finished(folder, *(service("node", f"{name}.toml", block) for name, block in blocks.items()))
+    assert (found.rounds, found.updates) == (6, 18)
+
+
+@pytest.mark.skipif("MEERKAT_ARM_PYTHON" not in os.environ, reason="needs packages for aarch64: make test-arm")
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("weights", ["random", pytest.param("genuine", marks=pytest.mark.real)])
+def test_a_node_on_aarch64(
+    bundled: Bundled, folder: Path, mosquitto: Broker, weights: str, request: pytest.FixtureRequest
+) -> None:
+    """With what pip installs for it, and nothing of this environment; the server is on this machine's processor."""
+    source = request.getfixturevalue("minilm") if weights == "genuine" else None
+    _, bundle, mask = bundled("bert", "int8", source)
+    mask.save(folder / "mask.mkm")
+    (folder / "federation.toml").write_text(SERVER.format(port=mosquitto.port, rounds=1, nodes=1))
+    engine = f"engine = 'onnx'\nmodel = '{bundle}'"
+    (folder / "arm.toml").write_text(NODE.format(name="arm", engine=engine, port=mosquitto.port))
+    node = ["env", "-u", "PYTHONPATH", os.environ["MEERKAT_ARM_PYTHON"], "-m", "meerkat_mq", "node"]
+    found = finished(folder, [*node, "--config", "arm.toml"], seconds=1700)
+    assert (found.rounds, found.updates) == (1, 1)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # which PEFT looks at
