@@ -47,6 +47,7 @@ state_dir = "server"
 mask = "mask.mkm"
 task = "state.toml"
 once = true
+wait_for_nodes_s = 600
 [broker]
 url = "mqtt://127.0.0.1:{port}"
 [rounds]
@@ -56,7 +57,7 @@ min_nodes = {nodes}
 min_updates = {nodes}
 directions = 1
 lr = 1e-3
-batch_size = 4
+batch_size = {rows}
 local_steps = 2
 """
 NODE = """
@@ -198,7 +199,7 @@ def test_all_kinds_of_nodes_end_with_the_same_weights(
     base, bundle, mask = bundled(family, "int8")
     mask.save(folder / "mask.mkm")
     assert Mask.load(folder / "mask.mkm").hash == mask.hash
-    (folder / "federation.toml").write_text(SERVER.format(port=mosquitto.port, rounds=6, nodes=3))
+    (folder / "federation.toml").write_text(SERVER.format(port=mosquitto.port, rounds=6, nodes=3, rows=4))
     engines = {"torch-0": f"model = '{base}'"}
     engines |= {"onnx-0": f"engine = 'onnx'\nmodel = '{bundle}'", "onnx-1": "engine = 'onnx'"}
     for name, engine in engines.items():
@@ -220,7 +221,7 @@ def test_a_node_on_aarch64(
     source = request.getfixturevalue("minilm") if weights == "genuine" else None
     _, bundle, mask = bundled("bert", "int8", source)
     mask.save(folder / "mask.mkm")
-    (folder / "federation.toml").write_text(SERVER.format(port=mosquitto.port, rounds=1, nodes=1))
+    (folder / "federation.toml").write_text(SERVER.format(port=mosquitto.port, rounds=1, nodes=1, rows=1))
     engine = f"engine = 'onnx'\nmodel = '{bundle}'"
     (folder / "arm.toml").write_text(NODE.format(name="arm", engine=engine, port=mosquitto.port))
     node = ["env", "-u", "PYTHONPATH", os.environ["MEERKAT_ARM_PYTHON"], "-m", "meerkat_mq", "node"]
