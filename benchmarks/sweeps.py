@@ -249,13 +249,21 @@ SWEEPS: dict[str, Callable[[], Table]] = {
     "smollm2-sst2": lambda: on_smollm2(task("sst2"), [meerkat(5e-4), first_order(1e-3)]),
     "smollm2-agnews": lambda: on_smollm2(task("agnews"), [meerkat(5e-4), first_order(1e-3)], max_tokens=64),
     "smollm2-nl2bash": lambda: on_smollm2(
-        nl2bash(), [meerkat(5e-4), first_order(1e-3)], max_tokens=96, eval_rows=300, splits=[{"how": "iid"}]
+        nl2bash(),
+        [meerkat(5e-4), first_order(1e-3)],
+        max_tokens=96,
+        eval_rows=200,
+        passes=60,
+        evaluate_every=10,
+        splits=[{"how": "iid"}],
     ),
     "smollm2-logs": lambda: on_smollm2(
         logs(),
         [meerkat(5e-4), first_order(1e-3)],
         max_tokens=64,
-        eval_rows=520,
+        eval_rows=260,
+        passes=40,
+        evaluate_every=5,
         nodes=13,
         splits=[{"how": "field", "field": "system"}],
     ),
