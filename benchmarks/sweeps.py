@@ -246,7 +246,7 @@ SWEEPS: dict[str, Callable[[], Table]] = {
     "demo-one-label": lambda: demo_table(DEMO_CHOSEN[:2], splits=[{"how": "one-label"}]),
     "early-stopping": lambda: on_demo([PLAIN, VP, RANDOM], [EXTREME], [10, 30, 50]),
     "minority": lambda: on_demo([PLAIN, VP], [EXTREME | {"exclusive": True}], [10]),
-    "smollm2-sst2": lambda: on_smollm2(task("sst2"), [meerkat(5e-4), first_order(1e-3)]),
+    "smollm2-sst2": lambda: on_smollm2(task("sst2"), [meerkat([5e-4, 8e-4]), first_order(1e-3)]),
     "smollm2-agnews": lambda: on_smollm2(task("agnews"), [meerkat(5e-4), first_order(1e-3)], max_tokens=64),
     "smollm2-nl2bash": lambda: on_smollm2(
         nl2bash(),
