@@ -8,7 +8,6 @@ the data sets are found as in `benchmarks.minilm_agnews`, SmolLM2-135M-Instruct 
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,13 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.minilm_agnews import SHARED, minilm
+from benchmarks.real_logs import lines_of
 from meerkat_mq.config import EarlyStoppingConfig, check_config
 from meerkat_mq.demo.settings import DEMO
 from meerkat_mq.engines.torch.smollm2 import smollm2_folder
 from meerkat_mq.sweep.plan import SweepPlan
 from meerkat_mq.sweep.run import check_plan, run_sweep
+from meerkat_mq.tasks.data import encode_rows
 
 Table = dict[str, Any]
 
@@ -149,15 +150,10 @@ def nl2bash() -> Table:
 
 def logs() -> Table:
     """Log lines of 13 systems, each row with its system's name."""
-    files = dict[str, Path]()
+    table = {"name": "logs", "task": str(written("logs.toml", "kind = 'text'"))}
     for part in ("train", "validation"):
-        rows = [
-            json.dumps({"system": file.parent.name, **json.loads(line)}) + "\n"
-            for file in sorted((SHARED / "data/logs").glob(f"*/{part}.jsonl"))
-            for line in file.read_text().splitlines()
-        ]
-        files[part] = written(f"logs-{part}.jsonl", "".join(rows))
-    return {"name": "logs", "task": str(written("logs.toml", "kind = 'text'")), **files}
+        table[part] = str(written(f"logs-{part}.jsonl", encode_rows(lines_of(part)).decode()))
+    return table
 
 
 def few(name: str, rows: int) -> Table:
