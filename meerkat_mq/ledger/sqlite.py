@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from meerkat_mq.config import KeptRules, check_config
-from meerkat_mq.core.foreign import parse_json
 from meerkat_mq.core.mask import Mask
 from meerkat_mq.core.path import Entry, short_hash
 from meerkat_mq.errors import AnotherServer, LedgerError, LedgerUnavailable
@@ -298,7 +297,7 @@ class Ledger(Store):
         if not row:
             return {}
         with sqlite_file.decoding(self.path, "rules of a run"):
-            return check_config(parse_json(row[0]), KeptRules, where="").kept
+            return check_config(json.loads(row[0]), KeptRules, where="").kept
 
     @property
     def window(self) -> int:
