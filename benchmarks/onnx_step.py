@@ -54,6 +54,7 @@ state_dir = "server"
 mask = {mask!r}
 task = {task!r}
 once = true
+wait_for_nodes_s = 3600  # a large model's node looks at its noise first
 [broker]
 url = "mqtt://127.0.0.1:{port}"
 [rounds]

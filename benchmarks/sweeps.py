@@ -255,7 +255,7 @@ SWEEPS: dict[str, Callable[[], Table]] = {
     ),
     "smollm2-logs": lambda: on_smollm2(
         logs(),
-        [meerkat(5e-4), first_order(1e-3)],
+        [meerkat([5e-4, 1e-3]), first_order(1e-3)],
         max_tokens=64,
         eval_rows=260,
         passes=40,
