@@ -11,7 +11,10 @@ from meerkat_mq.core import metrics as m
 from meerkat_mq.runtime.node import NodeDriver
 
 # By commit, the keys of a run descriptor that came later.
-LATER_KEYS = {"04a8509": frozenset({"max_step", "mask_blob"}), "2f02a63": frozenset({"mask_blob"})}
+LATER_KEYS = {
+    "04a8509": frozenset({"max_step", "mask_blob", "completion"}),
+    "2f02a63": frozenset({"mask_blob", "completion"}),
+}
 
 
 class EarlierDriver(NodeDriver):

@@ -235,9 +235,12 @@ async def test_masks_without_end_are_fetched_for_a_days_bytes_and_both_sides_say
         await server.says("a node refuses the run", node="a")
         assert node.said("the run is refused")
         assert not node.over
-        status = meerkat("status", tmp_path / "server").out
-    assert "policy.max_day_bytes" in status
-    assert f"{m.REFUSES}: 1" in status
+
+        def shown() -> bool:  # the log says it before the ledger has it
+            status = meerkat("status", tmp_path / "server").out
+            return "policy.max_day_bytes" in status and f"{m.REFUSES}: 1" in status
+
+        await until(shown)
 
 
 def test_a_task_of_the_policy_that_is_none_is_a_wrong_first_start(meerkat: Meerkat, tmp_path: Path) -> None:
